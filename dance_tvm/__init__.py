@@ -1,0 +1,1 @@
+"""Trained, sparse 3D CNNs compiled to small, fast, verified artifacts."""
