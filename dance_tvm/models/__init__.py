@@ -1,0 +1,105 @@
+"""The networks this project compiles, in plain PyTorch: created by name, weights seeded or from public checkpoints."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dance_tvm.errors import DanceError
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """How to build one network: ``factory`` is ``module:function``, called with ``num_classes`` and further options.
+
+    ``input_shape`` is one sample without the batch axis: (C, T, H, W) for clips, (T, H, W, C) for TransNetV2.
+    """
+
+    factory: str
+    input_shape: tuple[int, ...]
+    description: str
+    num_classes: int = 400
+    dtype: torch.dtype = torch.float32
+
+
+_REGISTRY: dict[str, ModelEntry] = {
+    "c3d": ModelEntry("dance_tvm.models.c3d:C3D", (3, 16, 112, 112), "C3D, eight 3x3x3 convolutions", 487),
+    "c3d-mini": ModelEntry("dance_tvm.models.c3d:C3DMini", (1, 16, 32, 32), "C3D's plan at a tenth of its width", 10),
+}
+
+
+def register(name: str, entry: ModelEntry) -> None:
+    """Add a network to the zoo, or replace one."""
+    _REGISTRY[name] = entry
+
+
+def names() -> list[str]:
+    """The names that ``create`` takes."""
+    return sorted(_REGISTRY)
+
+
+def entry(name: str) -> ModelEntry:
+    """The registry's entry for ``name``. Raises DanceError, suggesting the nearest name, where there is none."""
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(name, _REGISTRY, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names())}."
+        raise DanceError(f"There is no network called {name!r}: {hint}")
+    return _REGISTRY[name]
+
+
+def create(name: str, *, num_classes: int | None = None, seed: int = 0, **options: Any) -> nn.Module:
+    """A network in evaluation mode whose weights depend on ``seed`` alone.
+
+    ``num_classes`` defaults to the published network's; ``options`` go to the network's constructor.
+    Raises DanceError for an unknown name.
+    """
+    found = entry(name)
+    module, function = found.factory.split(":")
+    factory: Callable[..., nn.Module] = getattr(importlib.import_module(module), function)
+    classes = found.num_classes if num_classes is None else num_classes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return factory(num_classes=classes, **options).eval()
+
+
+def example_inputs(name: str, *, batch: int = 1, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Random input of the right shape and dtype: normal floats, or bytes 0..255 where the network takes pixels."""
+    found = entry(name)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, *found.input_shape)
+    if found.dtype == torch.uint8:
+        return (torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),)
+    return (torch.randn(shape, generator=generator),)
+
+
+def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Load ``state``, whose names may be ours or those of a public checkpoint of the same network.
+
+    Raises DanceError that lists missing and unexpected tensors, or tensors of another shape.
+    """
+    from dance_tvm.models.checkpoints import rename
+
+    own = model.state_dict()
+    state = rename(model, state)
+    # BatchNorm's step counter never enters inference and older checkpoints lack it.
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    wrong = [
+        f"{key} is {tuple(value.shape)}, not {tuple(own[key].shape)}"
+        for key, value in state.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    problems = [
+        f"{kind}: {', '.join(keys[:6])}{f' and {len(keys) - 6} more' if len(keys) > 6 else ''}"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
+        if keys
+    ]
+    if problems:
+        raise DanceError(f"The weights do not fit {type(model).__name__}: {'; '.join(problems)}.")
+    model.load_state_dict(dict(state), strict=False)
