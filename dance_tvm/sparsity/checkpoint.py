@@ -1,0 +1,140 @@
+"""Checkpoints that survive a kill: one safetensors file, its JSON in the header, written beside and renamed.
+
+Tensors and JSON share one file so that no kill can leave one without the other. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from dance_tvm.errors import DanceError
+
+_HEADER_KEY = "dance_tvm"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes beside `path`, syncs and renames, so that a reader sees the old file or the new one, never a part.
+
+    Raises DanceError when the disk refuses; the file that was there stays as it was.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        kept = f"; the last good {path.name} is intact" if path.exists() else ""
+        raise DanceError(
+            f"could not write {path}: {error.strerror or error}; free some space and resume{kept}"
+        ) from error
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Writes `tensors` and the JSON-serialisable `about` into one safetensors file, atomically."""
+    owned = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(owned, metadata={_HEADER_KEY: json.dumps(about, sort_keys=True)}))
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `write_checkpoint` wrote: (tensors, about).
+
+    Raises DanceError when the file is missing, torn, or was not written by this package.
+    """
+    if not path.is_file():
+        raise DanceError(
+            f"{path} is missing: name a folder that a training run has written to, or train without --resume"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER_KEY)
+        if header is None:
+            raise DanceError(f"{path} is not a checkpoint of dance_tvm: its header carries no {_HEADER_KEY!r} entry")
+        return load_file(path), json.loads(header)
+    except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
+        raise DanceError(f"{path} is not a readable checkpoint ({error}); train anew or name another file") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The network's own weights from a checkpoint, or from any plain safetensors file (names as in its state_dict)."""
+    if not path.is_file():
+        raise DanceError(f"the weights file {path} is missing; name an existing .safetensors file")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DanceError(
+            f"{path} is not a safetensors file ({error}); convert the weights to safetensors first"
+        ) from error
+    ours = {name.removeprefix("network/"): tensor for name, tensor in tensors.items() if name.startswith("network/")}
+    return ours or tensors
+
+
+def load_weights(
+    network: nn.Module, weights: Mapping[str, Tensor], origin: Path | str, *, partial: bool = False
+) -> list[str]:
+    """Loads `weights` into `network`, or says in one sentence why they belong to another one.
+
+    With `partial`, names that only one side has are left alone (a method added or dropped its own parameters), but
+    at least half of the network's tensors must be found. Returns the names of the network that were left alone.
+    """
+    own = network.state_dict()
+    wrong = [name for name, tensor in weights.items() if name in own and own[name].shape != tensor.shape]
+    if wrong:
+        name = wrong[0]
+        raise DanceError(
+            f"{origin} belongs to another network: {name} has shape {tuple(weights[name].shape)} there and "
+            f"{tuple(own[name].shape)} here; choose the same --model, --data and method options"
+        )
+    missing = [name for name in own if name not in weights]
+    unknown = [name for name in weights if name not in own]
+    if partial and 2 * len(missing) < len(own):
+        unknown = []
+    elif missing or unknown:
+        example = (missing or unknown)[0]
+        raise DanceError(
+            f"{origin} belongs to another network: {len(missing)} tensors are missing and {len(unknown)} unknown "
+            f"(for example {example}); choose the same --model and --method"
+        )
+    network.load_state_dict({name: weights.get(name, own[name]) for name in own})
+    return missing
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's per-parameter state as named tensors: `<parameter index>/<entry>`."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}/{entry}": value if isinstance(value, Tensor) else torch.tensor(float(value))
+        for index, entries in state.items()
+        for entry, value in entries.items()
+        if value is not None
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what `optimizer_tensors` gave; parameter groups keep the settings they were made with."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, entry = name.split("/", 1)
+        state.setdefault(int(index), {})[entry] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")}

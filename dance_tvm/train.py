@@ -1,0 +1,134 @@
+"""python -m dance_tvm.train: train a network so that work can be left out, by the method of one of the papers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dance_tvm.errors import DanceError
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    method: Annotated[str, typer.Option(help="dense, ava, aap, kgs or dstep")] = "aap",
+    model: Annotated[str, typer.Option(help="a network of dance_tvm.models")] = "c3d-mini",
+    data: Annotated[
+        str, typer.Option(help="motion-digits, ucf101:FOLDER, hmdb51:FOLDER, transnet:VIDEO+VIDEO")
+    ] = "motion-digits",
+    out: Annotated[Path, typer.Option(help="folder for checkpoint, curves, model and card")] = Path("trained"),
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="clips a step, in each process")] = 32,
+    lr: Annotated[float, typer.Option(min=0)] = 1e-3,
+    optimizer: Annotated[str, typer.Option(help="adam or sgd")] = "adam",
+    init: Annotated[
+        Path | None, typer.Option(help="weights to start from: model.safetensors of an earlier run")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's")] = None,
+    amp: Annotated[bool, typer.Option(help="mixed precision on a GPU")] = True,
+    target_macs: Annotated[
+        str | None, typer.Option(help="aap: share of the dense MACs (0.5, 50%) or a count (120M)")
+    ] = None,
+    algorithm: Annotated[str | None, typer.Option(help="kgs: heuristic, lasso or reweighted")] = None,
+    scheme: Annotated[str | None, typer.Option(help="kgs: filter, vanilla or kgs")] = None,
+    rate: Annotated[float | None, typer.Option(help="kgs: how many times fewer MACs")] = None,
+    target_flops: Annotated[float | None, typer.Option(help="dstep: share of the dense FLOPs, 0 to 1")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="a further option of the method, NAME=VALUE")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the card as JSON and nothing else")] = False,
+) -> None:
+    """Trains and leaves model.safetensors, card.json, curves.csv and a checkpoint in --out."""
+    named = {
+        "target_macs": target_macs,
+        "algorithm": algorithm,
+        "scheme": scheme,
+        "rate": rate,
+        "target_flops": target_flops,
+    }
+    console = Console(stderr=True)
+    try:
+        options = {name: value for name, value in named.items() if value is not None} | _parsed(option or [])
+        result = run(
+            method=method, model=model, data=data, out=out, epochs=epochs, batch=batch, lr=lr, optimizer=optimizer,
+            init=init, resume=resume, seed=seed, threads=threads, amp=amp, options=options,
+            console=None if as_json else console,
+        )  # fmt: skip
+    except DanceError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(2) from None
+    if as_json:
+        print(json.dumps(result.card))
+    else:
+        Console().print(_table(result.metrics, result.folder))
+
+
+def run(
+    *,
+    method: str,
+    model: str,
+    data: str,
+    out: Path,
+    options: dict[str, Any] | None = None,
+    init: Path | None = None,
+    resume: bool = False,
+    threads: int | None = None,
+    seed: int = 0,
+    console: Console | None = None,
+    **settings: Any,
+) -> Any:
+    """What the command does; returns `dance_tvm.sparsity.training.Result`. Raises DanceError for bad input."""
+    from dance_tvm import models
+    from dance_tvm.sparsity import training
+    from dance_tvm.sparsity.data import load_data
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen = training.Settings(
+        method=method, model=model, data=data, options=options or {}, seed=seed,
+        init=str(init) if init else None, **settings,
+    )  # fmt: skip
+    training.create_method(method, chosen.options)  # a wrong option is told before the clips are read
+    splits = load_data(data, model=model, seed=seed)
+    if splits.task == "distillation":
+        network = models.create(model, seed=seed)
+        task: training.Task = training.Distillation(models.create(model, seed=seed))
+    else:
+        classes, channels = len(splits.train.classes), splits.train.shape[0]
+        given = {} if channels == models.entry(model).input_shape[0] else {"in_channels": channels}
+        network = models.create(model, num_classes=classes, seed=seed, **given)
+        task = training.Classification()
+    return training.train(chosen, network, splits, out, resume=resume, task=task, console=console)
+
+
+def _parsed(pairs: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise DanceError(f"--set {pair} is not of the form NAME=VALUE")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
+def _table(metrics: dict[str, float], folder: Path) -> Table:
+    table = Table("figure", "value", title=f"best epoch, written to {folder}")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.6g}")
+    return table
+
+
+if __name__ == "__main__":
+    app()
