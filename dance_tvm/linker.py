@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dance_tvm.errors import DanceError
+from dance_tvm.target import Target
 
 LINK_TIMEOUT_S = 300
 
@@ -26,18 +27,13 @@ PAGE_SIZE = 16384
 
 _EMULATION = {"x86_64": "elf_x86_64", "aarch64": "aarch64linux", "arm64": "aarch64linux"}
 
-# A library must name whom it needs where the loader does not search already loaded libraries (Android does not).
-# The compiled kernels call TVM's error function and libm; both names are those that the running system has loaded.
-_NEEDED_ANDROID = ("libtvm_ffi.so", "libm.so", "libc.so")
-_NEEDED_LINUX = ("libtvm_ffi.so", "libm.so.6", "libc.so.6")
 
-
-def target_triple(target: Any) -> str:
+def target_triple(target: Target) -> str:
     """The LLVM triple of the code that runs on the target's CPU: its `mtriple`, else this machine's.
 
-    `target` is a `dance_tvm.target.Target`; for a GPU target the triple is that of its `host` part.
+    For a GPU target the triple is that of its `host` part.
     """
-    for part in (target.tvm, target.tvm.get("host"), getattr(target, "host", None)):
+    for part in (target.tvm, target.tvm.get("host"), target.host):
         if isinstance(part, dict) and part.get("mtriple"):
             return str(part["mtriple"])
     return host_triple()
@@ -55,31 +51,39 @@ def lld_command() -> list[str]:
     return [sys.executable, "-m", "ziglang", "ld.lld"]
 
 
-def link_shared(output: str | Path, objects: Sequence[str | Path], triple: str) -> None:
+def link_shared(
+    output: str | Path,
+    objects: Sequence[str | Path],
+    triple: str,
+    needed: Sequence[str] = (),
+    page_size: int = PAGE_SIZE,
+) -> None:
     """Link object files into the shared library `output` for `triple`, e.g. `aarch64-linux-android`.
 
+    `needed` are the sonames that the device's loader must bring in (DT_NEEDED); `page_size` is in bytes.
     Raises DanceError where the architecture is unknown, no linker is there, or linking fails.
     """
     ndk = os.environ.get("TVM_NDK_CC")
-    objects = [str(path) for path in objects]
+    inputs = [str(path) for path in objects]
     if ndk and "android" in triple:
-        flags = ["-shared", "-fPIC", "-lm", "-s", "-Wl,--build-id=none", f"-Wl,-z,max-page-size={PAGE_SIZE}"]
-        _run([*shlex.split(ndk), "-o", str(output), *objects, *flags], tool="TVM_NDK_CC")
+        flags = ["-shared", "-fPIC", "-lm", "-s", "-Wl,--build-id=none", f"-Wl,-z,max-page-size={page_size}"]
+        _run([*shlex.split(ndk), "-o", str(output), *inputs, *flags], tool="TVM_NDK_CC")
         return
-    with tempfile.TemporaryDirectory(prefix="dance_tvm_link_") as stubs:
+    with tempfile.TemporaryDirectory(prefix="dance_tvm_link_") as folder:
         linker = [*lld_command(), "-m", _emulation(triple)]
-        needed = _stub_libraries(linker, Path(stubs), _NEEDED_ANDROID if "android" in triple else _NEEDED_LINUX)
-        flags = ["-shared", "--strip-all", "--build-id=none", "--hash-style=both", "-z", f"max-page-size={PAGE_SIZE}"]
-        _run([*linker, *flags, "-o", str(output), *objects, *needed], tool="lld")
+        stubs = _stub_libraries(linker, Path(folder), needed)
+        flags = ["-shared", "--strip-all", "--build-id=none", "--hash-style=both", "-z", f"max-page-size={page_size}"]
+        _run([*linker, *flags, "-o", str(output), *inputs, *stubs], tool="lld")
 
 
-def shared_library_linker(target: Any):
-    """An `fcompile` for TVM's `export_library` that links for `target` (a `dance_tvm.target.Target`)."""
+def shared_library_linker(target: Target) -> Any:
+    """An `fcompile` for TVM's `export_library` that links for `target` by its `link` facts."""
     triple = target_triple(target)
 
     def link(output: str, objects: list[str] | str, options: Any = None, **_unused: Any) -> None:
         del options  # compiler flags of TVM's default fcompile: there is no compiler here
-        link_shared(output, [objects] if isinstance(objects, str) else objects, triple)
+        inputs = [objects] if isinstance(objects, str) else objects
+        link_shared(output, inputs, triple, target.link.needed, target.link.page_size)
 
     link.output_format = "so"  # type: ignore[attr-defined]
     link.object_format = "o"  # type: ignore[attr-defined]
@@ -95,7 +99,10 @@ def _emulation(triple: str) -> str:
 
 
 def _stub_libraries(linker: list[str], folder: Path, names: Sequence[str]) -> list[str]:
-    """Empty libraries that carry only a name, so that the linked library names them as needed."""
+    """Empty libraries that carry only a name: linked against, they become DT_NEEDED entries.
+
+    Android's loader looks for symbols in the named libraries alone, never in those already loaded.
+    """
     nothing = folder / "nothing.ld"
     nothing.write_text("")
     paths = [str(folder / name) for name in names]
