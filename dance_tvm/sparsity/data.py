@@ -142,12 +142,12 @@ class MotionDigits:
         _, frames, size, _ = self.shape
         start, stop = _moving_frames(random, frames, difficulty)
         paths = _paths(MOTIONS[self.label(index)], random, frames, start, stop, difficulty)
-        contrast = 1 - 0.6 * difficulty * random.uniform(0.5, 1)
+        contrast = 1 - 0.8 * difficulty * random.uniform(0.5, 1)
         clip = contrast * _draw(self._pick(random), size, paths)
         for _ in range(round(3 * difficulty * random.uniform())):
-            bystander = _still_path(random, frames, scale=random.uniform(0.22, 0.32))
-            clip = np.maximum(clip, contrast * random.uniform(0.5, 1) * _draw(self._pick(random), size, bystander))
-        clip += random.normal(0, 0.12 * difficulty * random.uniform(), clip.shape)
+            bystander = _still_path(random, frames, scale=random.uniform(0.22, 0.36))
+            clip = np.maximum(clip, contrast * random.uniform(0.5, 1.2) * _draw(self._pick(random), size, bystander))
+        clip += random.normal(0, 0.16 * difficulty * random.uniform(0.3, 1), clip.shape)
         return np.asarray(255 * clip.clip(0, 1), np.uint8)[None]
 
     def _pick(self, random: np.random.Generator) -> np.ndarray:
@@ -175,8 +175,8 @@ class _Paths(NamedTuple):
 
 
 def _moving_frames(random: np.random.Generator, frames: int, difficulty: float) -> tuple[int, int]:
-    """First and last-but-one frame of the motion: all of an easy clip, half of a hard one, with pauses around it."""
-    length = max(frames // 2, round(frames * (1 - 0.5 * difficulty * random.uniform())))
+    """First frame of the motion and the one after its last: a hard clip rests for up to two thirds of its frames."""
+    length = max(frames // 3, round(frames * (1 - 0.67 * difficulty * random.uniform(0.3, 1))))
     start = int(random.integers(frames - length + 1))
     return start, start + length
 
@@ -190,10 +190,10 @@ def _still_path(random: np.random.Generator, frames: int, scale: float) -> _Path
 
 def _paths(motion: str, random: np.random.Generator, frames: int, start: int, stop: int, difficulty: float) -> _Paths:
     """The moving digit's pose in each frame; outside [start, stop) it rests."""
-    scale = 0.5 - 0.2 * difficulty * random.uniform(0.5, 1)
+    scale = 0.5 - 0.26 * difficulty * random.uniform(0.5, 1)
     pose = _still_path(random, frames, scale)
     phase = np.clip((np.arange(frames) - start) / max(1, stop - 1 - start), 0, 1)
-    room = 1 - scale
+    room = (1 - scale) * (1 - 0.5 * difficulty * random.uniform())  # how far a hard clip's digit goes
     direction = random.uniform(0, 2 * math.pi)
     match motion:
         case "slide":
@@ -204,7 +204,7 @@ def _paths(motion: str, random: np.random.Generator, frames: int, start: int, st
             height = np.abs(np.sin(math.pi * hops * phase))
             return pose._replace(y=room - 2 * room * random.uniform(0.6, 1) * height)
         case "rotate left" | "rotate right":
-            turn = random.uniform(0.75, 1.5) * 2 * math.pi * phase
+            turn = (random.uniform(0.75, 1.5) - 0.5 * difficulty) * 2 * math.pi * phase
             return pose._replace(angle=pose.angle + (turn if motion == "rotate left" else -turn))
         case "pulse":
             beats = random.integers(1, 3)
