@@ -31,6 +31,13 @@ class ModelEntry:
 _REGISTRY: dict[str, ModelEntry] = {
     "c3d": ModelEntry("dance_tvm.models.c3d:C3D", (3, 16, 112, 112), "C3D, eight 3x3x3 convolutions", 487),
     "c3d-mini": ModelEntry("dance_tvm.models.c3d:C3DMini", (1, 16, 32, 32), "C3D's plan at a tenth of its width", 10),
+    "r2plus1d-18": ModelEntry(
+        "dance_tvm.models.r2plus1d:r2plus1d_18", (3, 16, 112, 112), "R(2+1)D-18, residual, 1x3x3 then 3x1x1"
+    ),
+    "r2plus1d-mini": ModelEntry(
+        "dance_tvm.models.r2plus1d:r2plus1d_mini", (1, 16, 32, 32), "R(2+1)D with one narrow block a stage", 10
+    ),
+    "s3d": ModelEntry("dance_tvm.models.s3d:S3D", (3, 16, 112, 112), "S3D, separable Inception"),
 }
 
 

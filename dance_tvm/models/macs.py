@@ -1,0 +1,74 @@
+"""Exact multiply-accumulate counts of a network, layer by layer, without running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class LayerMacs:
+    """One layer's dense count: every tap of every output, also the taps that fall on padding, as papers count.
+
+    ``output_shape`` is () for a module whose products are functional calls (a matmul in ``forward``).
+    """
+
+    name: str
+    kind: str
+    macs: int
+    output_shape: tuple[int, ...]
+
+
+def count_layers(model: nn.Module, *inputs: torch.Tensor) -> list[LayerMacs]:
+    """The layers of ``model`` that multiply matrices, in the order they run, with their counts for ``inputs``.
+
+    Convolutions (transposed too), linear layers and functional matrix products count; additions, norms and
+    activations do not. Works on shapes alone: nothing is computed, and ``model`` is left as it is.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    modules = dict(model.named_modules())
+    hooks = [module.register_forward_hook(_note_shape(name, shapes)) for name, module in modules.items()]
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    on_meta = {name: tensor.to("meta") for name, tensor in state.items()}
+    was_training = model.training
+    try:
+        with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
+            torch.func.functional_call(model.eval(), on_meta, tuple(x.to("meta") for x in inputs))
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    # A multiply-accumulate is two operations in the counter.
+    totals = {
+        key.partition(".")[2]: sum(operations.values()) // 2
+        for key, operations in counter.get_flop_counts().items()
+        if key != "Global"
+    }
+    layers = []
+    for name, shape in shapes.items():
+        inner = _outermost([child for child in totals if child != name and (not name or child.startswith(f"{name}."))])
+        own = totals.get(name, 0) - sum(totals.get(child, 0) for child in inner)
+        if own:
+            kind = type(modules[name]).__name__
+            layers.append(LayerMacs(name, kind, own, shape if not inner else ()))
+    return layers
+
+
+def _outermost(names: list[str]) -> list[str]:
+    """Those of ``names`` that no other holds: a module may call a grandchild past the child between them."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def count(model: nn.Module, *inputs: torch.Tensor) -> int:
+    """Multiply-accumulates of one call of ``model`` on ``inputs``."""
+    return sum(layer.macs for layer in count_layers(model, *inputs))
+
+
+def _note_shape(name: str, shapes: dict[str, tuple[int, ...]]):  # type: ignore[no-untyped-def]
+    def note(module: nn.Module, inputs: object, output: object) -> None:
+        shapes[name] = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
+
+    return note
