@@ -18,6 +18,26 @@ CGROUP = Path("/sys/fs/cgroup")
 # Processors whose 512-bit multiply-adds issue once a cycle (two 256-bit halves); other AVX-512 servers issue two.
 ONE_WIDE_FMA = {"znver4"}
 
+# Instruction sets that generated code may use, as LLVM names them and as Linux lists them in /proc/cpuinfo.
+FEATURES = {
+    "avx": "avx",
+    "avx2": "avx2",
+    "fma": "fma",
+    "f16c": "f16c",
+    "bmi2": "bmi2",
+    "avx512f": "avx512f",
+    "avx512bw": "avx512bw",
+    "avx512dq": "avx512dq",
+    "avx512vl": "avx512vl",
+    "avx512vnni": "avx512_vnni",
+    "avx512bf16": "avx512_bf16",
+    "fullfp16": "asimdhp",
+    "dotprod": "asimddp",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+    "lse": "atomics",
+}
+
 
 def detect() -> dict[str, Any]:
     """The fields of a Target that describe this machine; raises DanceError on an architecture without kernels."""
@@ -51,8 +71,22 @@ def available_cores() -> int:
     return cores
 
 
+def cpu_flags() -> set[str]:
+    """Instruction sets of this processor as Linux lists them; empty where it does not."""
+    return set((_cpuinfo("flags") or _cpuinfo("Features")).split())
+
+
+def needed_flags(target: Any) -> list[str]:
+    """Instruction sets, named as Linux does, that code for a TVM target on LLVM may use."""
+    from tvm.target import codegen
+
+    cpu = target.host if target.kind.name != "llvm" else target
+    have = {str(feature) for feature in codegen.llvm_get_cpu_features(cpu)}
+    return sorted(flag for feature, flag in FEATURES.items() if feature in have)
+
+
 def _x86() -> dict[str, Any]:
-    flags = set(_cpuinfo("flags").split())
+    flags = cpu_flags()
     mcpu = _llvm_cpu()
     if "avx512f" in flags:
         level, floats, registers, rate = (

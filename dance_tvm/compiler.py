@@ -1,0 +1,285 @@
+"""From a trained network to a verified artifact: import, lower, compile, link, check, write."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm.target import codegen
+
+from dance_tvm.artifact import Artifact, BuiltFor, Check, Manifest, Tensor, require_writable, write_artifact
+from dance_tvm.errors import DanceError
+from dance_tvm.host import needed_flags
+from dance_tvm.linker import shared_library_linker
+from dance_tvm.target import Target, load_target
+from dance_tvm.transform.pipeline import Lowered, Options, lower
+from dance_tvm.weights import place_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from dance_tvm.frontend import Imported
+
+# Largest difference allowed between the built network and its source, relative to the largest value of the output
+# (at least 1, so that probabilities are held to it absolutely).
+TOLERANCE = 1e-4
+
+# Multiply-accumulates that an emulated processor does in a few seconds; larger networks are checked there on request.
+EMULATED_MACS = 2_000_000_000
+
+_VERSIONS = ("dance-tvm", "apache-tvm", "apache-tvm-ffi", "torch")
+
+
+@dataclass(frozen=True)
+class Built:
+    """An artifact and what it cost: seconds by phase and the largest resident memory of this process in bytes."""
+
+    artifact: Artifact
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+
+
+@dataclass
+class _Clock:
+    """Tells the listener of each phase and keeps its seconds."""
+
+    listener: Callable[[str], None] | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    _phase: str = ""
+    _since: float = 0.0
+
+    def start(self, phase: str) -> None:
+        now = time.perf_counter()
+        if self._phase:
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+        if self.listener and phase:
+            self.listener(phase)
+
+
+def build_network(
+    model: str | Path | torch.nn.Module | torch.export.ExportedProgram,
+    out: str | Path,
+    *,
+    target: str | Path | Target = "host",
+    weights: str | Path | None = None,
+    example_inputs: tuple[torch.Tensor, ...] | None = None,
+    threads: int | None = None,
+    check: bool | None = None,
+    options: Options | None = None,
+    debug_dump: str | Path | None = None,
+    on_phase: Callable[[str], None] | None = None,
+) -> Built:
+    """Compile ``model`` for ``target`` into the artifact folder ``out``.
+
+    ``model`` is a name of the zoo, a ``.pt2`` or ``.onnx`` file, or a network in memory (with ``example_inputs``).
+    ``check`` runs the built network against its source, on this machine or on the emulated device; None does so
+    unless that would take long. Raises DanceError for bad input, with nothing left behind.
+    """
+    machine = target if isinstance(target, Target) else load_target(target)
+    chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
+    chosen = replace(chosen, debug_dump=_dump_folder(debug_dump)) if debug_dump else chosen
+    require_writable(out)  # told before any work is done
+    clock = _Clock(on_phase)
+
+    clock.start("import")
+    imported = _import(model, weights, example_inputs)
+    _dump(chosen.debug_dump, "00-imported", imported.mod)
+    lowered = lower(imported.mod, machine, chosen, clock.start)
+    clock.start("compile")
+    executable, parameters, storage = _compile(lowered, machine, chosen)
+    clock.start("link")
+    manifest = _manifest(imported, lowered, machine, chosen)
+    manifest.memory_peak_bytes = storage + sum(array.nbytes for array in parameters.values())
+
+    def check_there(artifact: Artifact) -> Check:
+        clock.start("check")
+        return check_artifact(artifact, imported, insist=check is True)
+
+    linker = shared_library_linker(machine)
+    artifact = write_artifact(
+        out,
+        lambda path: executable.export_library(str(path), fcompile=linker),
+        parameters,
+        manifest,
+        check_there if check is not False else None,
+    )
+    clock.start("")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Built(artifact, clock.seconds, peak)
+
+
+def check_artifact(artifact: Artifact, imported: Imported, *, insist: bool = False) -> Check:
+    """Run the artifact where its code runs, and its source here, on the same random input.
+
+    Raises DanceError if they differ; a device that is not there is recorded, not raised, unless ``insist``.
+    """
+    from dance_tvm.device import open_device
+
+    spec, reason = _device_for(artifact.manifest, insist)
+    if not spec:
+        return Check(status="not run", reason=reason)
+    inputs = random_inputs(artifact.manifest.inputs)
+    try:
+        with open_device(spec) as device:
+            found = device.load(artifact).run(inputs)
+    except DanceError as error:
+        if insist or spec == "local":
+            raise
+        return Check(status="not run", device=spec, reason=str(error))
+    return _compare(artifact.manifest, found, imported.reference(inputs), spec)
+
+
+def random_inputs(specs: list[Tensor], seed: int = 0) -> dict[str, np.ndarray]:
+    """Input of the right shapes and types, the same for the same seed: normal floats, bytes, small integers."""
+    generator = np.random.default_rng(seed)
+    return {spec.name: _random(generator, spec) for spec in specs}
+
+
+def _random(generator: np.random.Generator, spec: Tensor) -> np.ndarray:
+    dtype = np.dtype(spec.dtype)
+    if dtype.kind == "f":
+        return generator.standard_normal(spec.shape, dtype=np.float32).astype(dtype)
+    top = {"b": 2, "u": 256}.get(dtype.kind, 10)
+    return generator.integers(0, top, spec.shape).astype(dtype)
+
+
+def _import(model: Any, weights: str | Path | None, example_inputs: Any) -> Imported:
+    from dance_tvm.frontend import import_model
+
+    return import_model(model, weights=weights, example_inputs=example_inputs)
+
+
+def _compile(
+    lowered: Lowered, machine: Target, options: Options
+) -> tuple[relax.VMExecutable, dict[str, np.ndarray], int]:
+    """The executable, the weights that stay outside of it, and the bytes of its planned activations."""
+    mod, parameters = place_weights(lowered.mod, lowered.weights)
+    target = machine.tvm_target(options.threads)
+    planned: list[tvm.IRModule] = []
+    base = relax.get_default_pipeline(target) if "gpu" in target.keys else relax.get_pipeline("default_build")
+
+    @tvm.transform.module_pass(opt_level=0, name="PlanAndRemember")
+    def pipeline(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
+        planned.append(base(module))
+        return planned[-1]
+
+    executable = relax.build(mod, target, relax_pipeline=pipeline)
+    _dump(options.debug_dump, "99-planned", planned[0])
+    return executable, parameters, _planned_storage(planned[0])
+
+
+def _planned_storage(mod: tvm.IRModule) -> int:
+    """Bytes of all storages of static size that ``main`` allocates."""
+    total = 0
+
+    def visit(node: Any) -> None:
+        nonlocal total
+        if isinstance(node, relax.Call) and getattr(node.op, "name", "") == "relax.vm.alloc_storage":
+            sizes = node.args[1]
+            if isinstance(sizes, relax.ShapeExpr):
+                with suppress(TypeError):  # a symbolic size is not known before the call
+                    total += int(np.prod([int(size) for size in sizes.values]))
+
+    relax.analysis.post_order_visit(mod["main"], visit)
+    return total
+
+
+def _manifest(imported: Imported, lowered: Lowered, machine: Target, options: Options) -> Manifest:
+    target = machine.tvm_target(options.threads)
+    chosen = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}
+    return Manifest(
+        name=imported.name,
+        source_sha256=imported.source_sha256,
+        inputs=[_tensor(spec) for spec in imported.inputs],
+        outputs=[_tensor(spec) for spec in imported.outputs],
+        target=BuiltFor(
+            name=machine.name,
+            machine=machine.link.machine,
+            tuning_log=machine.tuning_log,
+            fingerprint=machine.fingerprint,
+            tvm=machine.tvm,
+            host=machine.host,
+            threads=options.threads,
+            cpu_features=needed_flags(target),
+        ),
+        options=chosen,
+        versions={**_versions(), "llvm": str(codegen.llvm_version_major())},
+        layers=lowered.layers,
+        memory_peak_bytes=0,
+        check=Check(status="not run", reason="not asked for"),
+    )
+
+
+def _tensor(spec: Any) -> Tensor:
+    return Tensor(name=spec.name, shape=list(spec.shape), dtype=str(spec.dtype), meaning=spec.meaning)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _VERSIONS:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"  # run from a source tree that was never installed
+    return found
+
+
+def _device_for(manifest: Manifest, insist: bool) -> tuple[str, str]:
+    """Where to check: a device's name and nothing, or nothing and the reason."""
+    target = manifest.target
+    kind = target.tvm["kind"]
+    if kind != "llvm":
+        return "", f"no device here runs {kind} code"
+    if target.machine == platform.machine() and not target.tvm.get("mtriple", "").endswith("android"):
+        return "local", ""
+    if target.machine != "aarch64":
+        return "", f"no device here runs {target.machine} code"
+    if manifest.macs > EMULATED_MACS and not insist:
+        return "", f"{manifest.macs / 1e9:.1f} G multiply-accumulates take long on an emulated device: give --check"
+    return "emulator", ""
+
+
+def _compare(manifest: Manifest, found: dict[str, np.ndarray], expected: dict[str, np.ndarray], device: str) -> Check:
+    worst, allowed = 0.0, TOLERANCE
+    for name, want in expected.items():
+        got = np.asarray(found[name], dtype=np.float64)
+        want = np.asarray(want, dtype=np.float64)
+        bound = TOLERANCE * max(1.0, float(np.abs(want).max(initial=0.0)))
+        difference = float(np.abs(got - want).max(initial=0.0)) if got.shape == want.shape else float("inf")
+        if not difference <= bound:  # also where it is not a number
+            raise DanceError(
+                f"{manifest.name} as built for {manifest.target.name} differs from its source: output {name} by "
+                f"{difference:.3g} (allowed {bound:.3g}); nothing was written, --debug-dump DIR shows each phase"
+            )
+        if difference / bound >= worst / allowed:
+            worst, allowed = difference, bound
+    return Check(status="passed", device=device, difference=worst, allowed=allowed)
+
+
+def _dump_folder(folder: str | Path) -> Path:
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DanceError(f"--debug-dump {path} cannot be made: {error.strerror}") from None
+    return path
+
+
+def _dump(folder: Path | None, name: str, mod: tvm.IRModule) -> None:
+    if folder is not None:
+        path = folder / f"{name}.py"
+        beside = path.with_suffix(f".new-{os.getpid()}")
+        beside.write_text(mod.script(show_meta=False), encoding="utf-8")
+        beside.replace(path)
