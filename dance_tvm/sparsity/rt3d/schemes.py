@@ -1,0 +1,92 @@
+"""The three structured sparsity schemes of RT3D (section 3) on weights (M filters, N channels, *kernel).
+
+A *unit* is what a scheme removes as a whole:
+
+    filter    one filter                                          units (M,)
+    vanilla   a kernel group of gm filters by gn channels         units (P, Q)
+    kgs       one tap of a kernel group, in all its kernels       units (P, Q, *kernel)
+
+with P = ceil(M / gm), Q = ceil(N / gn); groups at the edge are smaller where the channels do not divide. A kernel may
+have any number of dimensions: a 2D convolution is depth 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dance_tvm.errors import DanceError
+
+SchemeName = Literal["filter", "vanilla", "kgs"]
+SCHEMES: tuple[SchemeName, ...] = ("filter", "vanilla", "kgs")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A sparsity scheme and its group size; ``filter`` ignores the group."""
+
+    name: SchemeName = "kgs"
+    gm: int = 8
+    gn: int = 4
+
+    def __post_init__(self) -> None:
+        if self.name not in SCHEMES:
+            raise DanceError(f"There is no sparsity scheme called {self.name!r}; choose one of {', '.join(SCHEMES)}.")
+        if self.gm < 1 or self.gn < 1:
+            raise DanceError(f"A kernel group needs at least one filter and one channel, got {self.gm}x{self.gn}.")
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sums of (M, N, *kernel) values over each unit, differentiable."""
+        filters, channels, *kernel = values.shape
+        if self.name == "filter":
+            return values.flatten(1).sum(1)
+        flat = values.reshape(filters, channels, -1)
+        padded = functional.pad(flat, (0, 0, 0, -channels % self.gn, 0, -filters % self.gm))
+        grouped = padded.reshape(-(-filters // self.gm), self.gm, -(-channels // self.gn), self.gn, flat.shape[2])
+        units = grouped.sum((1, 3))
+        return units.sum(2) if self.name == "vanilla" else units.reshape(*units.shape[:2], *kernel)
+
+    def sizes(self, weight: Tensor) -> Tensor:
+        """How many weights each unit holds, int64; edge groups hold fewer."""
+        filters, channels, *kernel = weight.shape
+        if self.name == "filter":
+            return torch.full((filters,), weight[0].numel(), device=weight.device)
+        pairs = torch.outer(_lengths(filters, self.gm), _lengths(channels, self.gn)).to(weight.device)
+        if self.name == "vanilla":
+            return pairs * math.prod(kernel)
+        return pairs.reshape(*pairs.shape, *[1] * len(kernel)).expand(*pairs.shape, *kernel)
+
+    def expand(self, units: Tensor, weight: Tensor) -> Tensor:
+        """The value of each weight's unit, in the shape of ``weight``."""
+        filters, channels, *kernel = weight.shape
+        if self.name == "filter":
+            return units.reshape(filters, *[1] * (weight.dim() - 1)).expand(weight.shape)
+        if self.name == "vanilla":
+            units = units.reshape(*units.shape, *[1] * len(kernel)).expand(*units.shape, *kernel)
+        spread = units.repeat_interleave(self.gm, 0).repeat_interleave(self.gn, 1)
+        return spread[:filters, :channels]
+
+    def norms(self, weight: Tensor, mix: float = 0.0) -> Tensor:
+        """The norm of each unit: l2, l1 or (1 - mix) * l2 + mix * l1 / sqrt(size) between them, differentiable.
+
+        Dividing l1 by the root of the size puts both on one scale: they agree where all weights of a unit are alike.
+        """
+        # The root has no gradient at zero; the floor is far below any weight that matters.
+        l2 = (self.sums(weight.square()) + 1e-20).sqrt()
+        if mix == 0:
+            return l2
+        l1 = self.sums(weight.abs()) / self.sizes(weight).sqrt()
+        return (1 - mix) * l2 + mix * l1
+
+    def __str__(self) -> str:
+        return self.name if self.name == "filter" else f"{self.name} {self.gm}x{self.gn}"
+
+
+def _lengths(size: int, group: int) -> Tensor:
+    """How many of ``size`` members each group really has."""
+    return torch.tensor([min(group, size - start) for start in range(0, size, group)])
