@@ -27,7 +27,7 @@ from dance_tvm.models.layers import seed_weights
 Temporal = Literal["tsn", "tsm", "tsm-online"]
 SHIFT_SHARE = 8  # one channel in eight moves by a frame (TSM, section 4.1)
 
-# TSM's and AdaFuse's releases keep the backbone under base_model, wrap the shifted convolution, and name the head new_fc.
+# TSM's releases keep the backbone under base_model, wrap the shifted convolution, and name the head new_fc.
 _TSM_RELEASE: Rules = (
     (r"base_model\.(layer\d\.\d+\.conv1)\.net\.", r"\1."),
     (r"base_model\.", ""),
@@ -253,7 +253,7 @@ def resnet50(num_classes: int = 400, temporal: Temporal = "tsn", in_channels: in
 def resnet_mini(
     num_classes: int = 8, temporal: Temporal = "tsm-online", in_channels: int = 1, width: int = 16
 ) -> VideoResNet:
-    """ResNet-18's plan with three narrow stages for small clips (8 to 16 frames of 32 to 56 pixels); 0.18 M parameters."""
+    """ResNet-18's plan in three narrow stages, for 8 to 16 frames of 32 to 56 pixels; 0.18 M parameters."""
     return VideoResNet(
         BasicBlock,
         (2, 2, 2),

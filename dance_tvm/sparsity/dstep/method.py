@@ -1,0 +1,163 @@
+"""D-STEP in the training loop: `python -m dance_tvm.train --method dstep --model resnet-mini --target-flops 0.6`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dance_tvm import models
+from dance_tvm.errors import DanceError
+from dance_tvm.models.resnet import VideoResNet
+from dance_tvm.sparsity import checkpoint
+from dance_tvm.sparsity.data import Batch
+from dance_tvm.sparsity.dstep import flops, losses
+from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet
+from dance_tvm.sparsity.dstep.policy import Decision
+from dance_tvm.sparsity.training import Context, Method
+
+
+class DSTEP(Method):
+    """Equation 3: task loss + lambda(e) * (F/F_S - D)^2 + gamma * bound loss, after a warm-up without the second."""
+
+    name = "dstep"
+
+    class Options(Method.Options):
+        """`target_flops` is D, a share of the dense network's FLOPs as equation 2 counts them.
+
+        `warmup_share` of the epochs is K; lambda(e) = alpha * exp(beta * e), where `beta` by default makes the last
+        epoch's weight a hundred times the first's. `relax_share` of the epochs relaxes the bounds. `policy_lr` scales
+        the policies' learning rate. The other options are `DStepOptions`.
+        """
+
+        target_flops: float = Field(default=0.6, gt=0, le=1)
+        warmup_share: float = Field(default=0.2, ge=0, lt=1)
+        alpha: float = Field(default=0.5, ge=0)
+        beta: float | None = None
+        gamma: float = Field(default=1.0, ge=0)
+        relax_share: float = Field(default=0.8, ge=0, le=1)
+        temperature: float = Field(default=0.67, gt=0)
+        policy_lr: float = Field(default=1.0, gt=0)
+        tile: tuple[int, ...] = (4, 2, 2)
+        hidden: int = Field(default=64, ge=1)
+        spatial: bool = True
+        channels: bool = True
+        reuse: bool = True
+
+    options: Options
+
+    def prepare(self, network: nn.Module, context: Context) -> nn.Module:
+        if not isinstance(network, VideoResNet):
+            raise DanceError(
+                f"--method dstep thins residual networks, and {context.model} is none; choose --model resnet-mini, "
+                "resnet18-tsn or another resnet"
+            )
+        chosen = self.options
+        form = DStepOptions(**{name: getattr(chosen, name) for name in DStepOptions.model_fields})
+        thinned = DStepResNet(network, form)
+        thinned.temperature = chosen.temperature
+        self._epochs, self._clip_shape, self._epoch = context.epochs, context.clip_shape, 0
+        self._dense = flops.dense_macs(thinned, context.clip_shape)
+        least = 1 - (sum(self._dense.first) + sum(self._dense.second)) / self._dense.total
+        if chosen.target_flops < least:
+            raise DanceError(
+                f"--target-flops {chosen.target_flops:g} is out of reach: {least:.2f} of {context.model}'s FLOPs lie "
+                "outside the layers that D-STEP thins; choose more"
+            )
+        self._decisions: list[Decision] = []
+        thinned.watch(self._decisions)
+        return thinned
+
+    def parameters(self, network: nn.Module) -> Iterable[Any]:
+        assert isinstance(network, DStepResNet)
+        policies = list(network.policies.parameters())
+        theirs = {id(parameter) for parameter in policies}
+        rest = [parameter for parameter in network.parameters() if id(parameter) not in theirs]
+        return [{"params": rest}, {"params": policies, "lr_scale": self.options.policy_lr, "weight_decay": 0.0}]
+
+    def epoch_started(self, network: nn.Module, epoch: int) -> None:
+        self._epoch = epoch
+        self._decisions.clear()
+
+    def losses(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        chosen, count, decisions = self.options, len(batch.clips), self._taken()
+        share = flops.network_share(self._dense, [flops.paper_shares(one, count) for one in decisions])
+        weight = losses.sparsity_weight(
+            self._epoch, chosen.warmup_share * self._epochs, chosen.alpha, self._beta(chosen.beta)
+        )
+        terms = {"sparsity": weight * losses.sparsity_loss(share, chosen.target_flops)}
+        if chosen.spatial:
+            bounds = losses.density_bounds(self._epoch, chosen.relax_share * self._epochs, chosen.target_flops)
+            terms["bound"] = chosen.gamma * losses.bound_loss([flops.density(one, count) for one in decisions], bounds)
+        return terms
+
+    def evaluate(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        count, decisions = len(batch.clips), self._taken()
+        values = {
+            "flops": flops.network_share(self._dense, [flops.paper_shares(one, count) for one in decisions]),
+            "needed": flops.network_share(self._dense, [flops.needed_shares(one, count) for one in decisions]),
+            "tiles": torch.stack([flops.density(one, count) for one in decisions]).mean(0),
+        }
+        return values | _channel_shares(decisions, count)
+
+    def acceptable(self, metrics: Mapping[str, float]) -> bool:
+        return metrics["flops"] <= self.options.target_flops + 0.02
+
+    def finished(self, network: nn.Module) -> nn.Module:
+        assert isinstance(network, DStepResNet)
+        network.watch(None)
+        return network
+
+    def card(self, network: nn.Module) -> dict[str, Any]:
+        spatial, temporal = flops.policy_macs(network, self._clip_shape)  # type: ignore[arg-type]
+        assert isinstance(network, DStepResNet)
+        return {
+            "dstep": network.options.model_dump(mode="json"),
+            "target_flops": self.options.target_flops,
+            "dense_macs": self._dense.total,
+            "policy_macs": {"spatial": spatial, "temporal": temporal},
+        }
+
+    def _beta(self, given: float | None) -> float:
+        return math.log(100) / max(1, self._epochs - 1) if given is None else given
+
+    def _taken(self) -> list[Decision]:
+        """The decisions of the pass that just ended, one a block."""
+        taken = list(self._decisions)
+        self._decisions.clear()
+        return taken
+
+
+def _channel_shares(decisions: list[Decision], count: int) -> dict[str, Tensor]:
+    """Shares of channels computed and reused, for each clip (N,), averaged over blocks and frames."""
+    computed = [one.compute.flatten(1).unflatten(0, (-1, count)).mean((0, 2)) for one in decisions]
+    reused = [one.reuse.flatten(1).unflatten(0, (-1, count)).mean((0, 2)) for one in decisions if one.reuse is not None]
+    shares = {"compute": torch.stack(computed).mean(0)}
+    return shares | ({"reuse": torch.stack(reused).mean(0)} if reused else {})
+
+
+def load_trained(path: Path) -> tuple[DStepResNet, dict[str, Any]]:
+    """The network in a `model.safetensors` that training wrote, in evaluation mode, and its card.
+
+    Raises DanceError when the file is missing, torn, or of another method.
+    """
+    tensors, card = checkpoint.read_checkpoint(path)
+    if "dstep" not in card:
+        raise DanceError(f"{path} holds no D-STEP network; name the model.safetensors of a run with --method dstep")
+    base = models.create(
+        card["settings"]["model"], num_classes=len(card["classes"]), **_channels(card["settings"]["model"], card)
+    )
+    assert isinstance(base, VideoResNet)
+    network = DStepResNet(base, DStepOptions(**card["dstep"]))
+    checkpoint.load_weights(network, checkpoint.without_prefix("network", tensors), path)
+    return network.eval(), card
+
+
+def _channels(model: str, card: Mapping[str, Any]) -> dict[str, int]:
+    channels = int(card["clip_shape"][0])
+    return {} if models.entry(model).input_shape[0] == channels else {"in_channels": channels}
