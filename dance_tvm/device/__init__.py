@@ -1,0 +1,64 @@
+"""Devices: this machine, an emulated aarch64 one, and whatever answers TVM RPC."""
+
+from __future__ import annotations
+
+import time
+
+from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork
+from dance_tvm.errors import DanceError
+
+__all__ = ["DeviceSession", "KernelTime", "LoadedNetwork", "emulator_available", "open_device", "prepare_emulator"]
+
+
+def open_device(spec: str, *, timeout: float = 60, call_timeout: float = 600) -> DeviceSession:
+    """Open `local`, `emulator`, `rpc://HOST:PORT` or `tracker://HOST:PORT/KEY`; close it, or use it with `with`.
+
+    `timeout` s are given to reach the device and to wait for its turn, `call_timeout` s to each single upload step,
+    load, run or measurement. Raises DanceError where the device is absent, busy, or the spec is none of these.
+    """
+    if spec == "local":
+        from dance_tvm.device.local import LocalSession
+
+        return LocalSession()
+    if spec == "emulator":
+        from dance_tvm.device.emulator import open_emulator
+
+        return open_emulator(timeout=timeout, call_timeout=call_timeout)
+    from dance_tvm.device.remote import Connection, RemoteSession
+
+    kind, _, rest = spec.partition("://")
+    if kind == "rpc":
+        host, port = _address(spec, rest)
+        return RemoteSession(Connection(spec, host, port, "", timeout, call_timeout))
+    if kind == "tracker":
+        from dance_tvm.device.tracker import request_device
+
+        address, _, key = rest.partition("/")
+        if not key:
+            raise DanceError(f"device {spec!r} lacks the key: write tracker://HOST:PORT/KEY")
+        host, port = _address(spec, address)
+        deadline = time.monotonic() + timeout
+        found = request_device(host, port, key, timeout)
+        return RemoteSession(Connection(spec, *found, max(5.0, deadline - time.monotonic()), call_timeout))
+    raise DanceError(f"unknown device {spec!r}: it must be local, emulator, rpc://HOST:PORT or tracker://HOST:PORT/KEY")
+
+
+def emulator_available() -> str | None:
+    """None if the emulated aarch64 device can be had here, else the reason why not and what mends it."""
+    from dance_tvm.device.emulator import why_not
+
+    return why_not()
+
+
+def prepare_emulator(progress=print) -> None:
+    """Fetch the emulated device's system once into the user's cache folder; `progress` takes sentences."""
+    from dance_tvm.device.emulator import prepare
+
+    prepare(progress)
+
+
+def _address(spec: str, text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise DanceError(f"device {spec!r} must name HOST:PORT")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,89 @@
+"""This machine as a device: TVM's virtual machine in our own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from dance_tvm.artifact import Artifact
+from dance_tvm.device import serve
+from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange
+from dance_tvm.errors import DanceError
+
+
+class LocalNetwork(LoadedNetwork):
+    """A network loaded into this process."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.manifest = artifact.manifest
+        self._cpu = tvm.cpu()
+        self._module = tvm.runtime.load_module(str(artifact.library))
+        self._machine = relax.VirtualMachine(self._module, self._cpu)
+        self._weights = [tvm.runtime.tensor(array) for array in artifact.weights()]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        results = self._machine["main"](*self._arguments(inputs))
+        results = [results] if isinstance(results, tvm.runtime.Tensor) else results
+        return {tensor.name: result.numpy() for tensor, result in zip(self.manifest.outputs, results, strict=True)}
+
+    def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+        arguments, main, seconds = self._arguments(inputs), self._machine["main"], []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            main(*arguments)
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    def kernels(self, inputs: Mapping[str, np.ndarray]) -> list[KernelTime]:
+        # A virtual machine keeps its instrument for good, so it gets one of its own.
+        clock = serve.KernelClock()
+        machine = relax.VirtualMachine(self._module, self._cpu)
+        machine.set_instrument(clock.instrument())
+        arguments = self._arguments(inputs)
+        machine["main"](*arguments)  # the first run allocates
+        clock.read()
+        machine["main"](*arguments)
+        return [KernelTime(*call) for call in json.loads(clock.read())]
+
+    def peak_memory(self, inputs: Mapping[str, np.ndarray]) -> int | None:
+        arguments = self._arguments(inputs)
+        if not serve.reset_peak_memory():
+            return None
+        self._machine["main"](*arguments)
+        peak = serve.peak_memory()
+        return None if peak < 0 else peak
+
+    def _arguments(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
+        return [tvm.runtime.tensor(array) for array in arrange(self.manifest, inputs)] + self._weights
+
+
+class LocalSession(DeviceSession):
+    """This machine."""
+
+    name = "local"
+
+    def facts(self) -> dict[str, Any]:
+        return serve.describe()
+
+    def sensors(self) -> dict[str, Any]:
+        return json.loads(serve.sensors())
+
+    def pin(self, cpus: list[int] | None, threads: int | None) -> None:
+        try:
+            serve.pin(json.dumps({"cpus": cpus, "threads": threads}))
+        except (OSError, ValueError):
+            raise DanceError(f"this machine has no CPUs {cpus}: it has {sorted(os.sched_getaffinity(0))}") from None
+
+    def load(self, artifact: Artifact) -> LoadedNetwork:
+        artifact.require_this_machine()
+        return LocalNetwork(artifact)
+
+    def close(self) -> None:
+        pass

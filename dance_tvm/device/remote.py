@@ -1,0 +1,368 @@
+"""A device behind TVM RPC: every call has a deadline, every failure is one sentence.
+
+TVM's client waits for ever in C++. Here a watchdog shuts the connection's socket down when a call's time is over,
+which makes TVM's call return with an error that is then told for what it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import tvm
+from tvm import relax, rpc
+
+from dance_tvm.artifact import WEIGHTS, Artifact
+from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange
+from dance_tvm.errors import DanceError
+
+CALL_TIMEOUT_S = 600.0
+UPLOAD_CHUNK = 256 << 10
+_BIG_CORES_FIRST = 1  # TVM's affinity mode for devices that cannot be told their CPUs one by one
+_Result = TypeVar("_Result")
+
+
+class Connection:
+    """One RPC session and the socket under it."""
+
+    def __init__(self, name: str, address: str, port: int, key: str, timeout: float, call_timeout: float) -> None:
+        self.name = name
+        self.call_timeout = call_timeout
+        self._sockets: list[socket.socket] = []
+        self.session = self._connect(address, port, key, timeout)
+
+    def call(self, what: str, function: Callable[[], _Result], timeout: float | None = None) -> _Result:
+        """`function()`, which talks to the device. Raises DanceError where it fails, dies or takes too long."""
+        if self.session is None:
+            raise DanceError(f"{self.name}: this session is closed, open the device again")
+        limit = self.call_timeout if timeout is None else timeout
+        with self._deadline(limit) as expired:
+            try:
+                return function()
+            except DanceError:
+                raise
+            except Exception as error:  # TVM raises many kinds for a lost connection
+                message = str(error)
+        if expired.is_set():
+            raise DanceError(f"{self.name} did not answer within {limit:g} s while {what}: it is stopped or too slow")
+        if self._lost(message):
+            raise DanceError(f"{self.name} closed the connection while {what}: its server or network died")
+        raise DanceError(f"{self.name} failed while {what}: {_last_line(message)}")
+
+    def close(self) -> None:
+        """Give the device back, whatever still refers to it."""
+        self.session = None
+        for connection in self._sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+        self._sockets = []
+
+    def _connect(self, address: str, port: int, key: str, timeout: float) -> Any:
+        before = _open_sockets()
+        expired = threading.Event()
+
+        def give_up() -> None:
+            expired.set()
+            for connection in _new_sockets(before, port):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+                connection.close()
+
+        watchdog = threading.Timer(timeout, give_up)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            session = rpc.connect(address, port, key)
+        except Exception as error:  # TVM raises many kinds here
+            if expired.is_set():
+                raise DanceError(
+                    f"{self.name} accepted no session within {timeout:g} s: it is busy with another one, or stopped"
+                ) from None
+            raise DanceError(f"{self.name} cannot be reached: {_last_line(str(error))}") from None
+        finally:
+            watchdog.cancel()
+        self._sockets = _new_sockets(before, port)
+        return session
+
+    @contextlib.contextmanager
+    def _deadline(self, limit: float) -> Iterator[threading.Event]:
+        expired = threading.Event()
+
+        def give_up() -> None:
+            expired.set()
+            for connection in self._sockets:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+        watchdog = threading.Timer(limit, give_up)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            yield expired
+        finally:
+            watchdog.cancel()
+
+    def _lost(self, message: str) -> bool:
+        """Whether the other end closed the connection."""
+        if "kShutdown" in message or "Connection reset" in message or "Broken pipe" in message:
+            return True
+        for connection in self._sockets:
+            with contextlib.suppress(BlockingIOError):
+                try:
+                    if not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                        return True
+                except ConnectionError:
+                    return True
+        return False
+
+
+class RemoteSession(DeviceSession):
+    """A device behind an RPC server: TVM's own, or `dance_tvm/device/serve.py` which can tell and keep more."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.name = connection.name
+        self.connection = connection
+        self.cpu = connection.session.cpu()
+        self._functions: dict[str, Any | None] = {}
+        self._facts = json.loads(self._ask("facts") or "{}")
+
+    def facts(self) -> dict[str, Any]:
+        return dict(self._facts)
+
+    def sensors(self) -> dict[str, Any]:
+        return json.loads(self._ask("sensors") or "{}")
+
+    def pin(self, cpus: list[int] | None, threads: int | None) -> None:
+        pin = self.function("pin")
+        if pin is not None:
+            choice = json.dumps({"cpus": cpus, "threads": threads})
+            self.connection.call("pinning its threads", lambda: pin(choice), timeout=60)
+        elif cpus:
+            raise DanceError(f"{self.name} runs TVM's own server, which cannot pin CPUs: start serve.py there")
+        elif threads:
+            configure = self.connection.session.get_function("runtime.config_threadpool")
+            self.connection.call("setting its threads", lambda: configure(_BIG_CORES_FIRST, threads), timeout=60)
+
+    def load(self, artifact: Artifact) -> LoadedNetwork:
+        self._require_fit(artifact)
+        library = self.upload(artifact.library)
+        return RemoteNetwork(self, artifact, library)
+
+    def close(self) -> None:
+        self._functions.clear()
+        self.connection.close()
+
+    def function(self, name: str) -> Any | None:
+        """The function `dance.<name>` of the device, or None where it runs TVM's own server."""
+
+        def find() -> Any | None:
+            try:
+                return self.connection.session.get_function(f"dance.{name}")
+            except AttributeError:
+                return None
+
+        if name not in self._functions:
+            self._functions[name] = self.connection.call("answering a question", find, timeout=60)
+        return self._functions[name]
+
+    def upload(self, path: Path) -> str:
+        """Bring a file onto the device and tell its path there; what the device has already is not sent again."""
+        if not self._facts:
+            return self._upload_whole(path)
+        data = path.read_bytes()
+        sha256 = hashlib.sha256(data).hexdigest()
+        what = f"taking {path.name} ({len(data) / 1e6:.1f} MB)"
+        offset = self._store(what, path, "have", sha256, len(data))
+        if offset >= 0:
+            self._require_space(path, len(data) - offset)
+            while offset < len(data):
+                offset = self._store(what, path, "append", sha256, offset, data[offset : offset + UPLOAD_CHUNK])
+            self._store(what, path, "finish", sha256)
+        return self._store(what, path, "path", sha256)
+
+    def _store(self, what: str, path: Path, name: str, *arguments: Any) -> Any:
+        function = self.function(f"store.{name}")
+        if function is None:
+            raise DanceError(f"{self.name} has another version of serve.py: copy this one to it")
+        try:
+            return self.connection.call(what, partial(function, *arguments))
+        except DanceError as error:
+            if "No space left" in str(error) or "quota" in str(error):
+                raise self._no_space(path) from None
+            raise
+
+    def _upload_whole(self, path: Path) -> str:
+        self.connection.call(f"taking {path.name}", lambda: self.connection.session.upload(str(path)))
+        return path.name
+
+    def _require_space(self, path: Path, size: int) -> None:
+        free = json.loads(self._ask("facts") or "{}").get("free_bytes", size)
+        if free < size:
+            raise self._no_space(path)
+
+    def _no_space(self, path: Path) -> DanceError:
+        return DanceError(f"{self.name} has no space left for {path.name} ({path.stat().st_size / 1e6:.1f} MB)")
+
+    def _require_fit(self, artifact: Artifact) -> None:
+        if not self._facts:
+            return
+        artifact.require_machine(self._facts["machine"])
+        missing = set(artifact.manifest.target.cpu_features) - set(self._facts["cpu_features"])
+        if missing and self._facts["cpu_features"]:
+            raise DanceError(
+                f"{artifact.path} uses instructions that {self.name} lacks ({', '.join(sorted(missing))}): "
+                f"rebuild it for a target that has them not"
+            )
+
+    def _ask(self, name: str) -> Any:
+        function = self.function(name)
+        return None if function is None else self.connection.call("answering a question", function, timeout=60)
+
+
+class RemoteNetwork(LoadedNetwork):
+    """A network loaded on a device behind RPC."""
+
+    def __init__(self, session: RemoteSession, artifact: Artifact, library: str) -> None:
+        self.manifest = artifact.manifest
+        self._session = session
+        self._connection = session.connection
+        self._library = library
+        self._machine = self._new_machine()
+        self._inputs = [self._empty(tensor.shape, tensor.dtype) for tensor in self.manifest.inputs]
+        self._weights = self._load_weights(artifact)
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self._set_input(self._machine, inputs)
+
+        def invoke() -> list[np.ndarray]:
+            self._machine.invoke_stateful("main")
+            results = self._machine.get_outputs("main")
+            return [result.numpy() for result in (results if isinstance(results, tuple) else (results,))]
+
+        arrays = self._connection.call("running", invoke)
+        return {tensor.name: array for tensor, array in zip(self.manifest.outputs, arrays, strict=True)}
+
+    def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+        self._set_input(self._machine, inputs)
+
+        def measure() -> list[float]:
+            # TVM runs once more before it measures, to warm up.
+            clock = self._machine.time_evaluator("invoke_stateful", self._session.cpu, number=1, repeat=repeats)
+            return list(clock("main").results)
+
+        return self._connection.call("being timed", measure)
+
+    def kernels(self, inputs: Mapping[str, np.ndarray]) -> list[KernelTime]:
+        read = self._session.function("clock.read")
+        if read is None:
+            raise DanceError(f"{self._session.name} runs TVM's own server, which has no kernel clock: start serve.py")
+
+        def measure() -> str:
+            machine.invoke_stateful("main")  # the first run allocates
+            read()
+            machine.invoke_stateful("main")
+            return read()
+
+        # A virtual machine keeps its instrument for good, so this one is another.
+        machine = self._new_machine()
+        self._connection.call("setting its clock", lambda: machine.set_instrument("dance.clock.instrument"))
+        self._set_input(machine, inputs)
+        return [KernelTime(*call) for call in json.loads(self._connection.call("timing kernels", measure))]
+
+    def peak_memory(self, inputs: Mapping[str, np.ndarray]) -> int | None:
+        reset, peak = self._session.function("reset_peak_memory"), self._session.function("peak_memory")
+        if reset is None or peak is None or not self._connection.call("resetting its peak memory", reset):
+            return None
+        self._set_input(self._machine, inputs)
+        self._connection.call("running", lambda: self._machine.invoke_stateful("main"))
+        found = self._connection.call("telling its peak memory", peak)
+        return None if found < 0 else found
+
+    def _new_machine(self) -> relax.VirtualMachine:
+        def load() -> relax.VirtualMachine:
+            module = self._connection.session.load_module(self._library)
+            return relax.VirtualMachine(module, self._session.cpu)
+
+        return self._connection.call(f"loading {self.manifest.name}", load)
+
+    def _empty(self, shape: list[int], dtype: str) -> Any:
+        return self._connection.call(
+            "making room for tensors", lambda: tvm.runtime.empty(tuple(shape), dtype, self._session.cpu)
+        )
+
+    def _load_weights(self, artifact: Artifact) -> list[Any]:
+        """Tensors on the device: read there from the uploaded file, or sent one by one to TVM's own server."""
+        if not self.manifest.parameters:
+            return []
+        get = self._session.function("weights.get")
+        if get is None:
+            arrays = artifact.weights()
+            return [
+                self._connection.call("taking weights", partial(tvm.runtime.tensor, array, self._session.cpu))
+                for array in arrays
+            ]
+        self._session.upload(artifact.path / WEIGHTS)
+        sha256 = self.manifest.files[WEIGHTS].sha256
+        return [
+            self._connection.call("reading weights", partial(get, sha256, name)) for name in self.manifest.parameters
+        ]
+
+    def _set_input(self, machine: relax.VirtualMachine, inputs: Mapping[str, np.ndarray]) -> None:
+        arrays = arrange(self.manifest, inputs)
+
+        def send() -> None:
+            for tensor, array in zip(self._inputs, arrays, strict=True):
+                tensor.copyfrom(array)
+            machine.set_input("main", *self._inputs, *self._weights)
+
+        self._connection.call("taking its inputs", send)
+
+
+def _last_line(message: str) -> str:
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "it gave no reason"
+
+
+def _open_sockets() -> dict[int, int]:
+    """Inode by file descriptor of every socket of this process."""
+    found = {}
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode):
+                found[int(name)] = status.st_ino
+    return found
+
+
+def _new_sockets(before: dict[int, int], port: int) -> list[socket.socket]:
+    """Duplicates of the sockets opened since `before` that are connected to `port`, or on the way there."""
+    found = []
+    for descriptor, inode in _open_sockets().items():
+        if before.get(descriptor) == inode:
+            continue
+        connection = socket.socket(fileno=os.dup(descriptor))
+        if _leads_to(connection, port):
+            found.append(connection)
+        else:
+            connection.close()
+    return found
+
+
+def _leads_to(connection: socket.socket, port: int) -> bool:
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    try:
+        return connection.getpeername()[1] == port
+    except OSError:  # not connected yet
+        return not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)

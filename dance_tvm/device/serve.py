@@ -1,0 +1,353 @@
+"""TVM's RPC server with what a measurement needs beside it: run it on a board, `python serve.py --help`.
+
+One file that needs TVM's runtime, numpy and nothing of this package, so that it can be copied to a device. Over TVM's
+own server it adds an upload store keyed by content hash, weights kept on the device, the time of each kernel, peak
+memory and sensors. RPC executes whatever it is sent: it binds to 127.0.0.1 unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import json
+import logging
+import mmap
+import os
+import platform
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+if __name__ == "__main__":  # a device needs no compiler, and starts twice as fast without
+    os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
+
+import numpy as np
+import tvm
+import tvm_ffi
+from tvm.rpc import server as tvm_server
+
+PROTOCOL = 1
+READY = "dance-tvm device ready on port "
+_PR_SET_PDEATHSIG = 1
+_SHARE_ALL_CORES = -3  # TVM's affinity mode: the pool's threads may move among the given cores
+log = logging.getLogger("dance_tvm.serve")
+
+
+class Store:
+    """Uploaded files by SHA-256; a file cut off stays as `<sha>.part` and is continued by the next upload."""
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, sha256: str) -> str:
+        """Where the whole file stands (whether or not it is there)."""
+        if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+            raise ValueError(f"not a SHA-256: {sha256}")
+        return str(self.folder / f"{sha256}.so")
+
+    def have(self, sha256: str, total: int) -> int:
+        """How many of the `total` bytes are here; -1 if the whole file is."""
+        whole, part = Path(self.path(sha256)), Path(self.path(sha256) + ".part")
+        if whole.exists() and whole.stat().st_size == total:
+            os.utime(whole)
+            return -1
+        return part.stat().st_size if part.exists() else 0
+
+    def append(self, sha256: str, offset: int, data: bytes) -> int:
+        """Write `data` at `offset` and give the new size; an error of the disk leaves the part as it was."""
+        part = Path(self.path(sha256) + ".part")
+        with open(part, "r+b" if part.exists() else "wb") as stream:
+            stream.seek(offset)
+            try:
+                stream.write(data)
+                stream.flush()
+                stream.truncate()
+            except OSError:
+                stream.truncate(offset)
+                raise
+        return offset + len(data)
+
+    def finish(self, sha256: str) -> None:
+        """Verify the part and give it its name; a wrong one is removed."""
+        part = Path(self.path(sha256) + ".part")
+        with open(part, "rb") as stream:
+            found = hashlib.file_digest(stream, "sha256") if sys.version_info >= (3, 11) else _digest(stream)
+        if found.hexdigest() != sha256:
+            part.unlink()
+            raise ValueError("the uploaded file arrived damaged")
+        part.rename(self.path(sha256))
+        self._forget_oldest(keep=sha256)
+
+    def _forget_oldest(self, keep: str) -> None:
+        files = sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime)
+        excess = sum(path.stat().st_size for path in files) - self.limit_bytes
+        for path in files:
+            if excess <= 0:
+                return
+            if not path.name.startswith(keep):
+                excess -= path.stat().st_size
+                path.unlink()
+
+
+class Weights:
+    """Tensors of uploaded safetensors files, read once a session and kept on the device."""
+
+    DTYPES: ClassVar = {
+        "F64": "float64",
+        "F32": "float32",
+        "F16": "float16",
+        "I64": "int64",
+        "I32": "int32",
+        "U8": "uint8",
+    }
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.loaded: dict[tuple[str, str], object] = {}
+
+    def get(self, sha256: str, name: str):
+        """The tensor `name` of the file."""
+        if (sha256, name) not in self.loaded:
+            self._load(sha256)
+        return self.loaded[sha256, name]
+
+    def _load(self, sha256: str) -> None:
+        with open(self.store.path(sha256), "rb") as stream:
+            view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        (size,) = struct.unpack_from("<Q", view)
+        header = json.loads(view[8 : 8 + size])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            array = np.frombuffer(view[8 + size + begin : 8 + size + end], self.DTYPES[entry["dtype"]])
+            self.loaded[sha256, name] = tvm.runtime.tensor(array.reshape(entry["shape"]))
+
+
+class KernelClock:
+    """Instrument of the virtual machine: seconds spent in each call of a run, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[list] = []
+        self.started = 0.0
+
+    def instrument(self):
+        """The callback for `set_instrument`: called before and after every instruction that calls."""
+
+        def each_call(_function, symbol, before, _value, *arguments):
+            if before:
+                self.started = time.perf_counter()
+            else:
+                seconds = time.perf_counter() - self.started
+                self.calls.append([str(symbol), seconds, sum(map(_bytes_of, arguments))])
+            return 0
+
+        return tvm_ffi.convert(each_call)
+
+    def read(self) -> str:
+        """The calls since the last reading as JSON: [symbol, seconds, bytes of its tensors]."""
+        calls, self.calls = self.calls, []
+        return json.dumps(calls)
+
+
+def _bytes_of(argument: object) -> int:
+    if not isinstance(argument, tvm.runtime.Tensor):
+        return 0
+    return int(np.prod(argument.shape, dtype="int64")) * np.dtype(str(argument.dtype)).itemsize
+
+
+def _digest(stream):
+    digest = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest
+
+
+def describe() -> dict:
+    """What this device is."""
+    return {
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "cpu_features": _cpu_features(),
+        "tvm": tvm.__version__,
+    }
+
+
+def facts(store: Store) -> str:
+    """What this device is and how much it can take, as JSON."""
+    return json.dumps({**describe(), "protocol": PROTOCOL, "free_bytes": shutil.disk_usage(store.folder).free})
+
+
+def _cpu_features() -> list[str]:
+    name = "Features" if platform.machine() == "aarch64" else "flags"  # an emulator may show its host's file
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith(name):
+            return line.split(":", 1)[1].split()
+    return []
+
+
+def peak_memory() -> int:
+    """Largest resident memory in bytes since the session began or since the last call; -1 if not told."""
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return -1
+
+
+def reset_peak_memory() -> int:
+    """Begin a new peak; 1 if the kernel lets us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return 0
+    return 1
+
+
+def sensors() -> str:
+    """Clocks in kHz, governors, temperatures in millidegrees and energy counters, as JSON; what cannot be read is
+    missing."""
+    cpus = Path("/sys/devices/system/cpu")
+    state: dict[str, dict] = {
+        "khz": {},
+        "max_khz": {},
+        "governor": {},
+        "millidegrees": {},
+        "microjoules": {},
+        "milliwatts": {},
+    }
+    for folder in sorted(cpus.glob("cpu[0-9]*/cpufreq")):
+        cpu = folder.parent.name
+        for key, name in [
+            ("khz", "scaling_cur_freq"),
+            ("max_khz", "cpuinfo_max_freq"),
+            ("governor", "scaling_governor"),
+        ]:
+            if text := _read(folder / name):
+                state[key][cpu] = text if key == "governor" else int(text)
+    for folder in sorted(Path("/sys/class/thermal").glob("thermal_zone*")):
+        if (text := _read(folder / "temp")).lstrip("-").isdigit():
+            state["millidegrees"][_read(folder / "type") or folder.name] = int(text)
+    for folder in sorted(Path("/sys/class/powercap").glob("intel-rapl:*")):
+        if folder.name.count(":") == 1 and (text := _read(folder / "energy_uj")).isdigit():
+            state["microjoules"][_read(folder / "name") or folder.name] = int(text)
+    for path in sorted(Path("/sys/class/hwmon").glob("hwmon*/power*_input")):  # INA3221 of a Jetson, in microwatts
+        if (text := _read(path)).isdigit():
+            state["milliwatts"][f"{_read(path.parent / 'name')} {path.name}"] = int(text) / 1000
+    return json.dumps(state)
+
+
+def _read(path) -> str:
+    try:
+        return Path(path).read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def pin(choice: str) -> None:
+    """Run this session by a JSON object: `cpus` is a list of CPUs or null for all, `threads` a number or null."""
+    wanted = json.loads(choice)
+    cpus = wanted["cpus"] or sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cpus)
+    configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+    configure(_SHARE_ALL_CORES, wanted["threads"] or len(cpus), [str(cpu) for cpu in cpus])
+
+
+def register(store: Store) -> None:
+    """Offer the functions to sessions, under names that begin with `dance.`."""
+    clock = KernelClock()
+    weights = Weights(store)
+    offered: dict[str, Any] = {
+        "facts": lambda: facts(store),
+        "store.path": store.path,
+        "store.have": store.have,
+        "store.append": store.append,
+        "store.finish": store.finish,
+        "weights.get": weights.get,
+        "clock.instrument": clock.instrument,
+        "clock.read": clock.read,
+        "peak_memory": peak_memory,
+        "reset_peak_memory": reset_peak_memory,
+        "sensors": sensors,
+        "pin": pin,
+    }
+    for name, function in offered.items():
+        tvm_ffi.register_global_func(f"dance.{name}", function, override=True)
+
+
+def end_with_parent_process() -> None:
+    """A session's process ends with the server, also where the server is killed in the middle of a run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_with_pipe(stream) -> None:
+    """End this process as soon as whoever started it is gone: its end of our standard input closes then."""
+
+    def wait() -> None:
+        while stream.read(4096):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def serve(listening: socket.socket, key: str, tracker: tuple[str, int] | None, address: str | None) -> None:
+    """Serve one session after the other, for ever: neither a crashed session nor a lost tracker ends the server."""
+    port = listening.getsockname()[1]
+    while True:
+        try:
+            tvm_server._listen_loop(listening, port, key, tracker, "", address)
+        except Exception as error:  # a session's crash is reported to its client by the closed connection
+            log.warning("a session ended badly: %s", error)
+            time.sleep(0.1)
+
+
+def load_runtime_extra() -> None:
+    """MetaSchedule's remote runner needs functions of this library."""
+    library = Path(tvm.__file__).parent / "lib" / "libtvm_runtime_extra.so"
+    if library.exists():
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+def main() -> None:
+    """Parse the command line and serve."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind to")
+    parser.add_argument("--port", type=int, default=0, help="port to bind to; 0 takes a free one and prints it")
+    parser.add_argument("--tracker", help="HOST:PORT of a TVM RPC tracker to register with")
+    parser.add_argument("--key", default="", help="the device's kind, by which a tracker finds it")
+    parser.add_argument("--custom-addr", help="address to tell the tracker, where it differs from the one it sees")
+    parser.add_argument("--store", type=Path, help="folder for uploads (default: a folder of the user's in /tmp)")
+    parser.add_argument("--store-limit", type=int, default=2 << 30, help="bytes of uploads to keep")
+    parser.add_argument("--end-with-stdin", action="store_true", help="end when standard input closes")
+    options = parser.parse_args()
+    tracker = None
+    if options.tracker:
+        host, _, port = options.tracker.rpartition(":")
+        tracker = (host, int(port))
+        if not options.key:
+            parser.error("--tracker needs a --key")
+    default_store = Path(tempfile.gettempdir()) / f"dance_tvm_store_{os.getuid()}"
+    store = Store(options.store or default_store, options.store_limit)
+    os.register_at_fork(after_in_child=end_with_parent_process)
+    load_runtime_extra()
+    register(store)
+    listening = socket.create_server((options.host, options.port), backlog=16)
+    if options.end_with_stdin:
+        end_with_pipe(sys.stdin.buffer.raw if hasattr(sys.stdin.buffer, "raw") else sys.stdin.buffer)
+    print(f"{READY}{listening.getsockname()[1]}", flush=True)
+    serve(listening, options.key, tracker, options.custom_addr)
+
+
+if __name__ == "__main__":
+    main()

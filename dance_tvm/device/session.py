@@ -1,0 +1,92 @@
+"""What every device offers: load an artifact, run it, time it, look at its kernels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from dance_tvm.artifact import Artifact, Manifest
+from dance_tvm.errors import DanceError
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One call of a compiled kernel in a run: its symbol, its time, and the bytes of the tensors it was given."""
+
+    symbol: str
+    seconds: float
+    bytes: int
+
+
+class LoadedNetwork(ABC):
+    """A network that is on a device and ready to run."""
+
+    manifest: Manifest
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by the manifest's names for inputs by the manifest's names."""
+
+    @abstractmethod
+    def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+        """Seconds of each of `repeats` runs, measured on the device, without the transfer of inputs and outputs."""
+
+    @abstractmethod
+    def kernels(self, inputs: Mapping[str, np.ndarray]) -> list[KernelTime]:
+        """The kernels of one run in the order of their calls. Raises DanceError where the device cannot tell."""
+
+    @abstractmethod
+    def peak_memory(self, inputs: Mapping[str, np.ndarray]) -> int | None:
+        """Largest resident memory of the process in bytes during one run; None where the device cannot tell."""
+
+
+class DeviceSession(ABC):
+    """A device that is ours until closed; also a context manager."""
+
+    name: str
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What is known of the device: machine, system, cpus, TVM's version; empty where it does not tell."""
+
+    @abstractmethod
+    def sensors(self) -> dict[str, Any]:
+        """Clocks, governors, temperatures and energy counters by name; empty where the device does not tell."""
+
+    @abstractmethod
+    def pin(self, cpus: list[int] | None, threads: int | None) -> None:
+        """Run on these CPUs with so many threads from here on. Raises DanceError where the device has them not."""
+
+    @abstractmethod
+    def load(self, artifact: Artifact) -> LoadedNetwork:
+        """Bring the artifact onto the device. Raises DanceError where it does not fit it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the device back. May be called twice."""
+
+    def __enter__(self) -> DeviceSession:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def arrange(manifest: Manifest, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The inputs in the order of the manifest. Raises DanceError for a missing, unexpected or misshapen one."""
+    names = [tensor.name for tensor in manifest.inputs]
+    if set(names) != set(inputs):
+        raise DanceError(f"{manifest.name} takes the inputs {', '.join(names)}, not {', '.join(inputs) or 'none'}")
+    for tensor in manifest.inputs:
+        array = inputs[tensor.name]
+        if list(array.shape) != tensor.shape or str(array.dtype) != tensor.dtype:
+            raise DanceError(
+                f"input {tensor.name} must be {tensor.dtype} of shape {tuple(tensor.shape)}, "
+                f"not {array.dtype} of shape {array.shape}"
+            )
+    return [np.ascontiguousarray(inputs[name]) for name in names]

@@ -1,0 +1,91 @@
+"""TVM's RPC tracker spoken with timeouts: ask for a device, list the devices.
+
+TVM's own client waits for ever where no device is free. The messages are a length and JSON, as in `tvm.rpc.tracker`.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import time
+from typing import Any
+
+from tvm.rpc import base
+
+from dance_tvm.errors import DanceError
+
+_RETRY_S = 0.5
+
+
+def tracker_summary(host: str, port: int, timeout: float = 10) -> dict[str, Any]:
+    """TVM's summary: `server_info` with the servers' keys and addresses, `queue_info` with free and pending by key."""
+    return _ask(host, port, [base.TrackerCode.SUMMARY], timeout)
+
+
+def request_device(host: str, port: int, key: str, timeout: float) -> tuple[str, int, str]:
+    """Address, port and match key of a free device of the kind `key`, waiting up to `timeout` s for one.
+
+    A tracker that is being restarted is tried again until the time is over.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            address, device_port, match = _ask(
+                host, port, [base.TrackerCode.REQUEST, key, "", 1], deadline - time.monotonic()
+            )
+            return address, int(device_port), match
+        except TimeoutError:
+            raise DanceError(_nothing_free(host, port, key, timeout)) from None
+        except ConnectionError as error:
+            if time.monotonic() + _RETRY_S > deadline:
+                raise DanceError(
+                    f"no tracker answers at {host}:{port} ({error.strerror or error}): "
+                    f"start one with `python -m tvm.exec.rpc_tracker --host 127.0.0.1`"
+                ) from None
+            time.sleep(_RETRY_S)
+        except OSError as error:
+            raise DanceError(f"the tracker at {host}:{port} cannot be reached: {error.strerror or error}") from None
+
+
+def _nothing_free(host: str, port: int, key: str, timeout: float) -> str:
+    """Why a request was not answered, in one sentence."""
+    try:
+        summary = tracker_summary(host, port, timeout=5)
+    except (OSError, DanceError):
+        return f"the tracker at {host}:{port} did not answer within {timeout:.0f} s"
+    keys = [info["key"].removeprefix("server:") for info in summary["server_info"]]
+    if key in keys:
+        return f"no device {key!r} became free within {timeout:.0f} s: all {keys.count(key)} are busy"
+    known = f"it has {', '.join(sorted(set(keys)))}" if keys else "it has no devices at all"
+    return f"the tracker at {host}:{port} has no device {key!r}: {known}"
+
+
+def _ask(host: str, port: int, message: list, timeout: float) -> Any:
+    deadline = time.monotonic() + timeout
+    with socket.create_connection((host, port), timeout=max(0.01, timeout)) as connection:
+        connection.sendall(struct.pack("<i", base.RPC_TRACKER_MAGIC))
+        (magic,) = struct.unpack("<i", _receive(connection, 4, deadline))
+        if magic != base.RPC_TRACKER_MAGIC:
+            raise DanceError(f"what listens at {host}:{port} is not a TVM RPC tracker")
+        data = json.dumps(message).encode()
+        connection.sendall(struct.pack("<i", len(data)) + data)
+        (size,) = struct.unpack("<i", _receive(connection, 4, deadline))
+        code, value = json.loads(_receive(connection, size, deadline))
+    if code != base.TrackerCode.SUCCESS:
+        raise DanceError(f"the tracker at {host}:{port} refused the request")
+    return value
+
+
+def _receive(connection: socket.socket, size: int, deadline: float) -> bytes:
+    data = b""
+    while len(data) < size:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connection.settimeout(left)
+        chunk = connection.recv(size - len(data))
+        if not chunk:
+            raise ConnectionResetError("it closed the connection")
+        data += chunk
+    return data
