@@ -268,11 +268,8 @@ def _unwritable(target: Path, error: OSError) -> DanceError:
 
 
 def _describe(path: Path) -> File:
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return File(sha256=digest.hexdigest(), bytes=path.stat().st_size)
+        return File(sha256=hashlib.file_digest(stream, "sha256").hexdigest(), bytes=path.stat().st_size)
 
 
 def _verify_file(path: Path, expected: File) -> None:

@@ -24,7 +24,7 @@ from dance_tvm.host import needed_flags
 from dance_tvm.linker import shared_library_linker
 from dance_tvm.target import Target, load_target
 from dance_tvm.transform.pipeline import Lowered, Options, lower
-from dance_tvm.weights import place_weights
+from dance_tvm.weights import place_weights, weight_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -98,10 +98,10 @@ def build_network(
     _dump(chosen.debug_dump, "00-imported", imported.mod)
     lowered = lower(imported.mod, machine, chosen, clock.start)
     clock.start("compile")
-    executable, parameters, storage = _compile(lowered, machine, chosen)
+    executable, parameters, memory = _compile(lowered, machine, chosen)
     clock.start("link")
     manifest = _manifest(imported, lowered, machine, chosen)
-    manifest.memory_peak_bytes = storage + sum(array.nbytes for array in parameters.values())
+    manifest.memory_peak_bytes = memory
 
     def check_there(artifact: Artifact) -> Check:
         clock.start("check")
@@ -164,7 +164,7 @@ def _import(model: Any, weights: str | Path | None, example_inputs: Any) -> Impo
 def _compile(
     lowered: Lowered, machine: Target, options: Options
 ) -> tuple[relax.VMExecutable, dict[str, np.ndarray], int]:
-    """The executable, the weights that stay outside of it, and the bytes of its planned activations."""
+    """The executable, the weights that stay outside of it, and the bytes of all weights and planned activations."""
     mod, parameters = place_weights(lowered.mod, lowered.weights)
     target = machine.tvm_target(options.threads)
     planned: list[tvm.IRModule] = []
@@ -177,7 +177,8 @@ def _compile(
 
     executable = relax.build(mod, target, relax_pipeline=pipeline)
     _dump(options.debug_dump, "99-planned", planned[0])
-    return executable, parameters, _planned_storage(planned[0])
+    weights = weight_bytes(mod) + sum(array.nbytes for array in parameters.values())
+    return executable, parameters, weights + _planned_storage(planned[0])
 
 
 def _planned_storage(mod: tvm.IRModule) -> int:
@@ -187,7 +188,7 @@ def _planned_storage(mod: tvm.IRModule) -> int:
     def visit(node: Any) -> None:
         nonlocal total
         if isinstance(node, relax.Call) and getattr(node.op, "name", "") == "relax.vm.alloc_storage":
-            sizes = node.args[1]
+            sizes = node.args[0]
             if isinstance(sizes, relax.ShapeExpr):
                 with suppress(TypeError):  # a symbolic size is not known before the call
                     total += int(np.prod([int(size) for size in sizes.values]))

@@ -26,14 +26,25 @@ def place_weights(
     ``weights`` are those that are parameters of ``main`` already. Returns the module and its weights in the order of
     the parameters that follow the inputs.
     """
-    lifter = _Lifter(mod)
-    inside = sum(array.nbytes for array in lifter.constants())
-    if inside + sum(array.nbytes for array in weights.values()) <= limit_bytes:
+    if weight_bytes(mod) + sum(array.nbytes for array in weights.values()) <= limit_bytes:
         return (relax.transform.BindParams("main", dict(weights))(mod) if weights else mod), {}
-    mod, lifted = lifter.lift()
+    mod, lifted = _Lifter(mod).lift()
     weights = {**weights, **lifted}
     order = [param.name for param in mod["main"].params if param.name in weights]
     return mod, {name: weights[name] for name in order}
+
+
+def weight_bytes(mod: tvm.IRModule) -> int:
+    """Bytes of the constants inside ``main``."""
+    total = 0
+
+    def visit(node: tvm.ir.Expr) -> None:
+        nonlocal total
+        if isinstance(node, GenericConst):
+            total += node.value.numpy().nbytes
+
+    relax.analysis.post_order_visit(mod["main"], visit)
+    return total
 
 
 @mutator
@@ -45,13 +56,6 @@ class _Lifter(PyExprMutator):
         self.mod = mod
         self.lifted: list[relax.Var] = []
         self.arrays: dict[str, np.ndarray] = {}
-
-    def constants(self) -> list[np.ndarray]:
-        found: list[np.ndarray] = []
-        relax.analysis.post_order_visit(
-            self.mod["main"], lambda node: found.append(node.value.numpy()) if isinstance(node, GenericConst) else None
-        )
-        return found
 
     def lift(self) -> tuple[tvm.IRModule, dict[str, np.ndarray]]:
         main = self.mod["main"]

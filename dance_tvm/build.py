@@ -1,0 +1,158 @@
+"""``dance-tvm build``: compile a trained network into a verified artifact."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+from dance_tvm.cli import start
+
+if TYPE_CHECKING:
+    from dance_tvm.compiler import Built
+
+# Built when no --model is given: it needs no network and no file.
+DEFAULT_MODEL = "c3d-mini"
+
+_SHOWN_LAYERS = 12
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Numerics(StrEnum):
+    fast = "fast"
+    exact = "exact"
+
+
+class Convolution(StrEnum):
+    auto = "auto"
+    direct = "direct"
+    winograd = "winograd"
+
+
+class Sparsity(StrEnum):
+    auto = "auto"
+    off = "off"
+
+
+@app.command()
+def build(
+    target: Annotated[str, typer.Option(help="Name, alias or .toml file; `dance-tvm targets` lists them.")] = "host",
+    model: Annotated[str, typer.Option(help="Name of the zoo, or a .pt2 or .onnx file.")] = DEFAULT_MODEL,
+    weights: Annotated[Path | None, typer.Option(help="Trained weights: .safetensors, or a state dict.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="artifacts/MODEL-TARGET")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of a run; the target's own unless given.")] = None,
+    check: Annotated[
+        bool | None,
+        typer.Option(help="Run the result against its source.", show_default="unless it would take long"),
+    ] = None,
+    numerics: Annotated[Numerics, typer.Option(help="exact keeps the order of sums of the source.")] = Numerics.fast,
+    conv: Annotated[Convolution, typer.Option(help="Convolution algorithm.")] = Convolution.auto,
+    sparsity: Annotated[Sparsity, typer.Option(help="off computes what masks would skip.")] = Sparsity.auto,
+    debug_dump: Annotated[Path | None, typer.Option(help="Write the IR after every phase to this folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Compile a trained network into a verified artifact: one folder that a device can run."""
+    console = Console(stderr=True)
+    with _Progress(console, quiet=as_json) as progress:
+        built = _build(
+            model, target, out, weights=weights, threads=threads, check=check, debug_dump=debug_dump,
+            on_phase=progress.phase, numerics=numerics.value, conv=conv.value, sparsity=sparsity.value,
+        )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(_facts(built), indent=2))
+    else:
+        _print(Console(), built)
+
+
+def _build(
+    model: str,
+    target: str,
+    out: Path | None,
+    *,
+    numerics: Any,
+    conv: Any,
+    sparsity: Any,
+    threads: int | None,
+    **rest: Any,
+) -> Built:
+    from dance_tvm.target import load_target
+
+    machine = load_target(target)  # before the second that importing the compiler takes
+    from dance_tvm.compiler import build_network
+    from dance_tvm.transform.pipeline import Options
+
+    options = Options(threads=threads or machine.threads, numerics=numerics, conv=conv, sparsity=sparsity)
+    out = out or Path("artifacts") / f"{Path(model).stem}-{machine.name}"
+    return build_network(model, out, target=machine, options=options, **rest)
+
+
+class _Progress:
+    """One line a phase on standard error, with a spinner while it lasts where somebody watches."""
+
+    def __init__(self, console: Console, quiet: bool) -> None:
+        self._console, self._quiet = console, quiet
+        self._status: Status | Any = nullcontext() if quiet else console.status("start")
+        self._running = ""
+
+    def __enter__(self) -> _Progress:
+        self._status.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if raised[0] is None:
+            self.phase("")
+        self._status.__exit__(*raised)
+
+    def phase(self, name: str) -> None:
+        if self._quiet:
+            return
+        if self._running:
+            self._console.print(f"[green]✓[/] {self._running}")
+        self._running = name
+        self._status.update(name)
+
+
+def _facts(built: Built) -> dict[str, Any]:
+    manifest = built.artifact.manifest
+    return {
+        "artifact": str(built.artifact.path),
+        "seconds": {phase: round(seconds, 3) for phase, seconds in built.seconds.items()},
+        "build_peak_memory_bytes": built.peak_memory_bytes,
+        "manifest": manifest.model_dump(),
+    }
+
+
+def _print(console: Console, built: Built) -> None:
+    manifest = built.artifact.manifest
+    table = Table("layer", "kernel", "MACs", "can skip", "why", title=f"{manifest.name} for {manifest.target.name}")
+    heavy = sorted(manifest.layers, key=lambda layer: -layer.macs)[:_SHOWN_LAYERS]
+    for layer in (layer for layer in manifest.layers if layer in heavy):
+        table.add_row(layer.name, layer.kernel, f"{layer.macs:,}", ", ".join(layer.skips), layer.reason)
+    if manifest.layers:
+        console.print(table)
+        if len(manifest.layers) > len(heavy):
+            console.print(f"The {len(heavy)} heaviest of {len(manifest.layers)} layers; the manifest lists all.")
+    check = manifest.check
+    if check.status == "passed":
+        said = f"passed on {check.device}: largest difference {check.difference:.2g}, allowed {check.allowed:.2g}"
+    else:
+        said = f"not run: {check.reason}"
+    size = sum(file.bytes for file in manifest.files.values())
+    console.print(f"check      {said}", highlight=False)
+    console.print(f"memory     {manifest.memory_peak_bytes / 2**20:.1f} MiB in a call", highlight=False)
+    console.print(
+        f"build      {sum(built.seconds.values()):.1f} s, {built.peak_memory_bytes / 2**30:.2f} GiB", highlight=False
+    )
+    console.print(f"artifact   {built.artifact.path} ({size / 2**20:.1f} MiB)", highlight=False)
+
+
+if __name__ == "__main__":
+    start(app, "python -m dance_tvm.build")
