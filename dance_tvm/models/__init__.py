@@ -26,6 +26,7 @@ class ModelEntry:
     description: str
     num_classes: int = 400
     dtype: torch.dtype = torch.float32
+    pretrained: str | None = None  # module:function that returns the published state dict
 
 
 _REGISTRY: dict[str, ModelEntry] = {
@@ -38,6 +39,41 @@ _REGISTRY: dict[str, ModelEntry] = {
         "dance_tvm.models.r2plus1d:r2plus1d_mini", (1, 16, 32, 32), "R(2+1)D with one narrow block a stage", 10
     ),
     "s3d": ModelEntry("dance_tvm.models.s3d:S3D", (3, 16, 112, 112), "S3D, separable Inception"),
+    "transnetv2": ModelEntry(
+        "dance_tvm.models.transnetv2:TransNetV2",
+        (100, 27, 48, 3),
+        "TransNetV2, shot boundaries, published weights",
+        1,
+        torch.uint8,
+        "dance_tvm.models.transnetv2:published_state",
+    ),
+    "resnet18-tsn": ModelEntry(
+        "dance_tvm.models.resnet:resnet18", (3, 8, 224, 224), "ResNet-18 on 8 frames, scores averaged (TSN)"
+    ),
+    "resnet18-tsm": ModelEntry(
+        "dance_tvm.models.resnet:resnet18_tsm", (3, 8, 224, 224), "ResNet-18 with temporal shift (TSM)"
+    ),
+    "resnet18-tsm-online": ModelEntry(
+        "dance_tvm.models.resnet:resnet18_tsm_online", (3, 8, 224, 224), "ResNet-18, shift from the past only"
+    ),
+    "resnet50-tsn": ModelEntry(
+        "dance_tvm.models.resnet:resnet50", (3, 8, 224, 224), "ResNet-50 on 8 frames, scores averaged (TSN)"
+    ),
+    "resnet50-tsm": ModelEntry(
+        "dance_tvm.models.resnet:resnet50_tsm", (3, 8, 224, 224), "ResNet-50 with temporal shift (TSM)"
+    ),
+    "resnet50-tsm-online": ModelEntry(
+        "dance_tvm.models.resnet:resnet50_tsm_online", (3, 8, 224, 224), "ResNet-50, shift from the past only"
+    ),
+    "resnet-mini": ModelEntry(
+        "dance_tvm.models.resnet:resnet_mini", (1, 8, 32, 32), "ResNet for small clips, shift from the past only", 8
+    ),
+    "resnet-mini-tsn": ModelEntry(
+        "dance_tvm.models.resnet:resnet_mini_tsn", (1, 8, 32, 32), "ResNet for small clips, scores averaged", 8
+    ),
+    "resnet-mini-tsm": ModelEntry(
+        "dance_tvm.models.resnet:resnet_mini_tsm", (1, 8, 32, 32), "ResNet for small clips, shift both ways", 8
+    ),
 }
 
 
@@ -67,12 +103,30 @@ def create(name: str, *, num_classes: int | None = None, seed: int = 0, **option
     Raises DanceError for an unknown name.
     """
     found = entry(name)
-    module, function = found.factory.split(":")
-    factory: Callable[..., nn.Module] = getattr(importlib.import_module(module), function)
+    factory: Callable[..., nn.Module] = _resolve(found.factory)
     classes = found.num_classes if num_classes is None else num_classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return factory(num_classes=classes, **options).eval()
+
+
+def pretrained(name: str, **options: Any) -> nn.Module:
+    """The network with its published weights, fetched on first use, in evaluation mode.
+
+    Raises DanceError where no weights are published in a place that needs no account (``entry(name).pretrained``
+    is None) or where they cannot be fetched.
+    """
+    found = entry(name)
+    if found.pretrained is None:
+        raise DanceError(f"{name} has no published weights that can be fetched: give a checkpoint with --weights.")
+    model = create(name, **options)
+    load_state(model, _resolve(found.pretrained)())
+    return model
+
+
+def _resolve(where: str) -> Any:
+    module, function = where.split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def example_inputs(name: str, *, batch: int = 1, seed: int = 0) -> tuple[torch.Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ def count_layers(model: nn.Module, *inputs: torch.Tensor) -> list[LayerMacs]:
     on_meta = {name: tensor.to("meta") for name, tensor in state.items()}
     was_training = model.training
     try:
-        with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
+        with FlopCounterMode(display=False, depth=1000) as counter, torch.no_grad():
             torch.func.functional_call(model.eval(), on_meta, tuple(x.to("meta") for x in inputs))
     finally:
         model.train(was_training)
@@ -67,7 +68,7 @@ def count(model: nn.Module, *inputs: torch.Tensor) -> int:
     return sum(layer.macs for layer in count_layers(model, *inputs))
 
 
-def _note_shape(name: str, shapes: dict[str, tuple[int, ...]]):  # type: ignore[no-untyped-def]
+def _note_shape(name: str, shapes: dict[str, tuple[int, ...]]) -> Callable[[nn.Module, object, object], None]:
     def note(module: nn.Module, inputs: object, output: object) -> None:
         shapes[name] = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
 

@@ -95,7 +95,7 @@ class R2Plus1d(nn.Module):
     def __init__(
         self, stem: Conv2Plus1d, widths: Sequence[int], depths: Sequence[int], num_classes: int, first_stride: int = 1
     ) -> None:
-        """``widths`` and ``depths`` are channels and blocks of each stage; all stages but the first halve T, H and W."""
+        """``widths`` and ``depths`` are channels and blocks of each stage; later stages halve T, H and W."""
         super().__init__()
         self.stem = stem
         self.bn_stem = nn.BatchNorm3d(widths[0])

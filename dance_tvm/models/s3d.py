@@ -9,7 +9,7 @@ from torch import nn
 from dance_tvm.models.checkpoints import Rules
 from dance_tvm.models.layers import seed_weights
 
-# Both public ports count the trunk's layers alike, poolings included: torchvision calls it `features`, the other `base`.
+# Both public ports count the trunk's layers alike, poolings included: one calls it `features`, the other `base`.
 _TRUNK = {
     0: "stem",
     2: "conv2",
