@@ -1,0 +1,463 @@
+"""The gathered convolution: an implicit GEMM that walks index lists (`docs/kernels.md`).
+
+``Y[row_out, oc] = act(bias[oc] + Σ X[row_in + offset(tap), channel] · W[oc, tap, channel] + residual[row_out, oc])``
+over the segments of a :class:`~.row_plan.RowPlan` and a list of live input channels. A tile of ``mr`` rows × ``nr``
+output channels is accumulated in registers; its partial sums wait in a block-sized buffer between segments, so that
+the weights of one segment are reused from the first-level cache by every tile of the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from tvm import tirx
+
+from .channel_plan import channel_list_shape
+from .emit import (
+    ACTIVATIONS,
+    INT,
+    Expr,
+    argument,
+    big,
+    choose,
+    kernel,
+    lane,
+    lanes,
+    let,
+    number,
+    parallel,
+    scratch,
+    serial,
+    splat,
+    store,
+    when,
+)
+from .geometry import Window
+from .row_plan import RowPlan
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile sizes of one kernel.
+
+    ``mr`` rows × ``vectors`` vectors of ``vector_floats`` lanes are accumulated in registers; ``step`` input channels
+    are loaded as one vector per row (1 where single values are broadcast from memory); ``block_tiles`` tiles share
+    their pass over the weights; ``segment_taps`` taps are accumulated before partial sums are put back.
+    """
+
+    mr: int
+    vectors: int
+    vector_floats: int
+    step: int
+    block_tiles: int
+    segment_taps: int
+
+    @property
+    def nr(self) -> int:
+        """Output channels of one tile."""
+        return self.vectors * self.vector_floats
+
+
+@dataclass(frozen=True)
+class GatherConv:
+    """One convolution kernel: shapes, which lists it walks, and what is fused behind it.
+
+    ``live_in``: a list of live input channels per sample is given. ``live_out``: a list of live output channels per
+    sample is given, and the weights of a block are gathered into a panel before they are used. ``zero_dead``: rows of
+    live frames that are not computed are set to zero (``"rows"``), everything that is not computed is (``"all"``), or
+    nothing is (``""``).
+    """
+
+    window: Window
+    channels_in: int
+    channels_out: int
+    groups: int
+    tile: Tile
+    plan: RowPlan
+    live_in: bool = False
+    live_out: bool = False
+    residual: bool = False
+    activation: str = ""
+    zero_dead: str = ""
+
+    @property
+    def depth(self) -> int:
+        """Input channels that one output channel reads."""
+        return self.channels_in // self.groups
+
+    @property
+    def group_out(self) -> int:
+        """Output channels of one convolution group."""
+        return self.channels_out // self.groups
+
+    @cached_property
+    def panels(self) -> int:
+        """Blocks of ``nr`` output channels, over all groups."""
+        return self.groups * -(-self.group_out // self.tile.nr)
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as docs/kernels.md decodes it."""
+        lists = "".join(mark for mark, on in (("i", self.live_in), ("o", self.live_out)) if on)
+        step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
+        return f"conv3d_gather{lists and '_' + lists}_f32_mr{self.tile.mr}_nr{self.tile.nr}{step}"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the packed weights: (panels, taps, depth, nr), or (taps, depth, channels_out) for gathered ones."""
+        if self.live_out:
+            return (self.window.taps, self.depth, self.channels_out)
+        return (self.panels, self.window.taps, self.depth, self.tile.nr)
+
+    def pack_weights(self, weight: np.ndarray) -> np.ndarray:
+        """Pack float32 weights (C_out, C_in / groups, KT, KH, KW) the way the kernel reads them."""
+        taps_last = weight.reshape(self.channels_out, self.depth, self.window.taps)
+        if self.live_out:
+            return np.ascontiguousarray(taps_last.transpose(2, 1, 0))
+        per_group = self.panels // self.groups
+        padded = np.zeros((self.groups, per_group * self.tile.nr, self.depth, self.window.taps), "float32")
+        padded[:, : self.group_out] = taps_last.reshape(self.groups, self.group_out, self.depth, self.window.taps)
+        blocks = padded.reshape(self.panels, self.tile.nr, self.depth, self.window.taps)
+        return np.ascontiguousarray(blocks.transpose(0, 3, 2, 1))
+
+    @property
+    def bias_size(self) -> int:
+        """Length of the packed bias."""
+        return self.channels_out if self.live_out else self.panels * self.tile.nr
+
+    def pack_bias(self, bias: np.ndarray) -> np.ndarray:
+        """Pad the bias of each group to whole panels."""
+        if self.live_out:
+            return np.ascontiguousarray(bias, "float32")
+        padded = np.zeros((self.groups, self.bias_size // self.groups), "float32")
+        padded[:, : self.group_out] = bias.reshape(self.groups, self.group_out)
+        return padded.reshape(-1)
+
+
+def conv3d_gather(conv: GatherConv) -> tirx.PrimFunc:
+    """Emit the kernel.
+
+    Parameters in order: x (positions_in · C_in), weights, bias, tap entries (entries, 2), the five lists of the row
+    plan, then where asked for: in_channels and out_channels (:mod:`~.channel_plan`), out_frames, positions (masks, for ``zero_dead``), residual, and y (positions_out · C_out).
+    """
+    with kernel(conv.name) as builder:
+        _Emitter(conv).emit()
+    return builder.get()
+
+
+class _Emitter:
+    """The kernel's parts, from its signature down to the multiply-add."""
+
+    def __init__(self, conv: GatherConv) -> None:
+        self.conv = conv
+        self.tile = conv.tile
+
+    def emit(self) -> None:
+        conv = self.conv
+        self._declare()
+        if conv.zero_dead:
+            self._zero_dead()
+        with serial(conv.plan.samples) as sample:
+            blocks = let(self.counts[sample, 0])
+            panels: Expr = conv.panels
+            if conv.live_out:
+                panels = let(tirx.floordiv(self.out_channels[sample, 0] + (self.tile.nr - 1), self.tile.nr))
+            with parallel(blocks * panels) as task:
+                block, panel = let(tirx.floordiv(task, panels)), let(tirx.floormod(task, panels))
+                self._block(sample, block, panel)
+
+    def _declare(self) -> None:
+        conv, plan = self.conv, self.conv.plan
+        self.x = argument("x", (conv.window.positions_in * conv.channels_in,))
+        self.weights = argument("weights", (int(np.prod(conv.weight_shape)),))
+        self.bias = argument("bias", (conv.bias_size,))
+        self.taps = argument("tap_entries", plan.tap_entries.shape, INT)
+        shapes = plan.shapes
+        self.rows_in = argument("rows_in", shapes["rows_in"], INT)
+        self.rows_out = argument("rows_out", shapes["rows_out"], INT)
+        self.segments = argument("segments", shapes["segments"], INT)
+        self.blocks = argument("blocks", shapes["blocks"], INT)
+        self.counts = argument("counts", shapes["counts"], INT)
+        if conv.live_in:
+            self.in_channels = argument("in_channels", channel_list_shape(plan.samples, conv.depth), INT)
+        if conv.live_out:
+            self.out_channels = argument("out_channels", channel_list_shape(plan.samples, conv.channels_out), INT)
+        if conv.zero_dead:
+            masks = plan.masks
+            self.masks = {key: argument(key, masks[key]) for key in ("out_frames", "positions") if key in masks}
+        if conv.residual:
+            self.residual = argument("residual", (conv.window.positions_out * conv.channels_out,))
+        self.y = argument("y", (conv.window.positions_out * conv.channels_out,))
+
+    def _zero_dead(self) -> None:
+        """Write zeros where nothing is computed but a reader may look."""
+        conv, window = self.conv, self.conv.window
+        everything = conv.zero_dead == "all"
+        with parallel(window.batch * window.out[0]) as frame:
+            clip, out_frame = tirx.floordiv(frame, window.out[0]), tirx.floormod(frame, window.out[0])
+            area = window.out[1] * window.out[2]
+
+            def clear(position: Expr) -> None:
+                _clear(self.y, (frame * area + position) * conv.channels_out, conv.channels_out, self.tile)
+
+            def clear_dead_positions() -> None:
+                if "positions" not in self.masks:
+                    return
+                samples, frames = conv.plan.positions or (1, 1)
+                with serial(window.out[1]) as row, serial(window.out[2]) as column:
+                    at = (clip if samples > 1 else 0, out_frame if frames > 1 else 0, row, column)
+                    with when(self.masks["positions"][at] == number(0.0)):
+                        clear(row * window.out[2] + column)
+
+            def clear_frame() -> None:
+                with serial(area) as position:
+                    clear(position)
+
+            if everything and conv.live_out:
+                clear_frame()
+            elif "out_frames" in self.masks:
+                alive = self.masks["out_frames"][clip, out_frame] != number(0.0)
+                if everything:
+                    choose(alive, clear_dead_positions, clear_frame)
+                else:
+                    with when(alive):
+                        clear_dead_positions()
+            else:
+                clear_dead_positions()
+
+    def _block(self, sample: Expr, block: Expr, panel: Expr) -> None:
+        """All segments of one block for one panel of output channels."""
+        conv, tile = self.conv, self.tile
+        partial = scratch((tile.block_tiles * tile.mr * tile.nr,))
+        first_tile = let(block * tile.block_tiles)
+        tiles = let(tirx.min(tile.block_tiles, self.counts[sample, 1] - first_tile))
+        self._start_from_bias(sample, panel, partial, tiles)
+        gathered = scratch((tile.segment_taps * conv.depth * tile.nr,)) if conv.live_out else None
+        begin = let(self.blocks[sample, block])
+        end = let(self.blocks[sample, block + 1])
+        with serial(end - begin) as index:
+            segment = let(begin + index)
+            tap, last_tap, low, high = (let(self.segments[sample, segment, field]) for field in range(4))
+            if gathered is not None:
+                self._gather_weights(sample, panel, tap, last_tap, gathered)
+            with serial(high - low) as offset:
+                current = let(low + offset)
+                place = let((current - first_tile) * (tile.mr * tile.nr))
+                self._tile(sample, panel, current, place, partial, tap, last_tap, gathered)
+        self._store_block(sample, panel, first_tile, tiles, partial)
+
+    def _start_from_bias(self, sample: Expr, panel: Expr, partial: tirx.Buffer, tiles: Expr) -> None:
+        tile = self.tile
+        if self.conv.live_out:
+            bias = scratch((tile.nr,))
+            for index in range(tile.nr):
+                store(bias, self.bias[self._out_channel(sample, panel, index)], index)
+            values = [let(bias[lanes(v * tile.vector_floats, tile.vector_floats)]) for v in range(tile.vectors)]
+        else:
+            start = panel * tile.nr
+            values = [
+                let(self.bias[lanes(start + v * tile.vector_floats, tile.vector_floats)]) for v in range(tile.vectors)
+            ]
+        with serial(tiles * tile.mr) as row:
+            for v, value in enumerate(values):
+                store(partial, value, lanes(row * tile.nr + v * tile.vector_floats, tile.vector_floats))
+
+    def _out_channel(self, sample: Expr, panel: Expr, index: int) -> Expr:
+        """The ``index``-th live output channel of the panel; the last one again past the end."""
+        last = self.out_channels[sample, 0] - 1
+        return self.out_channels[sample, 1 + tirx.min(panel * self.tile.nr + index, last)]
+
+    def _gather_weights(self, sample: Expr, panel: Expr, tap: Expr, last_tap: Expr, gathered: tirx.Buffer) -> None:
+        """Pack the segment's weights for the panel's live output channels and the live input channels."""
+        conv, tile = self.conv, self.tile
+        live = self._live_count(sample)
+        columns = [let(self._out_channel(sample, panel, index)) for index in range(tile.nr)]
+        consecutive = let(tirx.all(columns[-1] - columns[0] == tile.nr - 1))
+        with serial(last_tap - tap) as offset, serial(live) as k:
+            channel = self.in_channels[sample, 1 + k] if conv.live_in else k
+            source = let((self.taps[tap + offset, 0] * conv.depth + channel) * conv.channels_out)
+            target = let((offset * live + k) * tile.nr)
+
+            def copy_vectors(source: Expr = source, target: Expr = target) -> None:
+                for v in range(tile.vectors):
+                    at = v * tile.vector_floats
+                    value = self.weights[lanes(source + columns[0] + at, tile.vector_floats)]
+                    store(gathered, value, lanes(target + at, tile.vector_floats))
+
+            def copy_columns(source: Expr = source, target: Expr = target) -> None:
+                for index, column in enumerate(columns):
+                    store(gathered, self.weights[source + column], target + index)
+
+            choose(consecutive, copy_vectors, copy_columns)
+
+    def _live_count(self, sample: Expr) -> Expr:
+        return let(self.in_channels[sample, 0]) if self.conv.live_in else self.conv.depth
+
+    def _tile(
+        self,
+        sample: Expr,
+        panel: Expr,
+        current: Expr,
+        place: Expr,
+        partial: tirx.Buffer,
+        tap: Expr,
+        last_tap: Expr,
+        gathered: tirx.Buffer | None,
+    ) -> None:
+        """Accumulate the segment's taps over one tile."""
+        conv, tile = self.conv, self.tile
+        count = tile.vector_floats
+        acc = [[scratch((count,)) for _ in range(tile.vectors)] for _ in range(tile.mr)]
+        rows = [let(self.rows_in[sample, current, r]) for r in range(tile.mr)]
+        self._each_vector(lambda r, v, at: store(acc[r][v], partial[lanes(place + at, count)], lanes(0, count)))
+        per_group = conv.panels // conv.groups
+        group_start = 0 if conv.groups == 1 else tirx.floordiv(panel, per_group) * conv.depth
+        live = self._live_count(sample)
+        with serial(last_tap - tap) as offset:
+            entry = let(tap + offset)
+            shift = let(self.taps[entry, 1])
+            sources = [let(big((row + shift) * conv.channels_in + group_start)) for row in rows]
+            if gathered is None:
+                base = let(big((panel * conv.window.taps + self.taps[entry, 0]) * (conv.depth * tile.nr)))
+                self._multiply(sample, sources, self.weights, base, live, acc)
+            else:
+                self._multiply(sample, sources, gathered, let(big(offset * live * tile.nr)), live, acc)
+        self._each_vector(lambda r, v, at: store(partial, acc[r][v][lanes(0, count)], lanes(place + at, count)))
+
+    def _each_vector(self, visit: Callable[[int, int, int], None]) -> None:
+        for r in range(self.tile.mr):
+            for v in range(self.tile.vectors):
+                visit(r, v, r * self.tile.nr + v * self.tile.vector_floats)
+
+    def _multiply(
+        self,
+        sample: Expr,
+        sources: list[Expr],
+        weights: tirx.Buffer,
+        base: Expr,
+        live: Expr,
+        acc: list[list[tirx.Buffer]],
+    ) -> None:
+        """``acc[r] += x[r, channel] · w[channel]`` over the live channels."""
+        conv, tile = self.conv, self.tile
+        if not conv.live_in:
+            whole = conv.depth // tile.step
+            if tile.step > 1 and whole:
+                with serial(whole) as chunk:
+                    self._multiply_step(sources, weights, base, let(big(chunk * tile.step)), tile.step, acc)
+            rest = conv.depth if tile.step == 1 else conv.depth % tile.step
+            done = conv.depth - rest
+            if rest <= 4:
+                for k in range(done, conv.depth):
+                    self._multiply_one(sources, weights, base, k, k * tile.nr, acc)
+            else:
+                with serial(rest) as k:
+                    self._multiply_one(sources, weights, base, big(k), big(k) * tile.nr, acc)
+            return
+        with serial(live) as k:
+            channel = let(big(self.in_channels[sample, 1 + k]))
+            # Gathered panels hold the live channels only, side by side; packed weights hold all of them. Their offset
+            # is listed too: computed here, it delays the weight loads, and LLVM then spills accumulators.
+            at = big(k) * tile.nr if conv.live_out else let(big(self.in_channels[sample, 1 + conv.depth + k]))
+            self._multiply_one(sources, weights, base, channel, at, acc)
+
+    def _multiply_one(
+        self,
+        sources: list[Expr],
+        weights: tirx.Buffer,
+        base: Expr,
+        channel: Expr,
+        weight_at: Expr,
+        acc: list[list[tirx.Buffer]],
+    ) -> None:
+        count = self.tile.vector_floats
+        w = [let(weights[lanes(base + weight_at + v * count, count)]) for v in range(self.tile.vectors)]
+        for r, source in enumerate(sources):
+            x = let(splat(self.x[source + channel], count))
+            for v in range(self.tile.vectors):
+                store(acc[r][v], acc[r][v][lanes(0, count)] + x * w[v], lanes(0, count))
+
+    def _multiply_step(
+        self,
+        sources: list[Expr],
+        weights: tirx.Buffer,
+        base: Expr,
+        channel: Expr,
+        step: int,
+        acc: list[list[tirx.Buffer]],
+    ) -> None:
+        """``step`` channels at once: one vector load a row, then a multiply by each of its lanes."""
+        count = self.tile.vector_floats
+        xs = [let(self.x[lanes(source + channel, step)]) for source in sources]
+        for k in range(step):
+            start = base + (channel + k) * self.tile.nr
+            w = [let(weights[lanes(start + v * count, count)]) for v in range(self.tile.vectors)]
+            for r, x in enumerate(xs):
+                for v in range(self.tile.vectors):
+                    product = splat(lane(x, k), count) * w[v]
+                    store(acc[r][v], acc[r][v][lanes(0, count)] + product, lanes(0, count))
+
+    def _store_block(self, sample: Expr, panel: Expr, first_tile: Expr, tiles: Expr, partial: tirx.Buffer) -> None:
+        """Residual, activation, and the scatter to the output rows and channels."""
+        conv, tile = self.conv, self.tile
+        per_group = conv.panels // conv.groups
+        group = 0 if conv.groups == 1 else tirx.floordiv(panel, per_group)
+        within = panel if conv.groups == 1 else tirx.floormod(panel, per_group)
+        columns: list[Expr] = []
+        if conv.live_out:
+            columns = [let(self._out_channel(sample, panel, index)) for index in range(tile.nr)]
+            consecutive = let(tirx.all(columns[-1] - columns[0] == tile.nr - 1))
+        start = let(group * conv.group_out + within * tile.nr)
+        valid = let(conv.group_out - within * tile.nr)
+        with serial(tiles) as index, serial(tile.mr) as r:
+            target = let(self.rows_out[sample, first_tile + index, r] * conv.channels_out)
+            source = let((index * tile.mr + r) * tile.nr)
+
+            def scatter(source: Expr = source, target: Expr = target) -> None:
+                for at, column in enumerate(columns):
+                    self._finish(partial, source + at, target + column, 1)
+
+            def write(source: Expr = source, target: Expr = target) -> None:
+                for v in range(tile.vectors):
+                    at = v * tile.vector_floats
+                    self._finish(partial, source + at, target + columns[0] + at, tile.vector_floats)
+
+            if conv.live_out:
+                choose(consecutive, write, scatter)
+            else:
+                self._store_vectors(partial, source, target + start, valid)
+
+    def _store_vectors(self, partial: tirx.Buffer, source: Expr, target: Expr, valid: Expr) -> None:
+        """Store the panel's vectors, lane by lane where the output channels end inside one."""
+        tile, conv = self.tile, self.conv
+        for v in range(tile.vectors):
+            at = v * tile.vector_floats
+
+            def whole(at: int = at) -> None:
+                self._finish(partial, source + at, target + at, tile.vector_floats)
+
+            def part(at: int = at) -> None:
+                with serial(tirx.max(valid - at, 0)) as index:
+                    self._finish(partial, source + at + index, target + at + index, 1)
+
+            if conv.group_out % tile.nr == 0:
+                whole()
+            else:
+                choose(valid >= at + tile.vector_floats, whole, part)
+
+    def _finish(self, partial: tirx.Buffer, source: Expr, target: Expr, count: int) -> None:
+        value = partial[lanes(source, count)]
+        if self.conv.residual:
+            value = value + self.residual[lanes(target, count)]
+        store(self.y, ACTIVATIONS[self.conv.activation](value, count), lanes(target, count))
+
+
+def _clear(buffer: tirx.Buffer, start: Expr, length: int, tile: Tile) -> None:
+    whole = length // tile.vector_floats
+    with serial(whole) as v:
+        store(buffer, number(0.0, tile.vector_floats), lanes(start + v * tile.vector_floats, tile.vector_floats))
+    for index in range(whole * tile.vector_floats, length):
+        store(buffer, number(0.0), start + index)

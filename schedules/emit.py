@@ -1,0 +1,130 @@
+"""A thin layer over TVM's IR builder: what every kernel of this folder says again and again.
+
+Kernels are written as ordinary Python that emits TIR: Python loops unroll, ``serial`` and ``parallel`` loops stay.
+Loops start at zero: a loop whose first index is read from a buffer loses that offset in nested loops (TVM 0.27).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+Expr = Any
+
+FLOAT = "float32"
+INT = "int32"
+BIG_INT = "int64"
+
+
+@contextmanager
+def kernel(name: str) -> Iterator[IRBuilder]:
+    """Open a PrimFunc called ``name``; the finished function is ``builder.get()`` after the block."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"tir.noalias": True, "global_symbol": name, "tirx.is_scheduled": True})
+            yield builder
+
+
+def argument(name: str, shape: Sequence[int], dtype: str = FLOAT) -> tirx.Buffer:
+    """Declare the next parameter of the kernel."""
+    return T.arg(name, T.buffer(tuple(int(extent) for extent in shape), dtype))
+
+
+def scratch(shape: Sequence[int], dtype: str = FLOAT) -> tirx.Buffer:
+    """Memory of the enclosing loop body: under 1 KiB it lives on the stack, so LLVM keeps it in registers."""
+    return T.alloc_buffer(tuple(int(extent) for extent in shape), dtype)
+
+
+def let(value: Expr) -> Expr:
+    """Evaluate once and name the result."""
+    return T.Bind(value)
+
+
+def big(value: Expr) -> Expr:
+    """Widen an index, so that address arithmetic is not sign-extended again in the innermost loop."""
+    return tirx.Cast(BIG_INT, value)
+
+
+def lanes(start: Expr, count: int) -> Expr:
+    """Consecutive indices ``start, start + 1, …``."""
+    return tirx.Ramp(start, 1, count) if count > 1 else start
+
+
+def splat(value: Expr, count: int) -> Expr:
+    """The same value in every lane."""
+    return tirx.Broadcast(value, count) if count > 1 else value
+
+
+def lane(vector: Expr, index: int) -> Expr:
+    """One lane of a vector."""
+    return tirx.Shuffle([vector], [index])
+
+
+def number(value: float, count: int = 1) -> Expr:
+    """A float32 constant in ``count`` lanes."""
+    return splat(tirx.FloatImm(FLOAT, value), count)
+
+
+def store(buffer: tirx.Buffer, value: Expr, *index: Expr) -> None:
+    """Write ``value`` to ``buffer[index]``."""
+    T.buffer_store(buffer, value, list(index))
+
+
+def serial(extent: Expr) -> Any:
+    """A loop from zero that stays a loop."""
+    return T.serial(0, extent)
+
+
+def parallel(extent: Expr) -> Any:
+    """A loop from zero whose iterations are shared out over the threads."""
+    return T.parallel(0, extent)
+
+
+@contextmanager
+def when(condition: Expr) -> Iterator[None]:
+    """Run the body only where ``condition`` holds."""
+    with T.If(condition), T.Then():
+        yield
+
+
+def choose(condition: Expr, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    """Run one of two bodies."""
+    with T.If(condition):
+        with T.Then():
+            then()
+        with T.Else():
+            otherwise()
+
+
+def ceil_div(value: Expr, by: int) -> Expr:
+    """``ceil(value / by)`` for values that are not negative."""
+    return tirx.floordiv(value + (by - 1), by)
+
+
+Activation = Callable[[Expr, int], Expr]
+
+
+def _hard_sigmoid(x: Expr, count: int) -> Expr:
+    return tirx.max(number(0.0, count), tirx.min(number(1.0, count), x * number(1 / 6, count) + number(0.5, count)))
+
+
+def _sigmoid(x: Expr, count: int) -> Expr:
+    return number(1.0, count) / (number(1.0, count) + tirx.exp(number(0.0, count) - x))
+
+
+#: Activations that a convolution applies to its results before it stores them, by the name of the Relax operator.
+ACTIVATIONS: dict[str, Activation] = {
+    "": lambda x, count: x,
+    "relu": lambda x, count: tirx.max(x, number(0.0, count)),
+    "relu6": lambda x, count: tirx.min(tirx.max(x, number(0.0, count)), number(6.0, count)),
+    "sigmoid": _sigmoid,
+    "silu": lambda x, count: x * _sigmoid(x, count),
+    "hardsigmoid": _hard_sigmoid,
+    "hardswish": lambda x, count: x * _hard_sigmoid(x, count),
+}

@@ -1,0 +1,73 @@
+"""Shapes of a convolution or pooling window, and which of its taps fall inside the clip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window of ``kernel`` taps that slides over ``frames × height × width``; a 2D window has depth 1.
+
+    ``padding`` is what lies before the clip on each axis; what lies behind follows from ``out``.
+    """
+
+    batch: int
+    size: Triple
+    out: Triple
+    kernel: Triple
+    stride: Triple = (1, 1, 1)
+    padding: Triple = (0, 0, 0)
+    dilation: Triple = (1, 1, 1)
+
+    @property
+    def taps(self) -> int:
+        """Number of kernel offsets."""
+        return self.kernel[0] * self.kernel[1] * self.kernel[2]
+
+    @property
+    def positions_in(self) -> int:
+        """Input positions over the whole batch."""
+        return self.batch * self.size[0] * self.size[1] * self.size[2]
+
+    @property
+    def positions_out(self) -> int:
+        """Output positions over the whole batch."""
+        return self.batch * self.out[0] * self.out[1] * self.out[2]
+
+    def source(self, axis: int, index: int, tap: int) -> int:
+        """The input coordinate that output ``index`` reads through ``tap``; may lie outside the clip."""
+        return index * self.stride[axis] - self.padding[axis] + tap * self.dilation[axis]
+
+    def live_taps(self, axis: int, index: int) -> tuple[int, ...]:
+        """The taps through which output ``index`` reads inside the clip."""
+        return tuple(tap for tap in range(self.kernel[axis]) if 0 <= self.source(axis, index, tap) < self.size[axis])
+
+    @cached_property
+    def classes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """For each axis, the distinct sets of live taps in order of first appearance."""
+        return tuple(
+            tuple(dict.fromkeys(self.live_taps(axis, index) for index in range(self.out[axis]))) for axis in range(3)
+        )
+
+    def class_of(self, axis: int, index: int) -> int:
+        """Which of ``classes[axis]`` output ``index`` belongs to."""
+        return self.classes[axis].index(self.live_taps(axis, index))
+
+    @cached_property
+    def tap_positions(self) -> int:
+        """Pairs of output position and tap that fall inside the clip: multiply by channels for executed MACs."""
+        per_axis = [
+            sum(len(self.live_taps(axis, index)) for index in range(self.out[axis])) for axis in range(3)
+        ]
+        return self.batch * per_axis[0] * per_axis[1] * per_axis[2]
+
+    def offset(self, tap: int) -> int:
+        """Distance in positions from the first tap of the window to ``tap`` (frames outermost)."""
+        _, height, width = self.size
+        _, kernel_h, kernel_w = self.kernel
+        frame, row, column = tap // (kernel_h * kernel_w), tap // kernel_w % kernel_h, tap % kernel_w
+        return (frame * self.dilation[0] * height + row * self.dilation[1]) * width + column * self.dilation[2]

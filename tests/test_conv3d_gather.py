@@ -1,0 +1,213 @@
+"""The gathered convolution against PyTorch: small integers, compared exactly; NaN where nothing may be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import tvm
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dance_tvm.schedules.channel_plan import plan_channels
+from dance_tvm.schedules.conv3d_gather import GatherConv, Tile, conv3d_gather
+from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.row_plan import RowPlan, plan_rows
+
+TARGET = tvm.target.Target({"kind": "llvm", "num-cores": 2})
+
+
+def compiled(func: tvm.tirx.PrimFunc) -> object:
+    name = str(func.attrs["global_symbol"])
+    return tvm.compile(tvm.IRModule({name: func}), target=TARGET)[name]
+
+
+def tensor(array: np.ndarray) -> tvm.runtime.Tensor:
+    return tvm.runtime.tensor(np.ascontiguousarray(array))
+
+
+@dataclass
+class Case:
+    """One convolution and the masks around it; masks are boolean arrays or None."""
+
+    batch: int = 1
+    size: tuple[int, int, int] = (3, 5, 6)
+    channels_in: int = 5
+    channels_out: int = 7
+    kernel: tuple[int, int, int] = (3, 3, 3)
+    stride: tuple[int, int, int] = (1, 1, 1)
+    padding: tuple[int, int, int] = (1, 1, 1)
+    dilation: tuple[int, int, int] = (1, 1, 1)
+    groups: int = 1
+    tile: Tile = Tile(mr=3, vectors=2, vector_floats=4, step=1, block_tiles=4, segment_taps=2)
+    in_frames: np.ndarray | None = None
+    out_frames: np.ndarray | None = None
+    positions: np.ndarray | None = None
+    live_in: np.ndarray | None = None
+    live_out: np.ndarray | None = None
+    residual: bool = False
+    zero_dead: str = "all"
+    seed: int = 0
+
+    @property
+    def window(self) -> Window:
+        axes = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        out = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
+        return Window(self.batch, self.size, out, self.kernel, self.stride, self.padding, self.dilation)
+
+
+def run(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the kernel's output, PyTorch's on the masked input (float64), and which outputs must be computed."""
+    rng = np.random.default_rng(case.seed)
+    window = case.window
+    samples = case.batch if case.live_in is not None or case.live_out is not None else 1
+    plan = RowPlan(
+        window,
+        case.tile.mr,
+        case.tile.block_tiles,
+        case.tile.segment_taps,
+        samples,
+        case.in_frames is not None,
+        case.out_frames is not None,
+        None if case.positions is None else case.positions.shape[:2],
+    )
+    conv = GatherConv(
+        window,
+        case.channels_in,
+        case.channels_out,
+        case.groups,
+        case.tile,
+        plan,
+        case.live_in is not None,
+        case.live_out is not None,
+        case.residual,
+        "relu",
+        case.zero_dead,
+    )
+    x = rng.integers(-4, 5, (case.batch, *case.size, case.channels_in)).astype("float32")
+    weight = rng.integers(-3, 4, (case.channels_out, conv.depth, *case.kernel)).astype("float32")
+    bias = rng.integers(-5, 6, case.channels_out).astype("float32")
+    residual = rng.integers(-9, 10, (case.batch, *window.out, case.channels_out)).astype("float32")
+
+    masked, poisoned = x.copy(), x.copy()
+    if case.in_frames is not None:
+        masked[~case.in_frames] = 0
+        poisoned[~case.in_frames] = np.nan if plan.dynamic_taps else 0
+    if case.live_in is not None:
+        for sample, live in enumerate(case.live_in):
+            masked[sample][..., ~live] = 0
+            poisoned[sample][..., ~live] = np.nan
+    reference = torch.nn.functional.conv3d(
+        torch.from_numpy(masked).double().permute(0, 4, 1, 2, 3),
+        torch.from_numpy(weight).double(),
+        torch.from_numpy(bias).double(),
+        case.stride,
+        case.padding,
+        case.dilation,
+        case.groups,
+    ).permute(0, 2, 3, 4, 1)
+    expected = torch.relu(reference + (torch.from_numpy(residual) if case.residual else 0)).numpy()
+
+    computed = np.ones_like(expected, bool)
+    if case.out_frames is not None:
+        computed &= case.out_frames[:, :, None, None, None]
+    if case.positions is not None:
+        computed &= case.positions[..., None]
+    rows = computed[..., 0].copy()
+    if case.live_out is not None:
+        computed &= case.live_out[:, None, None, None, :]
+
+    masks = {"in_frames": case.in_frames, "out_frames": case.out_frames, "positions": case.positions}
+    mask_args = [tensor(masks[key].astype("float32")) for key in plan.masks]
+    lists = [tensor(np.full(shape, -(2**31), "int32")) for shape in plan.shapes.values()]
+    compiled(plan_rows(plan))(*mask_args, *(tensor(table) for table in plan.tables.values()), *lists)
+    args = [tensor(poisoned.reshape(-1)), tensor(conv.pack_weights(weight).reshape(-1)), tensor(conv.pack_bias(bias))]
+    args += [tensor(plan.tap_entries), *lists]
+    for live, count, nr in ((case.live_in, conv.depth, case.tile.nr), (case.live_out, case.channels_out, 1)):
+        if live is not None:
+            listed = tensor(np.full((samples, 1 + 2 * count), -(2**31), "int32"))
+            compiled(plan_channels(samples, count, nr))(tensor(live.astype("float32")), listed)
+            args.append(listed)
+    if case.zero_dead:
+        args += [tensor(masks[key].astype("float32")) for key in ("out_frames", "positions") if key in plan.masks]
+    if case.residual:
+        args.append(tensor(residual.reshape(-1)))
+    y = tensor(np.full(expected.size, np.nan, "float32"))
+    compiled(conv3d_gather(conv))(*args, y)
+    pairs = int(lists[-1].numpy()[:, 3].sum())
+    frames_alive = np.ones((case.batch, case.size[0]), bool) if case.in_frames is None else case.in_frames
+    assert pairs == count_pairs(window, frames_alive if plan.dynamic_taps else None, rows)
+    return y.numpy().reshape(expected.shape), expected, computed
+
+
+def count_pairs(window: Window, in_frames: np.ndarray | None, rows: np.ndarray) -> int:
+    """Pairs of computed row and live tap, counted one by one."""
+    total = 0
+    for n, t, h, w in np.argwhere(rows):
+        frames = [tap for tap in window.live_taps(0, t) if in_frames is None or in_frames[n, window.source(0, t, tap)]]
+        total += len(frames) * len(window.live_taps(1, h)) * len(window.live_taps(2, w))
+    return total
+
+
+def check(case: Case) -> None:
+    got, expected, computed = run(case)
+    np.testing.assert_array_equal(got[computed], expected[computed])
+    if case.zero_dead == "all":
+        np.testing.assert_array_equal(got[~computed], 0)
+
+
+DENSE = [
+    Case(),
+    Case(batch=2, size=(4, 7, 7), channels_in=8, channels_out=16),
+    Case(kernel=(1, 3, 3), padding=(0, 1, 1)),
+    Case(kernel=(3, 1, 1), padding=(2, 0, 0), dilation=(2, 1, 1)),
+    Case(kernel=(1, 1, 1), padding=(0, 0, 0), residual=True),
+    Case(size=(1, 9, 9), channels_in=3, kernel=(1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3)),
+    Case(channels_in=6, channels_out=9, groups=3),
+    Case(size=(5, 6, 6), stride=(2, 2, 2), kernel=(3, 3, 3)),
+    Case(size=(2, 3, 3), kernel=(3, 5, 5), padding=(1, 2, 2), residual=True),
+    Case(channels_in=11, tile=Tile(5, 1, 4, 4, 3, 27)),
+    Case(channels_in=8, tile=Tile(4, 2, 4, 4, 100, 3)),
+]
+
+
+@pytest.mark.parametrize("case", DENSE, ids=range(len(DENSE)))
+def test_dense_equals_pytorch(case: Case) -> None:
+    check(case)
+
+
+@st.composite
+def masked_cases(draw: st.DrawFn) -> Case:
+    kernel = draw(st.sampled_from([(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 1), (2, 3, 1)]))
+    case = Case(
+        batch=draw(st.integers(1, 2)),
+        size=(draw(st.integers(1, 4)), draw(st.integers(1, 5)), draw(st.integers(1, 6))),
+        channels_in=draw(st.integers(1, 6)),
+        channels_out=draw(st.integers(1, 10)),
+        kernel=kernel,
+        padding=tuple(k // 2 for k in kernel),
+        stride=draw(st.sampled_from([(1, 1, 1), (1, 2, 2), (2, 1, 1)])),
+        residual=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
+    )
+    out = case.window.out
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+
+    def mask(*shape: int) -> np.ndarray | None:
+        density = draw(st.sampled_from([None, 0.0, 0.3, 0.7, 1.0]))
+        return None if density is None else rng.random(shape) < density
+
+    case.in_frames = mask(case.batch, case.size[0])
+    case.out_frames = mask(case.batch, out[0])
+    case.positions = mask(draw(st.sampled_from([1, case.batch])), draw(st.sampled_from([1, out[0]])), *out[1:])
+    case.live_in = mask(case.batch, case.channels_in)
+    case.live_out = mask(case.batch, case.channels_out)
+    return case
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(masked_cases())
+def test_masked_equals_pytorch_on_the_masked_input(case: Case) -> None:
+    check(case)
