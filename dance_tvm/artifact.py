@@ -163,6 +163,8 @@ def load_artifact(path: str | Path) -> Artifact:
     folder = Path(path)
     manifest = _read_manifest(folder)
     for name, expected in manifest.files.items():
+        if Path(name).name != name:
+            raise DanceError(f"{folder / MANIFEST} names {name!r}, which is not a file name in the folder")
         _verify_file(folder / name, expected)
     machine = _elf_machine(folder / LIBRARY)
     if machine != manifest.target.machine:
@@ -273,8 +275,6 @@ def _describe(path: Path) -> File:
 
 
 def _verify_file(path: Path, expected: File) -> None:
-    if path.parent / path.name != path or path.name in ("", ".", ".."):
-        raise DanceError(f"{path} is not a file name that an artifact may hold")
     try:
         found = _describe(path)
     except OSError as error:

@@ -1,0 +1,112 @@
+"""The command line: quick help, one sentence for bad input, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+
+from dance_tvm.cli import COMMANDS, plain_errors, start
+from dance_tvm.errors import DanceError
+
+
+def command(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "dance_tvm.cli", *arguments], capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def test_help_is_quick_and_lists_the_commands():
+    done = command("--help")
+    assert done.returncode == 0
+    assert {"build", "run", "targets"} <= set(done.stdout.split())
+    loaded = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "dance_tvm.cli", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stderr
+    assert "| tvm" not in loaded
+    assert "| torch" not in loaded
+
+
+def test_every_command_there_is_has_help():
+    for name, (module, summary) in COMMANDS.items():
+        if name in command("--help").stdout.split():
+            done = command(name, "--help")
+            assert done.returncode == 0, (name, module, done.stderr)
+            assert f"dance-tvm {name}" in done.stdout
+            assert summary
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["targts"], "targets"),
+        (["targets", "--colour"], "--colour"),
+        (["build", "--threads", "0"], "threads"),
+        (["build", "--conv", "magic"], "magic"),
+        (["run"], "artifact"),
+        (["build", "--target", "snapdragn"], "did you mean 'snapdragon'"),
+        (["run", "/nowhere"], "not an artifact"),
+    ],
+)
+def test_wrong_words_end_with_2_and_no_traceback(arguments, said):
+    done = command(*arguments)
+    assert done.returncode == 2, done
+    assert said in done.stderr.lower()
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
+def test_targets_as_json_has_every_fact():
+    facts = {target["name"]: target for target in json.loads(command("targets", "--json").stdout)}
+    assert facts["snapdragon"]["clusters"][0]["mcpu"] == "cortex-x2"
+    assert len(facts["snapdragon"]["fingerprint"]) == 16
+
+
+@pytest.mark.parametrize("module", ["dance_tvm.build", "dance_tvm.run"])
+def test_a_command_is_also_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert f"python -m {module}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [(DanceError("do this"), 2), (KeyboardInterrupt(), 130), (OSError(28, "No space left"), 2)]
+)
+def test_what_a_command_raises_becomes_its_exit_code(raised, code, capsys):
+    app = typer.Typer()
+
+    @app.command()
+    def fail() -> None:
+        raise raised
+
+    with pytest.raises(SystemExit) as ended:
+        start(app, "fail", [])
+    assert ended.value.code == code
+    if code == 2:
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_request_to_end_unwinds():
+    unwound = []
+
+    def wait():
+        with plain_errors():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            finally:
+                unwound.append(True)
+
+    with pytest.raises(SystemExit) as ended:
+        wait()
+    assert ended.value.code == 143
+    assert unwound
