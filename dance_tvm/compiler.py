@@ -105,7 +105,7 @@ def build_network(
 
     def check_there(artifact: Artifact) -> Check:
         clock.start("check")
-        return check_artifact(artifact, imported, insist=check is True)
+        return check_artifact(artifact, imported, insist=check is True, on_phase=clock.start)
 
     linker = shared_library_linker(machine)
     artifact = write_artifact(
@@ -120,18 +120,26 @@ def build_network(
     return Built(artifact, clock.seconds, peak)
 
 
-def check_artifact(artifact: Artifact, imported: Imported, *, insist: bool = False) -> Check:
+def check_artifact(
+    artifact: Artifact, imported: Imported, *, insist: bool = False, on_phase: Callable[[str], None] | None = None
+) -> Check:
     """Run the artifact where its code runs, and its source here, on the same random input.
 
-    Raises DanceError if they differ; a device that is not there is recorded, not raised, unless ``insist``.
+    Raises DanceError if they differ; a device that is not there is recorded, and raised only with ``insist``.
     """
-    from dance_tvm.device import open_device
+    from dance_tvm.device import emulator_available, open_device, prepare_emulator
 
     spec, reason = _device_for(artifact.manifest, insist)
-    if not spec:
-        return Check(status="not run", reason=reason)
+    if spec == "emulator":
+        reason = emulator_available() or ""
+    if reason and insist:
+        raise DanceError(f"the build cannot be checked: {reason}; leave --check out to build without")
+    if reason:
+        return Check(status="not run", device=spec, reason=reason)
     inputs = random_inputs(artifact.manifest.inputs)
     try:
+        if spec == "emulator":
+            prepare_emulator(on_phase or (lambda _sentence: None))
         with open_device(spec) as device:
             found = device.load(artifact).run(inputs)
     except DanceError as error:

@@ -1,0 +1,39 @@
+# make demo    a trained network, from its published weights to this machine and to an emulated phone
+# make test    linter, types and every test
+# make bench   the short benchmarks
+# make lint    linter and types alone
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+export PYTHON VENV
+
+RUN := $(VENV)/bin/python
+# Each test process takes its share of the cores.
+THREADS := OMP_NUM_THREADS=1
+
+.PHONY: demo test bench lint prepare constraints
+
+demo:
+	@.ci/prepare --emulator
+	@$(RUN) examples/demo.py
+
+test: lint
+	@.ci/prepare --emulator
+	@$(THREADS) $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
+
+lint: prepare
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+bench:
+	@.ci/prepare
+	@$(RUN) -m benchmarks
+
+prepare:
+	@.ci/prepare
+
+# Pin what is installed now, after the tests passed with it.
+constraints:
+	@$(RUN) -m pip list --format=freeze --exclude pip --exclude setuptools --exclude wheel --exclude dance-tvm \
+	    | sed 's/+cpu$$//' > constraints.txt.new && mv constraints.txt.new constraints.txt
