@@ -1,0 +1,196 @@
+"""AAP's controller: from the first layer's activations to hard masks for every site, as ordinary tensor operations.
+
+Its input is coarse: the first activation averaged over tiles, and how much each tile changes from frame to frame.
+Three small heads score frames, groups of channels and tiles of positions of each site between 0 and 1. What scores
+above the learned threshold theta stays (mask 1), the rest is pruned (mask 0). In training the masks carry a
+straight-through gradient: hard going forward, that of a steep sigmoid around theta going back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dance_tvm.sparsity.dance.sites import Site
+
+AXES = ("frames", "channels", "positions")
+_FIRST_SCORE = 0.0  # logit of every score at the start: 0.5, well above the threshold, so nothing is pruned yet
+_FIRST_THRESHOLD = 0.05
+_STEEPNESS = 8.0  # of the sigmoid whose slope the straight-through gradient takes
+
+
+class Masks(NamedTuple):
+    """One site's masks of 0 and 1: frames (N, 1, T, 1, 1), channels (N, C, 1, 1, 1), positions (N, 1, 1, H, W)."""
+
+    frames: Tensor | None
+    channels: Tensor | None
+    positions: Tensor | None
+
+
+class Controller(nn.Module):
+    """Masks of every site from the first site's activation (N, C, T, H, W).
+
+    `axes` are those that may be pruned; channels are decided in groups of `group`, positions in tiles: about
+    `grid` x `grid` of them at full resolution, and never finer than a site's own positions.
+    """
+
+    def __init__(
+        self, sites: Sequence[Site], *, axes: Sequence[str] = AXES, group: int = 8, grid: int = 8, hidden: int = 16
+    ) -> None:
+        super().__init__()
+        self.axes = tuple(axes)
+        self.theta = nn.Parameter(torch.tensor(math.log(_FIRST_THRESHOLD / (1 - _FIRST_THRESHOLD))))
+        channels, frames, height, width = sites[0].shape
+        self._tile = (max(1, height // grid), max(1, width // grid))
+        self._grid = (height // self._tile[0], width // self._tile[1])
+        self._frames = frames
+        statistics = 2 * channels
+        self.norm = nn.BatchNorm3d(statistics)
+        if "frames" in axes:
+            self.frame_stem = nn.Conv1d(2 * statistics, hidden, 3, padding=1)
+            self.frame_heads = nn.ModuleList(_head(nn.Conv1d(hidden, 1, 1)) for _ in sites)
+        if "channels" in axes:
+            self.channel_stem = nn.Linear(2 * statistics, 2 * hidden)
+            groups = (math.ceil(site.shape[0] / group) for site in sites)
+            self.channel_heads = nn.ModuleList(_head(nn.Linear(2 * hidden, count)) for count in groups)
+        if "positions" in axes:
+            self.position_stem = nn.Conv2d(2 * statistics, hidden, 3, padding=1)
+            self.position_heads = nn.ModuleList(_head(nn.Conv2d(hidden, 1, 1)) for _ in sites)
+        self._sites = tuple(sites)
+        self._group = group
+        self.decisions: list[Masks] = []
+        self.scores: list[Masks] = []
+
+    @property
+    def threshold(self) -> Tensor:
+        """theta between 0 and 1."""
+        return self.theta.sigmoid()
+
+    def forward(self, first: Tensor) -> list[Masks]:
+        statistics = self._statistics(first)
+        frames = self._frame_scores(statistics) if "frames" in self.axes else None
+        channels = self._channel_scores(statistics) if "channels" in self.axes else None
+        positions = self._position_scores(statistics) if "positions" in self.axes else None
+        scores, decisions = [], []
+        for index, site in enumerate(self._sites):
+            scores.append(Masks(*(axis[index] if axis else None for axis in (frames, channels, positions))))
+            decisions.append(self._decide(scores[-1], site))
+        if not torch.compiler.is_exporting():
+            self.scores, self.decisions = scores, decisions
+        return decisions
+
+    def _statistics(self, first: Tensor) -> Tensor:
+        """(N, 2C, T, tiles, tiles): each tile's mean, and how far it is from the frame before."""
+        tiles = functional.avg_pool3d(first, (1, *self._tile))
+        change = (tiles[:, :, 1:] - tiles[:, :, :-1]).abs()
+        change = torch.cat([change[:, :, :1], change], dim=2)
+        statistics: Tensor = self.norm(torch.cat([tiles, change], dim=1))
+        return statistics
+
+    def _frame_scores(self, statistics: Tensor) -> list[Tensor]:
+        seen = torch.cat([statistics.mean(dim=(3, 4)), _largest(statistics, frames=False)[..., 0, 0]], dim=1)
+        hidden = functional.relu(self.frame_stem(seen))
+        scores = []
+        for site, head in zip(self._sites, self.frame_heads, strict=True):
+            step = self._frames // site.shape[1]
+            pooled = functional.avg_pool1d(hidden, step) if step > 1 else hidden
+            scores.append(head(pooled).sigmoid()[:, 0])
+        return scores
+
+    def _channel_scores(self, statistics: Tensor) -> list[Tensor]:
+        seen = torch.cat([statistics.mean(dim=(2, 3, 4)), _largest(statistics)[..., 0, 0, 0]], dim=1)
+        hidden = functional.relu(self.channel_stem(seen))
+        return [head(hidden).sigmoid() for head in self.channel_heads]
+
+    def _position_scores(self, statistics: Tensor) -> list[Tensor]:
+        seen = torch.cat([statistics.mean(dim=2), _largest(statistics, positions=False)[:, :, 0]], dim=1)
+        hidden = functional.relu(self.position_stem(seen))
+        scores = []
+        for site, head in zip(self._sites, self.position_heads, strict=True):
+            step = tuple(max(1, grid // own) for grid, own in zip(self._grid, site.shape[2:], strict=True))
+            pooled = functional.avg_pool2d(hidden, step) if max(step) > 1 else hidden
+            scores.append(head(pooled).sigmoid()[:, 0])
+        return scores
+
+    def _decide(self, scores: Masks, site: Site) -> Masks:
+        channels, frames, height, width = site.shape
+        kept = Masks(*(None if score is None else self._keep(score) for score in scores))
+        return Masks(
+            None if kept.frames is None else _fitted(kept.frames, 1, frames)[:, None, :, None, None],
+            None
+            if kept.channels is None
+            else _repeated(kept.channels, 1, self._group, channels)[..., None, None, None],
+            None if kept.positions is None else _fitted(_fitted(kept.positions, 1, height), 2, width)[:, None, None],
+        )
+
+    def _keep(self, score: Tensor) -> Tensor:
+        hard = (score > self.threshold).to(score.dtype)
+        if not self.training:
+            return hard
+        soft = (_STEEPNESS * (score - self.threshold)).sigmoid()
+        return hard + soft - soft.detach()
+
+
+class Prune(nn.Module):
+    """Multiplies an activation by its site's masks.
+
+    With `watching` set, `activity` keeps what the last call saw before masking: the mean activation of each frame
+    (N, T), channel (N, C) and position (N, H, W), without gradients.
+    """
+
+    activity: tuple[Tensor, Tensor, Tensor]
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self._index = index
+        self.watching = False
+
+    def forward(self, x: Tensor, decisions: list[Masks]) -> Tensor:
+        if self.watching:
+            seen = x.detach()
+            self.activity = (seen.mean(dim=(1, 3, 4)), seen.mean(dim=(2, 3, 4)), seen.mean(dim=(1, 2)))
+        for mask in self.decided(decisions):
+            if mask is not None:
+                x = x * mask
+        return x
+
+    def decided(self, decisions: Sequence[Masks]) -> Masks:
+        """This site's masks out of all sites'."""
+        return decisions[self._index]
+
+
+def _largest(x: Tensor, *, frames: bool = True, positions: bool = True) -> Tensor:
+    """The largest over frames, positions or both of (N, C, T, H, W), kept as size 1: a pooling, as importers know it."""
+    _, _, length, height, width = x.shape
+    return functional.max_pool3d(x, (length if frames else 1, *((height, width) if positions else (1, 1))))
+
+
+def _head(layer: nn.Conv1d | nn.Conv2d | nn.Linear) -> nn.Module:
+    """Starts with small weights around one score for all, so that training begins with nothing pruned."""
+    nn.init.normal_(layer.weight, std=0.02)
+    assert layer.bias is not None
+    nn.init.constant_(layer.bias, _FIRST_SCORE)
+    return layer
+
+
+def _repeated(mask: Tensor, axis: int, times: int, size: int) -> Tensor:
+    """Each entry along `axis` `times` over, cut to `size`: expand and reshape, which every exporter carries."""
+    if times > 1:
+        shape = list(mask.shape)
+        expanded = mask.unsqueeze(axis + 1).expand(*shape[: axis + 1], times, *shape[axis + 1 :])
+        mask = expanded.reshape(*shape[:axis], shape[axis] * times, *shape[axis + 1 :])
+    return mask.narrow(axis, 0, size) if mask.shape[axis] > size else mask
+
+
+def _fitted(mask: Tensor, axis: int, size: int) -> Tensor:
+    """`size` entries along `axis`, each that of the nearest entry of `mask`."""
+    count = mask.shape[axis]
+    if size % count == 0:
+        return _repeated(mask, axis, size // count, size)
+    nearest = torch.arange(size, device=mask.device) * count // size
+    return mask.index_select(axis, nearest)

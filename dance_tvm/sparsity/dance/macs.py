@@ -1,0 +1,303 @@
+"""Multiply-accumulates of a masked network, counted as a kernel that walks index lists executes them.
+
+For each convolution and clip:
+
+    rows of output that somebody reads  x  taps whose input frame is alive  x  live input channels  x  live outputs
+
+*Alive* (read side) is what the masks before it leave; *read* (compute side) is what the masks after it leave. Both
+are carried through ReLU, batch norm, pooling, sums and concatenations as three masks, of frames, positions and
+channels, and a union of such triples is taken axis by axis, as index lists have to. Taps into the padding in front of
+the first frame and behind the last one are never counted, dense or pruned; spatial padding is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from dance_tvm.sparsity.dance.controller import Controller, Masks, Prune
+from dance_tvm.sparsity.dance.sites import module_of
+
+
+class Live(NamedTuple):
+    """Which parts of an activation are alive, or read: frames (N, T), positions (N, H, W), channels (N, C)."""
+
+    frames: Tensor
+    positions: Tensor
+    channels: Tensor
+
+
+class LayerMacs(NamedTuple):
+    """One convolution's MACs: `executed` (N,) under the masks, `dense` without masks, `nominal` with padded taps."""
+
+    name: str
+    executed: Tensor
+    dense: float
+    nominal: float
+
+
+@dataclass(frozen=True)
+class Count:
+    """A network's MACs. `executed` (N,) has a gradient where the masks have one."""
+
+    layers: list[LayerMacs]
+    linear: float
+    controller: float
+
+    @property
+    def executed(self) -> Tensor:
+        return torch.stack([layer.executed for layer in self.layers]).sum(0) + self.linear + self.controller
+
+    @property
+    def dense(self) -> float:
+        """Of the network without masks or controller, padded taps in time left out."""
+        return sum(layer.dense for layer in self.layers) + self.linear
+
+    @property
+    def nominal(self) -> float:
+        """Of the network without masks or controller, counted as papers do: every tap of every output."""
+        return sum(layer.nominal for layer in self.layers) + self.linear
+
+
+class MacCounter:
+    """Counts a traced network's MACs from the masks of its last forward pass.
+
+    `graph` must carry shapes (`sites.trace`) and may carry `Prune` modules and a `controller`.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self._graph = graph
+        self._nodes = [node for node in graph.graph.nodes if _is_activation(node)]
+        self._convolutions = [node for node in self._nodes if isinstance(module_of(graph, node), nn.Conv3d)]
+        self._linear = sum(
+            float(module.in_features * module.out_features)
+            for module in (module_of(graph, node) for node in graph.graph.nodes)
+            if isinstance(module, nn.Linear)
+        )
+        self._controller = controller_macs(graph)
+
+    def count(self, decisions: Sequence[Masks], clips: int) -> Count:
+        """The MACs of `clips` clips whose masks are `decisions` (one entry a site; none: the dense network)."""
+        device = decisions[0][0].device if decisions and decisions[0][0] is not None else _device(self._graph)
+        alive = self._alive(decisions, clips, device)
+        read = self._read(decisions, clips, device)
+        layers = []
+        for node in self._convolutions:
+            conv = module_of(self._graph, node)
+            assert isinstance(conv, nn.Conv3d)
+            source = node.all_input_nodes[0]
+            layers.append(_convolution(node, conv, alive[source], read[node]))
+        return Count(layers, self._linear, self._controller)
+
+    def _alive(self, decisions: Sequence[Masks], clips: int, device: torch.device) -> dict[fx.Node, Live]:
+        """What may be other than zero after each node, from the inputs on."""
+        alive: dict[fx.Node, Live] = {}
+        for node in self._nodes:
+            sources = [alive[source] for source in node.all_input_nodes if source in alive]
+            alive[node] = self._alive_after(node, sources, decisions, clips, device)
+        return alive
+
+    def _alive_after(
+        self, node: fx.Node, sources: list[Live], decisions: Sequence[Masks], clips: int, device: torch.device
+    ) -> Live:
+        module = module_of(self._graph, node)
+        if isinstance(module, Prune):
+            return _masked(sources[0], module.decided(decisions)) if decisions else sources[0]
+        if isinstance(module, nn.MaxPool3d | nn.AvgPool3d):
+            return _pooled(sources[0], module)
+        if isinstance(module, nn.ReLU | nn.Dropout | nn.Identity) or _named(node, "relu", "relu_"):
+            return sources[0]
+        if _named(node, "cat") and len(sources) == len(node.all_input_nodes) and _along_channels(node):
+            return _concatenated(sources)
+        if _named(node, "add", "iadd") and len(sources) == 2:
+            return _union(sources[0], sources[1])
+        return _everything(node, clips, device)
+
+    def _read(self, decisions: Sequence[Masks], clips: int, device: torch.device) -> dict[fx.Node, Live]:
+        """Which part of each node's output some later node reads, from the outputs back."""
+        read: dict[fx.Node, Live] = {}
+        for node in reversed(self._nodes):
+            wanted: Live | None = None
+            for user in node.users:
+                part = self._read_by(user, node, read, decisions, clips, device)
+                wanted = part if wanted is None else _union(wanted, part)
+            read[node] = wanted or _everything(node, clips, device)
+        return read
+
+    def _read_by(
+        self,
+        user: fx.Node,
+        node: fx.Node,
+        read: dict[fx.Node, Live],
+        decisions: Sequence[Masks],
+        clips: int,
+        device: torch.device,
+    ) -> Live:
+        everything = _everything(node, clips, device)
+        if user not in read:
+            return everything
+        module = module_of(self._graph, user)
+        if isinstance(module, Prune):
+            return _masked(read[user], module.decided(decisions)) if decisions else read[user]
+        if isinstance(module, nn.MaxPool3d | nn.AvgPool3d):
+            return _unpooled(read[user], module, everything)
+        same = isinstance(module, nn.ReLU | nn.Dropout | nn.Identity | nn.BatchNorm3d)
+        if same or _named(user, "relu", "relu_", "add", "iadd"):
+            return read[user]
+        if _named(user, "cat") and _along_channels(user):
+            return _part_of_concatenation(read[user], user, node)
+        return everything
+
+
+def controller_macs(graph: fx.GraphModule) -> float:
+    """MACs of the controller's convolutions and linear layers for one clip (0 without a controller)."""
+    controller = dict(graph.named_children()).get("controller")
+    if not isinstance(controller, Controller):
+        return 0.0
+    first = next(node for node in graph.graph.nodes if node.op == "call_module" and node.target == "controller")
+    shape = first.all_input_nodes[0].meta["tensor_meta"].shape
+    total = 0.0
+
+    def add(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal total
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)
+        total += output[0].numel() * module.weight[0].numel()
+
+    layers = [module for module in controller.modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)]
+    handles = [layer.register_forward_hook(add) for layer in layers]
+    training = controller.training
+    try:
+        with torch.no_grad():
+            controller.eval()(torch.zeros(1, *shape[1:], device=controller.theta.device))
+    finally:
+        controller.train(training)
+        for handle in handles:
+            handle.remove()
+    return total
+
+
+def _convolution(node: fx.Node, conv: nn.Conv3d, alive: Live, read: Live) -> LayerMacs:
+    ones = torch.ones_like
+    executed = _macs(conv, alive, read)
+    dense = _macs(conv, Live(*map(ones, alive)), Live(*map(ones, read)))
+    outputs = node.meta["tensor_meta"].shape[1:].numel()
+    return LayerMacs(str(node.target), executed, float(dense[0].detach()), float(outputs * conv.weight[0].numel()))
+
+
+def _macs(conv: nn.Conv3d, alive: Live, read: Live) -> Tensor:
+    steps, _, _ = conv.kernel_size
+    kernel = torch.ones(1, 1, steps, device=alive.frames.device)
+    padding = conv.padding[0] if isinstance(conv.padding, tuple) else (conv.dilation[0] * (steps - 1) // 2)
+    taps = functional.conv1d(
+        alive.frames[:, None], kernel, stride=conv.stride[0], padding=int(padding), dilation=conv.dilation[0]
+    )[:, 0]
+    rows = (taps * read.frames).sum(1) * read.positions.sum(dim=(1, 2)) * conv.kernel_size[1] * conv.kernel_size[2]
+    return rows * alive.channels.sum(1) * read.channels.sum(1) / conv.groups
+
+
+def _masked(live: Live, masks: Masks) -> Live:
+    return Live(
+        live.frames if masks.frames is None else live.frames * masks.frames[:, 0, :, 0, 0],
+        live.positions if masks.positions is None else live.positions * masks.positions[:, 0, 0],
+        live.channels if masks.channels is None else live.channels * masks.channels[:, :, 0, 0, 0],
+    )
+
+
+def _union(one: Live, other: Live) -> Live:
+    return Live(*(torch.maximum(mine, theirs) for mine, theirs in zip(one, other, strict=True)))
+
+
+def _pooled(live: Live, pool: nn.MaxPool3d | nn.AvgPool3d) -> Live:
+    kernel, stride, padding = (_three(value) for value in (pool.kernel_size, pool.stride, pool.padding))
+    ceil = pool.ceil_mode
+    frames = functional.max_pool1d(live.frames[:, None], kernel[0], stride[0], padding[0], ceil_mode=ceil)[:, 0]
+    positions = functional.max_pool2d(live.positions[:, None], kernel[1:], stride[1:], padding[1:], ceil_mode=ceil)[
+        :, 0
+    ]
+    return Live(frames, positions, live.channels)
+
+
+def _unpooled(read: Live, pool: nn.MaxPool3d | nn.AvgPool3d, whole: Live) -> Live:
+    """What a pooling reads of its input for the outputs that are read: every window's entries."""
+    kernel, stride, padding = (_three(value) for value in (pool.kernel_size, pool.stride, pool.padding))
+    length, area = whole.frames.shape[1], whole.positions.shape[1:]
+    frames = _spread(read.frames[:, None, :, None], (kernel[0], 1), (stride[0], 1), (padding[0], 0), (length, 1))
+    positions = _spread(read.positions[:, None], kernel[1:], stride[1:], padding[1:], tuple(area))
+    return Live(frames[:, 0, :, 0], positions[:, 0], read.channels)
+
+
+def _spread(
+    mask: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], size: tuple[int, ...]
+) -> Tensor:
+    """(N, 1, h, w) windows to the (N, 1, *size) entries they cover; an entry of several windows takes the largest."""
+    windows = mask.new_zeros(
+        mask.shape[0], 1, size[0] + 2 * padding[0] + kernel[0], size[1] + 2 * padding[1] + kernel[1]
+    )
+    for row in range(kernel[0]):
+        for column in range(kernel[1]):
+            placed = torch.zeros_like(windows)
+            rows = slice(row, row + stride[0] * mask.shape[2], stride[0])
+            columns = slice(column, column + stride[1] * mask.shape[3], stride[1])
+            target = placed[:, :, rows, columns]
+            target += mask[:, :, : target.shape[2], : target.shape[3]]
+            windows = torch.maximum(windows, placed)
+    return windows[:, :, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
+
+
+def _concatenated(sources: list[Live]) -> Live:
+    union = sources[0]
+    for source in sources[1:]:
+        frames, positions = (torch.maximum(a, b) for a, b in zip(union[:2], source[:2], strict=True))
+        union = Live(frames, positions, union.channels)
+    return union._replace(channels=torch.cat([source.channels for source in sources], dim=1))
+
+
+def _part_of_concatenation(read: Live, user: fx.Node, node: fx.Node) -> Live:
+    start, parts = 0, []
+    for source in user.args[0]:  # type: ignore[union-attr]
+        width = source.meta["tensor_meta"].shape[1]  # type: ignore[union-attr]
+        if source is node:
+            parts.append(read._replace(channels=read.channels[:, start : start + width]))
+        start += width
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = _union(whole, part)
+    return whole
+
+
+def _everything(node: fx.Node, clips: int, device: torch.device) -> Live:
+    _, channels, frames, height, width = node.meta["tensor_meta"].shape
+    return Live(
+        torch.ones(clips, frames, device=device),
+        torch.ones(clips, height, width, device=device),
+        torch.ones(clips, channels, device=device),
+    )
+
+
+def _is_activation(node: fx.Node) -> bool:
+    meta = node.meta.get("tensor_meta")
+    return hasattr(meta, "shape") and len(meta.shape) == 5  # type: ignore[union-attr]
+
+
+def _along_channels(node: fx.Node) -> bool:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return dim in (1, -4)
+
+
+def _named(node: fx.Node, *names: str) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    return str(getattr(node.target, "__name__", node.target)) in names
+
+
+def _three(value: Any) -> tuple[int, int, int]:
+    return (value, value, value) if isinstance(value, int) else tuple(value)  # type: ignore[return-value]
+
+
+def _device(graph: fx.GraphModule) -> torch.device:
+    return next(graph.parameters()).device

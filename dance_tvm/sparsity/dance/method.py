@@ -1,0 +1,271 @@
+"""The two steps of DANCE as training methods: AVA makes activations uneven, AAP learns what to leave out of each clip.
+
+python -m dance_tvm.train --method dense --out dense
+python -m dance_tvm.train --method ava --init dense/model.safetensors --out ava
+python -m dance_tvm.train --method aap --init ava/model.safetensors --target-macs 0.4 --out aap
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from dance_tvm.sparsity.dance.adaptors import Adaptor
+from dance_tvm.sparsity.dance.controller import AXES, Controller, Prune
+from dance_tvm.sparsity.dance.macs import MacCounter
+from dance_tvm.sparsity.dance.sites import Site, insert, module_of, node_named, trace
+from dance_tvm.sparsity.data import Batch
+from dance_tvm.sparsity.training import Context, Method
+
+_AXIS_NAMES = ("frames", "channels", "positions")
+_SUPPLEMENT_WEIGHTS = (1 / 3, 2 / 3, 1 / 3)
+
+
+class AVA(Method):
+    """Activation variability amplification: adaptors after each convolution, and a loss that rewards uneven activity.
+
+    The term is -weight * (std_t / 3 + 2 std_ch / 3 + std_sp / 3), averaged over clips and convolutions. Each deviation
+    counts relative to its value before AVA: shares of 16 frames deviate a hundred times as much as shares of 16,384
+    positions, and would be all that is trained. The weight grows linearly over the first `ramp` of the epochs. The
+    saved model has the adaptors' scales folded into its weights.
+    """
+
+    name: ClassVar[str] = "ava"
+
+    class Options(Method.Options):
+        variability: float = Field(0.1, ge=0, description="weight of the variability term")
+        ramp: float = Field(0.5, ge=0, le=1, description="share of the epochs over which the weight grows")
+
+    options: Options
+
+    def prepare(self, network: nn.Module, context: Context) -> nn.Module:
+        self._plain, self._epochs, self._weight = network, context.epochs, 0.0
+        graph, self._sites = trace(network, context.clip_shape)
+        graph.add_submodule("adaptors", nn.ModuleList())
+        for index, site in enumerate(self._sites):
+            channels, frames, height, width = site.shape
+            insert(graph, site, f"adaptors.{index}", Adaptor(channels, frames, height, width))
+        graph.recompile()
+        self._adaptors = [module for module in graph.modules() if isinstance(module, Adaptor)]
+        self._before = torch.zeros(3)
+        return graph
+
+    def epoch_started(self, network: nn.Module, epoch: int) -> None:
+        ramp = max(1.0, self.options.ramp * self._epochs)
+        self._weight = self.options.variability * min(1.0, (epoch + 1) / ramp)
+
+    def losses(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        found = self._variability().mean(dim=1)
+        if not self._before.any():
+            self._before = found.detach()
+        relative = found / self._before.to(found.device)
+        return {"variability": -self._weight * (relative * relative.new_tensor(_SUPPLEMENT_WEIGHTS)).sum()}
+
+    def evaluate(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        found = self._variability()
+        names = ("std_frames", "std_channels", "std_positions")
+        return dict(zip(names, found, strict=True)) | {"variability": found.sum(0)}
+
+    def _variability(self) -> Tensor:
+        """(3, N): frames, channels, positions, averaged over the convolutions."""
+        return torch.stack([torch.stack(adaptor.variability) for adaptor in self._adaptors]).mean(0)
+
+    def tensors(self, network: nn.Module) -> dict[str, Tensor]:
+        return {"before": self._before}
+
+    def load_tensors(self, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self._before = tensors["before"]
+
+    def finished(self, network: nn.Module) -> nn.Module:
+        assert isinstance(network, fx.GraphModule)
+        for site, adaptor in zip(self._sites, self._adaptors, strict=True):
+            _fold_scale(network, site, adaptor.channel_scale())
+        return self._plain
+
+
+class AAP(Method):
+    """Adaptive activation pruning: the controller's masks at every site, trained to a target share of the dense MACs.
+
+    Three terms join the task's: `compute`, weight * max(0, share / target - 1) for the batch's mean share of the
+    dense MACs, whose target falls linearly from 1 over the first `ramp` of the epochs; and `guide`, which teaches the
+    controller the relative activity of each frame, channel group and tile at first and fades over the same time.
+    With `freeze` the backbone rests for that last share of the epochs, batch norm statistics included.
+    """
+
+    name: ClassVar[str] = "aap"
+
+    class Options(Method.Options):
+        target_macs: float = Field(0.5, gt=0, description="share of the dense MACs (0.5, 50%), or a count (120M)")
+        axes: tuple[Literal["frames", "channels", "positions"], ...] = ("frames", "channels", "positions")
+        group: int = Field(8, ge=1, description="channels that are decided together")
+        grid: int = Field(8, ge=1, description="tiles along each edge at full resolution")
+        compute: float = Field(2.0, ge=0, description="weight of the compute term")
+        guide: float = Field(1.0, ge=0, description="weight of the guide at the start")
+        ramp: float = Field(0.5, ge=0, le=1)
+        freeze: float = Field(0.0, ge=0, le=1, description="last share of the epochs with the backbone frozen")
+        controller_rate: float = Field(3.0, gt=0, description="learning rate of the controller, times --lr")
+        threshold_rate: float = Field(20.0, gt=0, description="learning rate of theta, times --lr")
+
+        @field_validator("target_macs", mode="before")
+        @classmethod
+        def _parse_target(cls, value: Any) -> Any:
+            return parse_amount(value)
+
+        @field_validator("axes", mode="before")
+        @classmethod
+        def _parse_axes(cls, value: Any) -> Any:
+            return tuple(value.split("+")) if isinstance(value, str) else value
+
+    options: Options
+
+    def prepare(self, network: nn.Module, context: Context) -> nn.Module:
+        options = self.options
+        graph = prune(network, context.clip_shape, axes=options.axes, group=options.group, grid=options.grid)
+        self._controller = controller_of(graph)
+        self._prunes = [module for module in graph.modules() if isinstance(module, Prune)]
+        self._counter = MacCounter(graph)
+        self._epochs, self._progress = context.epochs, 0.0
+        dense = self._counter.count([], 1).dense
+        self._target = options.target_macs if options.target_macs <= 1 else options.target_macs / dense
+        return graph
+
+    def parameters(self, network: nn.Module) -> Iterable[Any]:
+        options, controller = self.options, self._controller
+        rest = [parameter for name, parameter in controller.named_parameters() if name != "theta"]
+        owned = {id(parameter) for parameter in controller.parameters()}
+        backbone = [parameter for parameter in network.parameters() if id(parameter) not in owned]
+        return [
+            {"params": backbone},
+            {"params": rest, "lr_scale": options.controller_rate},
+            {"params": [controller.theta], "lr_scale": options.threshold_rate, "weight_decay": 0.0},
+        ]
+
+    def epoch_started(self, network: nn.Module, epoch: int) -> None:
+        self._progress = min(1.0, epoch / max(1.0, self.options.ramp * self._epochs))
+        for module in self._prunes:
+            module.watching = self._guide_weight() > 0
+        frozen = epoch >= self._epochs * (1 - self.options.freeze)
+        owned = {id(parameter) for parameter in self._controller.parameters()}
+        for parameter in network.parameters():
+            parameter.requires_grad_(not frozen or id(parameter) in owned)
+        if frozen:
+            network.eval()
+            self._controller.train()
+
+    def _guide_weight(self) -> float:
+        return self.options.guide * (1 - self._progress)
+
+    def losses(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        count = self._counter.count(self._controller.decisions, len(batch.clips))
+        target = 1 - (1 - self._target) * self._progress
+        share = count.executed.mean() / count.dense
+        terms = {"compute": self.options.compute * functional.relu(share / target - 1)}
+        if self._guide_weight() > 0:
+            terms["guide"] = self._guide_weight() * self._guide()
+        return terms
+
+    def _guide(self) -> Tensor:
+        """Mean squared distance of the scores from each entry's activity, relative to the clip's largest."""
+        distances = []
+        for scores, module in zip(self._controller.scores, self._prunes, strict=True):
+            for score, activity in zip(scores, module.activity, strict=True):
+                if score is not None:
+                    distances.append(functional.mse_loss(score, _relative(activity, score)))
+        return torch.stack(distances).mean()
+
+    def evaluate(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        decisions = self._controller.decisions
+        count = self._counter.count(decisions, len(batch.clips))
+        values = {"macs": count.executed, "share": count.executed / count.dense}
+        for axis, name in enumerate(_AXIS_NAMES):
+            masks = [mask for mask in (site[axis] for site in decisions) if mask is not None]
+            if masks:
+                values[f"kept_{name}"] = torch.stack([mask.flatten(1).mean(1) for mask in masks]).mean(0)
+        return values
+
+    def epoch_ended(self, network: nn.Module, epoch: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {"theta": float(self._controller.threshold)}
+
+    def acceptable(self, metrics: Mapping[str, float]) -> bool:
+        return metrics["share"] <= 1.02 * self._target
+
+    def card(self, network: nn.Module) -> dict[str, Any]:
+        count = self._counter.count([], 1)
+        return {
+            "macs": {
+                "dense": count.dense,
+                "nominal": count.nominal,
+                "controller": count.controller,
+                "target": self._target * count.dense,
+            },
+            "theta": float(self._controller.threshold),
+            "dance": {"axes": list(self.options.axes), "group": self.options.group, "grid": self.options.grid},
+        }
+
+
+def prune(
+    network: nn.Module, clip_shape: tuple[int, ...], *, axes: Iterable[str] = AXES, group: int = 8, grid: int = 8
+) -> fx.GraphModule:
+    """`network` with a controller on its first activation and masks at every site; it shares `network`'s weights.
+
+    Raises DanceError when the network cannot be traced or has no two convolutions with a ReLU.
+    """
+    graph, sites = trace(network, clip_shape)
+    controller = Controller(sites, axes=tuple(axes), group=group, grid=grid)
+    graph.add_submodule("controller", controller)
+    first = node_named(graph, sites[0].node)
+    with graph.graph.inserting_after(first):
+        decisions = graph.graph.call_module("controller", (first,))
+    graph.add_submodule("prunes", nn.ModuleList())
+    for index, site in enumerate(sites):
+        insert(graph, site, f"prunes.{index}", Prune(index), decisions)
+    graph.recompile()
+    return graph
+
+
+def controller_of(graph: nn.Module) -> Controller:
+    """The controller of a network that `prune` made."""
+    controller = graph.get_submodule("controller")
+    assert isinstance(controller, Controller)
+    return controller
+
+
+def parse_amount(value: Any) -> Any:
+    """ "50%" is 0.5, "120M" is 120e6; other strings and numbers go through float."""
+    if not isinstance(value, str):
+        return value
+    units = {"%": 0.01, "k": 1e3, "M": 1e6, "G": 1e9}
+    unit = units.get(value[-1:])
+    return float(value[:-1]) * unit if unit else float(value)
+
+
+def _relative(activity: Tensor, score: Tensor) -> Tensor:
+    """Activity (N, entries…) pooled to the score's entries, over the clip's largest one."""
+    if activity.ndim == 3:
+        pooled = functional.adaptive_avg_pool2d(activity, (score.shape[1], score.shape[2]))
+    else:
+        pooled = functional.adaptive_avg_pool1d(activity[:, None], score.shape[1])[:, 0]
+    largest = pooled.flatten(1).amax(1).clamp(min=1e-12)
+    return pooled / largest.reshape(-1, *[1] * (pooled.ndim - 1))
+
+
+@torch.no_grad()
+def _fold_scale(graph: fx.GraphModule, site: Site, scale: Tensor) -> None:
+    """Multiplies what feeds the site's ReLU by `scale` (C,), never negative: relu(s x) = s relu(x).
+
+    After a residual sum or a concatenation there is no one layer to fold into; that scale is left to retraining.
+    """
+    source = node_named(graph, site.node).all_input_nodes[0]
+    layer = module_of(graph, source)
+    if isinstance(layer, nn.BatchNorm3d):
+        layer.weight.mul_(scale)
+        layer.bias.mul_(scale)
+    elif isinstance(layer, nn.Conv3d):
+        layer.weight.mul_(scale.reshape(-1, 1, 1, 1, 1))
+        if layer.bias is not None:
+            layer.bias.mul_(scale)
