@@ -1,0 +1,170 @@
+"""``--method kgs``: train a network into kernel-group sparsity by one of RT3D's three algorithms (section 4).
+
+The epochs of a run fall into phases:
+
+    ordinary training     the first ``dense`` share; 0 when started from a trained network (--init)
+    pruning               lasso and reweighted: the penalty is in the loss; reweighted sets it anew ``rounds`` times
+    cut                   the least units go, all layers ranked together, until the network costs ``rate`` times less
+    retraining            the last ``retrain`` share with the masks fixed: what was cut stays exactly zero
+
+The heuristic has nothing to train before the cut, so it cuts at once and retrains longer: every algorithm gets the
+same number of epochs, as in the paper's comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dance_tvm.errors import DanceError
+from dance_tvm.sparsity.data import Batch
+from dance_tvm.sparsity.rt3d.importance import importance
+from dance_tvm.sparsity.rt3d.masks import add_mask, bake_masks, set_mask
+from dance_tvm.sparsity.rt3d.penalty import Penalty
+from dance_tvm.sparsity.rt3d.pruning import (
+    Prunable,
+    find_layers,
+    layer_rms,
+    magnitude,
+    report,
+    select,
+    weight_masks,
+)
+from dance_tvm.sparsity.rt3d.schemes import Scheme, SchemeName
+from dance_tvm.sparsity.training import Context, Method
+
+# Enough clips for means of activations and gradients; more change the ranking little.
+CALIBRATION_CLIPS = 32
+
+
+class KGS(Method):
+    """RT3D pruning inside the training loop."""
+
+    name: ClassVar[str] = "kgs"
+
+    class Options(Method.Options):
+        algorithm: Literal["heuristic", "lasso", "reweighted"] = "reweighted"
+        scheme: SchemeName = "kgs"
+        rate: float = Field(2.6, ge=1)
+        gm: int = Field(8, ge=1)
+        gn: int = Field(4, ge=1)
+        budget: Literal["macs", "parameters"] = "macs"
+        strength: float = Field(5e-4, ge=0)
+        mix: float = Field(0.5, ge=0, le=1)
+        epsilon: float = Field(0.1, gt=0)
+        rounds: int = Field(4, ge=1)
+        dense: float = Field(0.25, ge=0, lt=1)
+        retrain: float = Field(0.35, gt=0, le=1)
+        skip_first: bool = True
+
+    options: Options
+
+    def prepare(self, network: nn.Module, context: Context) -> nn.Module:
+        options = self.options
+        self._scheme = Scheme(options.scheme, options.gm, options.gn)
+        one_clip = torch.zeros(1, *context.clip_shape)
+        self._prunable: Prunable = find_layers(network, one_clip, skip_first=options.skip_first)
+        self._start = round(options.dense * context.epochs)
+        self._cut = max(self._start, context.epochs - max(1, round(options.retrain * context.epochs)))
+        if options.algorithm == "heuristic":
+            self._cut = min(self._start, context.epochs - 1)
+        elif self._cut == self._start:
+            raise DanceError(
+                f"--method kgs: {context.epochs} epochs leave none for the {options.algorithm} penalty between dense "
+                f"training ({options.dense:.0%}) and retraining ({options.retrain:.0%}); train longer or lower a share"
+            )
+        count = min(CALIBRATION_CLIPS, len(context.train))
+        self._clips = torch.stack([context.train[index][0] for index in range(count)])
+        self._penalty = Penalty(
+            self._prunable,
+            self._scheme,
+            strength=options.strength,
+            mix=options.mix,
+            epsilon=options.epsilon,
+            budget=options.budget,
+        )
+        self._keep: dict[str, Tensor] = {}
+        self._pressing = False
+        for layer in self._prunable.layers:
+            add_mask(layer.module)
+        return network
+
+    def epoch_started(self, network: nn.Module, epoch: int) -> None:
+        self._pressing = self._start <= epoch < self._cut
+        if epoch == self._start and not self._keep:
+            self._penalty.reference = {layer.name: layer_rms(layer.weight) for layer in self._prunable.layers}
+        if self._pressing and self.options.algorithm == "reweighted" and epoch in self._round_starts():
+            self._penalty.reweight()
+        if epoch == self._cut:
+            self._cut_off(network)
+
+    def losses(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        return {"groups": self._penalty()} if self._pressing else {}
+
+    def epoch_ended(self, network: nn.Module, epoch: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        left = report(self._prunable, self._scheme, self._keep or self._everything())
+        return {"macs": float(left.macs), "rate": left.rate}
+
+    def acceptable(self, metrics: Mapping[str, float]) -> bool:
+        return metrics["epoch"] >= self._cut
+
+    def tensors(self, network: nn.Module) -> dict[str, Tensor]:
+        parts = {"keep": self._keep, "penalty": self._penalty.penalties, "reference": self._penalty.reference}
+        return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
+
+    def load_tensors(self, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.partition("/")[2]: value for name, value in tensors.items() if name.startswith(prefix + "/")}
+
+        self._keep = part("keep")
+        for layer in self._prunable.layers:
+            self._penalty.reference[layer.name] = part("reference")[layer.name].to(layer.weight)
+            if layer.name in part("penalty"):
+                self._penalty.penalties[layer.name] = part("penalty")[layer.name].to(layer.weight)
+
+    def finished(self, network: nn.Module) -> nn.Module:
+        return bake_masks(network)
+
+    def card(self, network: nn.Module) -> dict[str, Any]:
+        left = report(self._prunable, self._scheme, self._keep or self._everything())
+        return {
+            "pruning": {
+                "algorithm": self.options.algorithm,
+                "scheme": str(self._scheme),
+                "rate": left.rate,
+                "macs": left.macs,
+                "dense_macs": left.dense_macs,
+                "parameters": left.parameters,
+                "dense_parameters": left.dense_parameters,
+                "layers": {
+                    row.name: {"rate": row.rate, "macs": row.live_macs, "weights": row.live_weights}
+                    for row in left.layers
+                },
+                "dense_layers": dict(left.why_dense),
+            }
+        }
+
+    def _round_starts(self) -> set[int]:
+        """The epochs at which penalties are set anew: evenly spread over the pruning phase, the first included."""
+        length = self._cut - self._start
+        return {self._start + round * length // self.options.rounds for round in range(self.options.rounds)}
+
+    def _cut_off(self, network: nn.Module) -> None:
+        if self.options.algorithm == "heuristic":
+            clips = self._clips.to(next(network.parameters()).device)
+            scores = importance(network, self._prunable, self._scheme, clips)
+        else:
+            scores = magnitude(self._prunable, self._scheme, self._penalty.reference)
+        self._keep = select(self._prunable, self._scheme, scores, self.options.rate, self.options.budget)
+        for name, mask in weight_masks(self._prunable, self._scheme, self._keep).items():
+            set_mask(network.get_submodule(name), mask)
+
+    def _everything(self) -> dict[str, Tensor]:
+        return {
+            layer.name: torch.ones_like(self._scheme.sizes(layer.weight), dtype=torch.bool)
+            for layer in self._prunable.layers
+        }
