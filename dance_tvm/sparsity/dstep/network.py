@@ -72,22 +72,25 @@ class BlockPolicy(nn.Module):
         self, x: Tensor, count: int, before: BlockHistory | None, temperature: float
     ) -> tuple[Decision, Tensor | None]:
         """Decides for the block's input x (T*N, C, H, W) of `count` clips; also this frame's means (N, C) to keep."""
-        height, width = x.shape[2:]
-        tiles = mask = None
-        if self.spatial is not None:
-            averages = self.spatial.average(x)
-            tiles = self.spatial(averages, temperature)
-            mask = self.spatial.upsampled(tiles, -(-height // self.stride), -(-width // self.stride))
+        means, tiles, mask = self.means(x, temperature)
         if self.temporal is None:
             return Decision(tiles, mask, x.new_ones(x.shape[0], 1, 1, 1), None), None
-        if self.spatial is not None and tiles is not None:
-            means = self.spatial.masked_means(averages, tiles, height * width)
-        else:
-            means = x.mean((2, 3))
-        if not self.temporal.reuse:
-            return Decision(tiles, mask, *self.temporal(means, means, temperature)), None
-        compute, reuse = self.temporal(delayed(means, count, before.pooled if before else None), means, temperature)
-        return Decision(tiles, mask, compute, reuse), means[-count:]
+        compute, reuse = self.temporal(self.before(means, count, before), means, temperature)
+        return Decision(tiles, mask, compute, reuse), means[-count:] if self.temporal.reuse else None
+
+    def means(self, x: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Channel means (T*N, C) of the masked input, the tiles, and the mask of the first convolution's output."""
+        if self.spatial is None:
+            return x.mean((2, 3)), None, None
+        height, width = x.shape[2:]
+        averages = self.spatial.average(x)
+        tiles = self.spatial(averages, temperature)
+        mask = self.spatial.upsampled(tiles, -(-height // self.stride), -(-width // self.stride))
+        return self.spatial.masked_means(averages, tiles, height * width), tiles, mask
+
+    def before(self, means: Tensor, count: int, history: BlockHistory | None) -> Tensor:
+        """The means (T*N, C) of the frame before each; of no frame, zeros."""
+        return delayed(means, count, history.pooled if history else None)
 
 
 def merge(result: Tensor, decision: Decision, count: int, before: Tensor | None) -> Tensor:
@@ -128,7 +131,7 @@ class DStepResNet(VideoResNet):
         self.policies = nn.ModuleList(
             BlockPolicy(block, stage, self.options)
             for stage, (_, block) in zip(stages, self.residual_blocks(), strict=True)
-        )
+        ).to(self.fc.weight)
         self.temperature = 0.67
         self._watched: list[Decision] | None = None
         self.train(network.training)

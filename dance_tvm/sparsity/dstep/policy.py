@@ -85,9 +85,7 @@ class TemporalPolicy(nn.Module):
 
     def forward(self, before: Tensor, now: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
         """(compute, reuse), each (B, out, 1, 1) of 0 and 1, from the means (B, C) of the frame before and this one."""
-        means = torch.cat([before, now], 1) if self.reuse else now
-        logits = self.fc2(F.relu(self.fc1(means)))
-        ways = logits.split(self.out, 1)  # skip, compute[, reuse]
+        ways = self.logits(before, now).split(self.out, 1)
         if self.training:
             chosen = F.gumbel_softmax(torch.stack(ways), temperature, hard=True, dim=0)
             compute, reuse = chosen[1], chosen[2] if self.reuse else None
@@ -95,6 +93,11 @@ class TemporalPolicy(nn.Module):
             compute, reuse = _largest(ways)
         shape = (-1, self.out, 1, 1)
         return compute.reshape(shape), None if reuse is None else reuse.reshape(shape)
+
+    def logits(self, before: Tensor, now: Tensor) -> Tensor:
+        """Skip's, compute's and (with `reuse`) reuse's logits, (B, ways * out)."""
+        means = torch.cat([before, now], 1) if self.reuse else now
+        return self.fc2(F.relu(self.fc1(means)))
 
 
 def _largest(ways: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
