@@ -23,6 +23,7 @@ from .emit import (
     argument,
     big,
     choose,
+    flat,
     kernel,
     lane,
     lanes,
@@ -140,8 +141,9 @@ class GatherConv:
 def conv3d_gather(conv: GatherConv) -> tirx.PrimFunc:
     """Emit the kernel.
 
-    Parameters in order: x (positions_in · C_in), weights, bias, tap entries (entries, 2), the five lists of the row
-    plan, then where asked for: in_channels and out_channels (:mod:`~.channel_plan`), out_frames, positions (masks, for ``zero_dead``), residual, and y (positions_out · C_out).
+    Parameters in order: x (N, T, H, W, C_in), weights, bias, tap entries (entries, 2), the five lists of the row
+    plan, then where asked for: in_channels and out_channels (:mod:`~.channel_plan`), out_frames, positions (masks, for ``zero_dead``), residual, and y
+    (N, T, H, W, C_out).
     """
     with kernel(conv.name) as builder:
         _Emitter(conv).emit()
@@ -171,8 +173,9 @@ class _Emitter:
 
     def _declare(self) -> None:
         conv, plan = self.conv, self.conv.plan
-        self.x = argument("x", (conv.window.positions_in * conv.channels_in,))
-        self.weights = argument("weights", (int(np.prod(conv.weight_shape)),))
+        window = conv.window
+        x = argument("x", (window.batch, *window.size, conv.channels_in))
+        weights = argument("weights", conv.weight_shape)
         self.bias = argument("bias", (conv.bias_size,))
         self.taps = argument("tap_entries", plan.tap_entries.shape, INT)
         shapes = plan.shapes
@@ -188,9 +191,11 @@ class _Emitter:
         if conv.zero_dead:
             masks = plan.masks
             self.masks = {key: argument(key, masks[key]) for key in ("out_frames", "positions") if key in masks}
-        if conv.residual:
-            self.residual = argument("residual", (conv.window.positions_out * conv.channels_out,))
-        self.y = argument("y", (conv.window.positions_out * conv.channels_out,))
+        out_shape = (window.batch, *window.out, conv.channels_out)
+        residual = argument("residual", out_shape) if conv.residual else None
+        y = argument("y", out_shape)
+        self.x, self.weights, self.y = flat(x), flat(weights), flat(y)
+        self.residual = flat(residual) if residual is not None else None
 
     def _zero_dead(self) -> None:
         """Write zeros where nothing is computed but a reader may look."""
@@ -450,7 +455,7 @@ class _Emitter:
 
     def _finish(self, partial: tirx.Buffer, source: Expr, target: Expr, count: int) -> None:
         value = partial[lanes(source, count)]
-        if self.conv.residual:
+        if self.residual is not None:
             value = value + self.residual[lanes(target, count)]
         store(self.y, ACTIVATIONS[self.conv.activation](value, count), lanes(target, count))
 

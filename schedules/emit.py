@@ -36,6 +36,14 @@ def argument(name: str, shape: Sequence[int], dtype: str = FLOAT) -> tirx.Buffer
     return T.arg(name, T.buffer(tuple(int(extent) for extent in shape), dtype))
 
 
+def flat(buffer: tirx.Buffer) -> tirx.Buffer:
+    """The same memory seen as one dimension."""
+    size = 1
+    for extent in buffer.shape:
+        size *= int(extent)
+    return T.decl_buffer((size,), buffer.dtype, data=buffer.data)
+
+
 def scratch(shape: Sequence[int], dtype: str = FLOAT) -> tirx.Buffer:
     """Memory of the enclosing loop body: under 1 KiB it lives on the stack, so LLVM keeps it in registers."""
     return T.alloc_buffer(tuple(int(extent) for extent in shape), dtype)

@@ -123,7 +123,7 @@ def run(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     mask_args = [tensor(masks[key].astype("float32")) for key in plan.masks]
     lists = [tensor(np.full(shape, -(2**31), "int32")) for shape in plan.shapes.values()]
     compiled(plan_rows(plan))(*mask_args, *(tensor(table) for table in plan.tables.values()), *lists)
-    args = [tensor(poisoned.reshape(-1)), tensor(conv.pack_weights(weight).reshape(-1)), tensor(conv.pack_bias(bias))]
+    args = [tensor(poisoned), tensor(conv.pack_weights(weight)), tensor(conv.pack_bias(bias))]
     args += [tensor(plan.tap_entries), *lists]
     for live, count, nr in ((case.live_in, conv.depth, case.tile.nr), (case.live_out, case.channels_out, 1)):
         if live is not None:
@@ -133,13 +133,13 @@ def run(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if case.zero_dead:
         args += [tensor(masks[key].astype("float32")) for key in ("out_frames", "positions") if key in plan.masks]
     if case.residual:
-        args.append(tensor(residual.reshape(-1)))
-    y = tensor(np.full(expected.size, np.nan, "float32"))
+        args.append(tensor(residual))
+    y = tensor(np.full(expected.shape, np.nan, "float32"))
     compiled(conv3d_gather(conv))(*args, y)
     pairs = int(lists[-1].numpy()[:, 3].sum())
     frames_alive = np.ones((case.batch, case.size[0]), bool) if case.in_frames is None else case.in_frames
     assert pairs == count_pairs(window, frames_alive if plan.dynamic_taps else None, rows)
-    return y.numpy().reshape(expected.shape), expected, computed
+    return y.numpy(), expected, computed
 
 
 def count_pairs(window: Window, in_frames: np.ndarray | None, rows: np.ndarray) -> int:

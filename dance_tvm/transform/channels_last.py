@@ -1,0 +1,158 @@
+"""Put channels innermost through the whole network; layouts change at its edges alone."""
+
+from __future__ import annotations
+
+import tvm
+from tvm import relax
+
+from .graph import emit, is_tensor, rewrite, shape_of
+
+#: Operators that work on each element alone.
+ELEMENTWISE = {
+    *("add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "floor_divide", "mod", "floor_mod"),
+    *("equal", "not_equal", "less", "less_equal", "greater", "greater_equal"),
+    *("logical_and", "logical_or", "logical_xor", "logical_not", "where", "clip", "astype", "bitwise_and"),
+    *("nn.relu", "nn.gelu", "nn.silu", "nn.leakyrelu", "nn.gelu_tanh", "nn.relu6", "nn.dropout", "sigmoid", "tanh"),
+    *("exp", "log", "sqrt", "rsqrt", "abs", "negative", "round", "sign", "floor", "ceil", "square", "erf", "sin"),
+    *("cos", "isnan", "isinf", "isfinite", "trunc", "bitwise_or", "nn.prelu", "nn.softplus", "nn.selu", "atan"),
+}
+REDUCTIONS = {"mean", "sum", "max", "min", "prod", "std", "variance"}
+WINDOWS = {
+    *("nn.conv2d", "nn.conv3d", "nn.max_pool2d", "nn.max_pool3d", "nn.avg_pool2d", "nn.avg_pool3d"),
+    *("nn.adaptive_avg_pool2d", "nn.adaptive_avg_pool3d"),
+}
+LAYOUTS = {4: ("NCHW", "NHWC"), 5: ("NCDHW", "NDHWC")}
+
+
+@tvm.transform.module_pass(opt_level=0, name="ChannelsLast")
+class ChannelsLast:
+    """Convolutions, pools, elementwise operators, reductions and concatenations run with channels innermost."""
+
+    def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        """Rewrite ``main``."""
+        layouts = _Layouts()
+        return relax.transform.CanonicalizeBindings()(rewrite(mod, layouts.visit))
+
+
+class _Layouts:
+    """The rewrite's state: for each old variable, its value with channels innermost (where there is one)."""
+
+    def __init__(self) -> None:
+        self.last: dict[relax.Expr, relax.Expr] = {}
+        self.first: dict[relax.Expr, relax.Expr] = {}
+
+    def visit(
+        self,
+        builder: relax.BlockBuilder,
+        var: relax.Var,
+        value: relax.Expr,
+        _new: dict[relax.Var, relax.Expr],
+    ) -> relax.Expr | None:
+        # Values arrive with channels first: `first` of a variable is made on demand and dropped again if unread.
+        if not isinstance(value, relax.Call) or not isinstance(value.op, tvm.ir.Op):
+            return None
+        name = value.op.name.removeprefix("relax.")
+        result = self._in_last(builder, name, value)
+        if result is None:
+            return None
+        result = emit(builder, result, var.name)
+        if not is_tensor(result) or len(shape_of(result)) not in LAYOUTS or _keeps_first(name, value):
+            return result
+        first = builder.emit(relax.op.permute_dims(result, _to_first(len(shape_of(result)))))
+        self.last[first] = result
+        return first
+
+    def _in_last(self, builder: relax.BlockBuilder, name: str, call: relax.Call) -> relax.Expr | None:
+        """The call with channels innermost, or None where it is left alone."""
+        if name in WINDOWS:
+            return self._window(builder, call)
+        tensors = _tensor_arguments(call)
+        if not any(arg in self.last for arg in tensors):
+            return None
+        if name in ELEMENTWISE:
+            return self._elementwise(builder, call)
+        if name in REDUCTIONS:
+            return self._reduction(builder, call)
+        if name == "concat":
+            rank = len(shape_of(tensors[0]))
+            items = [self._to_last(builder, item) for item in tensors]
+            return relax.op.concat(items, _axis_in_last(int(call.attrs.axis), rank))
+        return None
+
+    def _to_last(self, builder: relax.BlockBuilder, expr: relax.Expr) -> relax.Expr:
+        if expr in self.last:
+            return self.last[expr]
+        rank = len(shape_of(expr))
+        if isinstance(expr, tvm.ir.GenericConst):
+            return relax.const(expr.value.numpy().transpose(_to_last(rank)).copy())
+        self.last[expr] = builder.emit(relax.op.permute_dims(expr, _to_last(rank)))
+        return self.last[expr]
+
+    def _window(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+        data = self._to_last(builder, call.args[0])
+        return window_call(call, data, call.args[1:], LAYOUTS[len(shape_of(data))][1])
+
+    def _elementwise(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+        rank = max(len(shape_of(arg)) for arg in _tensor_arguments(call))
+        args = []
+        for arg in call.args:
+            if isinstance(arg.ty, relax.TensorType) and len(shape_of(arg)) not in (0, rank):
+                arg = emit(builder, relax.op.reshape(arg, [1] * (rank - len(shape_of(arg))) + list(shape_of(arg))))
+            is_full = isinstance(arg.ty, relax.TensorType) and len(shape_of(arg)) == rank
+            args.append(self._to_last(builder, arg) if is_full else arg)
+        return relax.Call(call.op, args, call.attrs)
+
+    def _reduction(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+        data = call.args[0]
+        rank = len(shape_of(data))
+        axes = call.attrs.axis
+        axes = list(range(rank)) if axes is None else [int(axis) % rank for axis in axes]
+        in_last = [_axis_in_last(axis, rank) for axis in axes]
+        reduce = getattr(relax.op, call.op.name.removeprefix("relax."))
+        reduced = reduce(self._to_last(builder, data), in_last, bool(call.attrs.keepdims))
+        if call.attrs.keepdims:
+            return reduced
+        kept_last = [axis for axis in _to_last(rank) if axis not in axes]
+        order = [kept_last.index(axis) for axis in sorted(kept_last)]
+        reduced = builder.emit(reduced)
+        return reduced if order == sorted(order) else relax.op.permute_dims(reduced, order)
+
+
+def _keeps_first(name: str, call: relax.Call) -> bool:
+    """Whether a result, though of rank 4 or 5, is not an activation in either layout."""
+    return name in REDUCTIONS and not call.attrs.keepdims
+
+
+def _tensor_arguments(call: relax.Call) -> list[relax.Expr]:
+    flat: list[relax.Expr] = []
+    for arg in call.args:
+        flat += list(arg.fields) if isinstance(arg, relax.Tuple) else [arg]
+    return [arg for arg in flat if isinstance(arg.ty, relax.TensorType) and is_tensor(arg)]
+
+
+def _to_last(rank: int) -> list[int]:
+    return [0, *range(2, rank), 1]
+
+
+def _to_first(rank: int) -> list[int]:
+    return [0, rank - 1, *range(1, rank - 1)]
+
+
+def _axis_in_last(axis: int, rank: int) -> int:
+    return _to_last(rank).index(axis % rank)
+
+
+def window_call(call: relax.Call, data: relax.Expr, weights: list[relax.Expr], layout: str) -> relax.Call:
+    """The same convolution or pool on ``data`` in ``layout``."""
+    attrs = call.attrs
+    operator = getattr(relax.op.nn, call.op.name.rsplit(".", 1)[1])
+    if "conv" in call.op.name:
+        geometry = {key: list(getattr(attrs, key)) for key in ("strides", "padding", "dilation")}
+        layouts = {"data_layout": layout, "kernel_layout": attrs.kernel_layout, "out_layout": layout}
+        return operator(data, *weights, **geometry, groups=int(attrs.groups), **layouts)
+    if "adaptive" in call.op.name:
+        size = None if attrs.output_size is None else [int(extent) for extent in attrs.output_size]
+        return operator(data, size, layout, layout)
+    geometry = {key: list(getattr(attrs, key)) for key in ("pool_size", "strides", "padding", "dilation")}
+    flags = {key: bool(getattr(attrs, key)) for key in ("ceil_mode", "count_include_pad")}
+    return operator(data, **geometry, **flags, layout=layout, out_layout=layout)

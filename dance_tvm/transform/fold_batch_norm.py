@@ -1,0 +1,98 @@
+"""Fold inference batch norm into the convolution before it, so that no pass has to look through it."""
+
+from __future__ import annotations
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from .graph import Graph, constant, emit, rewrite, shape_of, substitute
+
+CONVOLUTIONS = ("nn.conv1d", "nn.conv2d", "nn.conv3d")
+
+
+@tvm.transform.module_pass(opt_level=0, name="FoldBatchNorm")
+class FoldBatchNorm:
+    """``bn(conv(x, W) + b)`` becomes ``conv(x, W · s) + (b − mean) · s + beta`` with ``s = gamma / √(var + ε)``.
+
+    A batch norm that does not follow a convolution read by it alone becomes a multiply and an add by constants.
+    """
+
+    def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        """Rewrite ``main``."""
+        graph = Graph.of(mod["main"])
+        norms = {var: call for var in graph.order if (call := _batch_norm(graph, var)) is not None}
+        folded = {var: chain for var, call in norms.items() if (chain := _convolution_before(graph, call)) is not None}
+
+        def visit(
+            builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr, new: dict[relax.Var, relax.Expr]
+        ) -> relax.Expr | None:
+            if var not in norms:
+                return None
+            call = norms[var]
+            scale, shift = _scale_and_shift(call)
+            if var not in folded:
+                source = substitute(call.args[0], new)
+                scaled = builder.emit(relax.op.multiply(source, _per_channel(scale, source, call)))
+                return builder.emit(relax.op.add(scaled, _per_channel(shift, source, call)), name_hint=var.name)
+            conv_var, bias = folded[var]
+            conv = graph.call(conv_var)
+            weight = constant(conv.args[1])
+            scaled_weight = (weight * scale.reshape(-1, *[1] * (weight.ndim - 1))).astype(weight.dtype)
+            data = substitute(conv.args[0], new)
+            conv_call = relax.Call(conv.op, [data, relax.const(scaled_weight)], conv.attrs)
+            result = builder.emit(conv_call, name_hint=conv_var.name)
+            total = bias * scale + shift
+            return emit(builder, relax.op.add(result, _per_channel(total, result, call)), var.name)
+
+        return relax.transform.DeadCodeElimination()(rewrite(mod, visit)) if norms else mod
+
+
+def _batch_norm(graph: Graph, var: relax.Var) -> relax.Call | None:
+    """The batch norm whose first result ``var`` is, if all its parameters are constants."""
+    value = graph.value[var]
+    if not isinstance(value, relax.TupleGetItem) or value.index != 0:
+        return None
+    source = value.tuple_value
+    call = graph.value.get(source) if isinstance(source, relax.Var) else source
+    if graph.op(call) != "nn.batch_norm" or any(constant(arg) is None for arg in call.args[1:]):
+        return None
+    return call
+
+
+def _convolution_before(graph: Graph, call: relax.Call) -> tuple[relax.Var, np.ndarray] | None:
+    """The convolution that only this batch norm reads, and the bias added between them."""
+    var = call.args[0]
+    bias: np.ndarray = np.zeros(1)
+    if graph.op(var) == "add":
+        left, right = graph.call(var).args
+        added = constant(right)
+        channels = shape_of(var)[1]
+        if added is None or added.size != channels or shape_of(right)[1 - len(shape_of(var)) :][0] != channels:
+            return None
+        if not _read_once(graph, var):
+            return None
+        bias, var = added.reshape(-1).astype("float64"), left
+    if graph.op(var) not in CONVOLUTIONS or not _read_once(graph, var) or constant(graph.call(var).args[1]) is None:
+        return None
+    return var, bias
+
+
+def _read_once(graph: Graph, var: relax.Expr) -> bool:
+    return isinstance(var, relax.Var) and graph.only_reader(var) is not None
+
+
+def _scale_and_shift(call: relax.Call) -> tuple[np.ndarray, np.ndarray]:
+    gamma, beta, mean, variance = (constant(arg).astype("float64") for arg in call.args[1:])
+    scale = 1 / np.sqrt(variance + float(call.attrs.epsilon))
+    if call.attrs.scale:
+        scale = scale * gamma
+    shift = -mean * scale
+    return scale, shift + beta if call.attrs.center else shift
+
+
+def _per_channel(values: np.ndarray, data: relax.Expr, call: relax.Call) -> relax.Expr:
+    """A constant that broadcasts along the channel axis of ``data``."""
+    shape = [1] * len(shape_of(data))
+    shape[int(call.attrs.axis)] = -1
+    return relax.const(values.astype("float32").reshape(shape))

@@ -1,0 +1,146 @@
+"""A Relax function seen as a graph: who defines, who reads; and rewriting it binding by binding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import tvm
+from tvm import relax
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Graph:
+    """The bindings of one dataflow function, in order, with their readers."""
+
+    params: list[relax.Var]
+    order: list[relax.Var]
+    value: dict[relax.Var, relax.Expr]
+    output: relax.Expr
+    readers: dict[relax.Var, list[relax.Var]] = field(default_factory=dict)
+    outputs: set[relax.Var] = field(default_factory=set)
+
+    @staticmethod
+    def of(function: relax.Function) -> Graph:
+        """Read ``function``; it must be a straight line of bindings, as dataflow functions are."""
+        order: list[relax.Var] = []
+        value: dict[relax.Var, relax.Expr] = {}
+        for block in function.body.blocks:
+            for binding in block.bindings:
+                order.append(binding.var)
+                value[binding.var] = binding.value
+        graph = Graph(list(function.params), order, value, function.body.body)
+        for var in [*graph.params, *order]:
+            graph.readers[var] = []
+        for var in order:
+            for read in dict.fromkeys(variables(value[var])):
+                graph.readers[read].append(var)
+        graph.outputs = _reachable_outputs(graph)
+        return graph
+
+    def op(self, expr: relax.Expr) -> str:
+        """Name of the operator that defines ``expr``, without ``relax.``; empty if it is no operator call."""
+        value = self.value.get(expr) if isinstance(expr, relax.Var) else expr
+        if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.Op):
+            return value.op.name.removeprefix("relax.")
+        return ""
+
+    def call(self, var: relax.Var) -> relax.Call:
+        """The operator call that defines ``var``."""
+        return self.value[var]
+
+    def only_reader(self, var: relax.Var) -> relax.Var | None:
+        """The single binding that reads ``var``, unless it is also an output."""
+        readers = self.readers[var]
+        return readers[0] if len(readers) == 1 and var not in self.outputs else None
+
+
+def _reachable_outputs(graph: Graph) -> set[relax.Var]:
+    """Variables that leave the function, looking through tuples and renames."""
+    seen: set[relax.Var] = set()
+    stack = variables(graph.output)
+    while stack:
+        var = stack.pop()
+        seen.add(var)
+        value = graph.value.get(var)
+        if isinstance(value, relax.Tuple | relax.Var):
+            stack += variables(value)
+    return seen
+
+
+def variables(expr: relax.Expr) -> list[relax.Var]:
+    """Variables that an expression reads directly."""
+    if isinstance(expr, relax.Var):
+        return [expr]
+    if isinstance(expr, relax.Call):
+        return [var for arg in expr.args for var in variables(arg)]
+    if isinstance(expr, relax.Tuple):
+        return [var for item in expr.fields for var in variables(item)]
+    if isinstance(expr, relax.TupleGetItem):
+        return variables(expr.tuple_value)
+    return []
+
+
+def substitute(expr: relax.Expr, new: dict[relax.Var, relax.Expr]) -> relax.Expr:
+    """``expr`` with its variables replaced."""
+    if isinstance(expr, relax.Var):
+        return new.get(expr, expr)
+    if isinstance(expr, relax.Call):
+        return relax.Call(expr.op, [substitute(arg, new) for arg in expr.args], expr.attrs, expr.ty_args)
+    if isinstance(expr, relax.Tuple):
+        return relax.Tuple([substitute(item, new) for item in expr.fields])
+    if isinstance(expr, relax.TupleGetItem):
+        return relax.TupleGetItem(substitute(expr.tuple_value, new), expr.index)
+    return expr
+
+
+def shape_of(expr: relax.Expr) -> Shape:
+    """Static shape of a tensor expression."""
+    return tuple(int(extent) for extent in expr.ty.shape.values)
+
+
+def dtype_of(expr: relax.Expr) -> str:
+    """Element type of a tensor expression."""
+    return str(expr.ty.dtype)
+
+
+def is_tensor(expr: relax.Expr) -> bool:
+    """Whether the expression is one tensor of known shape."""
+    return isinstance(expr.ty, relax.TensorType) and isinstance(expr.ty.shape, relax.ShapeExpr)
+
+
+def constant(expr: relax.Expr) -> np.ndarray | None:
+    """The value of a constant, else None."""
+    return expr.value.numpy() if isinstance(expr, tvm.ir.GenericConst) else None
+
+
+Visit = Callable[[relax.BlockBuilder, relax.Var, relax.Expr, "dict[relax.Var, relax.Expr]"], "relax.Expr | None"]
+
+
+def rewrite(mod: tvm.IRModule, visit: Visit) -> tvm.IRModule:
+    """Emit ``main`` again; ``visit(builder, var, value, new)`` returns what replaces a binding, None to keep it.
+
+    ``value`` has its variables already replaced; ``new`` maps old variables to new expressions.
+    """
+    graph = Graph.of(mod["main"])
+    others = {name: function for name, function in mod.functions_items() if name.name_hint != "main"}
+    builder = relax.BlockBuilder(tvm.IRModule(others))
+    params = [relax.Var(param.name, param.ty) for param in graph.params]
+    new: dict[relax.Var, relax.Expr] = dict(zip(graph.params, params, strict=True))
+    with builder.function("main", params, attrs=dict(mod["main"].attrs or {})):
+        with builder.dataflow():
+            for var in graph.order:
+                value = substitute(graph.value[var], new)
+                replaced = visit(builder, var, value, new)
+                new[var] = emit(builder, value, var.name) if replaced is None else replaced
+            result = builder.emit_output(substitute(graph.output, new))
+        builder.emit_func_output(result)
+    return builder.finalize()
+
+
+def emit(builder: relax.BlockBuilder, value: relax.Expr, name: str = "") -> relax.Expr:
+    """Bind ``value`` to a new variable unless it already is one."""
+    return value if isinstance(value, relax.Var) else builder.emit(value, name_hint=name)

@@ -1,0 +1,140 @@
+"""Max and average pooling, channels innermost, over the frames that are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tvm import tirx
+
+from .emit import Expr, argument, choose, flat, kernel, lanes, let, number, parallel, scratch, serial, splat, store, when
+from .geometry import Window
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One pooling kernel. ``in_frames``/``out_frames`` say which masks are given, as in the row plan.
+
+    A dead input frame holds nothing and counts as zeros; an output frame that nobody reads is set to zero if
+    ``zero_dead``, else left alone. ``count_padding``: the average divides by the whole window, padding included.
+    """
+
+    window: Window
+    channels: int
+    kind: Literal["max", "avg"]
+    vector_floats: int
+    count_padding: bool = False
+    in_frames: bool = False
+    out_frames: bool = False
+    zero_dead: bool = True
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as docs/kernels.md decodes it."""
+        return f"pool3d_{self.kind}_f32_v{self.vector_floats}"
+
+
+def pool3d(pool: Pool) -> tirx.PrimFunc:
+    """Emit the kernel: x (N, T, H, W, C), in_frames (N, T), out_frames (N, T) where given, y (N, T, H, W, C)."""
+    window = pool.window
+    out_t, out_h, _ = window.out
+    with kernel(pool.name) as builder:
+        x = argument("x", (window.batch, *window.size, pool.channels))
+        in_frames = argument("in_frames", (window.batch, window.size[0])) if pool.in_frames else None
+        out_frames = argument("out_frames", (window.batch, out_t)) if pool.out_frames else None
+        y = argument("y", (window.batch, *window.out, pool.channels))
+        emitter = _Emitter(pool, flat(x), in_frames, flat(y))
+        with parallel(window.batch * out_t * out_h) as line:
+            clip = let(tirx.floordiv(line, out_t * out_h))
+            frame = let(tirx.floormod(tirx.floordiv(line, out_h), out_t))
+            row = let(tirx.floormod(line, out_h))
+            if out_frames is None:
+                emitter.line(clip, frame, row)
+            else:
+                alive = out_frames[clip, frame] != number(0.0)
+                if pool.zero_dead:
+                    choose(alive, lambda: emitter.line(clip, frame, row), lambda: emitter.clear(clip, frame, row))
+                else:
+                    with when(alive):
+                        emitter.line(clip, frame, row)
+    return builder.get()
+
+
+class _Emitter:
+    def __init__(self, pool: Pool, x: tirx.Buffer, in_frames: tirx.Buffer | None, y: tirx.Buffer) -> None:
+        self.pool, self.window = pool, pool.window
+        self.x, self.in_frames, self.y = x, in_frames, y
+
+    def _target(self, clip: Expr, frame: Expr, row: Expr) -> Expr:
+        out_t, out_h, out_w = self.window.out
+        return ((clip * out_t + frame) * out_h + row) * out_w * self.pool.channels
+
+    def clear(self, clip: Expr, frame: Expr, row: Expr) -> None:
+        target = let(self._target(clip, frame, row))
+        with serial(self.window.out[2] * self.pool.channels) as index:
+            store(self.y, number(0.0), target + index)
+
+    def _bounds(self, axis: int, index: Expr) -> tuple[Expr, Expr, Expr]:
+        """First coordinate of the window, and the taps that lie inside the clip: begin, end."""
+        window = self.window
+        start = let(index * window.stride[axis] - window.padding[axis])
+        step = window.dilation[axis]
+        begin = let(tirx.max(0, tirx.floordiv(step - 1 - start, step)))
+        end = let(tirx.min(window.kernel[axis], tirx.floordiv(window.size[axis] - start + step - 1, step)))
+        return start, begin, end
+
+    def line(self, clip: Expr, frame: Expr, row: Expr) -> None:
+        """One line of output positions."""
+        pool, window = self.pool, self.window
+        target = let(self._target(clip, frame, row))
+        frames, rows = self._bounds(0, frame), self._bounds(1, row)
+        whole = pool.channels // pool.vector_floats
+        with serial(window.out[2]) as column:
+            columns = self._bounds(2, column)
+            at = let(target + column * pool.channels)
+            with serial(whole) as vector:
+                self._window(clip, frames, rows, columns, at, vector * pool.vector_floats, pool.vector_floats)
+            with serial(pool.channels - whole * pool.vector_floats) as rest:
+                self._window(clip, frames, rows, columns, at, whole * pool.vector_floats + rest, 1)
+
+    def _window(
+        self,
+        clip: Expr,
+        frames: tuple[Expr, Expr, Expr],
+        rows: tuple[Expr, Expr, Expr],
+        columns: tuple[Expr, Expr, Expr],
+        at: Expr,
+        channel: Expr,
+        count: int,
+    ) -> None:
+        pool, window = self.pool, self.window
+        size_t, size_h, size_w = window.size
+        acc = scratch((max(count, 1),))
+        start = float("-inf") if pool.kind == "max" else 0.0
+        store(acc, number(start if pool.kind == "avg" else -3.4028234663852886e38, count), lanes(0, count))
+        with serial(frames[2] - frames[1]) as f:
+            source_frame = let(frames[0] + (frames[1] + f) * window.dilation[0])
+
+            def read_frame() -> None:
+                with serial(rows[2] - rows[1]) as r, serial(columns[2] - columns[1]) as c:
+                    source_row = rows[0] + (rows[1] + r) * window.dilation[1]
+                    source_column = columns[0] + (columns[1] + c) * window.dilation[2]
+                    position = ((clip * size_t + source_frame) * size_h + source_row) * size_w + source_column
+                    value = self.x[lanes(position * pool.channels + channel, count)]
+                    self._combine(acc, value, count)
+
+            if self.in_frames is None:
+                read_frame()
+            else:
+                alive = self.in_frames[clip, source_frame] != number(0.0)
+                choose(alive, read_frame, lambda: self._combine(acc, number(0.0, count), count))
+        result = acc[lanes(0, count)]
+        if pool.kind == "avg":
+            pairs = (frames[2] - frames[1]) * (rows[2] - rows[1]) * (columns[2] - columns[1])
+            taps: Expr = tirx.IntImm("int32", window.taps) if pool.count_padding else pairs
+            result = result / splat(tirx.Cast("float32", taps), count)
+        store(self.y, result, lanes(at + channel, count))
+
+    def _combine(self, acc: tirx.Buffer, value: Expr, count: int) -> None:
+        now = acc[lanes(0, count)]
+        store(acc, tirx.max(now, value) if self.pool.kind == "max" else now + value, lanes(0, count))

@@ -1,0 +1,65 @@
+"""Default tile sizes, from the register file and the caches of the target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .conv3d_gather import Tile
+from .geometry import Window
+
+#: Share of the first-level cache that a segment's weights may take; rows of the input and partial sums need the rest.
+WEIGHTS_SHARE_OF_L1 = 0.5
+#: Share of the second-level cache that the input rows of one block may take.
+ROWS_SHARE_OF_L2 = 0.4
+#: Cycles that one fused multiply-add takes until its result can be added to again, times two a cycle.
+CHAINS_TO_HIDE_LATENCY = 8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The facts that tile sizes follow from: vector lanes and registers, cache sizes in bytes."""
+
+    vector_floats: int
+    registers: int
+    l1d: int
+    l2: int
+    broadcast_loads: bool  #: single values are broadcast from memory at no cost (x86); else lanes of a vector are used
+
+
+def candidates(machine: Machine) -> list[tuple[int, int, int]]:
+    """Every (rows, vectors, step) whose accumulators, weights and inputs fit in the registers."""
+    found = []
+    for vectors in range(1, 9):
+        for rows in range(1, 17):
+            if machine.broadcast_loads:
+                step, inputs = 1, 1
+            else:
+                step, inputs = machine.vector_floats, rows
+            weights = vectors if rows > 1 else 1
+            if rows * vectors + weights + inputs <= machine.registers:
+                found.append((rows, vectors, step))
+    return found
+
+
+def predicted_cycles(machine: Machine, rows: int, panel: int, tile: tuple[int, int, int]) -> float:
+    """Cycles per (channel, tap) to compute ``rows`` × ``panel`` output channels with ``tile``, padding included."""
+    mr, vectors, step = tile
+    nr = vectors * machine.vector_floats
+    tiles = -(-rows // mr) * -(-panel // nr)
+    multiply = mr * vectors / 2
+    loads = (mr / step + vectors) / 2
+    latency = CHAINS_TO_HIDE_LATENCY / 2
+    # Loads run beside the multiplies but are not free: each takes a slot of the front end.
+    return tiles * (max(multiply, loads, latency) + 0.12 * loads)
+
+
+def default_tile(machine: Machine, window: Window, depth: int, group_out: int) -> Tile:
+    """The tile with the fewest predicted cycles, its blocks sized to the caches."""
+    options = candidates(machine)
+    mr, vectors, step = min(options, key=lambda tile: predicted_cycles(machine, window.positions_out, group_out, tile))
+    nr = vectors * machine.vector_floats
+    panel_bytes = 4 * depth * nr
+    segment_taps = max(1, min(window.taps, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // panel_bytes))
+    rows = max(mr, int(ROWS_SHARE_OF_L2 * machine.l2) // (4 * depth))
+    block_tiles = min(max(8, rows // mr), 128, -(-window.positions_out // mr) + 8)
+    return Tile(mr, vectors, machine.vector_floats, step if depth >= step else 1, block_tiles, segment_taps)
