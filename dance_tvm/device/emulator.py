@@ -147,7 +147,7 @@ def _folder() -> Path:
 
 def _recipe_version() -> int:
     """To be raised whenever `_make` does something else."""
-    return 1
+    return 2
 
 
 def _requirements() -> list[str]:
@@ -183,7 +183,8 @@ def _trim(staging: Path) -> None:
     android = staging / "android"
     android.mkdir()
     for name, real in {"libm.so": "libm.so.6", "libc.so": "libc.so.6", "libdl.so": "libdl.so.2"}.items():
-        (android / name).symlink_to(Path("../root/usr/lib/aarch64-linux-gnu") / real)
+        library = next((staging / "root").rglob(real))  # below /lib or /usr/lib
+        (android / name).symlink_to(Path("..") / library.relative_to(staging))
 
 
 def _run(command: list[str], what: str) -> None:

@@ -135,6 +135,7 @@ class RemoteSession(DeviceSession):
         self.connection = connection
         self.cpu = connection.session.cpu()
         self._functions: dict[str, Any | None] = {}
+        self._uploaded: set[str] = set()
         self._facts = json.loads(self._ask("facts") or "{}")
 
     def facts(self) -> dict[str, Any]:
@@ -203,8 +204,12 @@ class RemoteSession(DeviceSession):
             raise
 
     def _upload_whole(self, path: Path) -> str:
-        self.connection.call(f"taking {path.name}", lambda: self.connection.session.upload(str(path)))
-        return path.name
+        """For TVM's own server, whose uploads last as long as the session; a mapped library is never overwritten."""
+        name = f"{hashlib.sha256(path.read_bytes()).hexdigest()}{path.suffix}"
+        if name not in self._uploaded:
+            self.connection.call(f"taking {path.name}", lambda: self.connection.session.upload(str(path), name))
+            self._uploaded.add(name)
+        return name
 
     def _require_space(self, path: Path, size: int) -> None:
         free = json.loads(self._ask("facts") or "{}").get("free_bytes", size)

@@ -290,11 +290,12 @@ def end_with_parent_process() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def end_with_pipe(stream) -> None:
+def end_with_pipe(descriptor: int) -> None:
     """End this process as soon as whoever started it is gone: its end of our standard input closes then."""
 
     def wait() -> None:
-        while stream.read(4096):
+        # Not through sys.stdin: its lock would be held for ever in the processes that sessions are forked into.
+        while os.read(descriptor, 4096):
             pass
         os._exit(0)
 
@@ -304,8 +305,10 @@ def end_with_pipe(stream) -> None:
 def serve(listening: socket.socket, key: str, tracker: tuple[str, int] | None, address: str | None) -> None:
     """Serve one session after the other, for ever: neither a crashed session nor a lost tracker ends the server."""
     port = listening.getsockname()[1]
+    home = os.getcwd()
     while True:
         try:
+            os.chdir(home)  # a session that crashed leaves us in its folder, which is gone
             tvm_server._listen_loop(listening, port, key, tracker, "", address)
         except Exception as error:  # a session's crash is reported to its client by the closed connection
             log.warning("a session ended badly: %s", error)
@@ -344,7 +347,7 @@ def main() -> None:
     register(store)
     listening = socket.create_server((options.host, options.port), backlog=16)
     if options.end_with_stdin:
-        end_with_pipe(sys.stdin.buffer.raw if hasattr(sys.stdin.buffer, "raw") else sys.stdin.buffer)
+        end_with_pipe(sys.stdin.fileno())
     print(f"{READY}{listening.getsockname()[1]}", flush=True)
     serve(listening, options.key, tracker, options.custom_addr)
 

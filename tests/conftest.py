@@ -1,0 +1,65 @@
+"""Fixtures shared by the tests: small artifacts, servers, and the one emulated device of a session."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@dataclass(frozen=True)
+class Server:
+    """A device server with its tracker."""
+
+    pid: int
+    port: int
+    tracker_port: int
+    key: str
+
+    @property
+    def rpc(self) -> str:
+        return f"rpc://127.0.0.1:{self.port}"
+
+    @property
+    def tracker(self) -> str:
+        return f"tracker://127.0.0.1:{self.tracker_port}/{self.key}"
+
+
+@pytest.fixture(scope="session")
+def host_artifact(tmp_path_factory):
+    """A small network for this machine, its weights inside the library."""
+    from devices import matmul_artifact
+
+    return matmul_artifact(tmp_path_factory.mktemp("artifact") / "matmul")
+
+
+@pytest.fixture(scope="session")
+def weighty_artifact(tmp_path_factory):
+    """A small network for this machine, its weights in a file of their own."""
+    from devices import matmul_artifact
+
+    return matmul_artifact(tmp_path_factory.mktemp("artifact") / "weighty", separate_weights=True)
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory) -> Iterator[Server]:
+    """A tracker with one emulated aarch64 device, for the whole session; skips with the reason if there is none."""
+    from dance_tvm.device import emulator as device
+    from dance_tvm.errors import DanceError
+
+    if reason := device.why_not():
+        pytest.skip(f"no emulated device: {reason}")
+    with contextlib.ExitStack() as stack:
+        try:
+            port = device.start(stack, tmp_path_factory.mktemp("emulator") / "store")
+        except DanceError as error:
+            if "cannot be fetched" not in str(error):
+                raise
+            pytest.skip(f"no emulated device: {error}")
+        yield Server(0, 0, port, device.KEY)
