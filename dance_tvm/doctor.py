@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dance_tvm.cli import start
@@ -93,7 +94,9 @@ def versions() -> Finding:
 def save_json() -> Finding:
     """TVM and ffi agree: with a wrong pair this call ends the process, so it runs in another one."""
     code = (
-        "import tvm; from tvm import relax; tvm.ir.save_json(relax.get_pipeline('zero')(tvm.IRModule())); print('ok')"
+        "import tvm; from tvm import te; a = te.placeholder((4,), name='a'); "
+        "b = te.compute((4,), lambda i: a[i] + 1.0); "
+        "tvm.ir.load_json(tvm.ir.save_json(tvm.IRModule({'main': te.create_prim_func([a, b])})))"
     )
     problem = _probe(code)
     return Finding(
@@ -220,7 +223,7 @@ def _print(findings: list[Finding]) -> None:
     table = Table("", "", "seen", "mended by")
     for finding in findings:
         state = f"[{colours[finding.state]}]{finding.state}[/]"
-        table.add_row(finding.name, state, finding.seen, finding.mend)
+        table.add_row(finding.name, state, escape(finding.seen), escape(finding.mend))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
