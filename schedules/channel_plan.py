@@ -18,7 +18,7 @@ def channel_list_shape(samples: int, channels: int) -> tuple[int, int]:
 
 def plan_channels(samples: int, channels: int, nr: int, name: str = "plan_channels") -> tirx.PrimFunc:
     """The planner: mask (samples, channels), nonzero meaning alive → int32 list (samples, 1 + 2 · channels)."""
-    with kernel(name) as builder:
+    with kernel(name) as built:
         mask = argument("mask", (samples, channels))
         listed = argument("listed", channel_list_shape(samples, channels), INT)
         count = scratch((1,), INT)
@@ -30,4 +30,4 @@ def plan_channels(samples: int, channels: int, nr: int, name: str = "plan_channe
                 store(listed, channel * nr, sample, 1 + channels + slot)
                 store(count, slot + 1, 0)
             store(listed, count[0], sample, 0)
-    return builder.get()
+    return built.func

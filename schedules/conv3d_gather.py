@@ -145,9 +145,9 @@ def conv3d_gather(conv: GatherConv) -> tirx.PrimFunc:
     plan, then where asked for: in_channels and out_channels (:mod:`~.channel_plan`), out_frames, positions (masks, for ``zero_dead``), residual, and y
     (N, T, H, W, C_out).
     """
-    with kernel(conv.name) as builder:
+    with kernel(conv.name) as built:
         _Emitter(conv).emit()
-    return builder.get()
+    return built.func
 
 
 class _Emitter:

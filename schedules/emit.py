@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tvm import tirx
+from tvm import s_tir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
@@ -21,14 +21,25 @@ INT = "int32"
 BIG_INT = "int64"
 
 
+class Kernel:
+    """A PrimFunc under construction; ``func`` is there once its ``kernel`` block has ended."""
+
+    func: tirx.PrimFunc
+
+
 @contextmanager
-def kernel(name: str) -> Iterator[IRBuilder]:
-    """Open a PrimFunc called ``name``; the finished function is ``builder.get()`` after the block."""
+def kernel(name: str) -> Iterator[Kernel]:
+    """Open a PrimFunc called ``name``."""
+    built = Kernel()
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"tir.noalias": True, "global_symbol": name, "tirx.is_scheduled": True})
-            yield builder
+            yield built
+        func = builder.get()
+    # Relax looks for a root block in every function that it calls.
+    root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", func.body))
+    built.func = func.with_body(root)
 
 
 def argument(name: str, shape: Sequence[int], dtype: str = FLOAT) -> tirx.Buffer:

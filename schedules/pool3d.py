@@ -38,7 +38,7 @@ def pool3d(pool: Pool) -> tirx.PrimFunc:
     """Emit the kernel: x (N, T, H, W, C), in_frames (N, T), out_frames (N, T) where given, y (N, T, H, W, C)."""
     window = pool.window
     out_t, out_h, _ = window.out
-    with kernel(pool.name) as builder:
+    with kernel(pool.name) as built:
         x = argument("x", (window.batch, *window.size, pool.channels))
         in_frames = argument("in_frames", (window.batch, window.size[0])) if pool.in_frames else None
         out_frames = argument("out_frames", (window.batch, out_t)) if pool.out_frames else None
@@ -57,7 +57,7 @@ def pool3d(pool: Pool) -> tirx.PrimFunc:
                 else:
                     with when(alive):
                         emitter.line(clip, frame, row)
-    return builder.get()
+    return built.func
 
 
 class _Emitter:

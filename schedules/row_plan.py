@@ -148,13 +148,13 @@ class RowPlan:
 
 def plan_rows(plan: RowPlan, name: str = "plan_rows") -> tirx.PrimFunc:
     """The planner: masks and tables in, the five lists out. One counting sort over the rows of each sample."""
-    with kernel(name) as builder:
+    with kernel(name) as built:
         masks = {key: argument(key, shape) for key, shape in plan.masks.items()}
         tables = {key: argument(key, table.shape, INT) for key, table in plan.tables.items()}
         lists = {key: argument(key, shape, INT) for key, shape in plan.shapes.items()}
         with serial(plan.samples) as sample:
             _plan_sample(plan, sample, masks, tables, lists)
-    return builder.get()
+    return built.func
 
 
 def _plan_sample(

@@ -9,22 +9,18 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import tvm
-from pydantic import BaseModel
 from tvm import relax
+
+from dance_tvm.schedules.tiles import Machine
+
+from .channels_last import ChannelsLast
+from .fold_batch_norm import FoldBatchNorm
+from .layers import LayerInfo
+from .lower_windows import LowerWindows
+from .schedule_rest import ScheduleRest
 
 if TYPE_CHECKING:
     from dance_tvm.target import Target
-
-
-class LayerInfo(BaseModel):
-    """What was decided for one layer; ``macs`` counts multiply-accumulates of the dense layer in one call."""
-
-    name: str
-    kind: str
-    kernel: str
-    macs: int
-    skips: list[str] = []
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,56 @@ def lower(
     mod: tvm.IRModule, target: Target, options: Options, on_phase: Callable[[str], None] | None = None
 ) -> Lowered:
     """Turn an imported Relax module into one whose every operator has a kernel for ``target``."""
-    if on_phase:
-        on_phase("lower")
-    with target.tvm_target(options.threads):
-        return Lowered(relax.get_pipeline("zero")(mod))
+    machine = machine_of(target)
+    lower_windows = LowerWindows(machine, sparsity=options.sparsity == "auto")
+    phases: list[tuple[str, list[tvm.transform.Pass]]] = [
+        (
+            "simplify",
+            [
+                relax.transform.CanonicalizeBindings(),
+                relax.transform.FoldConstant(),
+                relax.transform.DeadCodeElimination(),
+            ],
+        ),
+        ("fold batch norm", [FoldBatchNorm()]),
+        (
+            "channels last",
+            [ChannelsLast(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
+        ),
+        ("sparse kernels", [lower_windows]),
+        (
+            "other operators",
+            [
+                relax.transform.DecomposeOpsForInference(),
+                relax.transform.LegalizeOps(),
+                relax.transform.AnnotateTIROpPattern(),
+                relax.transform.FoldConstant(),
+                relax.transform.FuseOps(),
+                relax.transform.FuseTIR(),
+                relax.transform.DeadCodeElimination(),
+                ScheduleRest(machine.vector_floats),
+            ],
+        ),
+    ]
+    with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
+        for number, (phase, passes) in enumerate(phases):
+            if on_phase:
+                on_phase(phase)
+            for each in passes:
+                mod = each(mod)
+            if options.debug_dump is not None:
+                _dump(mod, options.debug_dump, number, phase)
+    return Lowered(mod, lower_windows.layers)
+
+
+def machine_of(target: Target) -> Machine:
+    """What tile sizes follow from, read off the target."""
+    arm = "aarch64" in str(target.tvm.get("mtriple", "")) or (target.host is None and "neon" in str(target.tvm))
+    return Machine(
+        target.vector.floats, target.vector.registers, target.caches.l1d, target.caches.l2, broadcast_loads=not arm
+    )
+
+
+def _dump(mod: tvm.IRModule, folder: Path, number: int, phase: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{number}-{phase.replace(' ', '-')}.py").write_text(mod.script(show_meta=False), encoding="utf-8")

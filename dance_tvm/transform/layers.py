@@ -1,0 +1,16 @@
+"""What a build decided, layer by layer."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+
+class LayerInfo(BaseModel):
+    """What was decided for one layer; ``macs`` counts multiply-accumulates of the dense layer in one call."""
+
+    name: str
+    kind: str
+    kernel: str
+    macs: int
+    skips: list[str] = []
+    reason: str = ""

@@ -1,0 +1,272 @@
+"""Replace convolutions, linear layers and pools by kernels that walk index lists, and plan the lists."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from dance_tvm.schedules.channel_plan import channel_list_shape, plan_channels
+from dance_tvm.schedules.conv3d_gather import GatherConv, conv3d_gather
+from dance_tvm.schedules.mask_window import grow_backward, grow_forward
+from dance_tvm.schedules.pool3d import Pool, pool3d
+from dance_tvm.schedules.row_plan import RowPlan, plan_rows
+from dance_tvm.schedules.tiles import Machine, default_tile
+
+from .graph import Graph, Shape, dtype_of, shape_of, substitute
+from .layers import LayerInfo
+from .liveness import Liveness
+from .masks import Both, Either, Expression, Factor, Grown, Live
+from .sites import Site, Sites
+from .windows import POOLS, window_of
+
+
+@tvm.transform.module_pass(opt_level=0, name="LowerWindows")
+class LowerWindows:
+    """Lower every site of ``main``; ``layers`` receives what was decided, in order of execution."""
+
+    def __init__(self, machine: Machine, sparsity: bool = True) -> None:
+        self.machine = machine
+        self.sparsity = sparsity
+        self.layers: list[LayerInfo] = []
+
+    def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        """Rewrite ``main``."""
+        graph = Graph.of(mod["main"])
+        liveness = Liveness.of(graph)
+        lowering = _Lowering(mod, graph, liveness, Sites.of(graph, liveness), self.machine)
+        lowered = lowering.run()
+        self.layers.extend(lowering.layers)
+        return relax.transform.DeadCodeElimination()(lowered)
+
+
+@dataclass
+class _Lowering:
+    """One run over the graph. Bindings are emitted in order, and masks as soon as a kernel needs them."""
+
+    mod: tvm.IRModule
+    graph: Graph
+    liveness: Liveness
+    sites: Sites
+    machine: Machine
+    layers: list[LayerInfo] = field(default_factory=list)
+    new: dict[relax.Var, relax.Expr] = field(default_factory=dict)
+    planned: dict[Hashable, list[relax.Expr]] = field(default_factory=dict)
+
+    def run(self) -> tvm.IRModule:
+        """Emit ``main`` again with kernels in the place of sites."""
+        others = {name: func for name, func in self.mod.functions_items() if name.name_hint != "main"}
+        self.builder = relax.BlockBuilder(tvm.IRModule(others))
+        params = [relax.Var(param.name, param.ty) for param in self.graph.params]
+        self.new.update(zip(self.graph.params, params, strict=True))
+        with self.builder.function("main", params, attrs=dict(self.mod["main"].attrs or {})):
+            with self.builder.dataflow():
+                for var in self.graph.order:
+                    if var not in self.sites.inside:
+                        self._emit(var)
+                output = self.builder.emit_output(substitute(self.graph.output, self.new))
+            self.builder.emit_func_output(output)
+        return self.builder.finalize()
+
+    def _emit(self, var: relax.Var) -> relax.Expr:
+        """Emit ``var`` and what it reads, unless that has been done."""
+        if var in self.new:
+            return self.new[var]
+        if var in self.sites.aliases:
+            self.new[var] = self._emit(self.sites.aliases[var])
+        elif var in self.sites.by_end:
+            self.new[var] = self._site(self.sites.by_end[var])
+        elif self.graph.op(var) in POOLS and window_of(self.graph, var) is not None:
+            self.new[var] = self._pool(var)
+        else:
+            from .graph import variables
+
+            for read in variables(self.graph.value[var]):
+                self._emit(read)
+            value = substitute(self.graph.value[var], self.new)
+            self.new[var] = self.builder.emit(value, name_hint=var.name)
+        return self.new[var]
+
+    def _kernel(self, func: tvm.tirx.PrimFunc, args: list[relax.Expr], shapes: list[Shape], dtype: str) -> relax.Expr:
+        name = str(func.attrs["global_symbol"])
+        gvar = self.builder.add_func(func.without_attr("global_symbol"), name)
+        types = [relax.TensorType(list(shape), dtype) for shape in shapes]
+        return self.builder.emit(relax.call_tir(gvar, args, types[0] if len(types) == 1 else types), name_hint=name)
+
+    # -- masks -------------------------------------------------------------------------------------------------------
+
+    def _field(self, expression: Expression) -> relax.Expr:
+        """``expression`` as a float32 tensor (N, T, H, W, C), extents 1 where it does not vary."""
+        key = ("field", expression)
+        if key not in self.planned:
+            self.planned[key] = [self._new_field(expression)]
+        return self.planned[key][0]
+
+    def _new_field(self, expression: Expression) -> relax.Expr:
+        emit = self.builder.emit
+        if isinstance(expression, Factor):
+            value = self._emit(expression.var)
+            if dtype_of(value) != "float32":
+                value = emit(relax.op.astype(value, "float32"))
+            return emit(relax.op.reshape(value, list(expression.shape)))
+        if isinstance(expression, Grown):
+            inner = self._field(expression.inner)
+            field4 = tuple(expression.inner.shape[:4])
+            func = (grow_forward if expression.forward else grow_backward)(expression.window, field4)  # type: ignore[arg-type]
+            grown = self._kernel(
+                func, [emit(relax.op.reshape(inner, list(field4)))], [expression.shape[:4]], "float32"
+            )
+            return emit(relax.op.reshape(grown, list(expression.shape)))
+        left, right = self._field(expression.left), self._field(expression.right)
+        union = isinstance(expression, Either)
+        assert isinstance(expression, Both)
+        return emit((relax.op.maximum if union else relax.op.multiply)(left, right))
+
+    def _mask(self, expression: Expression, shape: Shape, full: Shape) -> relax.Expr:
+        """The mask broadcast to ``full`` (N, T, H, W, C) and seen as ``shape``."""
+        key = ("mask", expression, shape, full)
+        if key not in self.planned:
+            value = self._field(expression)
+            if shape_of(value) != full:
+                value = self.builder.emit(relax.op.broadcast_to(value, list(full)))
+            self.planned[key] = [self.builder.emit(relax.op.reshape(value, list(shape)))]
+        return self.planned[key][0]
+
+    def _frames(self, expression: Expression | None, batch: int, frames: int) -> list[relax.Expr]:
+        if expression is None:
+            return []
+        return [self._mask(expression, (batch, frames), (batch, frames, 1, 1, 1))]
+
+    def _channels(self, expression: Expression | None, samples: int, channels: int, nr: int) -> list[relax.Expr]:
+        """The list of live channels of each sample."""
+        if expression is None:
+            return []
+        key = ("channels", expression, samples, channels, nr)
+        if key not in self.planned:
+            mask = self._mask(expression, (samples, channels), (samples, 1, 1, 1, channels))
+            func = plan_channels(samples, channels, nr)
+            self.planned[key] = [self._kernel(func, [mask], [channel_list_shape(samples, channels)], "int32")]
+        return self.planned[key]
+
+    def _rows(self, plan: RowPlan, masks: list[relax.Expr], identity: Hashable) -> list[relax.Expr]:
+        """The five lists of a row plan; layers of the same shape under the same masks share them."""
+        key = ("rows", plan, identity)
+        if key not in self.planned:
+            tables = [relax.const(table) for table in plan.tables.values()]
+            lists = self._kernel(plan_rows(plan), [*masks, *tables], list(plan.shapes.values()), "int32")
+            self.planned[key] = [self.builder.emit(relax.TupleGetItem(lists, i)) for i in range(len(plan.shapes))]
+        return self.planned[key]
+
+    # -- kernels -----------------------------------------------------------------------------------------------------
+
+    def _site(self, site: Site) -> relax.Expr:
+        window = site.window
+        alive = Live() if site.linear else self.liveness.alive_in(site.data)
+        wanted = self.sites.wanted(site)
+        live_in = alive.channels if site.groups == 1 else None
+        samples = window.batch if window.batch > 1 and (live_in or wanted.channels) else 1
+        conv = self._choose(site, alive, wanted, samples)
+        plan, tile = conv.plan, conv.tile
+        data = self._as_video(self._emit(site.data), (window.batch, *window.size, site.channels_in))
+        masks = self._frames(alive.frames if plan.in_frames else None, window.batch, window.size[0])
+        out_frames = self._frames(wanted.frames, window.batch, window.out[0])
+        positions = []
+        if plan.positions is not None and wanted.positions is not None:
+            shape = (*plan.positions, *window.out[1:])
+            positions = [self._mask(wanted.positions, shape, (*shape, 1))]
+        identity = (alive.frames if plan.in_frames else None, wanted.frames, wanted.positions)
+        lists = self._rows(plan, [*masks, *out_frames, *positions], identity)
+        bias = np.zeros(site.channels_out) if site.bias is None else site.bias
+        args = [data, relax.const(conv.pack_weights(site.weight)), relax.const(conv.pack_bias(bias.astype("float32")))]
+        args += [relax.const(plan.tap_entries), *lists]
+        args += self._channels(live_in, samples, site.channels_in, tile.nr)
+        args += self._channels(wanted.channels, samples, site.channels_out, 1)
+        if conv.zero_dead:
+            args += [*out_frames, *positions]
+        out_shape = (window.batch, *window.out, site.channels_out)
+        if site.residual is not None:
+            args.append(self._as_video(self._emit(site.residual), out_shape))
+        self.layers.append(self._describe(site, conv, alive, wanted))
+        result = self._kernel(conv3d_gather(conv), args, [out_shape], "float32")
+        return self._as_video(result, shape_of(site.end))
+
+    def _choose(self, site: Site, alive: Live, wanted: Live, samples: int) -> GatherConv:
+        """The kernel of a site: its tile, its row plan and the lists it walks."""
+        window = site.window
+        depth = int(site.weight.shape[1])
+        tile = default_tile(self.machine, window, depth, site.channels_out // site.groups)
+        positions = None if wanted.positions is None else tuple(wanted.positions.shape[:2])
+        plan = RowPlan(
+            window,
+            tile.mr,
+            tile.block_tiles,
+            tile.segment_taps,
+            samples,
+            alive.frames is not None,
+            wanted.frames is not None,
+            positions,  # type: ignore[arg-type]
+        )
+        thinned = bool(wanted.axes)
+        zero = ("all" if self.sites.needs_zeros(site.end) else "rows") if thinned else ""
+        return GatherConv(
+            window,
+            site.channels_in,
+            site.channels_out,
+            site.groups,
+            tile,
+            plan,
+            live_in=alive.channels is not None and site.groups == 1,
+            live_out=wanted.channels is not None,
+            residual=site.residual is not None,
+            activation=site.activation,
+            zero_dead=zero,
+        )
+
+    def _as_video(self, value: relax.Expr, shape: Shape) -> relax.Expr:
+        return value if shape_of(value) == shape else self.builder.emit(relax.op.reshape(value, list(shape)))
+
+    def _describe(self, site: Site, conv: GatherConv, alive: Live, wanted: Live) -> LayerInfo:
+        skips = [f"input {axis}" for axis in alive.axes if axis != "positions"]
+        skips += [f"output {axis}" for axis in wanted.axes]
+        reason = "" if skips else self._why_dense(site)
+        kind = "linear" if site.linear else "conv3d"
+        return LayerInfo(name=site.start.name, kind=kind, kernel=conv.name, macs=site.macs, skips=skips, reason=reason)
+
+    def _why_dense(self, site: Site) -> str:
+        refused = self.liveness.masks.refused
+        for var in [site.end, site.data]:
+            for reader in [*self.graph.readers.get(var, []), var]:
+                if self.graph.op(reader) == "multiply":
+                    for arg in self.graph.call(reader).args:
+                        if arg in refused:
+                            return refused[arg]
+        return "no mask reaches it"
+
+    def _pool(self, var: relax.Var) -> relax.Expr:
+        call, window = self.graph.call(var), window_of(self.graph, var)
+        assert window is not None
+        source = call.args[0]
+        alive = self.liveness.alive_in(source)
+        wanted = self.liveness.read[var].early(self.liveness.before[var])
+        channels = shape_of(source)[-1]
+        pool = Pool(
+            window,
+            channels,
+            "max" if "max" in self.graph.op(var) else "avg",
+            self.machine.vector_floats,
+            bool(call.attrs.count_include_pad),
+            in_frames=alive.frames is not None,
+            out_frames=wanted.frames is not None,
+            zero_dead=self.sites.needs_zeros(var),
+        )
+        data = self._as_video(self._emit(source), (window.batch, *window.size, channels))
+        masks = self._frames(alive.frames, window.batch, window.size[0])
+        masks += self._frames(wanted.frames, window.batch, window.out[0])
+        shape = (window.batch, *window.out, channels)
+        result = self._kernel(pool3d(pool), [data, *masks], [shape], "float32")
+        skips = [f"output {axis}" for axis in wanted.axes if axis == "frames"]
+        self.layers.append(LayerInfo(name=var.name, kind="pool3d", kernel=pool.name, macs=0, skips=skips))
+        return self._as_video(result, shape_of(var))

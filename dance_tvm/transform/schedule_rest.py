@@ -1,0 +1,65 @@
+"""Schedule what has no kernel of its own: elementwise operators, reductions, copies."""
+
+from __future__ import annotations
+
+import math
+
+import tvm
+from tvm import s_tir, tirx
+
+#: Functions with less work than this run on one thread: waking the others costs more.
+PARALLEL_ELEMENTS = 16384
+
+
+@tvm.transform.module_pass(opt_level=0, name="ScheduleRest")
+class ScheduleRest:
+    """Spread the elements of every unscheduled PrimFunc over threads and vector lanes."""
+
+    def __init__(self, vector_floats: int) -> None:
+        self.vector_floats = vector_floats
+
+    def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        """Schedule each function; one that TVM's primitives refuse stays as it was."""
+        for name, func in list(mod.functions_items()):
+            if isinstance(func, tirx.PrimFunc) and not _is_scheduled(func):
+                mod[name] = self._schedule(func).with_attr("tirx.is_scheduled", True)
+        return mod
+
+    def _schedule(self, func: tirx.PrimFunc) -> tirx.PrimFunc:
+        schedule = s_tir.Schedule(func)
+        blocks = [
+            block
+            for block in schedule.get_child_blocks(schedule.get_sblock("root"))
+            if schedule.get_loops(block)
+        ] if hasattr(schedule, "get_child_blocks") else []
+        for block in blocks:
+            try:
+                self._spread(schedule, block)
+            except tvm.error.TVMError:
+                continue
+        return schedule.mod["main"]
+
+    def _spread(self, schedule: s_tir.Schedule, block: s_tir.schedule.SBlockRV) -> None:
+        loops = schedule.get_loops(block)
+        kinds = [int(var.iter_type) for var in schedule.get(block).iter_vars]
+        if len(kinds) != len(loops):
+            return
+        spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == 0]
+        reduction = [loop for loop, kind in zip(loops, kinds, strict=True) if kind != 0]
+        if not spatial:
+            return
+        schedule.reorder(*spatial, *reduction)
+        extents = [int(schedule.get(loop).extent) for loop in loops]
+        fused = schedule.fuse(*spatial) if len(spatial) > 1 else spatial[0]
+        outer, inner = schedule.split(fused, [None, self.vector_floats])
+        if reduction:
+            schedule.reorder(outer, *reduction, inner)
+        schedule.vectorize(inner)
+        if math.prod(extents) >= PARALLEL_ELEMENTS:
+            schedule.parallel(outer)
+        if reduction:
+            schedule.decompose_reduction(block, reduction[0])
+
+
+def _is_scheduled(func: tirx.PrimFunc) -> bool:
+    return func.attrs is not None and bool(func.attrs.get("tirx.is_scheduled", False))
