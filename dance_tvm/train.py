@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from dance_tvm.cli import start
 from dance_tvm.errors import DanceError
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -55,19 +55,14 @@ def main(
         "rate": rate,
         "target_flops": target_flops,
     }
-    console = Console(stderr=True)
-    try:
-        options = {name: value for name, value in named.items() if value is not None} | _parsed(option or [])
-        result = run(
-            method=method, model=model, data=data, out=out, epochs=epochs, batch=batch, lr=lr, optimizer=optimizer,
-            init=init, resume=resume, seed=seed, threads=threads, amp=amp, options=options,
-            console=None if as_json else console,
-        )  # fmt: skip
-    except DanceError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(2) from None
+    options = {name: value for name, value in named.items() if value is not None} | _parsed(option or [])
+    result = run(
+        method=method, model=model, data=data, out=out, epochs=epochs, batch=batch, lr=lr, optimizer=optimizer,
+        init=init, resume=resume, seed=seed, threads=threads, amp=amp, options=options,
+        console=None if as_json else Console(stderr=True),
+    )  # fmt: skip
     if as_json:
-        print(json.dumps(result.card))
+        typer.echo(json.dumps(result.card))
     else:
         Console().print(_table(result.metrics, result.folder))
 
@@ -87,6 +82,8 @@ def run(
     **settings: Any,
 ) -> Any:
     """What the command does; returns `dance_tvm.sparsity.training.Result`. Raises DanceError for bad input."""
+    import torch
+
     from dance_tvm import models
     from dance_tvm.sparsity import training
     from dance_tvm.sparsity.data import load_data
@@ -131,4 +128,4 @@ def _table(metrics: dict[str, float], folder: Path) -> Table:
 
 
 if __name__ == "__main__":
-    app()
+    start(app, "python -m dance_tvm.train")

@@ -165,7 +165,7 @@ class Prune(nn.Module):
 
 
 def _largest(x: Tensor, *, frames: bool = True, positions: bool = True) -> Tensor:
-    """The largest over frames, positions or both of (N, C, T, H, W), kept as size 1: a pooling, as importers know it."""
+    """The largest over frames, positions or both of (N, C, T, H, W), kept as size 1: a pooling, known to importers."""
     _, _, length, height, width = x.shape
     return functional.max_pool3d(x, (length if frames else 1, *((height, width) if positions else (1, 1))))
 

@@ -189,7 +189,7 @@ class AAP(Method):
         return values
 
     def epoch_ended(self, network: nn.Module, epoch: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        return {"theta": float(self._controller.threshold)}
+        return {"theta": float(self._controller.threshold.detach())}
 
     def acceptable(self, metrics: Mapping[str, float]) -> bool:
         return metrics["share"] <= 1.02 * self._target
@@ -203,7 +203,7 @@ class AAP(Method):
                 "controller": count.controller,
                 "target": self._target * count.dense,
             },
-            "theta": float(self._controller.threshold),
+            "theta": float(self._controller.threshold.detach()),
             "dance": {"axes": list(self.options.axes), "group": self.options.group, "grid": self.options.grid},
         }
 
