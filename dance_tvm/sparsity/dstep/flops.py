@@ -35,7 +35,7 @@ class Shares(NamedTuple):
 
 def dense_macs(network: VideoResNet, clip_shape: tuple[int, int, int, int]) -> DenseMacs:
     """Counts a network, with or without policies, on clips of shape (C, T, H, W)."""
-    layers = {layer.name: layer.macs for layer in count_layers(network, torch.empty(1, *clip_shape, device="meta"))}
+    layers = {layer.name: layer.macs for layer in count_layers(network, _on_meta(network, clip_shape))}
     names = [name for name, _ in network.residual_blocks()]
     return DenseMacs(
         total=sum(macs for name, macs in layers.items() if not name.startswith("policies.")),
@@ -46,7 +46,7 @@ def dense_macs(network: VideoResNet, clip_shape: tuple[int, int, int, int]) -> D
 
 def policy_macs(network: VideoResNet, clip_shape: tuple[int, int, int, int]) -> tuple[int, int]:
     """Multiply-accumulates of one clip in the spatial policies' convolutions and in the temporal policies' MLPs."""
-    layers = count_layers(network, torch.empty(1, *clip_shape, device="meta"))
+    layers = count_layers(network, _on_meta(network, clip_shape))
     policies = [layer for layer in layers if layer.name.startswith("policies.")]
     return (
         sum(layer.macs for layer in policies if ".spatial." in layer.name),
@@ -85,6 +85,10 @@ def network_share(dense: DenseMacs, shares: Sequence[Shares]) -> Tensor:
 def density(decision: Decision, count: int) -> Tensor:
     """Share of positions that the tile mask keeps, for each clip (N,)."""
     return _by_frame(decision, count)[0].mean(0)
+
+
+def _on_meta(network: VideoResNet, clip_shape: tuple[int, int, int, int]) -> Tensor:
+    return torch.empty(1, *clip_shape, device="meta", dtype=network.fc.weight.dtype)
 
 
 def _by_frame(decision: Decision, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,7 +37,7 @@ class DSTEP(Method):
 
         target_flops: float = Field(default=0.6, gt=0, le=1)
         warmup_share: float = Field(default=0.2, ge=0, lt=1)
-        alpha: float = Field(default=0.5, ge=0)
+        alpha: float = Field(default=1.0, ge=0)
         beta: float | None = None
         gamma: float = Field(default=1.0, ge=0)
         relax_share: float = Field(default=0.8, ge=0, le=1)

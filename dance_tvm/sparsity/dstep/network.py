@@ -177,8 +177,7 @@ class Stream(nn.Module):
         if network.temporal == "tsm":
             raise DanceError("a tsm network looks one frame ahead and cannot stream; build it as tsm-online")
         self.network = network
-        device = network.conv1.weight.device
-        self._empty = network.empty_history(torch.zeros(clips, frame_shape[0], 1, *frame_shape[1:], device=device))
+        self._empty = network.empty_history(network.conv1.weight.new_zeros(clips, frame_shape[0], 1, *frame_shape[1:]))
         names = [name for name, _ in network.residual_blocks()]
         self.state_names = [
             f"{name}.{field}"

@@ -82,6 +82,8 @@ class TemporalPolicy(nn.Module):
         self.fc2 = nn.Linear(hidden, out * (3 if reuse else 2))
         nn.init.normal_(self.fc2.weight, std=0.1 / hidden**0.5)
         nn.init.zeros_(self.fc2.bias)
+        # Most channels are computed at first, so that a trained network's weights start from what they were.
+        nn.init.constant_(self.fc2.bias[out : 2 * out].data, 2.0)
 
     def forward(self, before: Tensor, now: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
         """(compute, reuse), each (B, out, 1, 1) of 0 and 1, from the means (B, C) of the frame before and this one."""
