@@ -49,8 +49,8 @@ def predicted_cycles(machine: Machine, rows: int, panel: int, tile: tuple[int, i
     multiply = mr * vectors / 2
     loads = (mr / step + vectors) / 2
     latency = CHAINS_TO_HIDE_LATENCY / 2
-    # Loads run beside the multiplies but are not free: each takes a slot of the front end.
-    return tiles * (max(multiply, loads, latency) + 0.12 * loads)
+    # Loads run beside the multiplies but are not free; those of weights come from further away than those of rows.
+    return tiles * (max(multiply, loads, latency) + 0.1 * mr / step + 0.35 * vectors)
 
 
 def default_tile(machine: Machine, window: Window, depth: int, group_out: int) -> Tile:
