@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,7 @@ def main(
     option: Annotated[
         list[str] | None, typer.Option("--set", help="a further option of the method, NAME=VALUE")
     ] = None,
+    export: Annotated[bool, typer.Option(help="write model.pt2 for `dance-tvm build --model`")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print the card as JSON and nothing else")] = False,
 ) -> None:
     """Trains and leaves model.safetensors, card.json, curves.csv and a checkpoint in --out."""
@@ -61,6 +63,8 @@ def main(
         init=init, resume=resume, seed=seed, threads=threads, amp=amp, options=options,
         console=None if as_json else Console(stderr=True),
     )  # fmt: skip
+    if export and int(os.environ.get("RANK", "0")) == 0:
+        write_export(result, out / "model.pt2")
     if as_json:
         typer.echo(json.dumps(result.card))
     else:
@@ -105,6 +109,21 @@ def run(
         network = models.create(model, num_classes=classes, seed=seed, **given)
         task = training.Classification()
     return training.train(chosen, network, splits, out, resume=resume, task=task, console=console)
+
+
+def write_export(result: Any, path: Path) -> None:
+    """The trained network as a torch.export program for one clip, which `dance-tvm build --model` takes."""
+    import io
+
+    import torch
+
+    from dance_tvm.sparsity.checkpoint import write_atomically
+
+    clip = torch.zeros(1, *result.card["clip_shape"], dtype=getattr(torch, result.card["clip_dtype"]))
+    program = torch.export.export(result.network.cpu().eval(), (clip,))
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    write_atomically(path, content.getvalue())
 
 
 def _parsed(pairs: list[str]) -> dict[str, Any]:

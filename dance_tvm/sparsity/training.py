@@ -578,6 +578,7 @@ class _Trainer:
             "metrics": self._best,
             "classes": list(self._splits.train.classes),
             "clip_shape": list(self._splits.train.shape),
+            "clip_dtype": str(self._splits.train[0][0].dtype).removeprefix("torch."),
             **self._method.card(self._network),
         }
         network = self._method.finished(self._network)

@@ -13,8 +13,8 @@ and the rest of the block reads `merged`. Seen by a compiler, in the exported gr
 - the chain is a plain sequence of slice, multiply, add, multiply; its T results are concatenated along axis 0 and read
   by the next convolution. Channel c of frame t is live there where live[t] = compute[t] + reuse[t] * live[t-1] is 1
   (live before the first frame is 0), a superset of which is "not skipped"; positions are live where S[t] is.
-- S is `interpolate(tiles, scale_factor=p, mode="nearest")` cropped to (h, w); `tiles` is a comparison with zero and a
-  cast. compute is `(c >= maximum(s, r))`, reuse `(r >= s) * (1 - compute)`, each a comparison and a cast.
+- S is `tiles` (N, 1, a, b) with each element repeated p x p by reshape, expand and reshape, cropped to (h, w); `tiles`
+  is a comparison with zero and a cast. compute is `(c >= maximum(s, r))`, reuse `(r >= s) * (1 - compute)`, each a comparison and a cast.
 - In the streaming graph T is 1: no slices, no concatenation, and `merged[t-1]` is an input.
 
 The recurrence takes the *merged* map of the frame before, as equation 1 has it. Equation 2 instead charges a channel's

@@ -57,7 +57,10 @@ class SpatialPolicy(nn.Module):
 
     def upsampled(self, tiles: Tensor, height: int, width: int) -> Tensor:
         """The mask (B, 1, height, width) of the first convolution's output."""
-        return F.interpolate(tiles, scale_factor=self.tile, mode="nearest")[:, :, :height, :width]
+        batch, _, rows, columns = tiles.shape
+        edge = self.tile
+        repeated = tiles.reshape(batch, 1, rows, 1, columns, 1).expand(-1, -1, -1, edge, -1, edge)
+        return repeated.reshape(batch, 1, rows * edge, columns * edge)[:, :, :height, :width]
 
     def masked_means(self, averages: Tensor, tiles: Tensor, positions: int) -> Tensor:
         """Channel means (B, C) of the masked input, of `positions` positions.
