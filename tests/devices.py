@@ -12,6 +12,7 @@ from tvm import relax
 from dance_tvm.artifact import RUNTIME_VERSIONS, Artifact, BuiltFor, Check, Manifest, Tensor, write_artifact
 from dance_tvm.linker import shared_library_linker
 from dance_tvm.target import load_target
+from dance_tvm.transform.pipeline import Lowered, Options, lower
 
 CONSTANT = np.arange(12, dtype="float32").reshape(3, 4)
 
@@ -31,12 +32,48 @@ def matmul_artifact(
         added = builder.emit(relax.op.add(product, relax.const(1.0, "float32")))
         builder.emit_func_output(builder.emit(relax.Tuple([builder.emit(relax.op.nn.relu(added))])))
     with target.tvm_target(1):
-        executable = tvm.compile(relax.get_pipeline("zero")(builder.get()), target.tvm_target(1))
+        lowered = Lowered(relax.get_pipeline("zero")(builder.get()))
+    weights = {"w": constant} if separate_weights else {}
+    shapes = [2, constant.shape[0]], [2, constant.shape[1]]
+    return write(out, target_name, lowered, "matmul", *shapes, weights)
+
+
+def video_artifact(out: Path, target_name: str = "host", *, dynamic: bool = True, size: int = 16) -> Artifact:
+    """Two convolutions of small integers over (1, 3, 8, size, size); frames whose mean is not positive are masked out
+    of the first one's output where `dynamic`."""
+    random = np.random.default_rng(0)
+    first = relax.const(random.integers(-2, 3, (8, 3, 3, 3, 3)).astype("float32"))
+    second = relax.const(random.integers(-2, 3, (8, 8, 1, 3, 3)).astype("float32"))
+    builder = relax.BlockBuilder()
+    x = relax.Var("clip", relax.TensorType((1, 3, 8, size, size), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit(relax.op.nn.relu(builder.emit(relax.op.nn.conv3d(x, first, padding=1))))
+            if dynamic:
+                mean = builder.emit(relax.op.mean(x, [1, 3, 4], keepdims=True))
+                alive = builder.emit(relax.op.greater(mean, relax.const(0.0, "float32")))
+                y = builder.emit(relax.op.multiply(y, builder.emit(relax.op.astype(alive, "float32"))))
+            y = builder.emit(relax.op.nn.conv3d(y, second, padding=[0, 1, 1]))
+            result = builder.emit_output(relax.Tuple([y]))
+        builder.emit_func_output(result)
+    target = load_target(target_name)
+    lowered = lower(builder.get(), target, Options(threads=1))
+    shapes = [1, 3, 8, size, size], [1, 8, 8, size, size]
+    return write(out, target_name, lowered, "video" if dynamic else "video-dense", *shapes)
+
+
+def write(
+    out: Path, target_name: str, lowered: Lowered, name: str, shape_in: list[int], shape_out: list[int], weights=None
+) -> Artifact:
+    """The artifact of a lowered module with one input and one output."""
+    target = load_target(target_name)
+    executable = tvm.compile(lowered.mod, target.tvm_target(1))
+    meaning = "clip (N, C, T, H, W)" if len(shape_in) == 5 else "rows"
     manifest = Manifest(
-        name="matmul",
+        name=name,
         source_sha256="0" * 64,
-        inputs=[Tensor(name="x", shape=[2, constant.shape[0]], dtype="float32", meaning="rows")],
-        outputs=[Tensor(name="y", shape=[2, constant.shape[1]], dtype="float32", meaning="rows")],
+        inputs=[Tensor(name="clip" if len(shape_in) == 5 else "x", shape=shape_in, dtype="float32", meaning=meaning)],
+        outputs=[Tensor(name="y", shape=shape_out, dtype="float32", meaning="values")],
         target=BuiltFor(
             name=target.name,
             machine=target.link.machine,
@@ -46,16 +83,14 @@ def matmul_artifact(
             host=target.host,
             threads=1,
         ),
+        layers=lowered.layers,
         versions={package: version(package) for package in RUNTIME_VERSIONS},
         memory_peak_bytes=0,
         check=Check(status="not run"),
     )
     linker = shared_library_linker(target)
     return write_artifact(
-        out,
-        lambda path: executable.export_library(str(path), fcompile=linker),
-        {"w": constant} if separate_weights else {},
-        manifest,
+        out, lambda path: executable.export_library(str(path), fcompile=linker), weights or {}, manifest
     )
 
 

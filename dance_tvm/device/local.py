@@ -14,7 +14,7 @@ from tvm import relax
 
 from dance_tvm.artifact import Artifact
 from dance_tvm.device import serve
-from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange
+from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange, merge_kernels
 from dance_tvm.errors import DanceError
 
 
@@ -41,16 +41,21 @@ class LocalNetwork(LoadedNetwork):
             seconds.append(time.perf_counter() - start)
         return seconds
 
-    def kernels(self, inputs: Mapping[str, np.ndarray]) -> list[KernelTime]:
+    def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
         # A virtual machine keeps its instrument for good, so it gets one of its own.
         clock = serve.KernelClock()
         machine = relax.VirtualMachine(self._module, self._cpu)
-        machine.set_instrument(clock.instrument())
         arguments = self._arguments(inputs)
-        machine["main"](*arguments)  # the first run allocates
-        clock.read()
-        machine["main"](*arguments)
-        return [KernelTime(*call) for call in json.loads(clock.read())]
+
+        def once() -> list[dict[str, Any]]:
+            machine["main"](*arguments)
+            return json.loads(clock.read())
+
+        machine.set_instrument(clock.instrument(0))
+        once()  # the first run allocates
+        timed = [once() for _ in range(repeats)]
+        machine.set_instrument(clock.instrument(1))
+        return merge_kernels(timed, once())
 
     def peak_memory(self, inputs: Mapping[str, np.ndarray]) -> int | None:
         arguments = self._arguments(inputs)

@@ -23,7 +23,7 @@ import tvm
 from tvm import relax, rpc
 
 from dance_tvm.artifact import WEIGHTS, Artifact
-from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange
+from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange, merge_kernels
 from dance_tvm.errors import DanceError
 
 CALL_TIMEOUT_S = 600.0
@@ -268,22 +268,27 @@ class RemoteNetwork(LoadedNetwork):
 
         return self._connection.call("being timed", measure)
 
-    def kernels(self, inputs: Mapping[str, np.ndarray]) -> list[KernelTime]:
+    def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
         read = self._session.function("clock.read")
         if read is None:
             raise DanceError(f"{self._session.name} runs TVM's own server, which has no kernel clock: start serve.py")
 
-        def measure() -> str:
-            machine.invoke_stateful("main")  # the first run allocates
-            read()
+        def once() -> list[dict[str, Any]]:
             machine.invoke_stateful("main")
-            return read()
+            return json.loads(read())
+
+        def set_instrument(look: int) -> None:
+            machine.module["set_instrument"]("dance.clock.instrument", look)
 
         # A virtual machine keeps its instrument for good, so this one is another.
         machine = self._new_machine()
-        self._connection.call("setting its clock", lambda: machine.set_instrument("dance.clock.instrument"))
+        call = self._connection.call
+        call("setting its clock", partial(set_instrument, 0))
         self._set_input(machine, inputs)
-        return [KernelTime(*call) for call in json.loads(self._connection.call("timing kernels", measure))]
+        call("timing kernels", once)  # the first run allocates
+        timed = [call("timing kernels", once) for _ in range(repeats)]
+        call("setting its clock", partial(set_instrument, 1))
+        return merge_kernels(timed, call("looking at kernels", once))
 
     def peak_memory(self, inputs: Mapping[str, np.ndarray]) -> int | None:
         reset, peak = self._session.function("reset_peak_memory"), self._session.function("peak_memory")

@@ -8,6 +8,7 @@ memory and sensors. RPC executes whatever it is sent: it binds to 127.0.0.1 unle
 from __future__ import annotations
 
 import argparse
+import base64
 import ctypes
 import hashlib
 import json
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,9 +36,11 @@ import tvm
 import tvm_ffi
 from tvm.rpc import server as tvm_server
 
-PROTOCOL = 1
+PROTOCOL = 2
 READY = "dance-tvm device ready on port "
 _PR_SET_PDEATHSIG = 1
+GATHERING = "conv3d_gather"
+_ROWS_OUT, _COUNTS = 5, 8  # positions of lists among a gathering kernel's arguments
 _SHARE_ALL_CORES = -3  # TVM's affinity mode: the pool's threads may move among the given cores
 log = logging.getLogger("dance_tvm.serve")
 
@@ -134,35 +138,83 @@ class Weights:
 
 
 class KernelClock:
-    """Instrument of the virtual machine: seconds spent in each call of a run, in order."""
+    """Instrument of the virtual machine: what each call of a run took, or what it read and wrote."""
 
     def __init__(self) -> None:
-        self.calls: list[list] = []
+        self.calls: list[dict[str, Any]] = []
         self.started = 0.0
 
-    def instrument(self):
-        """The callback for `set_instrument`: called before and after every instruction that calls."""
+    def instrument(self, look: int):
+        """The callback for `set_instrument`: it takes the time of every call, or, with `look`, looks at its tensors.
+
+        Looking reads what a kernel wrote, which warms caches for the next one: it is no measurement of time.
+        """
 
         def each_call(_function, symbol, before, _value, *arguments):
             if before:
                 self.started = time.perf_counter()
-            else:
-                seconds = time.perf_counter() - self.started
-                self.calls.append([str(symbol), seconds, sum(map(_bytes_of, arguments))])
+                return 0
+            call: dict[str, Any] = {"symbol": str(symbol), "seconds": time.perf_counter() - self.started}
+            if look:
+                tensors = [argument for argument in arguments if isinstance(argument, tvm.runtime.Tensor)]
+                call.update(_looked_at(call["symbol"], tensors))
+            self.calls.append(call)
             return 0
 
         return tvm_ffi.convert(each_call)
 
     def read(self) -> str:
-        """The calls since the last reading as JSON: [symbol, seconds, bytes of its tensors]."""
+        """The calls since the last reading, in order, as JSON."""
         calls, self.calls = self.calls, []
         return json.dumps(calls)
 
 
-def _bytes_of(argument: object) -> int:
-    if not isinstance(argument, tvm.runtime.Tensor):
-        return 0
-    return int(np.prod(argument.shape, dtype="int64")) * np.dtype(str(argument.dtype)).itemsize
+def _looked_at(symbol: str, tensors: list) -> dict[str, Any]:
+    """Bytes of a call's tensors, mean and mean size of the values of its last one, and its index lists."""
+    size = sum(int(np.prod(tensor.shape, dtype="int64")) * np.dtype(str(tensor.dtype)).itemsize for tensor in tensors)
+    seen: dict[str, Any] = {"bytes": size}
+    if tensors and str(tensors[-1].dtype).startswith("float"):
+        values = tensors[-1].numpy()
+        seen["mean"] = float(values.mean(dtype="float64"))
+        seen["mean_size"] = float(np.abs(values).mean(dtype="float64"))
+    if symbol.startswith(GATHERING) and len(tensors) > _COUNTS:
+        seen["work"] = _work(symbol, tensors)
+    return seen
+
+
+def _work(symbol: str, tensors: list) -> dict[str, Any]:
+    """Multiply-accumulates that a gathered convolution executed, and what its lists kept.
+
+    Its arguments are (docs/kernels.md): data (N, T, H, W, C), packed weights, bias, taps, rows_in, rows_out, segments,
+    blocks, counts, a list of live input channels where its name says `i`, one of output channels where it says `o`, …,
+    and the output (N, T, H, W, C).
+    """
+    data, weights, out = tensors[0].shape, tensors[1].shape, tensors[-1].shape
+    counts = tensors[_COUNTS].numpy()  # (samples, 4): blocks, tiles, rows, pairs of row and tap
+    marks = symbol[len(GATHERING) :].split("_f32")[0].strip("_")
+    lists = iter(tensors[_COUNTS + 1 : _COUNTS + 1 + len(marks)])
+    depth = int(weights[1] if "o" in marks else weights[2])
+    channels_in = next(lists).numpy()[:, 0] if "i" in marks else np.full(len(counts), depth)
+    channels_out = next(lists).numpy()[:, 0] if "o" in marks else np.full(len(counts), out[-1])
+    positions = np.prod(out[1:4])
+    rows_out = tensors[_ROWS_OUT].numpy()
+    alive = np.zeros(int(out[0] * positions), bool)
+    for rows, tiles in zip(rows_out, counts[:, 1], strict=True):
+        alive[rows[:tiles].ravel()] = True
+    first = alive[:positions].reshape([int(extent) for extent in out[1:4]])
+    return {
+        "macs": int((counts[:, 3].astype("int64") * channels_in * channels_out).sum()),
+        "rows": int(counts[:, 2].sum()),
+        "rows_of": int(out[0] * positions),
+        "frames": int(alive.reshape(int(out[0] * out[1]), -1).any(1).sum()),
+        "frames_of": int(out[0] * out[1]),
+        "channels_in": float(np.mean(channels_in)),
+        "channels_in_of": depth if "i" not in marks else int(data[-1]),
+        "channels_out": float(np.mean(channels_out)),
+        "channels_out_of": int(out[-1]),
+        "shape": [int(extent) for extent in first.shape],
+        "alive": base64.b64encode(zlib.compress(np.packbits(first).tobytes())).decode(),
+    }
 
 
 def _digest(stream):

@@ -16,11 +16,27 @@ from dance_tvm.errors import DanceError
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One call of a compiled kernel in a run: its symbol, its time, and the bytes of the tensors it was given."""
+    """One call of a compiled kernel in a run.
+
+    `bytes` are those of the tensors it was given, `mean` and `mean_size` those of the values it wrote. `work` tells
+    of a gathering kernel what its index lists kept (see `dance_tvm.device.serve`).
+    """
 
     symbol: str
     seconds: float
-    bytes: int
+    bytes: int = 0
+    mean: float | None = None
+    mean_size: float | None = None
+    work: dict[str, Any] | None = None
+
+
+def merge_kernels(timed: list[list[dict[str, Any]]], seen: list[dict[str, Any]]) -> list[KernelTime]:
+    """The median time of each call over several runs, with what was seen of it in another run."""
+    calls = []
+    for index, looked in enumerate(seen):
+        seconds = sorted(run[index]["seconds"] for run in timed)
+        calls.append(KernelTime(**{**looked, "seconds": seconds[len(seconds) // 2]}))
+    return calls
 
 
 class LoadedNetwork(ABC):
@@ -37,8 +53,11 @@ class LoadedNetwork(ABC):
         """Seconds of each of `repeats` runs, measured on the device, without the transfer of inputs and outputs."""
 
     @abstractmethod
-    def kernels(self, inputs: Mapping[str, np.ndarray]) -> list[KernelTime]:
-        """The kernels of one run in the order of their calls. Raises DanceError where the device cannot tell."""
+    def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
+        """The kernels of a run in the order of their calls, with the median time of `repeats` runs.
+
+        Raises DanceError where the device cannot tell.
+        """
 
     @abstractmethod
     def peak_memory(self, inputs: Mapping[str, np.ndarray]) -> int | None:
