@@ -139,3 +139,22 @@ def test_too_few_epochs_for_a_penalty_are_refused(tmp_path):
 def test_a_wrong_option_is_told_with_those_that_exist(tmp_path):
     with pytest.raises(DanceError, match="scheme"):
         run(tmp_path, {"scheme": "irregular"})
+
+
+def test_the_group_measured_on_the_target_is_trained_with(tmp_path, monkeypatch):
+    from dance_tvm.sparsity.rt3d import method
+    from dance_tvm.target import load_target
+    from dance_tvm.transform import group_choice
+
+    monkeypatch.setattr(group_choice, "LOGS", tmp_path)
+    assert method.measured_group("snapdragon") == method.DEFAULT_GROUP
+    phone = load_target("snapdragon")
+    layer = group_choice.SynthesisedLayer(16, 16, (3, 3, 3), (2, 4, 4))
+    found = group_choice.measure_groups(
+        lambda layer, weight, group: 1.0 if group in (None, (4, 8)) else 2.0,
+        fingerprint=phone.fingerprint, device="emulator", threads=1, layers=[layer],
+    )  # fmt: skip
+    group_choice.write_log(group_choice.log_path(phone), found)
+    assert method.measured_group("snapdragon") == (4, 8)
+    with pytest.raises(DanceError, match="target"):
+        method.measured_group("abacus")

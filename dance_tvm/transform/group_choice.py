@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dance_tvm.errors import DanceError
 from dance_tvm.transform.kernel_groups import CANDIDATES, KernelGroups, lane_cost
+
+if TYPE_CHECKING:
+    from dance_tvm.target import Target
+
+LOGS = Path(__file__).parent.parent / "tuning_logs"
 
 # Groups this close to the fastest are equally fast: the smallest of them leaves pruning the most freedom.
 EQUALLY_FAST = 1.05
@@ -118,6 +123,16 @@ def measure_groups(
             seconds = measure(layer, layer.weight(gm, gn, rate), (gm, gn))
             found.append(GroupMeasurement(**about, scheme="kgs", gm=gm, gn=gn, rate=rate, seconds=seconds))
     return found
+
+
+def log_path(target: Target) -> Path:
+    """Where kernel-group measurements of the target are kept: JSON lines."""
+    return LOGS / f"{target.tuning_log}.kernel_groups.jsonl"
+
+
+def group_cost(target: Target, threads: int) -> Callable[[KernelGroups], float]:
+    """What a build for ``target`` asks ``choose_kernel_groups`` to minimise: measured where the log has it."""
+    return measured_cost(read_log(log_path(target), target.fingerprint, threads), target.vector.floats)
 
 
 def write_log(path: Path, measurements: Iterable[GroupMeasurement]) -> None:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -30,6 +32,8 @@ CANDIDATES: tuple[tuple[int, int], ...] = tuple(itertools.product(GROUP_FILTERS,
 
 # A gathered kernel pays for its index loads; under this share of saved work a dense kernel is as fast.
 BREAK_EVEN = 0.08
+
+_only: ContextVar[tuple[int, int] | None] = ContextVar("only_group", default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,6 +210,9 @@ def choose_kernel_groups(
     candidates = tuple(candidates)
     if not candidates:
         raise DanceError("No candidate group size was given; name at least one (filters, channels) pair.")
+    only = _only.get()
+    if only:
+        return find_kernel_groups(weight, *only)
     zeros = 1 - np.count_nonzero(weight) / max(weight.size, 1)
     if zeros < BREAK_EVEN:
         return _as_dense(weight, *candidates[0], f"{zeros:.1%} of the weights are zero, under the break-even")
@@ -219,6 +226,16 @@ def choose_kernel_groups(
     if saved < BREAK_EVEN:
         return _as_dense(weight, dense.gm, dense.gn, f"the best groups ({best.gm}x{best.gn}) save {max(saved, 0):.1%}")
     return best
+
+
+@contextmanager
+def only_group(gm: int, gn: int) -> Iterator[None]:
+    """Within the block ``choose_kernel_groups`` takes this group whatever it costs: for measuring what it costs."""
+    before = _only.set((gm, gn))
+    try:
+        yield
+    finally:
+        _only.reset(before)
 
 
 def lane_cost(vector: int, run_overhead: float = 1.0) -> Callable[[KernelGroups], float]:

@@ -9,6 +9,8 @@ The epochs of a run fall into phases:
 
 The heuristic has nothing to train before the cut, so it cuts at once and retrains longer: every algorithm gets the
 same number of epochs, as in the paper's comparison.
+
+The group size is no setting of the training: it is the one measured best on ``target`` (section 3), unless given.
 """
 
 from __future__ import annotations
@@ -36,9 +38,21 @@ from dance_tvm.sparsity.rt3d.pruning import (
 )
 from dance_tvm.sparsity.rt3d.schemes import Scheme, SchemeName
 from dance_tvm.sparsity.training import Context, Method
+from dance_tvm.target import load_target
+from dance_tvm.transform.group_choice import best_group, log_path, read_log
 
 # Enough clips for means of activations and gradients; more change the ranking little.
 CALIBRATION_CLIPS = 32
+
+# The paper's preference for SIMD of today's phones, where nothing was measured.
+DEFAULT_GROUP = (8, 4)
+
+
+def measured_group(target: str) -> tuple[int, int]:
+    """The group to prune in for a target, from its tuning log. Raises DanceError for an unknown target."""
+    machine = load_target(target)
+    measurements = read_log(log_path(machine), machine.fingerprint)
+    return best_group(measurements) if measurements else DEFAULT_GROUP
 
 
 class KGS(Method):
@@ -50,8 +64,9 @@ class KGS(Method):
         algorithm: Literal["heuristic", "lasso", "reweighted"] = "reweighted"
         scheme: SchemeName = "kgs"
         rate: float = Field(2.6, ge=1)
-        gm: int = Field(8, ge=1)
-        gn: int = Field(4, ge=1)
+        gm: int | None = Field(None, ge=1)
+        gn: int | None = Field(None, ge=1)
+        target: str = "host"
         budget: Literal["macs", "parameters"] = "macs"
         strength: float = Field(5e-4, ge=0)
         mix: float = Field(0.5, ge=0, le=1)
@@ -65,7 +80,8 @@ class KGS(Method):
 
     def prepare(self, network: nn.Module, context: Context) -> nn.Module:
         options = self.options
-        self._scheme = Scheme(options.scheme, options.gm, options.gn)
+        gm, gn = measured_group(options.target)
+        self._scheme = Scheme(options.scheme, options.gm or gm, options.gn or gn)
         one_clip = torch.zeros(1, *context.clip_shape)
         self._prunable: Prunable = find_layers(network, one_clip, skip_first=options.skip_first)
         self._start = round(options.dense * context.epochs)

@@ -1,0 +1,123 @@
+"""python -m dance_tvm.sparsity.rt3d.measure: time kernel-group sizes on a device and log them for the target.
+
+RT3D (section 3) settles the group size "offline with actual mobile testings using synthesized CNN layers": each layer
+is compiled for the target, dense and in every candidate group, and run on the device (local, emulator or TVM RPC).
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from dance_tvm.errors import DanceError
+from dance_tvm.target import Target, load_target
+from dance_tvm.transform.group_choice import (
+    SYNTHESISED,
+    GroupMeasurement,
+    Measure,
+    SynthesisedLayer,
+    best_group,
+    efficiencies,
+    log_path,
+    measure_groups,
+    write_log,
+)
+from dance_tvm.transform.kernel_groups import CANDIDATES, only_group
+
+if TYPE_CHECKING:
+    from dance_tvm.device import DeviceSession
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    target: Annotated[str, typer.Option(help="the target whose tuning log is written")] = "host",
+    device: Annotated[str, typer.Option(help="local, emulator, rpc://HOST:PORT, tracker://HOST:PORT/KEY")] = "local",
+    threads: Annotated[int | None, typer.Option(min=1, help="default: the target's")] = None,
+    rate: Annotated[float, typer.Option(min=1.1, help="how many times fewer weights the layers keep")] = 3.0,
+    repeats: Annotated[int, typer.Option(min=1)] = 10,
+) -> None:
+    """Measures, adds to the log and prints each group's efficiency and the group to train with."""
+    try:
+        machine = load_target(target)
+        found = measure_on(machine, device, threads=threads, rate=rate, repeats=repeats)
+        write_log(log_path(machine), found)
+    except DanceError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(2) from None
+    table = Table(
+        "group", "speed-up / rate", title=f"{machine.name} on {device}: prune in groups of {best_group(found)}"
+    )
+    for (gm, gn), efficiency in sorted(efficiencies(found).items()):
+        table.add_row(f"{gm}x{gn}", f"{efficiency:.2f}")
+    Console().print(table)
+
+
+def measure_on(
+    target: Target,
+    device: str = "local",
+    *,
+    threads: int | None = None,
+    rate: float = 3.0,
+    repeats: int = 10,
+    layers: Sequence[SynthesisedLayer] = SYNTHESISED,
+    candidates: Iterable[tuple[int, int]] = CANDIDATES,
+) -> list[GroupMeasurement]:
+    """Measurements of ``layers`` in ``candidates`` on a device, ready for the target's log.
+
+    Raises DanceError where the device cannot be reached or runs no code for the target.
+    """
+    from dance_tvm.device import open_device
+
+    used = threads or target.threads
+    with tempfile.TemporaryDirectory() as folder, open_device(device) as session:
+        measure = timed_build(session, target, used, Path(folder), repeats)
+        return measure_groups(
+            measure, fingerprint=target.fingerprint, device=device, threads=used, layers=layers,
+            candidates=candidates, rate=rate,
+        )  # fmt: skip
+
+
+def timed_build(session: DeviceSession, target: Target, threads: int, folder: Path, repeats: int) -> Measure:
+    """A ``Measure`` that builds each layer into ``folder`` and takes the median of ``repeats`` runs on ``session``."""
+    from dance_tvm.compiler import build_network
+
+    def measure(layer: SynthesisedLayer, weight: NDArray[np.float32], group: tuple[int, int] | None) -> float:
+        network, clip = _one_convolution(layer, weight)
+        name = f"{'x'.join(map(str, weight.shape))}-{'x'.join(map(str, group or ('dense',)))}"
+        with only_group(*(group or (1, 1))):
+            built = build_network(
+                network, folder / name, target=target, example_inputs=(clip,), threads=threads, check=False
+            )
+        loaded = session.load(built.artifact)
+        tensor = loaded.manifest.inputs[0]
+        return statistics.median(loaded.time({tensor.name: clip.numpy()}, repeats))
+
+    return measure
+
+
+def _one_convolution(layer: SynthesisedLayer, weight: NDArray[np.float32]) -> tuple[nn.Module, torch.Tensor]:
+    depth, height, width = layer.kernel
+    padding = (depth // 2, height // 2, width // 2)
+    conv = nn.Conv3d(layer.channels_in, layer.channels_out, layer.kernel, padding=padding)
+    with torch.no_grad():
+        conv.weight.copy_(torch.from_numpy(weight))
+        conv.bias.zero_()  # type: ignore[union-attr]
+    clip = torch.randn(1, layer.channels_in, *layer.size, generator=torch.Generator().manual_seed(0))
+    return nn.Sequential(conv, nn.ReLU()).eval(), clip
+
+
+if __name__ == "__main__":
+    app()
