@@ -30,10 +30,11 @@ from safetensors.numpy import load_file, save_file
 
 from dance_tvm.errors import DanceError
 from dance_tvm.host import cpu_flags
-from dance_tvm.transform.pipeline import LayerInfo
+from dance_tvm.transform.layers import LayerInfo
 
 SCHEMA_VERSION = 1
 LIBRARY, WEIGHTS, MANIFEST = "model.so", "weights.safetensors", "manifest.json"
+REFERENCE = "reference.safetensors"
 
 # The compiled code calls TVM's runtime by its binary interface, which changes between releases.
 RUNTIME_VERSIONS = ("apache-tvm", "apache-tvm-ffi")
@@ -134,6 +135,11 @@ class Artifact:
         arrays = load_file(self.path / WEIGHTS)
         return [arrays[name] for name in self.manifest.parameters]
 
+    def reference(self) -> dict[str, np.ndarray]:
+        """What the source network answers to the reference input, as ``output:NAME``, and ``kernels``: mean and mean
+        size of what each kernel call wrote when the build was checked, (calls, 2). Empty where nothing was stored."""
+        return load_file(self.path / REFERENCE) if REFERENCE in self.manifest.files else {}
+
     def require_machine(self, machine: str) -> None:
         """Raise DanceError unless the library is for ``machine`` (``x86_64``, ``aarch64`` or as uname says it)."""
         built = self.manifest.target
@@ -186,11 +192,13 @@ def write_artifact(
     weights: Mapping[str, np.ndarray],
     manifest: Manifest,
     check: Callable[[Artifact], Check] | None = None,
+    reference: Mapping[str, np.ndarray] | None = None,
 ) -> Artifact:
     """Write the folder beside ``out``, check it there, then rename it: what stands at ``out`` is always whole.
 
-    ``export_library`` writes the shared library to the path it is given. Raises DanceError where ``out`` cannot be
-    written or holds something that is not an artifact.
+    ``export_library`` writes the shared library to the path it is given. ``reference`` is read after the check, which
+    may fill it: what a device's answers are compared with later. Raises DanceError where ``out`` cannot be written or
+    holds something that is not an artifact.
     """
     with staged(out) as folder:
         export_library(folder / LIBRARY)
@@ -203,7 +211,12 @@ def write_artifact(
         _write_manifest(folder, manifest)
         if check is not None:
             manifest = manifest.model_copy(update={"check": check(load_artifact(folder))})
-            _write_manifest(folder, manifest)
+        if reference:
+            save_file({name: np.ascontiguousarray(array) for name, array in reference.items()}, folder / REFERENCE)
+            manifest = manifest.model_copy(
+                update={"files": {**manifest.files, REFERENCE: _describe(folder / REFERENCE)}}
+            )
+        _write_manifest(folder, manifest)
     return load_artifact(out)
 
 

@@ -103,9 +103,12 @@ def build_network(
     manifest = _manifest(imported, lowered, machine, chosen)
     manifest.memory_peak_bytes = memory
 
+    reference: dict[str, np.ndarray] = {}
+
     def check_there(artifact: Artifact) -> Check:
         clock.start("check")
-        return check_artifact(artifact, imported, insist=check is True, on_phase=clock.start)
+        insist = check is True
+        return check_artifact(artifact, imported, insist=insist, on_phase=clock.start, reference=reference)
 
     linker = shared_library_linker(machine)
     artifact = write_artifact(
@@ -114,6 +117,7 @@ def build_network(
         parameters,
         manifest,
         check_there if check is not False else None,
+        reference,
     )
     clock.start("")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -121,32 +125,45 @@ def build_network(
 
 
 def check_artifact(
-    artifact: Artifact, imported: Imported, *, insist: bool = False, on_phase: Callable[[str], None] | None = None
+    artifact: Artifact,
+    imported: Imported,
+    *,
+    insist: bool = False,
+    on_phase: Callable[[str], None] | None = None,
+    reference: dict[str, np.ndarray] | None = None,
 ) -> Check:
     """Run the artifact where its code runs, and its source here, on the same random input.
 
-    Raises DanceError if they differ; a device that is not there is recorded, and raised only with ``insist``.
+    ``reference`` is filled with what a device's answers can be compared with later. Raises DanceError if they differ;
+    a device that is not there is recorded, and raised only with ``insist``.
     """
     from dance_tvm.device import emulator_available, open_device, prepare_emulator
 
     spec, reason = _device_for(artifact.manifest, insist)
     if spec == "emulator":
         reason = emulator_available() or ""
+    inputs = random_inputs(artifact.manifest.inputs)
+    expected = imported.reference(inputs)
+    stored = {} if reference is None else reference
+    stored.update({f"output:{name}": np.asarray(array) for name, array in expected.items()})
     if reason and insist:
         raise DanceError(f"the build cannot be checked: {reason}; leave --check out to build without")
     if reason:
         return Check(status="not run", device=spec, reason=reason)
-    inputs = random_inputs(artifact.manifest.inputs)
     try:
         if spec == "emulator":
             prepare_emulator(on_phase or (lambda _sentence: None))
         with open_device(spec) as device:
-            found = device.load(artifact).run(inputs)
+            network = device.load(artifact)
+            found = network.run(inputs)
+            calls = network.kernels(inputs, repeats=0)
     except DanceError as error:
         if insist or spec == "local":
             raise
         return Check(status="not run", device=spec, reason=str(error))
-    return _compare(artifact.manifest, found, imported.reference(inputs), spec)
+    check = _compare(artifact.manifest, found, expected, spec)
+    stored["kernels"] = np.array([[call.mean or 0.0, call.mean_size or 0.0] for call in calls])
+    return check
 
 
 def random_inputs(specs: list[Tensor], seed: int = 0) -> dict[str, np.ndarray]:

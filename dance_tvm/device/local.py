@@ -51,8 +51,9 @@ class LocalNetwork(LoadedNetwork):
             machine["main"](*arguments)
             return json.loads(clock.read())
 
-        machine.set_instrument(clock.instrument(0))
-        once()  # the first run allocates
+        if repeats:
+            machine.set_instrument(clock.instrument(0))
+            once()  # the first run allocates
         timed = [once() for _ in range(repeats)]
         machine.set_instrument(clock.instrument(1))
         return merge_kernels(timed, once())

@@ -34,7 +34,7 @@ def merge_kernels(timed: list[list[dict[str, Any]]], seen: list[dict[str, Any]])
     """The median time of each call over several runs, with what was seen of it in another run."""
     calls = []
     for index, looked in enumerate(seen):
-        seconds = sorted(run[index]["seconds"] for run in timed)
+        seconds = sorted(run[index]["seconds"] for run in timed) or [looked["seconds"]]
         calls.append(KernelTime(**{**looked, "seconds": seconds[len(seconds) // 2]}))
     return calls
 
@@ -54,7 +54,7 @@ class LoadedNetwork(ABC):
 
     @abstractmethod
     def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
-        """The kernels of a run in the order of their calls, with the median time of `repeats` runs.
+        """The kernels of a run in the order of their calls, with the median time of `repeats` runs (0: only looked at).
 
         Raises DanceError where the device cannot tell.
         """
