@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
@@ -178,6 +179,10 @@ class S3D(nn.Module):
         x = self.pool3(self.mixed3c(self.mixed3b(x)))
         x = self.mixed4f(self.mixed4e(self.mixed4d(self.mixed4c(self.mixed4b(x)))))
         x = self.mixed5c(self.mixed5b(self.pool4(x)))
-        # Windows of two frames and the whole picture, then the mean over windows, as the published network does.
-        x = F.avg_pool3d(x, (min(2, x.shape[2]), x.shape[3], x.shape[4]), stride=1)
-        return self.fc(x).mean((2, 3, 4))
+        return self.fc(_pool_pairs(x)).mean((2, 3, 4))
+
+
+@torch.fx.wrap  # its window depends on the clip's length, which torch.fx cannot trace
+def _pool_pairs(x: torch.Tensor) -> torch.Tensor:
+    """Windows of two frames and the whole picture, whose scores are then averaged, as the published network does."""
+    return F.avg_pool3d(x, (min(2, x.shape[2]), x.shape[3], x.shape[4]), stride=1)

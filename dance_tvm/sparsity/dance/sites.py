@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 
@@ -29,6 +30,14 @@ class Site:
     shape: tuple[int, int, int, int]
 
 
+class _Tracer(fx.Tracer):
+    """Looks only into modules that hold 3D convolutions: what happens elsewhere is none of pruning's business."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        ours = any(isinstance(module, nn.Conv3d) for module in m.modules())
+        return not ours or super().is_leaf_module(m, module_qualified_name)
+
+
 def trace(network: nn.Module, clip_shape: tuple[int, ...]) -> tuple[fx.GraphModule, list[Site]]:
     """`network` as an fx graph with shapes for one clip (C, T, H, W), and its sites in the order they are computed.
 
@@ -36,7 +45,7 @@ def trace(network: nn.Module, clip_shape: tuple[int, ...]) -> tuple[fx.GraphModu
     Raises DanceError when the network cannot be traced, does not take such clips, or has fewer than two sites.
     """
     try:
-        graph = fx.symbolic_trace(network)
+        graph = fx.GraphModule(network, _Tracer().trace(network), type(network).__name__)
     except Exception as error:
         raise DanceError(f"{type(network).__name__} cannot be traced by torch.fx ({error})") from error
     _propagate_shapes(graph, network, clip_shape)
@@ -77,13 +86,13 @@ def module_of(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 
 def _propagate_shapes(graph: fx.GraphModule, network: nn.Module, clip_shape: tuple[int, ...]) -> None:
+    """Notes every node's shape for one clip, on fake tensors: nothing is computed."""
     training = network.training
     graph.eval()
-    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     try:
-        with torch.no_grad():
-            ShapeProp(graph).propagate(torch.zeros(1, *clip_shape, device=device))
-    except RuntimeError as error:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+            ShapeProp(graph, fake_mode=mode).propagate(torch.zeros(1, *clip_shape))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise DanceError(f"{type(network).__name__} does not take clips of shape {clip_shape}: {reason}") from error
     finally:
