@@ -1,0 +1,214 @@
+"""The training loop: resuming after a kill, bad input, a full disk, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from dance_tvm.errors import DanceError
+from dance_tvm.sparsity import checkpoint, training
+from dance_tvm.sparsity.data import Splits
+from dance_tvm.sparsity.training import Settings
+from dance_tvm.train import app, run
+
+SMALL = "motion-digits,train=48,test=16,size=24,frames=8"
+
+
+class Squares:
+    """Clips of two classes, bright and dark, that spoil themselves from a chosen epoch on."""
+
+    classes: tuple[str, ...] = ("dark", "bright")
+    shape: tuple[int, int, int, int] = (1, 4, 6, 6)
+
+    def __init__(self, count: int, spoilt_from: int = 99) -> None:
+        self._count, self._spoilt_from, self._epoch = count, spoilt_from, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        clip = torch.rand(self.shape, generator=generator) + index % 2
+        return clip * (float("nan") if self._epoch >= self._spoilt_from else 1), index % 2
+
+
+class Plain(nn.Module):
+    """One convolution and one linear layer: no batch norm, so gradients of two halves average to those of the whole."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv3d(1, channels, 3, padding=1)
+        self.fc = nn.Linear(channels, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.fc(torch.relu(self.conv(x)).mean((2, 3, 4)))
+        return scores
+
+
+def settings(**changes: object) -> Settings:
+    return Settings(**({"method": "dense", "model": "plain", "data": "squares", "epochs": 3, "batch": 16} | changes))
+
+
+def splits(**changes: int) -> Splits:
+    return Splits("squares", Squares(16, **changes), Squares(8))
+
+
+def command(out: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "dance_tvm.train", "--method", "dense", "--data", SMALL, "--batch", "16",
+        "--epochs", "3", "--threads", "1", "--no-export", "--json", "--out", str(out), *more,
+    ]  # fmt: skip
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    whole = run(method="dense", model="c3d-mini", data=SMALL, out=tmp_path / "whole", epochs=3, batch=16, threads=1)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (killed / training.CHECKPOINT).exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    assert not (killed / training.MODEL).exists(), "the run ended before it was killed"
+
+    resumed = run(
+        method="dense", model="c3d-mini", data=SMALL, out=killed, epochs=3, batch=16, threads=1, resume=True
+    )  # fmt: skip
+
+    assert len(resumed.history) == 3
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, resumed.network.state_dict()[name]), name
+    drop_time = [{**row, "seconds": 0} for row in whole.history]
+    assert drop_time == [{**row, "seconds": 0} for row in resumed.history]
+    assert (killed / training.CURVES).read_text().count("\n") == 4
+
+
+def test_curves_card_and_model_are_written(tmp_path: Path) -> None:
+    result = training.train(settings(), Plain(), splits(), tmp_path)
+    assert result.metrics["accuracy"] == max(row["accuracy"] for row in result.history)
+    card = json.loads((tmp_path / training.CARD).read_text())
+    assert card["classes"] == ["dark", "bright"]
+    assert card["settings"]["epochs"] == 3
+    header = (tmp_path / training.CURVES).read_text().splitlines()[0]
+    assert {"epoch", "loss/task", "accuracy"} <= set(header.split(","))
+    assert list((tmp_path / "tensorboard").iterdir())
+    weights = checkpoint.read_weights(tmp_path / training.MODEL)
+    assert torch.equal(weights["fc.weight"], result.network.state_dict()["fc.weight"])
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(DanceError, match=r"task loss became nan at epoch 2, step 1: .*is intact"):
+        training.train(settings(), Plain(), splits(spoilt_from=1), tmp_path)
+    _, about = checkpoint.read_checkpoint(tmp_path / training.CHECKPOINT)
+    assert about["epoch"] == 0
+
+
+def test_a_full_disk_is_told_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint.write_checkpoint(path, {"a": torch.ones(8)}, {"epoch": 0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1 << 20, limits[1])
+    )  # files may not grow past 1 MiB: EFBIG, as on a quota
+    try:
+        with pytest.raises(DanceError, match=r"could not write .*the last good checkpoint\.safetensors is intact"):
+            checkpoint.write_checkpoint(path, {"a": torch.ones(1 << 20)}, {"epoch": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    tensors, about = checkpoint.read_checkpoint(path)
+    assert about == {"epoch": 0}
+    assert tensors["a"].shape == (8,)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    training.train(settings(epochs=1), Plain(), splits(), tmp_path)
+    with pytest.raises(DanceError, match=r"belongs to another run: its lr is 0\.001, not 0\.5"):
+        training.train(settings(epochs=1, lr=0.5), Plain(), splits(), tmp_path, resume=True)
+    with pytest.raises(DanceError, match=r"belongs to another network: conv\.bias has shape \(4,\) there"):
+        training.train(settings(epochs=1), Plain(channels=5), splits(), tmp_path, resume=True)
+    weights = tmp_path / training.MODEL
+    with pytest.raises(DanceError, match="belongs to another network"):
+        training.train(settings(epochs=1, init=str(weights)), nn.Sequential(nn.Linear(2, 2)), splits(), tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b'\x08\x00\x00\x00\x00\x00\x00\x00{"a": 1}'])
+def test_a_torn_or_foreign_file_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / training.CHECKPOINT
+    path.write_bytes(content)
+    with pytest.raises(DanceError, match="not a"):
+        training.train(settings(), Plain(), splits(), tmp_path, resume=True)
+
+
+def test_resuming_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DanceError, match="is missing: name a folder that a training run has written to"):
+        training.train(settings(), Plain(), splits(), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--method", "magic"], "there is no method called 'magic'"),
+        (["--data", "cats"], "there are no clips called 'cats'"),
+        (["--data", "motion-digits,colour=3"], "does not take"),
+        (["--method", "aap", "--target-macs", "-1"], "greater than 0"),
+        (["--method", "ava", "--target-macs", "0.5"], "Extra inputs are not permitted"),
+        (["--set", "nonsense"], "not of the form NAME=VALUE"),
+        (["--model", "c3d-minni"], "did you mean 'c3d-mini'"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    defaults = ["--method", "dense", "--data", SMALL, "--epochs", "1", "--out", str(tmp_path)]
+    error = CliRunner().invoke(app, [*defaults, *arguments]).exception
+    assert isinstance(error, DanceError)
+    assert sentence in str(error)
+
+
+def test_the_command_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(command(tmp_path, "--data", "ucf101:/nowhere"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: /nowhere is not a folder")
+    assert "Traceback" not in done.stderr
+
+
+_TWO = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_training import Plain, Splits, Squares, settings
+from dance_tvm.sparsity import training
+training.train(settings(batch=8, epochs=3), Plain(), Splits("squares", Squares(16), Squares(8)), Path({out!r}))
+"""
+
+
+def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path) -> None:
+    alone = training.train(settings(batch=16), Plain(), splits(), tmp_path / "alone")
+    script = tmp_path / "two.py"
+    script.write_text(_TWO.format(tests=str(Path(__file__).parent), out=str(tmp_path / "two")))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        capture_output=True, text=True, timeout=180, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    tensors, about = checkpoint.read_checkpoint(tmp_path / "two" / training.CHECKPOINT)
+    for name, tensor in checkpoint.without_prefix("network", tensors).items():
+        torch.testing.assert_close(tensor, alone.network.state_dict()[name], rtol=1e-4, atol=1e-6)
+    for together, single in zip(about["history"], alone.history, strict=True):
+        assert together["task"] == pytest.approx(single["task"], rel=1e-4)
