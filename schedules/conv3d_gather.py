@@ -8,7 +8,8 @@ the weights of one segment are reused from the first-level cache by every tile o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +23,7 @@ from .emit import (
     Expr,
     argument,
     big,
+    ceil_div,
     choose,
     flat,
     kernel,
@@ -46,7 +48,8 @@ class Tile:
 
     ``mr`` rows × ``vectors`` vectors of ``vector_floats`` lanes are accumulated in registers; ``step`` input channels
     are loaded as one vector per row (1 where single values are broadcast from memory); ``block_tiles`` tiles share
-    their pass over the weights; ``segment_taps`` taps are accumulated before partial sums are put back.
+    their pass over the weights; ``segment_taps`` taps of ``depth_block`` input channels are accumulated before partial
+    sums are put back. Threads share out panels of output channels first where ``panels_outer``, else blocks of rows.
     """
 
     mr: int
@@ -55,6 +58,8 @@ class Tile:
     step: int
     block_tiles: int
     segment_taps: int
+    depth_block: int = 1 << 30
+    panels_outer: bool = False
 
     @property
     def nr(self) -> int:
@@ -168,7 +173,10 @@ class _Emitter:
             if conv.live_out:
                 panels = let(tirx.floordiv(self.out_channels[sample, 0] + (self.tile.nr - 1), self.tile.nr))
             with parallel(blocks * panels) as task:
-                block, panel = let(tirx.floordiv(task, panels)), let(tirx.floormod(task, panels))
+                if self.tile.panels_outer:
+                    panel, block = let(tirx.floordiv(task, blocks)), let(tirx.floormod(task, blocks))
+                else:
+                    block, panel = let(tirx.floordiv(task, panels)), let(tirx.floormod(task, panels))
                 self._block(sample, block, panel)
 
     def _declare(self) -> None:
@@ -248,11 +256,22 @@ class _Emitter:
             tap, last_tap, low, high = (let(self.segments[sample, segment, field]) for field in range(4))
             if gathered is not None:
                 self._gather_weights(sample, panel, tap, last_tap, gathered)
-            with serial(high - low) as offset:
+            with self._depth_blocks(sample) as channels, serial(high - low) as offset:
                 current = let(low + offset)
                 place = let((current - first_tile) * (tile.mr * tile.nr))
-                self._tile(sample, panel, current, place, partial, tap, last_tap, gathered)
+                self._tile(sample, panel, current, place, partial, (tap, last_tap), channels, gathered)
         self._store_block(sample, panel, first_tile, tiles, partial)
+
+    @contextmanager
+    def _depth_blocks(self, sample: Expr) -> Iterator[tuple[Expr, Expr]]:
+        """Loop over blocks of live input channels: (first, count). One block needs no loop."""
+        live, most = self._live_count(sample), self.tile.depth_block
+        if self.conv.depth <= most:
+            yield 0, live
+            return
+        with serial(ceil_div(live, most)) as block:
+            first = let(block * most)
+            yield first, let(tirx.min(live - first, most))
 
     def _start_from_bias(self, sample: Expr, panel: Expr, partial: tirx.Buffer, tiles: Expr) -> None:
         tile = self.tile
@@ -308,28 +327,29 @@ class _Emitter:
         current: Expr,
         place: Expr,
         partial: tirx.Buffer,
-        tap: Expr,
-        last_tap: Expr,
+        taps: tuple[Expr, Expr],
+        channels: tuple[Expr, Expr],
         gathered: tirx.Buffer | None,
     ) -> None:
         """Accumulate the segment's taps over one tile."""
         conv, tile = self.conv, self.tile
+        tap, last_tap = taps
         count = tile.vector_floats
         acc = [[scratch((count,)) for _ in range(tile.vectors)] for _ in range(tile.mr)]
         rows = [let(self.rows_in[sample, current, r]) for r in range(tile.mr)]
         self._each_vector(lambda r, v, at: store(acc[r][v], partial[lanes(place + at, count)], lanes(0, count)))
         per_group = conv.panels // conv.groups
         group_start = 0 if conv.groups == 1 else tirx.floordiv(panel, per_group) * conv.depth
-        live = self._live_count(sample)
         with serial(last_tap - tap) as offset:
             entry = let(tap + offset)
             shift = let(self.taps[entry, 1])
             sources = [let(big((row + shift) * conv.channels_in + group_start)) for row in rows]
             if gathered is None:
                 base = let(big((panel * conv.window.taps + self.taps[entry, 0]) * (conv.depth * tile.nr)))
-                self._multiply(sample, sources, self.weights, base, live, acc)
+                self._multiply(sample, sources, self.weights, base, channels, acc)
             else:
-                self._multiply(sample, sources, gathered, let(big(offset * live * tile.nr)), live, acc)
+                start = let(big(offset * self._live_count(sample) * tile.nr))
+                self._multiply(sample, sources, gathered, start, channels, acc)
         self._each_vector(lambda r, v, at: store(partial, acc[r][v][lanes(0, count)], lanes(place + at, count)))
 
     def _each_vector(self, visit: Callable[[int, int, int], None]) -> None:
@@ -343,31 +363,35 @@ class _Emitter:
         sources: list[Expr],
         weights: tirx.Buffer,
         base: Expr,
-        live: Expr,
+        channels: tuple[Expr, Expr],
         acc: list[list[tirx.Buffer]],
     ) -> None:
-        """``acc[r] += x[r, channel] · w[channel]`` over the live channels."""
+        """``acc[r] += x[r, channel] · w[channel]`` over ``channels`` (first, count) of the live ones."""
         conv, tile = self.conv, self.tile
-        if not conv.live_in:
-            whole = conv.depth // tile.step
-            if tile.step > 1 and whole:
-                with serial(whole) as chunk:
-                    self._multiply_step(sources, weights, base, let(big(chunk * tile.step)), tile.step, acc)
-            rest = conv.depth if tile.step == 1 else conv.depth % tile.step
-            done = conv.depth - rest
-            if rest <= 4:
-                for k in range(done, conv.depth):
-                    self._multiply_one(sources, weights, base, k, k * tile.nr, acc)
-            else:
-                with serial(rest) as k:
-                    self._multiply_one(sources, weights, base, big(k), big(k) * tile.nr, acc)
+        first, count = channels
+        if conv.live_in:
+            with serial(count) as k:
+                at = let(first + k)
+                channel = let(big(self.in_channels[sample, 1 + at]))
+                # Gathered panels hold the live channels only, side by side; packed weights hold all of them. Their
+                # offset is listed too: computed here, it delays the weight loads, and LLVM then spills accumulators.
+                listed = self.in_channels[sample, 1 + conv.depth + at]
+                self._multiply_one(
+                    sources, weights, base, channel, big(at) * tile.nr if conv.live_out else let(big(listed)), acc
+                )
             return
-        with serial(live) as k:
-            channel = let(big(self.in_channels[sample, 1 + k]))
-            # Gathered panels hold the live channels only, side by side; packed weights hold all of them. Their offset
-            # is listed too: computed here, it delays the weight loads, and LLVM then spills accumulators.
-            at = big(k) * tile.nr if conv.live_out else let(big(self.in_channels[sample, 1 + conv.depth + k]))
-            self._multiply_one(sources, weights, base, channel, at, acc)
+        if isinstance(count, int) and count <= 4:
+            for k in range(count):
+                self._multiply_one(sources, weights, base, k, k * tile.nr, acc)
+            return
+        whole = let(tirx.floordiv(count, tile.step)) if tile.step > 1 else 0
+        if tile.step > 1:
+            with serial(whole) as chunk:
+                self._multiply_step(sources, weights, base, let(big(first + chunk * tile.step)), tile.step, acc)
+        if tile.step == 1 or not isinstance(count, int) or count % tile.step:
+            with serial(count - whole * tile.step) as k:
+                channel = big(first + whole * tile.step + k)
+                self._multiply_one(sources, weights, base, channel, channel * tile.nr, acc)
 
     def _multiply_one(
         self,

@@ -60,9 +60,7 @@ class Window:
     @cached_property
     def tap_positions(self) -> int:
         """Pairs of output position and tap that fall inside the clip: multiply by channels for executed MACs."""
-        per_axis = [
-            sum(len(self.live_taps(axis, index)) for index in range(self.out[axis])) for axis in range(3)
-        ]
+        per_axis = [sum(len(self.live_taps(axis, index)) for index in range(self.out[axis])) for axis in range(3)]
         return self.batch * per_axis[0] * per_axis[1] * per_axis[2]
 
     def offset(self, tap: int) -> int:

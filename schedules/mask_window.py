@@ -26,9 +26,7 @@ def grow_backward(window: Window, field: Field, name: str = "mask_backward") -> 
 def grown_shape(window: Window, field: Field, forward: bool) -> Field:
     """Shape of the grown field."""
     source, target = (window.size, window.out) if forward else (window.out, window.size)
-    extents = [
-        1 if field[axis + 1] == 1 and source[axis] != 1 else target[axis] for axis in range(3)
-    ]
+    extents = [1 if field[axis + 1] == 1 and source[axis] != 1 else target[axis] for axis in range(3)]
     return (field[0], *extents)  # type: ignore[return-value]
 
 

@@ -7,7 +7,22 @@ from typing import Literal
 
 from tvm import tirx
 
-from .emit import Expr, argument, choose, flat, kernel, lanes, let, number, parallel, scratch, serial, splat, store, when
+from .emit import (
+    Expr,
+    argument,
+    choose,
+    flat,
+    kernel,
+    lanes,
+    let,
+    number,
+    parallel,
+    scratch,
+    serial,
+    splat,
+    store,
+    when,
+)
 from .geometry import Window
 
 

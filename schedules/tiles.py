@@ -58,8 +58,11 @@ def default_tile(machine: Machine, window: Window, depth: int, group_out: int) -
     options = candidates(machine)
     mr, vectors, step = min(options, key=lambda tile: predicted_cycles(machine, window.positions_out, group_out, tile))
     nr = vectors * machine.vector_floats
-    panel_bytes = 4 * depth * nr
-    segment_taps = max(1, min(window.taps, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // panel_bytes))
-    rows = max(mr, int(ROWS_SHARE_OF_L2 * machine.l2) // (4 * depth))
+    depth_block = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (4 * nr) // step * step)
+    block_depth = min(depth, depth_block)
+    segment_taps = max(1, min(window.taps, depth_block // block_depth))
+    rows = max(mr, int(ROWS_SHARE_OF_L2 * machine.l2) // (4 * block_depth))
     block_tiles = min(max(8, rows // mr), 128, -(-window.positions_out // mr) + 8)
-    return Tile(mr, vectors, machine.vector_floats, step if depth >= step else 1, block_tiles, segment_taps)
+    if depth < step:
+        step = 1
+    return Tile(mr, vectors, machine.vector_floats, step, block_tiles, segment_taps, depth_block, panels_outer=True)
