@@ -38,13 +38,15 @@ _TSM_RELEASE: Rules = (
 class BlockHistory(NamedTuple):
     """What one block keeps of the last frame; None where the network does not use it.
 
-    `shifted` (N, C/8, H, W): the channels that move one frame on. `pooled` (N, C): the masked input's channel means,
-    and `merged` (N, C_mid, h, w): the first convolution's result, both of D-STEP's policies.
+    `shifted` (N, C/8, H, W): the channels that move one frame on. The others are D-STEP's: `pooled` (N, C), the masked
+    input's channel means, `merged` (N, C_mid, h, w), the first convolution's result, and `live` (N, C_mid, 1, 1), which
+    of its channels may be nonzero.
     """
 
     shifted: Tensor | None = None
     pooled: Tensor | None = None
     merged: Tensor | None = None
+    live: Tensor | None = None
 
 
 class History(NamedTuple):
@@ -201,7 +203,7 @@ class VideoResNet(nn.Module):
         if self.temporal == "tsm-online":
             first = before.shifted if before else None
             past = delayed(x[:, :fold], count, first)
-            return torch.cat([past, x[:, fold:]], 1), x[-count:, :fold]
+            return torch.cat([past, x[:, fold:]], 1), last_frame(x[:, :fold], count)
         if before is not None:
             raise DanceError("tsm looks one frame ahead and cannot stream; use tsm-online")
         future = x[count:, :fold]
@@ -224,6 +226,11 @@ def delayed(x: Tensor, count: int, first: Tensor | None) -> Tensor:
     return first if x.shape[0] == count else torch.cat([first, x[:-count]])
 
 
+def last_frame(x: Tensor, count: int) -> Tensor:
+    """The last frame (N, …) of x (T*N, …)."""
+    return x if x.shape[0] == count else x[-count:]
+
+
 def zeros_like(history: History) -> History:
     blocks = tuple(BlockHistory(*(None if t is None else torch.zeros_like(t) for t in kept)) for kept in history.blocks)
     return History(blocks, torch.zeros_like(history.scores), torch.zeros_like(history.frames))
@@ -234,7 +241,7 @@ def _consensus(scores: Tensor, count: int, history: History | None) -> tuple[Ten
 
     The sum goes frame by frame, so that a stream and a whole clip round alike.
     """
-    parts = list(scores.split(count))
+    parts = [scores] if scores.shape[0] == count else list(scores.split(count))
     total = parts[0] if history is None else history.scores + parts[0]
     for part in parts[1:]:
         total = total + part

@@ -1,21 +1,24 @@
 """A residual video network with D-STEP's policies on every block, and its streaming form.
 
 A block decides from its (shifted) input alone, before its first convolution runs. With S the tile mask, r =
-relu(bn(conv1(x))) and one-hot `compute` and `reuse`, equation 1 is written as
+relu(bn(conv1(x))) and one-hot `compute` and `reuse`, equation 1 is
 
     merged[t] = S[t] * (compute[t] * r[t] + reuse[t] * merged[t-1])         merged before the first frame is 0
 
-and the rest of the block reads `merged`. Seen by a compiler, in the exported graph of a clip of T frames:
+and the rest of the block reads `merged`. It is written so that an ordinary compiler sees what may be left out:
 
-- frames are the batch axis, frame-major: one convolution gives r of all frames, (T*N, C_mid, h, w), and its only
-  readers are T slices of N along axis 0, each multiplied by `compute[t]` (N, C_mid, 1, 1) and, after the addition, by
-  `S[t]` (N, 1, h, w). So channel c of frame t need be computed only where compute[t, c] = 1 and S[t] = 1.
-- the chain is a plain sequence of slice, multiply, add, multiply; its T results are concatenated along axis 0 and read
-  by the next convolution. Channel c of frame t is live there where live[t] = compute[t] + reuse[t] * live[t-1] is 1
-  (live before the first frame is 0), a superset of which is "not skipped"; positions are live where S[t] is.
-- S is `tiles` (N, 1, a, b) with each element repeated p x p by reshape, expand and reshape, cropped to (h, w); `tiles`
-  is a comparison with zero and a cast. compute is `(c >= maximum(s, r))`, reuse `(r >= s) * (1 - compute)`, each a comparison and a cast.
-- In the streaming graph T is 1: no slices, no concatenation, and `merged[t-1]` is an input.
+- frames are the batch axis, frame-major: one convolution gives r of all frames, (T*N, C_mid, h, w), and its only reader
+  is `fresh = S * (compute * r)`, two products with masks of the whole batch, (T*N, 1, h, w) and (T*N, C_mid, 1, 1).
+  So channel c of frame t need be computed only where compute[t, c] = 1 and S[t] = 1.
+- the recurrence is a chain over slices of N along axis 0, `fresh[t] + S[t] * (reuse[t] * merged[t-1])`, whose T results
+  are concatenated. S is 0/1 and one of the two terms is 0 everywhere, so this is equation 1 to the last bit.
+- the next convolution reads `S * (live * merged)` with live[t] = max(compute[t], reuse[t] * live[t-1]): a channel whose
+  chain of reuse begins at a computed frame. The product changes nothing; it says, as masks of the whole batch again,
+  which inputs are zero. Training leaves it out.
+- S is `tiles` (T*N, 1, a, b) with each element repeated p x p by reshape, expand and reshape, cropped to (h, w);
+  `tiles` is a comparison with zero and a cast. compute is `(c >= maximum(s, r))`, reuse `(r >= s) * (1 - compute)`,
+  each comparison cast to float.
+- In the streaming graph T is 1: no slices, no concatenation; `merged[t-1]` and `live[t-1]` are inputs.
 
 The recurrence takes the *merged* map of the frame before, as equation 1 has it. Equation 2 instead charges a channel's
 computation to frame t where frame t+1 reuses it, as if the unmerged map were reused (AdaFuse's way); that would need
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from dance_tvm.errors import DanceError
-from dance_tvm.models.resnet import Block, BlockHistory, History, VideoResNet, delayed, zeros_like
+from dance_tvm.models.resnet import Block, BlockHistory, History, VideoResNet, delayed, last_frame, zeros_like
 from dance_tvm.sparsity.dstep.policy import Decision, SpatialPolicy, TemporalPolicy
 
 
@@ -76,7 +80,7 @@ class BlockPolicy(nn.Module):
         if self.temporal is None:
             return Decision(tiles, mask, x.new_ones(x.shape[0], 1, 1, 1), None), None
         compute, reuse = self.temporal(self.before(means, count, before), means, temperature)
-        return Decision(tiles, mask, compute, reuse), means[-count:] if self.temporal.reuse else None
+        return Decision(tiles, mask, compute, reuse), last_frame(means, count) if self.temporal.reuse else None
 
     def means(self, x: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Channel means (T*N, C) of the masked input, the tiles, and the mask of the first convolution's output."""
@@ -93,25 +97,41 @@ class BlockPolicy(nn.Module):
         return delayed(means, count, history.pooled if history else None)
 
 
-def merge(result: Tensor, decision: Decision, count: int, before: Tensor | None) -> Tensor:
+class Merged(NamedTuple):
+    """Merged maps (T*N, C, h, w), and which of their channels may be nonzero (T*N, C, 1, 1)."""
+
+    maps: Tensor
+    live: Tensor
+
+
+def merge(result: Tensor, decision: Decision, count: int, before: Merged | None) -> Merged:
     """Equation 1 for all frames: the first convolution's `result` (T*N, C, h, w) merged with what is reused.
 
-    `before` (N, C, h, w) is the merged map of the frame before the first one; None where there is none.
+    `before` is that of the frame before the first one, (N, C, …); None where there is none.
     """
-    _, mask, compute, reuse = decision
-    if reuse is None:
-        computed = compute * result
-        return computed if mask is None else mask * computed
-    merged, last = [], before
-    masks = mask.split(count) if mask is not None else (None,) * (result.shape[0] // count)
-    frames = zip(result.split(count), masks, compute.split(count), reuse.split(count), strict=True)
-    for frame, shown, computes, reuses in frames:
-        now = computes * frame
-        if last is not None:
-            now = now + reuses * last
-        last = now if shown is None else shown * now
-        merged.append(last)
-    return merged[0] if len(merged) == 1 else torch.cat(merged)
+    fresh = _shown(decision.mask, decision.compute * result)
+    if decision.reuse is None:
+        return Merged(fresh, decision.compute)
+    merged: list[Merged] = []
+    for index in range(result.shape[0] // count):
+        maps, live = _frame(fresh, index, count), _frame(decision.compute, index, count)
+        if before is not None:
+            reuse = _frame(decision.reuse, index, count)
+            mask = None if decision.mask is None else _frame(decision.mask, index, count)
+            maps = maps + _shown(mask, reuse * before.maps)
+            live = torch.maximum(live, reuse * before.live)
+        before = Merged(maps, live)
+        merged.append(before)
+    return merged[0] if len(merged) == 1 else Merged(*map(torch.cat, zip(*merged, strict=True)))
+
+
+def _shown(mask: Tensor | None, maps: Tensor) -> Tensor:
+    return maps if mask is None else mask * maps
+
+
+def _frame(x: Tensor, frame: int, count: int) -> Tensor:
+    """Frame `frame` (N, …) of x (T*N, …); x itself where there is no other."""
+    return x if x.shape[0] == count else x[frame * count : (frame + 1) * count]
 
 
 class DStepResNet(VideoResNet):
@@ -156,11 +176,17 @@ class DStepResNet(VideoResNet):
     ) -> tuple[Tensor, BlockHistory]:
         moved, shifted = self.shift(x, count, before)
         decision, pooled = self.policies[index](moved, count, before, self.temperature)
-        merged = merge(block.first(moved), decision, count, before.merged if before else None)
+        last = None
+        if before is not None and before.merged is not None and before.live is not None:
+            last = Merged(before.merged, before.live)
+        merged = merge(block.first(moved), decision, count, last)
         if self._watched is not None:
             self._watched.append(decision)
-        kept = BlockHistory(shifted, pooled, None if decision.reuse is None else merged[-count:])
-        return F.relu(block.rest(merged) + block.shortcut(x)), kept
+        if decision.reuse is None:
+            return F.relu(block.rest(merged.maps) + block.shortcut(x)), BlockHistory(shifted, pooled)
+        maps = merged.maps if self.training else _shown(decision.mask, merged.live * merged.maps)
+        kept = BlockHistory(shifted, pooled, last_frame(merged.maps, count), last_frame(merged.live, count))
+        return F.relu(block.rest(maps) + block.shortcut(x)), kept
 
 
 class Stream(nn.Module):
