@@ -1,0 +1,1 @@
+"""Timing artifacts on devices: runs, statistics, layers, clips, energy, verdicts."""

@@ -1,0 +1,136 @@
+"""Real input: clips out of a folder of videos, an .npz file, or a data set of `dance-tvm train`."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from dance_tvm.artifact import Manifest, Tensor
+from dance_tvm.errors import DanceError
+
+VIDEOS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v"}
+MOST_CLIPS = 100
+_MEAN, _DEVIATION = np.array([0.485, 0.456, 0.406], "float32"), np.array([0.229, 0.224, 0.225], "float32")
+
+NamedClips = list[tuple[str, dict[str, np.ndarray]]]
+
+
+def load_clips(spec: str, manifest: Manifest, most: int = MOST_CLIPS) -> NamedClips:
+    """Clips by name, each an input of the network. Raises DanceError where the spec or a clip does not fit.
+
+    `spec` is a folder of videos or one video, an .npz file with an array a clip (or one array of many), or what
+    `dance-tvm train --data` takes.
+    """
+    if len(manifest.inputs) != 1:
+        raise DanceError(f"{manifest.name} takes {len(manifest.inputs)} inputs: --clips is for networks with one")
+    tensor, path = manifest.inputs[0], Path(spec)
+    if path.is_dir() or path.suffix.lower() in VIDEOS:
+        found = _videos(path, tensor, manifest.name, most)
+    elif path.suffix == ".npz":
+        found = _archive(path, tensor, most)
+    else:
+        found = _data_set(spec, tensor, manifest.name, most)
+    return [(name, {tensor.name: array}) for name, array in found]
+
+
+def frames_of(manifest: Manifest) -> int:
+    """How many frames of video one run takes: batch times frames of its first five-dimensional input, else batch."""
+    for tensor in manifest.inputs:
+        if len(tensor.shape) == 5:
+            return tensor.shape[0] * tensor.shape[_frames_axis(tensor)]
+    return manifest.inputs[0].shape[0] if manifest.inputs and manifest.inputs[0].shape else 1
+
+
+def frames_last(tensor: Tensor) -> bool:
+    """Whether the input is (N, T, H, W, C) rather than (N, C, T, H, W)."""
+    return tensor.shape[-1] == 3 and tensor.shape[1] != 3
+
+
+def pictures(array: np.ndarray, tensor: Tensor) -> np.ndarray:
+    """The frames of one clip as bytes (T, H, W, 3), for people to look at."""
+    video = array[0] if frames_last(tensor) else np.moveaxis(array[0], 0, -1)
+    video = video.astype("float32")
+    low, high = np.percentile(video, [1, 99])
+    scaled = np.clip((video - low) / max(1e-6, high - low), 0, 1) * 255
+    return np.repeat(scaled.astype("uint8"), 3 // scaled.shape[-1] if scaled.shape[-1] < 3 else 1, axis=-1)[..., :3]
+
+
+def _frames_axis(tensor: Tensor) -> int:
+    return 1 if frames_last(tensor) else 2
+
+
+def _videos(path: Path, tensor: Tensor, model: str, most: int) -> list[tuple[str, np.ndarray]]:
+    from dance_tvm.sparsity.video import read_video
+
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEOS)
+    if not files:
+        raise DanceError(f"{path} holds no video ({', '.join(sorted(VIDEOS))})")
+    if len(tensor.shape) != 5 or tensor.shape[0] != 1:
+        raise DanceError(f"input {tensor.name} has shape {tuple(tensor.shape)}, and videos make one clip of 5 axes")
+    count = tensor.shape[_frames_axis(tensor)]
+    height, width = tensor.shape[2:4] if frames_last(tensor) else tensor.shape[3:5]
+    clips: list[tuple[str, np.ndarray]] = []
+    for file in files:
+        frames = read_video(file, height, width)
+        for start in range(0, max(1, len(frames) - count + 1), count):
+            if len(clips) >= most:
+                return clips
+            window = frames[start : start + count]
+            window = window[np.minimum(np.arange(count), len(window) - 1)]  # a short video holds its last frame
+            name = f"{file.stem} {start}-{start + count}"
+            clips.append((name, _as_input(window, tensor, model)))
+    return clips
+
+
+def _as_input(window: np.ndarray, tensor: Tensor, model: str) -> np.ndarray:
+    """(T, H, W, 3) bytes as the network's input: bytes stay bytes, C3D sees 0 to 255, others ImageNet's scale."""
+    if tensor.dtype == "uint8":
+        values = window
+    elif model.startswith("c3d"):
+        values = window.astype("float32")
+    else:
+        values = (window.astype("float32") / 255 - _MEAN) / _DEVIATION
+    if frames_last(tensor):
+        return np.ascontiguousarray(values[None]).astype(tensor.dtype)
+    values = np.moveaxis(values, -1, 0)
+    if tensor.shape[1] == 1:
+        values = values.mean(0, keepdims=True)
+    return np.ascontiguousarray(values[None]).astype(tensor.dtype)
+
+
+def _archive(path: Path, tensor: Tensor, most: int) -> list[tuple[str, np.ndarray]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise DanceError(f"there is no file {path} to take clips from") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DanceError(f"{path} is no .npz file of plain arrays: {error}") from None
+    clips: list[tuple[str, np.ndarray]] = []
+    shape = tuple(tensor.shape)
+    for name, array in arrays.items():
+        if array.shape == shape:
+            clips.append((name, array))
+        elif array.shape[1:] == shape or (shape[0] == 1 and array.shape[1:] == shape[1:]):
+            clips += [(f"{name}[{index}]", item.reshape(shape)) for index, item in enumerate(array)]
+        else:
+            raise DanceError(f"{path}: {name} has shape {array.shape}, and {tensor.name} takes clips of {shape}")
+    if not clips:
+        raise DanceError(f"{path} holds no clip")
+    return [(name, array.astype(tensor.dtype)) for name, array in clips[:most]]
+
+
+def _data_set(spec: str, tensor: Tensor, model: str, most: int) -> list[tuple[str, np.ndarray]]:
+    from dance_tvm.sparsity.data import load_data
+
+    held_out = load_data(spec, model=model).held_out
+    shape = tuple(tensor.shape)
+    clips = []
+    for index in range(min(most, len(held_out))):
+        clip = np.asarray(held_out[index][0])[None]
+        if clip.shape != shape:
+            raise DanceError(f"{spec} has clips of shape {clip.shape[1:]}, and {tensor.name} takes {shape[1:]}")
+        clips.append((f"{spec.split(',')[0]}[{index}]", np.ascontiguousarray(clip.astype(tensor.dtype))))
+    return clips

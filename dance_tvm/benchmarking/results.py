@@ -1,0 +1,232 @@
+"""What a benchmark writes: JSON with a schema version, described in docs/bench.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dance_tvm.errors import DanceError
+
+SCHEMA_VERSION = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Latency(_Strict):
+    """Seconds of one run; `seconds` are all measured runs in order, `steady` says whether warm-up settled."""
+
+    runs: int
+    p50: float
+    p90: float
+    p99: float
+    mean: float
+    spread: float
+    fastest: float
+    warm_up_runs: int
+    steady: bool
+    trend: float
+    seconds: list[float]
+
+
+class Layer(_Strict):
+    """One layer of a profiled run. `macs` are those of the dense layer, `executed_macs` those that were done.
+
+    Kept shares are 0 to 1, None where the kernel has no such list. `bytes` are those of the kernel's tensors.
+    """
+
+    name: str
+    kernel: str
+    seconds: float
+    macs: int
+    executed_macs: int
+    bytes: int
+    kept_frames: float | None = None
+    kept_positions: float | None = None
+    kept_channels_in: float | None = None
+    kept_channels_out: float | None = None
+    shape: list[int] = []
+    alive: str = ""
+
+    @property
+    def gflops(self) -> float:
+        """10^9 floating point operations executed a second."""
+        return 2e-9 * self.executed_macs / self.seconds if self.seconds else 0.0
+
+
+class Profile(_Strict):
+    """One clip's layers, the whole run beside them, and the share of the whole that the layers explain."""
+
+    clip: str
+    layers: list[Layer]
+    whole_seconds: float
+    explained: float
+
+    @property
+    def executed_macs(self) -> int:
+        """Multiply-accumulates that were done."""
+        return sum(layer.executed_macs for layer in self.layers)
+
+
+class Clip(_Strict):
+    """One clip's latency and the share of the dense multiply-accumulates that were executed for it."""
+
+    name: str
+    p50: float
+    p90: float
+    executed_macs: int | None
+    kept: float | None
+
+
+class Energy(_Strict):
+    """Joules of one run; `kind` says whether they were measured, and `source` by what."""
+
+    kind: Literal["measured", "estimate"]
+    source: str
+    joules: float
+
+
+class Validation(_Strict):
+    """How the device's outputs compare with those stored by the build."""
+
+    status: Literal["passed", "not stored"]
+    difference: float | None = None
+    allowed: float | None = None
+
+
+class Measured(_Strict):
+    """One artifact on one device."""
+
+    artifact: str
+    name: str
+    role: Literal["sparse", "dense", "other"]
+    source_sha256: str
+    library_sha256: str
+    target: str
+    threads: int
+    frames: int
+    macs: int
+    validation: Validation
+    latency: Latency
+    peak_gflops: float | None = None
+    executed_macs: int | None = None
+    peak_memory_bytes: int | None = None
+    energy: Energy | None = None
+    profile: Profile | None = None
+    clips: list[Clip] = []
+    single_stream: dict[str, float] | None = None
+    notes: list[str] = []
+
+    @property
+    def frames_per_second(self) -> float:
+        """Frames of video a second at the median latency."""
+        return self.frames / self.latency.p50
+
+    @property
+    def gflops(self) -> float | None:
+        """10^9 floating point operations executed a second at the median latency."""
+        return None if self.executed_macs is None else 2e-9 * self.executed_macs / self.latency.p50
+
+    @property
+    def share_of_peak(self) -> float | None:
+        """`gflops` as a share of what the target's cores can do at their highest clock."""
+        return self.gflops / self.peak_gflops if self.gflops is not None and self.peak_gflops else None
+
+    @property
+    def correlation(self) -> float | None:
+        """Pearson's correlation of latency and kept multiply-accumulates over the clips; None where nothing varies."""
+        known = [(clip.kept, clip.p50) for clip in self.clips if clip.kept is not None]
+        if len({kept for kept, _ in known}) < 2 or len({latency for _, latency in known}) < 2:
+            return None
+        return statistics.correlation(*zip(*known, strict=True))
+
+
+class Pair(_Strict):
+    """Sparse against dense, measured in turns: ratios above 1 are gains, with the 95% interval of the speed-up."""
+
+    device: str
+    sparse: str
+    dense: str
+    speed_up: float
+    low: float
+    high: float
+    mac_reduction: float | None
+    energy_ratio: float | None = None
+
+    @property
+    def efficiency(self) -> float | None:
+        """Speed-up gained for each fold of work saved."""
+        return self.speed_up / self.mac_reduction if self.mac_reduction else None
+
+
+class Verdict(_Strict):
+    """New against old: `ratio` of median times (above 1 is slower) with its 95% interval."""
+
+    device: str
+    artifact: str
+    ratio: float
+    low: float
+    high: float
+    threshold: float
+    interleaved: bool
+    verdict: Literal["faster", "same", "slower", "undecided"]
+
+
+class Device(_Strict):
+    """One device, what it is, and what was measured on it."""
+
+    spec: str
+    facts: dict[str, Any]
+    sensors_before: dict[str, Any]
+    sensors_after: dict[str, Any]
+    warnings: list[str]
+    measured: list[Measured]
+
+
+class Results(_Strict):
+    """One call of bench."""
+
+    schema_version: int = SCHEMA_VERSION
+    created: str
+    command: str
+    host: dict[str, Any]
+    devices: list[Device]
+    pairs: list[Pair] = []
+    verdicts: list[Verdict] = []
+
+
+def write_results(path: Path, results: Results) -> None:
+    """Write JSON whole or not at all. Raises DanceError where that fails."""
+    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        beside.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise DanceError(f"{path} cannot be written ({error.strerror}): choose another --out") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_results(path: Path) -> Results:
+    """Results that bench wrote. Raises DanceError where the file is no such thing or of another schema."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        schema = facts["schema_version"]
+    except OSError as error:
+        raise DanceError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise DanceError(f"{path} holds no results of dance-tvm bench") from None
+    if schema != SCHEMA_VERSION:
+        raise DanceError(f"{path} has schema version {schema}; this dance-tvm reads {SCHEMA_VERSION}: bench again")
+    try:
+        return Results.model_validate(facts)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DanceError(f"{path} holds no results of dance-tvm bench: {where}: {first['msg']}") from None

@@ -1,0 +1,63 @@
+"""Is it right before how fast is it: a device's outputs against those that the build stored."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dance_tvm.artifact import Artifact
+from dance_tvm.benchmarking.results import Validation
+from dance_tvm.compiler import TOLERANCE, random_inputs
+from dance_tvm.device import KernelTime, LoadedNetwork
+from dance_tvm.errors import DanceError
+
+# Means of a kernel's values differ less between processors than single values do; wrong code is far beyond this.
+MEAN_TOLERANCE = 1e-3
+
+
+def validate(artifact: Artifact, network: LoadedNetwork, device: str) -> Validation:
+    """Raises DanceError naming the first layer that diverges where the device computes something else."""
+    reference = artifact.reference()
+    inputs = random_inputs(artifact.manifest.inputs)
+    found = network.run(inputs)
+    worst, allowed = 0.0, TOLERANCE
+    expected = {name.partition(":")[2]: array for name, array in reference.items() if name.startswith("output:")}
+    if not expected:
+        return Validation(status="not stored")
+    for name, want in expected.items():
+        bound = TOLERANCE * max(1.0, float(np.abs(want).max(initial=0.0)))
+        difference = float(np.abs(found[name].astype("float64") - want).max(initial=0.0))
+        if not difference <= bound:  # also where it is not a number
+            where = _first_divergence(artifact, network, reference.get("kernels"))
+            raise DanceError(
+                f"{artifact.path} computes something else on {device} than its source: output {name} differs by "
+                f"{difference:.3g} (allowed {bound:.3g}){where}; no latency is told of a wrong result"
+            )
+        if difference / bound >= worst / allowed:
+            worst, allowed = difference, bound
+    return Validation(status="passed", difference=worst, allowed=allowed)
+
+
+def _first_divergence(artifact: Artifact, network: LoadedNetwork, stored: np.ndarray | None) -> str:
+    """The first layer whose values have another mean than at the build, told as the end of a sentence."""
+    if stored is None:
+        return ", and the build stored nothing of its layers"
+    try:
+        calls = network.kernels(random_inputs(artifact.manifest.inputs), repeats=0)
+    except DanceError:
+        return ", and this device cannot show its layers"
+    waiting = list(artifact.manifest.layers)
+    if len(calls) != len(stored):
+        return f", and it calls {len(calls)} kernels instead of {len(stored)}"
+    for call, (mean, size) in zip(calls, stored, strict=True):
+        layer = next((layer for layer in waiting if call.symbol.startswith(layer.kernel)), None)
+        if layer is not None:
+            waiting.remove(layer)
+        if not _alike(call, mean, size):
+            name = f"layer {layer.name} ({call.symbol})" if layer else f"operator {call.symbol}"
+            return f", first in {name}"
+    return ", though every layer's mean is right"
+
+
+def _alike(call: KernelTime, mean: float, size: float) -> bool:
+    bound = MEAN_TOLERANCE * max(size, 1e-6)
+    return abs((call.mean or 0.0) - mean) <= bound and abs((call.mean_size or 0.0) - size) <= bound
