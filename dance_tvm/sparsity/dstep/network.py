@@ -178,7 +178,8 @@ class DStepResNet(VideoResNet):
         decision, pooled = self.policies[index](moved, count, before, self.temperature)
         last = None
         if before is not None and before.merged is not None and before.live is not None:
-            last = Merged(before.merged, before.live)
+            # The comparison shows a compiler that the state is a mask.
+            last = Merged(before.merged, (before.live > 0).to(before.live.dtype))
         merged = merge(block.first(moved), decision, count, last)
         if self._watched is not None:
             self._watched.append(decision)
