@@ -127,6 +127,10 @@ def _dtype(name: Any) -> torch.dtype:
     return _DTYPES[text]
 
 
+def _chosen(name: Any, otherwise: torch.Tensor) -> torch.dtype:
+    return otherwise.dtype if name is None else _dtype(name)
+
+
 def _ints(array: Any) -> list[int]:
     return [int(item) for item in array]
 
@@ -187,15 +191,15 @@ def _windows(x: torch.Tensor, attrs: Any, rank: int, fill: float) -> torch.Tenso
     _require_layout(attrs.layout, rank)
     x = _padded(x, attrs.padding, rank, fill)
     size, strides, dilation = _ints(attrs.pool_size), _ints(attrs.strides), _ints(attrs.dilation)
+    spans = [dilation[axis] * (size[axis] - 1) + 1 for axis in range(rank)]
+    missing = []
     for axis in range(rank):
-        span = dilation[axis] * (size[axis] - 1) + 1
-        extent = x.shape[axis + 2]
-        steps = (extent - span) / strides[axis]
-        count = (math.ceil(steps) if attrs.ceil_mode else math.floor(steps)) + 1
-        missing = max(0, (count - 1) * strides[axis] + span - extent)
-        if missing:
-            x = F.pad(x, [0, 0] * (rank - 1 - axis) + [0, missing], value=fill)
-        x = x.unfold(axis + 2, span, strides[axis])[..., :: dilation[axis]]
+        steps = (x.shape[axis + 2] - spans[axis]) / strides[axis]
+        last = (math.ceil(steps) if attrs.ceil_mode else math.floor(steps)) * strides[axis]
+        missing.append(max(0, last + spans[axis] - x.shape[axis + 2]))
+    x = _padded(x, [0] * rank + missing, rank, fill)
+    for axis in range(rank):
+        x = x.unfold(axis + 2, spans[axis], strides[axis])[..., :: dilation[axis]]
     return x
 
 
@@ -554,8 +558,8 @@ _TENSORS: dict[str, Kernel] = {
     "expand_dims": _expand_dims,
     "flatten": _tensors(torch.flatten),
     "flip": lambda args, attrs: torch.flip(args[0], [int(attrs.axis)]),
-    "full": lambda args, attrs: torch.full(args[0], args[1].item(), dtype=args[1].dtype),
-    "full_like": _tensors(lambda x, value: torch.full_like(x, value.item())),
+    "full": lambda args, attrs: torch.full(args[0], args[1].item(), dtype=_chosen(attrs.dtype, args[1])),
+    "full_like": lambda args, attrs: torch.full_like(args[0], args[1].item(), dtype=_chosen(attrs.dtype, args[0])),
     "gather_elements": lambda args, attrs: torch.gather(
         args[0], int(attrs.axis), _wrapped(args[1].long(), args[0].shape[int(attrs.axis)])
     ),

@@ -19,6 +19,8 @@ class ModelEntry:
     """How to build one network: ``factory`` is ``module:function``, called with ``num_classes`` and further options.
 
     ``input_shape`` is one sample without the batch axis: (C, T, H, W) for clips, (T, H, W, C) for TransNetV2.
+    ``outputs`` are the name and the meaning of each result; ``pretrained`` is ``module:function`` that returns the
+    published state dict.
     """
 
     factory: str
@@ -26,7 +28,9 @@ class ModelEntry:
     description: str
     num_classes: int = 400
     dtype: torch.dtype = torch.float32
-    pretrained: str | None = None  # module:function that returns the published state dict
+    pretrained: str | None = None
+    input_meaning: str = "clips (N, C, T, H, W), normalised as in training"
+    outputs: tuple[tuple[str, str], ...] = (("scores", "class scores (N, classes), before softmax"),)
 
 
 _REGISTRY: dict[str, ModelEntry] = {
@@ -46,6 +50,11 @@ _REGISTRY: dict[str, ModelEntry] = {
         1,
         torch.uint8,
         "dance_tvm.models.transnetv2:published_state",
+        "frames (N, T, 27, 48, RGB), bytes",
+        (
+            ("single_frame", "probability (N, T) that a shot ends at the frame"),
+            ("all_frames", "probability (N, T) that the frame is part of a transition"),
+        ),
     ),
     "resnet18-tsn": ModelEntry(
         "dance_tvm.models.resnet:resnet18", (3, 8, 224, 224), "ResNet-18 on 8 frames, scores averaged (TSN)"
@@ -122,6 +131,22 @@ def pretrained(name: str, **options: Any) -> nn.Module:
     model = create(name, **options)
     load_state(model, _resolve(found.pretrained)())
     return model
+
+
+def options_for(name: str, state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The ``num_classes`` and ``in_channels`` that make the network fit ``state``, where its own do not."""
+    from dance_tvm.models.checkpoints import rename
+
+    with torch.device("meta"):
+        model = create(name)
+    own, state = model.state_dict(), rename(model, state)
+    first, last = next(iter(own)), list(own)[-1]
+    options = {}
+    if last in state and state[last].ndim == 1 and state[last].shape != own[last].shape:
+        options["num_classes"] = state[last].shape[0]
+    if first in state and state[first].ndim == own[first].ndim and state[first].shape[1] != own[first].shape[1]:
+        options["in_channels"] = state[first].shape[1]
+    return options
 
 
 def _resolve(where: str) -> Any:

@@ -1,0 +1,128 @@
+"""Read model files from anywhere without running what may be in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dance_tvm.errors import DanceError
+
+# What a program in a .pt2 file may call: tensor operators, and picking parts of their results.
+_KNOWN_TARGETS = re.compile(r"torch\.ops\.aten\.\w+\.\w+|_operator\.getitem")
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def require_file(path: Path, what: str) -> None:
+    """Raise DanceError where ``path`` cannot be read as a file."""
+    if path.is_dir():
+        raise DanceError(f"{path} is a folder, not a {what} file.")
+    if not path.is_file():
+        raise DanceError(f"There is no {what} file {path}.")
+
+
+def load_program(path: Path) -> torch.export.ExportedProgram:
+    """The program in a ``.pt2`` file written by ``torch.export.save``.
+
+    PyTorch's own loader unpickles, evaluates symbolic shapes and resolves any name under ``torch``, so the archive is
+    looked through before it is handed over. Raises DanceError for a file that is torn, foreign, holds pickled objects,
+    dynamic shapes or operators that are not tensor operators.
+    """
+    require_file(path, "model")
+    _inspect(path)
+    try:
+        return _load_without_pickle(path)
+    except DanceError:
+        raise
+    except Exception as problem:
+        reason = (str(problem).splitlines() or [""])[0][:200]
+        raise DanceError(f"{path} cannot be read as an exported program of this PyTorch: {reason}") from None
+
+
+def _load_without_pickle(path: Path) -> torch.export.ExportedProgram:
+    """``torch.export.load`` where every ``torch.load`` inside of it, fallbacks included, reads tensors only."""
+    plain_load = torch.load
+
+    def tensors_only(*args: Any, **kwargs: Any) -> Any:
+        return plain_load(*args, **{**kwargs, "weights_only": True})
+
+    torch.load = tensors_only  # type: ignore[assignment]
+    try:
+        return torch.export.load(str(path))
+    finally:
+        torch.load = plain_load
+
+
+def _inspect(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (torn := archive.testzip()) is not None:
+                raise DanceError(f"{path} is damaged: {torn} inside of it fails its checksum.")
+            members = archive.namelist()
+            programs = [name for name in members if re.search(r"(^|/)models/[^/]+\.json$", name)]
+            if not programs:
+                raise DanceError(f"{path} holds no exported program: write it with torch.export.save.")
+            for name in members:
+                if name.endswith(".json"):
+                    _inspect_json(path, json.loads(archive.read(name)))
+    except (zipfile.BadZipFile, EOFError, OSError):
+        raise DanceError(f"{path} is not a .pt2 file, or is truncated: export the network again.") from None
+    except (ValueError, NotImplementedError, RuntimeError):
+        raise DanceError(f"{path} holds a description that cannot be read: export the network again.") from None
+
+
+def _inspect_json(path: Path, value: Any) -> None:
+    if isinstance(value, list):
+        for item in value:
+            _inspect_json(path, item)
+    if not isinstance(value, dict):
+        return
+    if value.get("use_pickle") is True or str(value.get("path_name", "")).startswith(("custom_obj", "opaque_obj")):
+        raise DanceError(f"{path} holds pickled objects, which could run code: export the network without them.")
+    if value.get("expr_str") is not None or "__enum__" in value:
+        raise DanceError(f"{path} has dynamic shapes: export the network with fixed shapes, one artifact for each.")
+    target = value.get("target")
+    if isinstance(target, str) and "inputs" in value and not _KNOWN_TARGETS.fullmatch(target):
+        raise DanceError(f"{path} uses the operator {target}, which is not supported.")
+    for item in value.values():
+        _inspect_json(path, item)
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name from a ``.safetensors`` file, or from a state dict read with ``weights_only=True``.
+
+    A checkpoint that wraps its state dict (``state_dict``, ``model_state_dict``, ``model``) is unwrapped. Raises
+    DanceError for anything else, pickles full of code included.
+    """
+    require_file(path, "weights")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(str(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:
+        if "weights_only" in str(problem) or "Unsupported global" in str(problem):
+            raise DanceError(
+                f"{path} holds pickled objects besides tensors, which could run code: save model.state_dict() alone."
+            ) from None
+        raise DanceError(f"{path} is not a weights file, or is truncated: give safetensors or a state dict.") from None
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise DanceError(f"{path} is not a state dict (tensors by name): save model.state_dict() alone.")
+    return loaded

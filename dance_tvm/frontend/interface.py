@@ -1,0 +1,37 @@
+"""What importing a network gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import tvm
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output: its name, shape, NumPy dtype, and what it holds in a few words."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A network as one Relax module, whose function ``main`` takes ``inputs`` and returns a tuple of ``outputs``.
+
+    Inference only, weights are constants inside, channels-first as in the source; variables carry the names of the
+    source's layers. ``reference`` runs the source itself on arrays by input name; ``source_sha256`` identifies it.
+    """
+
+    mod: tvm.IRModule
+    name: str
+    source_sha256: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    reference: Callable[[Arrays], Arrays]

@@ -1,0 +1,521 @@
+"""ATen operators that TVM's importer lacks or converts wrongly, each as a few Relax operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from tvm import relax
+
+from dance_tvm.errors import DanceError
+
+Importer = Any  # TVM's BaseFXGraphImporter: env maps nodes to Relax values, block_builder emits them
+Conversion = Callable[[fx.Node, Importer], Any]
+Operator = Callable[..., relax.Expr]
+
+
+def _shape(value: relax.Expr) -> list[int]:
+    return [int(extent) for extent in value.ty.shape]
+
+
+def _dtype(value: relax.Expr) -> str:
+    return str(value.ty.dtype.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cast(importer: Importer, value: Any, dtype: str) -> relax.Expr:
+    """``value``, a tensor or a Python number, as a tensor of ``dtype``."""
+    if not isinstance(value, relax.Expr):
+        return relax.const(value, dtype)
+    return value if _dtype(value) == dtype else importer.block_builder.emit(relax.op.astype(value, dtype))
+
+
+# --- arithmetic with PyTorch's promotion of types ---
+
+
+def _operands(node: fx.Node, importer: Importer) -> tuple[relax.Expr, relax.Expr, str]:
+    """Both operands of ``node`` in the type that PyTorch computes in, and that type."""
+    sources: list[Any] = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args[:2]]
+    common = torch.result_type(*sources)
+    if "div.Tensor" in str(node.target) and len(node.kwargs) == 0 and not common.is_floating_point:
+        common = torch.get_default_dtype()
+    dtype = _name(common)
+    a, b = importer.retrieve_args(node)[:2]
+    return _cast(importer, a, dtype), _cast(importer, b, dtype), dtype
+
+
+def _binary(operator: Operator, on_bool: Operator | None = None) -> Conversion:
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        a, b, dtype = _operands(node, importer)
+        alpha = node.kwargs.get("alpha", 1)
+        if alpha != 1:
+            b = importer.block_builder.emit(relax.op.multiply(b, relax.const(alpha, dtype)))
+        chosen = on_bool if dtype == "bool" and on_bool else operator
+        return importer.block_builder.emit(chosen(a, b))
+
+    return convert
+
+
+def _divide_rounded(node: fx.Node, importer: Importer) -> relax.Expr:
+    a, b, dtype = _operands(node, importer)
+    emit, mode = importer.block_builder.emit, node.kwargs.get("rounding_mode")
+    if mode == "floor":
+        return emit(relax.op.floor_divide(a, b))
+    if mode is None:
+        return emit(relax.op.divide(_cast(importer, a, "float32"), _cast(importer, b, "float32")))
+    quotient = emit(relax.op.divide(a, b))
+    return quotient if "int" in dtype else emit(relax.op.trunc(quotient))
+
+
+def _not(node: fx.Node, importer: Importer) -> relax.Expr:
+    value = importer.env[node.args[0]]
+    operator = relax.op.logical_not if _dtype(value) == "bool" else relax.op.bitwise_not
+    return importer.block_builder.emit(operator(value))
+
+
+def _logical_not(node: fx.Node, importer: Importer) -> relax.Expr:
+    return importer.block_builder.emit(relax.op.logical_not(_cast(importer, importer.env[node.args[0]], "bool")))
+
+
+def _logical(operator: Operator) -> Conversion:
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        a, b = (_cast(importer, value, "bool") for value in importer.retrieve_args(node))
+        return importer.block_builder.emit(operator(a, b))
+
+    return convert
+
+
+def _where(node: fx.Node, importer: Importer) -> relax.Expr:
+    condition, a, b = importer.retrieve_args(node)
+    dtype = _name(node.meta["val"].dtype)
+    chosen = relax.op.where(_cast(importer, condition, "bool"), _cast(importer, a, dtype), _cast(importer, b, dtype))
+    return importer.block_builder.emit(chosen)
+
+
+def _shift(operator: Operator) -> Conversion:
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        value, amount = importer.retrieve_args(node)
+        return importer.block_builder.emit(operator(value, _cast(importer, amount, _dtype(value))))
+
+    return convert
+
+
+# --- reductions ---
+
+
+def _axes(argument: Any) -> list[int] | None:
+    if argument is None or argument == []:
+        return None
+    return [argument] if isinstance(argument, int) else list(argument)
+
+
+def _reduction(operator: Operator) -> Conversion:
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        value, *rest = importer.retrieve_args(node)
+        axes = _axes(rest[0]) if rest else None
+        keep = bool(rest[1]) if len(rest) > 1 else bool(node.kwargs.get("keepdim", False))
+        expected = node.meta["val"]
+        if isinstance(expected, torch.Tensor):
+            value = _cast(importer, value, _name(expected.dtype))
+        return importer.block_builder.emit(operator(value, axes, keep))
+
+    return convert
+
+
+def _any(node: fx.Node, importer: Importer) -> relax.Expr:
+    value, *rest = importer.retrieve_args(node)
+    axes = _axes(rest[0]) if rest else None
+    keep = bool(rest[1]) if len(rest) > 1 else False
+    hits = _cast(importer, _cast(importer, value, "bool"), "int32")
+    found = importer.block_builder.emit(relax.op.max(hits, axes, keep))
+    return _cast(importer, found, "bool")
+
+
+def _variance_of(node: fx.Node, importer: Importer) -> tuple[relax.Expr, relax.Expr]:
+    """Variance with PyTorch's correction, and mean."""
+    value, *rest = importer.retrieve_args(node)
+    axes = _axes(rest[0] if rest else None) or list(range(len(_shape(value))))
+    given: Any = node.kwargs.get("correction")
+    correction = 1 if given is None else int(given)
+    keep = bool(node.kwargs.get("keepdim", False))
+    emit = importer.block_builder.emit
+    count = math.prod(_shape(value)[axis] for axis in axes)
+    scale = relax.const(count / max(0, count - correction) if count > correction else math.inf, _dtype(value))
+    variance = emit(relax.op.multiply(emit(relax.op.variance(value, axes, keep)), scale))
+    return variance, emit(relax.op.mean(value, axes, keep))
+
+
+def _variance(node: fx.Node, importer: Importer) -> relax.Expr:
+    return _variance_of(node, importer)[0]
+
+
+def _deviation(node: fx.Node, importer: Importer) -> relax.Expr:
+    return importer.block_builder.emit(relax.op.sqrt(_variance_of(node, importer)[0]))
+
+
+def _variance_and_mean(node: fx.Node, importer: Importer) -> relax.Expr:
+    return importer.block_builder.emit(relax.Tuple(list(_variance_of(node, importer))))
+
+
+def _extreme_with_index(value_of: Operator, index_of: Operator) -> Conversion:
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        value, axis, *rest = importer.retrieve_args(node)
+        keep, emit = bool(rest and rest[0]), importer.block_builder.emit
+        return emit(relax.Tuple([emit(value_of(value, [axis], keep)), emit(index_of(value, axis, keep))]))
+
+    return convert
+
+
+# --- convolution and pooling ---
+
+
+def _spread(argument: Any, rank: int) -> list[int]:
+    values = [argument] if isinstance(argument, int) else list(argument)
+    return values * rank if len(values) == 1 else values
+
+
+_LAYOUTS = {1: ("NCW", "OIW"), 2: ("NCHW", "OIHW"), 3: ("NCDHW", "OIDHW")}
+_CONVOLUTIONS: dict[int, Operator] = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d, 3: relax.op.nn.conv3d}
+
+
+def _convolution(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Any convolution; a transposed one as an ordinary one over its input spread out by zeros, weights flipped."""
+    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = importer.retrieve_args(node)
+    rank = len(_shape(x)) - 2
+    stride, padding, dilation = (_spread(item, rank) for item in (stride, padding, dilation))
+    before, after = padding, padding
+    if transposed:
+        kernel = _shape(weight)[2:]
+        weight = _turned_weight(node, importer, groups)
+        x = _spread_by_zeros(importer, x, stride)
+        reach = [dilation[axis] * (kernel[axis] - 1) - padding[axis] for axis in range(rank)]
+        extra = _spread(output_padding, rank)
+        # The spread input ends in stride - 1 zeros that the transposed convolution does not have.
+        before, after = reach, [reach[axis] + extra[axis] - stride[axis] + 1 for axis in range(rank)]
+        x, before, after = _crop_negative(importer, x, before, after)
+        stride = [1] * rank
+    data_layout, kernel_layout = _LAYOUTS[rank]
+    y = importer.block_builder.emit(
+        _CONVOLUTIONS[rank](
+            x,
+            weight,
+            strides=stride,
+            padding=[*before, *after],
+            dilation=dilation,
+            groups=groups,
+            data_layout=data_layout,
+            kernel_layout=kernel_layout,
+        )
+    )
+    if bias is None:
+        return y
+    column = importer.block_builder.emit(relax.op.reshape(bias, (1, -1, *[1] * rank)))
+    return importer.block_builder.emit(relax.op.add(y, column))
+
+
+def _turned_weight(node: fx.Node, importer: Importer, groups: int) -> relax.Expr:
+    """A transposed convolution's weight (in, out / groups, ...) as an ordinary one's (out, in / groups, ...)."""
+    weight = importer.parameter(node.args[1])
+    if weight is None:
+        raise DanceError("the weight of a transposed convolution must be a parameter of the network")
+    inputs, outputs, *kernel = weight.shape
+    grouped = weight.reshape(groups, inputs // groups, outputs, *kernel).transpose(1, 2)
+    turned = grouped.reshape(groups * outputs, inputs // groups, *kernel).flip(tuple(range(2, weight.ndim)))
+    return relax.const(np.ascontiguousarray(turned.numpy()))
+
+
+def _spread_by_zeros(importer: Importer, x: relax.Expr, stride: list[int]) -> relax.Expr:
+    """``x`` with ``stride - 1`` zeros after each element of each spatial axis."""
+    emit = importer.block_builder.emit
+    for axis, step in enumerate(stride, start=2):
+        if step == 1:
+            continue
+        shape = _shape(x)
+        x = emit(relax.op.expand_dims(x, axis + 1))
+        width = [0] * (2 * len(shape) + 2)
+        width[2 * axis + 3] = step - 1
+        x = emit(relax.op.nn.pad(x, width))
+        x = emit(relax.op.reshape(x, [*shape[:axis], shape[axis] * step, *shape[axis + 1 :]]))
+    return x
+
+
+def _crop_negative(
+    importer: Importer, x: relax.Expr, before: list[int], after: list[int]
+) -> tuple[relax.Expr, list[int], list[int]]:
+    """Padding cannot be negative in Relax: cut instead."""
+    shape = _shape(x)[2:]
+    axes = [axis for axis in range(len(before)) if before[axis] < 0 or after[axis] < 0]
+    if axes:
+        begin = [max(0, -before[axis]) for axis in axes]
+        end = [shape[axis] - max(0, -after[axis]) for axis in axes]
+        x = importer.block_builder.emit(relax.op.strided_slice(x, [axis + 2 for axis in axes], begin, end))
+    return x, [max(0, pad) for pad in before], [max(0, pad) for pad in after]
+
+
+_MAX_POOLS: dict[int, Operator] = {
+    1: relax.op.nn.max_pool1d,
+    2: relax.op.nn.max_pool2d,
+    3: relax.op.nn.max_pool3d,
+}
+_AVG_POOLS: dict[int, Operator] = {
+    1: relax.op.nn.avg_pool1d,
+    2: relax.op.nn.avg_pool2d,
+    3: relax.op.nn.avg_pool3d,
+}
+
+
+def _argument(node: fx.Node, importer: Importer, index: int, name: str, default: Any) -> Any:
+    args = importer.retrieve_args(node)
+    value = args[index] if len(args) > index else node.kwargs.get(name, default)
+    return default if value is None or value == [] else value
+
+
+def _overhang(x: relax.Expr, output: torch.Tensor, span: list[int], stride: list[int], padding: list[int]) -> list[int]:
+    """How far the last window of each axis reaches past the padded input: what ceil_mode adds, often nothing."""
+    rank = len(span)
+    inputs, outputs = _shape(x)[-rank:], output.shape[-rank:]
+    return [max(0, (outputs[i] - 1) * stride[i] + span[i] - inputs[i] - 2 * padding[i]) for i in range(rank)]
+
+
+def _max_pool(rank: int, *, with_indices: bool) -> Conversion:
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        if with_indices and any(user.args[1] == 1 and user.users for user in node.users):
+            raise DanceError("the indices that max pooling can return are not supported")
+        x = importer.env[node.args[0]]
+        size = _spread(node.args[1], rank)
+        stride = _spread(_argument(node, importer, 2, "stride", size), rank)
+        padding = _spread(_argument(node, importer, 3, "padding", 0), rank)
+        dilation = _spread(_argument(node, importer, 4, "dilation", 1), rank)
+        output = node.meta["val"][0] if with_indices else node.meta["val"]
+        span = [dilation[i] * (size[i] - 1) + 1 for i in range(rank)]
+        after = [a + b for a, b in zip(padding, _overhang(x, output, span, stride, padding), strict=True)]
+        pooled = _MAX_POOLS[rank](x, size, stride, [*padding, *after], dilation, layout=_LAYOUTS[rank][0])
+        pooled = importer.block_builder.emit(pooled)
+        return importer.block_builder.emit(relax.Tuple([pooled, pooled])) if with_indices else pooled
+
+    return convert
+
+
+def _avg_pool(rank: int) -> Conversion:
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        emit, x = importer.block_builder.emit, importer.env[node.args[0]]
+        size = _spread(node.args[1], rank)
+        stride = _spread(_argument(node, importer, 2, "stride", size), rank)
+        padding = _spread(_argument(node, importer, 3, "padding", 0), rank)
+        include = bool(_argument(node, importer, 5, "count_include_pad", True))
+        divisor = _argument(node, importer, 6, "divisor_override", None)
+        overhang = _overhang(x, node.meta["val"], size, stride, padding)
+        after = [a + b for a, b in zip(padding, overhang, strict=True)]
+        if divisor is None and include and any(overhang):
+            # PyTorch counts padding but not what lies beyond it: pad first, then count what is there.
+            x = emit(relax.op.nn.pad(x, [0, 0, 0, 0, *(p for pad in padding for p in (pad, pad))]))
+            padding, after, include = [0] * rank, overhang, False
+        pooled = emit(
+            _AVG_POOLS[rank](
+                x,
+                size,
+                stride,
+                [*padding, *after],
+                count_include_pad=include or divisor is not None,
+                layout=_LAYOUTS[rank][0],
+            )
+        )
+        if divisor is None:
+            return pooled
+        return emit(relax.op.multiply(pooled, relax.const(math.prod(size) / divisor, _dtype(pooled))))
+
+    return convert
+
+
+def _adaptive_max_pool(rank: int) -> Conversion:
+    """Axis by axis: the largest of each stretch, the stretches as PyTorch cuts them."""
+
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        if any(user.args[1] == 1 and user.users for user in node.users):
+            raise DanceError("the indices that max pooling can return are not supported")
+        emit, x = importer.block_builder.emit, importer.env[node.args[0]]
+        for axis, parts in enumerate(node.meta["val"][0].shape[-rank:], start=2):
+            extent = _shape(x)[axis]
+            cuts = [(i * extent // parts, -((i + 1) * extent // -parts)) for i in range(parts)]
+            slices = [emit(relax.op.strided_slice(x, [axis], [low], [high])) for low, high in cuts]
+            largest = [emit(relax.op.max(piece, [axis], True)) for piece in slices]
+            x = largest[0] if parts == 1 else emit(relax.op.concat(largest, axis))
+        return emit(relax.Tuple([x, x]))
+
+    return convert
+
+
+def _elu(node: fx.Node, importer: Importer) -> relax.Expr:
+    """``scale * x`` above zero, ``scale * alpha * (exp(input_scale * x) - 1)`` below (SELU and CELU too)."""
+    x, *factors = importer.retrieve_args(node)
+    alpha, scale, input_scale = [*factors, 1.0, 1.0, 1.0][:3] if factors else (1.0, 1.0, 1.0)
+    emit, dtype = importer.block_builder.emit, _dtype(x)
+    below = emit(relax.op.minimum(x, relax.const(0.0, dtype)))
+    below = below if input_scale == 1 else emit(relax.op.multiply(below, relax.const(input_scale, dtype)))
+    below = emit(relax.op.subtract(emit(relax.op.exp(below)), relax.const(1.0, dtype)))
+    below = below if scale * alpha == 1 else emit(relax.op.multiply(below, relax.const(scale * alpha, dtype)))
+    above = emit(relax.op.nn.relu(x))
+    above = above if scale == 1 else emit(relax.op.multiply(above, relax.const(scale, dtype)))
+    return emit(relax.op.add(above, below))
+
+
+def _upsample_nearest(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Repeat rows, columns and frames as PyTorch's ``nearest`` does: output i reads input floor(i * in / out)."""
+    x = importer.env[node.args[0]]
+    for axis, extent in enumerate(node.meta["val"].shape[2:], start=2):
+        before = _shape(x)[axis]
+        if extent != before:
+            source = relax.const(np.arange(extent) * before // extent, "int64")
+            x = importer.block_builder.emit(relax.op.take(x, source, axis))
+    return x
+
+
+# --- indexing ---
+
+
+def _scatter_add(node: fx.Node, importer: Importer) -> relax.Expr:
+    data, axis, index, source = importer.retrieve_args(node)
+    return importer.block_builder.emit(relax.op.scatter_elements(data, index, source, axis=axis, reduction="add"))
+
+
+def _index(node: fx.Node, importer: Importer) -> relax.Expr:
+    """``x[:, i, :, j]`` by tensors of positions: axis by axis where they do not interact, else by flat position."""
+    x, indices = importer.retrieve_args(node)
+    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    chosen = [indices[axis] for axis in axes]
+    if any(_dtype(index) in ("bool", "uint8") for index in chosen):
+        raise DanceError("indexing by a mask gives a shape that depends on values: multiply by the mask instead")
+    chosen = [_not_negative(importer, index, _shape(x)[axis]) for axis, index in zip(axes, chosen, strict=True)]
+    together = axes == list(range(axes[0], axes[0] + len(axes)))
+    shape = list(np.broadcast_shapes(*(tuple(_shape(index)) for index in chosen)))
+    if together and _is_grid(chosen, shape):
+        return _take_grid(importer, x, axes, chosen)
+    return _take_flat(importer, x, axes, chosen, shape, axes[0] if together else 0)
+
+
+def _not_negative(importer: Importer, index: relax.Expr, extent: int) -> relax.Expr:
+    emit, dtype = importer.block_builder.emit, _dtype(index)
+    negative = emit(relax.op.less(index, relax.const(0, dtype)))
+    wrapped = emit(relax.op.add(index, relax.const(extent, dtype)))
+    return emit(relax.op.where(negative, wrapped, index))
+
+
+def _is_grid(indices: Sequence[relax.Expr], shape: list[int]) -> bool:
+    """Whether the n-th index varies along the n-th axis of the result alone."""
+    if len(indices) != len(shape):
+        return False
+    for position, index in enumerate(indices):
+        aligned = [1] * (len(shape) - len(_shape(index))) + _shape(index)
+        if any(extent != 1 for axis, extent in enumerate(aligned) if axis != position):
+            return False
+    return True
+
+
+def _take_grid(importer: Importer, x: relax.Expr, axes: list[int], indices: list[relax.Expr]) -> relax.Expr:
+    emit = importer.block_builder.emit
+    for axis, index in zip(axes, indices, strict=True):
+        line = index if len(_shape(index)) == 1 else emit(relax.op.reshape(index, [-1]))
+        x = emit(relax.op.take(x, line, axis))
+    return x
+
+
+def _take_flat(
+    importer: Importer, x: relax.Expr, axes: list[int], indices: list[relax.Expr], shape: list[int], at: int
+) -> relax.Expr:
+    """Bring the indexed axes to the front, take by their flat position, and put the result's axes at ``at``."""
+    emit, extents = importer.block_builder.emit, _shape(x)
+    rest = [axis for axis in range(len(extents)) if axis not in axes]
+    if axes + rest != list(range(len(extents))):
+        x = emit(relax.op.permute_dims(x, axes + rest))
+    x = emit(relax.op.reshape(x, [-1, *(extents[axis] for axis in rest)]))
+    flat = indices[0]
+    for axis, index in zip(axes[1:], indices[1:], strict=True):
+        flat = emit(relax.op.multiply(flat, relax.const(extents[axis], _dtype(flat))))
+        flat = emit(relax.op.add(flat, _cast(importer, index, _dtype(flat))))
+    flat = emit(relax.op.broadcast_to(flat, shape))
+    taken = emit(relax.op.take(x, flat, 0))
+    before = rest[:at]
+    order = [len(shape) + i for i in range(len(before))] + list(range(len(shape)))
+    order += [len(shape) + i for i in range(len(before), len(rest))]
+    return taken if order == sorted(order) else emit(relax.op.permute_dims(taken, order))
+
+
+def _arithmetic() -> dict[str, Conversion]:
+    operators: dict[str, Conversion] = {
+        "add": _binary(relax.op.add, relax.op.logical_or),
+        "sub": _binary(relax.op.subtract),
+        "mul": _binary(relax.op.multiply, relax.op.logical_and),
+        "div": _binary(relax.op.divide),
+        "eq": _binary(relax.op.equal),
+        "ne": _binary(relax.op.not_equal),
+        "lt": _binary(relax.op.less),
+        "le": _binary(relax.op.less_equal),
+        "gt": _binary(relax.op.greater),
+        "ge": _binary(relax.op.greater_equal),
+        "remainder": _binary(relax.op.floor_mod),
+        "bitwise_and": _binary(relax.op.bitwise_and, relax.op.logical_and),
+        "bitwise_or": _binary(relax.op.bitwise_or, relax.op.logical_or),
+        "bitwise_xor": _binary(relax.op.bitwise_xor, relax.op.logical_xor),
+        "__and__": _binary(relax.op.bitwise_and, relax.op.logical_and),
+        "__or__": _binary(relax.op.bitwise_or, relax.op.logical_or),
+        "__xor__": _binary(relax.op.bitwise_xor, relax.op.logical_xor),
+        "__lshift__": _shift(relax.op.left_shift),
+        "__rshift__": _shift(relax.op.right_shift),
+        "bitwise_left_shift": _shift(relax.op.left_shift),
+        "bitwise_right_shift": _shift(relax.op.right_shift),
+    }
+    return {
+        f"{name}.{overload}": conversion
+        for name, conversion in operators.items()
+        for overload in ("Tensor", "Scalar", "Tensor_Scalar")
+    }
+
+
+CONVERSIONS: dict[str, Conversion] = {
+    **_arithmetic(),
+    "maximum.default": _binary(relax.op.maximum, relax.op.logical_or),
+    "minimum.default": _binary(relax.op.minimum, relax.op.logical_and),
+    "div.Tensor_mode": _divide_rounded,
+    "div.Scalar_mode": _divide_rounded,
+    "floor_divide.default": _binary(relax.op.floor_divide),
+    "pow.Tensor_Tensor": _binary(relax.op.power),
+    "logical_and.default": _logical(relax.op.logical_and),
+    "logical_or.default": _logical(relax.op.logical_or),
+    "logical_xor.default": _logical(relax.op.logical_xor),
+    "logical_not.default": _logical_not,
+    "bitwise_not.default": _not,
+    "where.self": _where,
+    "amax.default": _reduction(relax.op.max),
+    "amin.default": _reduction(relax.op.min),
+    "sum.default": _reduction(relax.op.sum),
+    "sum.dim_IntList": _reduction(relax.op.sum),
+    "prod.default": _reduction(relax.op.prod),
+    "prod.dim_int": _reduction(relax.op.prod),
+    "max.default": _reduction(relax.op.max),
+    "min.default": _reduction(relax.op.min),
+    "any.default": _any,
+    "any.dim": _any,
+    "any.dims": _any,
+    "max.dim": _extreme_with_index(relax.op.max, relax.op.argmax),
+    "min.dim": _extreme_with_index(relax.op.min, relax.op.argmin),
+    "var.correction": _variance,
+    "std.correction": _deviation,
+    "var_mean.correction": _variance_and_mean,
+    "convolution.default": _convolution,
+    **{f"max_pool{rank}d.default": _max_pool(rank, with_indices=False) for rank in (1, 2, 3)},
+    **{f"max_pool{rank}d_with_indices.default": _max_pool(rank, with_indices=True) for rank in (2, 3)},
+    **{f"avg_pool{rank}d.default": _avg_pool(rank) for rank in (1, 2, 3)},
+    **{f"adaptive_max_pool{rank}d.default": _adaptive_max_pool(rank) for rank in (2, 3)},
+    "elu.default": _elu,
+    **{f"upsample_nearest{rank}d.{form}": _upsample_nearest for rank in (1, 2, 3) for form in ("default", "vec")},
+    "scatter_add.default": _scatter_add,
+    "index.Tensor": _index,
+    "_unsafe_index.Tensor": _index,
+}
