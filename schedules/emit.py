@@ -20,6 +20,9 @@ FLOAT = "float32"
 INT = "int32"
 BIG_INT = "int64"
 
+#: Relax's pattern kind of functions that it must not fuse with others; saves it the analysis of long bodies.
+OPAQUE = 8
+
 
 class Kernel:
     """A PrimFunc under construction; ``func`` is there once its ``kernel`` block has ended."""
@@ -34,7 +37,7 @@ def kernel(name: str) -> Iterator[Kernel]:
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(name)
-            T.func_attr({"tir.noalias": True, "global_symbol": name, "tirx.is_scheduled": True})
+            T.func_attr({"tir.noalias": True, "global_symbol": name, "tirx.is_scheduled": True, "op_pattern": OPAQUE})
             yield built
         func = builder.get()
     # Relax looks for a root block in every function that it calls.
@@ -93,6 +96,13 @@ def number(value: float, count: int = 1) -> Expr:
 def store(buffer: tirx.Buffer, value: Expr, *index: Expr) -> None:
     """Write ``value`` to ``buffer[index]``."""
     T.buffer_store(buffer, value, list(index))
+
+
+def clear(buffer: tirx.Buffer) -> None:
+    """Set all of ``buffer`` to zero: what is computed when compiling must not hold memory that was never written."""
+    memory = flat(buffer)
+    with serial(int(memory.shape[0])) as i:
+        store(memory, tirx.const(0, buffer.dtype), i)
 
 
 def serial(extent: Expr) -> Any:

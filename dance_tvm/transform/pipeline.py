@@ -70,7 +70,6 @@ def lower(
                 relax.transform.DecomposeOpsForInference(),
                 relax.transform.LegalizeOps(),
                 relax.transform.AnnotateTIROpPattern(),
-                relax.transform.FoldConstant(),
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),
                 relax.transform.DeadCodeElimination(),
