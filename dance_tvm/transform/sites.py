@@ -94,6 +94,8 @@ class Sites:
         name = graph.op(reader)
         if not name or not is_tensor(reader) or shape_of(reader) != shape_of(site.end):
             return False
+        if reader in self.inside or reader in self.by_end:  # another site's: one that adds a shortcut's convolution
+            return False
         if name == "multiply":
             return self._absorb_mask(site, reader)
         if site.activation or site.masked:
