@@ -170,12 +170,13 @@ def controller_macs(graph: fx.GraphModule) -> float:
 
     layers = [module for module in controller.modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)]
     handles = [layer.register_forward_hook(add) for layer in layers]
-    training = controller.training
+    training, scores, decisions = controller.training, controller.scores, controller.decisions
     try:
         with torch.no_grad():
             controller.eval()(torch.zeros(1, *shape[1:], device=controller.theta.device))
     finally:
         controller.train(training)
+        controller.scores, controller.decisions = scores, decisions
         for handle in handles:
             handle.remove()
     return total

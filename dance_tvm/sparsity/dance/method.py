@@ -91,9 +91,10 @@ class AVA(Method):
 class AAP(Method):
     """Adaptive activation pruning: the controller's masks at every site, trained to a target share of the dense MACs.
 
-    Three terms join the task's: `compute`, weight * max(0, share / target - 1) for the batch's mean share of the
-    dense MACs, whose target falls linearly from 1 over the first `ramp` of the epochs; and `guide`, which teaches the
-    controller the relative activity of each frame, channel group and tile at first and fades over the same time.
+    Two terms join the task's: `compute`, weight * |share / target - 1| (rounded off within a tenth) for the batch's
+    mean share of the dense MACs, whose target falls linearly from 1 over the first `ramp` of the epochs; and `guide`,
+    which teaches the controller the relative activity of each frame, channel group and tile and fades over the same
+    time. The compute term pulls both ways: a network that has pruned itself dead gets no other gradient to recover.
     With `freeze` the backbone rests for that last share of the epochs, batch norm statistics included.
     """
 
@@ -109,7 +110,7 @@ class AAP(Method):
         ramp: float = Field(0.5, ge=0, le=1)
         freeze: float = Field(0.0, ge=0, le=1, description="last share of the epochs with the backbone frozen")
         controller_rate: float = Field(3.0, gt=0, description="learning rate of the controller, times --lr")
-        threshold_rate: float = Field(20.0, gt=0, description="learning rate of theta, times --lr")
+        threshold_rate: float = Field(10.0, gt=0, description="learning rate of theta, times --lr")
 
         @field_validator("target_macs", mode="before")
         @classmethod
@@ -162,9 +163,10 @@ class AAP(Method):
 
     def losses(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:
         count = self._counter.count(self._controller.decisions, len(batch.clips))
-        target = 1 - (1 - self._target) * self._progress
         share = count.executed.mean() / count.dense
-        terms = {"compute": self.options.compute * functional.relu(share / target - 1)}
+        relative = share / (1 - (1 - self._target) * self._progress)
+        excess = functional.smooth_l1_loss(relative, torch.ones_like(relative), beta=0.1)
+        terms = {"compute": self.options.compute * excess}
         if self._guide_weight() > 0:
             terms["guide"] = self._guide_weight() * self._guide()
         return terms
@@ -192,7 +194,7 @@ class AAP(Method):
         return {"theta": float(self._controller.threshold.detach())}
 
     def acceptable(self, metrics: Mapping[str, float]) -> bool:
-        return metrics["share"] <= 1.02 * self._target
+        return metrics["share"] <= 1.03 * self._target
 
     def card(self, network: nn.Module) -> dict[str, Any]:
         count = self._counter.count([], 1)
