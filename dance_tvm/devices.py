@@ -1,0 +1,171 @@
+"""``dance-tvm device``: the devices of a tracker and their health, and phones on a cable."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from dance_tvm.cli import start
+from dance_tvm.errors import DanceError
+
+TRACKER = "127.0.0.1:9190"
+PROBE_TIMEOUT_S = 5.0
+
+app = typer.Typer(
+    help="The devices of a tracker and their health, and phones on a cable.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    """One device server of a tracker; `lost` ones are registered and answered no probe. `health` is what it told."""
+
+    key: str
+    address: str
+    state: Literal["free", "busy", "free or busy", "lost"]
+    health: str = ""
+
+
+@app.command("list")
+def list_devices(
+    tracker: Annotated[str, typer.Option(help="HOST:PORT of an RPC tracker.")] = TRACKER,
+    probe: Annotated[bool, typer.Option(help="Open a session on every free device and ask how it is.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the tracker's devices: which are free, busy or lost, and how many wait for them."""
+    servers, waiting = look(tracker, probe)
+    if as_json:
+        typer.echo(json.dumps({"servers": [asdict(server) for server in servers], "waiting": waiting}, indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(_table(tracker, servers, waiting))
+
+
+@app.command()
+def watch(
+    tracker: Annotated[str, typer.Option(help="HOST:PORT of an RPC tracker.")] = TRACKER,
+    probe: Annotated[bool, typer.Option(help="Open a session on every free device and ask how it is.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
+    times: Annotated[int | None, typer.Option(min=1, help="Looks to take.", show_default="until Ctrl-C")] = None,
+) -> None:
+    """Show the tracker's devices again and again; a tracker that went away is waited for."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    looks = 0
+    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
+        while times is None or looks < times:
+            shown = _shown(tracker, probe)
+            if live:
+                live.update(shown, refresh=True)
+            else:
+                console.print(shown)
+            looks += 1
+            if times is None or looks < times:
+                time.sleep(every)
+
+
+def _shown(tracker: str, probe: bool) -> Table | str:
+    try:
+        return _table(tracker, *look(tracker, probe))
+    except DanceError as error:
+        return f"{time.strftime('%H:%M:%S')}  {error}"
+
+
+@app.command()
+def phone(
+    folder: Annotated[Path, typer.Argument(help="Folder with tvm_rpc and its libraries for arm64 (docs/devices.md).")],
+    tracker: Annotated[str, typer.Option(help="HOST:PORT of the tracker that the phone registers with.")] = TRACKER,
+    key: Annotated[str, typer.Option(help="The device's kind in the tracker.")] = "android",
+    serial: Annotated[str | None, typer.Option(help="Which phone, where several are connected.")] = None,
+    port: Annotated[int, typer.Option(help="Port of the phone's server.")] = 9090,
+) -> None:
+    """Push TVM's C++ server onto a phone on a cable, forward its ports, start it and keep it until Ctrl-C."""
+    from dance_tvm.device.adb import Adb
+
+    host, tracker_port = _address(tracker)
+    if host not in ("127.0.0.1", "localhost"):
+        raise DanceError(f"a phone on a cable reaches this machine alone: start the tracker here, not on {host}")
+    adb = Adb(serial)
+    with adb.server(folder, key, tracker_port, port) as process:
+        Console(stderr=True).print(f"phone {adb.serial} serves tracker://{tracker}/{key}; Ctrl-C ends it")
+        process.wait()
+    raise DanceError(f"the server on phone {adb.serial} ended: {adb.last_words(process)}")
+
+
+def look(tracker: str, probe: bool = False) -> tuple[list[Server], dict[str, int]]:
+    """The tracker's servers, each tried, and how many requests wait by key."""
+    from dance_tvm.device.tracker import tracker_summary
+
+    host, port = _address(tracker)
+    try:
+        summary = tracker_summary(host, port, timeout=5)
+    except OSError as error:
+        raise DanceError(f"no tracker answers at {tracker}: {error.strerror or error}") from None
+    queues = summary["queue_info"]
+    servers = []
+    keys = [info["key"].removeprefix("server:") for info in summary["server_info"]]
+    for info, key in sorted(zip(summary["server_info"], keys, strict=True), key=lambda pair: pair[1]):
+        free, total = queues.get(key, {}).get("free", 0), keys.count(key)
+        state: Literal["free", "busy", "free or busy", "lost"]
+        state = "busy" if free == 0 else "free" if free >= total else "free or busy"
+        servers.append(Server(key, f"{info['addr'][0]}:{info['addr'][1]}", state))
+    if probe:
+        told = _probe(host, port, {key: queues.get(key, {}).get("free", 0) for key in keys})
+        servers = [replace(server, **told.get(server.address, {})) for server in servers]
+    return servers, {key: queue["pending"] for key, queue in queues.items() if queue["pending"]}
+
+
+def _probe(host: str, port: int, free: dict[str, int]) -> dict[str, dict]:
+    """By address, what each free device told; the tracker hands them out in turn."""
+    from dance_tvm.benchmarking.sensing import hottest
+    from dance_tvm.device.remote import Connection, RemoteSession
+    from dance_tvm.device.tracker import request_device
+
+    told: dict[str, dict] = {}
+    for key in [key for key, count in free.items() for _ in range(count)]:
+        address = ""
+        try:
+            found = request_device(host, port, key, PROBE_TIMEOUT_S)
+            address = f"{found[0]}:{found[1]}"
+            with RemoteSession(Connection(key, *found, PROBE_TIMEOUT_S, PROBE_TIMEOUT_S)) as session:
+                facts, heat = session.facts(), hottest(session.sensors())
+        except DanceError as error:
+            told[address] = {"state": "lost", "health": str(error)}
+            continue
+        words = [facts.get("machine", "TVM's own server"), f"{facts['cpus']} cores" if facts else ""]
+        health = ", ".join(word for word in [*words, f"{heat:.0f} °C" if heat else ""] if word)
+        told[address] = {"state": "free", "health": health}
+    return told
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise DanceError(f"--tracker must be HOST:PORT, not {text!r}")
+    return host, int(port)
+
+
+def _table(tracker: str, servers: list[Server], waiting: dict[str, int]) -> Table:
+    colours = {"free": "green", "busy": "yellow", "free or busy": "yellow", "lost": "red"}
+    table = Table("key", "server", "state", "waiting", "health", title=f"devices of {tracker}")
+    for server in servers:
+        state = f"[{colours[server.state]}]{server.state}[/]"
+        table.add_row(server.key, server.address, state, str(waiting.get(server.key, 0)), server.health)
+    for key in sorted(set(waiting) - {server.key for server in servers}):
+        table.add_row(key, "-", "[red]no such device[/]", str(waiting[key]), "")
+    return table
+
+
+if __name__ == "__main__":
+    start(app, "python -m dance_tvm.devices")
