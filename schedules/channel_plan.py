@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tvm import tirx
 
-from .emit import INT, argument, kernel, let, number, scratch, serial, store, when
+from .emit import INT, argument, clear, kernel, let, number, scratch, serial, store, when
 
 
 def channel_list_shape(samples: int, channels: int) -> tuple[int, int]:
@@ -22,6 +22,7 @@ def plan_channels(samples: int, channels: int, nr: int, name: str = "plan_channe
         mask = argument("mask", (samples, channels))
         listed = argument("listed", channel_list_shape(samples, channels), INT)
         count = scratch((1,), INT)
+        clear(listed)
         with serial(samples) as sample:
             store(count, tirx.IntImm(INT, 0), 0)
             with serial(channels) as channel, when(mask[sample, channel] != number(0.0)):

@@ -28,7 +28,7 @@ from itertools import product
 import numpy as np
 from tvm import tirx
 
-from .emit import INT, Expr, argument, ceil_div, kernel, let, number, scratch, serial, store, when
+from .emit import INT, Expr, argument, ceil_div, clear, kernel, let, number, scratch, serial, store, when
 from .geometry import Window
 
 #: Frames with more taps than this keep their static tap sets: 2**taps classes would cost more than they save.
@@ -152,6 +152,8 @@ def plan_rows(plan: RowPlan, name: str = "plan_rows") -> tirx.PrimFunc:
         masks = {key: argument(key, shape) for key, shape in plan.masks.items()}
         tables = {key: argument(key, table.shape, INT) for key, table in plan.tables.items()}
         lists = {key: argument(key, shape, INT) for key, shape in plan.shapes.items()}
+        for memory in lists.values():
+            clear(memory)
         with serial(plan.samples) as sample:
             _plan_sample(plan, sample, masks, tables, lists)
     return built.func
