@@ -89,7 +89,7 @@ class WinogradConv:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the transformed weights: (ξ, panels, taps, C_in, nr), or (ξ, taps, C_in, C_out) for gathered ones."""
+        """Shape of the transformed weights: (ξ, panels, taps, C_in, nr); gathered ones are (ξ, taps, C_in, C_out)."""
         plan = self.plan
         if self.live_out:
             return (plan.xi, plan.taps, self.channels_in, self.channels_out)

@@ -12,8 +12,8 @@ from functools import cache
 import numpy as np
 
 #: Interpolation points of F(m, 3) beside infinity, by m, chosen for the size of the rounding error: the largest gain
-#: of noise ``max_i sqrt(Σ_j A[i,j]² |B[j]|² |G[j]|²)`` was searched over zero, pairs ±a and at most one point alone. Where
-#: a rounder number is as good as the optimum it is taken. The textbook's whole numbers 0, ±1, ±2 lose six times as much.
+#: of noise ``max_i sqrt(Σ_j A[i,j]² |B[j]|² |G[j]|²)`` was searched over zero, pairs ±a and at most one point alone.
+#: Where a rounder number is as good as the optimum it is taken. The textbook's 0, ±1, ±2 lose several times as much.
 POINTS: dict[int, tuple[float, ...]] = {
     1: (0.0, 1.0),
     2: (0.0, 1.0, -1.0),
