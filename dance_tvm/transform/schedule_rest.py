@@ -27,11 +27,11 @@ class ScheduleRest:
 
     def _schedule(self, func: tirx.PrimFunc) -> tirx.PrimFunc:
         schedule = s_tir.Schedule(func)
-        blocks = [
-            block
-            for block in schedule.get_child_blocks(schedule.get_sblock("root"))
-            if schedule.get_loops(block)
-        ] if hasattr(schedule, "get_child_blocks") else []
+        try:
+            root = schedule.get_sblock("root")
+        except tvm.error.TVMError:
+            return func  # TVM's own loops, as those of scatter, which have no blocks to schedule
+        blocks = [block for block in schedule.get_child_blocks(root) if schedule.get_loops(block)]
         for block in blocks:
             try:
                 self._spread(schedule, block)
