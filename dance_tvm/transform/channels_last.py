@@ -73,6 +73,10 @@ class _Layouts:
             return self._elementwise(builder, call)
         if name in REDUCTIONS:
             return self._reduction(builder, call)
+        if name == "strided_slice":
+            data, axes, *rest = call.args
+            moved = [_axis_in_last(int(axis.value), len(shape_of(data))) for axis in axes.fields]
+            return relax.op.strided_slice(self._to_last(builder, data), moved, *rest)
         if name == "concat":
             rank = len(shape_of(tensors[0]))
             items = [self._to_last(builder, item) for item in tensors]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -84,9 +84,9 @@ def variables(expr: relax.Expr) -> list[relax.Var]:
     return []
 
 
-def substitute(expr: relax.Expr, new: dict[relax.Var, relax.Expr]) -> relax.Expr:
-    """``expr`` with its variables replaced."""
-    if isinstance(expr, relax.Var):
+def substitute(expr: relax.Expr, new: Mapping[relax.Expr, relax.Expr]) -> relax.Expr:
+    """``expr`` with its variables (and constants, where ``new`` has any) replaced."""
+    if isinstance(expr, relax.Var | tvm.ir.GenericConst):
         return new.get(expr, expr)
     if isinstance(expr, relax.Call):
         return relax.Call(expr.op, [substitute(arg, new) for arg in expr.args], expr.attrs, expr.ty_args)

@@ -16,12 +16,19 @@ from dance_tvm.schedules.pool3d import Pool, pool3d
 from dance_tvm.schedules.row_plan import RowPlan, plan_rows
 from dance_tvm.schedules.tiles import Machine, default_tile
 
-from .graph import Graph, Shape, dtype_of, shape_of, substitute
+from .graph import Graph, Shape, dtype_of, shape_of, substitute, variables
 from .layers import LayerInfo
 from .liveness import Liveness
 from .masks import Both, Either, Expression, Factor, Grown, Live
 from .sites import Site, Sites
 from .windows import POOLS, window_of
+
+
+#: The function beside ``main`` that runs the planning alone. It takes what ``main`` takes and returns int32 (rows, 4):
+#: for every convolution and linear layer, in the order of ``Lowered.layers``, its number, and how many pairs of output
+#: row and tap, input channels and output channels one call works on: the product of the three is the
+#: multiply-accumulates executed. A layer whose channel lists differ by clip has a row for each clip.
+COUNTS = "counts"
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerWindows")
@@ -37,10 +44,12 @@ class LowerWindows:
         """Rewrite ``main``."""
         graph = Graph.of(mod["main"])
         liveness = Liveness.of(graph)
-        lowering = _Lowering(mod, graph, liveness, Sites.of(graph, liveness), self.machine)
-        lowered = lowering.run()
+        sites = Sites.of(graph, liveness)
+        lowering = _Lowering(mod, graph, liveness, sites, self.machine)
+        lowered = lowering.run("main")
         self.layers.extend(lowering.layers)
-        return relax.transform.DeadCodeElimination()(lowered)
+        counting = _Lowering(lowered, graph, liveness, sites, self.machine)
+        return relax.transform.DeadCodeElimination()(counting.run(COUNTS))
 
 
 @dataclass
@@ -55,21 +64,42 @@ class _Lowering:
     layers: list[LayerInfo] = field(default_factory=list)
     new: dict[relax.Var, relax.Expr] = field(default_factory=dict)
     planned: dict[Hashable, list[relax.Expr]] = field(default_factory=dict)
+    counts: list[relax.Expr] = field(default_factory=list)
 
-    def run(self) -> tvm.IRModule:
-        """Emit ``main`` again with kernels in the place of sites."""
-        others = {name: func for name, func in self.mod.functions_items() if name.name_hint != "main"}
+    def run(self, name: str) -> tvm.IRModule:
+        """Emit the network as function ``name``, with kernels in the place of sites."""
+        others = {gvar: func for gvar, func in self.mod.functions_items() if gvar.name_hint != name}
         self.builder = relax.BlockBuilder(tvm.IRModule(others))
         params = [relax.Var(param.name, param.ty) for param in self.graph.params]
         self.new.update(zip(self.graph.params, params, strict=True))
-        with self.builder.function("main", params, attrs=dict(self.mod["main"].attrs or {})):
+        attrs = {**dict(self.mod["main"].attrs or {}), "global_symbol": name}
+        with self.builder.function(name, params, attrs=attrs):
             with self.builder.dataflow():
                 for var in self.graph.order:
                     if var not in self.sites.inside:
                         self._emit(var)
-                output = self.builder.emit_output(substitute(self.graph.output, self.new))
+                result = substitute(self.graph.output, self.new) if name == "main" else self._all_counts()
+                output = self.builder.emit_output(result)
             self.builder.emit_func_output(output)
         return self.builder.finalize()
+
+    def _all_counts(self) -> relax.Expr:
+        if not self.counts:
+            return relax.const(np.zeros((0, 4), "int32"))
+        return self.builder.emit(relax.op.concat(self.counts, 0))
+
+    def _count(self, conv: GatherConv, lists: list[relax.Expr], channels: list[list[relax.Expr]]) -> None:
+        """Remember how to read what the kernel will execute; samples of a batch are added up by the reader."""
+        emit, op, samples = self.builder.emit, relax.op, conv.plan.samples
+        columns = [emit(op.strided_slice(lists[-1], [1], [3], [4]))]
+        for listed, dense in zip(channels, (conv.depth, conv.channels_out), strict=True):
+            if listed:
+                columns.append(emit(op.strided_slice(listed[0], [1], [0], [1])))
+            else:
+                columns.append(relax.const(np.full((samples, 1), dense, "int32")))
+        joined = emit(op.concat(columns, 1))
+        layer = relax.const(np.full((samples, 1), len(self.counts), "int32"))
+        self.counts.append(emit(op.concat([layer, joined], 1)))
 
     def _emit(self, var: relax.Var) -> relax.Expr:
         """Emit ``var`` and what it reads, unless that has been done."""
@@ -82,8 +112,6 @@ class _Lowering:
         elif self.graph.op(var) in POOLS and window_of(self.graph, var) is not None:
             self.new[var] = self._pool(var)
         else:
-            from .graph import variables
-
             for read in variables(self.graph.value[var]):
                 self._emit(read)
             value = substitute(self.graph.value[var], self.new)
@@ -182,8 +210,12 @@ class _Lowering:
         bias = np.zeros(site.channels_out) if site.bias is None else site.bias
         args = [data, relax.const(conv.pack_weights(site.weight)), relax.const(conv.pack_bias(bias.astype("float32")))]
         args += [relax.const(plan.tap_entries), *lists]
-        args += self._channels(live_in, samples, site.channels_in, tile.nr)
-        args += self._channels(wanted.channels, samples, site.channels_out, 1)
+        channels = [
+            self._channels(live_in, samples, site.channels_in, tile.nr),
+            self._channels(wanted.channels, samples, site.channels_out, 1),
+        ]
+        self._count(conv, lists, channels)
+        args += [listed for some in channels for listed in some]
         if conv.zero_dead:
             args += [*out_frames, *positions]
         out_shape = (window.batch, *window.out, site.channels_out)

@@ -16,6 +16,7 @@ from dance_tvm.schedules.tiles import Machine
 from .channels_last import ChannelsLast
 from .fold_batch_norm import FoldBatchNorm
 from .layers import LayerInfo
+from .lift_weights import LiftWeights
 from .lower_windows import LowerWindows
 from .schedule_rest import ScheduleRest
 
@@ -49,6 +50,7 @@ def lower(
     """Turn an imported Relax module into one whose every operator has a kernel for ``target``."""
     machine = machine_of(target)
     lower_windows = LowerWindows(machine, sparsity=options.sparsity == "auto")
+    lift_weights = LiftWeights()
     phases: list[tuple[str, list[tvm.transform.Pass]]] = [
         (
             "simplify",
@@ -76,6 +78,7 @@ def lower(
                 ScheduleRest(machine.vector_floats),
             ],
         ),
+        ("lift weights", [lift_weights]),
     ]
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
         for number, (phase, passes) in enumerate(phases):
@@ -85,7 +88,7 @@ def lower(
                 mod = each(mod)
             if options.debug_dump is not None:
                 _dump(mod, options.debug_dump, number, phase)
-    return Lowered(mod, lower_windows.layers)
+    return Lowered(mod, lower_windows.layers, lift_weights.weights)
 
 
 def machine_of(target: Target) -> Machine:
