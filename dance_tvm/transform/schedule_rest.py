@@ -29,13 +29,13 @@ class ScheduleRest:
         schedule = s_tir.Schedule(func)
         try:
             root = schedule.get_sblock("root")
-        except tvm.error.TVMError:
+        except s_tir.ScheduleError:
             return func  # TVM's own loops, as those of scatter, which have no blocks to schedule
         blocks = [block for block in schedule.get_child_blocks(root) if schedule.get_loops(block)]
         for block in blocks:
             try:
                 self._spread(schedule, block)
-            except tvm.error.TVMError:
+            except s_tir.ScheduleError:
                 continue
         return schedule.mod["main"]
 
