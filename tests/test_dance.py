@@ -1,0 +1,272 @@
+"""DANCE: adaptors, controller, masks in the graph, and MACs counted against a walk over index lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dance_tvm import models
+from dance_tvm.errors import DanceError
+from dance_tvm.sparsity.dance.adaptors import AdaptorSpatial, AdaptorTemporal
+from dance_tvm.sparsity.dance.controller import AXES, Masks
+from dance_tvm.sparsity.dance.macs import MacCounter
+from dance_tvm.sparsity.dance.method import AAP, controller_of, parse_amount, prune
+from dance_tvm.sparsity.dance.sites import trace
+from dance_tvm.sparsity.dance.trained import load
+from dance_tvm.sparsity.dance.untrained import keep_at_random
+from dance_tvm.train import run
+
+SHAPE = (1, 8, 16, 16)
+
+
+class Three(nn.Module):
+    """Three convolutions, with batch norm, without and strided, and both kinds of pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn1 = nn.Conv3d(1, 8, 3, padding=1), nn.BatchNorm3d(8)
+        self.pool1 = nn.MaxPool3d((1, 2, 2))
+        self.conv2 = nn.Conv3d(8, 12, 3, padding=1)
+        self.pool2 = nn.MaxPool3d(2)
+        self.conv3 = nn.Conv3d(12, 8, (3, 1, 1), padding=(1, 0, 0), stride=(2, 1, 1))
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool1(F.relu(self.bn1(self.conv1(x))))
+        x = self.pool2(F.relu(self.conv2(x)))
+        scores: Tensor = self.fc(F.relu(self.conv3(x)).mean((2, 3, 4)))
+        return scores
+
+
+def pruned_at_random(network: nn.Module, shape: tuple[int, ...], seed: int) -> torch.fx.GraphModule:
+    """`network` with masks that keep about 0.6 of each axis and vary from clip to clip."""
+    generator = torch.Generator().manual_seed(seed)
+    clips = torch.rand(6, *shape, generator=generator) * torch.rand(6, 1, shape[1], 1, 1, generator=generator)
+    torch.manual_seed(seed)
+    return keep_at_random(prune(network, shape), clips, 0.6, seed)
+
+
+# ---- adaptors ----
+
+
+def test_adaptors_are_those_of_the_supplement() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(3, 5, 4, 6, 7)
+    temporal, spatial = AdaptorTemporal(4), AdaptorSpatial(5, 6, 7)
+    for parameter in (*temporal.parameters(), *spatial.parameters()):
+        parameter.data.normal_(1, 0.7)
+    assert {name: tuple(p.shape) for name, p in spatial.named_parameters()} == {
+        "bias_ch": (1, 5, 1, 1, 1),
+        "bias_sp": (1, 1, 1, 6, 7),
+    }
+
+    t = F.relu(x * temporal.bias_t)
+    t_mean = t.mean(dim=(1, 3, 4))
+    t_soft = t_mean / t_mean.sum(dim=-1, keepdim=True)
+    c = F.relu(x * spatial.bias_ch)
+    ch_mean = c.mean(dim=(3, 4)).flatten(1)
+    ch_soft = ch_mean / ch_mean.sum(dim=-1, keepdim=True)
+    s = F.relu(c * spatial.bias_sp)
+    sp_mean = s.mean(dim=1).flatten(1)
+    sp_soft = sp_mean / sp_mean.sum(dim=-1, keepdim=True)
+
+    for ours, theirs in zip(temporal(x), (t, t_soft.std(dim=-1) / 3), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    expected = (s, 2 * ch_soft.std(dim=-1) / 3, sp_soft.std(dim=-1) / 3)
+    for ours, theirs in zip(spatial(x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_dead_activation_has_no_variability_and_no_nan() -> None:
+    dead = torch.zeros(2, 5, 4, 6, 7)
+    assert torch.equal(AdaptorTemporal(4)(dead)[1], torch.zeros(2))
+
+
+# ---- masks ----
+
+
+def test_masks_are_hard_have_the_shapes_compilers_look_for_and_follow_the_clip() -> None:
+    graph = pruned_at_random(Three(), SHAPE, seed=1)
+    with torch.no_grad():
+        graph(torch.rand(6, *SHAPE) * torch.rand(6, 1, 8, 1, 1) * torch.rand(6, 1, 1, 16, 16))
+    shapes = [(12, 8, 8, 8)]
+    decisions = controller_of(graph).decisions
+    assert [tuple(mask.shape) for mask in decisions[1] if mask is not None] == [
+        (6, 1, 8, 1, 1),
+        (6, shapes[0][0], 1, 1, 1),
+        (6, 1, 1, 8, 8),
+    ]
+    for site in decisions:
+        for mask in site:
+            assert mask is not None
+            assert set(mask.unique().tolist()) <= {0.0, 1.0}
+    assert any(not torch.equal(mask[0], mask[1]) for site in decisions for mask in site if mask is not None)
+    channels = decisions[1].channels
+    assert channels is not None
+    assert torch.equal(channels[:, 0], channels[:, 7]), "channels are decided in groups of eight"
+
+
+def test_a_fresh_controller_prunes_nothing() -> None:
+    network = Three().eval()
+    graph = prune(network, SHAPE).eval()
+    x = torch.rand(2, *SHAPE)
+    with torch.no_grad():
+        assert torch.equal(graph(x), network(x))
+    assert set(network.state_dict()) < set(graph.state_dict()), "the network's own names are kept"
+
+
+def test_gradients_pass_straight_through_to_controller_and_threshold() -> None:
+    graph = pruned_at_random(Three(), SHAPE, seed=2).train()
+    counter, controller = MacCounter(graph), controller_of(graph)
+    graph(torch.rand(4, *SHAPE))
+    count = counter.count(controller.decisions, 4)
+    count.executed.mean().backward()
+    assert controller.theta.grad is not None
+    assert float(controller.theta.grad) < 0, "a higher threshold leaves fewer MACs"
+    silent = [name for name, p in controller.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not [name for name in silent if "stem" in name]
+
+
+def test_decisions_read_the_first_activation_alone() -> None:
+    graph = pruned_at_random(Three(), SHAPE, seed=3)
+    x = torch.rand(2, *SHAPE)
+    with torch.no_grad():
+        graph(x)
+        before = [mask.clone() for site in controller_of(graph).decisions for mask in site if mask is not None]
+        graph.get_submodule("conv2").weight.mul_(-3)  # type: ignore[operator]
+        graph(x)
+    after = [mask for site in controller_of(graph).decisions for mask in site if mask is not None]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+# ---- MACs ----
+
+
+def walked_macs(conv: nn.Conv3d, alive: Masks, read: Masks, clip: int, spatial: int) -> int:
+    """The convolution's MACs as nested lists give them: every live output row, tap, input channel, output channel."""
+    frames_in, channels_in = (mask[clip].flatten().numpy() for mask in (alive.frames, alive.channels))  # type: ignore[index]
+    frames_out = read.frames[clip].flatten().numpy()  # type: ignore[index]
+    positions = int(read.positions[clip].sum())  # type: ignore[index]
+    total = 0
+    for t in np.flatnonzero(frames_out):
+        for tap in range(conv.kernel_size[0]):
+            source = t * conv.stride[0] - conv.padding[0] + tap  # type: ignore[operator]
+            if 0 <= source < len(frames_in) and frames_in[source]:
+                total += positions * spatial * int(channels_in.sum()) * int(read.channels[clip].sum())  # type: ignore[index]
+    return total
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_macs_are_those_of_a_walk_over_the_lists(seed: int) -> None:
+    network = Three()
+    graph = pruned_at_random(network, SHAPE, seed=seed)
+    with torch.no_grad():
+        graph(torch.rand(3, *SHAPE) * torch.rand(3, 1, 8, 1, 1))
+    first, second, third = controller_of(graph).decisions
+    count = MacCounter(graph).count(controller_of(graph).decisions, 3)
+
+    pooled = Masks(first.frames, first.channels, F.max_pool3d(first.positions, (1, 2, 2)))
+    alive3 = Masks(F.max_pool3d(second.frames, (2, 1, 1)), second.channels, second.positions)
+    ones = Masks(torch.ones(3, 8), torch.ones(3, 8), torch.ones(3, 16, 16))
+    inputs = Masks(torch.ones(3, 8), torch.ones(3, 1), None)
+    for clip in range(3):
+        by_layer = [int(layer.executed[clip]) for layer in count.layers]
+        assert by_layer == [
+            walked_macs(network.conv1, inputs, ones, clip, 9),  # the controller reads all of the first layer
+            walked_macs(network.conv2, pooled, second, clip, 9),
+            walked_macs(network.conv3, alive3, third, clip, 1),
+        ]
+    total = count.executed - count.linear - count.controller
+    assert torch.equal(total, torch.stack([layer.executed for layer in count.layers]).sum(0))
+
+
+def test_nominal_macs_are_the_published_ones_and_the_controller_costs_under_one_percent() -> None:
+    published = {"c3d": 38.5e9, "r2plus1d-18": 40.5e9}
+    for name, macs in published.items():
+        graph = prune(models.create(name), (3, 16, 112, 112))
+        count = MacCounter(graph).count([], 1)
+        assert count.nominal == pytest.approx(macs, rel=2e-3)
+        assert count.controller < 0.01 * count.dense
+    small = MacCounter(prune(models.create("c3d-mini"), (1, 16, 32, 32))).count([], 1)
+    assert 0 < small.controller < 0.01 * small.dense
+
+
+def test_random_masks_keep_the_share_asked_for() -> None:
+    graph = keep_at_random(prune(Three(), SHAPE), torch.rand(8, *SHAPE), {"frames": 0.5, "channels": 1.0}, seed=7)
+    with torch.no_grad():
+        graph(torch.rand(64, *SHAPE))
+    for site in controller_of(graph).decisions:
+        frames, channels, positions = (float(mask.mean()) for mask in site if mask is not None)
+        assert 0.3 < frames < 0.7
+        assert channels == positions == 1
+
+
+def test_residual_networks_are_masked_and_counted() -> None:
+    graph = pruned_at_random(models.create("r2plus1d-mini"), (1, 16, 32, 32), seed=5)
+    with torch.no_grad():
+        graph(torch.rand(2, 1, 16, 32, 32))
+    count = MacCounter(graph).count(controller_of(graph).decisions, 2)
+    assert (count.executed < 0.8 * count.dense).all()
+    ones = [Masks(*(torch.ones_like(m) for m in site if m is not None)) for site in controller_of(graph).decisions]
+    assert float(MacCounter(graph).count(ones, 2).executed[0]) == count.dense + count.controller
+
+
+# ---- export ----
+
+
+def test_exported_graph_equals_the_masked_network() -> None:
+    graph = pruned_at_random(models.create("c3d-mini", num_classes=8), (1, 16, 32, 32), seed=4)
+    clips = torch.rand(3, 1, 1, 16, 32, 32) * torch.rand(3, 1, 1, 16, 1, 1)
+    program = torch.export.export(graph, (clips[0],))
+    outputs = []
+    for clip in clips:
+        with torch.no_grad():
+            expected = graph(clip)
+            outputs.append(program.module()(clip))
+        assert torch.equal(outputs[-1], expected)
+    assert not torch.equal(outputs[0], outputs[1])
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("aten.gt.Tensor") == 18, "one comparison an axis and site, and nothing data-dependent"
+
+
+# ---- training ----
+
+
+def test_targets_are_shares_percents_or_counts() -> None:
+    assert [parse_amount(value) for value in ("0.4", "40%", "120M", 0.4)] == [0.4, 0.4, 120e6, 0.4]
+    assert AAP(target_macs="40%").options.target_macs == pytest.approx(0.4)
+    assert AAP(axes="frames+channels").options.axes == ("frames", "channels")
+    with pytest.raises(DanceError, match="axes"):
+        AAP(axes="colours")
+
+
+def test_networks_without_two_convolutions_are_refused() -> None:
+    with pytest.raises(DanceError, match="two are needed"):
+        trace(nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU()), SHAPE)
+    with pytest.raises(DanceError, match="does not take clips of shape"):
+        trace(models.create("c3d-mini"), (3, 16, 32, 32))
+
+
+def test_shortened_training_keeps_to_its_budget(tmp_path: Path) -> None:
+    data = "motion-digits,train=192,test=64,size=24,frames=8"
+    common = {"model": "c3d-mini", "data": data, "batch": 16, "threads": 1}
+    amplified = run(method="ava", out=tmp_path / "ava", epochs=2, lr=2e-3, **common)  # type: ignore[arg-type]
+    assert amplified.history[-1]["variability"] > 0
+    options = {"target_macs": 0.4, "compute": 6.0, "ramp": 0.2, "grid": 6}
+    start = tmp_path / "ava" / "model.safetensors"
+    pruned = run(method="aap", out=tmp_path / "aap", epochs=4, lr=2e-3, init=start, options=options, **common)  # type: ignore[arg-type]
+    shares = [row["share"] for row in pruned.history]
+    assert shares[-1] < 0.5 < 0.9 < shares[0]
+
+    loaded, card = load(tmp_path / "aap" / "model.safetensors")
+    clip = torch.rand(2, 1, 8, 24, 24)
+    with torch.no_grad():
+        assert torch.equal(loaded(clip), pruned.network(clip))
+    assert card["macs"]["controller"] < 0.03 * card["macs"]["dense"]
+    assert card["dance"]["axes"] == list(AXES)
