@@ -50,9 +50,9 @@ def estimate(coefficients: Coefficients, executed_macs: int, moved_bytes: int) -
 
 
 def watts_of(sensors: dict[str, Any]) -> float | None:
-    """The power that a board's sensors read now, or a battery's voltage times its current."""
+    """The power that a board's sensors read now: of the rail that feeds all others where it has one, else of all."""
     rails = sensors.get("milliwatts", {})
-    total = [value for name, value in rails.items() if "in" in name.lower() or "total" in name.lower()]
+    total = [value for name, value in rails.items() if name.lower().endswith(("_in", " total"))]
     return (sum(total) if total else sum(rails.values())) / 1000 if rails else None
 
 

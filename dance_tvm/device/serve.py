@@ -292,10 +292,19 @@ def sensors() -> str:
     for folder in sorted(Path("/sys/class/powercap").glob("intel-rapl:*")):
         if folder.name.count(":") == 1 and (text := _read(folder / "energy_uj")).isdigit():
             state["microjoules"][_read(folder / "name") or folder.name] = int(text)
-    for path in sorted(Path("/sys/class/hwmon").glob("hwmon*/power*_input")):  # INA3221 of a Jetson, in microwatts
-        if (text := _read(path)).isdigit():
-            state["milliwatts"][f"{_read(path.parent / 'name')} {path.name}"] = int(text) / 1000
+    state["milliwatts"] = _rails(Path("/sys/class/hwmon"))
     return json.dumps(state)
+
+
+def _rails(folder: Path) -> dict[str, float]:
+    """Milliwatts by rail of the INA3221 monitors that a Jetson has: volts times amperes."""
+    rails = {}
+    for monitor in sorted(folder.glob("hwmon*")):
+        for rail in (1, 2, 3) if _read(monitor / "name") == "ina3221" else ():
+            volts, amperes = _read(monitor / f"in{rail}_input"), _read(monitor / f"curr{rail}_input")
+            if volts.isdigit() and amperes.isdigit():
+                rails[_read(monitor / f"in{rail}_label") or f"rail {rail}"] = int(volts) * int(amperes) / 1000
+    return rails
 
 
 def _read(path) -> str:

@@ -1,0 +1,321 @@
+"""Bench: right before fast, in turns, by clip, by layer, with a verdict that noise does not sway."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+from devices import video_artifact
+from typer.testing import CliRunner
+
+from dance_tvm import bench
+from dance_tvm.artifact import REFERENCE, _describe, _write_manifest, load_artifact
+from dance_tvm.benchmarking import sensing, statistics
+from dance_tvm.benchmarking.campaign import Plan, run
+from dance_tvm.benchmarking.clips import frames_of, load_clips
+from dance_tvm.benchmarking.layers import ran
+from dance_tvm.benchmarking.measure import Contender, in_turns, single_stream
+from dance_tvm.benchmarking.results import read_results, write_results
+from dance_tvm.benchmarking.validation import validate
+from dance_tvm.compiler import random_inputs
+from dance_tvm.device import open_device, serve
+from dance_tvm.errors import DanceError
+from dance_tvm.target import Energy, load_target
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    return with_reference(video_artifact(tmp_path_factory.mktemp("bench") / "sparse"))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return with_reference(video_artifact(tmp_path_factory.mktemp("bench") / "dense", dynamic=False))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Clips whose first 2, 4, 6 frames are bright and the others dark."""
+    path = tmp_path_factory.mktemp("clips") / "clips.npz"
+    values = np.abs(np.random.default_rng(0).integers(1, 4, (3, 3, 8, 16, 16))).astype("float32")
+    for index, alive in enumerate((2, 4, 6)):
+        values[index, :, alive:] *= -1
+    np.savez(path, bright=values)
+    return path
+
+
+def with_reference(artifact):
+    """The artifact as `build` leaves it: with the outputs to compare with, from a NumPy-exact run."""
+    inputs = random_inputs(artifact.manifest.inputs)
+    with open_device("local") as device:
+        network = device.load(artifact)
+        calls = network.kernels(inputs, repeats=0)
+        outputs = network.run(inputs)
+    return store_reference(artifact, outputs["y"], np.array([[call.mean or 0, call.mean_size or 0] for call in calls]))
+
+
+def store_reference(artifact, output, kernels):
+    from safetensors.numpy import save_file
+
+    save_file({"output:y": output, "kernels": kernels}, artifact.path / REFERENCE)
+    files = {**artifact.manifest.files, REFERENCE: _describe(artifact.path / REFERENCE)}
+    _write_manifest(artifact.path, artifact.manifest.model_copy(update={"files": files}))
+    return load_artifact(artifact.path)
+
+
+def test_everything_of_a_dynamic_network(sparse, dense, clips, tmp_path):
+    plan = Plan([sparse.path], dense.path, runs=20, seconds=0.1, clips=str(clips))
+    results = run(plan)
+    ours, theirs = results.devices[0].measured
+    assert (ours.role, theirs.role) == ("sparse", "dense")
+    assert ours.validation.status == "passed"
+    assert ours.latency.runs >= 20
+    assert ours.latency.p50 <= ours.latency.p90 <= ours.latency.p99
+    assert [clip.name for clip in ours.clips] == ["bright[0]", "bright[1]", "bright[2]"]
+    assert [clip.kept for clip in ours.clips] == sorted(clip.kept for clip in ours.clips)
+    # Two of eight frames live: the first layer computes them alone, from frames 0 to 2, without padded taps.
+    first, second = ours.profile.layers[:2]
+    rows = (3 * 16 - 2) ** 2
+    assert first.executed_macs == (2 + 3) * rows * 3 * 8
+    assert second.executed_macs == 2 * rows * 8 * 8
+    assert (first.kept_frames, first.kept_positions, second.kept_frames) == (0.25, 0.25, 1.0)
+    assert theirs.profile.layers[0].executed_macs == 22 * rows * 3 * 8
+    (pair,) = results.pairs
+    assert pair.mac_reduction == pytest.approx((22 * 24 + 8 * 64) / (5 * 24 + 2 * 64))
+    assert pair.low <= pair.speed_up <= pair.high
+    assert pair.speed_up > 1
+    assert ours.energy.kind == "estimate" or "RAPL" in ours.energy.source
+    assert ours.frames == 8
+    write_results(tmp_path / "r.json", results)
+    assert read_results(tmp_path / "r.json") == results
+
+
+@pytest.mark.device
+def test_the_emulated_device(emulator, tmp_path, clips):
+    artifact = video_artifact(tmp_path / "arm", "aarch64-linux")
+    results = run(Plan([artifact.path], devices=[emulator.tracker], runs=2, seconds=0.0, clips=str(clips)))
+    (measured,) = results.devices[0].measured
+    assert results.devices[0].facts["machine"] == "aarch64"
+    assert measured.profile.layers[0].executed_macs == 5 * (3 * 16 - 2) ** 2 * 24
+    assert measured.validation.status == "not stored"
+    assert any("no outputs to compare" in note for note in measured.notes)
+
+
+def test_a_wrong_result_gives_no_latency_and_names_the_layer(sparse, tmp_path):
+    shutil.copytree(sparse.path, tmp_path / "wrong")
+    reference = sparse.reference()
+    kernels = reference["kernels"].copy()
+    convolutions = [index for index, value in enumerate(kernels[:, 1]) if value > 3]
+    kernels[convolutions[0] :, :] += 1
+    artifact = store_reference(load_artifact(tmp_path / "wrong"), reference["output:y"] + 0.5, kernels)
+    with open_device("local") as device, pytest.raises(DanceError) as raised:
+        validate(artifact, device.load(artifact), "local")
+    message = str(raised.value)
+    assert "output y differs by 0.5" in message
+    assert "first in layer " in message
+    assert artifact.manifest.layers[0].name in message
+    result = CliRunner().invoke(bench.app, [str(artifact.path), "--json"])
+    assert isinstance(result.exception, DanceError)
+    assert "p50" not in result.stdout
+
+
+def test_against_a_baseline(sparse, dense, tmp_path):
+    baseline, now = tmp_path / "old.json", tmp_path / "now.json"
+    quick = ["--runs", "40", "--seconds", "0.2", "--no-layers", "--json"]
+    runner = CliRunner()
+    assert runner.invoke(bench.app, [str(sparse.path), *quick, "--out", str(baseline)]).exit_code == 0
+    results = read_results(baseline)
+    seconds = results.devices[0].measured[0].latency.seconds
+
+    def with_times(factor: float):
+        latency = results.devices[0].measured[0].latency.model_copy(update={"seconds": [s * factor for s in seconds]})
+        measured = results.devices[0].measured[0].model_copy(update={"latency": latency})
+        device = results.devices[0].model_copy(update={"measured": [measured]})
+        write_results(baseline, results.model_copy(update={"devices": [device]}))
+
+    with_times(0.02)
+    slower = runner.invoke(bench.app, [str(sparse.path), *quick, "--against", str(baseline), "--out", str(now)])
+    assert slower.exit_code == 3
+    assert read_results(now).verdicts[0].verdict == "slower"
+    with_times(50.0)
+    faster = runner.invoke(bench.app, [str(sparse.path), *quick, "--against", str(baseline), "--out", str(now)])
+    assert faster.exit_code == 0
+    assert read_results(now).verdicts[0].verdict == "faster"
+    other = runner.invoke(bench.app, [str(dense.path), *quick, "--against", str(baseline)])
+    assert "nothing of these networks" in str(other.exception)
+
+
+def test_an_old_artifact_that_is_still_there_is_measured_in_turns(sparse, dense, tmp_path):
+    old = run(Plan([dense.path], runs=10, seconds=0.0, layers=False))
+    renamed = old.devices[0].measured[0].model_copy(update={"name": sparse.manifest.name})
+    old = old.model_copy(update={"devices": [old.devices[0].model_copy(update={"measured": [renamed]})]})
+    (verdict,) = run(Plan([sparse.path], runs=50, seconds=0.2, layers=False, against=old)).verdicts
+    assert verdict.interleaved
+    assert verdict.low <= verdict.ratio <= verdict.high
+
+
+def test_verdicts_follow_the_interval():
+    def told(low, high):
+        return statistics.judge("d", "a", ((low + high) / 2, low, high), 0.05, True).verdict
+
+    assert [told(1.06, 1.2), told(0.8, 0.94), told(0.97, 1.04), told(0.9, 1.3)] == [
+        "slower", "faster", "same", "undecided",
+    ]  # fmt: skip
+
+
+def test_pairs_see_through_noise_that_hits_both():
+    random = np.random.default_rng(1)
+    load = np.repeat(random.uniform(1, 3, 20), 10)  # another process comes and goes
+    ours = load * random.normal(1.00, 0.02, 200)
+    theirs = load * random.normal(1.10, 0.02, 200)
+    middle, low, high = statistics.paired_ratio(theirs.tolist(), ours.tolist())
+    assert 1.08 < low <= middle <= high < 1.12
+    assert statistics.paired_ratio([2.0, 2.0], [1.0, 1.0]) == (2.0, 2.0, 2.0)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    random = np.random.default_rng(2)
+    covered = 0
+    for _ in range(60):
+        low, high = statistics.unpaired_ratio(random.normal(1.2, 0.1, 30), random.normal(1.0, 0.1, 30))[1:]
+        covered += low <= 1.2 <= high
+    assert covered >= 52  # 95% of 60 is 57; below 52 is under one in a hundred
+
+
+def test_own_overhead_is_under_one_percent(sparse, tmp_path):
+    """What bench adds to a run is a call of the clock and of a list: under 1% of a 1 ms network."""
+    with open_device("local") as device:
+        network = device.load(sparse)
+        inputs = random_inputs(sparse.manifest.inputs)
+        empty = type(network).time.__get__(network)
+
+        class Nothing:
+            def __getitem__(self, _name):
+                return lambda *_arguments: None
+
+        network.time(inputs, 3)
+        network._machine = Nothing()
+        per_run = float(np.median(empty(inputs, 1000)))
+    assert per_run < 0.01 * 1e-3
+
+
+def test_turns_and_streams_count_what_they_promise(sparse):
+    with open_device("local") as device:
+        inputs = random_inputs(sparse.manifest.inputs)
+        contenders = [Contender(device.load(sparse), inputs) for _ in range(2)]
+        rounds = []
+        in_turns(contenders, 30, 0.05, lambda: rounds.append(1))
+        for contender in contenders:
+            assert len(contender.seconds) >= 30
+            assert len(contender.rounds) == len(rounds)
+        stream = single_stream(contenders[0].network, [inputs], queries=50, seconds=0.2)
+    assert stream["queries"] >= 50
+    assert stream["seconds"] >= 0.2
+    assert stream["p50"] <= stream["p90"] <= stream["p99"]
+
+
+def test_clips_of_every_kind(sparse, tmp_path, clips):
+    assert len(load_clips(str(clips), sparse.manifest, most=2)) == 2
+    assert frames_of(sparse.manifest) == 8
+    np.savez(tmp_path / "wrong.npz", x=np.zeros((5, 5)))
+    with pytest.raises(DanceError, match=r"x has shape \(5, 5\)"):
+        load_clips(str(tmp_path / "wrong.npz"), sparse.manifest)
+    with pytest.raises(DanceError, match="there is no file"):
+        load_clips(str(tmp_path / "none.npz"), sparse.manifest)
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 no archive")
+    with pytest.raises(DanceError, match=r"bad\.npz is no \.npz"):
+        load_clips(str(tmp_path / "bad.npz"), sparse.manifest)
+    with pytest.raises(DanceError, match="holds no video"):
+        load_clips(str(tmp_path), sparse.manifest)
+    with pytest.raises(DanceError, match="has clips of shape"):
+        load_clips("motion-digits,test=4", sparse.manifest)
+
+
+def test_videos_become_clips(sparse, tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "grey.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for value in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 * value, "uint8"), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    found = load_clips(str(tmp_path), sparse.manifest)
+    assert [name for name, _ in found] == ["grey 0-8", "grey 8-16"]
+    frames = found[0][1]["clip"].mean(axis=(0, 1, 3, 4))
+    assert (np.diff(frames) > 0).all()
+
+
+def test_energy_is_labelled_and_right(tmp_path):
+    before = {"microjoules": {"package-0": 1_000_000, "core": 5}, "milliwatts": {}}
+    after = {"microjoules": {"package-0": 3_000_000, "core": 9}, "milliwatts": {}}
+    measured = sensing.energy(before, after, [], 1.0, 10)
+    assert (measured.kind, measured.joules) == ("measured", pytest.approx(0.2))
+    wrapped = sensing.energy(
+        {"microjoules": {"package-0": 2**32 - 1_000_000}}, {"microjoules": {"package-0": 0}}, [], 1, 1
+    )
+    assert wrapped.joules == pytest.approx(1.0)
+    for name, text in {"name": "ina3221", "in1_label": "VDD_IN", "in1_input": "5000", "curr1_input": "1000",
+                       "in2_label": "VDD_CPU", "in2_input": "1000", "curr2_input": "1000"}.items():  # fmt: skip
+        (tmp_path / "hwmon0").mkdir(exist_ok=True)
+        (tmp_path / "hwmon0" / name).write_text(text + "\n")
+    board = {"milliwatts": serve._rails(tmp_path)}
+    assert board["milliwatts"] == {"VDD_IN": 5000.0, "VDD_CPU": 1000.0}
+    assert sensing.watts_of(board) == pytest.approx(5.0)
+    assert sensing.energy({}, {}, [5.0, 7.0], 2.0, 4).joules == pytest.approx(3.0)
+    assert sensing.energy({}, {}, [], 1.0, 1) is None
+    estimated = sensing.estimate(Energy(pj_per_mac=10, pj_per_byte=100), 10**9, 10**6)
+    assert (estimated.kind, estimated.joules) == ("estimate", pytest.approx(0.0101))
+
+
+def test_throttling_is_told():
+    steady = statistics.latency([1.0] * 100, 5, True)
+    slowing = statistics.latency(list(np.linspace(1.0, 1.3, 100)), 5, True)
+    before = {"khz": {"cpu0": 3_000_000}, "governor": {"cpu0": "performance"}}
+    after = {"khz": {"cpu0": 2_000_000}, "governor": {"cpu0": "schedutil"}}
+    assert sensing.warnings(before, before, {"a": steady}) == []
+    said = " ".join(sensing.warnings(before, after, {"a": slowing}))
+    for words in ("a became 2", "clock governor is schedutil", "clock of cpu0 fell"):
+        assert words in said
+
+
+def test_cooling_down_waits_for_the_heat_to_go():
+    readings = iter([60_000, 55_000, 41_000])
+    start = {"millidegrees": {"cpu": 40_000}}
+    begin = time.monotonic()
+    sensing.cool_down(lambda: {"millidegrees": {"cpu": next(readings)}}, start, 0.01)
+    assert next(readings, None) is None
+    assert time.monotonic() - begin < 1
+
+
+def test_clusters_become_cpus():
+    phone = load_target("snapdragon")
+    clocks = {f"cpu{cpu}": 1_785_600 if cpu < 4 else 2_496_000 if cpu < 7 else 2_995_200 for cpu in range(8)}
+    big = max(phone.clusters, key=lambda cluster: cluster.max_ghz)
+    assert sensing.cpus_of_cluster(phone, big.name, {"max_khz": clocks}) == [7]
+    with pytest.raises(DanceError, match="has no cluster 'huge'"):
+        sensing.cpus_of_cluster(phone, "huge", {"max_khz": clocks})
+    with pytest.raises(DanceError, match="give --cpus"):
+        sensing.cpus_of_cluster(phone, big.name, {})
+    assert bench.parse_cpus("0,2-4") == [0, 2, 3, 4]
+    with pytest.raises(DanceError, match="--cpus must be"):
+        bench.parse_cpus("big")
+
+
+def test_kernels_are_told_from_their_neighbours():
+    assert ran("conv3d_gather_f32_mr4_nr16", "conv3d_gather_f32_mr4_nr16")
+    assert ran("conv3d_gather_f32_mr4_nr16", "conv3d_gather_f32_mr4_nr163")
+    assert not ran("conv3d_gather_f32_mr4_nr16", "conv3d_gather_f32_mr4_nr16_k4")
+
+
+def test_bad_results_files(tmp_path):
+    path = tmp_path / "r.json"
+    for text, message in [("", "no results"), ("{}", "no results"), (json.dumps({"schema_version": 9}), "version 9")]:
+        path.write_text(text)
+        with pytest.raises(DanceError, match=message):
+            read_results(path)
+    with pytest.raises(DanceError, match="cannot be read"):
+        read_results(tmp_path / "none.json")
