@@ -68,7 +68,7 @@ class KGS(Method):
         gn: int | None = Field(None, ge=1)
         target: str = "host"
         budget: Literal["macs", "parameters"] = "macs"
-        strength: float = Field(5e-4, ge=0)
+        strength: float = Field(2e-3, ge=0)
         mix: float = Field(0.5, ge=0, le=1)
         epsilon: float = Field(0.1, gt=0)
         rounds: int = Field(4, ge=1)
@@ -174,7 +174,7 @@ class KGS(Method):
             clips = self._clips.to(next(network.parameters()).device)
             scores = importance(network, self._prunable, self._scheme, clips)
         else:
-            scores = magnitude(self._prunable, self._scheme, self._penalty.reference)
+            scores = magnitude(self._prunable, self._scheme)
         self._keep = select(self._prunable, self._scheme, scores, self.options.rate, self.options.budget)
         for name, mask in weight_masks(self._prunable, self._scheme, self._keep).items():
             set_mask(network.get_submodule(name), mask)

@@ -24,7 +24,7 @@ class Penalty:
         prunable: Prunable,
         scheme: Scheme,
         *,
-        strength: float = 5e-4,
+        strength: float = 2e-3,
         mix: float = 0.5,
         epsilon: float = 0.1,
         budget: Budget = "macs",

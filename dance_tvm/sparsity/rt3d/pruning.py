@@ -177,16 +177,13 @@ def weight_masks(prunable: Prunable, scheme: Scheme, keep: Mapping[str, Tensor])
     return masks
 
 
-def magnitude(prunable: Prunable, scheme: Scheme, reference: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The root mean square of each unit's weights, relative to that of its layer, so that layers can be compared.
-
-    ``reference`` gives the layers' root mean squares at another time (before a regularisation shrank them).
-    """
+def magnitude(prunable: Prunable, scheme: Scheme) -> dict[str, Tensor]:
+    """The root mean square of each unit's weights, relative to that of its layer, so that layers can be compared."""
     scores = {}
     for layer in prunable.layers:
         weight = layer.weight.detach()
         rms = (scheme.sums(weight.square()) / scheme.sizes(weight)).sqrt()
-        scores[layer.name] = rms / (reference[layer.name] if reference else layer_rms(weight))
+        scores[layer.name] = rms / layer_rms(weight)
     return scores
 
 
