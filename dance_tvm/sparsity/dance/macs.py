@@ -6,8 +6,8 @@ For each convolution and clip:
 
 *Alive* (read side) is what the masks before it leave; *read* (compute side) is what the masks after it leave. Both
 are carried through ReLU, batch norm, pooling, sums and concatenations as three masks, of frames, positions and
-channels, and a union of such triples is taken axis by axis, as index lists have to. Taps into the padding in front of
-the first frame and behind the last one are never counted, dense or pruned; spatial padding is.
+channels, and a union of such triples is taken axis by axis, as index lists have to. Taps that fall on padding are
+not on the lists, so they are never counted, dense or pruned.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Count:
 
     @property
     def dense(self) -> float:
-        """Of the network without masks or controller, padded taps in time left out."""
+        """Of the network without masks or controller, taps on padding left out."""
         return sum(layer.dense for layer in self.layers) + self.linear
 
     @property
@@ -191,14 +191,22 @@ def _convolution(node: fx.Node, conv: nn.Conv3d, alive: Live, read: Live) -> Lay
 
 
 def _macs(conv: nn.Conv3d, alive: Live, read: Live) -> Tensor:
-    steps, _, _ = conv.kernel_size
-    kernel = torch.ones(1, 1, steps, device=alive.frames.device)
-    padding = conv.padding[0] if isinstance(conv.padding, tuple) else (conv.dilation[0] * (steps - 1) // 2)
-    taps = functional.conv1d(
-        alive.frames[:, None], kernel, stride=conv.stride[0], padding=int(padding), dilation=conv.dilation[0]
-    )[:, 0]
-    rows = (taps * read.frames).sum(1) * read.positions.sum(dim=(1, 2)) * conv.kernel_size[1] * conv.kernel_size[2]
-    return rows * alive.channels.sum(1) * read.channels.sum(1) / conv.groups
+    taps = _live_taps(conv, 0, alive.frames)
+    rows, columns = (
+        _live_taps(conv, axis, torch.ones(1, size, device=taps.device))
+        for axis, size in enumerate(alive.positions.shape[1:], 1)
+    )
+    pairs = (taps * read.frames).sum(1) * (read.positions * rows[:, :, None] * columns[:, None]).sum(dim=(1, 2))
+    return pairs * alive.channels.sum(1) * read.channels.sum(1) / conv.groups
+
+
+def _live_taps(conv: nn.Conv3d, axis: int, alive: Tensor) -> Tensor:
+    """How many taps along `axis` read a live coordinate (N, inputs), for each output coordinate: (N, outputs)."""
+    size, dilation = conv.kernel_size[axis], conv.dilation[axis]
+    padding = conv.padding[axis] if isinstance(conv.padding, tuple) else dilation * (size - 1) // 2
+    kernel = torch.ones(1, 1, size, device=alive.device)
+    found = functional.conv1d(alive[:, None], kernel, None, conv.stride[axis], int(padding), dilation)
+    return found[:, 0]
 
 
 def _masked(live: Live, masks: Masks) -> Live:
