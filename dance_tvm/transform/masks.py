@@ -19,8 +19,9 @@ from .graph import Graph, Shape, constant, dtype_of, is_tensor, shape_of
 
 COMPARISONS = {"equal", "not_equal", "less", "less_equal", "greater", "greater_equal", "isnan", "isfinite"}
 RESHAPES = {"reshape", "expand_dims", "squeeze", "permute_dims", "broadcast_to", "repeat", "tile", "flatten"}
+RESHAPES |= {"strided_slice"}  # its other arguments are numbers
 KEEP_BINARY = {"multiply", "maximum", "minimum", "logical_and", "logical_or", "logical_not", "astype", "clip"}
-KEEP_BINARY |= {"strided_slice", "concat", "max", "min", "where", "take", "split", "stack"}
+KEEP_BINARY |= {"concat", "max", "min", "where", "take", "split", "stack"}
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ class Masks:
 
     def is_binary(self, expr: relax.Expr) -> bool:
         """Whether every element is zero or one, whatever the input."""
+        if isinstance(expr, relax.Tuple):
+            return all(self.is_binary(item) for item in expr.fields)
         if not isinstance(expr, relax.Var):
             value = constant(expr)
             return value is not None and bool(np.isin(value, (0, 1)).all())
