@@ -17,7 +17,7 @@ from dance_tvm import models
 from dance_tvm.errors import DanceError
 from dance_tvm.frontend.check import check_import, random_arrays
 from dance_tvm.frontend.files import file_sha256, load_program, load_weights, require_file
-from dance_tvm.frontend.interface import Arrays, Imported, TensorSpec
+from dance_tvm.frontend.interface import Arrays, Imported, TensorSpec, usual_meaning
 from dance_tvm.frontend.torch_program import decompose, describe, first_line, import_program, require_static
 
 Weights = str | Path | Mapping[str, torch.Tensor]
@@ -52,8 +52,10 @@ def _import_named(
 ) -> Imported:
     path = Path(model)
     if path.suffix == ".onnx":
-        from dance_tvm.frontend.onnx_graph import import_onnx
-
+        try:
+            from dance_tvm.frontend.onnx_graph import import_onnx
+        except ImportError:
+            raise DanceError("Reading ONNX files needs the onnx package: pip install 'dance-tvm[onnx]'.") from None
         if weights is not None:
             raise DanceError("An ONNX file carries its weights: leave --weights out, or export the network again.")
         require_file(path, "model")
@@ -174,7 +176,7 @@ def _inputs(program: torch.export.ExportedProgram, entry: models.ModelEntry | No
         value = placeholders.get(spec.arg.name)
         if not isinstance(value, torch.Tensor):
             raise DanceError(f"Input {spec.arg.name!r} of the network is not a tensor: fix it when exporting.")
-        meaning = entry.input_meaning if entry else _meaning(tuple(value.shape))
+        meaning = entry.input_meaning if entry else usual_meaning(tuple(value.shape), str(value.dtype))
         specs.append(_spec(spec.arg.name, value, meaning))
     return specs
 
@@ -198,10 +200,6 @@ def _output_name(keys: Any) -> str:
 
 def _spec(name: str, value: Any, meaning: str) -> TensorSpec:
     return TensorSpec(name, tuple(int(n) for n in value.shape), str(value.dtype).removeprefix("torch."), meaning)
-
-
-def _meaning(shape: tuple[int, ...]) -> str:
-    return {5: "clips (N, C, T, H, W)", 4: "pictures (N, C, H, W)"}.get(len(shape), "input of the network")
 
 
 def _replace_weights(program: torch.export.ExportedProgram, state: Mapping[str, torch.Tensor]) -> None:

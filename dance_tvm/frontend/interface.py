@@ -35,3 +35,9 @@ class Imported:
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     reference: Callable[[Arrays], Arrays]
+
+
+def usual_meaning(shape: tuple[int, ...], dtype: str) -> str:
+    """What an input of this shape and dtype holds in most networks, where nobody said."""
+    layouts = {5: "clips (N, C, T, H, W)", 4: "pictures (N, C, H, W)"} if "float" in dtype else {}
+    return layouts.get(len(shape), "input of the network")

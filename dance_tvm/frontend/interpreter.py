@@ -115,6 +115,9 @@ _DTYPES = {
     "int32": torch.int32,
     "int16": torch.int16,
     "int8": torch.int8,
+    "uint64": torch.uint64,
+    "uint32": torch.uint32,
+    "uint16": torch.uint16,
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
@@ -370,7 +373,7 @@ def _take(args: list[Value], attrs: Any) -> torch.Tensor:
         return x.reshape(-1)[indices]
     axis = int(attrs.axis) % x.ndim
     picked = x.index_select(axis, _wrapped(indices, x.shape[axis]).reshape(-1))
-    return picked.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return picked.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
 def _wrapped(indices: torch.Tensor, extent: int) -> torch.Tensor:
@@ -456,6 +459,17 @@ def _integer_divide(a: Value, b: Value) -> torch.Tensor:
     return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
 
+def _through_int64(function: Callable[..., torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``function`` on integers; PyTorch has next to no operators on unsigned ones."""
+    return function(a.to(torch.int64), b.to(torch.int64)).to(a.dtype)
+
+
+def _where(condition: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        return torch.where(condition, a.to(torch.int64), b.to(torch.int64)).to(a.dtype)
+    return torch.where(condition, a, b)
+
+
 def _tensors(function: Callable[..., Any]) -> Kernel:
     """A function of the arguments alone."""
     return lambda args, attrs: function(*args)
@@ -488,16 +502,16 @@ _UNARY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 _BINARY: dict[str, Callable[..., torch.Tensor]] = {
     "add": torch.add,
     "atan2": torch.atan2,
-    "bitwise_and": torch.bitwise_and,
-    "bitwise_or": torch.bitwise_or,
-    "bitwise_xor": torch.bitwise_xor,
+    "bitwise_and": lambda a, b: _through_int64(torch.bitwise_and, a, b),
+    "bitwise_or": lambda a, b: _through_int64(torch.bitwise_or, a, b),
+    "bitwise_xor": lambda a, b: _through_int64(torch.bitwise_xor, a, b),
     "divide": _integer_divide,
     "equal": torch.eq,
     "floor_divide": torch.floor_divide,
     "floor_mod": torch.remainder,
     "greater": torch.gt,
     "greater_equal": torch.ge,
-    "left_shift": torch.bitwise_left_shift,
+    "left_shift": lambda a, b: _through_int64(torch.bitwise_left_shift, a, b),
     "less": torch.lt,
     "less_equal": torch.le,
     "log_add_exp": torch.logaddexp,
@@ -511,9 +525,9 @@ _BINARY: dict[str, Callable[..., torch.Tensor]] = {
     "not_equal": torch.ne,
     "outer": torch.outer,
     "power": torch.pow,
-    "right_shift": torch.bitwise_right_shift,
+    "right_shift": lambda a, b: _through_int64(torch.bitwise_right_shift, a, b),
     "subtract": torch.sub,
-    "where": torch.where,
+    "where": _where,
 }
 _NEURAL: dict[str, Kernel] = {
     **{f"conv{rank}d": _conv(rank) for rank in (1, 2, 3)},
@@ -579,7 +593,7 @@ _TENSORS: dict[str, Kernel] = {
     ),
     "prod": _reduce(_prod),
     "repeat": lambda args, attrs: torch.repeat_interleave(args[0], int(attrs.repeats), _axis(attrs)),
-    "reshape": _tensors(torch.reshape),
+    "reshape": _tensors(lambda x, shape: x.reshape(tuple(int(extent) for extent in shape))),
     "scatter_elements": _scatter_elements,
     "scatter_nd": _scatter_nd,
     "shape_of": _tensors(lambda x: tuple(x.shape)),
