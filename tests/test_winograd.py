@@ -1,0 +1,232 @@
+"""Winograd convolution against PyTorch in float64: exact where its points are whole, else within a tolerance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_conv3d_gather import Case, compiled, tensor
+
+from dance_tvm.schedules.channel_plan import plan_channels
+from dance_tvm.schedules.conv3d_gather import Tile
+from dance_tvm.schedules.winograd import WinogradConv, conv3d_winograd, mask_arguments
+from dance_tvm.schedules.winograd_plan import WinogradPlan, plan_winograd
+from dance_tvm.schedules.winograd_transforms import POINTS, matrices, transform_weights
+
+TILE = Tile(mr=3, vectors=2, vector_floats=4, step=1, block_tiles=4, segment_taps=2, depth_block=4)
+#: Largest error of the largest output, by the largest m of a tile; at most 2 is exact on small integers.
+TOLERANCE = {1: 0.0, 2: 0.0, 3: 3e-6, 4: 3e-6, 5: 1e-5, 6: 2e-5}
+
+
+@dataclass
+class WinogradCase(Case):
+    """A convolution, its masks, the tile of outputs and how many columns make a chunk."""
+
+    m: tuple[int, int, int] = (1, 2, 2)
+    columns: int = 3
+    tile: Tile = TILE
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE[max(self.m)]
+
+
+def make(case: WinogradCase) -> WinogradConv:
+    samples = case.batch if case.live_in is not None or case.live_out is not None else 1
+    positions = None if case.positions is None else case.positions.shape[:2]
+    masks = (case.in_frames is not None, case.out_frames is not None, positions)
+    plan = WinogradPlan(case.window, case.m, case.tile.mr, case.columns, samples, *masks)
+    return WinogradConv(
+        case.channels_in,
+        case.channels_out,
+        case.tile,
+        plan,
+        case.live_in is not None,
+        case.live_out is not None,
+        case.residual,
+        "relu",
+        case.zero_dead,
+    )
+
+
+def expected_output(case: WinogradCase, x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Convolution of the masked input in float64, channels last."""
+    masked = x.copy()
+    if case.in_frames is not None:
+        masked[~case.in_frames] = 0
+    if case.live_in is not None:
+        masked *= case.live_in[:, None, None, None, :]
+    arrays = (torch.from_numpy(array).double() for array in (masked.transpose(0, 4, 1, 2, 3), weight, bias))
+    y = torch.nn.functional.conv3d(*arrays, case.stride, case.padding, case.dilation)
+    return y.permute(0, 2, 3, 4, 1).numpy()
+
+
+def poison(case: WinogradCase, x: np.ndarray) -> np.ndarray:
+    """NaN where nothing may be read."""
+    x = x.copy()
+    if case.in_frames is not None:
+        x[~case.in_frames] = np.nan
+    if case.live_in is not None:
+        x[np.broadcast_to(~case.live_in[:, None, None, None, :], x.shape)] = np.nan
+    return x
+
+
+def computed_outputs(case: WinogradCase, shape: tuple[int, ...]) -> np.ndarray:
+    computed = np.ones(shape, bool)
+    if case.out_frames is not None:
+        computed &= case.out_frames[:, :, None, None, None]
+    if case.positions is not None:
+        computed &= case.positions[..., None]
+    if case.live_out is not None:
+        computed &= case.live_out[:, None, None, None, :]
+    return computed
+
+
+def run(case: WinogradCase) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Return the kernel's output, PyTorch's, which outputs must be computed, and the plan's lists."""
+    rng = np.random.default_rng(case.seed)
+    conv = make(case)
+    plan = conv.plan
+    x = rng.integers(-4, 5, (case.batch, *case.size, case.channels_in)).astype("float32")
+    weight = rng.integers(-3, 4, (case.channels_out, case.channels_in, *case.kernel)).astype("float32")
+    bias = rng.integers(-5, 6, case.channels_out).astype("float32")
+    residual = rng.integers(-9, 10, (case.batch, *case.window.out, case.channels_out)).astype("float32")
+    expected = np.maximum(expected_output(case, x, weight, bias) + (residual if case.residual else 0), 0)
+
+    masks = {"in_frames": case.in_frames, "out_frames": case.out_frames, "positions": case.positions}
+    fields = {key: tensor(masks[key].astype("float32")) for key in plan.masks}
+    lists = [tensor(np.full(shape, -(2**31), "int32")) for shape in plan.shapes.values()]
+    compiled(plan_winograd(plan))(*fields.values(), *(tensor(table) for table in plan.tables.values()), *lists)
+    args = [tensor(poison(case, x)), tensor(conv.pack_weights(weight)), tensor(conv.pack_bias(bias))]
+    args += [tensor(plan.tap_entries), *lists]
+    for live, count, nr in ((case.live_in, case.channels_in, case.tile.nr), (case.live_out, case.channels_out, 1)):
+        if live is not None:
+            listed = tensor(np.full((plan.samples, 1 + 2 * count), -(2**31), "int32"))
+            compiled(plan_channels(plan.samples, count, nr))(tensor(live.astype("float32")), listed)
+            args.append(listed)
+    args += [fields[key] for key in mask_arguments(conv)]
+    if case.residual:
+        args.append(tensor(residual))
+    y = tensor(np.full(expected.shape, np.nan, "float32"))
+    compiled(conv3d_winograd(conv))(*args, y)
+    named = {key: value.numpy() for key, value in zip(plan.shapes, lists, strict=True)}
+    return y.numpy(), expected, computed_outputs(case, expected.shape), named
+
+
+def check(case: WinogradCase) -> dict[str, np.ndarray]:
+    got, expected, computed, lists = run(case)
+    bound = case.tolerance * max(1.0, float(expected.max(initial=0)))
+    np.testing.assert_allclose(got[computed], expected[computed], rtol=0, atol=bound)
+    if case.zero_dead == "all":
+        np.testing.assert_array_equal(got[~computed], 0)
+    return lists
+
+
+@pytest.mark.parametrize("m", POINTS)
+def test_transforms_are_minimal_filtering(m: int) -> None:
+    a, g, b = matrices(m, 3)
+    rng = np.random.default_rng(m)
+    weight, data = rng.standard_normal(3), rng.standard_normal(m + 2)
+    np.testing.assert_allclose(a @ ((g @ weight) * (b @ data)), np.correlate(data, weight), atol=1e-13)
+
+
+def test_weights_are_transformed_along_each_axis() -> None:
+    weight = np.random.default_rng(0).standard_normal((2, 5, 3, 3, 3)).astype("float32")
+    got = transform_weights(weight, (2, 4, 1), (True, True, False))
+    expected = np.einsum("at,bh,ncthw->ncabw", matrices(2, 3)[1], matrices(4, 3)[1], weight)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+DENSE = [
+    WinogradCase(),
+    WinogradCase(m=(2, 2, 2), size=(4, 5, 5), batch=2, residual=True),
+    WinogradCase(m=(1, 4, 4), size=(2, 7, 9), channels_in=9, channels_out=11, padding=(1, 0, 1)),
+    WinogradCase(m=(4, 4, 4), size=(5, 6, 6)),
+    WinogradCase(m=(2, 6, 6), size=(3, 8, 7), residual=True),
+    WinogradCase(m=(1, 3, 5), kernel=(1, 3, 3), padding=(0, 1, 1)),
+    WinogradCase(m=(4, 1, 1), kernel=(3, 1, 1), padding=(1, 0, 0), size=(7, 3, 3), columns=100),
+    WinogradCase(m=(1, 2, 2), size=(6, 4, 4), stride=(2, 1, 1), dilation=(2, 1, 1), padding=(2, 1, 1)),
+    WinogradCase(m=(1, 2, 2), channels_in=11, tile=replace(TILE, step=4, depth_block=8)),
+]
+
+
+@pytest.mark.parametrize("case", DENSE, ids=range(len(DENSE)))
+def test_dense_equals_pytorch(case: WinogradCase) -> None:
+    check(case)
+
+
+@st.composite
+def masked_cases(draw: st.DrawFn) -> WinogradCase:
+    kernel, m = draw(
+        st.sampled_from(
+            [
+                ((3, 3, 3), (1, 2, 2)),
+                ((3, 3, 3), (2, 2, 2)),
+                ((3, 3, 3), (1, 4, 4)),
+                ((1, 3, 3), (1, 2, 2)),
+                ((3, 1, 1), (2, 1, 1)),
+            ]
+        )
+    )
+    case = WinogradCase(
+        batch=draw(st.integers(1, 2)),
+        size=(draw(st.integers(1, 4)), draw(st.integers(3, 6)), draw(st.integers(3, 7))),
+        channels_in=draw(st.integers(1, 6)),
+        channels_out=draw(st.integers(1, 10)),
+        kernel=kernel,
+        padding=tuple(k // 2 for k in kernel),
+        residual=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
+        m=m,
+        columns=draw(st.integers(1, 5)),
+    )
+    out = case.window.out
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+
+    def mask(*shape: int) -> np.ndarray | None:
+        density = draw(st.sampled_from([None, 0.0, 0.3, 0.7, 1.0]))
+        return None if density is None else rng.random(shape) < density
+
+    case.in_frames = mask(case.batch, case.size[0])
+    case.out_frames = mask(case.batch, out[0])
+    case.positions = mask(draw(st.sampled_from([1, case.batch])), draw(st.sampled_from([1, out[0]])), *out[1:])
+    case.live_in = mask(case.batch, case.channels_in)
+    case.live_out = mask(case.batch, case.channels_out)
+    return case
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(masked_cases())
+def test_masked_equals_pytorch_on_the_masked_input(case: WinogradCase) -> None:
+    check(case)
+
+
+def test_dead_tiles_and_frames_are_not_touched() -> None:
+    positions = np.zeros((1, 1, 8, 8), bool)
+    positions[0, 0, 1, 6] = positions[0, 0, 5, 5] = True  # in tiles (0, 1) and (1, 1) of four
+    out_frames = np.array([[True, False, False, True]])
+    in_frames = np.array([[True, True, False, True]])
+    case = WinogradCase(size=(4, 8, 8), m=(1, 4, 4), columns=4)
+    case.positions, case.out_frames, case.in_frames = positions, out_frames, in_frames
+    lists = check(case)
+    assert lists["counts"][-1, 0] == 1, "one chunk holds both columns"
+    assert sorted(lists["columns"][0, :2]) == [1, 3]
+    inputs, tiles, runs, _ = lists["counts"][0]
+    rows = lists["rows_out"][0, :tiles]
+    assert (rows >= 0).sum() == 4, "two columns in two live frames"
+    assert inputs == 6, "frames 0, 1 and 3 of both columns: frame 2 is dead"
+    taps = {tuple(int(field) for field in run[1] - run[:1]) for run in lists["runs"][0, :runs]}
+    assert taps == {(2,), (1,)}, "frame 0 reads frames 0 and 1, frame 3 only itself"
+
+
+def test_masks_of_ones_equal_dense() -> None:
+    case = WinogradCase(size=(3, 6, 6), m=(1, 4, 4), seed=3)
+    dense = run(case)[0]
+    case.in_frames = case.out_frames = np.ones((1, 3), bool)
+    case.positions = np.ones((1, 1, 6, 6), bool)
+    case.live_in, case.live_out = np.ones((1, 5), bool), np.ones((1, 7), bool)
+    np.testing.assert_array_equal(run(case)[0], dense)
