@@ -41,9 +41,6 @@ from dance_tvm.sparsity.training import Context, Method
 from dance_tvm.target import load_target
 from dance_tvm.transform.group_choice import best_group, log_path, read_log
 
-# Enough clips for means of activations and gradients; more change the ranking little.
-CALIBRATION_CLIPS = 32
-
 # The paper's preference for SIMD of today's phones, where nothing was measured.
 DEFAULT_GROUP = (8, 4)
 
@@ -75,6 +72,8 @@ class KGS(Method):
         dense: float = Field(0.25, ge=0, lt=1)
         retrain: float = Field(0.35, gt=0, le=1)
         skip_first: bool = True
+        # Clips for the heuristic's means of activations and gradients; more change the ranking little.
+        calibration: int = Field(32, ge=1)
 
     options: Options
 
@@ -82,8 +81,8 @@ class KGS(Method):
         options = self.options
         gm, gn = measured_group(options.target)
         self._scheme = Scheme(options.scheme, options.gm or gm, options.gn or gn)
-        one_clip = torch.zeros(1, *context.clip_shape)
-        self._prunable: Prunable = find_layers(network, one_clip, skip_first=options.skip_first)
+        one_clip = context.train[0][0]
+        self._prunable: Prunable = find_layers(network, one_clip[None], skip_first=options.skip_first)
         self._start = round(options.dense * context.epochs)
         self._cut = max(self._start, context.epochs - max(1, round(options.retrain * context.epochs)))
         if options.algorithm == "heuristic":
@@ -93,7 +92,7 @@ class KGS(Method):
                 f"--method kgs: {context.epochs} epochs leave none for the {options.algorithm} penalty between dense "
                 f"training ({options.dense:.0%}) and retraining ({options.retrain:.0%}); train longer or lower a share"
             )
-        count = min(CALIBRATION_CLIPS, len(context.train))
+        count = min(options.calibration, len(context.train))
         self._clips = torch.stack([context.train[index][0] for index in range(count)])
         self._penalty = Penalty(
             self._prunable,

@@ -96,26 +96,28 @@ def find_layers(network: nn.Module, *inputs: Tensor, skip_first: bool = True) ->
     """The convolutions that can be pruned for ``inputs`` (only shapes matter), in the order they run.
 
     Grouped and transposed convolutions stay dense, since kernel groups join filters that read the same channels. So
-    does the first convolution (unless ``skip_first`` is false): it sees one to three channels, so a group is mostly
-    padding; it costs under 3 % of C3D or R(2+1)D; and all features of the network are made of what it lets through.
+    does the first convolution and others with as few channels, which read the input too (unless ``skip_first`` is
+    false): with one to three channels a group is mostly padding; it costs under 3 % of C3D or R(2+1)D; and all features
+    of the network are made of what it lets through.
     """
     counted = count_layers(network, *inputs)
     modules = dict(network.named_modules())
     sources = _channel_sources(network)
     layers: list[Layer] = []
     why_dense: dict[str, str] = {}
-    first = True
+    input_channels = 0
     for entry in counted:
         module = modules[entry.name]
         if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             why_dense[entry.name] = f"{entry.kind} is not a convolution with kernel groups"
-        elif module.groups > 1:
+            continue
+        input_channels = input_channels or module.in_channels
+        if module.groups > 1:
             why_dense[entry.name] = "its filters read different channels"
-        elif first and skip_first:
-            why_dense[entry.name] = "the first convolution: few channels, few MACs, and every feature depends on it"
+        elif skip_first and module.in_channels <= input_channels:
+            why_dense[entry.name] = "it reads the input: few channels, few MACs, and every feature depends on it"
         else:
             layers.append(Layer(entry.name, module, entry.macs // module.weight.numel(), sources.get(entry.name)))
-        first = first and not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     if not layers:
         raise DanceError(f"{type(network).__name__} has no convolution to prune after its first one.")
     parameters = sum(parameter.numel() for parameter in network.parameters())
