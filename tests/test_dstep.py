@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -440,15 +439,15 @@ def test_a_trained_network_loads_and_decides_alike(trained):
     assert network.options.tile == (4, 2, 2)
 
 
-def test_wrong_options_are_told():
+def test_wrong_options_are_told(tmp_path):
     with pytest.raises(DanceError, match="target_flops"):
         DSTEP(target_flops=1.5)
     with pytest.raises(DanceError, match="out of reach"):
         train.run(
-            method="dstep", model="resnet-mini", data="motion-digits,train=8,test=8,frames=8", out=Path("unused"),
+            method="dstep", model="resnet-mini", data="motion-digits,train=8,test=8,frames=8", out=tmp_path,
             options={"target_flops": 0.01}, epochs=1, batch=8,
         )  # fmt: skip
     with pytest.raises(DanceError, match="choose --model resnet"):
         train.run(
-            method="dstep", model="c3d-mini", data="motion-digits,train=8,test=8", out=Path("unused"), epochs=1, batch=8
+            method="dstep", model="c3d-mini", data="motion-digits,train=8,test=8", out=tmp_path, epochs=1, batch=8
         )

@@ -1,0 +1,429 @@
+"""D-STEP's figures in docs/dstep.md, each by one command; `--write` puts the result into the page.
+
+    python benchmarks/dstep.py counts                 parameters and FLOPs against the paper's
+    python benchmarks/dstep.py train --runs FOLDER    every network of the tables (goes on where it was killed)
+    python benchmarks/dstep.py accuracy               accuracy against FLOPs, several targets
+    python benchmarks/dstep.py ablation               Table 3
+    python benchmarks/dstep.py shares                 compute, reuse and skip by layer
+    python benchmarks/dstep.py gates                  the spatial gates over real frames, Figure 3
+    python benchmarks/dstep.py speed                  compiled: latency against FLOPs, random policies
+
+Training runs are kept in --runs; `train` also writes what the tables need to benchmarks/results/dstep.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from dance_tvm import models
+from dance_tvm.errors import DanceError
+from dance_tvm.models.resnet import VideoResNet
+from dance_tvm.sparsity.checkpoint import write_atomically
+from dance_tvm.sparsity.dstep import flops
+from dance_tvm.sparsity.dstep.method import load_trained
+from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet, Stream
+from dance_tvm.sparsity.dstep.random_policies import Mix, example_clip, needed_share, random_policies, with_mix
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "dstep.md"
+RESULTS = ROOT / "benchmarks" / "results" / "dstep.json"
+SHIPPED = ROOT / "dance_tvm" / "models" / "weights" / "resnet-mini-dstep.safetensors"
+Write = Annotated[bool, typer.Option("--write", help="put the result into docs/dstep.md")]
+Runs = Annotated[Path, typer.Option(help="where training runs are kept")]
+
+DENSE_DATA = "motion-digits,frames=8,train=2048,test=512"
+DATA = "motion-digits,frames=8,train=768,test=512"
+DENSE_EPOCHS, EPOCHS = 9, 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: `name` is its folder, `label` its row of Table 3."""
+
+    name: str
+    model: str
+    target: float
+    label: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+TARGETS = [Run(f"full-{target:g}", "resnet-mini", target) for target in (0.8, 0.6, 0.4)]
+ABLATION = [
+    Run("shift-dcp", "resnet-mini", 0.6, "Static TS + DCP", {"spatial": False, "reuse": False}),
+    Run("tsn-dynamic", "resnet-mini-tsn", 0.6, "Dynamic TS + DCP (AdaFuse)", {"spatial": False}),
+    Run("tsn-dynamic-spatial", "resnet-mini-tsn", 0.6, "Dynamic TS + DCP + SS"),
+    Run("shift-dynamic", "resnet-mini", 0.6, "Static and dynamic TS + DCP", {"spatial": False}),
+    Run("full-0.6", "resnet-mini", 0.6, "Static and dynamic TS + DCP + SS"),
+]
+DENSE = {"resnet-mini": "shift", "resnet-mini-tsn": "tsn"}
+
+
+# ---- counts ----------------------------------------------------------------------------------------------------
+
+CLIP = (3, 8, 224, 224)
+PAPER = {
+    "resnet18": {"parameters": 11.2, "gflops": 14.6, "with policies": 15.6, "temporal": 0.14, "spatial": 0.00007},
+    "resnet50": {"parameters": 24.3, "gflops": 33.2, "with policies": 37.8, "temporal": 0.62, "spatial": 0.045},
+}
+
+
+@app.command()
+def counts(write: Write = False) -> None:
+    """Parameters and FLOPs of ResNet-18 and -50 for 8 frames of 224x224, ours and the paper's."""
+    rows = []
+    for name, paper in PAPER.items():
+        with torch.device("meta"):
+            network = models.create(f"{name}-tsn")
+            assert isinstance(network, VideoResNet)
+            dense = flops.dense_macs(network, CLIP).total / 1e9
+            body = _parameters(network) - _parameters(network.fc)
+            everything = dense + _elementwise(network) / 1e9
+            thinned = DStepResNet(network, DStepOptions(tile=(4,), hidden=512))
+        spatial, temporal = flops.policy_macs(thinned, CLIP)
+        policies = sum(_parameters(policy.temporal) for policy in thinned.policies)
+        rows += [
+            (name, "parameters, M", f"{body:.2f} + head {_parameters(network.fc):.2f}", paper["parameters"]),
+            (name, "multiply-accumulates, G", f"{dense:.2f}", paper["gflops"]),
+            (name, "with 4 per batch norm element and 1 per ReLU, G", f"{everything:.2f}", paper["gflops"]),
+            (name, "parameters with policies of 512 hidden units, M", f"{body + policies:.2f}", paper["with policies"]),
+            (name, "temporal policies, G multiply-accumulates", f"{temporal / 1e9:.4f}", ""),
+            (name, "the same at 4 FLOPs each", f"{4 * temporal / 1e9:.3f}", paper["temporal"]),
+            (name, "spatial policies, tiles of 4, G at 2 FLOPs", f"{2 * spatial / 1e9:.4f}", paper["spatial"]),
+        ]
+    _show("counts", _table(("network", "what", "counted", "paper"), rows), write)
+
+
+def _parameters(module: torch.nn.Module) -> float:
+    return sum(tensor.numel() for tensor in module.parameters()) / 1e6
+
+
+def _elementwise(network: VideoResNet) -> int:
+    """Operations of batch norms (4 an element) and of ReLUs (1) for one clip."""
+    elements = 0
+
+    def note(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        nonlocal elements
+        elements += output.numel()
+
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    hooks = [module.register_forward_hook(note) for module in norms]
+    network(torch.empty(1, *CLIP, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return 5 * elements  # nearly every batch norm is followed by a ReLU
+
+
+# ---- training --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(runs: Runs = Path("runs/dstep")) -> None:
+    """Trains the dense networks, then every D-STEP network from them, and keeps what the tables need."""
+    from dance_tvm.sparsity.training import MODEL
+
+    for model, name in DENSE.items():
+        _trained(runs / name, method="dense", model=model, data=DENSE_DATA, epochs=DENSE_EPOCHS, lr=3e-3)
+    for run in [*TARGETS, *ABLATION]:
+        _trained(
+            runs / run.name, method="dstep", model=run.model, data=DATA, epochs=EPOCHS, lr=1e-3,
+            init=runs / DENSE[run.model] / MODEL, options={"target_flops": run.target, "policy_lr": 5, **run.options},
+        )  # fmt: skip
+    collect(runs)
+
+
+def _trained(folder: Path, **settings: Any) -> None:
+    from dance_tvm import train as training
+    from dance_tvm.sparsity.training import CARD, CHECKPOINT
+
+    if not (folder / CARD).exists():
+        training.run(out=folder, threads=1, batch=32, resume=(folder / CHECKPOINT).exists(), **settings)
+
+
+@app.command()
+def collect(runs: Runs = Path("runs/dstep")) -> None:
+    """Writes benchmarks/results/dstep.json from finished runs, and ships the network of target 0.6."""
+    from dance_tvm.sparsity.training import CARD, CURVES, MODEL
+
+    found: dict[str, Any] = {"dense": {}, "dstep": {}}
+    for model, name in DENSE.items():
+        if (runs / name / CARD).exists():
+            card = json.loads((runs / name / CARD).read_text())
+            macs = flops.dense_macs(models.create(model), tuple(card["clip_shape"])).total  # type: ignore[arg-type]
+            found["dense"][model] = {"accuracy": card["metrics"]["accuracy"], "macs": macs}
+    for run in dict.fromkeys(run.name for run in [*TARGETS, *ABLATION]):
+        if (runs / run / CARD).exists():
+            network, card = load_trained(runs / run / MODEL)
+            found["dstep"][run] = {
+                "metrics": card["metrics"],
+                "settings": card["settings"],
+                "parameters": int(1e6 * _parameters(network)),
+                "layers": _layer_shares(network, card),
+                "epochs": (runs / run / CURVES).read_text().count("\n") - 1,
+            }
+    write_atomically(RESULTS, (json.dumps(found, indent=1) + "\n").encode())
+    shipped = runs / "full-0.6"
+    if (shipped / MODEL).exists():
+        write_atomically(SHIPPED, (shipped / MODEL).read_bytes())
+        write_atomically(SHIPPED.with_suffix(".json"), (shipped / CARD).read_bytes())
+
+
+@torch.no_grad()
+def _layer_shares(network: DStepResNet, card: dict[str, Any]) -> list[dict[str, float]]:
+    """Compute, reuse and tile shares of each block over 128 held-out clips."""
+    from dance_tvm.sparsity.data import load_data
+
+    clips = load_data(card["settings"]["data"], seed=card["settings"]["seed"]).held_out
+    batch = torch.stack([clips[index][0] for index in range(min(128, len(clips)))])
+    with network.watched() as decisions:
+        network(batch)
+    return [
+        {
+            "compute": float(one.compute.mean()),
+            "reuse": 0.0 if one.reuse is None else float(one.reuse.mean()),
+            "tiles": 1.0 if one.mask is None else float(one.mask.mean()),
+        }
+        for one in decisions
+    ]
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def accuracy(write: Write = False) -> None:
+    """Accuracy against FLOPs for several targets."""
+    results = _results()
+    dense = results["dense"].get("resnet-mini")
+    rows = [("dense", "", f"{dense['accuracy']:.3f}", "1", "1", "", "", "")] if dense else []
+    for run in TARGETS:
+        if run.name in results["dstep"]:
+            found = results["dstep"][run.name]["metrics"]
+            shares = [f"{found[name]:.2f}" for name in ("flops", "needed", "tiles", "compute", "reuse")]
+            rows.append((f"D-STEP, D = {run.target:g}", run.target, f"{found['accuracy']:.3f}", *shares))
+    header = ("network", "target", "accuracy", "FLOPs (eq. 2)", "work needed", "tiles kept", "compute", "reuse")
+    _show("accuracy", _table(header, rows), write)
+
+
+@app.command()
+def ablation(write: Write = False) -> None:
+    """Table 3's rows: which of the temporal shift, the channel policy and the tile masks does what."""
+    results = _results()
+    rows = []
+    if dense := results["dense"].get("resnet-mini-tsn"):
+        rows.append(("Baseline, static (TSN)", "1", "1", f"{dense['accuracy']:.3f}"))
+    for run in ABLATION:
+        if run.name in results["dstep"]:
+            found = results["dstep"][run.name]["metrics"]
+            rows.append((run.label, f"{found['flops']:.2f}", f"{found['needed']:.2f}", f"{found['accuracy']:.3f}"))
+    _show("ablation", _table(("network", "FLOPs (eq. 2)", "work needed", "accuracy"), rows), write)
+
+
+@app.command()
+def shares(write: Write = False) -> None:
+    """Each block's decisions in the network of target 0.6, over held-out clips."""
+    found = _results()["dstep"]["full-0.6"]["layers"]
+    names = [name for name, _ in models.create("resnet-mini").residual_blocks()]  # type: ignore[operator]
+    rows = [
+        (name, *(f"{share:.2f}" for share in (one["compute"], one["reuse"], 1 - one["compute"] - one["reuse"])),
+         f"{one['tiles']:.2f}")
+        for name, one in zip(names, found, strict=True)
+    ]  # fmt: skip
+    _show("shares", _table(("block", "compute", "reuse", "skip", "tiles kept"), rows), write)
+
+
+def _results() -> dict[str, Any]:
+    if not RESULTS.exists():
+        raise DanceError("benchmarks/results/dstep.json is missing: python benchmarks/dstep.py train")
+    return dict(json.loads(RESULTS.read_text()))
+
+
+# ---- gates over real frames ------------------------------------------------------------------------------------
+
+
+@app.command()
+def gates(
+    video: Annotated[Path | None, typer.Option(help="a video; default: TransNetV2's test clip")] = None,
+    first: Annotated[int, typer.Option(help="first frame")] = 1200,
+    step: Annotated[int, typer.Option(help="every how many frames")] = 4,
+    size: Annotated[int, typer.Option(help="edge of the frames the network sees")] = 64,
+    out: Annotated[Path, typer.Option()] = ROOT / "docs" / "images" / "dstep-gates.png",
+) -> None:
+    """Real frames above the tile masks averaged over all layers: red where much is computed, blue where little."""
+    network, card = load_trained(SHIPPED)
+    if video is None:
+        from dance_tvm.models.transnetv2 import clip_path
+
+        video = clip_path()
+    frames = _frames(video, first, step, int(card["clip_shape"][1]), 4 * size)
+    seen = torch.from_numpy(frames).float().mean(3).unsqueeze(1) / 255
+    clip = torch.nn.functional.interpolate(seen, (size, size), mode="area").transpose(0, 1).unsqueeze(0)
+    with network.watched() as decisions, torch.no_grad():
+        network(clip)
+    masks = [
+        torch.nn.functional.interpolate(one.mask, (4 * size, 4 * size)) for one in decisions if one.mask is not None
+    ]
+    heat = torch.stack(masks).mean(0)[:, 0].numpy()
+    _write_png(out, np.concatenate([_side_by_side(frames), _side_by_side(_coloured(frames, heat))]))
+    print(f"{out}: {heat.mean():.2f} of the tiles kept, {heat.mean((1, 2)).round(2).tolist()} by frame")
+
+
+def _frames(video: Path, first: int, step: int, count: int, edge: int) -> np.ndarray:
+    """`count` frames as bytes (count, edge, edge, 3), the middle square of the picture."""
+    import av
+
+    frames: list[np.ndarray] = []
+    with av.open(str(video)) as container:
+        for index, frame in enumerate(container.decode(video=0)):
+            if index >= first and (index - first) % step == 0:
+                short = min(frame.width, frame.height)
+                scaled = frame.reformat(edge * frame.width // short, edge * frame.height // short, format="rgb24")
+                picture = scaled.to_ndarray()
+                top, left = (picture.shape[0] - edge) // 2, (picture.shape[1] - edge) // 2
+                frames.append(picture[top : top + edge, left : left + edge])
+            if len(frames) == count:
+                return np.stack(frames)
+    raise DanceError(f"{video} ends before frame {first + step * count}; choose an earlier --first")
+
+
+def _coloured(frames: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Frames in grey under a blue (0) to red (1) glaze of `heat` (T, H, W)."""
+    grey = frames.mean(3, keepdims=True) * 0.5
+    glaze = np.stack([heat, 0 * heat, 1 - heat], axis=-1) * 255
+    return (grey + 0.5 * glaze).clip(0, 255).astype(np.uint8)
+
+
+def _side_by_side(frames: np.ndarray) -> np.ndarray:
+    return np.concatenate(list(frames), axis=1)
+
+
+def _write_png(path: Path, picture: np.ndarray) -> None:
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoder = av.CodecContext.create("png", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = picture.shape[1], picture.shape[0], "rgb24"
+    encoder.time_base = 1
+    packets = encoder.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"))
+    write_atomically(path, b"".join(bytes(packet) for packet in [*packets, *encoder.encode(None)]))
+
+
+# ---- measured speed --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """One compiled network of the speed table."""
+
+    name: str
+    network: torch.nn.Module
+    inputs: tuple[torch.Tensor, ...]
+    work: float  # share of the dense multiply-accumulates
+    frames: int
+
+
+@app.command()
+def speed(
+    model: Annotated[str, typer.Option(help="a resnet of the zoo")] = "resnet18-tsn",
+    size: Annotated[int, typer.Option(help="edge of the frames")] = 224,
+    frames: Annotated[int, typer.Option()] = 8,
+    threads: Annotated[int, typer.Option()] = 2,
+    repeats: Annotated[int, typer.Option(help="rounds; every network runs once in each")] = 7,
+    target: Annotated[list[float] | None, typer.Option(help="shares of the FLOPs")] = None,
+    write: Write = False,
+) -> None:
+    """Latency of compiled networks with random policies against the dense one, in turns, on this machine."""
+    from dance_tvm.compiler import build_network
+    from dance_tvm.device import open_device
+
+    cases = _cases(model, (models.entry(model).input_shape[0], frames, size, size), target or [0.6, 0.4])
+    with tempfile.TemporaryDirectory() as folder, open_device("local") as device:
+        loaded = []
+        for index, case in enumerate(cases):
+            built = build_network(
+                case.network, Path(folder) / str(index), example_inputs=case.inputs, threads=threads, check=False
+            )
+            names = [tensor.name for tensor in built.artifact.manifest.inputs]
+            inputs = dict(zip(names, (tensor.numpy() for tensor in case.inputs), strict=True))
+            loaded.append((device.load(built.artifact), inputs))
+        times: list[list[float]] = [[] for _ in cases]
+        for _ in range(repeats):
+            for seconds, (network, inputs) in zip(times, loaded, strict=True):
+                seconds += network.time(inputs, 1)
+    _show("speed", _speed_table(cases, times), write)
+
+
+def _cases(model: str, shape: tuple[int, int, int, int], targets: Sequence[float]) -> list[Case]:
+    clip = example_clip(shape)
+    frames = shape[1]
+    cases = [Case("dense", _fresh(model), (clip,), 1.0, frames)]
+    for target in targets:
+        network = random_policies(_fresh(model), clip, target)
+        cases.append(Case(f"D-STEP at {target:g}", network, (clip,), float(needed_share(network, clip)), frames))
+    half = with_mix(_fresh(model), clip, Mix(0.5, 1, 0), options=DStepOptions(channels=False, reuse=False))
+    cases.append(Case("tiles of 8 alone, half kept", half, (clip,), float(needed_share(half, clip)), frames))
+    streamed = cases[1].network
+    assert isinstance(streamed, DStepResNet)
+    if streamed.temporal != "tsm":
+        stream = Stream(streamed, (shape[0], *shape[2:])).eval()
+        _, *state = stream(clip[:, :, 0], *stream.start())
+        work = float(needed_share(streamed, clip))
+        inputs = (clip[:, :, 1], *(tensor.detach() for tensor in state))
+        cases.append(Case(f"D-STEP at {targets[0]:g}, one frame streamed", stream, inputs, work, 1))
+    return cases
+
+
+def _fresh(model: str) -> VideoResNet:
+    network = models.create(model)
+    assert isinstance(network, VideoResNet)
+    return network
+
+
+def _speed_table(cases: Sequence[Case], times: Sequence[Sequence[float]]) -> str:
+    dense = statistics.median(times[0])
+    rows = []
+    for case, seconds in zip(cases, times, strict=True):
+        middle = statistics.median(seconds)
+        share = case.frames / cases[0].frames
+        faster = dense * share / middle
+        rows.append(
+            (case.name, f"{1e3 * middle:.1f}", f"{case.work:.3f}", f"{faster:.2f}", f"{faster * case.work:.2f}")
+        )
+    return _table(
+        ("network", "ms a call", "share of the work", "speed-up a frame", "speed-up ÷ reduction of work"), rows
+    )
+
+
+# ---- the page --------------------------------------------------------------------------------------------------
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _show(name: str, text: str, write: bool) -> None:
+    print(text)
+    if write:
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        head, found, rest = PAGE.read_text().partition(begin)
+        if not found:
+            raise DanceError(f"{PAGE} has no section {name}")
+        write_atomically(PAGE, (head + begin + text + "\n" + end + rest.partition(end)[2]).encode())
+
+
+if __name__ == "__main__":
+    try:
+        app(standalone_mode=False)
+    except DanceError as error:
+        raise SystemExit(f"error: {error}") from None
