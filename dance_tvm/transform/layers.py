@@ -6,7 +6,10 @@ from pydantic import BaseModel
 
 
 class LayerInfo(BaseModel):
-    """What was decided for one layer; ``macs`` counts multiply-accumulates of the dense layer in one call."""
+    """What was decided for one layer; ``macs`` counts multiply-accumulates of the dense layer in one call.
+
+    ``tuned`` tells which tuning record chose the tile sizes; empty where the defaults did.
+    """
 
     name: str
     kind: str
@@ -14,3 +17,4 @@ class LayerInfo(BaseModel):
     macs: int
     skips: list[str] = []
     reason: str = ""
+    tuned: str = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,11 +10,12 @@ import tvm
 from tvm import relax
 
 from dance_tvm.schedules.channel_plan import channel_list_shape, plan_channels
-from dance_tvm.schedules.conv3d_gather import GatherConv, conv3d_gather
+from dance_tvm.schedules.conv3d_gather import GatherConv, Tile, conv3d_gather
 from dance_tvm.schedules.mask_window import grow_backward, grow_forward
 from dance_tvm.schedules.pool3d import Pool, pool3d
 from dance_tvm.schedules.row_plan import RowPlan, plan_rows
-from dance_tvm.schedules.tiles import Machine, default_tile
+from dance_tvm.schedules.spaces import TYPICAL_DENSITY, Workload, choose_tile
+from dance_tvm.schedules.tiles import Machine
 
 from .graph import Graph, Shape, dtype_of, shape_of, substitute, variables
 from .layers import LayerInfo
@@ -31,12 +32,20 @@ from .windows import POOLS, window_of
 COUNTS = "counts"
 
 
+#: The tile for a workload, and where it comes from ("" for the default).
+TileFor = Callable[[Workload], tuple[Tile, str]]
+
+
 @tvm.transform.module_pass(opt_level=0, name="LowerWindows")
 class LowerWindows:
     """Lower every site of ``main``; ``layers`` receives what was decided, in order of execution."""
 
-    def __init__(self, machine: Machine, sparsity: bool = True) -> None:
+    def __init__(
+        self, machine: Machine, sparsity: bool = True, threads: int = 1, tile_for: TileFor | None = None
+    ) -> None:
         self.machine = machine
+        self.threads = threads
+        self.tile_for = tile_for or (lambda workload: choose_tile(workload, machine))
         self.sparsity = sparsity
         self.layers: list[LayerInfo] = []
 
@@ -45,10 +54,10 @@ class LowerWindows:
         graph = Graph.of(mod["main"])
         liveness = Liveness.of(graph)
         sites = Sites.of(graph, liveness)
-        lowering = _Lowering(mod, graph, liveness, sites, self.machine)
+        lowering = _Lowering(mod, graph, liveness, sites, self.machine, self.threads, self.tile_for)
         lowered = lowering.run("main")
         self.layers.extend(lowering.layers)
-        counting = _Lowering(lowered, graph, liveness, sites, self.machine)
+        counting = _Lowering(lowered, graph, liveness, sites, self.machine, self.threads, self.tile_for)
         return relax.transform.DeadCodeElimination()(counting.run(COUNTS))
 
 
@@ -61,6 +70,9 @@ class _Lowering:
     liveness: Liveness
     sites: Sites
     machine: Machine
+    threads: int
+    tile_for: TileFor
+    tuned: str = ""
     layers: list[LayerInfo] = field(default_factory=list)
     new: dict[relax.Var, relax.Expr] = field(default_factory=dict)
     planned: dict[Hashable, list[relax.Expr]] = field(default_factory=dict)
@@ -225,11 +237,32 @@ class _Lowering:
         result = self._kernel(conv3d_gather(conv), args, [out_shape], "float32")
         return self._as_video(result, shape_of(site.end))
 
+    def _workload(self, site: Site, alive: Live, wanted: Live) -> Workload:
+        """What the choice of the site's tile depends on."""
+        listed = {
+            "in_frames": alive.frames,
+            "out_frames": wanted.frames,
+            "positions": wanted.positions,
+            "in_channels": alive.channels if site.groups == 1 else None,
+            "out_channels": wanted.channels,
+        }
+        lists = tuple(axis for axis, mask in listed.items() if mask is not None)
+        return Workload(
+            site.window,
+            site.channels_in,
+            site.channels_out,
+            site.groups,
+            lists,
+            residual=site.residual is not None,
+            activation=site.activation,
+            threads=self.threads,
+            density=TYPICAL_DENSITY if lists else 1.0,
+        )
+
     def _choose(self, site: Site, alive: Live, wanted: Live, samples: int) -> GatherConv:
         """The kernel of a site: its tile, its row plan and the lists it walks."""
         window = site.window
-        depth = int(site.weight.shape[1])
-        tile = default_tile(self.machine, window, depth, site.channels_out // site.groups)
+        tile, self.tuned = self.tile_for(self._workload(site, alive, wanted))
         positions = None if wanted.positions is None else tuple(wanted.positions.shape[:2])
         plan = RowPlan(
             window,
@@ -265,7 +298,15 @@ class _Lowering:
         skips += [f"output {axis}" for axis in wanted.axes]
         reason = "" if skips else self._why_dense(site)
         kind = "linear" if site.linear else "conv3d"
-        return LayerInfo(name=site.start.name, kind=kind, kernel=conv.name, macs=site.macs, skips=skips, reason=reason)
+        return LayerInfo(
+            name=site.start.name,
+            kind=kind,
+            kernel=conv.name,
+            macs=site.macs,
+            skips=skips,
+            reason=reason,
+            tuned=self.tuned,
+        )
 
     def _why_dense(self, site: Site) -> str:
         refused = self.liveness.masks.refused

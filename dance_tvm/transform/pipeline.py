@@ -11,6 +11,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from dance_tvm.schedules.spaces import TuningLog, choose_tile
 from dance_tvm.schedules.tiles import Machine
 
 from .channels_last import ChannelsLast
@@ -33,6 +34,7 @@ class Options:
     conv: Literal["auto", "direct", "winograd"] = "auto"
     sparsity: Literal["auto", "off"] = "auto"
     debug_dump: Path | None = None
+    tuning: TuningLog | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,12 @@ def lower(
 ) -> Lowered:
     """Turn an imported Relax module into one whose every operator has a kernel for ``target``."""
     machine = machine_of(target)
-    lower_windows = LowerWindows(machine, sparsity=options.sparsity == "auto")
+    lower_windows = LowerWindows(
+        machine,
+        sparsity=options.sparsity == "auto",
+        threads=options.threads,
+        tile_for=lambda workload: choose_tile(workload, machine, options.tuning),
+    )
     lift_weights = LiftWeights()
     phases: list[tuple[str, list[tvm.transform.Pass]]] = [
         (
