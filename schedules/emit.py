@@ -105,6 +105,12 @@ def clear(buffer: tirx.Buffer) -> None:
         store(memory, tirx.const(0, buffer.dtype), i)
 
 
+def prefetch(buffer: tirx.Buffer, index: Expr) -> None:
+    """Ask for the cache line of ``buffer[index]`` to be brought near; an address past the end does no harm."""
+    read, second_level, data = (tirx.IntImm(INT, value) for value in (0, 2, 1))
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(buffer[index]), read, second_level, data))
+
+
 def serial(extent: Expr) -> Any:
     """A loop from zero that stays a loop."""
     return T.serial(0, extent)

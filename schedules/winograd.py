@@ -36,6 +36,7 @@ from .emit import (
     let,
     number,
     parallel,
+    prefetch,
     scratch,
     serial,
     splat,
@@ -462,6 +463,7 @@ class _Emitter:
     ) -> None:
         count = self.tile.vector_floats
         w = [let(weights[self._vector(start, v)]) for v in range(self.tile.vectors)]
+        prefetch(weights, start + self.tile.depth_block * self.tile.nr)
         for r, value in enumerate(values):
             x = let(value)
             for v in range(self.tile.vectors):
