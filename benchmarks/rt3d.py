@@ -84,9 +84,10 @@ def train_dense(runs: Path, model: str) -> dict[str, Any]:
 def train_case(runs: Path, case: Case) -> dict[str, Any]:
     """The card of one pruning run; the same epochs and learning rate for all, as in the paper."""
     options = {"algorithm": case.algorithm, "scheme": case.scheme, "rate": case.rate, "dense": 0.0, "retrain": 0.625}
+    dense = runs / case.model / "dense" / MODEL
     return trained(
-        runs / case.folder, method="kgs", model=case.model, data=DATA, epochs=EPOCHS, batch=16, lr=1e-3, options=options,
-        init=runs / case.model / "dense" / MODEL,
+        runs / case.folder, method="kgs", model=case.model, data=DATA, epochs=EPOCHS, batch=16, lr=1e-3, init=dense,
+        options=options,
     )  # fmt: skip
 
 
@@ -100,6 +101,7 @@ def table1(
     runs: Annotated[Path, typer.Option(help="where training runs are kept")] = Path("build/rt3d"),
     model: Annotated[list[str] | None, typer.Option(help="c3d-mini, r2plus1d-mini")] = None,
     algorithm: Annotated[list[str] | None, typer.Option(help="train these only, and leave the page as it is")] = None,
+    only_finished: Annotated[bool, typer.Option(help="train nothing: write the rows whose runs are there")] = False,
 ) -> None:
     """Train every case that is missing and write Table 1."""
     chosen = model or list(HIGH_RATE)
@@ -108,6 +110,8 @@ def table1(
         base = train_dense(runs, name)
         for case in table1_cases(name):
             if algorithm and case.algorithm not in algorithm:
+                continue
+            if only_finished and not (runs / case.folder / CARD).exists():
                 continue
             card = train_case(runs, case)
             print(case, f"{card['metrics']['accuracy']:.1%}", flush=True)
