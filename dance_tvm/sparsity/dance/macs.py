@@ -4,9 +4,10 @@ For each convolution and clip:
 
     rows of output that somebody reads  x  taps whose input frame is alive  x  live input channels  x  live outputs
 
-*Alive* (read side) is what the masks before it leave; *read* (compute side) is what the masks after it leave. Both
-are carried through ReLU, batch norm, pooling, sums and concatenations as three masks, of frames, positions and
-channels, and a union of such triples is taken axis by axis, as index lists have to. Taps that fall on padding are
+*Alive* (read side) is what the masks before it leave; *read* (compute side) is what the masks after it leave, and what
+the windows of later layers reach of that. Both are carried through ReLU, batch norm, pooling, convolutions, sums and
+concatenations as three masks, of frames, positions and channels, and a union of such triples is taken axis by axis, as
+index lists have to. Taps that fall on padding are
 not on the lists, so they are never counted, dense or pruned.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -85,7 +86,7 @@ class MacCounter:
         """The MACs of `clips` clips whose masks are `decisions` (one entry a site; none: the dense network)."""
         device = decisions[0][0].device if decisions and decisions[0][0] is not None else _device(self._graph)
         alive = self._alive(decisions, clips, device)
-        read = self._read(decisions, clips, device)
+        read = self._read(decisions, clips, device, alive)
         layers = []
         for node in self._convolutions:
             conv = module_of(self._graph, node)
@@ -109,7 +110,10 @@ class MacCounter:
         if isinstance(module, Prune):
             return _masked(sources[0], module.decided(decisions)) if decisions else sources[0]
         if isinstance(module, nn.MaxPool3d | nn.AvgPool3d):
-            return _pooled(sources[0], module)
+            return _reached(sources[0], module)
+        if isinstance(module, nn.Conv3d) and module.bias is None and sources:
+            reached = _reached(sources[0], module)
+            return reached._replace(channels=_everything(node, clips, device).channels)
         if isinstance(module, nn.ReLU | nn.Dropout | nn.Identity) or _named(node, "relu", "relu_"):
             return sources[0]
         if _named(node, "cat") and len(sources) == len(node.all_input_nodes) and _along_channels(node):
@@ -118,13 +122,15 @@ class MacCounter:
             return _union(sources[0], sources[1])
         return _everything(node, clips, device)
 
-    def _read(self, decisions: Sequence[Masks], clips: int, device: torch.device) -> dict[fx.Node, Live]:
+    def _read(
+        self, decisions: Sequence[Masks], clips: int, device: torch.device, alive: dict[fx.Node, Live]
+    ) -> dict[fx.Node, Live]:
         """Which part of each node's output some later node reads, from the outputs back."""
         read: dict[fx.Node, Live] = {}
         for node in reversed(self._nodes):
             wanted: Live | None = None
             for user in node.users:
-                part = self._read_by(user, node, read, decisions, clips, device)
+                part = self._read_by(user, node, read, decisions, _everything(node, clips, device), alive[node])
                 wanted = part if wanted is None else _union(wanted, part)
             read[node] = wanted or _everything(node, clips, device)
         return read
@@ -135,17 +141,19 @@ class MacCounter:
         node: fx.Node,
         read: dict[fx.Node, Live],
         decisions: Sequence[Masks],
-        clips: int,
-        device: torch.device,
+        everything: Live,
+        alive: Live,
     ) -> Live:
-        everything = _everything(node, clips, device)
         if user not in read:
             return everything
         module = module_of(self._graph, user)
         if isinstance(module, Prune):
             return _masked(read[user], module.decided(decisions)) if decisions else read[user]
         if isinstance(module, nn.MaxPool3d | nn.AvgPool3d):
-            return _unpooled(read[user], module, everything)
+            return _seen_through(read[user], module, everything)
+        if isinstance(module, nn.Conv3d):
+            seen = _seen_through(read[user], module, everything)
+            return Live(seen.frames * alive.frames, seen.positions * alive.positions, alive.channels)
         same = isinstance(module, nn.ReLU | nn.Dropout | nn.Identity | nn.BatchNorm3d)
         if same or _named(user, "relu", "relu_", "add", "iadd"):
             return read[user]
@@ -221,41 +229,77 @@ def _union(one: Live, other: Live) -> Live:
     return Live(*(torch.maximum(mine, theirs) for mine, theirs in zip(one, other, strict=True)))
 
 
-def _pooled(live: Live, pool: nn.MaxPool3d | nn.AvgPool3d) -> Live:
-    kernel, stride, padding = (_three(value) for value in (pool.kernel_size, pool.stride, pool.padding))
-    ceil = pool.ceil_mode
-    frames = functional.max_pool1d(live.frames[:, None], kernel[0], stride[0], padding[0], ceil_mode=ceil)[:, 0]
-    positions = functional.max_pool2d(live.positions[:, None], kernel[1:], stride[1:], padding[1:], ceil_mode=ceil)[
-        :, 0
-    ]
-    return Live(frames, positions, live.channels)
+class _Windows(NamedTuple):
+    """The geometry that a pooling and a convolution share, for frames, rows and columns."""
+
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
+    dilation: tuple[int, int, int]
 
 
-def _unpooled(read: Live, pool: nn.MaxPool3d | nn.AvgPool3d, whole: Live) -> Live:
-    """What a pooling reads of its input for the outputs that are read: every window's entries."""
-    kernel, stride, padding = (_three(value) for value in (pool.kernel_size, pool.stride, pool.padding))
-    length, area = whole.frames.shape[1], whole.positions.shape[1:]
-    frames = _spread(read.frames[:, None, :, None], (kernel[0], 1), (stride[0], 1), (padding[0], 0), (length, 1))
-    positions = _spread(read.positions[:, None], kernel[1:], stride[1:], padding[1:], tuple(area))
-    return Live(frames[:, 0, :, 0], positions[:, 0], read.channels)
+def _windows(layer: nn.Module) -> _Windows:
+    dilation = _three(getattr(layer, "dilation", 1))
+    kernel, padding = _three(layer.kernel_size), cast(Any, layer.padding)
+    if isinstance(padding, str):
+        padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)) if padding == "same" else 0
+    return _Windows(kernel, _three(layer.stride), _three(padding), dilation)
 
 
-def _spread(
-    mask: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], size: tuple[int, ...]
-) -> Tensor:
-    """(N, 1, h, w) windows to the (N, 1, *size) entries they cover; an entry of several windows takes the largest."""
-    windows = mask.new_zeros(
-        mask.shape[0], 1, size[0] + 2 * padding[0] + kernel[0], size[1] + 2 * padding[1] + kernel[1]
+def _reached(alive: Live, layer: nn.Module) -> Live:
+    """Where the windows of a layer hold something alive; channels as they are."""
+    kernel, stride, padding, dilation = _windows(layer)
+    ceil = bool(getattr(layer, "ceil_mode", False))
+    frames = functional.max_pool1d(
+        _padded(alive.frames[:, None], padding[:1]), kernel[0], stride[0], 0, dilation[0], ceil_mode=ceil
     )
-    for row in range(kernel[0]):
-        for column in range(kernel[1]):
-            placed = torch.zeros_like(windows)
-            rows = slice(row, row + stride[0] * mask.shape[2], stride[0])
-            columns = slice(column, column + stride[1] * mask.shape[3], stride[1])
-            target = placed[:, :, rows, columns]
-            target += mask[:, :, : target.shape[2], : target.shape[3]]
-            windows = torch.maximum(windows, placed)
-    return windows[:, :, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
+    positions = functional.max_pool2d(
+        _padded(alive.positions[:, None], padding[1:]), kernel[1:], stride[1:], 0, dilation[1:], ceil_mode=ceil
+    )
+    return Live(frames[:, 0], positions[:, 0], alive.channels)
+
+
+def _padded(mask: Tensor, padding: tuple[int, ...]) -> Tensor:
+    return functional.pad(mask, [size for size in reversed(padding) for _ in range(2)])
+
+
+def _seen_through(read: Live, layer: nn.Module, whole: Live) -> Live:
+    """What a layer looks at of its input for the outputs that are read: every window's entries."""
+    kernel, stride, padding, dilation = _windows(layer)
+    frames = read.frames[:, None, :, None]
+    frames = _spread(frames, _Axes(kernel[0], stride[0], padding[0], dilation[0], whole.frames.shape[1]), _ONE)
+    rows, columns = (
+        _Axes(kernel[axis], stride[axis], padding[axis], dilation[axis], whole.positions.shape[axis]) for axis in (1, 2)
+    )
+    return Live(frames[:, 0, :, 0], _spread(read.positions[:, None], rows, columns)[:, 0], read.channels)
+
+
+class _Axes(NamedTuple):
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+    size: int
+
+
+_ONE = _Axes(1, 1, 0, 1, 1)
+
+
+def _spread(mask: Tensor, rows: _Axes, columns: _Axes) -> Tensor:
+    """(N, 1, h, w) windows to the (N, 1, H, W) entries they cover; an entry of several windows takes the largest."""
+    return _spread_along(_spread_along(mask, 2, rows), 3, columns)
+
+
+def _spread_along(mask: Tensor, dim: int, axis: _Axes) -> Tensor:
+    length = (mask.shape[dim] - 1) * axis.stride + 1
+    room = max(axis.size + 2 * axis.padding, length + (axis.kernel - 1) * axis.dilation)
+    shape = [*mask.shape[:dim], room, *mask.shape[dim + 1 :]]
+    covered = mask.new_zeros(shape)
+    for tap in range(axis.kernel):
+        start = tap * axis.dilation
+        places = torch.arange(start, start + length, axis.stride, device=mask.device)
+        covered = torch.maximum(covered, mask.new_zeros(shape).index_copy(dim, places, mask))
+    return covered.narrow(dim, axis.padding, axis.size)
 
 
 def _concatenated(sources: list[Live]) -> Live:

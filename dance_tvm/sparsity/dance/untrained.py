@@ -15,7 +15,7 @@ from dance_tvm.sparsity.dance.method import controller_of
 def keep_at_random(
     graph: fx.GraphModule, clips: Tensor, keep: float | Mapping[str, float], seed: int = 0
 ) -> fx.GraphModule:
-    """Draws the controller's heads anew and shifts each so that `keep` of its entries stays, on average over `clips`.
+    """Draws the controller anew and shifts each head so that `keep` of its entries stays, on average over `clips`.
 
     `keep` is a share 0 to 1, or one for each axis ("frames", "channels", "positions"). Decisions differ from clip to
     clip as a trained controller's do. `graph` (from `prune`) is changed in place and returned in evaluation mode.
@@ -24,13 +24,15 @@ def keep_at_random(
     shares = {axis: keep if isinstance(keep, int | float) else keep.get(axis, 1.0) for axis in AXES}
     generator = torch.Generator().manual_seed(seed)
     controller.theta.zero_()
+    for layer in controller.modules():
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / layer.weight[0].numel() ** 0.5)
     controller.norm.train().momentum = None  # the statistics of `clips`, which take the place of trained ones
     controller.norm.reset_running_stats()
     for axis, heads in _heads(controller):
         for head in heads:
             assert isinstance(head, nn.Conv1d | nn.Conv2d | nn.Linear)
             assert head.bias is not None
-            head.weight.copy_(torch.randn(head.weight.shape, generator=generator))
             head.register_forward_hook(_Shift(shares[axis]))
     graph(clips)
     controller.norm.eval()
