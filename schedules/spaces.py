@@ -82,7 +82,9 @@ class Workload:
     @staticmethod
     def of(facts: Mapping[str, Any]) -> Workload:
         """The workload that ``facts`` describes. Raises KeyError, TypeError or ValueError where they describe none."""
-        window = {key: tuple(value) if isinstance(value, list) else value for key, value in facts["window"].items()}
+        window: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in facts["window"].items()
+        }
         rest = {key: value for key, value in facts.items() if key != "window"}
         return Workload(Window(**window), **{**rest, "lists": tuple(rest.get("lists", ()))})
 

@@ -1,0 +1,71 @@
+"""What a build asks of the logs: the record of this very layer, else of the most similar one, on this target alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dance_tvm.errors import DanceError
+from dance_tvm.schedules.spaces import SPACES, Advice, Workload
+from dance_tvm.tuning.records import Log, Record, log_path
+
+if TYPE_CHECKING:
+    from dance_tvm.target import Target
+
+#: Layers further apart than this (see ``Workload.distance``) tell nothing about each other's tiles.
+SIMILAR = 3.0
+
+
+@dataclass
+class TunedTiles:
+    """The verified records of one target; a ``TuningLog`` in the sense of ``schedules.spaces``."""
+
+    fingerprint: str
+    logs: list[Log]
+    similar: float = SIMILAR
+    others: str = field(default="")
+
+    @cached_property
+    def records(self) -> list[tuple[Workload, Record]]:
+        """Workload and fastest verified record, of every workload that has one."""
+        return [(found.shape, found) for log in self.logs for found in log.best(self.fingerprint).values()]
+
+    def advise(self, workload: Workload) -> Advice | None:
+        """The record nearest to the workload, the workload's own first; None where nothing is similar."""
+        ranked = self.ranked(workload)
+        if not ranked or ranked[0][0] > self.similar:
+            return None
+        distance, tuned, record = ranked[0]
+        return Advice(tuned, record.decisions, _origin(record, tuned, workload, distance) + self.others)
+
+    def ranked(self, workload: Workload) -> list[tuple[float, Workload, Record]]:
+        """All comparable records, the nearest first: (distance, workload, record)."""
+        near = [(workload.distance(tuned), tuned, record) for tuned, record in self.records]
+        return sorted((item for item in near if item[0] < float("inf")), key=lambda item: item[0])
+
+
+def tuned_tiles(target: Target, folder: Path | None = None, logs_from: Target | None = None) -> TunedTiles:
+    """The logs of ``target`` in ``folder`` (the package's own unless given).
+
+    Records of ``logs_from`` are used in their place where it is given; each choice says so.
+    """
+    source = logs_from or target
+    logs = [Log.read(log_path(source, family, folder)) for family in SPACES]
+    tiles = TunedTiles(source.fingerprint, logs)
+    if logs_from is not None and logs_from.fingerprint != target.fingerprint:
+        if not tiles.records:
+            raise DanceError(f"--logs-from {logs_from.name}: there is no verified record of that target")
+        tiles.others = f" (made for {logs_from.name})"
+    return tiles
+
+
+def _origin(record: Record, tuned: Workload, workload: Workload, distance: float) -> str:
+    day = record.date[:10]
+    gain = f", {record.speed_up:.2f}x the defaults" if record.speed_up else ""
+    if tuned.identity == workload.identity:
+        return f"tuned {day} on {record.origin}{gain}"
+    if tuned.kernel_identity == workload.kernel_identity:
+        return f"tuned {day} on {record.origin} at density {tuned.density:g}{gain}"
+    return f"from a similar layer ({distance:.1f} away) tuned {day} on {record.origin}"
