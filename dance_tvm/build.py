@@ -56,6 +56,7 @@ def build(
     numerics: Annotated[Numerics, typer.Option(help="exact keeps the order of sums of the source.")] = Numerics.fast,
     conv: Annotated[Convolution, typer.Option(help="Convolution algorithm.")] = Convolution.auto,
     sparsity: Annotated[Sparsity, typer.Option(help="off computes what masks would skip.")] = Sparsity.auto,
+    logs_from: Annotated[str | None, typer.Option(help="Use the tuning logs of this target instead.")] = None,
     debug_dump: Annotated[Path | None, typer.Option(help="Write the IR after every phase to this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -64,7 +65,7 @@ def build(
     with _Progress(console, quiet=as_json) as progress:
         built = _build(
             model, target, out, weights=weights, threads=threads, check=check, debug_dump=debug_dump,
-            on_phase=progress.phase, numerics=numerics.value, conv=conv.value, sparsity=sparsity.value,
+            logs_from=logs_from, on_phase=progress.phase, numerics=numerics.value, conv=conv.value, sparsity=sparsity.value,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(_facts(built), indent=2))

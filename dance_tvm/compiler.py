@@ -24,6 +24,7 @@ from dance_tvm.host import needed_flags
 from dance_tvm.linker import shared_library_linker
 from dance_tvm.target import Target, load_target
 from dance_tvm.transform.pipeline import Lowered, Options, lower
+from dance_tvm.tuning.advice import tuned_tiles
 from dance_tvm.weights import place_weights, weight_bytes
 
 if TYPE_CHECKING:
@@ -79,17 +80,22 @@ def build_network(
     check: bool | None = None,
     options: Options | None = None,
     debug_dump: str | Path | None = None,
+    logs_from: str | Path | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> Built:
     """Compile ``model`` for ``target`` into the artifact folder ``out``.
 
     ``model`` is a name of the zoo, a ``.pt2`` or ``.onnx`` file, or a network in memory (with ``example_inputs``).
     ``check`` runs the built network against its source, on this machine or on the emulated device; None does so
-    unless that would take long. Raises DanceError for bad input, with nothing left behind.
+    unless that would take long. Tile sizes come from the target's tuning logs, or from those of the target
+    ``logs_from``. Raises DanceError for bad input, with nothing left behind.
     """
     machine = target if isinstance(target, Target) else load_target(target)
     chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
     chosen = replace(chosen, debug_dump=_dump_folder(debug_dump)) if debug_dump else chosen
+    source = load_target(logs_from) if logs_from else None
+    if chosen.tuning is None:
+        chosen = replace(chosen, tuning=tuned_tiles(machine, logs_from=source))
     require_writable(out)  # told before any work is done
     clock = _Clock(on_phase)
 
@@ -101,6 +107,8 @@ def build_network(
     executable, parameters, memory = _compile(lowered, machine, chosen)
     clock.start("link")
     manifest = _manifest(imported, lowered, machine, chosen)
+    if source is not None:
+        manifest.options["logs_from"] = source.name
     manifest.memory_peak_bytes = memory
 
     reference: dict[str, np.ndarray] = {}
