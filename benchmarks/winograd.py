@@ -6,7 +6,7 @@ or with no size to take what the cost model chooses.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +20,8 @@ from tvm import tirx
 from dance_tvm.schedules import winograd
 from dance_tvm.schedules.tiles import default_tile
 from dance_tvm.schedules.winograd import WinogradConv, conv3d_winograd
-from dance_tvm.schedules.winograd_plan import WinogradPlan, plan_winograd
+from dance_tvm.schedules.winograd_choice import choose, winograd_seconds
+from dance_tvm.schedules.winograd_plan import LISTS, WinogradPlan, plan_winograd
 from dance_tvm.target import Target, load_target
 from dance_tvm.transform.pipeline import machine_of
 
@@ -78,7 +79,7 @@ def prepare(conv: WinogradConv, data: Data, target: tvm.target.Target) -> list[t
     build(plan_winograd(plan), target)["plan_winograd"](*tables, *lists)
     y = tensor(np.zeros((1, *plan.window.out, conv.channels_out), "float32"))
     packed = [tensor(conv.pack_weights(data.weight)), tensor(conv.pack_bias(data.bias))]
-    return [tensor(data.x), *packed, tensor(plan.tap_entries), *lists, y]
+    return [tensor(data.x), *packed, tensor(plan.tap_entries), *lists[: len(LISTS)], y]
 
 
 def executed_macs(conv: WinogradConv, args: list[tvm.runtime.Tensor]) -> int:
@@ -149,16 +150,23 @@ def main(
     for name in layer:
         one = next(each for each in [*C3D, *R2PLUS1D] if each.name == name)
         print(f"{name}: peak {peak.gflops():.0f} GFLOP/s", flush=True)
+        runner = Runner(one, machine, threads)
         if direct:
-            runner = Runner(one, machine, threads)
             seconds = runner.seconds(repeat)
             print(f"direct  {1e3 * seconds:.1f} ms  {2e-9 * runner.macs / seconds:.0f} GFLOP/s done", flush=True)
         data = Data.of(one)
-        tile = default_tile(machine_of(machine), one.window, one.channels_in, one.channels_out)
+        facts = machine_of(machine)
+        tile = default_tile(facts, one.window, one.channels_in, one.channels_out)
+        chosen = choose(runner.conv, facts, threads, "winograd")
+        print(f"{chosen.conv.name}: {chosen.reason}", flush=True)
+        if not size and isinstance(chosen.conv, WinogradConv):
+            report(replace(chosen.conv, activation=""), one, data, machine, threads, repeat, phases)
         for m, columns in map(parse, size):
             plan = WinogradPlan(one.window, m, tile.mr, columns)
             conv = WinogradConv(one.channels_in, one.channels_out, tile, plan, activation="")
+            predicted = winograd_seconds(conv, facts, threads)
             report(conv, one, data, machine, threads, repeat, phases)
+            print(f"  predicted {1e3 * predicted:.1f} ms", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ rows_in    (chunks, tiles, mr)               source row of the first tap, per ro
 rows_out   (chunks, tiles, mr)               frame · columns + index of the column; -1 where the last row repeats
 runs       (chunks, classes, 4)              first tap entry, last + 1, first tile, last tile + 1
 counts     (chunks + 1, 4)                   inputs, tiles, runs, sample; the last row: chunks
+pairs      (samples, 1)                      pairs of row and tap, for counting; the kernel does not take it
 =========  ================================  ==================================================================
 """
 
@@ -29,6 +30,7 @@ from .emit import INT, Expr, argument, kernel, let, number, scratch, serial, sto
 from .geometry import Triple, Window
 from .row_plan import MOST_DYNAMIC_FRAME_TAPS
 
+#: The lists that the kernel takes.
 LISTS = ("columns", "inputs", "rows_in", "rows_out", "runs", "counts")
 
 
@@ -140,6 +142,7 @@ class WinogradPlan:
             "rows_out": (self.chunks, self.tiles_capacity, self.mr),
             "runs": (self.chunks, len(self.tap_sets), 4),
             "counts": (self.chunks + 1, 4),
+            "pairs": (self.samples, 1),
         }
 
     @property
@@ -165,7 +168,7 @@ class WinogradPlan:
 
 
 def plan_winograd(plan: WinogradPlan, name: str = "plan_winograd") -> tirx.PrimFunc:
-    """The planner: masks and the table in, the six lists out."""
+    """The planner: masks and the table in, the seven lists out."""
     with kernel(name) as built:
         masks = {key: argument(key, shape) for key, shape in plan.masks.items()}
         frame_class = argument("frame_class", (plan.tiles[0],), INT)
@@ -199,6 +202,8 @@ class _Planner:
             column = let(clip * plan.places + place)
             with serial(self.frames) as frame:
                 store(self.row_class, self._class_of(clip, place, frame), column, frame)
+        with serial(plan.samples) as sample:
+            store(self.lists["pairs"], _zero(), sample, 0)
         self._fill_chunks()
         with serial(self.lists["counts"][plan.chunks, 0]) as chunk:
             self._list_rows(chunk)
@@ -332,6 +337,8 @@ class _Planner:
                     store(needed, tirx.IntImm(INT, 1), source + shift)
         used = let(state[0])
         with when(used > first):
+            sample, pairs = let(self.lists["counts"][chunk, 3]), self.lists["pairs"]
+            store(pairs, pairs[sample, 0] + (used - first) * len(taps), sample, 0)
             end = let(tirx.floordiv(used + (plan.mr - 1), plan.mr) * plan.mr)
             last = let(self.lists["rows_in"][chunk, *self._slot(used - 1)])
             with serial(end - used) as missing:

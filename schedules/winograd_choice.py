@@ -1,0 +1,225 @@
+"""Direct or Winograd, and with which tile: a model of the time each kernel takes where nothing has been measured.
+
+Both are the same register tiles, so both are counted with :func:`~.tiles.predicted_cycles`; what differs is how many of
+them there are, how many weights stream past them, and what the transforms add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .conv3d_gather import GatherConv, Tile
+from .geometry import Triple
+from .tiles import WEIGHTS_SHARE_OF_L1, Machine, candidates, predicted_cycles
+from .winograd import WinogradConv
+from .winograd_plan import WinogradPlan
+
+#: Tiles tried along height and width, and over frames. Each keeps the largest error of a layer under 1e-4 of its
+#: largest output, by a factor of three at least (docs/winograd.md).
+SPATIAL_TILES = (2, 3, 4, 5, 6)
+FRAME_TILES = (1, 2, 4)
+#: Cycles of one core per vector that is transformed and stored, measured on layers of C3D: inputs, products.
+INPUT_CYCLES, OUTPUT_CYCLES = 9.0, 7.0
+#: Cycles to start a register tile: its list entries, its addresses and the end of its loops.
+TILE_CYCLES = 40.0
+#: Seconds until the threads have met at the end of a phase.
+BARRIER_SECONDS = 5e-6
+#: Share of the shorter of arithmetic and weight traffic that is not hidden behind the longer.
+NOT_HIDDEN = 0.35
+#: Share of the memory's rate that one core reaches alone.
+ONE_CORE_SHARE = 0.6
+#: Share of the last-level cache that the scratch of a chunk may fill before it is taken to spill.
+SCRATCH_SHARE = 1.0
+#: Bytes of scratch beyond which a chunk is never made.
+MOST_SCRATCH = 96 << 20
+#: Density assumed of an axis that masks thin: they are not known when a network is built.
+ASSUMED_DENSITY = 0.5
+#: A kernel with the larger weights must be this much faster to be worth its memory.
+WORTH_MEMORY = 0.97
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel chosen for a layer, and why in one sentence."""
+
+    conv: GatherConv | WinogradConv
+    reason: str
+
+
+def why_not(conv: GatherConv) -> str:
+    """Why no Winograd kernel can compute ``conv``; empty if one can."""
+    window = conv.window
+    if conv.groups > 1:
+        return "it is grouped"
+    if window.taps == 1:
+        return "a 1×1×1 kernel has no taps to share"
+    if not any(_can_transform(conv, axis) for axis in range(3)):
+        return f"no axis of kernel {'×'.join(map(str, window.kernel))} is 3 long with stride and dilation 1"
+    if any(window.kernel[axis] > 1 and not _can_transform(conv, axis) for axis in (1, 2)):
+        return "its kernel over height and width is not 3×3 with stride and dilation 1"
+    return ""
+
+
+def _can_transform(conv: GatherConv, axis: int) -> bool:
+    window = conv.window
+    return (window.kernel[axis], window.stride[axis], window.dilation[axis]) == (3, 1, 1)
+
+
+def choose(conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto") -> Choice:
+    """``conv`` itself or the Winograd kernel predicted to be faster; ``wanted`` is auto, direct or winograd."""
+    if wanted == "direct":
+        return Choice(conv, "")
+    if refusal := why_not(conv):
+        return Choice(conv, f"direct: {refusal}" if wanted == "winograd" else "")
+    found = best(conv, machine, threads)
+    if found is None:
+        return Choice(conv, "direct: no tile's transformed inputs fit the memory allowed")
+    direct, transformed = direct_seconds(conv, machine, threads), winograd_seconds(found, machine, threads)
+    times = f"{1e3 * transformed:.2g} ms predicted, direct {1e3 * direct:.2g} ms"
+    if wanted == "auto" and transformed > direct:
+        return Choice(conv, f"direct: Winograd {times}")
+    return Choice(found, f"{times}; scratch {found.scratch_bytes / 2**20:.0f} MiB")
+
+
+def best(conv: GatherConv, machine: Machine, threads: int) -> WinogradConv | None:
+    """The Winograd kernel with the shortest predicted time, a smaller one's weights preferred where they are close."""
+    chosen, least = None, float("inf")
+    for option in sorted(options(conv, machine), key=lambda option: option.plan.xi * option.plan.taps):
+        seconds = winograd_seconds(option, machine, threads)
+        if seconds < least * (WORTH_MEMORY if chosen and _weights(option) > _weights(chosen) else 1.0):
+            chosen, least = option, seconds
+    return chosen
+
+
+def _weights(conv: WinogradConv) -> int:
+    return conv.plan.xi * conv.plan.taps
+
+
+def options(conv: GatherConv, machine: Machine) -> Iterator[WinogradConv]:
+    """Every tile and chunk worth predicting."""
+    window = conv.window
+    frames = FRAME_TILES if _can_transform(conv, 0) else (1,)
+    spatial = SPATIAL_TILES if any(window.kernel[axis] > 1 for axis in (1, 2)) else (1,)
+    for m_t in frames:
+        for m in spatial:
+            tile = (min(m_t, window.out[0]), *(min(m, window.out[a]) if window.kernel[a] > 1 else 1 for a in (1, 2)))
+            transformed = tile[0] > 1 or window.kernel[1:] != (1, 1)
+            if transformed and all(tile[axis] > 1 or window.kernel[axis] == 1 for axis in (1, 2)):
+                yield from _chunked(conv, machine, tile)  # type: ignore[arg-type]
+
+
+def _chunked(conv: GatherConv, machine: Machine, m: Triple) -> Iterator[WinogradConv]:
+    """``m`` with every sensible number of columns per chunk, each with its best register tile."""
+    plan = conv.plan
+    masks = (plan.samples, plan.in_frames, plan.out_frames, plan.positions)
+    whole = WinogradPlan(conv.window, m, plan.mr, 1, *masks)
+    total = conv.window.batch // plan.samples * whole.places
+    for columns in sorted({-(-total // chunks) for chunks in _steps(total)}):
+        sized = replace(whole, columns=columns)
+        tile = _register_tile(conv, machine, sized)
+        option = WinogradConv(
+            conv.channels_in,
+            conv.channels_out,
+            tile,
+            replace(sized, mr=tile.mr),
+            conv.live_in,
+            conv.live_out,
+            conv.residual,
+            conv.activation,
+            conv.zero_dead,
+        )
+        if option.scratch_bytes <= MOST_SCRATCH:
+            yield option
+
+
+def _steps(total: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, … numbers of chunks up to ``total``."""
+    steps = {min(total, base << power) for base in (1, 3) for power in range(12)}
+    return sorted(steps | {total})
+
+
+def _register_tile(conv: GatherConv, machine: Machine, plan: WinogradPlan) -> Tile:
+    """The register tile with the fewest predicted cycles over the runs of a full chunk, its sums blocked for L1."""
+
+    def cycles(tile: tuple[int, int, int]) -> float:
+        return sum(predicted_cycles(machine, rows, conv.channels_out, tile) * taps for rows, taps in _runs(plan))
+
+    mr, vectors, step = min(candidates(machine), key=cycles)
+    nr = vectors * machine.vector_floats
+    depth_block = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (4 * nr) // step * step)
+    segment_taps = max(1, depth_block // min(conv.channels_in, depth_block))
+    step = step if conv.channels_in >= step else 1
+    return Tile(mr, vectors, machine.vector_floats, step, 1, segment_taps, depth_block)
+
+
+def _runs(plan: WinogradPlan) -> list[tuple[int, int]]:
+    """Rows and taps of the runs of a full, dense chunk."""
+    rows: dict[tuple[int, ...], int] = {}
+    for frame in range(plan.tiles[0]):
+        taps = plan.live_taps(frame)
+        rows[taps] = rows.get(taps, 0) + plan.columns
+    return [(count, len(taps)) for taps, count in rows.items()]
+
+
+def _live_share(plan: WinogradPlan) -> float:
+    """Share of the rows of tiles that is expected to be alive, and in frames of one another."""
+    dead_frame = (1 - ASSUMED_DENSITY) ** plan.m[0] if plan.out_frames else 0.0
+    dead_place = (1 - ASSUMED_DENSITY) ** (plan.m[0] * plan.m[1] * plan.m[2]) if plan.positions else 0.0
+    taps = ASSUMED_DENSITY if plan.in_frames and not plan.transformed[0] else 1.0
+    return (1 - dead_frame) * (1 - dead_place) * taps
+
+
+def _seconds_per_cycle(machine: Machine) -> float:
+    """Of one core; a cycle is two vector multiply-adds, as in :func:`~.tiles.predicted_cycles`."""
+    return 4 * machine.vector_floats / (1e9 * machine.gflops)
+
+
+def _with_traffic(machine: Machine, threads: int, cycles: float, weight_bytes: float) -> float:
+    """Seconds of arithmetic shared out over the threads beside weights that stream in from memory."""
+    arithmetic = cycles * _seconds_per_cycle(machine) / threads
+    rate = 1e9 * machine.memory_gb_per_s * min(1.0, ONE_CORE_SHARE * threads)
+    traffic = weight_bytes / rate
+    return max(arithmetic, traffic) + NOT_HIDDEN * min(arithmetic, traffic)
+
+
+def _channel_share(conv: GatherConv | WinogradConv) -> float:
+    return ASSUMED_DENSITY ** (conv.live_in + conv.live_out)
+
+
+def direct_seconds(conv: GatherConv, machine: Machine, threads: int) -> float:
+    """Predicted time of the direct kernel, masks taken to leave half of what they thin."""
+    window, tile, plan = conv.window, conv.tile, conv.plan
+    share = _channel_share(conv)
+    for thinned in (plan.out_frames, plan.positions is not None, plan.dynamic_taps):
+        share *= ASSUMED_DENSITY if thinned else 1.0
+    register_tile = (tile.mr, tile.vectors, tile.step)
+    cycles = predicted_cycles(machine, window.positions_out, conv.group_out, register_tile) * conv.groups
+    taps = window.tap_positions / max(1, window.positions_out)
+    weights = 4.0 * window.taps * conv.depth * conv.channels_out * _channel_share(conv)
+    return _with_traffic(machine, threads, cycles * taps * conv.depth * share, weights)
+
+
+def winograd_seconds(conv: WinogradConv, machine: Machine, threads: int) -> float:
+    """Predicted time of a Winograd kernel, masks taken to leave half of what they thin."""
+    plan, tile = conv.plan, conv.tile
+    alive, share = _live_share(plan), _channel_share(conv)
+    chunks = plan.window.batch * plan.places / plan.columns * alive
+    register_tile = (tile.mr, tile.vectors, tile.step)
+    cycles = 0.0
+    for rows, taps in _runs(plan):
+        tiles = -(-rows // tile.mr) * conv.panels
+        cycles += predicted_cycles(machine, rows, conv.channels_out, register_tile) * taps * conv.channels_in * share
+        cycles += tiles * TILE_CYCLES * (ASSUMED_DENSITY if conv.live_out else 1.0)
+    weights = 4.0 * plan.xi * plan.taps * conv.channels_in * conv.channels_out * share
+    passes = max(1.0, chunks) if weights > machine.l3 / 2 else 1.0
+    multiply = _with_traffic(machine, threads, cycles * plan.xi * chunks, weights * passes)
+
+    vectors_in = plan.xi * plan.source_rows * conv.channels_in / machine.vector_floats
+    vectors_out = plan.xi * plan.tiles[0] * plan.columns * conv.panels * tile.vectors
+    transforms = chunks * (vectors_in * INPUT_CYCLES + vectors_out * OUTPUT_CYCLES)
+    seconds = multiply + transforms * _seconds_per_cycle(machine) / threads + 3 * chunks * BARRIER_SECONDS
+    if conv.scratch_bytes > SCRATCH_SHARE * max(machine.l3, machine.l2):
+        spilled = 2.0 * conv.scratch_bytes * chunks
+        seconds += spilled / (1e9 * machine.memory_gb_per_s * min(1.0, ONE_CORE_SHARE * threads))
+    return seconds
