@@ -65,7 +65,8 @@ def build(
     with _Progress(console, quiet=as_json) as progress:
         built = _build(
             model, target, out, weights=weights, threads=threads, check=check, debug_dump=debug_dump,
-            logs_from=logs_from, on_phase=progress.phase, numerics=numerics.value, conv=conv.value, sparsity=sparsity.value,
+            logs_from=logs_from, on_phase=progress.phase,
+            numerics=numerics.value, conv=conv.value, sparsity=sparsity.value,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(_facts(built), indent=2))
