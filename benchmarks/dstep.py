@@ -6,7 +6,8 @@
     python benchmarks/dstep.py ablation               Table 3
     python benchmarks/dstep.py shares                 compute, reuse and skip by layer
     python benchmarks/dstep.py gates                  the spatial gates over real frames, Figure 3
-    python benchmarks/dstep.py speed                  compiled: latency against FLOPs, random policies
+    python benchmarks/dstep.py speed-build            compiled networks with random policies, kept in --artifacts
+    python benchmarks/dstep.py speed                  their latency against their work
 
 Training runs are kept in --runs; `train` also writes what the tables need to benchmarks/results/dstep.json.
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -323,44 +323,68 @@ def _write_png(path: Path, picture: np.ndarray) -> None:
 
 @dataclass
 class Case:
-    """One compiled network of the speed table."""
+    """One network of the speed table; `work` is its share of the dense multiply-accumulates."""
 
     name: str
     network: torch.nn.Module
     inputs: tuple[torch.Tensor, ...]
-    work: float  # share of the dense multiply-accumulates
+    work: float
     frames: int
 
 
-@app.command()
-def speed(
+Artifacts = Annotated[Path, typer.Option(help="where the compiled networks are kept")]
+
+
+@app.command(name="speed-build")
+def speed_build(
     model: Annotated[str, typer.Option(help="a resnet of the zoo")] = "resnet18-tsn",
     size: Annotated[int, typer.Option(help="edge of the frames")] = 224,
     frames: Annotated[int, typer.Option()] = 8,
     threads: Annotated[int, typer.Option()] = 2,
+    target: Annotated[list[float] | None, typer.Option(help="shares of the work")] = None,
+    artifacts: Artifacts = Path("artifacts/dstep-speed"),
+) -> None:
+    """Compiles the networks of the speed table: dense, random policies, tiles alone, one frame streamed."""
+    from dance_tvm.compiler import build_network
+
+    shape = (models.entry(model).input_shape[0], frames, size, size)
+    facts = []
+    for index, case in enumerate(_cases(model, shape, target or [0.6, 0.4])):
+        folder = artifacts / str(index)
+        built = build_network(case.network, folder, example_inputs=case.inputs, threads=threads, check=False)
+        np.savez(artifacts / f"{index}.npz", *(tensor.numpy() for tensor in case.inputs))
+        skipping = sum(bool(layer.skips) for layer in built.artifact.manifest.layers)
+        facts.append({"name": case.name, "work": case.work, "frames": case.frames})
+        print(f"{case.name}: {case.work:.3f} of the work, {skipping} layers with lists")
+    write_atomically(artifacts / "cases.json", json.dumps(facts).encode())
+
+
+@app.command()
+def speed(
+    artifacts: Artifacts = Path("artifacts/dstep-speed"),
     repeats: Annotated[int, typer.Option(help="rounds; every network runs once in each")] = 7,
-    target: Annotated[list[float] | None, typer.Option(help="shares of the FLOPs")] = None,
     write: Write = False,
 ) -> None:
-    """Latency of compiled networks with random policies against the dense one, in turns, on this machine."""
-    from dance_tvm.compiler import build_network
+    """Latency of what `speed-build` compiled, in turns, on this machine."""
+    from dance_tvm.artifact import load_artifact
     from dance_tvm.device import open_device
 
-    cases = _cases(model, (models.entry(model).input_shape[0], frames, size, size), target or [0.6, 0.4])
-    with tempfile.TemporaryDirectory() as folder, open_device("local") as device:
+    if not (artifacts / "cases.json").exists():
+        raise DanceError(f"{artifacts} holds no compiled networks: python benchmarks/dstep.py speed-build")
+    facts = json.loads((artifacts / "cases.json").read_text())
+    with open_device("local") as device:
         loaded = []
-        for index, case in enumerate(cases):
-            built = build_network(
-                case.network, Path(folder) / str(index), example_inputs=case.inputs, threads=threads, check=False
-            )
-            names = [tensor.name for tensor in built.artifact.manifest.inputs]
-            inputs = dict(zip(names, (tensor.numpy() for tensor in case.inputs), strict=True))
-            loaded.append((device.load(built.artifact), inputs))
-        times: list[list[float]] = [[] for _ in cases]
+        for index in range(len(facts)):
+            artifact = load_artifact(artifacts / str(index))
+            names = [tensor.name for tensor in artifact.manifest.inputs]
+            with np.load(artifacts / f"{index}.npz") as arrays:
+                inputs = dict(zip(names, (arrays[name] for name in arrays.files), strict=True))
+            loaded.append((device.load(artifact), inputs))
+        times: list[list[float]] = [[] for _ in facts]
         for _ in range(repeats):
             for seconds, (network, inputs) in zip(times, loaded, strict=True):
                 seconds += network.time(inputs, 1)
-    _show("speed", _speed_table(cases, times), write)
+    _show("speed", _speed_table(facts, times), write)
 
 
 def _cases(model: str, shape: tuple[int, int, int, int], targets: Sequence[float]) -> list[Case]:
@@ -389,19 +413,18 @@ def _fresh(model: str) -> VideoResNet:
     return network
 
 
-def _speed_table(cases: Sequence[Case], times: Sequence[Sequence[float]]) -> str:
-    dense = statistics.median(times[0])
+def _speed_table(facts: Sequence[dict[str, Any]], times: Sequence[Sequence[float]]) -> str:
+    dense = statistics.median(times[0]) / facts[0]["frames"]
     rows = []
-    for case, seconds in zip(cases, times, strict=True):
+    for case, seconds in zip(facts, times, strict=True):
         middle = statistics.median(seconds)
-        share = case.frames / cases[0].frames
-        faster = dense * share / middle
+        faster = dense * case["frames"] / middle
+        figures = (1e3 * middle, case["work"], faster, faster * case["work"])
         rows.append(
-            (case.name, f"{1e3 * middle:.1f}", f"{case.work:.3f}", f"{faster:.2f}", f"{faster * case.work:.2f}")
+            (case["name"], *(f"{figure:.{digits}f}" for figure, digits in zip(figures, (1, 3, 2, 2), strict=True)))
         )
-    return _table(
-        ("network", "ms a call", "share of the work", "speed-up a frame", "speed-up ÷ reduction of work"), rows
-    )
+    header = ("network", "ms a call", "share of the work", "speed-up a frame", "speed-up ÷ reduction of work")
+    return _table(header, rows)
 
 
 # ---- the page --------------------------------------------------------------------------------------------------
