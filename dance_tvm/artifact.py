@@ -217,6 +217,8 @@ def write_artifact(
                 update={"files": {**manifest.files, REFERENCE: _describe(folder / REFERENCE)}}
             )
         _write_manifest(folder, manifest)
+        for path in folder.iterdir():
+            path.chmod(0o644)  # whatever each writer chose
     return load_artifact(out)
 
 

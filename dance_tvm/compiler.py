@@ -25,7 +25,6 @@ from dance_tvm.linker import shared_library_linker
 from dance_tvm.target import Target, load_target
 from dance_tvm.transform.pipeline import Lowered, Options, lower
 from dance_tvm.tuning.advice import tuned_tiles
-from dance_tvm.weights import place_weights, weight_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -104,8 +103,8 @@ def build_network(
     _dump(chosen.debug_dump, "00-imported", imported.mod)
     lowered = lower(imported.mod, machine, chosen, clock.start)
     clock.start("compile")
-    executable, parameters, memory = _compile(lowered, machine, chosen)
-    clock.start("link")
+    executable, memory = _compile(lowered, machine, chosen)
+    clock.start("generate and link code")
     manifest = _manifest(imported, lowered, machine, chosen)
     if source is not None:
         manifest.options["logs_from"] = source.name
@@ -122,7 +121,7 @@ def build_network(
     artifact = write_artifact(
         out,
         lambda path: executable.export_library(str(path), fcompile=linker),
-        parameters,
+        lowered.weights,
         manifest,
         check_there if check is not False else None,
         reference,
@@ -194,11 +193,8 @@ def _import(model: Any, weights: str | Path | None, example_inputs: Any) -> Impo
     return import_model(model, weights=weights, example_inputs=example_inputs)
 
 
-def _compile(
-    lowered: Lowered, machine: Target, options: Options
-) -> tuple[relax.VMExecutable, dict[str, np.ndarray], int]:
-    """The executable, the weights that stay outside of it, and the bytes of all weights and planned activations."""
-    mod, parameters = place_weights(lowered.mod, lowered.weights)
+def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, int]:
+    """The executable, and the bytes of all weights and planned activations."""
     target = machine.tvm_target(options.threads)
     planned: list[tvm.IRModule] = []
     base = relax.get_default_pipeline(target) if "gpu" in target.keys else relax.get_pipeline("default_build")
@@ -208,10 +204,23 @@ def _compile(
         planned.append(base(module))
         return planned[-1]
 
-    executable = relax.build(mod, target, relax_pipeline=pipeline)
+    executable = relax.build(lowered.mod, target, relax_pipeline=pipeline)
     _dump(options.debug_dump, "99-planned", planned[0])
-    weights = weight_bytes(mod) + sum(array.nbytes for array in parameters.values())
-    return executable, parameters, weights + _planned_storage(planned[0])
+    weights = _constant_bytes(lowered.mod) + sum(array.nbytes for array in lowered.weights.values())
+    return executable, weights + _planned_storage(planned[0])
+
+
+def _constant_bytes(mod: tvm.IRModule) -> int:
+    """Bytes of the constants inside ``main``."""
+    total = 0
+
+    def visit(node: Any) -> None:
+        nonlocal total
+        if isinstance(node, tvm.ir.GenericConst):
+            total += node.value.numpy().nbytes
+
+    relax.analysis.post_order_visit(mod["main"], visit)
+    return total
 
 
 def _planned_storage(mod: tvm.IRModule) -> int:

@@ -1,0 +1,320 @@
+"""The build and run commands: reproducible artifacts from real files, and one sentence for each kind of bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dance_tvm import build, compiler, linker, models, run
+from dance_tvm.artifact import load_artifact
+from dance_tvm.cli import start
+from dance_tvm.compiler import build_network
+from dance_tvm.errors import DanceError
+
+
+class Tiny(nn.Module):
+    """Small enough to build in a second; whole numbers, so that every order of summing gives the same result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(2, 3, 3, padding=1)
+        with torch.no_grad():
+            for index, tensor in enumerate(self.parameters()):
+                tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape) % (5 + index) - 2)
+
+    def forward(self, clip):
+        return torch.relu(self.conv(clip))
+
+
+CLIP = torch.arange(2 * 4 * 5 * 6, dtype=torch.float32).reshape(1, 2, 4, 5, 6) % 7 - 3
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.pt2"
+    torch.export.save(torch.export.export(Tiny().eval(), (CLIP,)), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def artifact(program, tmp_path_factory):
+    return build_network(program, tmp_path_factory.mktemp("artifact") / "tiny").artifact
+
+
+def command(module, *arguments):
+    """The exit code of a command that runs in this process."""
+    with pytest.raises(SystemExit) as ended:
+        start(module.app, "test", [str(argument) for argument in arguments])
+    return ended.value.code
+
+
+def refused(capsys, out, *arguments):
+    """The one sentence of a build that is refused; nothing may be left at or beside ``out``."""
+    before = sorted(out.parent.iterdir()) if out.parent.is_dir() else []
+    assert command(build, *arguments, "--out", out) == 2
+    assert (sorted(out.parent.iterdir()) if out.parent.is_dir() else []) == before
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    return told[0]
+
+
+def test_a_built_program_gives_the_sources_numbers(artifact, tmp_path):
+    np.savez(tmp_path / "x.npz", whatever=CLIP.numpy())  # a single input may have any name
+    assert command(run, artifact.path, "--inputs", tmp_path / "x.npz", "--outputs", tmp_path / "y.npz") == 0
+    (found,) = np.load(tmp_path / "y.npz").values()
+    np.testing.assert_array_equal(found, Tiny()(CLIP).detach().numpy())
+
+
+def test_the_manifest_tells_what_was_built(artifact):
+    manifest = artifact.manifest
+    assert [tensor.shape for tensor in manifest.inputs] == [[1, 2, 4, 5, 6]]
+    assert manifest.check.status == "passed"
+    assert manifest.check.device == "local"
+    assert manifest.macs == 3 * 2 * 27 * 4 * 5 * 6
+    assert manifest.memory_peak_bytes >= 4 * (3 * 2 * 27 + 3 * 4 * 5 * 6)
+
+
+def test_two_builds_are_identical(program, artifact, tmp_path):
+    """The second in a process of its own, with another seed for hashing."""
+    words = ["-m", "dance_tvm.build", "--model", str(program), "--out", str(tmp_path / "again")]
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, *words], check=True, env=environment, timeout=300, capture_output=True)
+    names = sorted(path.name for path in artifact.path.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (artifact.path / name).read_bytes(), name
+
+
+def test_json_and_debug_dump(program, tmp_path, capsys):
+    arguments = ["--model", program, "--out", tmp_path / "out", "--json", "--no-check", "--debug-dump", tmp_path / "ir"]
+    assert command(build, *arguments) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["manifest"]["check"] == load_artifact(tmp_path / "out").manifest.check.model_dump()
+    assert facts["manifest"]["check"]["status"] == "not run"
+    assert {"import", "compile"} <= set(facts["seconds"])
+    dumps = sorted(path.name for path in (tmp_path / "ir").iterdir())
+    assert dumps[0].startswith("00-imported")
+    assert dumps[-1].startswith("99-planned")
+    assert len(dumps) > 4
+
+
+def test_a_name_of_the_zoo_with_trained_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    network = models.create("c3d-mini", seed=3)
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    built = build_network("c3d-mini", tmp_path / "out", weights=tmp_path / "w.safetensors")
+    other = build_network("c3d-mini", tmp_path / "other", check=False)
+    assert built.artifact.manifest.check.status == "passed"
+    assert built.artifact.manifest.source_sha256 != other.artifact.manifest.source_sha256
+
+
+@pytest.mark.parametrize("name", ["clip.pt2", "clip.onnx"])
+def test_a_missing_model_file(capsys, tmp_path, name):
+    assert f"{name}" in refused(capsys, tmp_path / "out", "--model", tmp_path / name)
+
+
+@pytest.mark.parametrize("size", [0, 100, 0.5])
+def test_a_truncated_model(capsys, tmp_path, program, size):
+    raw = program.read_bytes()
+    (tmp_path / "torn.pt2").write_bytes(raw[: int(size * len(raw)) if size < 1 else int(size)])
+    assert "torn.pt2" in refused(capsys, tmp_path / "out", "--model", tmp_path / "torn.pt2")
+
+
+@pytest.mark.parametrize("name", ["letter.pt2", "letter.onnx", "letter.txt"])
+def test_a_foreign_file(capsys, tmp_path, name):
+    (tmp_path / name).write_text("Dear compiler,\n" * 100)
+    assert name in refused(capsys, tmp_path / "out", "--model", tmp_path / name)
+
+
+class Bomb:
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.mkdir, (self.witness,)
+
+
+@pytest.mark.parametrize("as_option", ["--model", "--weights"])
+def test_a_pickle_full_of_code_is_not_run(capsys, tmp_path, as_option):
+    witness = tmp_path / "exploded"
+    (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb(str(witness))))
+    torch.save({"conv": Bomb(str(witness))}, tmp_path / "bomb.pth")
+    shutil.copy(tmp_path / "bomb.pth", tmp_path / "bomb.pt2")
+    for name in ("bomb.pt", "bomb.pth", "bomb.pt2"):
+        assert name in refused(capsys, tmp_path / "out", as_option, tmp_path / name)
+    assert not witness.exists()
+
+
+def test_an_unknown_name_suggests_the_nearest(capsys, tmp_path):
+    assert "c3d-mini" in refused(capsys, tmp_path / "out", "--model", "c3d-mni")
+
+
+def test_weights_that_do_not_fit(capsys, tmp_path):
+    state = models.create("c3d-mini").state_dict()
+    first = next(iter(state))
+    state["stranger"] = state.pop(first)
+    torch.save(state, tmp_path / "w.pt")
+    told = refused(capsys, tmp_path / "out", "--model", "c3d-mini", "--weights", tmp_path / "w.pt")
+    assert f"missing: {first}" in told
+    assert "unexpected: stranger" in told
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.forward = lambda x: torch.special.bessel_j0(x)  # type: ignore[assignment]
+
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
+def test_an_unsupported_operator_is_named(capsys, tmp_path):
+    torch.export.save(torch.export.export(Odd(), (CLIP,)), tmp_path / "odd.pt2")
+    assert "bessel_j0" in refused(capsys, tmp_path / "out", "--model", tmp_path / "odd.pt2")
+
+
+def test_dynamic_shapes_are_told(capsys, tmp_path):
+    shapes = ({2: torch.export.Dim("frames", min=2, max=32)},)
+    exported = torch.export.export(Tiny().eval(), (CLIP,), dynamic_shapes=shapes)
+    torch.export.save(exported, tmp_path / "dynamic.pt2")
+    assert "dynamic" in refused(capsys, tmp_path / "out", "--model", tmp_path / "dynamic.pt2")
+
+
+def test_an_unknown_target(capsys, tmp_path, program):
+    told = refused(capsys, tmp_path / "out", "--model", program, "--target", "snapdragn")
+    assert "did you mean 'snapdragon'" in told
+
+
+def test_a_place_that_cannot_be_written(capsys, tmp_path, program):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(capsys, tmp_path / "file" / "out", "--model", program)
+
+
+def test_a_folder_of_somebody_else(capsys, tmp_path, program):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter").write_text("keep me")
+    assert "is not an artifact" in refused(capsys, tmp_path / "out", "--model", program)
+    assert (tmp_path / "out" / "letter").read_text() == "keep me"
+
+
+def test_a_full_disk(capsys, tmp_path, program, monkeypatch):
+    def full(*_arguments, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(linker, "link_shared", full)
+    assert "no space left" in refused(capsys, tmp_path / "out", "--model", program)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_disk_that_is_really_full(capsys, tmp_path, program):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this container may not mount")
+    try:
+        told = refused(capsys, disk / "out", "--model", program)
+        assert "no space left" in told.lower()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_no_linker(capsys, tmp_path, program, monkeypatch):
+    find_spec = linker.importlib.util.find_spec
+    monkeypatch.setattr(
+        linker.importlib.util, "find_spec", lambda name, *rest: None if name == "ziglang" else find_spec(name, *rest)
+    )
+    assert "pip install ziglang" in refused(capsys, tmp_path / "out", "--model", program)
+
+
+def test_a_build_that_differs_from_its_source_is_not_written(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiler, "TOLERANCE", -1.0)
+    with pytest.raises(DanceError, match="differs from its source"):
+        build_network(program, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_build_leaves_no_artifact(tmp_path, number):
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "dance_tvm.build", "--model", "c3d-mini", "--out", str(out)]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    for line in process.stderr:  # until the artifact is being written
+        if line.strip().endswith("compile"):
+            break
+    time.sleep(0.3)
+    process.send_signal(number)
+    process.stderr.read()
+    assert process.wait(timeout=120) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    assert not out.exists()
+    if number != signal.SIGKILL:
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"x": np.zeros((1, 2, 4, 5, 7), "float32")}, "float32 of shape (1, 2, 4, 5, 6), not float32 of shape"),
+        ({"x": np.zeros((1, 2, 4, 5, 6), "float64")}, "not float64"),
+        ({"x": np.zeros((1, 2, 4, 5, 6), "float32"), "y": np.zeros(1)}, "x, y"),
+    ],
+)
+def test_inputs_that_do_not_fit(capsys, artifact, tmp_path, arrays, said):
+    np.savez(tmp_path / "x.npz", **arrays)
+    assert command(run, artifact.path, "--inputs", tmp_path / "x.npz", "--outputs", tmp_path / "y.npz") == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "y.npz").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"words", pickle.dumps([1])])
+def test_inputs_that_are_no_arrays(capsys, artifact, tmp_path, content):
+    (tmp_path / "x.npz").write_bytes(content)
+    assert command(run, artifact.path, "--inputs", tmp_path / "x.npz") == 2
+    assert "x.npz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--inputs", "nowhere.npz"], "no input file"),
+        (["--outputs", "nowhere/y.npz"], "cannot be written"),
+        (["--device", "toaster"], "toaster"),
+    ],
+)
+def test_a_run_that_cannot_be(capsys, artifact, arguments, said):
+    assert command(run, artifact.path, *arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_artifact_for_another_machine_is_not_run_here(capsys, program, tmp_path):
+    other = "aarch64-linux" if os.uname().machine == "x86_64" else "snapdragon"
+    built = build_network(program, tmp_path / "out", target=other, check=False)
+    assert built.artifact.manifest.check.reason
+    assert command(run, tmp_path / "out", "--device", "local") == 2
+    assert "aarch64" in capsys.readouterr().err
+
+
+@pytest.mark.device
+def test_a_build_for_a_phone_is_checked_on_an_emulated_one(program, tmp_path):
+    from dance_tvm.device import emulator_available
+
+    if reason := emulator_available():
+        pytest.skip(f"no emulated device: {reason}")
+    manifest = build_network(program, tmp_path / "out", target="snapdragon", check=True).artifact.manifest
+    assert (manifest.check.status, manifest.check.device) == ("passed", "emulator")
+    assert manifest.check.difference == 0 or manifest.check.difference < manifest.check.allowed
