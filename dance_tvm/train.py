@@ -101,14 +101,23 @@ def run(
     training.create_method(method, chosen.options)  # a wrong option is told before the clips are read
     splits = load_data(data, model=model, seed=seed)
     if splits.task == "distillation":
-        network = models.create(model, seed=seed)
-        task: training.Task = training.Distillation(models.create(model, seed=seed))
+        network, teacher = (_published_or_seeded(model, seed) for _ in range(2))
+        task: training.Task = training.Distillation(teacher)
     else:
         classes, channels = len(splits.train.classes), splits.train.shape[0]
         given = {} if channels == models.entry(model).input_shape[0] else {"in_channels": channels}
         network = models.create(model, num_classes=classes, seed=seed, **given)
         task = training.Classification()
     return training.train(chosen, network, splits, out, resume=resume, task=task, console=console)
+
+
+def _published_or_seeded(model: str, seed: int) -> Any:
+    """A network that gives logits, with its published weights where there are any."""
+    from dance_tvm import models
+    from dance_tvm.sparsity.training import Logits
+
+    found = models.entry(model)
+    return Logits(models.pretrained(model) if found.pretrained else models.create(model, seed=seed))
 
 
 def write_export(result: Any, path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dance_tvm import models
 from dance_tvm.errors import DanceError
+from dance_tvm.sparsity import training
 from dance_tvm.sparsity.dance.adaptors import AdaptorSpatial, AdaptorTemporal
 from dance_tvm.sparsity.dance.controller import AXES, Masks
 from dance_tvm.sparsity.dance.macs import MacCounter
@@ -19,6 +20,9 @@ from dance_tvm.sparsity.dance.method import AAP, controller_of, parse_amount, pr
 from dance_tvm.sparsity.dance.sites import trace
 from dance_tvm.sparsity.dance.trained import load
 from dance_tvm.sparsity.dance.untrained import keep_at_random
+from dance_tvm.sparsity.data import Splits
+from dance_tvm.sparsity.training import Distillation, Logits, Settings
+from dance_tvm.sparsity.video import FrameWindows
 from dance_tvm.train import run
 
 SHAPE = (1, 8, 16, 16)
@@ -301,3 +305,16 @@ def test_shortened_training_keeps_to_its_budget(tmp_path: Path) -> None:
         assert torch.equal(loaded(clip), pruned.network(clip))
     assert card["macs"]["controller"] < 0.03 * card["macs"]["dense"]
     assert card["dance"]["axes"] == list(AXES)
+
+
+def test_transnet_is_pruned_without_labels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher, student = (Logits(models.create("transnetv2", filters=2)) for _ in range(2))
+    frames = np.random.default_rng(0).integers(0, 256, (64, 27, 48, 3), np.uint8)
+    splits = Splits("frames", FrameWindows([frames[:48]], 8, 8), FrameWindows([frames[48:]], 8, 8), "distillation")
+    settings = Settings(
+        method="aap", model="transnetv2", data="frames", epochs=1, batch=4, options={"target_macs": 0.5}
+    )
+    result = training.train(settings, student, splits, tmp_path, task=Distillation(teacher))
+    assert {"f1", "agreement", "difference", "share"} <= result.metrics.keys()
+    assert result.metrics["agreement"] > 0.9, "a controller that has hardly begun to prune changes little"

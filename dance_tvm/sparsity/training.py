@@ -189,6 +189,19 @@ class Classification:
         }
 
 
+class Logits(nn.Module):
+    """A network whose forward pass ends before its sigmoid: calls `logits` where the network has it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, clips: Tensor) -> Any:
+        if hasattr(self.network, "logits"):
+            return self.network.logits(clips)  # type: ignore[operator]
+        return self.network(clips)
+
+
 def sequences_of_logits(outputs: Any) -> list[Tensor]:
     """A network's outputs (one tensor, a tuple, or TransNetV2's nested dictionary) as a flat list of tensors."""
     if isinstance(outputs, Tensor):

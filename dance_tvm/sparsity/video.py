@@ -148,13 +148,15 @@ class FrameWindows:
 
     classes: tuple[str, ...] = ("boundary",)
 
-    def __init__(self, parts: Sequence[np.ndarray], window: int, step: int) -> None:
+    def __init__(self, parts: Sequence[np.ndarray], window: int, step: int, most: int = 0) -> None:
         self.shape: tuple[int, int, int, int] = (window, *parts[0].shape[1:])
         self._windows = [
             part[start : start + window] for part in parts for start in range(0, len(part) - window + 1, step)
         ]
         if not self._windows:
             raise DanceError(f"the videos are shorter than a window of {window} frames; choose a smaller window")
+        if 0 < most < len(self._windows):
+            self._windows = [self._windows[place * len(self._windows) // most] for place in range(most)]
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -163,10 +165,13 @@ class FrameWindows:
         return torch.from_numpy(np.ascontiguousarray(self._windows[index])), 0
 
 
-def transnet(path: str, model: str, seed: int, *, window: int = 100, step: int = 25, held_out: int = 25) -> Splits:
+def transnet(
+    path: str, model: str, seed: int, *, window: int = 100, step: int = 25, held_out: int = 25, most: int = 0
+) -> Splits:
     """Windows of the videos in `path` (joined by '+'; "published" is TransNetV2's own test clip).
 
-    The last `held_out` percent of each video are held out, whole: no frame is in both splits.
+    The last `held_out` percent of each video are held out, whole: no frame is in both splits. With `most`, an even
+    choice of that many windows trains and of half as many is held out.
     """
     from dance_tvm.models import transnetv2
 
@@ -176,7 +181,8 @@ def transnet(path: str, model: str, seed: int, *, window: int = 100, step: int =
         border = len(frames) * (100 - held_out) // 100
         train.append(frames[:border])
         test.append(frames[border:])
-    return Splits("transnet", FrameWindows(train, window, step), FrameWindows(test, window, window), "distillation")
+    seen, unseen = FrameWindows(train, window, step, most), FrameWindows(test, window, window, most // 2)
+    return Splits("transnet", seen, unseen, "distillation")
 
 
 def _splits(
