@@ -1,0 +1,203 @@
+"""Devices for trials: one session a trial, a deadline on each, and what fails too often is left alone.
+
+A session asks its server to end it after the trial's time, so that a trial that hangs is ended on the device as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from dance_tvm.device import processes
+from dance_tvm.device.remote import Connection, RemoteSession
+from dance_tvm.device.tracker import request_device, tracker_summary
+from dance_tvm.errors import DanceError
+
+#: Failures in a row after which a device is dropped.
+STRIKES = 3
+CONNECT_TIMEOUT_S = 20.0
+
+
+@dataclass
+class Health:
+    """What became of the trials of one device."""
+
+    name: str
+    done: int = 0
+    failed: int = 0
+    strikes: int = 0
+    said: str = ""
+
+    @property
+    def dropped(self) -> bool:
+        """Whether it is left alone from here on."""
+        return self.strikes >= STRIKES
+
+
+class DeviceLostError(DanceError):
+    """The device failed, not the trial: another device may try it."""
+
+
+@dataclass
+class _Place:
+    """Where sessions come from: an address, or a tracker's key."""
+
+    spec: str
+    host: str
+    port: int
+    key: str = ""
+    server: processes.PortProcess | None = None
+
+    def stop(self) -> None:
+        """End the server, where it is ours."""
+        if self.server is not None:
+            self.server.stop()
+
+
+@dataclass
+class Farm:
+    """All devices of a run. Open it with ``with``; ``lanes`` is how many trials can run at once."""
+
+    specs: list[str]
+    trial_timeout: float = 30.0
+    wait: float = 60.0
+    health: dict[str, Health] = field(default_factory=dict)
+
+    def __enter__(self) -> Farm:
+        self._stack = contextlib.ExitStack()
+        self._lock = threading.Lock()
+        self._places: list[_Place] = []
+        self._turn = 0
+        self.lanes = 0
+        try:
+            for spec in self.specs:
+                self._places.append(self._open(spec))
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._stack.close()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether trials run on the very cores that build them."""
+        return any(spec in ("local", "emulator") for spec in self.specs)
+
+    def _open(self, spec: str) -> _Place:
+        from dance_tvm.device import _address
+
+        if spec == "local":
+            self.lanes += 1
+            server, port = processes.start_server()
+            place = _Place(spec, "127.0.0.1", port, server=server)
+            self._stack.callback(place.stop)
+            return place
+        if spec == "emulator":
+            from dance_tvm.device import emulator
+
+            self.lanes += 1
+            return _Place(spec, "127.0.0.1", emulator.start(self._stack), emulator.KEY)
+        kind, _, rest = spec.partition("://")
+        if kind == "rpc":
+            self.lanes += 1
+            return _Place(spec, *_address(spec, rest))
+        address, _, key = rest.partition("/")
+        if kind != "tracker" or not key:
+            raise DanceError(f"unknown device {spec!r}: local, emulator, rpc://HOST:PORT or tracker://HOST:PORT/KEY")
+        host, port = _address(spec, address)
+        self.lanes += self._count(spec, host, port, key)
+        return _Place(spec, host, port, key)
+
+    def _count(self, spec: str, host: str, port: int, key: str) -> int:
+        """Devices of the key that the tracker has, waiting for the first. Raises DanceError naming the keys it has."""
+        deadline = time.monotonic() + min(self.wait, CONNECT_TIMEOUT_S)
+        while True:
+            try:
+                summary = tracker_summary(host, port)
+            except OSError as error:
+                reason = error.strerror or error
+                raise DanceError(
+                    f"{spec}: no tracker answers at {host}:{port} ({reason}): is the port right?"
+                ) from None
+            keys = [info["key"].removeprefix("server:") for info in summary["server_info"]]
+            if key in keys:
+                return keys.count(key)
+            if time.monotonic() > deadline:
+                known = f"it has {', '.join(sorted(set(keys)))}" if keys else "it has no devices at all"
+                raise DanceError(f"the tracker at {host}:{port} has no device {key!r}: {known}")
+            time.sleep(0.5)
+
+    @contextlib.contextmanager
+    def session(self, threads: int, seconds: float | None = None) -> Iterator[RemoteSession]:
+        """A session on some device for at most ``seconds`` (the trial's timeout unless given).
+
+        Raises DeviceLostError where no device can be had; what fails inside is counted against the device that ran it.
+        """
+        limit = seconds or self.trial_timeout
+        name, connection = self._connect(limit)
+        health = self.health.setdefault(name, Health(name))
+        try:
+            session = RemoteSession(connection)
+            session.pin(None, threads)
+            yield session
+        except DanceError as error:
+            health.failed += 1
+            health.strikes += 1
+            health.said = str(error)
+            raise DeviceLostError(str(error)) if _about_device(str(error)) else error from None
+        else:
+            health.done += 1
+            health.strikes = 0
+        finally:
+            connection.close()
+
+    def _connect(self, limit: float) -> tuple[str, Connection]:
+        """A connection to the next device whose turn it is, skipping those that were dropped."""
+        deadline, said = time.monotonic() + self.wait, ""
+        while time.monotonic() < deadline:
+            found = None
+            with self._lock:
+                self._turn += 1
+                place = self._places[self._turn % len(self._places)]
+            try:
+                found = self._find(place, deadline)
+                if found is not None:
+                    name, host, port, match = found
+                    key = f"{match} -timeout={limit:.0f}"
+                    return name, Connection(name, host, port, key, CONNECT_TIMEOUT_S, limit)
+            except DanceError as error:
+                said = str(error)
+                if found is not None:
+                    lost = self.health.setdefault(found[0], Health(found[0]))
+                    lost.strikes, lost.said = lost.strikes + 1, said
+            if all(health.dropped for health in self.health.values()) and self._closed():
+                break
+            time.sleep(0.2)
+        raise DeviceLostError(said or "every device was dropped after failing too often")
+
+    def _find(self, place: _Place, deadline: float) -> tuple[str, str, int, str] | None:
+        """Name, address, port and key of a device at ``place``; None where the one that is offered was dropped."""
+        host, port, match, name = place.host, place.port, "", place.spec
+        if place.server is not None and not place.server.running:
+            place.server.stop()
+            place.server, place.port = processes.start_server()
+            port = place.port
+        if place.key:
+            host, port, match = request_device(host, port, place.key, max(1.0, deadline - time.monotonic()))
+            name = f"{place.key}@{host}:{port}"
+        health = self.health.get(name)
+        return None if health is not None and health.dropped else (name, host, port, match)
+
+    def _closed(self) -> bool:
+        """Whether no place can bring devices that have not been seen yet."""
+        return all(not place.key for place in self._places)
+
+
+def _about_device(message: str) -> bool:
+    return any(words in message for words in ("closed the connection", "cannot be reached", "accepted no session"))
