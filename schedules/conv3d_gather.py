@@ -147,20 +147,22 @@ def conv3d_gather(conv: GatherConv) -> tirx.PrimFunc:
     """Emit the kernel.
 
     Parameters in order: x (N, T, H, W, C_in), weights, bias, tap entries (entries, 2), the five lists of the row
-    plan, then where asked for: in_channels and out_channels (:mod:`~.channel_plan`), out_frames, positions (masks, for ``zero_dead``), residual, and y
-    (N, T, H, W, C_out).
+    plan, then where asked for: in_channels and out_channels (:mod:`~.channel_plan`), out_frames, positions (masks, for
+    ``zero_dead``), residual, and y (N, T, H, W, C_out).
     """
     with kernel(conv.name) as built:
-        _Emitter(conv).emit()
+        GatherEmitter(conv).emit()
     return built.func
 
 
-class _Emitter:
+class GatherEmitter:
     """The kernel's parts, from its signature down to the multiply-add."""
 
     def __init__(self, conv: GatherConv) -> None:
         self.conv = conv
         self.tile = conv.tile
+        #: Whether a panel is any ``nr`` live output channels, its weights gathered, or ``nr`` consecutive ones.
+        self.gathers = conv.live_out
 
     def emit(self) -> None:
         conv = self.conv
@@ -169,15 +171,19 @@ class _Emitter:
             self._zero_dead()
         with serial(conv.plan.samples) as sample:
             blocks = let(self.counts[sample, 0])
-            panels: Expr = conv.panels
-            if conv.live_out:
-                panels = let(tirx.floordiv(self.out_channels[sample, 0] + (self.tile.nr - 1), self.tile.nr))
+            panels = self._live_panels(sample)
             with parallel(blocks * panels) as task:
                 if self.tile.panels_outer:
                     panel, block = let(tirx.floordiv(task, blocks)), let(tirx.floormod(task, blocks))
                 else:
                     block, panel = let(tirx.floordiv(task, panels)), let(tirx.floormod(task, panels))
                 self._block(sample, block, panel)
+
+    def _live_panels(self, sample: Expr) -> Expr:
+        """How many panels are computed."""
+        if not self.gathers:
+            return self.conv.panels
+        return let(tirx.floordiv(self.out_channels[sample, 0] + (self.tile.nr - 1), self.tile.nr))
 
     def _declare(self) -> None:
         conv, plan = self.conv, self.conv.plan
@@ -192,10 +198,7 @@ class _Emitter:
         self.segments = argument("segments", shapes["segments"], INT)
         self.blocks = argument("blocks", shapes["blocks"], INT)
         self.counts = argument("counts", shapes["counts"], INT)
-        if conv.live_in:
-            self.in_channels = argument("in_channels", channel_list_shape(plan.samples, conv.depth), INT)
-        if conv.live_out:
-            self.out_channels = argument("out_channels", channel_list_shape(plan.samples, conv.channels_out), INT)
+        self._declare_lists()
         if conv.zero_dead:
             masks = plan.masks
             self.masks = {key: argument(key, masks[key]) for key in ("out_frames", "positions") if key in masks}
@@ -204,6 +207,14 @@ class _Emitter:
         y = argument("y", out_shape)
         self.x, self.weights, self.y = flat(x), flat(weights), flat(y)
         self.residual = flat(residual) if residual is not None else None
+
+    def _declare_lists(self) -> None:
+        """Parameters between the row plan and the masks: the channel lists."""
+        conv, plan = self.conv, self.conv.plan
+        if conv.live_in:
+            self.in_channels = argument("in_channels", channel_list_shape(plan.samples, conv.depth), INT)
+        if conv.live_out:
+            self.out_channels = argument("out_channels", channel_list_shape(plan.samples, conv.channels_out), INT)
 
     def _zero_dead(self) -> None:
         """Write zeros where nothing is computed but a reader may look."""
@@ -248,7 +259,7 @@ class _Emitter:
         first_tile = let(block * tile.block_tiles)
         tiles = let(tirx.min(tile.block_tiles, self.counts[sample, 1] - first_tile))
         self._start_from_bias(sample, panel, partial, tiles)
-        gathered = scratch((tile.segment_taps * conv.depth * tile.nr,)) if conv.live_out else None
+        gathered = scratch((tile.segment_taps * conv.depth * tile.nr,)) if self.gathers else None
         begin = let(self.blocks[sample, block])
         end = let(self.blocks[sample, block + 1])
         with serial(end - begin) as index:
@@ -275,7 +286,7 @@ class _Emitter:
 
     def _start_from_bias(self, sample: Expr, panel: Expr, partial: tirx.Buffer, tiles: Expr) -> None:
         tile = self.tile
-        if self.conv.live_out:
+        if self.gathers:
             bias = scratch((tile.nr,))
             for index in range(tile.nr):
                 store(bias, self.bias[self._out_channel(sample, panel, index)], index)
@@ -344,13 +355,28 @@ class _Emitter:
             entry = let(tap + offset)
             shift = let(self.taps[entry, 1])
             sources = [let(big((row + shift) * conv.channels_in + group_start)) for row in rows]
-            if gathered is None:
-                base = let(big((panel * conv.window.taps + self.taps[entry, 0]) * (conv.depth * tile.nr)))
-                self._multiply(sample, sources, self.weights, base, channels, acc)
-            else:
-                start = let(big(offset * self._live_count(sample) * tile.nr))
-                self._multiply(sample, sources, gathered, start, channels, acc)
+            self._tap(sample, panel, self.taps[entry, 0], offset, sources, channels, gathered, acc)
         self._each_vector(lambda r, v, at: store(partial, acc[r][v][lanes(0, count)], lanes(place + at, count)))
+
+    def _tap(
+        self,
+        sample: Expr,
+        panel: Expr,
+        tap: Expr,
+        offset: Expr,
+        sources: list[Expr],
+        channels: tuple[Expr, Expr],
+        gathered: tirx.Buffer | None,
+        acc: list[list[tirx.Buffer]],
+    ) -> None:
+        """Accumulate one tap, ``offset`` within its segment."""
+        conv, tile = self.conv, self.tile
+        if gathered is None:
+            base = let(big((panel * conv.window.taps + tap) * (conv.depth * tile.nr)))
+            self._multiply(sample, sources, self.weights, base, channels, acc)
+        else:
+            start = let(big(offset * self._live_count(sample) * tile.nr))
+            self._multiply(sample, sources, gathered, start, channels, acc)
 
     def _each_vector(self, visit: Callable[[int, int, int], None]) -> None:
         for r in range(self.tile.mr):
@@ -436,7 +462,7 @@ class _Emitter:
         group = 0 if conv.groups == 1 else tirx.floordiv(panel, per_group)
         within = panel if conv.groups == 1 else tirx.floormod(panel, per_group)
         columns: list[Expr] = []
-        if conv.live_out:
+        if self.gathers:
             columns = [let(self._out_channel(sample, panel, index)) for index in range(tile.nr)]
             consecutive = let(tirx.all(columns[-1] - columns[0] == tile.nr - 1))
         start = let(group * conv.group_out + within * tile.nr)
@@ -447,41 +473,46 @@ class _Emitter:
 
             def scatter(source: Expr = source, target: Expr = target) -> None:
                 for at, column in enumerate(columns):
-                    self._finish(partial, source + at, target + column, 1)
+                    self._finish(partial, source + at, target + column, column, 1)
 
             def write(source: Expr = source, target: Expr = target) -> None:
                 for v in range(tile.vectors):
                     at = v * tile.vector_floats
-                    self._finish(partial, source + at, target + columns[0] + at, tile.vector_floats)
+                    self._finish(partial, source + at, target + columns[0] + at, columns[0] + at, tile.vector_floats)
 
-            if conv.live_out:
+            if self.gathers:
                 choose(consecutive, write, scatter)
             else:
-                self._store_vectors(partial, source, target + start, valid)
+                self._store_vectors(partial, source, target, start, valid)
 
-    def _store_vectors(self, partial: tirx.Buffer, source: Expr, target: Expr, valid: Expr) -> None:
+    def _store_vectors(self, partial: tirx.Buffer, source: Expr, target: Expr, start: Expr, valid: Expr) -> None:
         """Store the panel's vectors, lane by lane where the output channels end inside one."""
         tile, conv = self.tile, self.conv
         for v in range(tile.vectors):
             at = v * tile.vector_floats
 
             def whole(at: int = at) -> None:
-                self._finish(partial, source + at, target + at, tile.vector_floats)
+                self._finish(partial, source + at, target + start + at, start + at, tile.vector_floats)
 
             def part(at: int = at) -> None:
                 with serial(tirx.max(valid - at, 0)) as index:
-                    self._finish(partial, source + at + index, target + at + index, 1)
+                    self._finish(partial, source + at + index, target + start + at + index, start + at + index, 1)
 
             if conv.group_out % tile.nr == 0:
                 whole()
             else:
                 choose(valid >= at + tile.vector_floats, whole, part)
 
-    def _finish(self, partial: tirx.Buffer, source: Expr, target: Expr, count: int) -> None:
+    def _finish(self, partial: tirx.Buffer, source: Expr, target: Expr, channel: Expr, count: int) -> None:
         value = partial[lanes(source, count)]
         if self.residual is not None:
             value = value + self.residual[lanes(target, count)]
-        store(self.y, ACTIVATIONS[self.conv.activation](value, count), lanes(target, count))
+        value = ACTIVATIONS[self.conv.activation](value, count)
+        store(self.y, self._finished(value, channel, count), lanes(target, count))
+
+    def _finished(self, value: Expr, channel: Expr, count: int) -> Expr:
+        """What is stored for output channels ``channel …``."""
+        return value
 
 
 def _clear(buffer: tirx.Buffer, start: Expr, length: int, tile: Tile) -> None:

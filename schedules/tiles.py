@@ -17,13 +17,16 @@ CHAINS_TO_HIDE_LATENCY = 8
 
 @dataclass(frozen=True)
 class Machine:
-    """The facts that tile sizes follow from: vector lanes and registers, cache sizes in bytes."""
+    """The facts that tile sizes and choices of kernels follow from; cache sizes in bytes."""
 
     vector_floats: int
     registers: int
     l1d: int
     l2: int
     broadcast_loads: bool  #: single values are broadcast from memory at no cost (x86); else lanes of a vector are used
+    l3: int = 0  #: shared by the cores
+    gflops: float = 50.0  #: peak of one core
+    memory_gb_per_s: float = 10.0
 
 
 def candidates(machine: Machine) -> list[tuple[int, int, int]]:
@@ -53,9 +56,13 @@ def predicted_cycles(machine: Machine, rows: int, panel: int, tile: tuple[int, i
     return tiles * (max(multiply, loads, latency) + 0.1 * mr / step + 0.35 * vectors)
 
 
-def default_tile(machine: Machine, window: Window, depth: int, group_out: int) -> Tile:
-    """The tile with the fewest predicted cycles, its blocks sized to the caches."""
-    options = candidates(machine)
+def default_tile(machine: Machine, window: Window, depth: int, group_out: int, nr: int | None = None) -> Tile:
+    """The tile with the fewest predicted cycles, its blocks sized to the caches.
+
+    ``depth`` is how many input channels (or columns of a kernel group) one tap uses; ``nr`` fixes the output channels
+    of a tile, as kernel groups do.
+    """
+    options = [tile for tile in candidates(machine) if nr is None or tile[1] * machine.vector_floats == nr]
     mr, vectors, step = min(options, key=lambda tile: predicted_cycles(machine, window.positions_out, group_out, tile))
     nr = vectors * machine.vector_floats
     depth_block = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (4 * nr) // step * step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from dance_tvm.schedules.channel_plan import plan_channels
 from dance_tvm.schedules.conv3d_gather import GatherConv, Tile, conv3d_gather
+from dance_tvm.schedules.conv3d_kgs import KernelGroupConv, balanced_order, conv3d_kgs, plan_columns
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.row_plan import RowPlan, plan_rows
+from dance_tvm.transform.kernel_groups import KernelGroups, find_kernel_groups
 
 TARGET = tvm.target.Target({"kind": "llvm", "num-cores": 2})
 
@@ -49,6 +51,7 @@ class Case:
     live_out: np.ndarray | None = None
     residual: bool = False
     zero_dead: str = "all"
+    kernel_groups: tuple[int, int, float] | None = None  # gm, gn, share of columns kept
     seed: int = 0
 
     @property
@@ -73,7 +76,7 @@ def run(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         case.out_frames is not None,
         None if case.positions is None else case.positions.shape[:2],
     )
-    conv = GatherConv(
+    settings_of_kernel = (
         window,
         case.channels_in,
         case.channels_out,
@@ -86,8 +89,11 @@ def run(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "relu",
         case.zero_dead,
     )
+    conv = GatherConv(*settings_of_kernel)
     x = rng.integers(-4, 5, (case.batch, *case.size, case.channels_in)).astype("float32")
     weight = rng.integers(-3, 4, (case.channels_out, conv.depth, *case.kernel)).astype("float32")
+    if case.kernel_groups is not None:
+        weight = prune(weight, *case.kernel_groups, rng)
     bias = rng.integers(-5, 6, case.channels_out).astype("float32")
     residual = rng.integers(-9, 10, (case.batch, *window.out, case.channels_out)).astype("float32")
 
@@ -123,23 +129,60 @@ def run(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     mask_args = [tensor(masks[key].astype("float32")) for key in plan.masks]
     lists = [tensor(np.full(shape, -(2**31), "int32")) for shape in plan.shapes.values()]
     compiled(plan_rows(plan))(*mask_args, *(tensor(table) for table in plan.tables.values()), *lists)
-    args = [tensor(poisoned), tensor(conv.pack_weights(weight)), tensor(conv.pack_bias(bias))]
-    args += [tensor(plan.tap_entries), *lists]
-    for live, count, nr in ((case.live_in, conv.depth, case.tile.nr), (case.live_out, case.channels_out, 1)):
-        if live is not None:
-            listed = tensor(np.full((samples, 1 + 2 * count), -(2**31), "int32"))
-            compiled(plan_channels(samples, count, nr))(tensor(live.astype("float32")), listed)
-            args.append(listed)
+    args = [tensor(poisoned)]
+    if case.kernel_groups is None:
+        args += [tensor(conv.pack_weights(weight)), tensor(conv.pack_bias(bias)), tensor(plan.tap_entries), *lists]
+        for live, count, nr in ((case.live_in, conv.depth, case.tile.nr), (case.live_out, case.channels_out, 1)):
+            if live is not None:
+                listed = tensor(np.full((samples, 1 + 2 * count), -(2**31), "int32"))
+                compiled(plan_channels(samples, count, nr))(tensor(live.astype("float32")), listed)
+                args.append(listed)
+    else:
+        groups = find_kernel_groups(weight, *case.kernel_groups[:2])
+        conv = KernelGroupConv(*settings_of_kernel, columns=len(groups.columns))
+        args += group_arguments(conv, groups, bias, lists, case)
     if case.zero_dead:
         args += [tensor(masks[key].astype("float32")) for key in ("out_frames", "positions") if key in plan.masks]
     if case.residual:
         args.append(tensor(residual))
     y = tensor(np.full(expected.shape, np.nan, "float32"))
-    compiled(conv3d_gather(conv))(*args, y)
+    emit = conv3d_kgs if isinstance(conv, KernelGroupConv) else conv3d_gather
+    compiled(emit(conv))(*args, y)
     pairs = int(lists[-1].numpy()[:, 3].sum())
     frames_alive = np.ones((case.batch, case.size[0]), bool) if case.in_frames is None else case.in_frames
     assert pairs == count_pairs(window, frames_alive if plan.dynamic_taps else None, rows)
     return y.numpy(), expected, computed
+
+
+def prune(weight: np.ndarray, gm: int, gn: int, keep: float, rng: np.random.Generator) -> np.ndarray:
+    """Zero whole columns of kernel groups of ``gm`` filters by ``gn`` channels."""
+    filters, channels, *kernel = weight.shape
+    kept = rng.random((-(-filters // gm), -(-channels // gn), *kernel)) < keep
+    return weight * kept.repeat(gm, 0)[:filters].repeat(gn, 1)[:, :channels]
+
+
+def group_arguments(
+    conv: KernelGroupConv, groups: KernelGroups, bias: np.ndarray, lists: list[tvm.runtime.Tensor], case: Case
+) -> list[tvm.runtime.Tensor]:
+    """Everything between the input and the masks of a kernel-group convolution."""
+    weights = np.zeros(conv.weight_shape, "float32")
+    weights[: len(groups.weights)] = groups.weights
+    starts, columns = tensor(groups.column_ptr[None]), tensor(conv.static_columns(groups.columns))
+    if case.live_in is not None:
+        thinned = [tensor(np.full(shape, -(2**31), "int32")) for shape in conv.column_shapes.values()]
+        compiled(plan_columns(conv))(tensor(case.live_in.astype("float32")), starts, columns, *thinned)
+        starts, columns = thinned
+    order = tensor(balanced_order(np.diff(groups.column_ptr[:, [0, -1]])[:, 0], 2))
+    args = [
+        tensor(weights),
+        tensor(conv.pack_bias(bias)),
+        tensor(conv.plan.tap_entries),
+        *lists,
+        starts,
+        columns,
+        order,
+    ]
+    return args if case.live_out is None else [*args, tensor(case.live_out.astype("float32"))]
 
 
 def count_pairs(window: Window, in_frames: np.ndarray | None, rows: np.ndarray) -> int:
@@ -170,12 +213,18 @@ DENSE = [
     Case(size=(2, 3, 3), kernel=(3, 5, 5), padding=(1, 2, 2), residual=True),
     Case(channels_in=11, tile=Tile(5, 1, 4, 4, 3, 27)),
     Case(channels_in=8, tile=Tile(4, 2, 4, 4, 100, 3)),
+    Case(channels_in=9, tile=Tile(4, 2, 4, 4, 3, 3, depth_block=4, panels_outer=True)),
+    Case(channels_in=9, channels_out=21, kernel_groups=(8, 4, 0.4), residual=True),
+    Case(channels_in=6, channels_out=16, kernel_groups=(8, 1, 0.0)),
 ]
 
 
 @pytest.mark.parametrize("case", DENSE, ids=range(len(DENSE)))
 def test_dense_equals_pytorch(case: Case) -> None:
     check(case)
+
+
+DENSITIES = st.sampled_from([0.0, 0.3, 0.7, 1.0])
 
 
 @st.composite
@@ -204,6 +253,9 @@ def masked_cases(draw: st.DrawFn) -> Case:
     case.positions = mask(draw(st.sampled_from([1, case.batch])), draw(st.sampled_from([1, out[0]])), *out[1:])
     case.live_in = mask(case.batch, case.channels_in)
     case.live_out = mask(case.batch, case.channels_out)
+    if draw(st.booleans()):
+        case.kernel_groups = (draw(st.sampled_from([4, 8])), draw(st.sampled_from([1, 4, 8])), draw(DENSITIES))
+        case.tile = replace(case.tile, vectors=case.kernel_groups[0] // 4)
     return case
 
 

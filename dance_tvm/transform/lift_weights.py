@@ -59,17 +59,15 @@ def _large_constants(function: relax.Function) -> list[tuple[relax.Expr, np.ndar
     return list(found.items())
 
 
-def _lift(
-    function: relax.Function, large: list[tuple[relax.Expr, np.ndarray]], names: list[str]
-) -> relax.Function:
+def _lift(function: relax.Function, large: list[tuple[relax.Expr, np.ndarray]], names: list[str]) -> relax.Function:
     params = [relax.Var(name, constant.ty) for name, (constant, _) in zip(names, large, strict=True)]
     replacement = {constant: param for (constant, _), param in zip(large, params, strict=True)}
     blocks = []
     for block in function.body.blocks:
-        bindings = [
-            relax.VarBinding(binding.var, substitute(binding.value, replacement)) for binding in block.bindings
-        ]
-        blocks.append(relax.DataflowBlock(bindings) if isinstance(block, relax.DataflowBlock) else relax.BindingBlock(bindings))
+        bindings = [relax.VarBinding(binding.var, substitute(binding.value, replacement)) for binding in block.bindings]
+        blocks.append(
+            relax.DataflowBlock(bindings) if isinstance(block, relax.DataflowBlock) else relax.BindingBlock(bindings)
+        )
     body = relax.SeqExpr(blocks, function.body.body)
     attrs = dict(function.attrs) if function.attrs else {}
     attrs["num_input"] = len(function.params)

@@ -175,4 +175,3 @@ def _independent(graph: Graph) -> dict[relax.Var, frozenset[relax.Var]]:
             bits = dependents[var]
             result[var] = frozenset(other for other in everything if not bits >> index[other] & 1)
     return result
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import tvm
@@ -11,19 +11,20 @@ from tvm import relax
 
 from dance_tvm.schedules.channel_plan import channel_list_shape, plan_channels
 from dance_tvm.schedules.conv3d_gather import GatherConv, Tile, conv3d_gather
+from dance_tvm.schedules.conv3d_kgs import KernelGroupConv, balanced_order, conv3d_kgs, plan_columns
 from dance_tvm.schedules.mask_window import grow_backward, grow_forward
 from dance_tvm.schedules.pool3d import Pool, pool3d
 from dance_tvm.schedules.row_plan import RowPlan, plan_rows
 from dance_tvm.schedules.spaces import TYPICAL_DENSITY, Workload, choose_tile
-from dance_tvm.schedules.tiles import Machine
+from dance_tvm.schedules.tiles import Machine, default_tile
 
 from .graph import Graph, Shape, dtype_of, shape_of, substitute, variables
+from .kernel_groups import CANDIDATES, KernelGroups, choose_kernel_groups, lane_cost
 from .layers import LayerInfo
 from .liveness import Liveness
 from .masks import Both, Either, Expression, Factor, Grown, Live
 from .sites import Site, Sites
 from .windows import POOLS, window_of
-
 
 #: The function beside ``main`` that runs the planning alone. It takes what ``main`` takes and returns int32 (rows, 4):
 #: for every convolution and linear layer, in the order of ``Lowered.layers``, its number, and how many pairs of output
@@ -54,10 +55,12 @@ class LowerWindows:
         graph = Graph.of(mod["main"])
         liveness = Liveness.of(graph)
         sites = Sites.of(graph, liveness)
-        lowering = _Lowering(mod, graph, liveness, sites, self.machine, self.threads, self.tile_for)
+        lowering = _Lowering(
+            mod, graph, liveness, sites, self.machine, self.threads, self.tile_for, sparsity=self.sparsity
+        )
         lowered = lowering.run("main")
         self.layers.extend(lowering.layers)
-        counting = _Lowering(lowered, graph, liveness, sites, self.machine, self.threads, self.tile_for)
+        counting = replace(lowering, mod=lowered, layers=[], new={}, planned={}, counts=[])
         return relax.transform.DeadCodeElimination()(counting.run(COUNTS))
 
 
@@ -77,6 +80,8 @@ class _Lowering:
     new: dict[relax.Var, relax.Expr] = field(default_factory=dict)
     planned: dict[Hashable, list[relax.Expr]] = field(default_factory=dict)
     counts: list[relax.Expr] = field(default_factory=list)
+    groups: dict[relax.Var, KernelGroups] = field(default_factory=dict)
+    sparsity: bool = True
 
     def run(self, name: str) -> tvm.IRModule:
         """Emit the network as function ``name``, with kernels in the place of sites."""
@@ -112,6 +117,19 @@ class _Lowering:
         joined = emit(op.concat(columns, 1))
         layer = relax.const(np.full((samples, 1), len(self.counts), "int32"))
         self.counts.append(emit(op.concat([layer, joined], 1)))
+
+    def _count_columns(self, conv: KernelGroupConv, lists: list[relax.Expr], starts: relax.Expr) -> None:
+        """The same for kernel groups: multiply-adds of a pair are the mean over the taps, output channels are 1."""
+        emit, op, samples = self.builder.emit, relax.op, conv.plan.samples
+        pairs = emit(op.strided_slice(lists[-1], [1], [3], [4]))
+        last = [conv.panels - 1, conv.window.taps]
+        total = emit(op.strided_slice(starts, [1, 2], last, [place + 1 for place in last]))
+        total = emit(op.broadcast_to(emit(op.reshape(total, [conv.column_samples, 1])), [samples, 1]))
+        lanes = relax.const(np.full((samples, 1), conv.tile.nr, "int32"))
+        taps = relax.const(np.full((samples, 1), conv.window.taps, "int32"))
+        work = emit(op.floor_divide(emit(op.multiply(total, lanes)), taps))
+        layer = relax.const(np.full((samples, 1), len(self.counts), "int32"))
+        self.counts.append(emit(op.concat([layer, pairs, work, relax.const(np.ones((samples, 1), "int32"))], 1)))
 
     def _emit(self, var: relax.Var) -> relax.Expr:
         """Emit ``var`` and what it reads, unless that has been done."""
@@ -156,9 +174,7 @@ class _Lowering:
             inner = self._field(expression.inner)
             field4 = tuple(expression.inner.shape[:4])
             func = (grow_forward if expression.forward else grow_backward)(expression.window, field4)  # type: ignore[arg-type]
-            grown = self._kernel(
-                func, [emit(relax.op.reshape(inner, list(field4)))], [expression.shape[:4]], "float32"
-            )
+            grown = self._kernel(func, [emit(relax.op.reshape(inner, list(field4)))], [expression.shape[:4]], "float32")
             return emit(relax.op.reshape(grown, list(expression.shape)))
         left, right = self._field(expression.left), self._field(expression.right)
         union = isinstance(expression, Either)
@@ -209,7 +225,7 @@ class _Lowering:
         live_in = alive.channels if site.groups == 1 else None
         samples = window.batch if window.batch > 1 and (live_in or wanted.channels) else 1
         conv = self._choose(site, alive, wanted, samples)
-        plan, tile = conv.plan, conv.tile
+        plan = conv.plan
         data = self._as_video(self._emit(site.data), (window.batch, *window.size, site.channels_in))
         masks = self._frames(alive.frames if plan.in_frames else None, window.batch, window.size[0])
         out_frames = self._frames(wanted.frames, window.batch, window.out[0])
@@ -219,23 +235,68 @@ class _Lowering:
             positions = [self._mask(wanted.positions, shape, (*shape, 1))]
         identity = (alive.frames if plan.in_frames else None, wanted.frames, wanted.positions)
         lists = self._rows(plan, [*masks, *out_frames, *positions], identity)
-        bias = np.zeros(site.channels_out) if site.bias is None else site.bias
-        args = [data, relax.const(conv.pack_weights(site.weight)), relax.const(conv.pack_bias(bias.astype("float32")))]
-        args += [relax.const(plan.tap_entries), *lists]
-        channels = [
-            self._channels(live_in, samples, site.channels_in, tile.nr),
-            self._channels(wanted.channels, samples, site.channels_out, 1),
-        ]
-        self._count(conv, lists, channels)
-        args += [listed for some in channels for listed in some]
+        if isinstance(conv, KernelGroupConv):
+            args = [data, *self._group_arguments(site, conv, live_in, wanted.channels, lists)]
+        else:
+            args = [data, *self._gather_arguments(site, conv, live_in, wanted.channels, lists)]
         if conv.zero_dead:
             args += [*out_frames, *positions]
         out_shape = (window.batch, *window.out, site.channels_out)
         if site.residual is not None:
             args.append(self._as_video(self._emit(site.residual), out_shape))
         self.layers.append(self._describe(site, conv, alive, wanted))
-        result = self._kernel(conv3d_gather(conv), args, [out_shape], "float32")
-        return self._as_video(result, shape_of(site.end))
+        func = conv3d_kgs(conv) if isinstance(conv, KernelGroupConv) else conv3d_gather(conv)
+        return self._as_video(self._kernel(func, args, [out_shape], "float32"), shape_of(site.end))
+
+    def _gather_arguments(
+        self,
+        site: Site,
+        conv: GatherConv,
+        live_in: Expression | None,
+        live_out: Expression | None,
+        lists: list[relax.Expr],
+    ) -> list[relax.Expr]:
+        """Weights, bias, taps and lists of a gathered convolution."""
+        samples = conv.plan.samples
+        channels = [
+            self._channels(live_in, samples, site.channels_in, conv.tile.nr),
+            self._channels(live_out, samples, site.channels_out, 1),
+        ]
+        self._count(conv, lists, channels)
+        packed = [relax.const(conv.pack_weights(site.weight)), relax.const(conv.pack_bias(_bias_of(site)))]
+        return [*packed, relax.const(conv.plan.tap_entries), *lists, *channels[0], *channels[1]]
+
+    def _group_arguments(
+        self,
+        site: Site,
+        conv: KernelGroupConv,
+        live_in: Expression | None,
+        live_out: Expression | None,
+        lists: list[relax.Expr],
+    ) -> list[relax.Expr]:
+        """Weights, bias, taps and lists of a convolution with kernel groups."""
+        groups, samples = self.groups[site.start], conv.plan.samples
+        weights = np.zeros(conv.weight_shape, "float32")
+        weights[: len(groups.weights)] = groups.weights
+        columns: list[relax.Expr] = [
+            relax.const(groups.column_ptr[None]),
+            relax.const(conv.static_columns(groups.columns)),
+        ]
+        if live_in is not None:
+            key = ("columns", site.start, live_in)
+            if key not in self.planned:
+                mask = self._mask(live_in, (samples, conv.channels_in), (samples, 1, 1, 1, conv.channels_in))
+                shapes = list(conv.column_shapes.values())
+                thinned = self._kernel(plan_columns(conv), [mask, *columns], shapes, "int32")
+                self.planned[key] = [self.builder.emit(relax.TupleGetItem(thinned, i)) for i in range(2)]
+            columns = self.planned[key]
+        self._count_columns(conv, lists, columns[0])
+        order = balanced_order(np.diff(groups.column_ptr[:, [0, -1]])[:, 0], self.threads)
+        args = [relax.const(weights), relax.const(conv.pack_bias(_bias_of(site))), relax.const(conv.plan.tap_entries)]
+        args += [*lists, *columns, relax.const(order)]
+        if live_out is not None:
+            args.append(self._mask(live_out, (samples, conv.channels_out), (samples, 1, 1, 1, conv.channels_out)))
+        return args
 
     def _workload(self, site: Site, alive: Live, wanted: Live) -> Workload:
         """What the choice of the site's tile depends on."""
@@ -263,6 +324,12 @@ class _Lowering:
         """The kernel of a site: its tile, its row plan and the lists it walks."""
         window = site.window
         tile, self.tuned = self.tile_for(self._workload(site, alive, wanted))
+        groups = self._kernel_groups(site)
+        if groups is not None:
+            per_tap = max(1, round(len(groups.columns) / (len(groups.column_ptr) * window.taps)))
+            tile = replace(
+                default_tile(self.machine, window, per_tap, site.channels_out, groups.gm), depth_block=1 << 30, step=1
+            )
         positions = None if wanted.positions is None else tuple(wanted.positions.shape[:2])
         plan = RowPlan(
             window,
@@ -276,7 +343,7 @@ class _Lowering:
         )
         thinned = bool(wanted.axes)
         zero = ("all" if self.sites.needs_zeros(site.end) else "rows") if thinned else ""
-        return GatherConv(
+        conv = GatherConv(
             window,
             site.channels_in,
             site.channels_out,
@@ -289,6 +356,21 @@ class _Lowering:
             activation=site.activation,
             zero_dead=zero,
         )
+        if groups is None:
+            return conv
+        fields = {key: getattr(conv, key) for key in conv.__dataclass_fields__}
+        return KernelGroupConv(**fields, columns=len(groups.columns))
+
+    def _kernel_groups(self, site: Site) -> KernelGroups | None:
+        """The zero columns of the site's weights, if skipping them pays."""
+        if not self.sparsity or site.linear or site.groups > 1:
+            return None
+        if site.start not in self.groups:
+            lanes = self.machine.vector_floats
+            fitting = [(gm, gn) for gm, gn in CANDIDATES if gm % lanes == 0] or [(lanes, gn) for gn in (8, 4, 1)]
+            self.groups[site.start] = choose_kernel_groups(site.weight, fitting, lane_cost(lanes))
+        groups = self.groups[site.start]
+        return None if groups.scheme == "dense" else groups
 
     def _as_video(self, value: relax.Expr, shape: Shape) -> relax.Expr:
         return value if shape_of(value) == shape else self.builder.emit(relax.op.reshape(value, list(shape)))
@@ -296,7 +378,12 @@ class _Lowering:
     def _describe(self, site: Site, conv: GatherConv, alive: Live, wanted: Live) -> LayerInfo:
         skips = [f"input {axis}" for axis in alive.axes if axis != "positions"]
         skips += [f"output {axis}" for axis in wanted.axes]
+        groups = self.groups.get(site.start)
+        if groups is not None and groups.scheme != "dense":
+            skips.append("weight columns")
         reason = "" if skips else self._why_dense(site)
+        if groups is not None and (groups.scheme != "dense" or groups.sparsity > 0):
+            reason = "; ".join(part for part in (reason, str(groups)) if part)
         kind = "linear" if site.linear else "conv3d"
         return LayerInfo(
             name=site.start.name,
@@ -343,3 +430,8 @@ class _Lowering:
         skips = [f"output {axis}" for axis in wanted.axes if axis == "frames"]
         self.layers.append(LayerInfo(name=var.name, kind="pool3d", kernel=pool.name, macs=0, skips=skips))
         return self._as_video(result, shape_of(var))
+
+
+def _bias_of(site: Site) -> np.ndarray:
+    bias = np.zeros(site.channels_out) if site.bias is None else site.bias
+    return bias.astype("float32")

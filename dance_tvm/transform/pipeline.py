@@ -101,8 +101,16 @@ def lower(
 def machine_of(target: Target) -> Machine:
     """What tile sizes follow from, read off the target."""
     arm = "aarch64" in str(target.tvm.get("mtriple", "")) or (target.host is None and "neon" in str(target.tvm))
+    cores = [core.max_ghz * core.fma_per_cycle for core in target.clusters]
     return Machine(
-        target.vector.floats, target.vector.registers, target.caches.l1d, target.caches.l2, broadcast_loads=not arm
+        target.vector.floats,
+        target.vector.registers,
+        target.caches.l1d,
+        target.caches.l2,
+        broadcast_loads=not arm,
+        l3=target.caches.l3,
+        gflops=2 * target.vector.floats * max(cores),
+        memory_gb_per_s=target.memory_gb_per_s,
     )
 
 

@@ -1,0 +1,275 @@
+"""From an exported network to kernels: what is skipped, what is not, and that the results stay those of PyTorch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import tvm
+from torch import nn
+from tvm import relax
+from tvm.relax.frontend.torch import from_exported_program
+
+from dance_tvm.target import load_target
+from dance_tvm.transform.pipeline import Lowered, Options, lower
+
+
+def integers(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Small integer weights, so that results compare exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randint(-2, 3, parameter.shape, generator=generator).float())
+    return module.eval()
+
+
+def compile_network(module: nn.Module, *inputs: torch.Tensor) -> tuple[Lowered, relax.VirtualMachine]:
+    target = load_target("host")
+    mod = from_exported_program(torch.export.export(module, inputs))
+    lowered = lower(mod, target, Options(threads=2, conv="direct"))
+    executable = tvm.compile(lowered.mod, target=target.tvm_target(2))
+    return lowered, relax.VirtualMachine(executable, tvm.cpu())
+
+
+def outputs(machine: relax.VirtualMachine, *inputs: torch.Tensor) -> list[np.ndarray]:
+    result = machine["main"](*(tvm.runtime.tensor(value.numpy()) for value in inputs))
+    return [item.numpy() for item in result]
+
+
+def executed(machine: relax.VirtualMachine, *inputs: torch.Tensor) -> dict[int, int]:
+    """Multiply-accumulates by layer, from the index lists."""
+    total: dict[int, int] = {}
+    for layer, pairs, reads, writes in machine["counts"](*(tvm.runtime.tensor(x.numpy()) for x in inputs)).numpy():
+        total[int(layer)] = total.get(int(layer), 0) + int(pairs) * int(reads) * int(writes)
+    return total
+
+
+class Masked(nn.Module):
+    """Two convolutions; the mask of the second one's input comes in from outside, known before either runs."""
+
+    def __init__(self, after: nn.Module | None = None, position: str = "behind the activation") -> None:
+        super().__init__()
+        self.first = nn.Conv3d(4, 8, 3, padding=1)
+        self.second = nn.Conv3d(8, 6, 3, padding=1)
+        self.after = after or nn.Identity()
+        self.position = position
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        alive = (mask > 0).to(x.dtype)
+        x = torch.relu(self.first(x)) * alive
+        return self.second(self.after(x))
+
+
+SHAPES = {
+    "channels": (2, 8, 1, 1, 1),
+    "frames": (2, 1, 4, 1, 1),
+    "positions": (2, 1, 1, 6, 5),
+    "positions of each frame": (2, 1, 4, 6, 5),
+}
+
+
+def masks(shape: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    some = torch.randint(-1, 2, shape, generator=generator).float()
+    return [some, torch.ones(shape), torch.zeros(shape)]
+
+
+@pytest.mark.parametrize("axis", SHAPES)
+@pytest.mark.parametrize("after", [None, nn.MaxPool3d(2), nn.AvgPool3d((1, 2, 2), (1, 2, 2))], ids=["", "max", "avg"])
+def test_mask_thins_both_convolutions(axis: str, after: nn.Module | None) -> None:
+    network = integers(Masked(after))
+    x = torch.randint(-3, 4, (2, 4, 4, 6, 5)).float()
+    lowered, machine = compile_network(network, x, masks(SHAPES[axis])[0])
+    first, second = [layer for layer in lowered.layers if layer.kind == "conv3d"]
+    name = axis.split()[0]
+    assert f"output {name}" in first.skips
+    if name != "positions":
+        assert f"input {name}" in second.skips
+    for mask in masks(SHAPES[axis]):
+        with torch.no_grad():
+            expected = network(x, mask).numpy()
+        np.testing.assert_allclose(outputs(machine, x, mask)[0], expected, atol=1e-4 if after else 0)
+    assert executed(machine, x, masks(SHAPES[axis])[2])[0] == 0, "an all-zero mask leaves nothing to compute"
+
+
+class SelfMasked(nn.Module):
+    """The mask is computed from the very activation that it masks, so that it comes too late to thin its producer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(4, 8, 3, padding=1)
+        self.second = nn.Conv3d(8, 6, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        return self.second(x * (x.sum((2, 3, 4), keepdim=True) > 400).float())
+
+
+def test_late_mask_thins_its_reader_alone() -> None:
+    network = integers(SelfMasked())
+    x = torch.randint(-3, 4, (1, 4, 3, 5, 5)).float()
+    lowered, machine = compile_network(network, x)
+    first, second = lowered.layers
+    assert not first.skips and second.skips == ["input channels"]
+    with torch.no_grad():
+        np.testing.assert_array_equal(outputs(machine, x)[0], network(x).numpy())
+
+
+class Soft(nn.Module):
+    """Squeeze and excite: a factor that is no mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(4, 8, 3, padding=1)
+        self.second = nn.Conv3d(8, 6, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        return self.second(x * torch.sigmoid(x.mean((2, 3, 4), keepdim=True)))
+
+
+def test_soft_factor_is_left_alone() -> None:
+    network = Soft().eval()
+    x = torch.randn(1, 4, 3, 5, 5)
+    lowered, machine = compile_network(network, x)
+    assert all(not layer.skips for layer in lowered.layers)
+    with torch.no_grad():
+        np.testing.assert_allclose(outputs(machine, x)[0], network(x).numpy(), atol=1e-5)
+
+
+class TwoReaders(nn.Module):
+    """One activation read by a masked convolution and, unmasked, by a shortcut."""
+
+    def __init__(self, share: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(4, 8, 3, padding=1)
+        self.second = nn.Conv3d(8, 8, 3, padding=1)
+        self.share = share
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        alive = (mask > 0).to(x.dtype)
+        x = torch.relu(self.first(x))
+        y = torch.relu(self.second(x * alive))
+        return y + x if self.share else y * alive + x * alive
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("axis", SHAPES)
+def test_several_readers(axis: str, share: bool) -> None:
+    network = integers(TwoReaders(share))
+    x = torch.randint(-3, 4, (2, 4, 4, 6, 5)).float()
+    mask = masks(SHAPES[axis])[0]
+    lowered, machine = compile_network(network, x, mask)
+    first = lowered.layers[0]
+    assert bool(first.skips) != share, "what a shortcut reads must be computed"
+    with torch.no_grad():
+        np.testing.assert_array_equal(outputs(machine, x, mask)[0], network(x, mask).numpy())
+
+
+class Bias(nn.Module):
+    """A bias between the mask and the reader: zeros do not survive it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(1, 4, 1, 1, 1))
+        self.conv = nn.Conv3d(4, 6, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.conv(x * (mask > 0).to(x.dtype) + self.shift)
+
+
+def test_bias_ends_what_is_known_to_be_zero() -> None:
+    network = integers(Bias())
+    x, mask = torch.randint(-3, 4, (1, 4, 3, 5, 5)).float(), masks((1, 4, 1, 1, 1))[0]
+    lowered, machine = compile_network(network, x, mask)
+    assert not lowered.layers[0].skips
+    with torch.no_grad():
+        np.testing.assert_array_equal(outputs(machine, x, mask)[0], network(x, mask).numpy())
+
+
+def test_receptive_field_is_carried_backward() -> None:
+    network = integers(Masked())
+    network.second.stride = (2, 2, 2)
+    x = torch.randint(-3, 4, (1, 4, 4, 6, 5)).float()
+    mask = torch.zeros(1, 1, 4, 1, 1)
+    mask[:, :, 0] = 1
+    _, machine = compile_network(network, x, mask)
+    with torch.no_grad():
+        np.testing.assert_array_equal(outputs(machine, x, mask)[0], network(x, mask).numpy())
+    all_frames = executed(machine, x, torch.ones_like(mask))
+    one_frame = executed(machine, x, mask)
+    assert 0 < one_frame[0] < all_frames[0] / 2
+
+
+class Pruned(nn.Module):
+    """Kernel groups of zero weights, and a mask on top."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(4, 24, 3, padding=1)
+        self.second = nn.Conv3d(24, 16, (1, 3, 3), padding=(0, 1, 1))
+        self.masked = masked
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        if self.masked:
+            x = x * (mask > 0).to(x.dtype)
+        return torch.relu(self.second(x))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_zero_columns_are_skipped_with_and_without_masks(masked: bool) -> None:
+    network = integers(Pruned(masked))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for conv in (network.first, network.second):
+            groups = torch.rand((conv.out_channels // 8, conv.in_channels // 4, *conv.kernel_size), generator=generator)
+            conv.weight *= (groups > 0.6).float().repeat_interleave(8, 0).repeat_interleave(4, 1)
+    x = torch.randint(-3, 4, (2, 4, 3, 5, 5)).float()
+    mask = masks((2, 24, 1, 1, 1))[0]
+    lowered, machine = compile_network(network, x, mask)
+    assert all("weight columns" in layer.skips for layer in lowered.layers)
+    assert all("kgs" in layer.kernel for layer in lowered.layers)
+    with torch.no_grad():
+        np.testing.assert_array_equal(outputs(machine, x, mask)[0], network(x, mask).numpy())
+
+
+class TwoDimensional(nn.Module):
+    """2D convolutions with strides, groups, a depthwise one, a shortcut and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 8, 1, groups=2)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(self.stem(x))
+        x = torch.relu(self.grouped(torch.nn.functional.silu(self.depthwise(x))) + x)
+        return torch.softmax(self.head(x.mean((2, 3))), 1)
+
+
+def test_two_dimensional_network() -> None:
+    torch.manual_seed(0)
+    network = TwoDimensional().eval()
+    for norm in [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(3, 3, 21, 30)
+    lowered, machine = compile_network(network, x)
+    assert [layer.kind for layer in lowered.layers] == ["conv3d", "pool3d", "conv3d", "conv3d", "linear"]
+    with torch.no_grad():
+        np.testing.assert_allclose(outputs(machine, x)[0], network(x).numpy(), atol=1e-5)
+
+
+def test_large_weights_leave_the_code() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4096, 1100)).eval()
+    x = torch.randn(1, 4096)
+    lowered, machine = compile_network(network, x)
+    assert sum(value.nbytes for value in lowered.weights.values()) > 16 << 20
+    weights = [tvm.runtime.tensor(value) for value in lowered.weights.values()]
+    with torch.no_grad():
+        got = machine["main"](tvm.runtime.tensor(x.numpy()), *weights)[0].numpy()
+        np.testing.assert_allclose(got, network(x).numpy(), atol=1e-4)
