@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
 from collections.abc import Callable, Sequence
@@ -14,10 +15,22 @@ import psutil
 
 from dance_tvm.artifact import LIBRARY, Artifact, load_artifact
 from dance_tvm.benchmarking import sensing
-from dance_tvm.benchmarking.clips import MOST_CLIPS, NamedClips, frames_of, load_clips
+from dance_tvm.benchmarking.clips import MOST_CLIPS, NamedClips, frames_of, load_clips, pictures_of, strip
 from dance_tvm.benchmarking.layers import profile
-from dance_tvm.benchmarking.measure import Contender, in_turns, single_stream
-from dance_tvm.benchmarking.results import Clip, Device, Energy, Measured, Pair, Profile, Results, Validation, Verdict
+from dance_tvm.benchmarking.measure import Contender, Inputs, in_turns, single_stream
+from dance_tvm.benchmarking.results import (
+    Alive,
+    Clip,
+    Device,
+    Energy,
+    Measured,
+    Pair,
+    Picture,
+    Profile,
+    Results,
+    Validation,
+    Verdict,
+)
 from dance_tvm.benchmarking.statistics import judge, paired_ratio, unpaired_ratio
 from dance_tvm.benchmarking.validation import validate
 from dance_tvm.compiler import random_inputs
@@ -29,6 +42,7 @@ CLIP_RUNS = 5
 ENERGY_RUNS = 5
 PROFILE_RUNS = 7
 EXPLAINED_BOUND = 0.2
+MOST_PICTURED_LAYERS = 3
 Role = Literal["sparse", "dense", "other"]
 
 
@@ -154,7 +168,8 @@ def _measured(plan: Plan, session: DeviceSession, entry: _Entry) -> Measured:
     manifest, contender = entry.artifact.manifest, entry.contender
     latency = contender.figures()
     profiled = _profile(entry) if plan.layers else None
-    clips = [_clip(name, inputs, entry, plan) for name, inputs in entry.clips]
+    looked = [_clip(name, inputs, entry, plan) for name, inputs in entry.clips]
+    clips = [clip for clip, _ in looked]
     target = _target_of(entry.artifact)
     return Measured(
         artifact=str(entry.artifact.path),
@@ -174,6 +189,7 @@ def _measured(plan: Plan, session: DeviceSession, entry: _Entry) -> Measured:
         energy=_energy(session, entry, profiled, target),
         profile=profiled,
         clips=clips,
+        pictures=_pictures(entry, [seen for _, seen in looked]),
         single_stream=_stream(entry) if plan.single_stream else None,
         notes=entry.notes,
     )
@@ -195,18 +211,37 @@ def _profile(entry: _Entry) -> Profile | None:
     return found
 
 
-def _clip(name: str, inputs: dict[str, np.ndarray], entry: _Entry, plan: Plan) -> Clip:
+def _clip(name: str, inputs: Inputs, entry: _Entry, plan: Plan) -> tuple[Clip, Profile | None]:
+    """A clip's latency, and what its index lists kept."""
     network, manifest = entry.contender.network, entry.artifact.manifest
     network.time(inputs, 1)
     p50, p90 = np.percentile(network.time(inputs, CLIP_RUNS), [50, 90])
-    executed = None
+    seen = None
     if plan.layers and manifest.macs:
-        try:
-            executed = profile(manifest, network.kernels(inputs, repeats=0), 0.0, name).executed_macs
-        except DanceError:
-            executed = None
+        with contextlib.suppress(DanceError):  # the profile's own note says why there is none
+            seen = profile(manifest, network.kernels(inputs, repeats=0), 0.0, name)
+    executed = seen.executed_macs if seen else None
     kept = None if executed is None else executed / manifest.macs
-    return Clip(name=name, p50=float(p50), p90=float(p90), executed_macs=executed, kept=kept)
+    return Clip(name=name, p50=float(p50), p90=float(p90), executed_macs=executed, kept=kept), seen
+
+
+def _pictures(entry: _Entry, seen: Sequence[Profile | None]) -> list[Picture]:
+    """The clips with the least, the median and the most work left, where lists leave anything out."""
+    known = [index for index, found in enumerate(seen) if found is not None]
+    known.sort(key=lambda index: seen[index].executed_macs)  # type: ignore[union-attr]
+    chosen = sorted({known[0], known[len(known) // 2], known[-1]}) if known else []
+    pictures = []
+    for index in chosen:
+        found = seen[index]
+        thinned = [layer for layer in found.layers if (layer.kept_positions or 1.0) < 1.0] if found else []
+        shown = thinned[:: max(1, len(thinned) // MOST_PICTURED_LAYERS)][:MOST_PICTURED_LAYERS]
+        layers = [Alive(layer=layer.name, shape=layer.shape, alive=layer.alive) for layer in shown]
+        name, inputs = entry.clips[index]
+        tensor = entry.artifact.manifest.inputs[0]
+        if layers and len(tensor.shape) == 5:
+            frames = pictures_of(inputs[tensor.name], tensor)
+            pictures.append(Picture(clip=name, strip=strip(frames), frames=len(frames), layers=layers))
+    return pictures
 
 
 def _stream(entry: _Entry) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import zipfile
 from pathlib import Path
 
@@ -48,13 +50,28 @@ def frames_last(tensor: Tensor) -> bool:
     return tensor.shape[-1] == 3 and tensor.shape[1] != 3
 
 
-def pictures(array: np.ndarray, tensor: Tensor) -> np.ndarray:
+def pictures_of(array: np.ndarray, tensor: Tensor) -> np.ndarray:
     """The frames of one clip as bytes (T, H, W, 3), for people to look at."""
     video = array[0] if frames_last(tensor) else np.moveaxis(array[0], 0, -1)
     video = video.astype("float32")
     low, high = np.percentile(video, [1, 99])
     scaled = np.clip((video - low) / max(1e-6, high - low), 0, 1) * 255
     return np.repeat(scaled.astype("uint8"), 3 // scaled.shape[-1] if scaled.shape[-1] < 3 else 1, axis=-1)[..., :3]
+
+
+def strip(frames: np.ndarray, height: int = 72) -> str:
+    """Frames (T, H, W, 3) side by side as a base64 JPEG; empty where Pillow is not installed."""
+    try:
+        from PIL import Image
+    except ImportError:
+        return ""
+    width = max(1, round(frames.shape[2] * height / frames.shape[1]))
+    row = Image.new("RGB", (width * len(frames), height))
+    for index, frame in enumerate(frames):
+        row.paste(Image.fromarray(frame).resize((width, height)), (index * width, 0))
+    buffer = io.BytesIO()
+    row.save(buffer, "JPEG", quality=80)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _frames_axis(tensor: Tensor) -> int:

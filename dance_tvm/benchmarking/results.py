@@ -74,6 +74,23 @@ class Profile(_Strict):
         return sum(layer.executed_macs for layer in self.layers)
 
 
+class Alive(_Strict):
+    """Which frames and positions (T, H, W) of its output a layer computed: packed bits, deflated, base64."""
+
+    layer: str
+    shape: list[int]
+    alive: str
+
+
+class Picture(_Strict):
+    """A clip to look at: its frames side by side as a base64 JPEG, and what layers computed of them."""
+
+    clip: str
+    strip: str
+    frames: int
+    layers: list[Alive]
+
+
 class Clip(_Strict):
     """One clip's latency and the share of the dense multiply-accumulates that were executed for it."""
 
@@ -120,6 +137,7 @@ class Measured(_Strict):
     energy: Energy | None = None
     profile: Profile | None = None
     clips: list[Clip] = []
+    pictures: list[Picture] = []
     single_stream: dict[str, float] | None = None
     notes: list[str] = []
 

@@ -88,10 +88,10 @@ class PortProcess:
         return f": {lines[-1]}" if lines else ""
 
 
-def start_tracker(timeout: float = 60) -> tuple[PortProcess, int]:
-    """TVM's RPC tracker on a free port of 127.0.0.1."""
-    script = Path(__file__).with_name("serve_tracker.py")
-    process = PortProcess("the RPC tracker", [sys.executable, "-P", str(script), "--end-with-stdin"])
+def start_tracker(timeout: float = 60, port: int = 0) -> tuple[PortProcess, int]:
+    """TVM's RPC tracker on `port` of 127.0.0.1, by default a free one."""
+    command = [sys.executable, "-P", str(Path(__file__).with_name("serve_tracker.py")), "--end-with-stdin"]
+    process = PortProcess("the RPC tracker", [*command, "--port", str(port)])
     return process, _ready(process, "dance-tvm tracker ready on port ", timeout)
 
 

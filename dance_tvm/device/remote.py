@@ -1,7 +1,7 @@
 """A device behind TVM RPC: every call has a deadline, every failure is one sentence.
 
-TVM's client waits for ever in C++. Here a watchdog shuts the connection's socket down when a call's time is over,
-which makes TVM's call return with an error that is then told for what it is.
+TVM's client waits for ever in C++. Here the connection's socket gets a timeout of its own before every call, which
+makes TVM's call return with an error that is then told for what it is.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import json
 import os
 import socket
 import stat
+import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,19 +43,20 @@ class Connection:
         self.session = self._connect(address, port, key, timeout)
 
     def call(self, what: str, function: Callable[[], _Result], timeout: float | None = None) -> _Result:
-        """`function()`, which talks to the device. Raises DanceError where it fails, dies or takes too long."""
+        """`function()`, which talks to the device. Raises DanceError where it fails, dies or falls silent."""
         if self.session is None:
             raise DanceError(f"{self.name}: this session is closed, open the device again")
         limit = self.call_timeout if timeout is None else timeout
-        with self._deadline(limit) as expired:
-            try:
-                return function()
-            except DanceError:
-                raise
-            except Exception as error:  # TVM raises many kinds for a lost connection
-                message = str(error)
-        if expired.is_set():
-            raise DanceError(f"{self.name} did not answer within {limit:g} s while {what}: it is stopped or too slow")
+        self._give_up_after(limit)
+        try:
+            return function()
+        except DanceError:
+            raise
+        except Exception as error:  # TVM raises many kinds for a lost connection
+            message = str(error)
+        if "temporarily unavailable" in message:  # EAGAIN: the socket's own timeout
+            self.close()  # an answer that comes late would be taken for that of the next call
+            raise DanceError(f"{self.name} gave no sign for {limit:g} s while {what}: it is stopped or too slow")
         if self._lost(message):
             raise DanceError(f"{self.name} closed the connection while {what}: its server or network died")
         raise DanceError(f"{self.name} failed while {what}: {_last_line(message)}")
@@ -95,23 +97,13 @@ class Connection:
         self._sockets = _new_sockets(before, port)
         return session
 
-    @contextlib.contextmanager
-    def _deadline(self, limit: float) -> Iterator[threading.Event]:
-        expired = threading.Event()
-
-        def give_up() -> None:
-            expired.set()
-            for connection in self._sockets:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-
-        watchdog = threading.Timer(limit, give_up)
-        watchdog.daemon = True
-        watchdog.start()
-        try:
-            yield expired
-        finally:
-            watchdog.cancel()
+    def _give_up_after(self, seconds: float) -> None:
+        """Let the kernel end a wait for the device: a thread of ours could not, as some of TVM's calls keep Python's
+        global lock while they wait."""
+        timeout = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        for connection in self._sockets:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
 
     def _lost(self, message: str) -> bool:
         """Whether the other end closed the connection."""
@@ -252,8 +244,10 @@ class RemoteNetwork(LoadedNetwork):
 
         def invoke() -> list[np.ndarray]:
             self._machine.invoke_stateful("main")
-            results = self._machine.get_outputs("main")
-            return [result.numpy() for result in (results if isinstance(results, tuple) else (results,))]
+            # TVM's get_outputs makes a reference cycle, which would keep the session until Python collects garbage.
+            count = self._machine._get_output_arity("main")
+            places: list[tuple[int, ...]] = [()] if count < 0 else [(index,) for index in range(count)]
+            return [self._machine._get_output("main", *place).numpy() for place in places]
 
         arrays = self._connection.call("running", invoke)
         return {tensor.name: array for tensor, array in zip(self.manifest.outputs, arrays, strict=True)}

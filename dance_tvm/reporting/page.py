@@ -1,0 +1,245 @@
+"""The page and its Markdown twin: the same tables, and charts where a browser shows them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dance_tvm.benchmarking.results import Device, Measured, Results
+from dance_tvm.errors import DanceError
+from dance_tvm.reporting.papers import beside, name_of
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, a sentence, and cells; the first `words` columns hold words, the others numbers."""
+
+    title: str
+    text: str
+    heads: list[str]
+    rows: list[list[str]]
+    words: int = 1
+
+
+def html(results: Results, papers: Sequence[str] = (), tuning_logs: Sequence[Path] = ()) -> str:
+    """One page that needs nothing from outside. Raises DanceError where the plotting library is not installed."""
+    try:
+        import jinja2
+        from plotly.offline import get_plotlyjs
+
+        from dance_tvm.reporting.charts import all_charts
+    except ImportError as error:
+        raise DanceError(f"pages need the {error.name} package: pip install 'dance-tvm[report]'") from None
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    charts = [
+        {"heading": heading, "text": text, "html": _embedded(figure)}
+        for heading, text, figure in all_charts(results, tuning_logs)
+    ]
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title_of(results),
+        subtitle=subtitle_of(results),
+        tiles=tiles(results),
+        verdicts=results.verdicts,
+        warnings=warnings_of(results),
+        tables=tables(results, papers),
+        charts=charts,
+        pictures=_pictures(results),
+        command=results.command,
+        plotly_js=get_plotlyjs(),
+    )
+
+
+def markdown(results: Results, papers: Sequence[str] = ()) -> str:
+    """The tables, for places that show no page."""
+    lines = [f"# {title_of(results)}", "", subtitle_of(results), ""]
+    lines += [f"- **{value}** {text}" for value, text in tiles(results)] + [""]
+    lines += [f"- {verdict.artifact} on {verdict.device}: {verdict.verdict}" for verdict in results.verdicts]
+    lines += [f"> {warning}" for warning in warnings_of(results)] + [""]
+    for table in tables(results, papers):
+        lines += [f"## {table.title}", "", table.text, "", _row(table.heads)]
+        lines.append(_row([":--" if index < table.words else "--:" for index in range(len(table.heads))]))
+        lines += [_row(row) for row in table.rows] + [""]
+    return "\n".join([*lines, "## Repeat it", "", f"    {results.command}", ""])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises DanceError where that fails."""
+    beside_it = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        beside_it.write_text(text, encoding="utf-8")
+        beside_it.replace(path)
+    except OSError as error:
+        raise DanceError(f"{path} cannot be written ({error.strerror}): choose another --out") from None
+    finally:
+        beside_it.unlink(missing_ok=True)
+
+
+def title_of(results: Results) -> str:
+    """The networks and the devices."""
+    names = dict.fromkeys(item.name for device in results.devices for item in device.measured)
+    return f"{', '.join(names)} on {', '.join(name_of(device) for device in results.devices)}"
+
+
+def subtitle_of(results: Results) -> str:
+    """When and by what it was measured."""
+    return f"Measured by dance-tvm bench, {results.created}, driven from {results.host.get('system', 'this machine')}."
+
+
+def tiles(results: Results) -> list[tuple[str, str]]:
+    """The few figures that a reader in a hurry takes along."""
+    found = []
+    for pair in results.pairs:
+        found.append((f"{pair.speed_up:.2f}×", f"as fast as dense, 95% in {pair.low:.2f}–{pair.high:.2f}"))
+        if pair.mac_reduction:
+            found.append((f"{pair.mac_reduction:.2f}×", "fewer multiply-accumulates executed"))
+        if pair.efficiency:
+            found.append((f"{pair.efficiency:.0%}", "of the saved work became speed"))
+        if pair.energy_ratio:
+            found.append((f"{pair.energy_ratio:.2f}×", f"less energy a clip ({_energy_kind(results)})"))
+    for device in results.devices:
+        for item in device.measured:
+            if item.role != "dense":
+                found.append((_ms(item.latency.p50), f"median of {item.latency.runs} runs, {item.name}"))
+                found.append((f"{item.frames_per_second:.0f}", f"frames a second, {item.name}"))
+    return found[:12]
+
+
+def warnings_of(results: Results) -> list[str]:
+    """What speaks against trusting the figures, and what they leave out."""
+    found = [f"{name_of(device)}: {warning}" for device in results.devices for warning in device.warnings]
+    notes = dict.fromkeys(
+        f"{item.name}: {note}" for device in results.devices for item in device.measured for note in item.notes
+    )
+    return found + list(notes)
+
+
+def tables(results: Results, papers: Sequence[str]) -> list[Table]:
+    """Every table of the page, the summary first."""
+    found = [_summary(results)]
+    for device in results.devices:
+        found += [_layers(device, item) for item in device.measured if item.profile]
+    found += [_paper(paper, results) for paper in papers]
+    streams = _streams(results)
+    return found + ([streams] if streams.rows else []) + [_facts(results)]
+
+
+def _summary(results: Results) -> Table:
+    heads = ["network", "role", "device", "checked", "p50", "p90", "p99", "spread", "frames/s", "GMACs", "executed",
+             "GFLOP/s", "of peak", "memory", "energy"]  # fmt: skip
+    rows = []
+    for device in results.devices:
+        for item in device.measured:
+            times = [_ms(value) for value in (item.latency.p50, item.latency.p90, item.latency.p99)]
+            executed = f"{item.executed_macs / item.macs:.0%}" if item.executed_macs and item.macs else "–"
+            memory = f"{item.peak_memory_bytes / 2**20:.0f} MiB" if item.peak_memory_bytes else "–"
+            joules = f"{1e3 * item.energy.joules:.2f} mJ, {item.energy.kind}" if item.energy else "–"
+            rows.append([
+                item.name, item.role, name_of(device), item.validation.status, *times, f"{item.latency.spread:.1%}",
+                f"{item.frames_per_second:.0f}", f"{item.macs / 1e9:.3f}", executed, _number(item.gflops, ".1f"),
+                _number(item.share_of_peak, ".0%"), memory, joules,
+            ])  # fmt: skip
+    text = "Executed are the multiply-accumulates that the index lists left; outputs are checked before any timing."
+    return Table("Summary", text, heads, rows, words=4)
+
+
+def _layers(device: Device, item: Measured) -> Table:
+    heads = ["layer", "kernel", "time", "MMACs executed", "of dense", "frames", "positions", "channels in",
+             "channels out", "GFLOP/s", "MB"]  # fmt: skip
+    assert item.profile is not None
+    rows = [
+        [layer.name, layer.kernel, _ms(layer.seconds), f"{layer.executed_macs / 1e6:.2f}",
+         _number(layer.executed_macs / layer.macs if layer.macs else None, ".0%"), _number(layer.kept_frames, ".0%"),
+         _number(layer.kept_positions, ".0%"), _number(layer.kept_channels_in, ".0%"),
+         _number(layer.kept_channels_out, ".0%"), f"{layer.gflops:.1f}", f"{layer.bytes / 1e6:.2f}"]
+        for layer in item.profile.layers
+    ]  # fmt: skip
+    text = (
+        f"{item.profile.clip} on {name_of(device)}: the layers add up to {item.profile.explained:.0%} of the run's "
+        f"{_ms(item.profile.whole_seconds)}."
+    )
+    return Table(f"Layers of {item.name} ({item.role})", text, heads, rows, words=2)
+
+
+def _paper(paper: str, results: Results) -> Table:
+    title, rows = beside(paper, results)
+    cells = [
+        [row.published.what, f"{row.published.value:g} {row.published.unit}", row.published.device, row.published.place,
+         row.ours, row.our_device]
+        for row in rows
+    ]  # fmt: skip
+    text = "Each figure stands with its own device: figures of different devices are not to be divided by each other."
+    return Table(
+        f"Beside the paper: {title}",
+        text,
+        ["what", "published", "their device", "place", "ours", "our device"],
+        cells,
+        words=6,
+    )
+
+
+def _streams(results: Results) -> Table:
+    rows = [
+        [item.name, name_of(device), f"{item.single_stream['queries']:.0f}", f"{item.single_stream['seconds']:.0f} s",
+         _ms(item.single_stream["p90"]), f"{item.single_stream['queries_per_second']:.2f}"]
+        for device in results.devices
+        for item in device.measured
+        if item.single_stream
+    ]  # fmt: skip
+    heads = ["network", "device", "queries", "for", "p90", "queries/s"]
+    return Table(
+        "Single stream", "One query after the other; the 90th percentile counts (MLPerf inference).", heads, rows, 2
+    )
+
+
+def _facts(results: Results) -> Table:
+    rows = []
+    for device in results.devices:
+        facts = {key: value for key, value in device.facts.items() if key in ("machine", "system", "cpus", "tvm")}
+        rows.append(
+            [f"device {device.spec}", ", ".join(f"{key} {value}" for key, value in facts.items()) or "tells nothing"]
+        )
+        for item in device.measured:
+            rows.append(
+                [f"{item.name} ({item.role})", f"{item.artifact}, built for {item.target}, {item.threads} threads"]
+            )
+            rows.append(["its library", f"SHA-256 {item.library_sha256}"])
+    return Table("Artifacts and devices", "What was measured, and where.", ["", "fact"], rows, words=2)
+
+
+def _pictures(results: Results) -> list[dict[str, str]]:
+    from dance_tvm.reporting.liveness import shade
+
+    found = []
+    for device in results.devices:
+        for item in device.measured:
+            for picture in item.pictures:
+                for layer in picture.layers if picture.strip else ():
+                    caption = f"{item.name}, {picture.clip}, layer {layer.layer}"
+                    found.append({"caption": caption, "data": shade(picture, layer)})
+    return found
+
+
+def _embedded(figure: Any) -> str:
+    return figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False})
+
+
+def _energy_kind(results: Results) -> str:
+    kinds = {item.energy.kind for device in results.devices for item in device.measured if item.energy}
+    return ", ".join(sorted(kinds))
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _number(value: float | None, how: str) -> str:
+    return "–" if value is None else format(value, how)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
