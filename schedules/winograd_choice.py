@@ -19,24 +19,27 @@ from .winograd_plan import WinogradPlan
 #: largest output, by a factor of three at least (docs/winograd.md).
 SPATIAL_TILES = (2, 3, 4, 5, 6)
 FRAME_TILES = (1, 2, 4)
-#: Cycles of one core per vector that is transformed and stored, measured on layers of C3D: inputs, products.
-INPUT_CYCLES, OUTPUT_CYCLES = 9.0, 7.0
+#: Cycles of one core per vector that is transformed and stored, fitted to layers of C3D and R(2+1)D: inputs, products,
+#: and more for each of the planes that one tile is spread over, as every plane lies in a page of its own.
+INPUT_CYCLES, OUTPUT_CYCLES, PLANE_CYCLES = 5.0, 4.0, 0.02
 #: Cycles to start a register tile: its list entries, its addresses and the end of its loops.
 TILE_CYCLES = 40.0
 #: Seconds until the threads have met at the end of a phase.
 BARRIER_SECONDS = 5e-6
 #: Share of the shorter of arithmetic and weight traffic that is not hidden behind the longer.
-NOT_HIDDEN = 0.35
+NOT_HIDDEN = 0.5
 #: Share of the memory's rate that one core reaches alone.
 ONE_CORE_SHARE = 0.6
-#: Share of the last-level cache that the scratch of a chunk may fill before it is taken to spill.
-SCRATCH_SHARE = 1.0
+#: How much faster the last-level cache is than memory.
+CACHE_RATE = 3.0
+#: Share of a cache that the scratch of a chunk may fill before it is taken to spill.
+SCRATCH_SHARE = 0.6
 #: Bytes of scratch beyond which a chunk is never made.
 MOST_SCRATCH = 96 << 20
 #: Density assumed of an axis that masks thin: they are not known when a network is built.
 ASSUMED_DENSITY = 0.5
 #: A kernel with the larger weights must be this much faster to be worth its memory.
-WORTH_MEMORY = 0.97
+WORTH_MEMORY = 0.95
 
 
 @dataclass(frozen=True)
@@ -175,11 +178,15 @@ def _seconds_per_cycle(machine: Machine) -> float:
     return 4 * machine.vector_floats / (1e9 * machine.gflops)
 
 
+def _memory_rate(machine: Machine, threads: int) -> float:
+    """Bytes per second that the threads get from memory together."""
+    return 1e9 * machine.memory_gb_per_s * min(1.0, ONE_CORE_SHARE * threads)
+
+
 def _with_traffic(machine: Machine, threads: int, cycles: float, weight_bytes: float) -> float:
     """Seconds of arithmetic shared out over the threads beside weights that stream in from memory."""
     arithmetic = cycles * _seconds_per_cycle(machine) / threads
-    rate = 1e9 * machine.memory_gb_per_s * min(1.0, ONE_CORE_SHARE * threads)
-    traffic = weight_bytes / rate
+    traffic = weight_bytes / _memory_rate(machine, threads)
     return max(arithmetic, traffic) + NOT_HIDDEN * min(arithmetic, traffic)
 
 
@@ -204,7 +211,7 @@ def winograd_seconds(conv: WinogradConv, machine: Machine, threads: int) -> floa
     """Predicted time of a Winograd kernel, masks taken to leave half of what they thin."""
     plan, tile = conv.plan, conv.tile
     alive, share = _live_share(plan), _channel_share(conv)
-    chunks = plan.window.batch * plan.places / plan.columns * alive
+    chunks = plan.chunks * alive
     register_tile = (tile.mr, tile.vectors, tile.step)
     cycles = 0.0
     for rows, taps in _runs(plan):
@@ -217,9 +224,15 @@ def winograd_seconds(conv: WinogradConv, machine: Machine, threads: int) -> floa
 
     vectors_in = plan.xi * plan.source_rows * conv.channels_in / machine.vector_floats
     vectors_out = plan.xi * plan.tiles[0] * plan.columns * conv.panels * tile.vectors
-    transforms = chunks * (vectors_in * INPUT_CYCLES + vectors_out * OUTPUT_CYCLES)
-    seconds = multiply + transforms * _seconds_per_cycle(machine) / threads + 3 * chunks * BARRIER_SECONDS
-    if conv.scratch_bytes > SCRATCH_SHARE * max(machine.l3, machine.l2):
-        spilled = 2.0 * conv.scratch_bytes * chunks
-        seconds += spilled / (1e9 * machine.memory_gb_per_s * min(1.0, ONE_CORE_SHARE * threads))
-    return seconds
+    planes = PLANE_CYCLES * plan.xi
+    transforms = vectors_in * (INPUT_CYCLES + planes) + vectors_out * (OUTPUT_CYCLES + planes)
+    seconds = multiply + chunks * transforms * _seconds_per_cycle(machine) / threads
+    return seconds + chunks * (3 * BARRIER_SECONDS + _spill_seconds(conv.scratch_bytes, machine, threads))
+
+
+def _spill_seconds(scratch_bytes: int, machine: Machine, threads: int) -> float:
+    """Time to write the scratch of a chunk and read it back, beyond what the second-level cache hides."""
+    if scratch_bytes <= SCRATCH_SHARE * machine.l2:
+        return 0.0
+    cached = scratch_bytes <= SCRATCH_SHARE * machine.l3
+    return 2.0 * scratch_bytes / (_memory_rate(machine, threads) * (CACHE_RATE if cached else 1.0))
