@@ -1,0 +1,133 @@
+"""Saved work turned into saved time: speed-up over our own dense kernel ÷ reduction of multiply-adds, by axis.
+
+Dense and thinned kernels take turns in one process. A position mask comes scattered or in 8×8 tiles; channels come
+singly or in groups of the vector width. Planning the lists is part of the thinned time.
+
+    python -m benchmarks.efficiency --threads 2 --json docs/benchmarks/efficiency.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dance_tvm.host import _cpuinfo
+from dance_tvm.target import Target, load_target
+
+from .kernels import C3D, Layer, Masks, Runner
+
+DENSITIES = (1.0, 0.9, 0.75, 0.5, 0.25, 0.1)
+
+
+def keep(rng: np.random.Generator, count: int, density: float, group: int = 1) -> np.ndarray:
+    """A mask that keeps that share of ``count`` items (at least one), in runs of ``group``."""
+    groups = -(-count // group)
+    mask = np.zeros(groups, bool)
+    mask[rng.permutation(groups)[: max(1, round(groups * density))]] = True
+    return np.repeat(mask, group)[:count]
+
+
+def axes(target: Target) -> dict[str, Callable[[Layer, float, np.random.Generator], Masks]]:
+    """How each axis is thinned; "all" thins frames, positions and both channels to the same density each."""
+    lanes = 2 * target.vector.floats
+
+    def frames(layer: Layer, density: float, rng: np.random.Generator) -> Masks:
+        return Masks(out_frames=keep(rng, layer.window.out[0], density))
+
+    def scattered(layer: Layer, density: float, rng: np.random.Generator) -> Masks:
+        _, height, width = layer.window.out
+        return Masks(positions=keep(rng, height * width, density).reshape(1, height, width))
+
+    def tiles(layer: Layer, density: float, rng: np.random.Generator) -> Masks:
+        _, height, width = layer.window.out
+        rows, columns = -(-height // 8), -(-width // 8)
+        grid = keep(rng, rows * columns, density).reshape(rows, columns)
+        return Masks(positions=grid.repeat(8, 0).repeat(8, 1)[None, :height, :width])
+
+    def read(group: int) -> Callable[[Layer, float, np.random.Generator], Masks]:
+        return lambda layer, density, rng: Masks(live_in=keep(rng, layer.channels_in, density, group))
+
+    def written(group: int) -> Callable[[Layer, float, np.random.Generator], Masks]:
+        return lambda layer, density, rng: Masks(live_out=keep(rng, layer.channels_out, density, group))
+
+    def everything(layer: Layer, density: float, rng: np.random.Generator) -> Masks:
+        each = density ** (1 / 3) if density < 1 else 1.0
+        spatial = scattered(layer, each, rng)
+        return Masks(
+            positions=spatial.positions,
+            live_in=keep(rng, layer.channels_in, each, target.vector.floats),
+            live_out=keep(rng, layer.channels_out, each, lanes),
+        )
+
+    return {
+        "frames": frames,
+        "positions, scattered": scattered,
+        "positions, 8x8 tiles": tiles,
+        "input channels, single": read(1),
+        "input channels, groups": read(target.vector.floats),
+        "output channels, single": written(1),
+        "output channels, groups": written(lanes),
+        "positions and channels": everything,
+    }
+
+
+def main(
+    threads: Annotated[int, typer.Option(help="threads of both sides")] = 2,
+    rounds: Annotated[int, typer.Option(help="times that dense and thinned take turns")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="one layer, two densities")] = False,
+    out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+) -> None:
+    """Print speed-up ÷ reduction by layer, axis and density."""
+    os.environ["TVM_NUM_THREADS"] = str(threads)
+    target = load_target("host")
+    layers = C3D[3:4] if quick else C3D[1:6]
+    densities = (1.0, 0.5) if quick else DENSITIES
+    rows = []
+    jobs = [(layer, axis) for layer in layers for axis in axes(target)]
+    dense = {layer.name: Runner(layer, target, threads) for layer in layers}
+    for layer, axis in track(jobs, "measuring", console=Console(stderr=True)):
+        rows += [measure(dense[layer.name], layer, axis, density, target, threads, rounds) for density in densities]
+    table = Table("layer", "axis", *(f"{density:g}" for density in densities))
+    for layer, axis in jobs:
+        cells = [row for row in rows if (row["layer"], row["axis"]) == (layer.name, axis)]
+        table.add_row(layer.name, axis, *(f"{row['efficiency']:.3f}" for row in cells))
+    Console().print(table)
+    if out is not None:
+        facts = {"machine": _cpuinfo("model name"), "system": platform.platform(), "threads": threads, "rounds": rounds}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(
+    dense: Runner, layer: Layer, axis: str, density: float, target: Target, threads: int, rounds: int
+) -> dict:
+    """Dense and thinned in turns."""
+    masks = axes(target)[axis](layer, density, np.random.default_rng(0))
+    thinned = Runner(layer, target, threads, masks)
+    dense.seconds(1), thinned.seconds(1)
+    ratios = [dense.seconds(1) / (thinned.seconds(1) + thinned.plan_seconds()) for _ in range(rounds)]
+    reduction = dense.macs / max(1, thinned.macs)
+    return {
+        "layer": layer.name,
+        "axis": axis,
+        "density": density,
+        "reduction": reduction,
+        "speedup": median(ratios),
+        "efficiency": median(ratios) / reduction,
+        "planning_share_of_dense": thinned.plan_seconds() / dense.seconds(1),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
