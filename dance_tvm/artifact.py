@@ -42,6 +42,7 @@ RUNTIME_VERSIONS = ("apache-tvm", "apache-tvm-ffi")
 _ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
 _SAME_MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}
 _PARTIAL = ".partial-"
+_LITTLE_SPACE = 64 * 1024
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _Result = TypeVar("_Result")
 
@@ -232,6 +233,10 @@ def staged(out: str | Path) -> Iterator[Path]:
         yield folder
         folder.chmod(0o755)
         _writing(target, lambda: _take_place(folder, target))
+    except DanceError:
+        if shutil.disk_usage(folder).free < _LITTLE_SPACE:  # lld dies of a signal when the disk fills up
+            raise _unwritable(target, OSError(errno.ENOSPC, "")) from None
+        raise
     except OSError as error:
         raise (_unwritable(target, error) if error.errno in _DISK_FULL else error) from None
     finally:

@@ -100,7 +100,7 @@ def build_network(
 
     clock.start("import")
     imported = _import(model, weights, example_inputs)
-    _dump(chosen.debug_dump, "00-imported", imported.mod)
+    _dump(chosen.debug_dump, "imported", imported.mod)
     lowered = lower(imported.mod, machine, chosen, clock.start)
     clock.start("compile")
     executable, memory = _compile(lowered, machine, chosen)
@@ -205,7 +205,7 @@ def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax
         return planned[-1]
 
     executable = relax.build(lowered.mod, target, relax_pipeline=pipeline)
-    _dump(options.debug_dump, "99-planned", planned[0])
+    _dump(options.debug_dump, "planned", planned[0])
     weights = _constant_bytes(lowered.mod) + sum(array.nbytes for array in lowered.weights.values())
     return executable, weights + _planned_storage(planned[0])
 

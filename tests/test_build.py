@@ -104,9 +104,8 @@ def test_json_and_debug_dump(program, tmp_path, capsys):
     assert facts["manifest"]["check"] == load_artifact(tmp_path / "out").manifest.check.model_dump()
     assert facts["manifest"]["check"]["status"] == "not run"
     assert {"import", "compile"} <= set(facts["seconds"])
-    dumps = sorted(path.name for path in (tmp_path / "ir").iterdir())
-    assert dumps[0].startswith("00-imported")
-    assert dumps[-1].startswith("99-planned")
+    dumps = {path.name for path in (tmp_path / "ir").iterdir()}
+    assert {"imported.py", "planned.py"} < dumps
     assert len(dumps) > 4
 
 
@@ -228,7 +227,7 @@ def test_a_disk_that_is_really_full(capsys, tmp_path, program):
         pytest.skip("this container may not mount")
     try:
         told = refused(capsys, disk / "out", "--model", program)
-        assert "no space left" in told.lower()
+        assert "no space left" in told
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
