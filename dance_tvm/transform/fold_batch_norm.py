@@ -6,7 +6,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from .graph import Graph, constant, emit, rewrite, shape_of, substitute
+from .graph import Graph, constant, emit, rewrite, shape_of, substitute, value_of
 
 CONVOLUTIONS = ("nn.conv1d", "nn.conv2d", "nn.conv3d")
 
@@ -37,7 +37,7 @@ class FoldBatchNorm:
                 return builder.emit(relax.op.add(scaled, _per_channel(shift, source, call)), name_hint=var.name)
             conv_var, bias = folded[var]
             conv = graph.call(conv_var)
-            weight = constant(conv.args[1])
+            weight = value_of(conv.args[1])
             scaled_weight = (weight * scale.reshape(-1, *[1] * (weight.ndim - 1))).astype(weight.dtype)
             data = substitute(conv.args[0], new)
             conv_call = relax.Call(conv.op, [data, relax.const(scaled_weight)], conv.attrs)
@@ -55,7 +55,7 @@ def _batch_norm(graph: Graph, var: relax.Var) -> relax.Call | None:
         return None
     source = value.tuple_value
     call = graph.value.get(source) if isinstance(source, relax.Var) else source
-    if graph.op(call) != "nn.batch_norm" or any(constant(arg) is None for arg in call.args[1:]):
+    if call is None or graph.op(call) != "nn.batch_norm" or any(constant(arg) is None for arg in call.args[1:]):
         return None
     return call
 
@@ -83,7 +83,7 @@ def _read_once(graph: Graph, var: relax.Expr) -> bool:
 
 
 def _scale_and_shift(call: relax.Call) -> tuple[np.ndarray, np.ndarray]:
-    gamma, beta, mean, variance = (constant(arg).astype("float64") for arg in call.args[1:])
+    gamma, beta, mean, variance = (value_of(arg).astype("float64") for arg in call.args[1:])
     scale = 1 / np.sqrt(variance + float(call.attrs.epsilon))
     if call.attrs.scale:
         scale = scale * gamma

@@ -117,6 +117,13 @@ def constant(expr: relax.Expr) -> np.ndarray | None:
     return expr.value.numpy() if isinstance(expr, tvm.ir.GenericConst) else None
 
 
+def value_of(expr: relax.Expr) -> np.ndarray:
+    """The value of what is known to be a constant."""
+    value = constant(expr)
+    assert value is not None, f"{expr} is no constant"
+    return value
+
+
 Visit = Callable[[relax.BlockBuilder, relax.Var, relax.Expr, "dict[relax.Var, relax.Expr]"], "relax.Expr | None"]
 
 

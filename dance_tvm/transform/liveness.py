@@ -6,7 +6,7 @@ need not be computed. Both are supersets: an unknown operator is alive everywher
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import relax
 
@@ -79,7 +79,7 @@ class Liveness:
         window = window_of(graph, var)
         if window is not None and name in POOLS:
             inner = self.alive_in(args[0])
-            return Live(*_pair(inner.through(window, forward=True)), inner.channels)
+            return replace(inner.through(window, forward=True), channels=inner.channels)
         if window is not None and name in CONVOLUTIONS:
             return self.alive_in(args[0]).through(window, forward=True)
         if name == "concat" and int(graph.call(var).attrs.axis) in (-1, len(shape_of(var)) - 1):
@@ -143,8 +143,8 @@ class Liveness:
             done = computed(wanted, self.before[reader])
             through = done.through(window, forward=False)
             if name in POOLS:
-                return Live(*_pair(through), done.channels)
-            return Live(*_pair(through & alive), alive.channels)
+                return replace(through, channels=done.channels)
+            return replace(through & alive, channels=alive.channels)
         if name == "concat" and int(graph.call(reader).attrs.axis) in (-1, len(shape_of(reader)) - 1):
             return Live(wanted.frames, wanted.positions)
         return EVERYWHERE
@@ -153,10 +153,6 @@ class Liveness:
 def computed(wanted: Live, known: frozenset[relax.Var]) -> Live:
     """What is computed of what is wanted: masks that are not known before the layer runs cannot thin it."""
     return wanted.early(known)
-
-
-def _pair(live: Live) -> tuple:  # type: ignore[type-arg]
-    return live.frames, live.positions
 
 
 def _independent(graph: Graph) -> dict[relax.Var, frozenset[relax.Var]]:

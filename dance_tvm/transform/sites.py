@@ -208,8 +208,7 @@ def _start(graph: Graph, var: relax.Var) -> Site | None:
         if weight.ndim != 2 or len(shape_of(data)) < 2:
             return None
         rows = int(np.prod(shape_of(data)[:-1]))
-        window = Window(rows, (1, 1, 1), (1, 1, 1), (1, 1, 1))
-        return Site(var, var, data, weight.T, window)
+        return Site(var, var, data, weight.T, Window(rows, (1, 1, 1), (1, 1, 1), (1, 1, 1)))
     window = window_of(graph, var)
     if window is None:
         return None
