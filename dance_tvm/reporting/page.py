@@ -225,7 +225,7 @@ def _pictures(results: Results) -> list[dict[str, str]]:
 
 
 def _embedded(figure: Any) -> str:
-    return figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False})
+    return figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displayModeBar": False})
 
 
 def _energy_kind(results: Results) -> str:
