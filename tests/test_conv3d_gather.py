@@ -30,6 +30,9 @@ def tensor(array: np.ndarray) -> tvm.runtime.Tensor:
     return tvm.runtime.tensor(np.ascontiguousarray(array))
 
 
+SMALL_TILE = Tile(mr=3, vectors=2, vector_floats=4, step=1, block_tiles=4, segment_taps=2)
+
+
 @dataclass
 class Case:
     """One convolution and the masks around it; masks are boolean arrays or None."""
@@ -43,7 +46,7 @@ class Case:
     padding: tuple[int, int, int] = (1, 1, 1)
     dilation: tuple[int, int, int] = (1, 1, 1)
     groups: int = 1
-    tile: Tile = Tile(mr=3, vectors=2, vector_floats=4, step=1, block_tiles=4, segment_taps=2)
+    tile: Tile = SMALL_TILE
     in_frames: np.ndarray | None = None
     out_frames: np.ndarray | None = None
     positions: np.ndarray | None = None
