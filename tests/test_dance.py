@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dance_tvm import models
+from dance_tvm.compiler import build_network
+from dance_tvm.device import open_device
 from dance_tvm.errors import DanceError
 from dance_tvm.sparsity import training
 from dance_tvm.sparsity.dance.adaptors import AdaptorSpatial, AdaptorTemporal
@@ -318,3 +320,27 @@ def test_transnet_is_pruned_without_labels(tmp_path: Path) -> None:
     result = training.train(settings, student, splits, tmp_path, task=Distillation(teacher))
     assert {"f1", "agreement", "difference", "share"} <= result.metrics.keys()
     assert result.metrics["agreement"] > 0.9, "a controller that has hardly begun to prune changes little"
+
+
+# ---- compiled ----
+
+
+def test_compiled_kernels_execute_the_counted_macs_and_give_the_same_scores(tmp_path: Path) -> None:
+    graph = pruned_at_random(Three(), SHAPE, seed=6)
+    clips = torch.rand(6, 1, *SHAPE) * torch.rand(6, 1, 1, SHAPE[1], 1, 1)
+    built = build_network(torch.export.export(graph, (clips[0],)), tmp_path / "artifact", threads=1)
+    name = built.artifact.manifest.inputs[0].name
+    counter, shares = MacCounter(graph), set()
+    with open_device("local") as device:
+        compiled = device.load(built.artifact)
+        for clip in clips:
+            with torch.no_grad():
+                expected = graph(clip).numpy()
+            count = counter.count(controller_of(graph).decisions, 1)
+            (found,) = compiled.run({name: clip.numpy()}).values()
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+            kernels = compiled.kernels({name: clip.numpy()}, repeats=0)
+            executed = sum(call.work["macs"] for call in kernels if call.work)
+            assert executed == int(count.executed[0])
+            shares.add(executed)
+    assert len(shares) > 1, "clips differ in what they need"

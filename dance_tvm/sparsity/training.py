@@ -408,10 +408,12 @@ class _Trainer:
         self._sampler = self._make_sampler()
         self._loader = self._make_loader(splits.train, self._sampler, drop_last=len(splits.train) > settings.batch)
         self._method = create_method(settings.method, settings.options)
-        if settings.init:
-            weights = checkpoint.read_weights(Path(settings.init))
-            checkpoint.load_weights(network, weights, settings.init, partial=True)
+        weights = checkpoint.read_weights(Path(settings.init)) if settings.init else {}
+        if weights:
+            checkpoint.load_weights(network, weights, str(settings.init), partial=True)
         self._network = self._method.prepare(network, self._context()).to(self._device)
+        if weights.keys() & (self._network.state_dict().keys() - network.state_dict().keys()):
+            checkpoint.load_weights(self._network, weights, str(settings.init), partial=True)  # the method's own, too
         self._parallel = self._wrap(self._network)
         self._optimizer = _make_optimizer(settings, list(self._method.parameters(self._network)))
         self._mixed = settings.amp and self._device.type == "cuda"

@@ -52,8 +52,8 @@ class Controller(nn.Module):
         statistics = 2 * channels
         self.norm = nn.BatchNorm3d(statistics)
         if "frames" in axes:
-            self.frame_stem = nn.Conv1d(2 * statistics, hidden, 3, padding=1)
-            self.frame_heads = nn.ModuleList(_head(nn.Conv1d(hidden, 1, 1)) for _ in sites)
+            self.frame_stem = nn.Conv2d(2 * statistics, hidden, (3, 1), padding=(1, 0))  # frames are its rows
+            self.frame_heads = nn.ModuleList(_head(nn.Conv2d(hidden, 1, 1)) for _ in sites)
         if "channels" in axes:
             self.channel_stem = nn.Linear(2 * statistics, 2 * hidden)
             groups = (math.ceil(site.shape[0] / group) for site in sites)
@@ -94,12 +94,12 @@ class Controller(nn.Module):
 
     def _frame_scores(self, statistics: Tensor) -> list[Tensor]:
         seen = torch.cat([statistics.mean(dim=(3, 4)), _largest(statistics, frames=False)[..., 0, 0]], dim=1)
-        hidden = functional.relu(self.frame_stem(seen))
+        hidden = functional.relu(self.frame_stem(seen[..., None]))
         scores = []
         for site, head in zip(self._sites, self.frame_heads, strict=True):
             step = self._frames // site.shape[1]
-            pooled = functional.avg_pool1d(hidden, step) if step > 1 else hidden
-            scores.append(head(pooled).sigmoid()[:, 0])
+            pooled = functional.avg_pool2d(hidden, (step, 1)) if step > 1 else hidden
+            scores.append(head(pooled).sigmoid()[:, 0, :, 0])
         return scores
 
     def _channel_scores(self, statistics: Tensor) -> list[Tensor]:
@@ -170,7 +170,7 @@ def _largest(x: Tensor, *, frames: bool = True, positions: bool = True) -> Tenso
     return functional.max_pool3d(x, (length if frames else 1, *((height, width) if positions else (1, 1))))
 
 
-def _head(layer: nn.Conv1d | nn.Conv2d | nn.Linear) -> nn.Module:
+def _head(layer: nn.Conv2d | nn.Linear) -> nn.Module:
     """Starts with small weights around one score for all, so that training begins with nothing pruned."""
     nn.init.normal_(layer.weight, std=0.02)
     assert layer.bias is not None

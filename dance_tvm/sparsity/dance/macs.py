@@ -13,6 +13,7 @@ not on the lists, so they are never counted, dense or pruned.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -163,7 +164,7 @@ class MacCounter:
 
 
 def controller_macs(graph: fx.GraphModule) -> float:
-    """MACs of the controller's convolutions and linear layers for one clip (0 without a controller)."""
+    """MACs of the controller's convolutions and linear layers for one clip, padding left out (0 without one)."""
     controller = dict(graph.named_children()).get("controller")
     if not isinstance(controller, Controller):
         return 0.0
@@ -173,10 +174,14 @@ def controller_macs(graph: fx.GraphModule) -> float:
 
     def add(module: nn.Module, inputs: Any, output: Tensor) -> None:
         nonlocal total
-        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)
-        total += output[0].numel() * module.weight[0].numel()
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        pairs = output[0].numel() / module.weight.shape[0]
+        if isinstance(module, nn.Conv2d):
+            sides = (torch.ones(1, side) for side in inputs[0].shape[2:])
+            pairs = math.prod(float(_live_taps(module, axis, side).sum()) for axis, side in enumerate(sides))
+        total += pairs * module.weight.shape[0] * module.weight.shape[1]
 
-    layers = [module for module in controller.modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)]
+    layers = [module for module in controller.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     handles = [layer.register_forward_hook(add) for layer in layers]
     training, scores, decisions = controller.training, controller.scores, controller.decisions
     try:
@@ -208,7 +213,7 @@ def _macs(conv: nn.Conv3d, alive: Live, read: Live) -> Tensor:
     return pairs * alive.channels.sum(1) * read.channels.sum(1) / conv.groups
 
 
-def _live_taps(conv: nn.Conv3d, axis: int, alive: Tensor) -> Tensor:
+def _live_taps(conv: nn.Conv3d | nn.Conv2d, axis: int, alive: Tensor) -> Tensor:
     """How many taps along `axis` read a live coordinate (N, inputs), for each output coordinate: (N, outputs)."""
     size, dilation = conv.kernel_size[axis], conv.dilation[axis]
     padding = conv.padding[axis] if isinstance(conv.padding, tuple) else dilation * (size - 1) // 2

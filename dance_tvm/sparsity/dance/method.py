@@ -147,7 +147,8 @@ class AAP(Method):
         ]
 
     def epoch_started(self, network: nn.Module, epoch: int) -> None:
-        self._progress = min(1.0, epoch / max(1.0, self.options.ramp * self._epochs))
+        ramp = self.options.ramp * self._epochs
+        self._progress = min(1.0, epoch / ramp) if ramp > 0 else 1.0
         for module in self._prunes:
             module.watching = self._guide_weight() > 0
         frozen = epoch >= self._epochs * (1 - self.options.freeze)

@@ -25,13 +25,13 @@ def keep_at_random(
     generator = torch.Generator().manual_seed(seed)
     controller.theta.zero_()
     for layer in controller.modules():
-        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / layer.weight[0].numel() ** 0.5)
     controller.norm.train().momentum = None  # the statistics of `clips`, which take the place of trained ones
     controller.norm.reset_running_stats()
     for axis, heads in _heads(controller):
         for head in heads:
-            assert isinstance(head, nn.Conv1d | nn.Conv2d | nn.Linear)
+            assert isinstance(head, nn.Conv2d | nn.Linear)
             assert head.bias is not None
             head.register_forward_hook(_Shift(shares[axis]))
     graph(clips)
@@ -49,7 +49,7 @@ class _Shift:
         self._keep = keep
 
     def __call__(self, head: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
-        assert isinstance(head, nn.Conv1d | nn.Conv2d | nn.Linear)
+        assert isinstance(head, nn.Conv2d | nn.Linear)
         assert head.bias is not None
         ordered = outputs.flatten().sort(descending=True).values
         kept = round(self._keep * len(ordered))
