@@ -139,6 +139,9 @@ class KernelGroupEmitter(GatherEmitter):
     def _live_panels(self, sample: Expr) -> Expr:
         return self.conv.panels
 
+    def _live_count(self, sample: Expr) -> Expr:
+        return self.conv.depth  # live channels are in the column lists
+
     def _declare_lists(self) -> None:
         conv = self.conv
         shapes = conv.column_shapes
