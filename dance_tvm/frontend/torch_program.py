@@ -180,15 +180,20 @@ def _names(nodes: list[fx.Node]) -> dict[fx.Node, tuple[str, bool]]:
     """For each node the name of what it emits, and whether its first emission is the layer itself.
 
     In a leaf module (a convolution, a ReLU) that is the module's name; elsewhere the enclosing module's name and the
-    node's (``layer1.0.add``).
+    operator's (``layer1.0.add``).
     """
     names = {}
     calls = [node for node in nodes if node.op == "call_function"]
     for (layer, leaf), run in groupby(calls, key=layer_of):
         group = list(run)
         if not leaf:
-            names.update({node: (f"{layer}.{node.name}" if layer else node.name, True) for node in group})
+            names.update({node: (f"{layer}.{_operator(node)}".strip("."), True) for node in group})
             continue
         has_main = any(part in str(node.target) for node in group for part in _MAIN_ATEN)
         names.update({node: (layer, node is group[-1] and not has_main) for node in group})
     return names
+
+
+def _operator(node: fx.Node) -> str:
+    """``add`` for ``aten.add.Tensor``."""
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0].strip("_")
