@@ -73,7 +73,7 @@ import sys, numpy, tvm
 from tvm.runtime.vm import VirtualMachine
 library, inputs, calls = sys.argv[1], numpy.load(sys.argv[2]), int(sys.argv[3])
 machine = VirtualMachine(tvm.runtime.load_module(library), tvm.cpu())
-arguments = [tvm.runtime.tensor(inputs[name]) for name in sorted(inputs.files)]
+arguments = [tvm.runtime.tensor(inputs[name]) for name in sorted(inputs.files, key=lambda name: int(name[4:]))]
 for _ in range(calls):
     machine["main"](*arguments)
 """
@@ -104,7 +104,7 @@ def instructions(artifact: Artifact) -> int:
         plugin = build_plugin(folder)
         inputs = random_inputs(artifact.manifest.inputs)
         arguments = [inputs[tensor.name] for tensor in artifact.manifest.inputs] + list(artifact.weights())
-        np.savez(folder / "inputs.npz", **{f"{place:05}": array for place, array in enumerate(arguments)})
+        np.savez(folder / "inputs.npz", *arguments)
         (folder / "run.py").write_text(PROGRAM)
         qemu, *rest = python_command(system)
         command = [qemu, "-plugin", str(plugin), "-E", "TVM_NUM_THREADS=1", *rest]
