@@ -75,6 +75,11 @@ class WinogradConv:
         """The convolution's window."""
         return self.plan.window
 
+    @property
+    def depth(self) -> int:
+        """Input channels that one output channel reads."""
+        return self.channels_in
+
     @cached_property
     def panels(self) -> int:
         """Blocks of ``nr`` output channels."""
@@ -350,7 +355,7 @@ class _Emitter:
         most = tile.depth_block
         with serial(self.counts[chunk, 2]) as run:
             tap, last_tap, low, high = (let(self.runs[chunk, run, field]) for field in range(4))
-            with when(tap == last_tap):
+            with when(tirx.any(tap == last_tap, live == 0) if conv.live_in else tap == last_tap):
                 self._zero_products(target, low, high)
             with serial(ceil_div(last_tap - tap, tile.segment_taps)) as segment, serial(ceil_div(live, most)) as block:
                 first_tap = let(tap + segment * tile.segment_taps)
@@ -382,7 +387,7 @@ class _Emitter:
         return self.out_channels[sample, 1 + tirx.min(index, self.out_channels[sample, 0] - 1)]
 
     def _zero_products(self, target: Expr, low: Expr, high: Expr) -> None:
-        """Rows that read no live frame: their sums are empty."""
+        """Rows that read no live frame or channel: their sums are empty."""
         tile, row_floats = self.tile, self.conv.panels * self.tile.nr
         with serial((high - low) * tile.mr) as row:
             place = let(target + big(low * tile.mr + row) * row_floats)

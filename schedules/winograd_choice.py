@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .conv3d_gather import GatherConv, Tile
+from .conv3d_kgs import KernelGroupConv
 from .geometry import Triple
 from .tiles import WEIGHTS_SHARE_OF_L1, Machine, candidates, predicted_cycles
 from .winograd import WinogradConv
@@ -102,7 +103,8 @@ def _weights(conv: WinogradConv) -> int:
 def options(conv: GatherConv, machine: Machine) -> Iterator[WinogradConv]:
     """Every tile and chunk worth predicting."""
     window = conv.window
-    frames = FRAME_TILES if _can_transform(conv, 0) else (1,)
+    # A tile of frames reads all their sources, but what only unread frames look at may never have been written.
+    frames = FRAME_TILES if _can_transform(conv, 0) and not conv.plan.out_frames else (1,)
     spatial = SPATIAL_TILES if any(window.kernel[axis] > 1 for axis in (1, 2)) else (1,)
     for m_t in frames:
         for m in spatial:
@@ -198,12 +200,14 @@ def direct_seconds(conv: GatherConv, machine: Machine, threads: int) -> float:
     """Predicted time of the direct kernel, masks taken to leave half of what they thin."""
     window, tile, plan = conv.window, conv.tile, conv.plan
     share = _channel_share(conv)
+    if isinstance(conv, KernelGroupConv):
+        share *= conv.columns / (conv.panels * window.taps * conv.depth)
     for thinned in (plan.out_frames, plan.positions is not None, plan.dynamic_taps):
         share *= ASSUMED_DENSITY if thinned else 1.0
     register_tile = (tile.mr, tile.vectors, tile.step)
     cycles = predicted_cycles(machine, window.positions_out, conv.group_out, register_tile) * conv.groups
     taps = window.tap_positions / max(1, window.positions_out)
-    weights = 4.0 * window.taps * conv.depth * conv.channels_out * _channel_share(conv)
+    weights = 4.0 * window.taps * conv.depth * conv.channels_out * share
     return _with_traffic(machine, threads, cycles * taps * conv.depth * share, weights)
 
 

@@ -224,6 +224,12 @@ def test_dead_tiles_and_frames_are_not_touched() -> None:
     assert taps == {(2,), (1,)}, "frame 0 reads frames 0 and 1, frame 3 only itself"
 
 
+def test_nothing_alive_leaves_the_bias() -> None:
+    case = WinogradCase(m=(1, 4, 4), residual=True, zero_dead="")
+    case.live_in = np.zeros((1, 5), bool)
+    check(case)
+
+
 def test_masks_of_ones_equal_dense() -> None:
     case = WinogradCase(size=(3, 6, 6), m=(1, 4, 4), seed=3)
     dense = run(case)[0]

@@ -17,6 +17,9 @@ from dance_tvm.schedules.pool3d import Pool, pool3d
 from dance_tvm.schedules.row_plan import RowPlan, plan_rows
 from dance_tvm.schedules.spaces import TYPICAL_DENSITY, Workload, choose_tile
 from dance_tvm.schedules.tiles import Machine, default_tile
+from dance_tvm.schedules.winograd import WinogradConv, conv3d_winograd, mask_arguments
+from dance_tvm.schedules.winograd_choice import choose as choose_convolution
+from dance_tvm.schedules.winograd_plan import LISTS, WinogradPlan, plan_winograd
 
 from .graph import Graph, Shape, dtype_of, shape_of, substitute, variables
 from .kernel_groups import CANDIDATES, KernelGroups, choose_kernel_groups, lane_cost
@@ -42,12 +45,18 @@ class LowerWindows:
     """Lower every site of ``main``; ``layers`` receives what was decided, in order of execution."""
 
     def __init__(
-        self, machine: Machine, sparsity: bool = True, threads: int = 1, tile_for: TileFor | None = None
+        self,
+        machine: Machine,
+        sparsity: bool = True,
+        threads: int = 1,
+        tile_for: TileFor | None = None,
+        convolution: str = "direct",
     ) -> None:
         self.machine = machine
         self.threads = threads
         self.tile_for = tile_for or (lambda workload: choose_tile(workload, machine))
         self.sparsity = sparsity
+        self.convolution = convolution
         self.layers: list[LayerInfo] = []
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
@@ -56,7 +65,15 @@ class LowerWindows:
         liveness = Liveness.of(graph)
         sites = Sites.of(graph, liveness)
         lowering = _Lowering(
-            mod, graph, liveness, sites, self.machine, self.threads, self.tile_for, sparsity=self.sparsity
+            mod,
+            graph,
+            liveness,
+            sites,
+            self.machine,
+            self.threads,
+            self.tile_for,
+            sparsity=self.sparsity,
+            convolution=self.convolution,
         )
         lowered = lowering.run("main")
         self.layers.extend(lowering.layers)
@@ -82,6 +99,8 @@ class _Lowering:
     counts: list[relax.Expr] = field(default_factory=list)
     groups: dict[relax.Var, KernelGroups] = field(default_factory=dict)
     sparsity: bool = True
+    convolution: str = "direct"
+    constants: dict[relax.Var, list[relax.Expr]] = field(default_factory=dict)
 
     def run(self, name: str) -> tvm.IRModule:
         """Emit the network as function ``name``, with kernels in the place of sites."""
@@ -105,10 +124,15 @@ class _Lowering:
             return relax.const(np.zeros((0, 4), "int32"))
         return self.builder.emit(relax.op.concat(self.counts, 0))
 
-    def _count(self, conv: GatherConv, lists: list[relax.Expr], channels: list[list[relax.Expr]]) -> None:
+    def _count(
+        self, conv: GatherConv | WinogradConv, lists: list[relax.Expr], channels: list[list[relax.Expr]]
+    ) -> None:
         """Remember how to read what the kernel will execute; samples of a batch are added up by the reader."""
         emit, op, samples = self.builder.emit, relax.op, conv.plan.samples
-        columns = [emit(op.strided_slice(lists[-1], [1], [3], [4]))]
+        if isinstance(conv, WinogradConv):
+            columns = [emit(op.multiply(lists[-1], relax.const(conv.plan.xi, "int32")))]
+        else:
+            columns = [emit(op.strided_slice(lists[-1], [1], [3], [4]))]
         for listed, dense in zip(channels, (conv.depth, conv.channels_out), strict=True):
             if listed:
                 columns.append(emit(op.strided_slice(listed[0], [1], [0], [1])))
@@ -207,12 +231,13 @@ class _Lowering:
             self.planned[key] = [self._kernel(func, [mask], [channel_list_shape(samples, channels)], "int32")]
         return self.planned[key]
 
-    def _rows(self, plan: RowPlan, masks: list[relax.Expr], identity: Hashable) -> list[relax.Expr]:
-        """The five lists of a row plan; layers of the same shape under the same masks share them."""
+    def _rows(self, plan: RowPlan | WinogradPlan, masks: list[relax.Expr], identity: Hashable) -> list[relax.Expr]:
+        """The lists of a plan; layers of the same shape under the same masks share them."""
         key = ("rows", plan, identity)
         if key not in self.planned:
             tables = [relax.const(table) for table in plan.tables.values()]
-            lists = self._kernel(plan_rows(plan), [*masks, *tables], list(plan.shapes.values()), "int32")
+            planner = plan_winograd(plan) if isinstance(plan, WinogradPlan) else plan_rows(plan)
+            lists = self._kernel(planner, [*masks, *tables], list(plan.shapes.values()), "int32")
             self.planned[key] = [self.builder.emit(relax.TupleGetItem(lists, i)) for i in range(len(plan.shapes))]
         return self.planned[key]
 
@@ -224,7 +249,10 @@ class _Lowering:
         wanted = self.sites.wanted(site)
         live_in = alive.channels if site.groups == 1 else None
         samples = window.batch if window.batch > 1 and (live_in or wanted.channels) else 1
-        conv = self._choose(site, alive, wanted, samples)
+        choice = choose_convolution(
+            self._choose(site, alive, wanted, samples), self.machine, self.threads, self.convolution
+        )
+        conv = choice.conv
         plan = conv.plan
         data = self._as_video(self._emit(site.data), (window.batch, *window.size, site.channels_in))
         masks = self._frames(alive.frames if plan.in_frames else None, window.batch, window.size[0])
@@ -239,32 +267,42 @@ class _Lowering:
             args = [data, *self._group_arguments(site, conv, live_in, wanted.channels, lists)]
         else:
             args = [data, *self._gather_arguments(site, conv, live_in, wanted.channels, lists)]
-        if conv.zero_dead:
+        if isinstance(conv, WinogradConv):
+            given = {"in_frames": masks, "out_frames": out_frames, "positions": positions}
+            args += [mask for key in mask_arguments(conv) for mask in given[key]]
+        elif conv.zero_dead:
             args += [*out_frames, *positions]
         out_shape = (window.batch, *window.out, site.channels_out)
         if site.residual is not None:
             args.append(self._as_video(self._emit(site.residual), out_shape))
-        self.layers.append(self._describe(site, conv, alive, wanted))
-        func = conv3d_kgs(conv) if isinstance(conv, KernelGroupConv) else conv3d_gather(conv)
+        self.layers.append(self._describe(site, conv, alive, wanted, choice.reason))
+        if isinstance(conv, WinogradConv):
+            func = conv3d_winograd(conv)
+        else:
+            func = conv3d_kgs(conv) if isinstance(conv, KernelGroupConv) else conv3d_gather(conv)
         return self._as_video(self._kernel(func, args, [out_shape], "float32"), shape_of(site.end))
 
     def _gather_arguments(
         self,
         site: Site,
-        conv: GatherConv,
+        conv: GatherConv | WinogradConv,
         live_in: Expression | None,
         live_out: Expression | None,
         lists: list[relax.Expr],
     ) -> list[relax.Expr]:
-        """Weights, bias, taps and lists of a gathered convolution."""
+        """Weights, bias, taps and lists of a gathered or Winograd convolution."""
         samples = conv.plan.samples
         channels = [
             self._channels(live_in, samples, site.channels_in, conv.tile.nr),
             self._channels(live_out, samples, site.channels_out, 1),
         ]
         self._count(conv, lists, channels)
-        packed = [relax.const(conv.pack_weights(site.weight)), relax.const(conv.pack_bias(_bias_of(site)))]
-        return [*packed, relax.const(conv.plan.tap_entries), *lists, *channels[0], *channels[1]]
+        if site.start not in self.constants:
+            packed = [conv.pack_weights(site.weight), conv.pack_bias(_bias_of(site)), conv.plan.tap_entries]
+            self.constants[site.start] = [relax.const(array) for array in packed]
+        if isinstance(conv, WinogradConv):
+            lists = lists[: len(LISTS)]
+        return [*self.constants[site.start], *lists, *channels[0], *channels[1]]
 
     def _group_arguments(
         self,
@@ -375,15 +413,16 @@ class _Lowering:
     def _as_video(self, value: relax.Expr, shape: Shape) -> relax.Expr:
         return value if shape_of(value) == shape else self.builder.emit(relax.op.reshape(value, list(shape)))
 
-    def _describe(self, site: Site, conv: GatherConv, alive: Live, wanted: Live) -> LayerInfo:
+    def _describe(self, site: Site, conv: GatherConv | WinogradConv, alive: Live, wanted: Live, why: str) -> LayerInfo:
         skips = [f"input {axis}" for axis in alive.axes if axis != "positions"]
         skips += [f"output {axis}" for axis in wanted.axes]
         groups = self.groups.get(site.start)
-        if groups is not None and groups.scheme != "dense":
+        if isinstance(conv, KernelGroupConv):
             skips.append("weight columns")
         reason = "" if skips else self._why_dense(site)
         if groups is not None and (groups.scheme != "dense" or groups.sparsity > 0):
             reason = "; ".join(part for part in (reason, str(groups)) if part)
+        reason = "; ".join(part for part in (reason, why) if part)
         kind = "linear" if site.linear else "conv3d"
         return LayerInfo(
             name=site.start.name,
@@ -392,7 +431,8 @@ class _Lowering:
             macs=site.macs,
             skips=skips,
             reason=reason,
-            tuned=self.tuned,
+            tuned="" if isinstance(conv, WinogradConv) else self.tuned,
+            scratch_bytes=conv.scratch_bytes if isinstance(conv, WinogradConv) else 0,
         )
 
     def _why_dense(self, site: Site) -> str:

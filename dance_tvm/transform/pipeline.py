@@ -56,6 +56,7 @@ def lower(
         sparsity=options.sparsity == "auto",
         threads=options.threads,
         tile_for=lambda workload: choose_tile(workload, machine, options.tuning),
+        convolution="direct" if options.numerics == "exact" else options.conv,
     )
     lift_weights = LiftWeights()
     phases: list[tuple[str, list[tvm.transform.Pass]]] = [
