@@ -109,9 +109,7 @@ def main(
         out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(
-    dense: Runner, layer: Layer, axis: str, density: float, target: Target, threads: int, rounds: int
-) -> dict:
+def measure(dense: Runner, layer: Layer, axis: str, density: float, target: Target, threads: int, rounds: int) -> dict:
     """Dense and thinned in turns."""
     masks = axes(target)[axis](layer, density, np.random.default_rng(0))
     thinned = Runner(layer, target, threads, masks)
