@@ -36,9 +36,11 @@ class Latency(_Strict):
 
 
 class Layer(_Strict):
-    """One layer of a profiled run. `macs` are those of the dense layer, `executed_macs` those that were done.
+    """One layer of a profiled run. `macs` are those of the dense layer, `executed_macs` those that its lists left.
 
-    Kept shares are 0 to 1, None where the kernel has no such list. `bytes` are those of the kernel's tensors.
+    For Winograd's kernels, which multiply less often, `executed_macs` are those that a direct convolution over the
+    same lists would do. Kept shares are 0 to 1, None where the kernel has no such list. `bytes` are those of the
+    kernel's tensors.
     """
 
     name: str

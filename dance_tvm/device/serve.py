@@ -39,8 +39,8 @@ from tvm.rpc import server as tvm_server
 PROTOCOL = 2
 READY = "dance-tvm device ready on port "
 _PR_SET_PDEATHSIG = 1
-GATHERING = "conv3d_gather"
-_ROWS_OUT, _COUNTS = 5, 8  # positions of lists among a gathering kernel's arguments
+GATHERING, WINOGRAD, KERNEL_GROUPS = "conv3d_gather", "conv3d_winograd", "conv3d_kgs"
+LISTED = (GATHERING, WINOGRAD, KERNEL_GROUPS)  # kernels that walk index lists, by the beginnings of their names
 _SHARE_ALL_CORES = -3  # TVM's affinity mode: the pool's threads may move among the given cores
 log = logging.getLogger("dance_tvm.serve")
 
@@ -177,44 +177,109 @@ def _looked_at(symbol: str, tensors: list) -> dict[str, Any]:
         values = tensors[-1].numpy()
         seen["mean"] = float(values.mean(dtype="float64"))
         seen["mean_size"] = float(np.abs(values).mean(dtype="float64"))
-    if symbol.startswith(GATHERING) and len(tensors) > _COUNTS:
+    if symbol.startswith(LISTED):
         seen["work"] = _work(symbol, tensors)
     return seen
 
 
 def _work(symbol: str, tensors: list) -> dict[str, Any]:
-    """Multiply-accumulates that a gathered convolution executed, and what its lists kept.
+    """What a listed convolution executed, and which frames, positions and channels its lists kept.
 
-    Its arguments are (docs/kernels.md): data (N, T, H, W, C), packed weights, bias, taps, rows_in, rows_out, segments,
-    blocks, counts, a list of live input channels where its name says `i`, one of output channels where it says `o`, …,
-    and the output (N, T, H, W, C).
+    `share` is what was left of the dense layer's multiply-accumulates before padding is taken off; the arguments are
+    those that docs/kernels.md names: data (N, T, H, W, C), weights, bias, taps, lists, ..., output (N, T, H, W, C).
     """
-    data, weights, out = tensors[0].shape, tensors[1].shape, tensors[-1].shape
-    counts = tensors[_COUNTS].numpy()  # (samples, 4): blocks, tiles, rows, pairs of row and tap
-    marks = symbol[len(GATHERING) :].split("_f32")[0].strip("_")
-    lists = iter(tensors[_COUNTS + 1 : _COUNTS + 1 + len(marks)])
-    depth = int(weights[1] if "o" in marks else weights[2])
-    channels_in = next(lists).numpy()[:, 0] if "i" in marks else np.full(len(counts), depth)
-    channels_out = next(lists).numpy()[:, 0] if "o" in marks else np.full(len(counts), out[-1])
-    positions = np.prod(out[1:4])
-    rows_out = tensors[_ROWS_OUT].numpy()
-    alive = np.zeros(int(out[0] * positions), bool)
-    for rows, tiles in zip(rows_out, counts[:, 1], strict=True):
-        alive[rows[:tiles].ravel()] = True
-    first = alive[:positions].reshape([int(extent) for extent in out[1:4]])
+    family = next(family for family in LISTED if symbol.startswith(family))
+    marks = symbol[len(family) :].split("_f32")[0].split("_")[-1]
+    shape = [int(extent) for extent in tensors[-1].shape]
+    read = _winograd_rows if family == WINOGRAD else _gathered_rows
+    rows_by_tap, alive, channel_lists = read(symbol, tensors, shape)  # (samples, taps), (N, T, H, W)
+    lists = iter(tensor.numpy() for tensor in channel_lists)
+    channels_in, channels_out = float(tensors[0].shape[-1]), float(shape[-1])
+    if family == KERNEL_GROUPS:
+        macs = _kernel_group_macs(rows_by_tap, tensors)
+        kept_in = kept_out = None
+    else:
+        depth = _depth(family, tensors[1].shape, "o" in marks)
+        live_in = next(lists)[:, 0] if "i" in marks else np.full(len(rows_by_tap), depth)
+        live_out = next(lists)[:, 0] if "o" in marks else np.full(len(rows_by_tap), shape[-1])
+        macs = int((rows_by_tap.sum(1) * live_in * live_out).sum())
+        kept_in, kept_out = float(np.mean(live_in)) / depth, float(np.mean(live_out)) / channels_out
+        channels_in = depth
+    taps = rows_by_tap.shape[1]
+    rows = _rows_of_tiles(symbol, shape) if family == WINOGRAD else int(np.prod(shape[:4]))
     return {
-        "macs": int((counts[:, 3].astype("int64") * channels_in * channels_out).sum()),
-        "rows": int(counts[:, 2].sum()),
-        "rows_of": int(out[0] * positions),
-        "frames": int(alive.reshape(int(out[0] * out[1]), -1).any(1).sum()),
-        "frames_of": int(out[0] * out[1]),
-        "channels_in": float(np.mean(channels_in)),
-        "channels_in_of": depth if "i" not in marks else int(data[-1]),
-        "channels_out": float(np.mean(channels_out)),
-        "channels_out_of": int(out[-1]),
-        "shape": [int(extent) for extent in first.shape],
-        "alive": base64.b64encode(zlib.compress(np.packbits(first).tobytes())).decode(),
+        "macs": macs if family != WINOGRAD else None,
+        "share": macs / (rows * taps * channels_in * channels_out),
+        "positions": float(alive.mean()),
+        "frames": float(alive.reshape(shape[0] * shape[1], -1).any(1).mean()),
+        "channels_in": kept_in,
+        "channels_out": kept_out,
+        "shape": shape[1:4],
+        "alive": base64.b64encode(zlib.compress(np.packbits(alive[0]).tobytes())).decode(),
     }
+
+
+def _depth(family: str, weights: tuple, gathered: bool) -> int:
+    """Input channels that one output channel reads, from the shape of the packed weights."""
+    return int(weights[(1 if gathered else 2) + (family == WINOGRAD)])
+
+
+def _gathered_rows(symbol: str, tensors: list, shape: list[int]) -> tuple[np.ndarray, np.ndarray, list]:
+    """Rows that read each tap by sample, and the positions that were computed.
+
+    Lists: rows_in, rows_out (samples, tiles, mr), segments (samples, segments, 4), blocks, counts (samples, 4). The
+    last tile of a class repeats its last row.
+    """
+    taps, rows_out, segments, blocks, counts = (tensors[index].numpy() for index in (3, 5, 6, 7, 8))
+    by_tap = np.zeros((len(counts), int(taps[:, 0].max()) + 1), "int64")
+    alive = np.zeros(int(np.prod(shape[:4])), bool)
+    for sample, (count, tiles) in enumerate(counts[:, :2]):
+        used = np.sort(rows_out[sample, :tiles], axis=1)
+        alive[used.ravel()] = True
+        before = np.concatenate([[0], np.cumsum(1 + (np.diff(used, axis=1) != 0).sum(1))])
+        for first, last, begin, end in segments[sample, : blocks[sample, count]]:
+            np.add.at(by_tap[sample], taps[first:last, 0], before[end] - before[begin])
+    return by_tap, alive.reshape(shape[:4]), tensors[9:11]
+
+
+def _winograd_rows(symbol: str, tensors: list, shape: list[int]) -> tuple[np.ndarray, np.ndarray, list]:
+    """The same for Winograd's tiles: columns (chunks, columns), inputs, rows_in, rows_out, runs (chunks, classes, 4),
+    counts (chunks + 1, 4) of inputs, tiles, runs and the sample; the last row tells the chunks."""
+    columns, rows_out, runs, counts = (tensors[index].numpy() for index in (4, 7, 8, 9))
+    taps, _, tall, wide = tensors[3].numpy(), *_tile_of(symbol)
+    batch, frames, height, width = shape[:4]
+    places = -(-height // tall), -(-width // wide)
+    alive = np.zeros((batch, frames, *places), bool)
+    samples = int(counts[: counts[-1, 0], 3].max(initial=0)) + 1
+    by_tap = np.zeros((samples, int(taps[:, 0].max()) + 1), "int64")
+    for chunk in range(counts[-1, 0]):
+        _, tiles, count, sample = counts[chunk]
+        used = rows_out[chunk, :tiles]
+        before = np.concatenate([[0], np.cumsum((used >= 0).sum(1))])
+        for first, last, begin, end in runs[chunk, :count]:
+            np.add.at(by_tap[sample], taps[first:last, 0], before[end] - before[begin])
+        frame, index = np.divmod(used[used >= 0], columns.shape[1])
+        clip, place = np.divmod(columns[chunk, index], places[0] * places[1])
+        alive[clip, frame, place // places[1], place % places[1]] = True
+    enlarged = alive.repeat(tall, axis=2).repeat(wide, axis=3)[:, :, :height, :width]
+    return by_tap, enlarged, tensors[10:12]
+
+
+def _kernel_group_macs(rows_by_tap: np.ndarray, tensors: list) -> int:
+    """column_starts (samples or 1, groups, taps + 1): a group's columns of a tap, each for as many filters as one
+    group has."""
+    columns = np.diff(tensors[9].numpy().astype("int64"), axis=2).sum(1)  # (samples or 1, taps)
+    return int((rows_by_tap * columns[:, : rows_by_tap.shape[1]]).sum()) * int(tensors[1].shape[-1])
+
+
+def _tile_of(symbol: str) -> list[int]:
+    """Frames, rows and columns of one Winograd tile, as its kernel's name tells them: `conv3d_winograd_1x4x4_...`."""
+    return [int(extent) for extent in symbol[len(WINOGRAD) + 1 :].split("_")[0].split("x")]
+
+
+def _rows_of_tiles(symbol: str, shape: list[int]) -> int:
+    tiles = [-(-extent // size) for extent, size in zip(shape[1:4], _tile_of(symbol), strict=True)]
+    return shape[0] * tiles[0] * tiles[1] * tiles[2]
 
 
 def _digest(stream):
