@@ -1,0 +1,185 @@
+"""``dance-tvm tune``: search the fastest tiles for a network on a real device."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from dance_tvm.cli import start
+from dance_tvm.errors import DanceError
+
+if TYPE_CHECKING:
+    from dance_tvm.tuning.tuner import Tuner
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Option(help="Name of the zoo, or a .pt2 or .onnx file.")] = "c3d-mini",
+    target: Annotated[str, typer.Option(help="Name, alias or .toml file; `dance-tvm targets` lists them.")] = "host",
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="local, emulator, rpc://HOST:PORT or tracker://HOST:PORT/KEY; may be given several times."),
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Trials of each layer, those of earlier runs counted.")] = 64,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds after which no new batch is begun.")] = None,
+    layers: Annotated[list[str] | None, typer.Option(help="Only layers that match this pattern.")] = None,
+    density: Annotated[list[float] | None, typer.Option(help="Tune masked layers at this density.")] = None,
+    masks: Annotated[
+        str, typer.Option(help="Tune as though masks thinned these axes, e.g. in_frames,in_channels,out_channels.")
+    ] = "",
+    weights: Annotated[Path | None, typer.Option(help="Trained weights; tile sizes do not depend on them.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of a run; the target's own unless given.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Trials that are built at once.")] = None,
+    trial_timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a trial is ended.")] = 30.0,
+    logs: Annotated[Path | None, typer.Option(help="Folder of the logs.", show_default="the package's own")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of the search to this .html file.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Search the fastest tiles for a network on a real device, and keep them in the target's tuning log."""
+    if trials < 1:
+        raise DanceError("--trials must be at least 1: with none there is nothing to search")
+    if any(not 0 < value <= 1 for value in density or []):
+        raise DanceError("--density must lie between 0 and 1, 1 included")
+    if plot is not None and find_spec("plotly") is None:
+        raise DanceError("--plot needs plotly: install it with `pip install plotly`")
+    tuner = _tuned(
+        model, target, device or ["local"], Console(stderr=True), trials, time_limit, layers or [], density or [],
+        masks, weights, threads, jobs, trial_timeout, logs, seed, quiet=as_json,
+    )  # fmt: skip
+    if plot is not None:
+        _plot(tuner, plot)
+    if as_json:
+        typer.echo(json.dumps(facts(tuner), indent=2))
+    else:
+        _print(Console(), tuner)
+    if tuner.lost:
+        raise DanceError(f"the devices are gone ({tuner.lost}); what was measured is in {tuner.path}")
+
+
+def _tuned(
+    model: str, target: str, devices: list[str], console: Console, trials: int, time_limit: float | None,
+    layers: list[str], density: list[float], masks: str, weights: Path | None, threads: int | None, jobs: int | None,
+    trial_timeout: float, logs: Path | None, seed: int, quiet: bool,
+) -> Tuner:  # fmt: skip
+    from dance_tvm.host import available_cores
+    from dance_tvm.schedules.spaces import LISTS
+    from dance_tvm.target import load_target
+    from dance_tvm.transform.pipeline import machine_of
+    from dance_tvm.tuning.farm import Farm
+    from dance_tvm.tuning.tuner import Plan, Tuner
+    from dance_tvm.tuning.workloads import layers_of
+
+    machine = load_target(target)
+    lists = [axis for axis in masks.split(",") if axis]
+    if unknown := sorted(set(lists) - set(LISTS)):
+        raise DanceError(f"--masks knows {', '.join(LISTS)}, not {', '.join(unknown)}")
+    found = layers_of(model, machine, weights=weights, threads=threads, densities=density, lists=lists, only=layers)
+    plan = Plan(trials, time_limit or float("inf"), jobs or available_cores(), seed)
+    with Farm(devices, trial_timeout) as farm:
+        tuner = Tuner(machine, machine_of(machine), found, farm, plan, logs)
+        for number, reason in tuner.problems[:10]:
+            console.print(f"{tuner.path.name}, line {number}: {reason}; skipped", style="yellow", highlight=False)
+        if tuner.model_name != "xgboost":
+            console.print(f"cost model: {tuner.model_name}", style="yellow")
+        if quiet or not console.is_terminal:
+            tuner.on_event = lambda sentence: None if quiet else print(sentence, file=sys.stderr, flush=True)
+            tuner.run()
+        else:
+            with Live(_view(tuner), console=console, transient=True) as live:
+                tuner.on_event = lambda _sentence: live.update(_view(tuner))
+                tuner.run()
+    return tuner
+
+
+def facts(tuner: Tuner) -> dict[str, Any]:
+    """What came of a run, ready for JSON; seconds of one call."""
+    layers = []
+    for task in tuner.tasks:
+        workload = task.layer.workload
+        after = task.after or (task.best if task.best < float("inf") else 0.0)
+        layers.append(
+            {
+                "layers": task.layer.names,
+                "density": workload.density,
+                "trials": task.trials,
+                "failed": task.failures,
+                "verified": bool(task.after),
+                "before_seconds": task.before,
+                "after_seconds": after,
+                "share_of_peak": 2e-9 * workload.work / after / tuner.target.peak_gflops if after else None,
+                "decisions": task.best_decisions,
+            }
+        )
+    done = [task for task in tuner.tasks if task.after]
+    return {
+        "log": str(tuner.path),
+        "cost_model": tuner.model_name,
+        "trials": tuner.made,
+        "interrupted": tuner.stopped,
+        "layers": layers,
+        "all_layers_before_seconds": sum(task.before * task.layer.count for task in done),
+        "all_layers_after_seconds": sum(task.after * task.layer.count for task in done),
+        "devices": [vars(health) | {"dropped": health.dropped} for health in tuner.farm.health.values()],
+    }
+
+
+def _view(tuner: Tuner) -> Table:
+    """The live view: best time by layer, share of peak, trials left, devices and their health."""
+    table = Table("layer", "density", "trials", "left", "best", "of peak", title=f"tuning for {tuner.target.name}")
+    for task in tuner.tasks:
+        known = task.best < float("inf")
+        share = 2e-9 * task.layer.workload.work / task.best / tuner.target.peak_gflops if known else 0
+        left = 0 if task.exhausted else max(0, tuner.plan.trials - task.trials)
+        best = f"{1e3 * task.best:.3f} ms" if known else ""
+        name = f"{task.layer.names[0]}{f' x{task.layer.count}' if task.layer.count > 1 else ''}"
+        table.add_row(name, f"{task.layer.workload.density:g}", str(task.trials), str(left), best, f"{share:.0%}")
+    health = [f"{each.name}: {'dropped' if each.dropped else each.done}" for each in tuner.farm.health.values()]
+    table.caption = "   ".join(health)
+    return table
+
+
+def _print(console: Console, tuner: Tuner) -> None:
+    found = facts(tuner)
+    table = Table("layer", "density", "trials", "before", "after", "gain", "of peak")
+    for layer in found["layers"]:
+        before, after = layer["before_seconds"], layer["after_seconds"]
+        gain = f"{before / after:.2f}x" if before and after else "not verified"
+        shown = [f"{1e3 * seconds:.3f} ms" if seconds else "" for seconds in (before, after)]
+        share = f"{layer['share_of_peak']:.0%}" if layer["share_of_peak"] else ""
+        table.add_row(", ".join(layer["layers"]), f"{layer['density']:g}", str(layer["trials"]), *shown, gain, share)
+    console.print(table)
+    before, after = found["all_layers_before_seconds"], found["all_layers_after_seconds"]
+    if after:
+        console.print(f"all verified layers: {1e3 * before:.1f} ms before, {1e3 * after:.1f} ms after", highlight=False)
+    for device in found["devices"]:
+        state = f"dropped: {device['said']}" if device["dropped"] else f"{device['failed']} failed"
+        console.print(f"{device['name']}: {device['done']} trials, {state}", highlight=False)
+    state = "interrupted; run again to go on" if tuner.stopped else "done"
+    console.print(f"{tuner.made} trials, {state}; cost model {tuner.model_name}; log {tuner.path}", highlight=False)
+
+
+def _plot(tuner: Tuner, path: Path) -> None:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for task in tuner.tasks:
+        best = [1e3 * value if value < float("inf") else None for value in task.history]
+        name = f"{task.layer.names[0]} at {task.layer.workload.density:g}"
+        figure.add_scatter(x=list(range(1, len(best) + 1)), y=best, name=name, mode="lines")
+    figure.update_layout(title="Best time by trial", xaxis_title="trials", yaxis_title="ms", yaxis_type="log")
+    figure.write_html(path, include_plotlyjs=True)
+
+
+if __name__ == "__main__":
+    start(app, "python -m dance_tvm.tune")

@@ -1,0 +1,290 @@
+"""The search within one layer: MetaSchedule's evolutionary search over the family's tuning space.
+
+The real kernels are written by Python, not by schedule primitives, so the space is put on a stand-in: an implicit
+GEMM of the same extents as one S-TIR block. A ``ScheduleFn`` samples the decisions there and tiles the block by them,
+which gives MetaSchedule traces to evolve and features to learn from; what is built and measured is the real kernel.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import s_tir
+from tvm.ir.utils import derived_object
+from tvm.s_tir import meta_schedule as ms
+from tvm.script import tirx as T
+
+from dance_tvm.schedules.spaces import DECISIONS, Decisions, GatherSpace, Workload
+
+POPULATION, GENERATIONS = 48, 2
+#: Trials before the cost model says anything.
+FEWEST_TO_FIT = 8
+_PREFIX = "dance."
+
+
+def stand_in(workload: Workload) -> tvm.tirx.PrimFunc:
+    """The workload as one S-TIR block: ``Y[row, oc] += X[row + offset(tap), ic] * W[tap, ic, oc]`` at its density."""
+    lists, density = workload.lists, workload.density
+
+    def alive(extent: int, *axes: str) -> int:
+        return max(1, round(extent * density)) if set(axes) & set(lists) else extent
+
+    rows = alive(workload.window.positions_out, "out_frames", "positions")
+    depth, outs = alive(workload.depth, "in_channels"), alive(workload.channels_out, "out_channels")
+    taps, sources = workload.window.taps, workload.window.positions_in + workload.window.positions_out
+
+    @T.prim_func(s_tir=True)
+    def implicit_gemm(
+        x: T.Buffer((sources, depth), "float32"),
+        rows_in: T.Buffer((rows,), "int32"),
+        offsets: T.Buffer((taps,), "int32"),
+        w: T.Buffer((taps, depth, outs), "float32"),
+        y: T.Buffer((rows, outs), "float32"),
+    ):
+        T.func_attr({"global_symbol": "main", "tir.noalias": True})
+        for r, o, t, c in T.grid(rows, outs, taps, depth):
+            with T.sblock("conv"):
+                vr, vo, vt, vc = T.axis.remap("SSRR", [r, o, t, c])
+                with T.init():
+                    y[vr, vo] = T.float32(0)
+                y[vr, vo] = y[vr, vo] + x[rows_in[vr] + offsets[vt], vc] * w[vt, vc, vo]
+
+    return implicit_gemm
+
+
+def schedule(sch: s_tir.Schedule, options: Mapping[str, Sequence[int]], pinned: Mapping[str, int], floats: int) -> None:
+    """Tile the stand-in by decisions sampled from ``options``, or given by ``pinned``, and note them on its block."""
+    block = sch.get_sblock("conv")
+    chosen: dict[str, Any] = {}
+    for name in DECISIONS:
+        values = list(options[name])
+        decision = values.index(pinned[name]) if pinned else None
+        chosen[name] = sch.sample_categorical(values, [1.0 / len(values)] * len(values), decision=decision)
+        sch.annotate(block, _PREFIX + name, chosen[name])
+    row, out, tap, channel = sch.get_loops(block)
+    tiles, in_tile = sch.split(row, [None, chosen["mr"]])
+    blocks, in_block = sch.split(tiles, [None, chosen["block_tiles"]])
+    panels, vectors, lanes = sch.split(out, [None, chosen["vectors"], floats])
+    segments, in_segment = sch.split(tap, [None, chosen["segment_taps"]])
+    passes, in_pass = sch.split(channel, [None, chosen["depth_block"]])
+    sch.reorder(panels, blocks, segments, passes, in_block, in_segment, in_pass, in_tile, vectors, lanes)
+    sch.parallel(sch.fuse(panels, blocks))
+    sch.vectorize(lanes)
+    for loop in (vectors, in_tile):
+        sch.unroll(loop)
+
+
+@derived_object
+class MutateDecision(ms.mutator.PyMutator):
+    """Draw one decision of a trace again; MetaSchedule's own mutators know only tile sizes of perfect splits."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.random = random.Random(seed)
+
+    def _initialize_with_tune_context(self, context: ms.TuneContext) -> None:
+        pass
+
+    def apply(self, trace: s_tir.schedule.Trace, _: Any) -> s_tir.schedule.Trace | None:
+        """The trace with another value for one decision."""
+        picks = [inst for inst in trace.insts if inst.kind.name == "SampleCategorical" and len(inst.attrs[0]) > 1]
+        if not picks:
+            return None
+        inst = self.random.choice(picks)
+        return trace.with_decision(inst, self.random.randrange(len(inst.attrs[0])), remove_postproc=False)
+
+    def clone(self) -> Any:
+        """A mutator of its own random numbers."""
+        return MutateDecision(self.random.randrange(1 << 30))
+
+
+@derived_object
+class DecisionModel(ms.cost_model.PyCostModel):
+    """Predicts how near a candidate comes to its layer's best: XGBoost, or least squares where it is missing.
+
+    It learns from decisions and shapes, over all layers of a run. MetaSchedule's own XGBoost model extracts features
+    from the scheduled stand-in, which takes up to a minute a candidate where tile sizes do not divide the extents.
+    """
+
+    def __init__(self, boosted: bool = True) -> None:
+        super().__init__()
+        self.boosted = boosted
+        self.rows: dict[int, list[list[float]]] = {}
+        self.seconds: dict[int, list[float]] = {}
+        self.fit: Any = None
+
+    def load(self, path: str) -> None:
+        """Nothing is kept between runs: the log has every trial."""
+
+    def save(self, path: str) -> None:
+        """Nothing is kept between runs: the log has every trial."""
+
+    def update(self, context: Any, candidates: list[Any], results: list[Any]) -> None:
+        """Fit again with more trials of a layer."""
+        key = tvm.ir.structural_hash(context.mod)
+        for candidate, result in zip(candidates, results, strict=True):
+            if result.run_secs:
+                self.rows.setdefault(key, []).append(_features(candidate))
+                self.seconds.setdefault(key, []).append(float(result.run_secs[0]))
+        matrix = np.array([row for rows in self.rows.values() for row in rows])
+        scores = [np.log(min(times) / time) for times in self.seconds.values() for time in times]
+        if len(scores) >= FEWEST_TO_FIT:
+            self.fit = self._fitted(matrix, np.array(scores))
+
+    def _fitted(self, matrix: np.ndarray, scores: np.ndarray) -> Any:
+        if not self.boosted:
+            regular = 1e-2 * np.eye(matrix.shape[1])
+            weights = np.linalg.solve(matrix.T @ matrix + regular, matrix.T @ scores)
+            return lambda rows: rows @ weights
+        import xgboost
+
+        options = {"max_depth": 4, "eta": 0.2, "nthread": 1, "objective": "reg:squarederror", "verbosity": 0}
+        booster = xgboost.train(options, xgboost.DMatrix(matrix, scores), num_boost_round=60)
+        return lambda rows: booster.predict(xgboost.DMatrix(rows))
+
+    def predict(self, context: Any, candidates: list[Any]) -> np.ndarray:
+        """Higher is better."""
+        if self.fit is None:
+            return np.random.default_rng(len(candidates)).random(len(candidates))
+        return np.asarray(self.fit(np.array([_features(candidate) for candidate in candidates])), "float64")
+
+
+def _features(candidate: Any) -> list[float]:
+    """Logarithms of the decisions and of the layer's extents, what follows from both, and squares for the plain fit."""
+    decisions = decisions_in(candidate.sch)
+    rows, outs = (int(extent) for extent in candidate.args_info[4].shape)
+    taps, depth, _ = (int(extent) for extent in candidate.args_info[3].shape)
+    nr, mr = decisions["vectors"] * 8, decisions["mr"]
+    weights = nr * min(decisions["depth_block"], depth) * min(decisions["segment_taps"], taps)
+    waste = -(-outs // nr) * nr / outs
+    derived = [weights, mr * decisions["block_tiles"], mr * decisions["vectors"], waste, mr, depth, outs, rows, taps]
+    logs = [float(np.log2(1 + value)) for value in [*decisions.values(), *derived]]
+    return [1.0, *logs, *(value * value for value in logs)]
+
+
+def new_cost_model() -> tuple[Any, str]:
+    """The cost model shared by all layers of a run, and its name: XGBoost's, or a plain one where it is missing."""
+    if find_spec("xgboost") is None:
+        return DecisionModel(boosted=False), "plain (xgboost is not installed: pip install xgboost-cpu)"
+    return DecisionModel(), "xgboost"
+
+
+def decisions_in(sch: s_tir.Schedule) -> Decisions:
+    """The decisions that are noted on the stand-in's block."""
+    notes = sch.get(sch.get_sblock("conv")).annotations
+    return {name: int(notes[_PREFIX + name]) for name in DECISIONS}
+
+
+class LayerSearch:
+    """Proposes decisions for one layer, and learns from what they took."""
+
+    def __init__(self, space: GatherSpace, target: tvm.target.Target, model: Any, batch: int, seed: int = 0) -> None:
+        self.space, self.batch, self.model = space, batch, model
+        self.mod = tvm.IRModule({"main": stand_in(space.workload)})
+        self.known: set[tuple[int, ...]] = set()
+        self._candidates: dict[tuple[int, ...], Any] = {}
+        self._asked: list[Any] = []
+        self._extra: set[tuple[int, ...]] = set()
+        self._database = ms.database.MemoryDatabase()
+        self._workload = self._database.commit_workload(self.mod)
+        spaces = ms.space_generator.ScheduleFn(
+            self._design_spaces, sch_rules=[], postprocs=[], mutator_probs={MutateDecision(seed): 1.0}
+        )
+        self.context = ms.TuneContext(
+            self.mod,
+            target=target,
+            space_generator=spaces,
+            search_strategy=ms.search_strategy.EvolutionarySearch(
+                population_size=POPULATION,
+                init_min_unmeasured=POPULATION // 4,
+                genetic_num_iters=GENERATIONS,
+                eps_greedy=0.15,
+            ),
+            num_threads=1,
+            rand_state=1 + seed,
+        )
+        self.context.pre_tuning(1 << 20, batch, self.context.generate_design_space(), self._database, model)
+
+    def _options(self, vectors: int) -> dict[str, list[int]]:
+        """The values of each decision in the part of the space with so many vectors."""
+        space, default = self.space, self.space.default()
+        options = {
+            "mr": space.register_tiles[vectors],
+            "vectors": [vectors],
+            "step": space.steps,
+            "block_tiles": space.blocks,
+            "segment_taps": space.segments,
+            "depth_block": space.depth_blocks(vectors),
+            "panels_outer": [0, 1],
+        }
+        return {name: sorted({*values, default[name]} if name not in ("mr", "vectors") else values)
+                for name, values in options.items()}  # fmt: skip
+
+    def _design_spaces(self, sch: s_tir.Schedule) -> list[s_tir.Schedule]:
+        spaces = []
+        for vectors in self.space.register_tiles:
+            part = sch.copy()
+            schedule(part, self._options(vectors), {}, self.space.machine.vector_floats)
+            spaces.append(part)
+        return spaces
+
+    def propose(self) -> list[Decisions]:
+        """The next candidates, none of which was proposed or told before; empty when the space is searched through."""
+        found: list[Decisions] = []
+        self._asked = list(self.context.generate_measure_candidates() or [])
+        for candidate in self._asked:
+            decisions = self.space.normal(decisions_in(candidate.sch))
+            key = _key(decisions)
+            if key not in self.known:
+                self.known.add(key)
+                self._candidates[key] = candidate
+                found.append(decisions)
+        return found
+
+    def tell(self, results: Sequence[tuple[Decisions, float | None]]) -> None:
+        """What decisions took in seconds (None: they failed), whether they were proposed here or not."""
+        candidates, measured = [], []
+        for decisions, seconds in results:
+            key = _key(decisions)
+            self.known.add(key)
+            candidate = self._candidates.get(key) or self._pinned(decisions)
+            if candidate is not None:
+                candidates.append(candidate)
+                measured.append(_result(seconds))
+        if self._asked:  # the strategy counts what it asked for
+            self.context.notify_runner_results(self._asked, [_result(None)] * len(self._asked))
+            self._asked = []
+        if not candidates:
+            return
+        self.model.update(self.context, candidates, measured)
+        for candidate, result in zip(candidates, measured, strict=True):
+            if result.run_secs is not None:
+                record = ms.database.TuningRecord(
+                    candidate.sch.trace, self._workload, result.run_secs, self.context.target, candidate.args_info
+                )
+                self._database.commit_tuning_record(record)
+
+    def _pinned(self, decisions: Decisions) -> Any:
+        """A candidate of given decisions (the defaults, or a record); None where the space does not hold them."""
+        if decisions["vectors"] not in self.space.register_tiles:
+            return None
+        options = self._options(decisions["vectors"])
+        pinned = {name: min(options[name], key=lambda value: abs(value - decisions[name])) for name in DECISIONS}
+        sch = s_tir.Schedule(self.mod)
+        schedule(sch, options, pinned, self.space.machine.vector_floats)
+        return ms.MeasureCandidate(sch, ms.arg_info.ArgInfo.from_entry_func(self.mod, remove_preproc=True))
+
+
+def _key(decisions: Decisions) -> tuple[int, ...]:
+    return tuple(decisions[name] for name in DECISIONS)
+
+
+def _result(seconds: float | None) -> Any:
+    if seconds is None:
+        return ms.runner.RunnerResult(None, "failed")
+    return ms.runner.RunnerResult([seconds], None)

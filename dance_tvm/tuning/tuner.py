@@ -1,0 +1,368 @@
+"""The loop around the search: which layer next, build, measure, keep, verify.
+
+MetaSchedule proposes within a layer (``search``); what surrounds it is ours, because its own loop stores records that
+a kill tears, waits without deadlines and cannot overlap building with measuring.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dance_tvm.device.serve import end_with_parent_process
+from dance_tvm.errors import DanceError
+from dance_tvm.schedules.spaces import DECISIONS, SPACES, Decisions, GatherSpace, tile_of
+from dance_tvm.schedules.tiles import Machine
+from dance_tvm.tuning.advice import TunedTiles
+from dance_tvm.tuning.farm import DeviceLostError, Farm
+from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
+from dance_tvm.tuning.records import Log, append, log_path, new_record, require_writable
+from dance_tvm.tuning.workloads import Layer
+
+if TYPE_CHECKING:
+    from dance_tvm.target import Target
+
+BATCH = 8
+#: Trials of the nearest records that a layer starts with, besides the defaults.
+SEEDS = 3
+BUILD_TIMEOUT_S = 120.0
+#: Batches without a better tile after which a layer counts as done.
+PATIENCE = 4
+#: Gain from which a tile replaces the defaults: smaller ones are within the spread of good measurements.
+WORTH_KEEPING = 1.01
+
+
+@dataclass
+class Task:
+    """One kernel, its search and what came of it. ``before`` and ``after`` are seconds of the verifying run."""
+
+    layer: Layer
+    space: GatherSpace
+    results: dict[tuple[int, ...], float | None] = field(default_factory=dict)
+    best: float = math.inf
+    best_decisions: Decisions = field(default_factory=dict)
+    stale: int = 0
+    exhausted: bool = False
+    history: list[float] = field(default_factory=list)
+    before: float = 0.0
+    after: float = 0.0
+    failures: int = 0
+    search: Any = None
+
+    @property
+    def trials(self) -> int:
+        """Trials so far, those of earlier runs included."""
+        return len(self.results)
+
+    def note(self, decisions: Decisions, seconds: float | None) -> None:
+        """Keep one result."""
+        self.results[tuple(decisions[name] for name in DECISIONS)] = seconds
+        self.failures += seconds is None
+        if seconds is not None and seconds < self.best:
+            self.best, self.best_decisions = seconds, decisions
+        self.history.append(self.best)
+
+    @property
+    def expected_gain(self) -> float:
+        """Share of the network's time that may still be won here; layers that stopped improving come last."""
+        if self.best == math.inf:
+            return math.inf
+        return self.layer.count * self.best / (1 + self.stale) ** 2
+
+
+@dataclass
+class Plan:
+    """What a run may do; ``trials`` is for each layer, those of earlier runs counted, ``time_limit`` in seconds."""
+
+    trials: int = 64
+    time_limit: float = math.inf
+    jobs: int = 1
+    seed: int = 0
+
+
+class Tuner:
+    """Tunes layers on a farm; ``on_event`` hears of each batch."""
+
+    def __init__(
+        self,
+        target: Target,
+        machine: Machine,
+        layers: list[Layer],
+        farm: Farm,
+        plan: Plan,
+        folder: Path | None = None,
+        on_event: Callable[[str], None] = lambda _sentence: None,
+    ) -> None:
+        from dance_tvm.tuning.search import new_cost_model
+
+        self.target, self.machine, self.farm, self.plan = target, machine, farm, plan
+        self.path = log_path(target, folder=folder)
+        require_writable(self.path)
+        self.on_event = on_event
+        self.model, self.model_name = new_cost_model()
+        self.tasks = [Task(layer, SPACES[layer.workload.family](machine, layer.workload)) for layer in layers]
+        self.stopped = False
+        self.lost = ""
+        self.made = 0
+        self.problems = self._resume()
+
+    def _resume(self) -> list[tuple[int, str]]:
+        """Take over the trials of earlier runs and the advice of verified records."""
+        log = Log.read(self.path)
+        for task in self.tasks:
+            earlier = log.records(self.target.fingerprint, task.layer.workload.identity, ("trial", "failed"))
+            for record in earlier:
+                task.note(record.decisions, record.seconds if record.status == "trial" else None)
+        self.advice = TunedTiles(self.target.fingerprint, [log])
+        return log.problems
+
+    def run(self) -> None:
+        """Search until trials, time or ideas are used up, then verify what was found. Ctrl-C ends both early."""
+        self.started = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="dance_tvm_tune_") as folder, self._interruptible():
+            self._folder, self._number = Path(folder), 0
+            self._pool = self._new_pool()
+            try:
+                with ThreadPoolExecutor(max(1, self.farm.lanes)) as lanes:
+                    self._lanes = lanes
+                    self._search()
+                    self._verify()
+            except DeviceLostError as error:
+                self.lost = str(error)
+            finally:
+                self._end_pool()
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C lets the batch in flight end, the second does not."""
+
+        def stop(_number: int, _frame: Any) -> None:
+            if self.stopped:
+                raise KeyboardInterrupt
+            self.stopped = True
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    # -- searching ---------------------------------------------------------------------------------------------------
+
+    def _over(self) -> bool:
+        return self.stopped or time.monotonic() - self.started > self.plan.time_limit
+
+    def _next(self) -> Task | None:
+        open_tasks = [
+            task
+            for task in self.tasks
+            if task.trials < self.plan.trials and not task.exhausted and task.stale < PATIENCE
+        ]
+        return max(open_tasks, key=lambda task: task.expected_gain, default=None)
+
+    def _search(self) -> None:
+        """Batches in turn. On devices of their own, a batch is measured while the next one is proposed and built."""
+        pending: tuple[Task, list[tuple[Decisions, Future]]] | None = None
+        while not self._over():
+            task = self._next()
+            if pending is not None and (task is None or task is pending[0] or self.farm.is_here):
+                self._collect(*pending)
+                pending = None
+                continue
+            if task is None:
+                break
+            batch = self._propose(task)
+            if not batch:
+                task.exhausted = True
+                continue
+            started = self._start(task, batch)
+            if pending is not None:
+                self._collect(*pending)
+            pending = (task, started)
+        if pending is not None:
+            self._collect(*pending)
+
+    def _propose(self, task: Task) -> list[Decisions]:
+        from dance_tvm.tuning.search import LayerSearch
+
+        room = min(BATCH, self.plan.trials - task.trials)
+        if task.search is None:
+            threads = task.layer.workload.threads
+            tvm_target = self.target.tvm_target(threads)
+            task.search = LayerSearch(task.space, tvm_target, self.model, BATCH, self.plan.seed)
+            told = [(dict(zip(DECISIONS, key, strict=True)), seconds) for key, seconds in task.results.items()]
+            task.search.tell(told)
+            seeds = self._seeds(task)
+            if seeds:
+                return seeds[:room]
+        return task.search.propose()[:room]
+
+    def _seeds(self, task: Task) -> list[Decisions]:
+        """The defaults and what was best for the nearest layers, of this run too."""
+        near = [record.decisions for _, _, record in self.advice.ranked(task.layer.workload)[:SEEDS]]
+        done = [other for other in self.tasks if other is not task and other.best_decisions]
+        done.sort(key=lambda other: task.layer.workload.distance(other.layer.workload))
+        near += [other.best_decisions for other in done[:SEEDS]]
+        found: dict[tuple[int, ...], Decisions] = {}
+        for decisions in [task.space.default(), *(task.space.normal(decisions) for decisions in near)]:
+            key = tuple(decisions[name] for name in DECISIONS)
+            if task.space.allows(decisions) and key not in task.results:
+                found[key] = decisions
+        return list(found.values())[: SEEDS + 1]
+
+    # -- building and measuring --------------------------------------------------------------------------------------
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self.plan.jobs, mp_context=context, initializer=_start_worker)
+
+    def _end_pool(self) -> None:
+        workers = list((self._pool._processes or {}).values())
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            with suppress(OSError, ValueError):
+                worker.kill()
+
+    def _build(self, task: Task, decisions: Decisions) -> tuple[Instance, Path, Future]:
+        self._number += 1
+        path = self._folder / f"trial-{self._number}.so"
+        instance = Instance(task.layer.workload, tile_of(self.machine, decisions))
+        return instance, path, self._pool.submit(build_instance, instance, self.target, path)
+
+    def _start(self, task: Task, batch: list[Decisions]) -> list[tuple[Decisions, Future]]:
+        """Build the batch, and measure each trial as soon as it is built, or after all where cores are shared."""
+        builds = [(decisions, *self._build(task, decisions)) for decisions in batch]
+        all_built = threading.Event()
+        if not self.farm.is_here:
+            all_built.set()
+        measured = [
+            (decisions, self._lanes.submit(self._measure, task, instance, path, build, all_built))
+            for decisions, instance, path, build in builds
+        ]
+        for *_, build in builds:
+            with suppress(Exception):
+                build.exception(BUILD_TIMEOUT_S) if self.farm.is_here else None
+        all_built.set()
+        return measured
+
+    def _measure(
+        self, task: Task, instance: Instance, path: Path, build: Future, all_built: threading.Event
+    ) -> tuple[list[float], str, str]:
+        """Times, the device's name and, where there are none, why."""
+        try:
+            build.result(BUILD_TIMEOUT_S)
+        except Exception as error:  # the compiler raises many kinds, and a worker may be killed
+            return [], "", f"not built: {str(error).strip().splitlines()[-1] if str(error).strip() else error!r}"
+        all_built.wait(BUILD_TIMEOUT_S)
+        said = ""
+        for _attempt in range(3):
+            if self.stopped:
+                return [], "", "interrupted"
+            try:
+                with self.farm.session(instance.workload.threads) as session:
+                    best = None if task.best == math.inf else task.best
+                    return Loaded.on(session, instance, path).measure(best), session.name, ""
+            except DeviceLostError as error:
+                said = f"lost: {error}"
+            except DanceError as error:
+                return [], "", str(error)
+            finally:
+                if not said:
+                    path.unlink(missing_ok=True)
+        return [], "", said
+
+    def _collect(self, task: Task, measured: list[tuple[Decisions, Future]]) -> None:
+        """Keep the results of a batch: in the log first, one by one, as they come."""
+        before, told = task.best, []
+        for decisions, future in measured:
+            times, device, error = future.result()
+            if error == "interrupted" or error.startswith("lost"):
+                self.lost = error if error != "interrupted" else self.lost
+                continue
+            status = "trial" if times else "failed"
+            rest = {"status": status, "error": error, "trials": task.trials + 1, "origin": device or self.farm.specs[0]}
+            append(self.path, [new_record(task.layer.workload, self.target, decisions, times, **rest)])
+            seconds = statistics.median(times) if times else None
+            task.note(decisions, seconds)
+            told.append((decisions, seconds))
+            self.made += 1
+        task.search.tell(told)
+        task.stale = 0 if task.best < before * 0.99 else task.stale + 1
+        if self.lost and not told:
+            raise DeviceLostError(self.lost)
+        if isinstance(getattr(self._pool, "_broken", False), str):
+            self._end_pool()
+            self._pool = self._new_pool()
+        self.on_event(_batch_sentence(task, told))
+
+    # -- verifying ---------------------------------------------------------------------------------------------------
+
+    def _verify(self) -> None:
+        """Measure the best of each layer in turns with the defaults; only what wins there is what builds will use."""
+        for task in self.tasks:
+            if self.stopped:
+                return
+            if task.best_decisions and not self._is_verified(task):
+                try:
+                    self._verify_task(task)
+                except BrokenProcessPool:
+                    self._pool = self._new_pool()
+
+    def _is_verified(self, task: Task) -> bool:
+        """Whether the log's verified record of the layer already holds its best decisions, or better ones."""
+        identity = task.layer.workload.identity
+        for workload, record in self.advice.records:
+            if workload.identity == identity and task.best >= 0.98 * record.seconds:
+                task.before, task.after = record.default_seconds or record.seconds, record.seconds
+                return True
+        return False
+
+    def _verify_task(self, task: Task) -> None:
+        default, chosen = task.space.default(), task.best_decisions
+        built = [self._build(task, decisions) for decisions in (default, chosen)]
+        for *_, build in built:
+            build.result(BUILD_TIMEOUT_S)
+        with self.farm.session(task.layer.workload.threads, 4 * self.farm.trial_timeout) as session:
+            loaded = [Loaded.on(session, instance, path) for instance, path, _ in built]
+            digests = [each.digest() for each in loaded]
+            before, after = interleaved(*loaded)
+            origin = session.name
+        if digests[0] != digests[1]:
+            self.on_event(f"{task.layer.names[0]}: the best tile computes something else than the defaults; not kept")
+            chosen = default
+        slow = statistics.median(before)
+        if chosen == default or slow < WORTH_KEEPING * statistics.median(after):
+            chosen, after = default, before
+        rest = {"default_seconds": float(f"{slow:.4g}"), "trials": task.trials, "origin": origin}
+        record = new_record(task.layer.workload, self.target, chosen, after, status="verified", **rest)
+        append(self.path, [record])
+        task.before, task.after = slow, statistics.median(after)
+        self.on_event(f"{task.layer.names[0]}: {1e3 * slow:.2f} ms before, {1e3 * task.after:.2f} ms after")
+
+
+def _batch_sentence(task: Task, told: list[tuple[Decisions, float | None]]) -> str:
+    failed = sum(seconds is None for _, seconds in told)
+    best = f"best {1e3 * task.best:.3f} ms" if task.best < math.inf else "nothing measured yet"
+    lost = f", {failed} failed" if failed else ""
+    return f"{task.layer.names[0]} ({task.layer.workload.density:g}): {task.trials} trials{lost}, {best}"
+
+
+def _start_worker() -> None:
+    """A worker ends with us, and leaves Ctrl-C to us."""
+    end_with_parent_process()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

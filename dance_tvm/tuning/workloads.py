@@ -1,0 +1,87 @@
+"""The distinct kernels of a network: it is lowered as a build would, and every choice of a tile is noted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dance_tvm.errors import DanceError
+from dance_tvm.schedules.spaces import LISTS, Advice, Workload
+
+if TYPE_CHECKING:
+    from dance_tvm.target import Target
+
+
+@dataclass
+class Layer:
+    """A kernel to tune and the layers of the network that use it."""
+
+    workload: Workload
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """How often one call of the network runs it."""
+        return len(self.names)
+
+
+class _Noted:
+    """A tuning log that knows nothing and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Workload] = []
+
+    def advise(self, workload: Workload) -> Advice | None:
+        """Nothing."""
+        self.asked.append(workload)
+        return None
+
+
+def layers_of(
+    model: str | Path | Any,
+    target: Target,
+    *,
+    weights: Path | None = None,
+    threads: int | None = None,
+    densities: Sequence[float] = (),
+    lists: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> list[Layer]:
+    """The distinct kernels of ``model`` with the names of their layers, in order of execution.
+
+    ``densities``: at which densities kernels that walk lists are tuned (0.5 unless given). ``lists`` tunes as though
+    masks thinned these axes of every convolution. ``only`` keeps layers whose name matches one of the patterns.
+    Raises DanceError where nothing is left to tune.
+    """
+    from dance_tvm.frontend import import_model
+    from dance_tvm.transform.pipeline import Options, lower
+
+    noted = _Noted()
+    imported = import_model(model, weights=weights, check=False)
+    lowered = lower(imported.mod, target, Options(threads=threads or target.threads, tuning=noted))
+    names = [layer.name for layer in lowered.layers if layer.kind != "pool3d"]
+    if not noted.asked:
+        raise DanceError(f"{imported.name} has no tunable layer: it holds neither convolutions nor linear layers")
+    layers: dict[str, Layer] = {}
+    for name, workload in zip(names, noted.asked, strict=False):
+        if only and not any(fnmatch(name, pattern) for pattern in only):
+            continue
+        for variant in _variants(workload, densities, lists):
+            layers.setdefault(variant.identity, Layer(variant)).names.append(name)
+    if not layers:
+        raise DanceError(f"no layer of {imported.name} matches {', '.join(only)}: it has {', '.join(names[:12])}")
+    return list(layers.values())
+
+
+def _variants(workload: Workload, densities: Sequence[float], lists: Sequence[str]) -> list[Workload]:
+    spatial = workload.window.positions_out > workload.window.batch
+    if lists and spatial:
+        kept = ("in_frames", "out_frames", "positions", "out_channels") if workload.groups == 1 else LISTS[:3]
+        asked = tuple(axis for axis in LISTS if axis in lists and (axis in kept or workload.groups == 1))
+        workload = replace(workload, lists=asked)
+    if not workload.lists:
+        return [workload.at(1.0)]
+    return [workload.at(density) for density in densities or (0.5,)]
