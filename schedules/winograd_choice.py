@@ -17,9 +17,10 @@ from .winograd import WinogradConv
 from .winograd_plan import WinogradPlan
 
 #: Tiles tried along height and width, and over frames. Each keeps the largest error of a layer under 1e-4 of its
-#: largest output, by a factor of three at least (docs/winograd.md).
+#: largest output, by a factor of three at least (docs/winograd.md), so the largest is not nested with frames.
 SPATIAL_TILES = (2, 3, 4, 5, 6)
 FRAME_TILES = (1, 2, 4)
+MOST_SPATIAL_WITH_FRAMES = 5
 #: Cycles of one core per vector that is transformed and stored, fitted to layers of C3D and R(2+1)D: inputs, products,
 #: and more for each of the planes that one tile is spread over, as every plane lies in a page of its own.
 INPUT_CYCLES, OUTPUT_CYCLES, PLANE_CYCLES = 5.0, 4.0, 0.02
@@ -108,6 +109,8 @@ def options(conv: GatherConv, machine: Machine) -> Iterator[WinogradConv]:
     spatial = SPATIAL_TILES if any(window.kernel[axis] > 1 for axis in (1, 2)) else (1,)
     for m_t in frames:
         for m in spatial:
+            if m_t > 1 and m > MOST_SPATIAL_WITH_FRAMES:
+                continue
             tile = (min(m_t, window.out[0]), *(min(m, window.out[a]) if window.kernel[a] > 1 else 1 for a in (1, 2)))
             transformed = tile[0] > 1 or window.kernel[1:] != (1, 1)
             if transformed and all(tile[axis] > 1 or window.kernel[axis] == 1 for axis in (1, 2)):
