@@ -51,7 +51,7 @@ def import_onnx(path: Path, *, check: bool = True) -> Imported:
     if check:
         arrays = random_arrays(inputs)
         check_import(mod, arrays, source.run(arrays), lambda: importer.compare_with(source, arrays))
-    return Imported(mod, path.stem, _sha256(path, model), inputs, outputs, source.run)
+    return Imported(mod, path.stem, _sha256(path), inputs, outputs, source.run)
 
 
 def _load(path: Path) -> Any:
@@ -107,10 +107,11 @@ def _folded(model: Any) -> Any:
         return model
 
 
-def _sha256(path: Path, model: Any) -> str:
+def _sha256(path: Path) -> str:
     """The file's bytes, and those of the weights that it keeps elsewhere."""
     digest = hashlib.sha256(path.read_bytes())
-    files = {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"}
+    weights = onnx.load(str(path), load_external_data=False).graph.initializer
+    files = {entry.value for tensor in weights for entry in tensor.external_data if entry.key == "location"}
     for name in sorted(files):
         digest.update((path.parent / name).read_bytes())
     return digest.hexdigest()
@@ -143,14 +144,16 @@ class _Source:
     def _open(model: Any, source: str | bytes) -> Any:
         try:
             import onnxruntime
-        except ImportError:
+
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception:
+            # Not installed, or older than the file: ONNX's own reference is slow and knows every version.
             from onnx.reference import ReferenceEvaluator
 
             return ReferenceEvaluator(model)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 class _Importer(ONNXGraphImporter):

@@ -1,0 +1,170 @@
+"""ONNX imports: exports of PyTorch agree, layers keep their names, bad files end in one sentence."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+
+import onnx
+from onnx import TensorProto, helper
+
+from dance_tvm import models
+from dance_tvm.errors import DanceError
+from dance_tvm.frontend import import_model, interpreter, onnx_graph
+from dance_tvm.frontend.check import random_arrays
+
+
+def export(network, x, path):
+    torch.onnx.export(network.eval(), (x,), dynamo=True, verbose=False).save(str(path))
+    return path
+
+
+class Varied(nn.Module):
+    """What ordinary video networks are made of, in one export."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolve = nn.Conv3d(4, 8, 3, padding=1, padding_mode="replicate")
+        self.norm = nn.GroupNorm(2, 8)
+        self.up = nn.ConvTranspose3d(8, 4, 2, stride=2)
+        self.pool = nn.AvgPool3d(3, 2, 1, count_include_pad=False)
+
+    def forward(self, x):
+        y = F.elu(self.norm(self.convolve(x)))
+        masked = (
+            y * (y.mean((2, 3, 4), keepdim=True) > 0).float() * torch.clamp(y.amax((1, 2), keepdim=True), 0, 1).ceil()
+        )
+        shifted = torch.cat([masked[:, :2, 1:], F.pad(masked[:, 2:4], (0, 0, 0, 0, -1, 0))], 1)
+        bins = (x.flatten(1)[:, :9] * 2).long().clamp(0, 4)
+        histogram = torch.zeros(1, 5).scatter_add(1, bins, x.flatten(1)[:, :9])
+        return [
+            F.silu(self.up(masked)),
+            self.pool(shifted),
+            histogram,
+            F.hardswish(y) / y.std(),
+            x.repeat(1, 2, 1, 1, 1),
+        ]
+
+
+def test_an_export_agrees_with_onnx_runtime_and_pytorch(tmp_path):
+    torch.manual_seed(0)
+    network, x = Varied(), torch.randn(1, 4, 4, 6, 6)
+    imported = import_model(export(network, x, tmp_path / "varied.onnx"))
+    found = interpreter.outputs(imported.mod, {imported.inputs[0].name: x})
+    with torch.inference_mode():
+        for ours, expected in zip(found, network(x), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert [spec.shape for spec in imported.outputs] == [tuple(value.shape) for value in found]
+
+
+def test_layers_keep_their_names(tmp_path):
+    path = export(models.create("r2plus1d-mini"), *models.example_inputs("r2plus1d-mini"), tmp_path / "mini.onnx")
+    mod = import_model(path).mod
+    bindings = [binding for block in mod["main"].body.blocks for binding in block.bindings]
+    convolutions = [b.var.name for b in bindings if "conv3d" in str(getattr(b.value, "op", ""))]
+    ours = models.create("r2plus1d-mini").named_modules()
+    assert sorted(convolutions) == sorted(name for name, layer in ours if isinstance(layer, nn.Conv3d))
+
+
+def test_the_digest_covers_weights_kept_in_another_file(tmp_path):
+    network, x = models.create("c3d-mini"), models.example_inputs("c3d-mini")
+    program = torch.onnx.export(network, x, dynamo=True, verbose=False)
+    program.save(str(tmp_path / "outside.onnx"), external_data=True)
+    before = import_model(tmp_path / "outside.onnx").source_sha256
+    (weights,) = [path for path in tmp_path.iterdir() if path.name != "outside.onnx"]
+    data = bytearray(weights.read_bytes())
+    data[0] ^= 1
+    weights.write_bytes(data)
+    assert import_model(tmp_path / "outside.onnx").source_sha256 != before
+    weights.unlink()
+    with pytest.raises(DanceError, match=r"outside\.onnx"):
+        import_model(tmp_path / "outside.onnx")
+
+
+def _save(path, nodes, *, shape=(1, 2, 3), out=("a", "b", "c"), opset=17, ir=9, weights=()):
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, out)]
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, list(weights))
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir), path)
+    return path
+
+
+def test_shapes_computed_in_the_graph_are_folded(tmp_path):
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "first"], ["batch"]),
+        helper.make_node("Concat", ["batch", "rest"], ["target"], axis=0),
+        helper.make_node("Reshape", ["x", "target"], ["y"], name="/head/Reshape"),
+    ]
+    weights = [
+        helper.make_tensor("first", TensorProto.INT64, [1], [0]),
+        helper.make_tensor("rest", TensorProto.INT64, [1], [-1]),
+    ]
+    imported = import_model(_save(tmp_path / "flat.onnx", nodes, out=("a", "b"), weights=weights))
+    assert imported.outputs[0].shape == (1, 6)
+    arrays = random_arrays(imported.inputs)
+    assert np.array_equal(imported.reference(arrays)["y"], arrays["x"].reshape(1, 6))
+
+
+def test_a_file_too_new_for_onnx_runtime_is_checked_all_the_same(tmp_path):
+    path = _save(tmp_path / "new.onnx", [helper.make_node("Relu", ["x"], ["y"])], ir=onnx.IR_VERSION)
+    imported = import_model(path)
+    arrays = random_arrays(imported.inputs)
+    assert np.array_equal(imported.reference(arrays)["y"], np.maximum(arrays["x"], 0))
+
+
+def test_names_of_older_exports_become_module_names():
+    assert onnx_graph._joined("/layer1/layer1.0/conv1/Conv") == "layer1.0.conv1"
+    assert onnx_graph._joined("/layer1/layer1.0/Relu") == "layer1.0.Relu"
+    assert onnx_graph._joined("Add_3") == "Add_3"
+
+
+def test_a_wrong_conversion_is_found_and_its_layer_named(tmp_path, monkeypatch):
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"], name="/body/Relu"),
+        helper.make_node("Clip", ["a", "low", "high"], ["b"], name="/head/Clip"),
+        helper.make_node("Exp", ["b"], ["y"], name="/head/Exp"),
+    ]
+    weights = [helper.make_tensor(name, TensorProto.FLOAT, [], [v]) for name, v in (("low", 0.1), ("high", 0.2))]
+    path = _save(tmp_path / "clipped.onnx", nodes, weights=weights)
+    import_model(path)
+    monkeypatch.setitem(onnx_graph._CONVERSIONS, "Clip", lambda importer, inputs, attrs: inputs[0])
+    with pytest.raises(DanceError, match=r"first at layer 'head\.(Clip|Exp)'"):
+        import_model(path)
+
+
+def test_what_is_not_supported_is_named(tmp_path):
+    cases = {
+        "Bernoulli.*'random.Bernoulli'": _save(
+            tmp_path / "random.onnx", [helper.make_node("Bernoulli", ["x"], ["y"], name="/random/Bernoulli")]
+        ),
+        r"dynamic shape \(batch, 2\)": _save(
+            tmp_path / "dynamic.onnx", [helper.make_node("Relu", ["x"], ["y"])], shape=("batch", 2)
+        ),
+        "opset 13": _save(tmp_path / "old.onnx", [helper.make_node("Relu", ["x"], ["y"])], opset=13),
+    }
+    for message, path in cases.items():
+        with pytest.raises(DanceError, match=message):
+            import_model(path)
+
+
+def test_damaged_and_foreign_files_are_one_sentence(tmp_path):
+    whole = _save(tmp_path / "whole.onnx", [helper.make_node("Relu", ["x"], ["y"])]).read_bytes()
+    for name, data in {"cut.onnx": whole[:-20], "text.onnx": b"hello", "empty.onnx": b""}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DanceError, match=re.escape(name)):
+            import_model(tmp_path / name)
+
+
+def test_weights_cannot_be_given_to_an_onnx_file(tmp_path):
+    path = _save(tmp_path / "whole.onnx", [helper.make_node("Relu", ["x"], ["y"])])
+    with pytest.raises(DanceError, match="carries its weights"):
+        import_model(path, weights=tmp_path / "weights.pt")
