@@ -50,6 +50,8 @@ from .winograd_transforms import matrices, transform_weights
 #: Floats between the ξ planes of a scratch buffer beyond their content: planes a power of two apart would share the
 #: few lines of one cache set.
 PLANE_SKEW = 16
+#: Floats of a cache line: one prefetch for each is enough.
+LINE_FLOATS = 16
 
 
 @dataclass(frozen=True)
@@ -456,7 +458,8 @@ class _Emitter:
                 values = [let(self.sources[lanes(at + start, tile.step)]) for at in sources]
                 for k in range(tile.step):
                     spread = [splat(lane(value, k), tile.vector_floats) for value in values]
-                    self._multiply_add(spread, weights, base + weight_at(start + k), acc)
+                    new_line = k * tile.nr // LINE_FLOATS != (k - 1) * tile.nr // LINE_FLOATS
+                    self._multiply_add(spread, weights, base + weight_at(start + k), acc, new_line)
         if tile.step == 1 or not isinstance(count, int) or count % tile.step:
             with serial(count - whole * tile.step) as rest:
                 k = first + whole * tile.step + rest
@@ -464,11 +467,13 @@ class _Emitter:
                 self._multiply_add(spread, weights, base + weight_at(k), acc)
 
     def _multiply_add(
-        self, values: list[Expr], weights: tirx.Buffer, start: Expr, acc: list[list[tirx.Buffer]]
+        self, values: list[Expr], weights: tirx.Buffer, start: Expr, acc: list[list[tirx.Buffer]], ahead: bool = True
     ) -> None:
+        """One channel; ``ahead``: ask for the weights of the next block too."""
         count = self.tile.vector_floats
         w = [let(weights[self._vector(start, v)]) for v in range(self.tile.vectors)]
-        prefetch(weights, start + self.tile.depth_block * self.tile.nr)
+        if ahead:
+            prefetch(weights, start + self.tile.depth_block * self.tile.nr)
         for r, value in enumerate(values):
             x = let(value)
             for v in range(self.tile.vectors):
