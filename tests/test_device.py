@@ -17,7 +17,7 @@ from devices import CONSTANT, matmul_artifact, matmul_case
 
 from dance_tvm.device import open_device, processes
 from dance_tvm.device.remote import RemoteSession
-from dance_tvm.device.serve import Store
+from dance_tvm.device.serve import PROTOCOL, Store
 from dance_tvm.errors import DanceError
 
 
@@ -78,7 +78,7 @@ def test_local(host_artifact, weighty_artifact, separate):
 
 def test_a_tracked_server_takes_one_session_at_a_time(tracked, host_artifact, weighty_artifact):
     with open_device(tracked) as device:
-        assert device.facts()["protocol"] == 1
+        assert device.facts()["protocol"] == PROTOCOL
         device.pin([min(os.sched_getaffinity(0))], 1)
         assert_all_calls_work(device, host_artifact)
         assert_all_calls_work(device, weighty_artifact)
