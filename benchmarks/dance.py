@@ -29,9 +29,10 @@ from dance_tvm.sparsity import checkpoint, training
 from dance_tvm.sparsity.dance import trained
 from dance_tvm.sparsity.dance.controller import Masks
 from dance_tvm.sparsity.dance.macs import MacCounter
-from dance_tvm.sparsity.dance.method import controller_of
+from dance_tvm.sparsity.dance.method import controller_of, prune
 from dance_tvm.sparsity.dance.sites import trace
-from dance_tvm.sparsity.data import MotionDigits
+from dance_tvm.sparsity.dance.untrained import keep_at_random
+from dance_tvm.sparsity.data import MOTIONS, MotionDigits
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 PAGE = Path(__file__).parent.parent / "docs" / "dance.md"
@@ -193,15 +194,17 @@ def latency(
     work: Annotated[Path, typer.Option(help="folder for the artifacts")] = Path("artifacts"),
     clips: Annotated[int, typer.Option(min=2, help="clips whose outputs and MACs are compared")] = 64,
     timed: Annotated[int, typer.Option(min=2, help="clips that are timed")] = 10,
+    model: Annotated[Path | None, typer.Option(help="a model.safetensors of --method aap")] = None,
+    keep: Annotated[float | None, typer.Option(help="random masks that keep this share of each axis instead")] = None,
     threads: Threads = 2,
 ) -> None:
-    """The shipped network and its dense twin, built for this machine."""
+    """The pruned network and its dense twin, built for this machine."""
     from dance_tvm.benchmarking.measure import Contender, in_turns
     from dance_tvm.compiler import build_network
     from dance_tvm.device import open_device
 
     torch.set_num_threads(threads)
-    network, card = trained.load(trained.SHIPPED)
+    network, card = _random(keep) if keep else trained.load(model or trained.SHIPPED)
     twin = trained.dense(card)
     own = network.state_dict()
     twin.load_state_dict({name: own[name] for name in twin.state_dict()})
@@ -234,6 +237,15 @@ def latency(
         clip = {name: held_out[0][0][None].numpy()}
         _write_section("layers", _by_layer(pruned.kernels(clip, 9), dense.kernels(clip, 9)))
     _latency_picture(pairs)
+
+
+def _random(keep: float) -> tuple[nn.Module, dict[str, Any]]:
+    """The recipe's network with random masks: enough for exactness and speed, which no training changes."""
+    card = {"settings": {"model": MODEL}, "classes": MOTIONS, "clip_shape": [1, 16, 32, 32]}
+    clips = MotionDigits(32)
+    seen = torch.stack([clips[index][0] for index in range(32)])
+    torch.manual_seed(0)
+    return keep_at_random(prune(trained.dense(card), (1, 16, 32, 32)), seen, keep), card
 
 
 def _exactness(network: nn.Module, compiled: Any, name: str, clips: Sequence[Tensor]) -> str:
