@@ -117,7 +117,7 @@ def test_a_tile_is_kept_where_its_rounded_gate_is_1():
     policy.conv.bias.data.zero_()
     logits = policy.conv(averages)
     assert (logits == 0).any()  # a tie rounds to even: 0
-    assert torch.equal(policy(averages, 1.0), torch.sigmoid(logits).round())
+    assert torch.equal(policy(averages, 1.0)[0], torch.sigmoid(logits).round())
 
 
 def test_channels_take_the_largest_logit():
@@ -125,7 +125,7 @@ def test_channels_take_the_largest_logit():
     policy.fc2.weight.data.zero_()
     logits = torch.randint(0, 3, (3, 500)).float()  # skip, compute, reuse; many ties
     policy.fc2.bias.data = logits.flatten()
-    compute, reuse = (way.flatten() for way in policy(torch.ones(1, 2), torch.ones(1, 2), 1.0))
+    compute, reuse = (way.flatten() for way in policy(torch.ones(1, 2), torch.ones(1, 2), 1.0)[0])
     assert set(compute.tolist()) == set(reuse.tolist()) == {0.0, 1.0}
     taken = torch.where(compute > 0, logits[1], torch.where(reuse > 0, logits[2], logits[0]))
     assert torch.equal(taken, logits.max(0).values)
@@ -136,7 +136,7 @@ def test_two_ways_without_reuse():
     policy = TemporalPolicy(2, 3, 4, reuse=False).eval()
     policy.fc2.weight.data.zero_()
     policy.fc2.bias.data = torch.tensor([1.0, 0, 0, 0, 1, 0])
-    compute, reuse = policy(torch.ones(1, 2), torch.ones(1, 2), 1.0)
+    compute, reuse = policy(torch.ones(1, 2), torch.ones(1, 2), 1.0)[0]
     assert reuse is None
     assert compute.flatten().tolist() == [0, 1, 1]
 

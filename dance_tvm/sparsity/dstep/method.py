@@ -86,14 +86,16 @@ class DSTEP(Method):
 
     def losses(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:
         chosen, count, decisions = self.options, len(batch.clips), self._taken()
-        share = flops.network_share(self._dense, [flops.paper_shares(one, count) for one in decisions])
+        share = flops.network_share(self._dense, [flops.paper_shares(one.settled or one, count) for one in decisions])
         weight = losses.sparsity_weight(
             self._epoch, chosen.warmup_share * self._epochs, chosen.alpha, self._beta(chosen.beta)
         )
         terms = {"sparsity": weight * losses.sparsity_loss(share, chosen.target_flops)}
         if chosen.spatial:
             bounds = losses.density_bounds(self._epoch, chosen.relax_share * self._epochs, chosen.target_flops)
-            terms["bound"] = chosen.gamma * losses.bound_loss([flops.density(one, count) for one in decisions], bounds)
+            terms["bound"] = chosen.gamma * losses.bound_loss(
+                [flops.density(one.settled or one, count) for one in decisions], bounds
+            )
         return terms
 
     def evaluate(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:

@@ -57,6 +57,13 @@ class DStepOptions(BaseModel):
     reuse: bool = True
 
 
+class Tiles(NamedTuple):
+    """Tiles and the mask that they make, as in `Decision`."""
+
+    tiles: Tensor | None = None
+    mask: Tensor | None = None
+
+
 class BlockPolicy(nn.Module):
     """Both policies of one block, and equation 1."""
 
@@ -76,21 +83,27 @@ class BlockPolicy(nn.Module):
         self, x: Tensor, count: int, before: BlockHistory | None, temperature: float
     ) -> tuple[Decision, Tensor | None]:
         """Decides for the block's input x (T*N, C, H, W) of `count` clips; also this frame's means (N, C) to keep."""
-        means, tiles, mask = self.means(x, temperature)
+        means, drawn, settled = self.means(x, temperature)
         if self.temporal is None:
-            return Decision(tiles, mask, x.new_ones(x.shape[0], 1, 1, 1), None), None
-        compute, reuse = self.temporal(self.before(means, count, before), means, temperature)
-        return Decision(tiles, mask, compute, reuse), last_frame(means, count) if self.temporal.reuse else None
+            ones = x.new_ones(x.shape[0], 1, 1, 1)
+            return Decision(*drawn, ones, None, Decision(*settled, ones, None)), None
+        ways, sure = self.temporal(self.before(means, count, before), means, temperature)
+        decided = Decision(settled.tiles, settled.mask, sure.compute, sure.reuse) if self.training else None
+        decision = Decision(drawn.tiles, drawn.mask, ways.compute, ways.reuse, decided)
+        return decision, last_frame(means, count) if self.temporal.reuse else None
 
-    def means(self, x: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Channel means (T*N, C) of the masked input, the tiles, and the mask of the first convolution's output."""
+    def means(self, x: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tiles, Tiles]:
+        """Channel means (T*N, C) of the masked input; the tiles with their masks as drawn, and as settled."""
         if self.spatial is None:
-            return x.mean((2, 3)), None, None
+            return x.mean((2, 3)), Tiles(), Tiles()
         height, width = x.shape[2:]
         averages = self.spatial.average(x)
-        tiles = self.spatial(averages, temperature)
-        mask = self.spatial.upsampled(tiles, -(-height // self.stride), -(-width // self.stride))
-        return self.spatial.masked_means(averages, tiles, height * width), tiles, mask
+        drawn, settled = (
+            Tiles(tiles, self.spatial.upsampled(tiles, -(-height // self.stride), -(-width // self.stride)))
+            for tiles in self.spatial(averages, temperature)
+        )
+        assert drawn.tiles is not None
+        return self.spatial.masked_means(averages, drawn.tiles, height * width), drawn, settled
 
     def before(self, means: Tensor, count: int, history: BlockHistory | None) -> Tensor:
         """The means (T*N, C) of the frame before each; of no frame, zeros."""

@@ -18,11 +18,20 @@ class Decision(NamedTuple):
 
     `mask` (T*N, 1, h, w) is 1 where the first convolution's output matters, `tiles` (T*N, 1, ceil(h/p), ceil(w/p)) the
     same by tile; `compute` and `reuse` (T*N, C_mid, 1, 1) are never both 1, and both 0 mean skip. None: not decided,
-    that is, all tiles matter, or nothing is reused.
+    that is, all tiles matter, or nothing is reused. In training `settled` is what inference would decide here, with a
+    gradient: what the sparsity loss counts, so that the target is met without noise.
     """
 
     tiles: Tensor | None
     mask: Tensor | None
+    compute: Tensor
+    reuse: Tensor | None
+    settled: Decision | None = None
+
+
+class Ways(NamedTuple):
+    """compute and (None: never) reuse of each channel, (B, out, 1, 1) of 0 and 1."""
+
     compute: Tensor
     reuse: Tensor | None
 
@@ -50,10 +59,13 @@ class SpatialPolicy(nn.Module):
         padded = F.pad(x, (0, right, 0, bottom)) if right or bottom else x
         return F.avg_pool2d(padded, edge)
 
-    def forward(self, averages: Tensor, temperature: float) -> Tensor:
-        """Which tiles matter: (B, 1, a, b) of 0 and 1, from their averages (B, C, a, b)."""
+    def forward(self, averages: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Which tiles matter, (B, 1, a, b) of 0 and 1, from their averages (B, C, a, b): as drawn, and as settled."""
         logits = self.conv(averages)
-        return gumbel_sigmoid(logits, temperature) if self.training else (logits > 0).to(logits.dtype)
+        if self.training:
+            return gumbel_sigmoid(logits, temperature), hard_sigmoid(logits)
+        tiles = (logits > 0).to(logits.dtype)
+        return tiles, tiles
 
     def upsampled(self, tiles: Tensor, height: int, width: int) -> Tensor:
         """The mask (B, 1, height, width) of the first convolution's output."""
@@ -88,16 +100,22 @@ class TemporalPolicy(nn.Module):
         # Most channels are computed at first, so that a trained network's weights start from what they were.
         nn.init.constant_(self.fc2.bias[out : 2 * out].data, 2.0)
 
-    def forward(self, before: Tensor, now: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
-        """(compute, reuse), each (B, out, 1, 1) of 0 and 1, from the means (B, C) of the frame before and this one."""
+    def forward(self, before: Tensor, now: Tensor, temperature: float) -> tuple[Ways, Ways]:
+        """The ways of each channel from the means (B, C) of the frame before and this one: as drawn, and as settled."""
         ways = self.logits(before, now).split(self.out, 1)
-        if self.training:
-            chosen = F.gumbel_softmax(torch.stack(ways), temperature, hard=True, dim=0)
-            compute, reuse = chosen[1], chosen[2] if self.reuse else None
-        else:
-            compute, reuse = _largest(ways)
+        settled = self._shaped(*_largest(ways))
+        if not self.training:
+            return settled, settled
+        stacked = torch.stack(ways)
+        soft = torch.softmax(stacked, 0)
+        compute, reuse = _largest(ways)
+        settled = self._shaped(_passing(compute, soft[1]), None if reuse is None else _passing(reuse, soft[2]))
+        drawn = F.gumbel_softmax(stacked, temperature, hard=True, dim=0)
+        return self._shaped(drawn[1], drawn[2] if self.reuse else None), settled
+
+    def _shaped(self, compute: Tensor, reuse: Tensor | None) -> Ways:
         shape = (-1, self.out, 1, 1)
-        return compute.reshape(shape), None if reuse is None else reuse.reshape(shape)
+        return Ways(compute.reshape(shape), None if reuse is None else reuse.reshape(shape))
 
     def logits(self, before: Tensor, now: Tensor) -> Tensor:
         """Skip's, compute's and (with `reuse`) reuse's logits, (B, ways * out)."""
@@ -114,6 +132,16 @@ def _largest(ways: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
     return computed, (rest[0] >= skip).to(skip.dtype) * (1 - computed)
 
 
+def hard_sigmoid(logits: Tensor) -> Tensor:
+    """The likelier of 0 and 1 forward, the sigmoid's gradient backward."""
+    return _passing((logits > 0).to(logits.dtype), torch.sigmoid(logits))
+
+
+def _passing(hard: Tensor, soft: Tensor) -> Tensor:
+    """`hard` forward, the gradient of `soft` backward."""
+    return hard + (soft - soft.detach())
+
+
 def gumbel_sigmoid(logits: Tensor, temperature: float) -> Tensor:
     """Bernoulli draws of `sigmoid(logits)`, hard 0/1 forward, the relaxed draw's gradient backward (section 3.2).
 
@@ -122,4 +150,4 @@ def gumbel_sigmoid(logits: Tensor, temperature: float) -> Tensor:
     uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
     soft = torch.sigmoid((logits + torch.log(uniform) - torch.log1p(-uniform)) / temperature)
     hard = (soft > 0.5).to(logits.dtype)
-    return hard + soft - soft.detach()
+    return _passing(hard, soft)
