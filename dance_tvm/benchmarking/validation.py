@@ -52,7 +52,7 @@ def _first_divergence(artifact: Artifact, network: LoadedNetwork, stored: np.nda
         layer = next((layer for layer in waiting if call.symbol.startswith(layer.kernel)), None)
         if layer is not None:
             waiting.remove(layer)
-        if not _alike(call, mean, size):
+        if call.mean is not None and not _alike(call, mean, size):
             name = f"layer {layer.name} ({call.symbol})" if layer else f"operator {call.symbol}"
             return f", first in {name}"
     return ", though every layer's mean is right"

@@ -170,23 +170,29 @@ class KernelClock:
 
 
 def _looked_at(symbol: str, tensors: list) -> dict[str, Any]:
-    """Bytes of a call's tensors, mean and mean size of the values of its last one, and its index lists."""
+    """Bytes of a call's tensors; of a listed convolution what its lists kept, and means of what it wrote."""
     size = sum(int(np.prod(tensor.shape, dtype="int64")) * np.dtype(str(tensor.dtype)).itemsize for tensor in tensors)
-    seen: dict[str, Any] = {"bytes": size}
-    if tensors and str(tensors[-1].dtype).startswith("float"):
-        values = tensors[-1].numpy()
-        seen["mean"] = float(values.mean(dtype="float64"))
-        seen["mean_size"] = float(np.abs(values).mean(dtype="float64"))
-    if symbol.startswith(LISTED):
-        seen["work"] = _work(symbol, tensors)
-    return seen
+    if not symbol.startswith(LISTED):
+        return {"bytes": size}
+    try:
+        work, alive, channels = _work(symbol, tensors)
+    except (IndexError, ValueError) as error:  # a kernel of another generation: its time is told all the same
+        log.warning("the lists of %s cannot be read: %s", symbol, error)
+        return {"bytes": size}
+    written = tensors[-1].numpy()[alive]  # (positions, C): elsewhere nothing was written that is read
+    values = written if channels is None else written[:, channels]
+    means = {}
+    if values.size:
+        means = {"mean": float(values.mean(dtype="float64")), "mean_size": float(np.abs(values).mean(dtype="float64"))}
+    return {"bytes": size, "work": work, **means}
 
 
-def _work(symbol: str, tensors: list) -> dict[str, Any]:
+def _work(symbol: str, tensors: list) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
     """What a listed convolution executed, and which frames, positions and channels its lists kept.
 
     `share` is what was left of the dense layer's multiply-accumulates before padding is taken off; the arguments are
     those that docs/kernels.md names: data (N, T, H, W, C), weights, bias, taps, lists, ..., output (N, T, H, W, C).
+    Also gives which positions (N, T, H, W) were computed, and which channels of them where a list tells.
     """
     family = next(family for family in LISTED if symbol.startswith(family))
     marks = symbol[len(family) :].split("_f32")[0].split("_")[-1]
@@ -197,17 +203,19 @@ def _work(symbol: str, tensors: list) -> dict[str, Any]:
     channels_in, channels_out = float(tensors[0].shape[-1]), float(shape[-1])
     if family == KERNEL_GROUPS:
         macs = _kernel_group_macs(rows_by_tap, tensors)
-        kept_in = kept_out = None
+        kept_in = kept_out = channels = None
     else:
         depth = _depth(family, tensors[1].shape, "o" in marks)
         live_in = next(lists)[:, 0] if "i" in marks else np.full(len(rows_by_tap), depth)
-        live_out = next(lists)[:, 0] if "o" in marks else np.full(len(rows_by_tap), shape[-1])
+        listed = next(lists) if "o" in marks else None
+        live_out = np.full(len(rows_by_tap), shape[-1]) if listed is None else listed[:, 0]
+        channels = None if listed is None else listed[0, 1 : 1 + listed[0, 0]]
         macs = int((rows_by_tap.sum(1) * live_in * live_out).sum())
         kept_in, kept_out = float(np.mean(live_in)) / depth, float(np.mean(live_out)) / channels_out
         channels_in = depth
     taps = rows_by_tap.shape[1]
     rows = _rows_of_tiles(symbol, shape) if family == WINOGRAD else int(np.prod(shape[:4]))
-    return {
+    kept = {
         "macs": macs if family != WINOGRAD else None,
         "share": macs / (rows * taps * channels_in * channels_out),
         "positions": float(alive.mean()),
@@ -217,6 +225,7 @@ def _work(symbol: str, tensors: list) -> dict[str, Any]:
         "shape": shape[1:4],
         "alive": base64.b64encode(zlib.compress(np.packbits(alive[0]).tobytes())).decode(),
     }
+    return kept, alive, channels
 
 
 def _depth(family: str, weights: tuple, gathered: bool) -> int:

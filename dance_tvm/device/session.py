@@ -18,8 +18,8 @@ from dance_tvm.errors import DanceError
 class KernelTime:
     """One call of a compiled kernel in a run.
 
-    `bytes` are those of the tensors it was given, `mean` and `mean_size` those of the values it wrote. `work` tells
-    of a gathering kernel what its index lists kept (see `dance_tvm.device.serve`).
+    `bytes` are those of the tensors it was given. Of a convolution that walks index lists, `work` tells what they kept
+    (see `dance_tvm.device.serve`), `mean` and `mean_size` are those of the values it wrote.
     """
 
     symbol: str
