@@ -7,7 +7,10 @@ which gives MetaSchedule traces to evolve and features to learn from; what is bu
 
 from __future__ import annotations
 
+import logging
 import random
+import sys
+import types
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -27,6 +30,11 @@ FEWEST_TO_FIT = 8
 _PREFIX = "dance."
 
 
+# A tuning context imports TVM's tensor intrinsics, whose scripts for GPUs take most of a minute to parse; vector
+# kernels of CPUs use none of them.
+sys.modules.setdefault("tvm.s_tir.tensor_intrin", types.ModuleType("tvm.s_tir.tensor_intrin"))
+
+
 def stand_in(workload: Workload) -> tvm.tirx.PrimFunc:
     """The workload as one S-TIR block: ``Y[row, oc] += X[row + offset(tap), ic] * W[tap, ic, oc]`` at its density."""
     lists, density = workload.lists, workload.density
@@ -40,11 +48,11 @@ def stand_in(workload: Workload) -> tvm.tirx.PrimFunc:
 
     @T.prim_func(s_tir=True)
     def implicit_gemm(
-        x: T.Buffer((sources, depth), "float32"),
-        rows_in: T.Buffer((rows,), "int32"),
-        offsets: T.Buffer((taps,), "int32"),
-        w: T.Buffer((taps, depth, outs), "float32"),
-        y: T.Buffer((rows, outs), "float32"),
+        x: T.Buffer((sources, depth), "float32"),  # type: ignore[valid-type]
+        rows_in: T.Buffer((rows,), "int32"),  # type: ignore[valid-type]
+        offsets: T.Buffer((taps,), "int32"),  # type: ignore[valid-type]
+        w: T.Buffer((taps, depth, outs), "float32"),  # type: ignore[valid-type]
+        y: T.Buffer((rows, outs), "float32"),  # type: ignore[valid-type]
     ):
         T.func_attr({"global_symbol": "main", "tir.noalias": True})
         for r, o, t, c in T.grid(rows, outs, taps, depth):
@@ -104,19 +112,15 @@ class MutateDecision(ms.mutator.PyMutator):
 
 
 @derived_object
-class DecisionModel(ms.cost_model.PyCostModel):
-    """Predicts how near a candidate comes to its layer's best: XGBoost, or least squares where it is missing.
+class PlainModel(ms.cost_model.PyCostModel):
+    """For where xgboost is missing: a least-squares fit, over all layers of a run, of how near decisions come to their
+    layer's best."""
 
-    It learns from decisions and shapes, over all layers of a run. MetaSchedule's own XGBoost model extracts features
-    from the scheduled stand-in, which takes up to a minute a candidate where tile sizes do not divide the extents.
-    """
-
-    def __init__(self, boosted: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.boosted = boosted
         self.rows: dict[int, list[list[float]]] = {}
         self.seconds: dict[int, list[float]] = {}
-        self.fit: Any = None
+        self.weights: np.ndarray | None = None
 
     def load(self, path: str) -> None:
         """Nothing is kept between runs: the log has every trial."""
@@ -132,46 +136,31 @@ class DecisionModel(ms.cost_model.PyCostModel):
                 self.rows.setdefault(key, []).append(_features(candidate))
                 self.seconds.setdefault(key, []).append(float(result.run_secs[0]))
         matrix = np.array([row for rows in self.rows.values() for row in rows])
-        scores = [np.log(min(times) / time) for times in self.seconds.values() for time in times]
+        scores = np.array([np.log(min(times) / time) for times in self.seconds.values() for time in times])
         if len(scores) >= FEWEST_TO_FIT:
-            self.fit = self._fitted(matrix, np.array(scores))
-
-    def _fitted(self, matrix: np.ndarray, scores: np.ndarray) -> Any:
-        if not self.boosted:
             regular = 1e-2 * np.eye(matrix.shape[1])
-            weights = np.linalg.solve(matrix.T @ matrix + regular, matrix.T @ scores)
-            return lambda rows: rows @ weights
-        import xgboost
-
-        options = {"max_depth": 4, "eta": 0.2, "nthread": 1, "objective": "reg:squarederror", "verbosity": 0}
-        booster = xgboost.train(options, xgboost.DMatrix(matrix, scores), num_boost_round=60)
-        return lambda rows: booster.predict(xgboost.DMatrix(rows))
+            self.weights = np.linalg.solve(matrix.T @ matrix + regular, matrix.T @ scores)
 
     def predict(self, context: Any, candidates: list[Any]) -> np.ndarray:
         """Higher is better."""
-        if self.fit is None:
+        if self.weights is None:
             return np.random.default_rng(len(candidates)).random(len(candidates))
-        return np.asarray(self.fit(np.array([_features(candidate) for candidate in candidates])), "float64")
+        return np.array([_features(candidate) for candidate in candidates]) @ self.weights
 
 
 def _features(candidate: Any) -> list[float]:
-    """Logarithms of the decisions and of the layer's extents, what follows from both, and squares for the plain fit."""
+    """Logarithms of the decisions and of the register tile, and their squares."""
     decisions = decisions_in(candidate.sch)
-    rows, outs = (int(extent) for extent in candidate.args_info[4].shape)
-    taps, depth, _ = (int(extent) for extent in candidate.args_info[3].shape)
-    nr, mr = decisions["vectors"] * 8, decisions["mr"]
-    weights = nr * min(decisions["depth_block"], depth) * min(decisions["segment_taps"], taps)
-    waste = -(-outs // nr) * nr / outs
-    derived = [weights, mr * decisions["block_tiles"], mr * decisions["vectors"], waste, mr, depth, outs, rows, taps]
-    logs = [float(np.log2(1 + value)) for value in [*decisions.values(), *derived]]
+    logs = [float(np.log2(1 + value)) for value in [*decisions.values(), decisions["mr"] * decisions["vectors"]]]
     return [1.0, *logs, *(value * value for value in logs)]
 
 
 def new_cost_model() -> tuple[Any, str]:
     """The cost model shared by all layers of a run, and its name: XGBoost's, or a plain one where it is missing."""
     if find_spec("xgboost") is None:
-        return DecisionModel(boosted=False), "plain (xgboost is not installed: pip install xgboost-cpu)"
-    return DecisionModel(), "xgboost"
+        return PlainModel(), "plain (xgboost is not installed: pip install xgboost-cpu)"
+    logging.getLogger("tvm.s_tir.meta_schedule").setLevel(logging.ERROR)
+    return ms.cost_model.XGBModel(num_warmup_samples=FEWEST_TO_FIT, num_tuning_cores=1, verbose_eval=0), "xgboost"
 
 
 def decisions_in(sch: s_tir.Schedule) -> Decisions:

@@ -340,7 +340,7 @@ class Tuner:
         with self.farm.session(task.layer.workload.threads, 4 * self.farm.trial_timeout) as session:
             loaded = [Loaded.on(session, instance, path) for instance, path, _ in built]
             digests = [each.digest() for each in loaded]
-            before, after = interleaved(*loaded)
+            before, after = interleaved(loaded[0], loaded[1])
             origin = session.name
         if digests[0] != digests[1]:
             self.on_event(f"{task.layer.names[0]}: the best tile computes something else than the defaults; not kept")
