@@ -196,9 +196,13 @@ def latency(
     timed: Annotated[int, typer.Option(min=2, help="clips that are timed")] = 10,
     model: Annotated[Path | None, typer.Option(help="a model.safetensors of --method aap")] = None,
     keep: Annotated[float | None, typer.Option(help="random masks that keep this share of each axis instead")] = None,
+    reuse: Annotated[
+        bool, typer.Option("--reuse", help="take the artifacts that an earlier run left in --work")
+    ] = False,
     threads: Threads = 2,
 ) -> None:
     """The pruned network and its dense twin, built for this machine."""
+    from dance_tvm.artifact import load_artifact
     from dance_tvm.benchmarking.measure import Contender, in_turns
     from dance_tvm.compiler import build_network
     from dance_tvm.device import open_device
@@ -210,7 +214,9 @@ def latency(
     twin.load_state_dict({name: own[name] for name in twin.state_dict()})
     example = (torch.zeros(1, *card["clip_shape"]),)
     built = [
-        build_network(torch.export.export(each.eval(), example), work / name, threads=threads).artifact
+        load_artifact(work / name)
+        if reuse
+        else build_network(torch.export.export(each.eval(), example), work / name, threads=threads).artifact
         for name, each in (("dance-pruned", network), ("dance-dense", twin))
     ]
     held_out = MotionDigits(max(clips, timed), held_out=True)
@@ -219,13 +225,14 @@ def latency(
         name = built[0].manifest.inputs[0].name
         _write_section("exactness", _exactness(network, pruned, name, [held_out[i][0] for i in range(clips)]))
         rows, pairs = [], []
+        all_macs = MacCounter(network).count([], 1).dense  # type: ignore[arg-type]
         for index in range(timed):
             clip = {name: held_out[index][0][None].numpy()}
             both = Contender(pruned, clip), Contender(dense, clip)
             in_turns(both, runs=5, seconds=0.3)
             seconds = [float(np.median(each.seconds)) for each in both]
-            macs = [_conv_macs(each.kernels(clip, repeats=0)) for each in (pruned, dense)]
-            faster, fewer = seconds[1] / seconds[0], macs[1] / macs[0]
+            executed = _conv_macs(pruned.kernels(clip, repeats=0))
+            faster, fewer = seconds[1] / seconds[0], all_macs / executed
             pairs.append((faster, fewer, *seconds))
             motion = f"{held_out.classes[held_out.label(index)]}, {held_out.difficulty(index):.2f}"
             rows.append([
@@ -251,43 +258,40 @@ def _random(keep: float) -> tuple[nn.Module, dict[str, Any]]:
 def _exactness(network: nn.Module, compiled: Any, name: str, clips: Sequence[Tensor]) -> str:
     """Compares logits and MACs of the compiled network with the masked PyTorch network's, clip by clip."""
     counter = MacCounter(network)  # type: ignore[arg-type]
-    largest, same_macs, same_class = 0.0, 0, 0
+    largest, scale, same_macs, same_class = 0.0, 0.0, 0, 0
     for clip in clips:
         with torch.no_grad():
             expected = network(clip[None]).numpy()
         found = next(iter(compiled.run({name: clip[None].numpy()}).values()))
         count = counter.count(controller_of(network).decisions, 1)
         executed = _conv_macs(compiled.kernels({name: clip[None].numpy()}, repeats=0))
-        largest = max(largest, float(np.abs(found - expected).max() / np.abs(expected).max()))
+        largest, scale = max(largest, float(np.abs(found - expected).max())), max(scale, float(np.abs(expected).max()))
         same_macs += executed == int(count.executed[0])
         same_class += int(found.argmax() == expected.argmax())
     return (
-        f"On {len(clips)} held-out clips the largest difference of a logit, relative to the clip's largest logit, is "
-        f"{largest:.1e}; {same_class} of {len(clips)} have the same class; on {same_macs} of {len(clips)} the MACs "
-        "counted by `MacCounter` equal those on the kernels' index lists exactly, controller and linear layer included."
+        f"On {len(clips)} held-out clips the largest difference of a logit, relative to the largest of all, is "
+        f"{largest / scale:.1e}; {same_class} of {len(clips)} have the same class; on {same_macs} of {len(clips)} "
+        "the MACs counted by `MacCounter` equal those on the kernels' index lists exactly, the controller's included."
     )
 
 
 def _conv_macs(kernels: Iterable[Any]) -> int:
-    return sum(call.work["macs"] for call in kernels if call.work)
+    return sum(call.work["macs"] or 0 for call in kernels if call.work)
 
 
 def _by_layer(pruned: Sequence[Any], dense: Sequence[Any]) -> str:
-    """The heavy convolutions of one clip, in order; both networks have the same ones."""
-    heavy = [[call for call in calls if call.work and call.work["rows_of"] > 64] for calls in (pruned, dense)]
-    without = [call for call in heavy[0] if call.work["channels_out_of"] >= 16 and call.work["shape"][0] > 1]
-    rows = [
-        [
-            str(number), str(other.work["shape"]), f"{1e3 * other.seconds:.3f}", f"{1e3 * mine.seconds:.3f}",
-            f"{mine.work['macs'] / max(1, other.work['macs']):.2f}", f"{mine.seconds / other.seconds:.2f}",
-        ]
-        for number, (mine, other) in enumerate(zip(without, heavy[1], strict=False), 1)
-    ]  # fmt: skip
-    others = sum(call.seconds for call in pruned) - sum(call.seconds for call in without)
-    table = _table(
-        ("convolution", "output frames, rows, columns", "dense ms", "pruned ms", "share of MACs", "of time"), rows
-    )
-    return f"{table}\n\nAll else in the pruned network (controller, lists, pooling): {1e3 * others:.2f} ms."
+    """The six longest kernels of each network in the order of their calls, and all others together."""
+    rows = []
+    for network, calls in (("dense", dense), ("pruned", pruned)):
+        longest = sorted(calls, key=lambda call: -call.seconds)[:6]
+        for call in (call for call in calls if call in longest):
+            macs = (call.work or {}).get("macs")
+            rows.append(
+                [network, f"`{call.symbol}`", f"{1e3 * call.seconds:.3f}", f"{macs / 1e6:.2f} M" if macs else "–"]
+            )
+        others = sum(call.seconds for call in calls) - sum(call.seconds for call in longest)
+        rows.append([network, "all others", f"{1e3 * others:.3f}", ""])
+    return _table(("network", "kernel", "ms", "MACs executed"), rows)
 
 
 def _latency_picture(pairs: Sequence[tuple[float, ...]]) -> None:

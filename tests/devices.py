@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tvm
@@ -38,12 +39,18 @@ def matmul_artifact(
     return write(out, target_name, lowered, "matmul", *shapes, weights)
 
 
-def video_artifact(out: Path, target_name: str = "host", *, dynamic: bool = True, size: int = 16) -> Artifact:
+def video_artifact(
+    out: Path, target_name: str = "host", *, dynamic: bool = True, size: int = 16, conv: Any = "direct", groups: int = 0
+) -> Artifact:
     """Two convolutions of small integers over (1, 3, 8, size, size); frames whose mean is not positive are masked out
-    of the first one's output where `dynamic`."""
+    of the first one's output where `dynamic`. With `groups`, one in so many columns (channel and tap) of the
+    second one's weights is left, the others are zero in every filter."""
     random = np.random.default_rng(0)
     first = relax.const(random.integers(-2, 3, (8, 3, 3, 3, 3)).astype("float32"))
-    second = relax.const(random.integers(-2, 3, (8, 8, 1, 3, 3)).astype("float32"))
+    weights = random.integers(1, 3, (8, 8, 1, 3, 3)).astype("float32")
+    if groups:
+        weights.reshape(8, 72)[:, np.arange(72) % groups != 0] = 0
+    second = relax.const(weights)
     builder = relax.BlockBuilder()
     x = relax.Var("clip", relax.TensorType((1, 3, 8, size, size), "float32"))
     with builder.function("main", [x]):
@@ -57,7 +64,7 @@ def video_artifact(out: Path, target_name: str = "host", *, dynamic: bool = True
             result = builder.emit_output(relax.Tuple([y]))
         builder.emit_func_output(result)
     target = load_target(target_name)
-    lowered = lower(builder.get(), target, Options(threads=1))
+    lowered = lower(builder.get(), target, Options(threads=1, conv=conv))
     shapes = [1, 3, 8, size, size], [1, 8, 8, size, size]
     return write(out, target_name, lowered, "video" if dynamic else "video-dense", *shapes)
 

@@ -93,6 +93,30 @@ def test_everything_of_a_dynamic_network(sparse, dense, clips, tmp_path):
     assert read_results(tmp_path / "r.json") == results
 
 
+def test_winograd_and_kernel_groups_are_counted(tmp_path):
+    """Frames 0 and 1 live: 2 + 3 of 8 x 3 pairs of frame and tap in the first layer, 2 of 8 frames in the second."""
+    clip = np.ones((1, 3, 8, 16, 16), "float32")
+    clip[:, :, 2:] = -1
+    shares = {}
+    for name, artifact in {
+        "winograd": video_artifact(tmp_path / "winograd", conv="winograd"),
+        "groups": video_artifact(tmp_path / "groups", groups=5),
+    }.items():
+        with open_device("local") as device:
+            calls = [call for call in device.load(artifact).kernels({"clip": clip}, repeats=0) if call.work]
+        shares[name] = [(call.symbol, call.work) for call in calls]
+    (first, work), (second, last) = shares["winograd"]
+    assert "winograd" in first
+    assert "winograd" in second
+    assert (work["share"], last["share"]) == (pytest.approx(5 / 24), pytest.approx(2 / 8))
+    assert (work["positions"], work["frames"]) == (0.25, 0.25)
+    symbol, work = shares["groups"][1]
+    assert "kgs" in symbol
+    per_tap = (np.arange(72) % 5 == 0).astype(int).reshape(8, 3, 3)
+    rows = np.array([[15 * 15, 15 * 16, 15 * 15], [16 * 15, 16 * 16, 16 * 15], [15 * 15, 15 * 16, 15 * 15]])
+    assert work["macs"] == 2 * int((per_tap.sum(0) * rows).sum()) * 8
+
+
 @pytest.mark.device
 def test_the_emulated_device(emulator, tmp_path, clips):
     artifact = video_artifact(tmp_path / "arm", "aarch64-linux")

@@ -101,10 +101,19 @@ def _folded(model: Any) -> Any:
     try:
         import onnxscript.optimizer
 
-        return onnxscript.optimizer.optimize(model, onnx_shape_inference=True)
+        folded = onnxscript.optimizer.optimize(model, onnx_shape_inference=True)
     except Exception:
         # Only a convenience: TVM's importer folds most of the same.
         return model
+    # The optimizer renames the nodes that it rewrites; what they compute keeps its name.
+    sources = {name: node for node in model.graph.node for name in node.output}
+    for node in folded.graph.node:
+        source = next((sources[name] for name in node.output if name in sources), None)
+        if source is not None and source.op_type == node.op_type:
+            node.name = source.name
+            del node.metadata_props[:]
+            node.metadata_props.extend(source.metadata_props)
+    return folded
 
 
 def _sha256(path: Path) -> str:
