@@ -20,6 +20,14 @@ from dance_tvm.errors import DanceError
 STOP_TIMEOUT_S = 10
 
 
+def _inherited() -> dict[str, str]:
+    """This process's environment without its own share of the cores: a device's threads are pinned by its session.
+
+    TVM's pool aborts the process when it is asked for more threads than the environment allowed at the start.
+    """
+    return {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "TVM_NUM_THREADS")}
+
+
 class PortProcess:
     """A server in a process of its own that prints one line, `<ready><port>`, when it listens.
 
@@ -34,7 +42,7 @@ class PortProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, **(environment or {})},
+            env={**_inherited(), **(environment or {})},
             # A session of its own: Ctrl-C in the terminal reaches us alone, and we end it in order.
             start_new_session=True,
         )
