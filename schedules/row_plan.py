@@ -35,6 +35,23 @@ from .geometry import Window
 MOST_DYNAMIC_FRAME_TAPS = 5
 
 
+def mask_shapes(
+    window: Window, in_frames: bool, out_frames: bool, positions: tuple[int, int] | None
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a planner's float32 masks, in the order of its parameters; nonzero means alive.
+
+    ``positions`` is how many clips and frames the position mask tells apart, None where there is none.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    if in_frames:
+        shapes["in_frames"] = (window.batch, window.size[0])
+    if out_frames:
+        shapes["out_frames"] = (window.batch, window.out[0])
+    if positions is not None:
+        shapes["positions"] = (*positions, window.out[1], window.out[2])
+    return shapes
+
+
 @dataclass(frozen=True)
 class RowPlan:
     """How the rows of ``window`` are listed.
@@ -121,16 +138,8 @@ class RowPlan:
 
     @property
     def masks(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the float32 masks that the planner takes, nonzero meaning alive."""
-        window = self.window
-        shapes: dict[str, tuple[int, ...]] = {}
-        if self.in_frames:
-            shapes["in_frames"] = (window.batch, window.size[0])
-        if self.out_frames:
-            shapes["out_frames"] = (window.batch, window.out[0])
-        if self.positions is not None:
-            shapes["positions"] = (*self.positions, window.out[1], window.out[2])
-        return shapes
+        """Names and shapes of the float32 masks that the planner takes."""
+        return mask_shapes(self.window, self.in_frames, self.out_frames, self.positions)
 
     @property
     def tables(self) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ from tvm import tirx
 
 from .emit import INT, Expr, argument, kernel, let, number, scratch, serial, store, when
 from .geometry import Triple, Window
-from .row_plan import MOST_DYNAMIC_FRAME_TAPS
+from .row_plan import MOST_DYNAMIC_FRAME_TAPS, mask_shapes
 
 #: The lists that the kernel takes.
 LISTS = ("columns", "inputs", "rows_in", "rows_out", "runs", "counts")
@@ -147,16 +147,8 @@ class WinogradPlan:
 
     @property
     def masks(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the float32 masks that the planner takes, nonzero meaning alive."""
-        window = self.window
-        shapes: dict[str, tuple[int, ...]] = {}
-        if self.in_frames:
-            shapes["in_frames"] = (window.batch, window.size[0])
-        if self.out_frames:
-            shapes["out_frames"] = (window.batch, window.out[0])
-        if self.positions is not None:
-            shapes["positions"] = (*self.positions, window.out[1], window.out[2])
-        return shapes
+        """Names and shapes of the float32 masks that the planner takes."""
+        return mask_shapes(self.window, self.in_frames, self.out_frames, self.positions)
 
     @property
     def tables(self) -> dict[str, np.ndarray]:
