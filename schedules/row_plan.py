@@ -184,7 +184,7 @@ def _plan_sample(
     with serial(classes) as c:
         store(filled, tirx.IntImm(INT, 0), c)
     with serial(frames) as frame:
-        _classify_frame(plan, sample, frame, masks, tables, frame_class)
+        classify_frame(plan, sample, frame, masks, tables, frame_class)
     _for_live_rows(plan, sample, masks, tables, frame_class, lambda c, *_: store(filled, filled[c] + 1, c))
 
     store(first_tile, tirx.IntImm(INT, 0), 0)
@@ -218,7 +218,7 @@ def _store_row(
     store(lists["rows_out"], target, sample, tile, row)
 
 
-def _classify_frame(
+def classify_frame(
     plan: RowPlan,
     sample: Expr,
     frame: Expr,
