@@ -56,13 +56,16 @@ def predicted_cycles(machine: Machine, rows: int, panel: int, tile: tuple[int, i
     return tiles * (max(multiply, loads, latency) + 0.1 * mr / step + 0.35 * vectors)
 
 
-def default_tile(machine: Machine, window: Window, depth: int, group_out: int, nr: int | None = None) -> Tile:
+def default_tile(
+    machine: Machine, window: Window, depth: int, group_out: int, nr: int | None = None, most_rows: int = 16
+) -> Tile:
     """The tile with the fewest predicted cycles, its blocks sized to the caches.
 
     ``depth`` is how many input channels (or columns of a kernel group) one tap uses; ``nr`` fixes the output channels
-    of a tile, as kernel groups do.
+    of a tile, as kernel groups do, and ``most_rows`` bounds its rows.
     """
-    options = [tile for tile in candidates(machine) if nr is None or tile[1] * machine.vector_floats == nr]
+    fitting = [tile for tile in candidates(machine) if tile[0] <= most_rows]
+    options = [tile for tile in fitting if nr is None or tile[1] * machine.vector_floats == nr]
     mr, vectors, step = min(options, key=lambda tile: predicted_cycles(machine, window.positions_out, group_out, tile))
     nr = vectors * machine.vector_floats
     depth_block = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (4 * nr) // step * step)

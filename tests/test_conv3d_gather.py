@@ -142,7 +142,8 @@ def run(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                 args.append(listed)
     else:
         groups = find_kernel_groups(weight, *case.kernel_groups[:2])
-        conv = KernelGroupConv(*settings_of_kernel, columns=len(groups.columns))
+        run = 1 if case.live_in is not None else groups.run
+        conv = KernelGroupConv(*settings_of_kernel, columns=len(groups.columns), run=run)
         args += group_arguments(conv, groups, bias, lists, case)
     if case.zero_dead:
         args += [tensor(masks[key].astype("float32")) for key in ("out_frames", "positions") if key in plan.masks]
@@ -170,7 +171,8 @@ def group_arguments(
     """Everything between the input and the masks of a kernel-group convolution."""
     weights = np.zeros(conv.weight_shape, "float32")
     weights[: len(groups.weights)] = groups.weights
-    starts, columns = tensor(groups.column_ptr[None]), tensor(conv.static_columns(groups.columns))
+    starts = tensor(conv.static_starts(groups.column_ptr))
+    columns = tensor(conv.static_columns(groups.columns, groups.column_ptr))
     if case.live_in is not None:
         thinned = [tensor(np.full(shape, -(2**31), "int32")) for shape in conv.column_shapes.values()]
         compiled(plan_columns(conv))(tensor(case.live_in.astype("float32")), starts, columns, *thinned)
@@ -184,6 +186,7 @@ def group_arguments(
         starts,
         columns,
         order,
+        tensor(conv.tap_runs),
     ]
     return args if case.live_out is None else [*args, tensor(case.live_out.astype("float32"))]
 
@@ -219,6 +222,7 @@ DENSE = [
     Case(channels_in=9, tile=Tile(4, 2, 4, 4, 3, 3, depth_block=4, panels_outer=True)),
     Case(channels_in=9, channels_out=21, kernel_groups=(8, 4, 0.4), residual=True),
     Case(channels_in=6, channels_out=16, kernel_groups=(8, 1, 0.0)),
+    Case(channels_in=8, channels_out=18, kernel_groups=(8, 8, 0.5), tile=Tile(4, 2, 4, 4, 3, 5)),
 ]
 
 

@@ -147,6 +147,11 @@ class KernelGroups:
         """
         return self._column_index[2].astype(np.int32)
 
+    @property
+    def run(self) -> int:
+        """How many columns, of consecutive input channels, always come together."""
+        return self.gn if self.channels % self.gn == 0 else 1
+
     @cached_property
     def weights(self) -> NDArray[np.float32]:
         """float32 (total, gm): the weights of each column, one lane a filter; lanes beyond M are zero."""

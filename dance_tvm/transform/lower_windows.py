@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,15 +10,20 @@ import tvm
 from tvm import relax
 
 from dance_tvm.schedules.channel_plan import channel_list_shape, plan_channels
-from dance_tvm.schedules.conv3d_gather import GatherConv, Tile, conv3d_gather
-from dance_tvm.schedules.conv3d_kgs import KernelGroupConv, balanced_order, conv3d_kgs, plan_columns
+from dance_tvm.schedules.conv3d_gather import GatherConv, conv3d_gather
+from dance_tvm.schedules.conv3d_kgs import (
+    KernelGroupConv,
+    balanced_order,
+    conv3d_kgs,
+    kernel_group_tile,
+    plan_columns,
+)
 from dance_tvm.schedules.mask_window import grow_backward, grow_forward
 from dance_tvm.schedules.pool3d import Pool, pool3d
 from dance_tvm.schedules.row_plan import RowPlan, plan_rows
-from dance_tvm.schedules.spaces import TYPICAL_DENSITY, Workload, choose_tile
-from dance_tvm.schedules.tiles import Machine, default_tile
+from dance_tvm.schedules.spaces import TYPICAL_DENSITY, TuningLog, Workload, choose_kernel, choose_tile
+from dance_tvm.schedules.tiles import Machine
 from dance_tvm.schedules.winograd import WinogradConv, conv3d_winograd, mask_arguments
-from dance_tvm.schedules.winograd_choice import choose as choose_convolution
 from dance_tvm.schedules.winograd_plan import LISTS, WinogradPlan, plan_winograd
 
 from .graph import Graph, Shape, dtype_of, shape_of, substitute, variables
@@ -36,10 +41,6 @@ from .windows import POOLS, window_of
 COUNTS = "counts"
 
 
-#: The tile for a workload, and where it comes from ("" for the default).
-TileFor = Callable[[Workload], tuple[Tile, str]]
-
-
 @tvm.transform.module_pass(opt_level=0, name="LowerWindows")
 class LowerWindows:
     """Lower every site of ``main``; ``layers`` receives what was decided, in order of execution."""
@@ -49,12 +50,12 @@ class LowerWindows:
         machine: Machine,
         sparsity: bool = True,
         threads: int = 1,
-        tile_for: TileFor | None = None,
+        tuning: TuningLog | None = None,
         convolution: str = "direct",
     ) -> None:
         self.machine = machine
         self.threads = threads
-        self.tile_for = tile_for or (lambda workload: choose_tile(workload, machine))
+        self.tuning = tuning
         self.sparsity = sparsity
         self.convolution = convolution
         self.layers: list[LayerInfo] = []
@@ -71,7 +72,7 @@ class LowerWindows:
             sites,
             self.machine,
             self.threads,
-            self.tile_for,
+            self.tuning,
             sparsity=self.sparsity,
             convolution=self.convolution,
         )
@@ -91,7 +92,7 @@ class _Lowering:
     sites: Sites
     machine: Machine
     threads: int
-    tile_for: TileFor
+    tuning: TuningLog | None
     tuned: str = ""
     layers: list[LayerInfo] = field(default_factory=list)
     new: dict[relax.Var, relax.Expr] = field(default_factory=dict)
@@ -149,7 +150,7 @@ class _Lowering:
         last = [conv.panels - 1, conv.window.taps]
         total = emit(op.strided_slice(starts, [1, 2], last, [place + 1 for place in last]))
         total = emit(op.broadcast_to(emit(op.reshape(total, [conv.column_samples, 1])), [samples, 1]))
-        lanes = relax.const(np.full((samples, 1), conv.tile.nr, "int32"))
+        lanes = relax.const(np.full((samples, 1), conv.tile.nr * conv.run, "int32"))
         taps = relax.const(np.full((samples, 1), conv.window.taps, "int32"))
         work = emit(op.floor_divide(emit(op.multiply(total, lanes)), taps))
         layer = relax.const(np.full((samples, 1), len(self.counts), "int32"))
@@ -249,8 +250,9 @@ class _Lowering:
         wanted = self.sites.wanted(site)
         live_in = alive.channels if site.groups == 1 else None
         samples = window.batch if window.batch > 1 and (live_in or wanted.channels) else 1
-        choice = choose_convolution(
-            self._choose(site, alive, wanted, samples), self.machine, self.threads, self.convolution
+        direct = self._choose(site, alive, wanted, samples)
+        choice, self.tuned = choose_kernel(
+            direct, self.tuned, self._workload(site, alive, wanted), self.machine, self.convolution, self.tuning
         )
         conv = choice.conv
         plan = conv.plan
@@ -317,8 +319,8 @@ class _Lowering:
         weights = np.zeros(conv.weight_shape, "float32")
         weights[: len(groups.weights)] = groups.weights
         columns: list[relax.Expr] = [
-            relax.const(groups.column_ptr[None]),
-            relax.const(conv.static_columns(groups.columns)),
+            relax.const(conv.static_starts(groups.column_ptr)),
+            relax.const(conv.static_columns(groups.columns, groups.column_ptr)),
         ]
         if live_in is not None:
             key = ("columns", site.start, live_in)
@@ -331,7 +333,7 @@ class _Lowering:
         self._count_columns(conv, lists, columns[0])
         order = balanced_order(np.diff(groups.column_ptr[:, [0, -1]])[:, 0], self.threads)
         args = [relax.const(weights), relax.const(conv.pack_bias(_bias_of(site))), relax.const(conv.plan.tap_entries)]
-        args += [*lists, *columns, relax.const(order)]
+        args += [*lists, *columns, relax.const(order), relax.const(conv.tap_runs)]
         if live_out is not None:
             args.append(self._mask(live_out, (samples, conv.channels_out), (samples, 1, 1, 1, conv.channels_out)))
         return args
@@ -361,13 +363,12 @@ class _Lowering:
     def _choose(self, site: Site, alive: Live, wanted: Live, samples: int) -> GatherConv:
         """The kernel of a site: its tile, its row plan and the lists it walks."""
         window = site.window
-        tile, self.tuned = self.tile_for(self._workload(site, alive, wanted))
+        tile, self.tuned = choose_tile(self._workload(site, alive, wanted), self.machine, self.tuning)
         groups = self._kernel_groups(site)
         if groups is not None:
             per_tap = max(1, round(len(groups.columns) / (len(groups.column_ptr) * window.taps)))
-            tile = replace(
-                default_tile(self.machine, window, per_tap, site.channels_out, groups.gm), depth_block=1 << 30, step=1
-            )
+            run = 1 if alive.channels is not None else groups.run
+            tile = kernel_group_tile(self.machine, window, per_tap, site.channels_out, groups.gm, run)
         positions = None if wanted.positions is None else tuple(wanted.positions.shape[:2])
         plan = RowPlan(
             window,
@@ -397,7 +398,7 @@ class _Lowering:
         if groups is None:
             return conv
         fields = {key: getattr(conv, key) for key in conv.__dataclass_fields__}
-        return KernelGroupConv(**fields, columns=len(groups.columns))
+        return KernelGroupConv(**fields, columns=len(groups.columns), run=run)
 
     def _kernel_groups(self, site: Site) -> KernelGroups | None:
         """The zero columns of the site's weights, if skipping them pays."""
@@ -431,7 +432,7 @@ class _Lowering:
             macs=site.macs,
             skips=skips,
             reason=reason,
-            tuned="" if isinstance(conv, WinogradConv) else self.tuned,
+            tuned="" if isinstance(conv, KernelGroupConv) else self.tuned,
             scratch_bytes=conv.scratch_bytes if isinstance(conv, WinogradConv) else 0,
         )
 
