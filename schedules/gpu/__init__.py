@@ -1,0 +1,1 @@
+"""Kernels for GPUs: the same index lists, walked by blocks of threads."""
