@@ -35,5 +35,4 @@ prepare:
 
 # Pin what is installed now, after the tests passed with it.
 constraints:
-	@$(RUN) -m pip list --format=freeze --exclude pip --exclude setuptools --exclude wheel --exclude dance-tvm \
-	    | sed 's/+cpu$$//' > constraints.txt.new && mv constraints.txt.new constraints.txt
+	@$(RUN) .ci/pin > constraints.txt.new && mv constraints.txt.new constraints.txt

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -493,7 +493,7 @@ def main(
         raise typer.Exit(2)
     out.mkdir(parents=True, exist_ok=True)
     name = "peers-quick" if quick else "peers-layers" if layers_too else "peers"
-    result = {"machine": machine(), "time": datetime.now(UTC).isoformat(timespec="seconds"), "runs": runs}
+    result = {"machine": machine(), "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "runs": runs}
     scratch_file = out / f".{name}.json"
     scratch_file.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(scratch_file, out / f"{name}.json")

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from dance_tvm.errors import DanceError
+from dance_tvm.hashing import file_sha256
 from dance_tvm.host import cpu_flags
 from dance_tvm.transform.layers import LayerInfo
 
@@ -290,8 +291,7 @@ def _unwritable(target: Path, error: OSError) -> DanceError:
 
 
 def _describe(path: Path) -> File:
-    with path.open("rb") as stream:
-        return File(sha256=hashlib.file_digest(stream, "sha256").hexdigest(), bytes=path.stat().st_size)
+    return File(sha256=file_sha256(path), bytes=path.stat().st_size)
 
 
 def _verify_file(path: Path, expected: File) -> None:

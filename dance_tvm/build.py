@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,18 +26,18 @@ _SHOWN_LAYERS = 12
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-class Numerics(StrEnum):
+class Numerics(str, Enum):
     fast = "fast"
     exact = "exact"
 
 
-class Convolution(StrEnum):
+class Convolution(str, Enum):
     auto = "auto"
     direct = "direct"
     winograd = "winograd"
 
 
-class Sparsity(StrEnum):
+class Sparsity(str, Enum):
     auto = "auto"
     off = "off"
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,23 @@ import tvm
 from tvm import relax
 from tvm.target import codegen
 
-from dance_tvm.artifact import Artifact, BuiltFor, Check, Manifest, Tensor, require_writable, write_artifact
+from dance_tvm.artifact import (
+    Artifact,
+    BuiltFor,
+    Check,
+    Manifest,
+    Tensor,
+    load_artifact,
+    require_writable,
+    write_artifact,
+)
 from dance_tvm.errors import DanceError
 from dance_tvm.host import needed_flags
 from dance_tvm.linker import shared_library_linker
 from dance_tvm.target import Target, load_target
 from dance_tvm.transform.pipeline import Lowered, Options, lower
 from dance_tvm.tuning.advice import tuned_tiles
+from dance_tvm.versions import versions
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +46,6 @@ TOLERANCE = 1e-4
 
 # Multiply-accumulates that an emulated processor does in a few seconds; larger networks are checked there on request.
 EMULATED_MACS = 2_000_000_000
-
-_VERSIONS = ("dance-tvm", "apache-tvm", "apache-tvm-ffi", "torch")
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class _Clock:
 
 
 def build_network(
-    model: str | Path | torch.nn.Module | torch.export.ExportedProgram,
+    model: str | Path | torch.nn.Module | torch.export.ExportedProgram | Imported,
     out: str | Path,
     *,
     target: str | Path | Target = "host",
@@ -80,14 +87,16 @@ def build_network(
     options: Options | None = None,
     debug_dump: str | Path | None = None,
     logs_from: str | Path | None = None,
+    reuse: bool = False,
     on_phase: Callable[[str], None] | None = None,
 ) -> Built:
     """Compile ``model`` for ``target`` into the artifact folder ``out``.
 
-    ``model`` is a name of the zoo, a ``.pt2`` or ``.onnx`` file, or a network in memory (with ``example_inputs``).
-    ``check`` runs the built network against its source, on this machine or on the emulated device; None does so
-    unless that would take long. Tile sizes come from the target's tuning logs, or from those of the target
-    ``logs_from``. Raises DanceError for bad input, with nothing left behind.
+    ``model`` is a name of the zoo, a ``.pt2`` or ``.onnx`` file, a network in memory (with ``example_inputs``), or one
+    that was imported before. ``check`` runs the built network against its source, on this machine or on the emulated
+    device; None does so unless that would take long. Tile sizes come from the target's tuning logs, or from those of
+    the target ``logs_from``. With ``reuse`` an intact artifact at ``out`` that the same network, target, options and
+    versions made is kept as it is. Raises DanceError for bad input, with nothing left behind.
     """
     machine = target if isinstance(target, Target) else load_target(target)
     chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
@@ -101,14 +110,15 @@ def build_network(
     clock.start("import")
     imported = _import(model, weights, example_inputs)
     _dump(chosen.debug_dump, "imported", imported.mod)
+    manifest = _manifest(imported, machine, chosen, source)
+    if reuse and (standing := _made_of(out, manifest)):
+        clock.start("")
+        return Built(standing, clock.seconds, _peak_memory())
     lowered = lower(imported.mod, machine, chosen, clock.start)
     clock.start("compile")
-    executable, memory = _compile(lowered, machine, chosen)
+    executable, manifest.memory_peak_bytes = _compile(lowered, machine, chosen)
+    manifest.layers = lowered.layers
     clock.start("generate and link code")
-    manifest = _manifest(imported, lowered, machine, chosen)
-    if source is not None:
-        manifest.options["logs_from"] = source.name
-    manifest.memory_peak_bytes = memory
 
     reference: dict[str, np.ndarray] = {}
 
@@ -127,8 +137,23 @@ def build_network(
         reference,
     )
     clock.start("")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Built(artifact, clock.seconds, peak)
+    return Built(artifact, clock.seconds, _peak_memory())
+
+
+def _made_of(out: str | Path, manifest: Manifest) -> Artifact | None:
+    """The intact artifact at ``out`` if it was made of what ``manifest`` tells before anything is compiled."""
+    try:
+        standing = load_artifact(out)
+    except DanceError:
+        return None
+    told = ("name", "source_sha256", "inputs", "outputs", "target", "options", "versions")
+    same = all(getattr(standing.manifest, key) == getattr(manifest, key) for key in told)
+    return standing if same else None
+
+
+def _peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def check_artifact(
@@ -188,8 +213,10 @@ def _random(generator: np.random.Generator, spec: Tensor) -> np.ndarray:
 
 
 def _import(model: Any, weights: str | Path | None, example_inputs: Any) -> Imported:
-    from dance_tvm.frontend import import_model
+    from dance_tvm.frontend import Imported, import_model
 
+    if isinstance(model, Imported):
+        return model
     return import_model(model, weights=weights, example_inputs=example_inputs)
 
 
@@ -239,9 +266,12 @@ def _planned_storage(mod: tvm.IRModule) -> int:
     return total
 
 
-def _manifest(imported: Imported, lowered: Lowered, machine: Target, options: Options) -> Manifest:
+def _manifest(imported: Imported, machine: Target, options: Options, logs_from: Target | None) -> Manifest:
+    """All that is known before anything is compiled."""
     target = machine.tvm_target(options.threads)
-    chosen = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}
+    chosen: dict[str, str] = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}
+    if logs_from is not None:
+        chosen["logs_from"] = logs_from.name
     return Manifest(
         name=imported.name,
         source_sha256=imported.source_sha256,
@@ -258,8 +288,7 @@ def _manifest(imported: Imported, lowered: Lowered, machine: Target, options: Op
             cpu_features=needed_flags(target),
         ),
         options=chosen,
-        versions={**_versions(), "llvm": str(codegen.llvm_version_major())},
-        layers=lowered.layers,
+        versions={**versions(), "llvm": str(codegen.llvm_version_major())},
         memory_peak_bytes=0,
         check=Check(status="not run", reason="not asked for"),
     )
@@ -267,16 +296,6 @@ def _manifest(imported: Imported, lowered: Lowered, machine: Target, options: Op
 
 def _tensor(spec: Any) -> Tensor:
     return Tensor(name=spec.name, shape=list(spec.shape), dtype=str(spec.dtype), meaning=spec.meaning)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _VERSIONS:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"  # run from a source tree that was never installed
-    return found
 
 
 def _device_for(manifest: Manifest, insist: bool) -> tuple[str, str]:

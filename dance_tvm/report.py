@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +13,13 @@ from dance_tvm.cli import start
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-class Paper(StrEnum):
+class Paper(str, Enum):
     dance = "dance"
     rt3d = "rt3d"
     dstep = "dstep"
 
 
-class Form(StrEnum):
+class Form(str, Enum):
     html = "html"
     markdown = "markdown"
     json = "json"

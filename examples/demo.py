@@ -2,30 +2,37 @@
 
 TransNetV2 finds the shot boundaries of a clip of 5,301 frames, first compiled for this machine and compared with
 PyTorch over the whole clip, then compiled for a phone and run on an emulated one over some windows of the clip.
+PyTorch's answers and the artifacts are kept: a second run computes neither again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dance_tvm.artifact import Artifact
 from dance_tvm.cli import plain_errors
 from dance_tvm.compiler import build_network
-from dance_tvm.device import LoadedNetwork, emulator_available, open_device, prepare_emulator
+from dance_tvm.device import DeviceSession, LoadedNetwork, emulator_available, open_device, prepare_emulator
 from dance_tvm.errors import DanceError
+from dance_tvm.frontend import Imported, import_model
 from dance_tvm.host import available_cores
-from dance_tvm.models import create, example_inputs, load_state
-from dance_tvm.models.transnetv2 import boundaries, clip_path, predict, published_state, read_frames, windows
+from dance_tvm.models import pretrained
+from dance_tvm.models.fetch import cache_folder
+from dance_tvm.models.transnetv2 import STEP, WINDOW, boundaries, clip_path, predict, read_frames, windows
 
 ALLOWED = 1e-4  # largest difference from PyTorch in probability
-EMULATED_WINDOWS = 2
+EMULATED_WINDOWS = 3
 
 console = Console(highlight=False, soft_wrap=True)
 Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -38,58 +45,84 @@ def main() -> None:
     torch.set_num_threads(available_cores())
 
     title("TransNetV2: published weights and clip")
-    network = create("transnetv2")
-    load_state(network, published_state())
+    with console.status("importing from PyTorch and checking the import"):
+        network = import_model("transnetv2")
     frames = read_frames(clip_path())
-    console.print(f"{len(frames):,} frames of {clip_path().name}")
+    clip = [np.ascontiguousarray(window) for window in windows(frames)]
+    console.print(f"{len(frames):,} frames of {clip_path().name}: {len(clip)} windows of {WINDOW}, {STEP} apart")
 
     title("Build for this machine")
     artifact = build(network, "host", out / "transnetv2-host")
-    expected, seconds = timed(lambda: predict(torch_run(network), frames))
+    expected = pytorch_answers(network, frames, clip)
+    begin = time.perf_counter()
     with open_device("local") as device:
-        found, our_seconds = timed(lambda: predict(our_run(device.load(artifact)), frames))
-    console.print(f"PyTorch {seconds:.1f} s, this build {our_seconds:.1f} s over the whole clip")
-    compare(found, expected, show=True)
+        found = run_windows("this build", run_of(device.load(artifact)), clip)
+    console.print(f"this build: {time.perf_counter() - begin:.1f} s over the whole clip")
+    compare(found, expected)
+    compare_boundaries(over_clip(found, frames), over_clip(expected, frames))
 
     title("Build for a phone")
     artifact = build(network, "snapdragon", out / "transnetv2-snapdragon")
-    on_emulated_device(artifact, network, frames)
+    some = sorted({int(at) for at in np.linspace(0, len(clip) - 1, EMULATED_WINDOWS)})
+    on_emulated_device(artifact, [clip[at] for at in some], expected[some])
 
 
-def build(network: torch.nn.Module, target: str, out: Path) -> Artifact:
+def build(network: Imported, target: str, out: Path) -> Artifact:
+    """Build, or keep what an earlier run of the same sources left there."""
     with console.status("building") as status:
-        built = build_network(
-            network,
-            out,
-            target=target,
-            example_inputs=example_inputs("transnetv2"),
-            check=False,
-            on_phase=status.update,
-        )
+        built = build_network(network, out, target=target, check=False, reuse=True, on_phase=status.update)
     library = built.artifact.manifest.files["model.so"]
-    console.print(f"built in {sum(built.seconds.values()):.1f} s: {out}, model.so {library.sha256[:16]}")
+    told = f"built in {sum(built.seconds.values()):.1f} s" if "compile" in built.seconds else "built before"
+    console.print(f"{told}: {out}, model.so {library.bytes / 1e6:.1f} MB, SHA-256 {library.sha256[:16]}")
     return built.artifact
 
 
-def on_emulated_device(artifact: Artifact, network: torch.nn.Module, frames: np.ndarray) -> None:
-    """Some windows around the middle of the clip, over TVM RPC; says so and goes on where there is no device."""
-    if reason := emulator_available():
-        console.print(f"run on the emulated device: not run, {reason}")
-        return
-    chosen = list(windows(frames))[len(frames) // 100 :][:EMULATED_WINDOWS]
+def pytorch_answers(network: Imported, frames: np.ndarray, clip: Sequence[np.ndarray]) -> np.ndarray:
+    """PyTorch's outputs (windows, 2, 100), kept in the cache folder for the same network, frames and PyTorch."""
+    key = hashlib.sha256(f"{network.source_sha256} {torch.__version__} {frames.shape}".encode())
+    key.update(frames.data)
+    path = cache_folder() / f"transnetv2-answers-{key.hexdigest()[:16]}.npy"
+    shape = (len(clip), 2, WINDOW)
     try:
+        kept = np.load(path, allow_pickle=False)
+        if kept.shape == shape and kept.dtype == np.float32 and np.isfinite(kept).all():
+            console.print(f"PyTorch {torch.__version__}: its answers of an earlier run ({path})")
+            return kept
+    except (OSError, ValueError):
+        pass  # none yet, or torn: computed now
+    model = pretrained("transnetv2")
+    begin = time.perf_counter()
+    answers = run_windows("PyTorch", torch_run(model), clip)
+    console.print(f"PyTorch {torch.__version__}: {time.perf_counter() - begin:.1f} s over the whole clip")
+    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with beside.open("wb") as file:
+        np.save(file, answers)
+    beside.replace(path)
+    return answers
+
+
+def on_emulated_device(artifact: Artifact, clip: Sequence[np.ndarray], expected: np.ndarray) -> None:
+    """Some windows over TVM RPC; says so and goes on where there is no device. Raises DanceError where they differ."""
+    begin = time.perf_counter()
+    try:
+        if reason := emulator_available():
+            raise DanceError(reason)
         with console.status("starting the emulated device") as status:
             prepare_emulator(status.update)
-            with open_device("emulator") as device:
-                loaded = our_run(device.load(artifact))
-                status.update("running on the emulated device")
-                found = [np.concatenate(loaded(np.ascontiguousarray(window))) for window in chosen]
+            device = open_device("emulator")
     except DanceError as error:
-        console.print(f"run on the emulated device: not run, {error}")
+        console.print(f"emulated aarch64 device: not run, {error}")
         return
-    expected = [np.concatenate(torch_run(network)(np.ascontiguousarray(window))) for window in chosen]
-    console.print(f"emulated aarch64 device behind a TVM RPC tracker: {len(chosen)} windows of 100 frames")
-    compare(np.stack(found), np.stack(expected), show=False)
+    with device:
+        console.print(f"{facts_of(device)}: started in {time.perf_counter() - begin:.1f} s")
+        found = run_windows("emulated device", run_of(device.load(artifact)), clip)
+    console.print(f"{len(clip)} windows of {WINDOW} frames, from the clip's beginning to its end")
+    compare(found, expected)
+
+
+def facts_of(device: DeviceSession) -> str:
+    facts = device.facts()
+    return f"emulated {facts.get('machine', 'aarch64')} device behind a TVM RPC tracker and server"
 
 
 def torch_run(network: torch.nn.Module) -> Run:
@@ -101,7 +134,7 @@ def torch_run(network: torch.nn.Module) -> Run:
     return run
 
 
-def our_run(loaded: LoadedNetwork) -> Run:
+def run_of(loaded: LoadedNetwork) -> Run:
     (name,) = [tensor.name for tensor in loaded.manifest.inputs]
 
     def run(window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -111,23 +144,46 @@ def our_run(loaded: LoadedNetwork) -> Run:
     return run
 
 
-def compare(found: np.ndarray, expected: np.ndarray, *, show: bool) -> None:
-    """Print the largest difference, and the boundaries if asked; raises DanceError where they are not the same."""
+def run_windows(who: str, run: Run, clip: Sequence[np.ndarray]) -> np.ndarray:
+    """Outputs (windows, 2, 100) of ``run``, with a bar while it lasts."""
+    with bar(who, len(clip)) as advance:
+        outputs = []
+        for window in clip:
+            outputs.append(np.concatenate(run(window)))
+            advance()
+    return np.stack(outputs)
+
+
+@contextmanager
+def bar(who: str, total: int) -> Iterator[Callable[[], None]]:
+    columns = (TextColumn(who), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(who, total=total)
+        yield lambda: progress.advance(task)
+
+
+def over_clip(answers: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """The probabilities (2, T) of the frames that count in each window."""
+    each = iter(answers)
+    return predict(lambda _window: next(each)[:, None], frames)
+
+
+def compare(found: np.ndarray, expected: np.ndarray) -> None:
+    """Print the largest difference. Raises DanceError where it is too large."""
     difference = float(np.abs(found - expected).max())
     console.print(f"largest difference from PyTorch: {difference:.2g} in probability (allowed {ALLOWED:g})")
-    if show:
-        ours, theirs = boundaries(found[0]), boundaries(expected[0])
-        console.print(f"shot boundaries, ours:    {ours}")
-        console.print(f"shot boundaries, PyTorch: {theirs}")
-        if ours != theirs:
-            raise DanceError("the compiled network finds other shot boundaries than PyTorch")
     if not difference <= ALLOWED:
         raise DanceError(f"the compiled network differs from PyTorch by {difference:.2g} in probability")
 
 
-def timed(action: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
-    begin = time.perf_counter()
-    return action(), time.perf_counter() - begin
+def compare_boundaries(found: np.ndarray, expected: np.ndarray) -> None:
+    """Print both shot boundaries. Raises DanceError where they are not the same."""
+    ours, theirs = boundaries(found[0]), boundaries(expected[0])
+    console.print(f"shot boundaries, this build: {ours}")
+    console.print(f"shot boundaries, PyTorch:    {theirs}")
+    if ours != theirs:
+        raise DanceError("the compiled network finds other shot boundaries than PyTorch")
+    console.print(f"the same {len(ours)} boundaries")
 
 
 def title(text: str) -> None:

