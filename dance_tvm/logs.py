@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dance_tvm.cli import start
 from dance_tvm.errors import DanceError
+from dance_tvm.schedules.spaces import WINOGRAD
 from dance_tvm.tuning.records import LOGS, Log, Record, parse_loosely, rewrite
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Check, merge and show tuning logs.")
@@ -88,22 +89,23 @@ def _files(files: list[Path] | None) -> list[Path]:
     for path in files or []:
         if not path.is_file():
             raise DanceError(f"there is no log {path}: `dance-tvm tune` writes them to {LOGS}")
-    found = files or sorted(LOGS.glob("*.conv3d_gather.jsonl"))
+    found = files or sorted(LOGS.glob("*.conv3d_*.jsonl"))
     if not found:
         raise DanceError(f"there are no tuning logs in {LOGS}: `dance-tvm tune` writes them")
     return found
 
 
 def _print(records: list[Record]) -> None:
-    table = Table("workload", "kernel", "density", "status", "ms", "spread", "default ms", "tile", "origin", "date")
+    table = Table("workload", "kernel", "density", "status", "ms", "spread", "default", "tile", "origin", "date")
     for record in records:
         work = record.shape
-        kernel = "x".join(map(str, work.window.kernel))
+        kernel = "x".join(map(str, work.window.kernel)) + (" winograd" if work.family == WINOGRAD else "")
         shape = f"{work.channels_in}>{work.channels_out} {kernel} @ {'x'.join(map(str, work.window.out))}"
         tile = " ".join(f"{name}={value}" for name, value in record.decisions.items())
-        default = f"{1e3 * record.default_seconds:.3f}" if record.default_seconds else ""
-        time = f"{1e3 * record.seconds:.3f}" if record.seconds else record.error
-        origin = record.origin if record.unit == "seconds" else f"{record.origin} ({record.unit})"
+        scale = 1e3 if record.unit == "seconds" else 1e-6
+        default = f"{scale * record.default_seconds:.3f}" if record.default_seconds else ""
+        time = f"{scale * record.seconds:.3f}" if record.seconds else record.error
+        origin = record.origin if record.unit == "seconds" else f"{record.origin} (millions of {record.unit})"
         table.add_row(
             record.workload_id, shape, f"{work.density:g}", record.status, time, f"{record.spread:.0%}", default,
             tile, origin, record.date[:10],

@@ -6,7 +6,7 @@ import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from dance_tvm.cli import start
 from dance_tvm.errors import DanceError
 
 if TYPE_CHECKING:
+    from dance_tvm.schedules.spaces import Workload
     from dance_tvm.tuning.tuner import Tuner
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -37,6 +38,7 @@ def tune(
     masks: Annotated[
         str, typer.Option(help="Tune as though masks thinned these axes, e.g. in_frames,in_channels,out_channels.")
     ] = "",
+    conv: Annotated[Literal["auto", "direct", "winograd"], typer.Option(help="Only kernels of this kind.")] = "auto",
     weights: Annotated[Path | None, typer.Option(help="Trained weights; tile sizes do not depend on them.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of a run; the target's own unless given.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Trials that are built at once.")] = None,
@@ -55,7 +57,7 @@ def tune(
         raise DanceError("--plot needs plotly: install it with `pip install plotly`")
     tuner = _tuned(
         model, target, device or ["local"], Console(stderr=True), trials, time_limit, layers or [], density or [],
-        masks, weights, threads, jobs, trial_timeout, logs, seed, quiet=as_json,
+        masks, weights, threads, jobs, trial_timeout, logs, seed, conv, quiet=as_json,
     )  # fmt: skip
     if plot is not None:
         _plot(tuner, plot)
@@ -64,13 +66,13 @@ def tune(
     else:
         _print(Console(), tuner)
     if tuner.lost:
-        raise DanceError(f"the devices are gone ({tuner.lost}); what was measured is in {tuner.path}")
+        raise DanceError(f"the devices are gone ({tuner.lost}); what was measured is in {_logs(tuner)}")
 
 
 def _tuned(
     model: str, target: str, devices: list[str], console: Console, trials: int, time_limit: float | None,
     layers: list[str], density: list[float], masks: str, weights: Path | None, threads: int | None, jobs: int | None,
-    trial_timeout: float, logs: Path | None, seed: int, quiet: bool,
+    trial_timeout: float, logs: Path | None, seed: int, conv: Any, quiet: bool,
 ) -> Tuner:  # fmt: skip
     from dance_tvm.host import available_cores
     from dance_tvm.schedules.spaces import LISTS
@@ -84,12 +86,14 @@ def _tuned(
     lists = [axis for axis in masks.split(",") if axis]
     if unknown := sorted(set(lists) - set(LISTS)):
         raise DanceError(f"--masks knows {', '.join(LISTS)}, not {', '.join(unknown)}")
-    found = layers_of(model, machine, weights=weights, threads=threads, densities=density, lists=lists, only=layers)
+    found = layers_of(
+        model, machine, weights=weights, threads=threads, densities=density, lists=lists, only=layers, conv=conv
+    )
     plan = Plan(trials, time_limit or float("inf"), jobs or available_cores(), seed)
     with Farm(devices, trial_timeout) as farm:
         tuner = Tuner(machine, machine_of(machine), found, farm, plan, logs)
-        for number, reason in tuner.problems[:10]:
-            console.print(f"{tuner.path.name}, line {number}: {reason}; skipped", style="yellow", highlight=False)
+        for name, number, reason in tuner.problems[:10]:
+            console.print(f"{name}, line {number}: {reason}; skipped", style="yellow", highlight=False)
         if tuner.model_name != "xgboost":
             console.print(f"cost model: {tuner.model_name}", style="yellow")
         if quiet or not console.is_terminal:
@@ -111,27 +115,45 @@ def facts(tuner: Tuner) -> dict[str, Any]:
         layers.append(
             {
                 "layers": task.layer.names,
+                "family": workload.family,
                 "density": workload.density,
                 "trials": task.trials,
                 "failed": task.failures,
                 "verified": bool(task.after),
                 "before_seconds": task.before,
                 "after_seconds": after,
-                "share_of_peak": 2e-9 * workload.work / after / tuner.target.peak_gflops if after else None,
+                "share_of_peak": _share(tuner, workload, after),
                 "decisions": task.best_decisions,
             }
         )
-    done = [task for task in tuner.tasks if task.after]
     return {
-        "log": str(tuner.path),
+        "logs": [str(path) for path in tuner.paths.values()],
         "cost_model": tuner.model_name,
+        "unit": tuner.unit,
         "trials": tuner.made,
         "interrupted": tuner.stopped,
         "layers": layers,
-        "all_layers_before_seconds": sum(task.before * task.layer.count for task in done),
-        "all_layers_after_seconds": sum(task.after * task.layer.count for task in done),
+        "all_layers_before_seconds": _all_layers(tuner, "before"),
+        "all_layers_after_seconds": _all_layers(tuner, "after"),
         "devices": [vars(health) | {"dropped": health.dropped} for health in tuner.farm.health.values()],
     }
+
+
+def _share(tuner: Tuner, workload: Workload, seconds: float) -> float | None:
+    """Share of the peak that a direct convolution would need for this time; None where it is not known."""
+    if tuner.unit != "seconds" or not 0 < seconds < float("inf"):
+        return None
+    return 2e-9 * workload.work / seconds / tuner.target.peak_gflops
+
+
+def _all_layers(tuner: Tuner, which: str) -> float:
+    """Sum over the verified layers, each with the fastest of its families at its densest."""
+    fastest: dict[str, tuple[float, float]] = {}
+    for task in tuner.tasks:
+        for name in task.layer.names if task.after else []:
+            known = (-task.layer.workload.density, getattr(task, which))
+            fastest[name] = min(known, fastest.get(name, known))
+    return sum(seconds for _, seconds in fastest.values())
 
 
 def _view(tuner: Tuner) -> Table:
@@ -139,45 +161,57 @@ def _view(tuner: Tuner) -> Table:
     table = Table("layer", "density", "trials", "left", "best", "of peak", title=f"tuning for {tuner.target.name}")
     for task in tuner.tasks:
         known = task.best < float("inf")
-        share = 2e-9 * task.layer.workload.work / task.best / tuner.target.peak_gflops if known else 0
+        share = _share(tuner, task.layer.workload, task.best)
         left = 0 if task.exhausted else max(0, tuner.plan.trials - task.trials)
-        best = f"{1e3 * task.best:.3f} ms" if known else ""
-        name = f"{task.layer.names[0]}{f' x{task.layer.count}' if task.layer.count > 1 else ''}"
-        table.add_row(name, f"{task.layer.workload.density:g}", str(task.trials), str(left), best, f"{share:.0%}")
+        best = tuner.shown(task.best) if known else ""
+        of_peak = f"{share:.0%}" if share else ""
+        name = f"{task.layer.title}{f' x{task.layer.count}' if task.layer.count > 1 else ''}"
+        table.add_row(name, f"{task.layer.workload.density:g}", str(task.trials), str(left), best, of_peak)
     health = [f"{each.name}: {'dropped' if each.dropped else each.done}" for each in tuner.farm.health.values()]
     table.caption = "   ".join(health)
     return table
 
 
 def _print(console: Console, tuner: Tuner) -> None:
+    from dance_tvm.schedules.spaces import WINOGRAD
+
     found = facts(tuner)
     table = Table("layer", "density", "trials", "before", "after", "gain", "of peak")
     for layer in found["layers"]:
         before, after = layer["before_seconds"], layer["after_seconds"]
         gain = f"{before / after:.2f}x" if before and after else "not verified"
-        shown = [f"{1e3 * seconds:.3f} ms" if seconds else "" for seconds in (before, after)]
+        shown = [tuner.shown(value) if value else "" for value in (before, after)]
         share = f"{layer['share_of_peak']:.0%}" if layer["share_of_peak"] else ""
-        table.add_row(", ".join(layer["layers"]), f"{layer['density']:g}", str(layer["trials"]), *shown, gain, share)
+        family = " (winograd)" if layer["family"] == WINOGRAD else ""
+        table.add_row(
+            ", ".join(layer["layers"]) + family, f"{layer['density']:g}", str(layer["trials"]), *shown, gain, share
+        )
     console.print(table)
     before, after = found["all_layers_before_seconds"], found["all_layers_after_seconds"]
     if after:
-        console.print(f"all verified layers: {1e3 * before:.1f} ms before, {1e3 * after:.1f} ms after", highlight=False)
+        both = f"{tuner.shown(before)} before, {tuner.shown(after)} after"
+        console.print(f"all verified layers, each in its faster family: {both}", highlight=False)
     for device in found["devices"]:
         state = f"dropped: {device['said']}" if device["dropped"] else f"{device['failed']} failed"
         console.print(f"{device['name']}: {device['done']} trials, {state}", highlight=False)
     state = "interrupted; run again to go on" if tuner.stopped else "done"
-    console.print(f"{tuner.made} trials, {state}; cost model {tuner.model_name}; log {tuner.path}", highlight=False)
+    console.print(f"{tuner.made} trials, {state}; cost model {tuner.model_name}; {_logs(tuner)}", highlight=False)
+
+
+def _logs(tuner: Tuner) -> str:
+    return ", ".join(str(path) for path in tuner.paths.values())
 
 
 def _plot(tuner: Tuner, path: Path) -> None:
     import plotly.graph_objects as go
 
+    scale, unit = (1e3, "ms") if tuner.unit == "seconds" else (1e-6, f"millions of {tuner.unit}")
     figure = go.Figure()
     for task in tuner.tasks:
-        best = [1e3 * value if value < float("inf") else None for value in task.history]
-        name = f"{task.layer.names[0]} at {task.layer.workload.density:g}"
+        best = [scale * value if value < float("inf") else None for value in task.history]
+        name = task.layer.title
         figure.add_scatter(x=list(range(1, len(best) + 1)), y=best, name=name, mode="lines")
-    figure.update_layout(title="Best time by trial", xaxis_title="trials", yaxis_title="ms", yaxis_type="log")
+    figure.update_layout(title="Best time by trial", xaxis_title="trials", yaxis_title=unit, yaxis_type="log")
     figure.write_html(path, include_plotlyjs=True)
 
 

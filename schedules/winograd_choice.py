@@ -124,21 +124,25 @@ def _chunked(conv: GatherConv, machine: Machine, m: Triple) -> Iterator[Winograd
     whole = WinogradPlan(conv.window, m, plan.mr, 1, *masks)
     total = conv.window.batch // plan.samples * whole.places
     for columns in sorted({-(-total // chunks) for chunks in _steps(total)}):
-        sized = replace(whole, columns=columns)
-        tile = _register_tile(conv, machine, sized)
-        option = WinogradConv(
-            conv.channels_in,
-            conv.channels_out,
-            tile,
-            replace(sized, mr=tile.mr),
-            conv.live_in,
-            conv.live_out,
-            conv.residual,
-            conv.activation,
-            conv.zero_dead,
-        )
+        option = configured(conv, m, columns, _register_tile(conv, machine, replace(whole, columns=columns)))
         if option.scratch_bytes <= MOST_SCRATCH:
             yield option
+
+
+def configured(conv: GatherConv, m: Triple, columns: int, tile: Tile) -> WinogradConv:
+    """The Winograd kernel in the place of ``conv``, with tiles of ``m`` outputs and so many columns in a chunk."""
+    plan = conv.plan
+    return WinogradConv(
+        conv.channels_in,
+        conv.channels_out,
+        tile,
+        WinogradPlan(conv.window, m, tile.mr, columns, plan.samples, plan.in_frames, plan.out_frames, plan.positions),
+        conv.live_in,
+        conv.live_out,
+        conv.residual,
+        conv.activation,
+        conv.zero_dead,
+    )
 
 
 def _steps(total: int) -> list[int]:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
 from dance_tvm.errors import DanceError
+from dance_tvm.schedules.conv3d_gather import GatherConv
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.schedules.spaces import Advice, GatherSpace, Workload, choose_tile, tile_of
+from dance_tvm.schedules.spaces import (
+    SPACES,
+    WINOGRAD,
+    Advice,
+    GatherSpace,
+    WinogradSpace,
+    Workload,
+    choose_kernel,
+    choose_tile,
+    tile_of,
+)
 from dance_tvm.schedules.tiles import Machine, default_tile
+from dance_tvm.schedules.winograd import WinogradConv
+from dance_tvm.schedules.winograd_choice import best
 from dance_tvm.target import load_target
 from dance_tvm.tuning.advice import TunedTiles, tuned_tiles
 from dance_tvm.tuning.records import Log, append, log_path, new_record, parse_loosely
@@ -67,6 +77,79 @@ def test_a_space_holds_its_defaults_and_only_what_fits(machine, channels):
     for vectors, rows in space.register_tiles.items():
         for mr in rows:
             assert space.allows({**space.default(), "mr": mr, "vectors": vectors})
+
+
+class Told:
+    """A log that holds these decisions and seconds by family, for any workload."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
+
+    def advise(self, asked: Workload) -> Advice | None:
+        if asked.family not in self.seconds:
+            return None
+        space = SPACES[asked.family](AVX2, asked)
+        decisions = space.default()
+        if asked.family == WINOGRAD:
+            decisions = {**decisions, "frames_tile": 1, "space_tile": 3, "columns": 2}
+        return Advice(asked, decisions, f"tuned {asked.family}", self.seconds[asked.family])
+
+
+def choice(log: Told | None, wanted: str = "auto", work: Workload | None = None):
+    work = work or workload()
+    space = GatherSpace(AVX2, work)
+    return choose_kernel(space.kernel(space.default()), "direct's", work, AVX2, wanted, log)
+
+
+def test_measurements_of_both_choose_between_direct_and_winograd():
+    predicted, origin = choice(None)
+    assert isinstance(predicted.conv, WinogradConv)
+    assert origin == ""
+    slow, origin = choice(Told(conv3d_gather=0.01, conv3d_winograd=0.02))
+    assert isinstance(slow.conv, GatherConv)
+    assert origin == "direct's"
+    assert "20 ms measured, direct 10 ms" in slow.reason
+    fast, origin = choice(Told(conv3d_gather=0.02, conv3d_winograd=0.01))
+    assert fast.conv.plan.m == (1, 3, 3)
+    assert fast.conv.plan.columns == 2
+    assert origin == "tuned conv3d_winograd"
+    close, _ = choice(Told(conv3d_gather=0.0100, conv3d_winograd=0.0102))
+    assert isinstance(close.conv, WinogradConv)  # as the model has it: the two were not measured in turns
+
+
+def test_a_winograd_record_alone_sets_its_sizes_and_changes_no_choice():
+    tuned, origin = choice(Told(conv3d_winograd=0.01))
+    assert tuned.conv.plan.m == (1, 3, 3)
+    assert origin == "tuned conv3d_winograd"
+    direct, origin = choice(Told(conv3d_winograd=0.01), "direct")
+    assert isinstance(direct.conv, GatherConv)
+    assert origin == "direct's"
+    strided = Workload(Window(1, (4, 8, 8), (2, 4, 4), (3, 3, 3), (2, 2, 2), (1, 1, 1)), 8, 8)
+    assert isinstance(choice(Told(conv3d_winograd=0.01), work=strided)[0].conv, GatherConv)
+
+
+@pytest.mark.parametrize("wrong", [{"space_tile": 7}, {"columns": 0}, {"mr": 16, "vectors": 4}])
+def test_winograd_records_that_cannot_be_built_are_not_followed(wrong):
+    class Wrong(Told):
+        def advise(self, asked: Workload) -> Advice | None:
+            advice = super().advise(asked)
+            return advice and replace(advice, decisions={**advice.decisions, **wrong})
+
+    chosen, origin = choice(Wrong(conv3d_winograd=0.01))
+    assert origin == ""
+    assert chosen.conv == choice(None)[0].conv
+
+
+@pytest.mark.parametrize("lists", [(), ("in_frames", "out_frames", "out_channels")])
+def test_the_winograd_space_holds_the_default_kernel(lists):
+    work = workload(lists=lists, family=WINOGRAD)
+    space = WinogradSpace(AVX2, work)
+    assert space.allows(space.default())
+    assert space.size > 20
+    chosen, wanted = space.kernel(space.default()), best(space.direct, AVX2, work.threads)
+    assert (chosen.plan, chosen.name) == (wanted.plan, wanted.name)
+    for part in space.parts():
+        assert space.allows(space.normal({name: values[-1] for name, values in part.items()}))
 
 
 def test_a_workload_is_read_back_from_its_facts():
@@ -142,42 +225,6 @@ def test_a_log_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DanceError, match="cannot be written"):
         append(tmp_path / "file" / "log.jsonl", [record()])
-
-
-_WRITER = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from test_tuning import record
-from dance_tvm.tuning.records import append
-print("ready", flush=True)
-for index in range(100000):
-    append(Path(sys.argv[1]), [record(seconds=(index + 1) / 1e5, origin=sys.argv[2])])
-    print(index, flush=True)
-"""
-
-
-def _kill_writers(path: Path, times: int) -> int:
-    """Start a writer and kill it at random, again and again; how many records were acknowledged."""
-    acknowledged = 0
-    for number in range(times):
-        arguments = [sys.executable, "-c", _WRITER, str(path), f"writer {number}", str(Path(__file__).parent)]
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout.readline() == "ready\n"
-            time.sleep(random.uniform(0.005, 0.1))
-            os.kill(writer.pid, signal.SIGKILL)
-            acknowledged += len([line for line in writer.stdout.read().split("\n")[:-1] if line])
-    return acknowledged
-
-
-@pytest.mark.parametrize("times", [2, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_writers_lose_nothing_that_was_acknowledged(tmp_path, times):
-    path = tmp_path / "log.jsonl"
-    acknowledged = _kill_writers(path, times)
-    log = Log.read(path)
-    records = sum(1 for _ in log.records())
-    assert acknowledged <= records <= acknowledged + times
-    assert len(log.problems) <= times
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -100,17 +100,21 @@ def open_emulator(timeout: float, call_timeout: float) -> EmulatedSession:
     raise AssertionError("unreachable")
 
 
-def start(stack: contextlib.ExitStack, store: Path | None = None) -> int:
-    """Start a tracker and an emulated device registered with it; the stack ends both. Gives the tracker's port."""
+def start(stack: contextlib.ExitStack, store: Path | None = None, options: Sequence[str] = ()) -> int:
+    """Start a tracker and an emulated device registered with it; the stack ends both. Gives the tracker's port.
+
+    ``options`` are more options for qemu.
+    """
     system = prepare(lambda sentence: None)
     tracker, port = processes.start_tracker(START_TIMEOUT_S)
     stack.callback(tracker.stop)
+    qemu, *python = python_command(system)
     home = stack.enter_context(tempfile.TemporaryDirectory(prefix="dance_tvm_emulator_", ignore_cleanup_errors=True))
     server, _ = processes.start_server(
         KEY,
         ("127.0.0.1", port),
         store or Path(home) / "store",
-        python=python_command(system),
+        python=[qemu, *options, *python],
         timeout=START_TIMEOUT_S,
         environment={"TMPDIR": home},
     )

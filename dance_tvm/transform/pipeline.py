@@ -11,7 +11,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dance_tvm.schedules.spaces import TuningLog, choose_tile
+from dance_tvm.schedules.spaces import TuningLog
 from dance_tvm.schedules.tiles import Machine
 
 from .channels_last import ChannelsLast
@@ -55,7 +55,7 @@ def lower(
         machine,
         sparsity=options.sparsity == "auto",
         threads=options.threads,
-        tile_for=lambda workload: choose_tile(workload, machine, options.tuning),
+        tuning=options.tuning,
         convolution="direct" if options.numerics == "exact" else options.conv,
     )
     lift_weights = LiftWeights()

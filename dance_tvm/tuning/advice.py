@@ -38,7 +38,7 @@ class TunedTiles:
         if not ranked or ranked[0][0] > self.similar:
             return None
         distance, tuned, record = ranked[0]
-        return Advice(tuned, record.decisions, _origin(record, tuned, workload, distance) + self.others)
+        return Advice(tuned, record.decisions, _origin(record, tuned, workload, distance) + self.others, record.seconds)
 
     def ranked(self, workload: Workload) -> list[tuple[float, Workload, Record]]:
         """All comparable records, the nearest first: (distance, workload, record)."""

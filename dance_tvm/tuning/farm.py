@@ -6,13 +6,16 @@ A session asks its server to end it after the trial's time, so that a trial that
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dance_tvm.device import processes
+from dance_tvm.device.instruction_counter import InstructionCounter
 from dance_tvm.device.remote import Connection, RemoteSession
 from dance_tvm.device.tracker import request_device, tracker_summary
 from dance_tvm.errors import DanceError
@@ -20,6 +23,8 @@ from dance_tvm.errors import DanceError
 #: Failures in a row after which a device is dropped.
 STRIKES = 3
 CONNECT_TIMEOUT_S = 20.0
+#: How many times the time of a trial an emulated device gets.
+EMULATED_PATIENCE = 10
 
 
 @dataclass
@@ -42,6 +47,14 @@ class DeviceLostError(DanceError):
     """The device failed, not the trial: another device may try it."""
 
 
+class CountedSession(RemoteSession):
+    """A session on an emulated device, where time says nothing and instructions are counted."""
+
+    def __init__(self, connection: Connection, counter: InstructionCounter) -> None:
+        super().__init__(connection)
+        self.counter = counter
+
+
 @dataclass
 class _Place:
     """Where sessions come from: an address, or a tracker's key."""
@@ -51,6 +64,7 @@ class _Place:
     port: int
     key: str = ""
     server: processes.PortProcess | None = None
+    counter: InstructionCounter | None = None
 
     def stop(self) -> None:
         """End the server, where it is ours."""
@@ -85,6 +99,13 @@ class Farm:
         self._stack.close()
 
     @property
+    def _patience(self) -> float:
+        """Seconds for a device to accept a session: an emulated one forks slowly."""
+        from dance_tvm.device.emulator import START_TIMEOUT_S
+
+        return START_TIMEOUT_S if "emulator" in self.specs else CONNECT_TIMEOUT_S
+
+    @property
     def is_here(self) -> bool:
         """Whether trials run on the very cores that build them."""
         return any(spec in ("local", "emulator") for spec in self.specs)
@@ -102,7 +123,10 @@ class Farm:
             from dance_tvm.device import emulator
 
             self.lanes += 1
-            return _Place(spec, "127.0.0.1", emulator.start(self._stack), emulator.KEY)
+            folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="dance_tvm_counter_")))
+            counter = InstructionCounter(folder)
+            port = emulator.start(self._stack, options=counter.options)
+            return _Place(spec, "127.0.0.1", port, emulator.KEY, counter=counter)
         kind, _, rest = spec.partition("://")
         if kind == "rpc":
             self.lanes += 1
@@ -139,12 +163,12 @@ class Farm:
 
         Raises DeviceLostError where no device can be had; what fails inside is counted against the device that ran it.
         """
-        limit = seconds or self.trial_timeout
-        name, connection = self._connect(limit)
+        limit = (seconds or self.trial_timeout) * (EMULATED_PATIENCE if "emulator" in self.specs else 1)
+        name, connection, counter = self._connect(limit)
         health = self.health.setdefault(name, Health(name))
         try:
-            session = RemoteSession(connection)
-            session.pin(None, threads)
+            session = RemoteSession(connection) if counter is None else CountedSession(connection, counter)
+            session.pin(None, threads if counter is None else 1)
             yield session
         except DanceError as error:
             health.failed += 1
@@ -157,7 +181,7 @@ class Farm:
         finally:
             connection.close()
 
-    def _connect(self, limit: float) -> tuple[str, Connection]:
+    def _connect(self, limit: float) -> tuple[str, Connection, InstructionCounter | None]:
         """A connection to the next device whose turn it is, skipping those that were dropped."""
         deadline, said = time.monotonic() + self.wait, ""
         while time.monotonic() < deadline:
@@ -170,7 +194,8 @@ class Farm:
                 if found is not None:
                     name, host, port, match = found
                     key = f"{match} -timeout={limit:.0f}"
-                    return name, Connection(name, host, port, key, CONNECT_TIMEOUT_S, limit)
+                    connection = Connection(name, host, port, key, self._patience, limit)
+                    return name, connection, place.counter
             except DanceError as error:
                 said = str(error)
                 if found is not None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import tvm
@@ -19,10 +19,13 @@ from tvm import tirx
 
 from dance_tvm.device.remote import RemoteSession
 from dance_tvm.schedules.channel_plan import channel_list_shape, plan_channels
-from dance_tvm.schedules.conv3d_gather import GatherConv, Tile, conv3d_gather
+from dance_tvm.schedules.conv3d_gather import GatherConv, conv3d_gather
 from dance_tvm.schedules.emit import FLOAT, INT, Expr, argument, flat, kernel, let, parallel, scratch, serial, store
 from dance_tvm.schedules.row_plan import RowPlan, plan_rows
 from dance_tvm.schedules.spaces import Workload
+from dance_tvm.schedules.winograd import WinogradConv, conv3d_winograd, mask_arguments
+from dance_tvm.schedules.winograd_plan import LISTS, WinogradPlan, plan_winograd
+from dance_tvm.tuning.farm import CountedSession
 
 if TYPE_CHECKING:
     from dance_tvm.target import Target
@@ -38,51 +41,24 @@ ENOUGH_SECONDS, ENOUGH_RUNS = 0.4, 9
 
 @dataclass(frozen=True)
 class Instance:
-    """One workload with one tile."""
+    """One workload with one kernel."""
 
     workload: Workload
-    tile: Tile
+    conv: GatherConv | WinogradConv
 
     @property
-    def plan(self) -> RowPlan:
-        """The row plan of the kernel; masks over positions differ by frame, as D-STEP's do."""
-        window, tile, lists = self.workload.window, self.tile, self.workload.lists
-        positions = (window.batch, window.out[0]) if "positions" in lists else None
-        return RowPlan(
-            window,
-            tile.mr,
-            tile.block_tiles,
-            tile.segment_taps,
-            self.workload.samples,
-            "in_frames" in lists,
-            "out_frames" in lists,
-            positions,
-        )
-
-    @property
-    def conv(self) -> GatherConv:
-        """The kernel."""
-        work = self.workload
-        return GatherConv(
-            work.window,
-            work.channels_in,
-            work.channels_out,
-            work.groups,
-            self.tile,
-            self.plan,
-            live_in="in_channels" in work.lists,
-            live_out="out_channels" in work.lists,
-            residual=work.residual,
-            activation=work.activation,
-        )
+    def plan(self) -> RowPlan | WinogradPlan:
+        """How the kernel's rows are listed."""
+        return self.conv.plan
 
     def module(self) -> tvm.IRModule:
         """All functions of the library."""
         conv, plan, work = self.conv, self.plan, self.workload
         out = (work.window.batch, *work.window.out, work.channels_out)
+        main = conv3d_winograd(conv) if isinstance(conv, WinogradConv) else conv3d_gather(conv)
         functions = {
-            KERNEL: conv3d_gather(conv).with_attr("global_symbol", KERNEL),
-            "plan_rows": plan_rows(plan),
+            KERNEL: main.with_attr("global_symbol", KERNEL),
+            "plan_rows": plan_winograd(plan, "plan_rows") if isinstance(plan, WinogradPlan) else plan_rows(plan),
             "fill_weights": _fill_weights(conv),
             "fill_x": _fill("fill_x", (work.window.batch, *work.window.size, work.channels_in)),
             "fill_y": _fill("fill_y", out),
@@ -93,8 +69,9 @@ class Instance:
         return tvm.IRModule(functions)
 
     def _channel_lists(self) -> list[tuple[str, int, int]]:
-        lists = [("in_channels", self.workload.depth, self.tile.nr), ("out_channels", self.workload.channels_out, 1)]
-        return [listed for listed in lists if listed[0] in self.workload.lists]
+        work = self.workload
+        lists = [("in_channels", work.depth, self.conv.tile.nr), ("out_channels", work.channels_out, 1)]
+        return [listed for listed in lists if listed[0] in work.lists]
 
     def masks(self) -> dict[str, np.ndarray]:
         """A mask for each list, of the workload's density, at least one element alive; the same at every call."""
@@ -142,7 +119,7 @@ class Loaded:
 
     def digest(self) -> int | None:
         """A number that all tiles of the workload agree on; None where results are not exact."""
-        if self.instance.workload.activation not in EXACT:
+        if self.instance.workload.activation not in EXACT or isinstance(self.instance.conv, WinogradConv):
             return None
         out = tvm.runtime.empty((1,), "int64", self.session.cpu)
 
@@ -159,8 +136,25 @@ class Loaded:
         evaluator = self.module.time_evaluator(KERNEL, self.session.cpu, number=1, repeat=repeats)
         return self.session.connection.call("timing a trial", lambda: list(evaluator(*self.arguments).results))
 
+    @property
+    def unit(self) -> Literal["seconds", "emulated instructions"]:
+        """What ``measure`` counts."""
+        return "emulated instructions" if isinstance(self.session, CountedSession) else "seconds"
+
+    def instructions(self) -> list[float]:
+        """Instructions of one call on an emulated device: the same at every call, so counted once."""
+        assert isinstance(self.session, CountedSession)
+        counts = []
+        for repeats in (1, 2):
+            before = self.session.counter.read()
+            self.times(repeats)
+            counts.append(self.session.counter.read() - before)
+        return [float(counts[1] - counts[0])]
+
     def measure(self, best: float | None = None) -> list[float]:
         """Enough times to trust; only a few where the instance is hopelessly slower than ``best`` seconds."""
+        if isinstance(self.session, CountedSession):
+            return self.instructions()
         times = self.times(2)
         while len(times) < 3 or (sum(times) < ENOUGH_SECONDS and len(times) < ENOUGH_RUNS):
             if best is not None and min(times) > HOPELESS * best:
@@ -171,6 +165,8 @@ class Loaded:
 
 def interleaved(a: Loaded, b: Loaded, rounds: int = 7) -> tuple[list[float], list[float]]:
     """Times of two instances in turns, so that a drift of the machine's speed meets both alike."""
+    if a.unit != "seconds":
+        return a.instructions(), b.instructions()
     times: tuple[list[float], list[float]] = ([], [])
     for index in range(rounds):
         for which in (0, 1) if index % 2 == 0 else (1, 0):
@@ -196,11 +192,14 @@ def _arguments(session: RemoteSession, instance: Instance, module: Any) -> list[
     tables = [send(table) for table in plan.tables.values()]
     module["plan_rows"](*(masks[name] for name in plan.masks), *tables, *lists)
     bias = conv.pack_bias(np.arange(work.channels_out) % 5 - 2.0)
-    arguments = [x, weights, send(bias.astype(FLOAT)), send(plan.tap_entries), *lists]
+    taken = lists[: len(LISTS)] if isinstance(conv, WinogradConv) else lists
+    arguments = [x, weights, send(bias.astype(FLOAT)), send(plan.tap_entries), *taken]
     for name, channels, _ in instance._channel_lists():
         listed = empty(channel_list_shape(work.samples, channels), INT)
         module[f"plan_{name}"](masks[name], listed)
         arguments.append(listed)
+    if isinstance(conv, WinogradConv):
+        arguments += [masks[name] for name in mask_arguments(conv)]
     if work.residual:
         residual = empty(out_shape, FLOAT)
         module["fill_y"](residual)
@@ -226,8 +225,13 @@ def _fill(name: str, shape: tuple[int, ...]) -> tirx.PrimFunc:
     return built.func
 
 
-def _fill_weights(conv: GatherConv) -> tirx.PrimFunc:
-    """Fill packed weights so that they do not depend on how they are packed; padding is zero."""
+def _fill_weights(conv: GatherConv | WinogradConv) -> tirx.PrimFunc:
+    """Fill packed weights so that they do not depend on how they are packed; padding is zero.
+
+    Transformed weights depend on the tile of outputs: any small numbers do, as only time is asked of them.
+    """
+    if isinstance(conv, WinogradConv):
+        return _fill("fill_weights", conv.weight_shape)
     taps, depth, nr = conv.window.taps, conv.depth, conv.tile.nr
     per_group = conv.panels // conv.groups
     with kernel("fill_weights") as built:

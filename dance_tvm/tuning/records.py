@@ -7,32 +7,36 @@ indexed without parsing it: a million lines in seconds. What is not a whole line
 from __future__ import annotations
 
 import datetime
-import gc
+import hashlib
 import json
+import math
 import mmap
 import os
 import re
 import statistics
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+import numpy as np
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules.spaces import Decisions, Workload
+from dance_tvm.schedules.spaces import GATHER, Decisions, Workload
 
 VERSION = 1
 LOGS = Path(__file__).parent.parent / "tuning_logs"
 LOCK_TIMEOUT_S = 60.0
+#: The last byte of a whole line.
+_CLOSING = ord("}")
 _VERSIONS = ("dance-tvm", "apache-tvm", "apache-tvm-ffi")
 _HEADER = re.compile(
-    rb'^\{"kind": "tile", "version": 1, "fingerprint": "([0-9a-f]{16})", "workload_id": "([0-9a-f]{16})", '
-    rb'"status": "(trial|verified|failed)", "seconds": ([0-9.e+-]+), [^\n]*\}$',
-    re.MULTILINE,
+    rb'\{"kind": "tile", "version": 1, "fingerprint": "([0-9a-f]{16})", "workload_id": "([0-9a-f]{16})", '
+    rb'"status": "(trial|verified|failed)", "seconds": ([0-9.e+-]+), '
 )
 
 
@@ -95,7 +99,7 @@ def new_record(workload: Workload, target: Any, decisions: Decisions, times: lis
         times=[float(f"{time:.4g}") for time in times],
         target=target.tuning_log,
         versions=_versions(),
-        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         **rest,
     )
 
@@ -110,17 +114,23 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def log_path(target: Any, family: str = "conv3d_gather", folder: Path | None = None) -> Path:
+def log_path(target: Any, family: str = GATHER, folder: Path | None = None) -> Path:
     """The log of a target and kernel family."""
     return (folder or LOGS) / f"{target.tuning_log}.{family}.jsonl"
 
 
-class _Line(NamedTuple):
-    number: int
-    start: int
-    end: int
-    status: bytes
-    seconds: float
+class _Columns:
+    """What is known of the lines, a column each: a log may have a million, and as many objects take seconds to make."""
+
+    def __init__(self) -> None:
+        self.number, self.start, self.end, self.group = (array("q") for _ in range(4))
+        self.header_hash = array("q")
+        self.seconds = array("d")
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Leave out all rows but these."""
+        for name, column in vars(self).items():
+            setattr(self, name, np.asarray(column)[rows])
 
 
 @dataclass
@@ -133,7 +143,8 @@ class Log:
 
     def __post_init__(self) -> None:
         self._data: bytes | mmap.mmap = b""
-        self._index: dict[tuple[bytes, bytes], list[_Line]] = {}
+        self._columns = _Columns()
+        self._groups: dict[tuple[bytes, bytes, bytes], int] = {}  # fingerprint, workload, status
         self._parsed: dict[int, Record | None] = {}
 
     @staticmethod
@@ -153,50 +164,46 @@ class Log:
 
     def _scan(self) -> None:
         """Index the lines that begin as ours do, and report the others and those that repeat an earlier one."""
-        number, place = 1, 0
-        seen: set[int] = set()
-        collecting = gc.isenabled()
-        gc.disable()  # a million small objects that all stay: looking for garbage among them takes most of the time
-        try:
-            for match in _HEADER.finditer(self._data):
-                start, end = match.span()
-                if start > place:
-                    number = self._odd_lines(place, start - 1, number)
-                self._index_line(match, number, seen)
-                number, place = number + 1, end + 1
-        finally:
-            if collecting:
-                gc.enable()
-        if place < len(self._data):
-            number = self._odd_lines(place, len(self._data), number)
-        self.lines = number - 1
-
-    def _index_line(self, match: re.Match[bytes], number: int, seen: set[int]) -> None:
-        content = hash(match.group())
-        if content in seen:
-            self.problems.append((number, "it repeats an earlier line"))
-            return
-        seen.add(content)
-        fingerprint, workload, status, seconds = match.groups()
-        try:
-            line = _Line(number, match.start(), match.end(), status, float(seconds))
-        except ValueError:
-            self.problems.append((number, "its seconds are not a number"))
-            return
-        lines = self._index.get((fingerprint, workload))
-        if lines is None:
-            lines = self._index[fingerprint, workload] = []
-        lines.append(line)
-
-    def _odd_lines(self, start: int, end: int, number: int) -> int:
-        """Report the lines that do not begin as ours do."""
-        lines = self._data[start:end].split(b"\n")
-        if lines and not lines[-1]:
-            lines.pop()
-        for raw in lines:
-            self.problems.append((number, _reason(raw)))
+        data, columns, groups = self._data, self._columns, self._groups
+        place, number, size = 0, 0, len(data)
+        while place < size:
+            end = data.find(b"\n", place)
+            end = size if end < 0 else end
             number += 1
-        return number
+            header = _HEADER.match(data, place)
+            if header is None or header.end() > end or data[end - 1] != _CLOSING:
+                self.problems.append((number, _reason(data[place:end])))
+            else:
+                key, seconds = (header[1], header[2], header[3]), header[4]
+                columns.group.append(groups.setdefault(key, len(groups)))
+                columns.seconds.append(_number(seconds))
+                columns.number.append(number)
+                columns.start.append(place)
+                columns.end.append(end)
+                columns.header_hash.append(hash((key, seconds)))
+            place = end + 1
+        self.lines = number
+        columns.keep(self._whole())
+        self.problems.sort()
+
+    def _whole(self) -> np.ndarray:
+        """Rows whose seconds are a number and that repeat no earlier line; the others are reported.
+
+        Lines are compared whole only where they begin alike.
+        """
+        hashes, seconds = np.asarray(self._columns.header_hash), np.asarray(self._columns.seconds)
+        good = ~np.isnan(seconds)
+        self.problems += [(self._columns.number[row], "its seconds are not a number") for row in np.flatnonzero(~good)]
+        order = np.argsort(hashes, kind="stable")
+        alike = np.flatnonzero(np.diff(hashes[order]) == 0)
+        seen: set[bytes] = set()
+        for row in sorted({*order[alike].tolist(), *order[alike + 1].tolist()}):
+            content = hashlib.sha256(self._data[self._columns.start[row] : self._columns.end[row]]).digest()
+            if content in seen:
+                good[row] = False
+                self.problems.append((self._columns.number[row], "it repeats an earlier line"))
+            seen.add(content)
+        return np.flatnonzero(good)
 
     def records(
         self, fingerprint: str | None = None, workload: str | None = None, statuses: Iterable[str] = ()
@@ -204,47 +211,55 @@ class Log:
         """The whole records, in the order of the file, of one target, workload and status where given."""
         wanted = {status.encode() for status in statuses}
         chosen = [
-            line
-            for (of, identity), lines in self._index.items()
+            group
+            for (of, identity, status), group in self._groups.items()
             if fingerprint in (None, of.decode()) and workload in (None, identity.decode())
-            for line in lines
-            if not wanted or line.status in wanted
+            if not wanted or status in wanted
         ]
-        for line in sorted(chosen, key=lambda line: line.start):
-            record = self._parse(line)
+        for row in np.flatnonzero(np.isin(self._columns.group, chosen)).tolist():
+            record = self._parse(row)
             if record is not None:
                 yield record
 
     def best(self, fingerprint: str, status: str = "verified") -> dict[str, Record]:
         """For each workload the fastest record of a status; lines are parsed only until the fastest whole one."""
         found: dict[str, Record] = {}
-        for (of, identity), lines in self._index.items():
-            if of != fingerprint.encode():
+        by_group = np.lexsort((self._columns.seconds, self._columns.group))
+        sorted_groups = np.asarray(self._columns.group)[by_group]
+        for (of, identity, state), group in self._groups.items():
+            if of != fingerprint.encode() or state != status.encode():
                 continue
-            alike = [line for line in lines if line.status == status.encode()]
-            for line in sorted(alike, key=lambda line: line.seconds):
-                record = self._parse(line)
-                if record is not None:
-                    found[identity.decode()] = record
-                    break
+            begin, end = np.searchsorted(sorted_groups, (group, group + 1))
+            whole = (self._parse(row) for row in by_group[begin:end])
+            record = next((record for record in whole if record is not None), None)
+            if record is not None:
+                found[identity.decode()] = record
         return found
 
     @property
     def fingerprints(self) -> set[str]:
         """Targets that the log has records of."""
-        return {fingerprint.decode() for fingerprint, _ in self._index}
+        return {fingerprint.decode() for fingerprint, _, _ in self._groups}
 
-    def _parse(self, line: _Line) -> Record | None:
-        if line.number not in self._parsed:
+    def _parse(self, row: int) -> Record | None:
+        if row not in self._parsed:
+            columns = self._columns
             try:
-                record = Record.model_validate_json(self._data[line.start : line.end])
+                record = Record.model_validate_json(self._data[columns.start[row] : columns.end[row]])
                 if record.shape.identity != record.workload_id:
                     raise ValueError("its workload is not the one its identity names")
-                self._parsed[line.number] = record
+                self._parsed[row] = record
             except (ValidationError, ValueError, KeyError, TypeError) as error:
-                self._parsed[line.number] = None
-                self.problems.append((line.number, _first_words(error)))
-        return self._parsed[line.number]
+                self._parsed[row] = None
+                self.problems.append((int(columns.number[row]), _first_words(error)))
+        return self._parsed[row]
+
+
+def _number(text: bytes) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _reason(raw: bytes) -> str:

@@ -22,7 +22,7 @@ from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 from tvm.script import tirx as T
 
-from dance_tvm.schedules.spaces import DECISIONS, Decisions, GatherSpace, Workload
+from dance_tvm.schedules.spaces import Decisions, Space, Workload
 
 POPULATION, GENERATIONS = 48, 2
 #: Trials before the cost model says anything.
@@ -62,28 +62,28 @@ def stand_in(workload: Workload) -> tvm.tirx.PrimFunc:
                     y[vr, vo] = T.float32(0)
                 y[vr, vo] = y[vr, vo] + x[rows_in[vr] + offsets[vt], vc] * w[vt, vc, vo]
 
-    return implicit_gemm
+    return implicit_gemm.with_attr("dance.family", workload.family)
 
 
-def schedule(sch: s_tir.Schedule, options: Mapping[str, Sequence[int]], pinned: Mapping[str, int], floats: int) -> None:
-    """Tile the stand-in by decisions sampled from ``options``, or given by ``pinned``, and note them on its block."""
+def schedule(sch: s_tir.Schedule, space: Space, part: Mapping[str, Sequence[int]], pinned: Mapping[str, int]) -> None:
+    """Tile the stand-in by decisions sampled from a part of the space, or given by ``pinned``, and note them on its
+    block."""
     block = sch.get_sblock("conv")
     chosen: dict[str, Any] = {}
-    for name in DECISIONS:
-        values = list(options[name])
+    for name in space.names:
+        values = list(part[name])
         decision = values.index(pinned[name]) if pinned else None
         chosen[name] = sch.sample_categorical(values, [1.0 / len(values)] * len(values), decision=decision)
         sch.annotate(block, _PREFIX + name, chosen[name])
     row, out, tap, channel = sch.get_loops(block)
-    tiles, in_tile = sch.split(row, [None, chosen["mr"]])
-    blocks, in_block = sch.split(tiles, [None, chosen["block_tiles"]])
-    panels, vectors, lanes = sch.split(out, [None, chosen["vectors"], floats])
+    blocks, *in_block, last = sch.split(row, [None, *(chosen[name] for name in space.rows())])
+    panels, vectors, lanes = sch.split(out, [None, chosen["vectors"], space.machine.vector_floats])
     segments, in_segment = sch.split(tap, [None, chosen["segment_taps"]])
     passes, in_pass = sch.split(channel, [None, chosen["depth_block"]])
-    sch.reorder(panels, blocks, segments, passes, in_block, in_segment, in_pass, in_tile, vectors, lanes)
+    sch.reorder(panels, blocks, segments, passes, *in_block, in_segment, in_pass, last, vectors, lanes)
     sch.parallel(sch.fuse(panels, blocks))
     sch.vectorize(lanes)
-    for loop in (vectors, in_tile):
+    for loop in (vectors, last):
         sch.unroll(loop)
 
 
@@ -120,7 +120,7 @@ class PlainModel(ms.cost_model.PyCostModel):
         super().__init__()
         self.rows: dict[int, list[list[float]]] = {}
         self.seconds: dict[int, list[float]] = {}
-        self.weights: np.ndarray | None = None
+        self.weights: dict[int, np.ndarray] = {}  # by the number of features: families have decisions of their own
 
     def load(self, path: str) -> None:
         """Nothing is kept between runs: the log has every trial."""
@@ -135,17 +135,21 @@ class PlainModel(ms.cost_model.PyCostModel):
             if result.run_secs:
                 self.rows.setdefault(key, []).append(_features(candidate))
                 self.seconds.setdefault(key, []).append(float(result.run_secs[0]))
-        matrix = np.array([row for rows in self.rows.values() for row in rows])
-        scores = np.array([np.log(min(times) / time) for times in self.seconds.values() for time in times])
+        width = len(self.rows[key][0]) if key in self.rows else 0
+        alike = [key for key, rows in self.rows.items() if len(rows[0]) == width]
+        matrix = np.array([row for key in alike for row in self.rows[key]])
+        scores = np.array([np.log(min(self.seconds[key]) / time) for key in alike for time in self.seconds[key]])
         if len(scores) >= FEWEST_TO_FIT:
-            regular = 1e-2 * np.eye(matrix.shape[1])
-            self.weights = np.linalg.solve(matrix.T @ matrix + regular, matrix.T @ scores)
+            regular = 1e-2 * np.eye(width)
+            self.weights[width] = np.linalg.solve(matrix.T @ matrix + regular, matrix.T @ scores)
 
     def predict(self, context: Any, candidates: list[Any]) -> np.ndarray:
         """Higher is better."""
-        if self.weights is None:
+        features = np.array([_features(candidate) for candidate in candidates])
+        weights = self.weights.get(features.shape[-1]) if len(candidates) else None
+        if weights is None:
             return np.random.default_rng(len(candidates)).random(len(candidates))
-        return np.array([_features(candidate) for candidate in candidates]) @ self.weights
+        return features @ weights
 
 
 def _features(candidate: Any) -> list[float]:
@@ -166,14 +170,15 @@ def new_cost_model() -> tuple[Any, str]:
 def decisions_in(sch: s_tir.Schedule) -> Decisions:
     """The decisions that are noted on the stand-in's block."""
     notes = sch.get(sch.get_sblock("conv")).annotations
-    return {name: int(notes[_PREFIX + name]) for name in DECISIONS}
+    return {name.removeprefix(_PREFIX): int(value) for name, value in notes.items() if name.startswith(_PREFIX)}
 
 
 class LayerSearch:
     """Proposes decisions for one layer, and learns from what they took."""
 
-    def __init__(self, space: GatherSpace, target: tvm.target.Target, model: Any, batch: int, seed: int = 0) -> None:
+    def __init__(self, space: Space, target: tvm.target.Target, model: Any, batch: int, seed: int = 0) -> None:
         self.space, self.batch, self.model = space, batch, model
+        self.parts = space.parts()
         self.mod = tvm.IRModule({"main": stand_in(space.workload)})
         self.known: set[tuple[int, ...]] = set()
         self._candidates: dict[tuple[int, ...], Any] = {}
@@ -199,27 +204,12 @@ class LayerSearch:
         )
         self.context.pre_tuning(1 << 20, batch, self.context.generate_design_space(), self._database, model)
 
-    def _options(self, vectors: int) -> dict[str, list[int]]:
-        """The values of each decision in the part of the space with so many vectors."""
-        space, default = self.space, self.space.default()
-        options = {
-            "mr": space.register_tiles[vectors],
-            "vectors": [vectors],
-            "step": space.steps,
-            "block_tiles": space.blocks,
-            "segment_taps": space.segments,
-            "depth_block": space.depth_blocks(vectors),
-            "panels_outer": [0, 1],
-        }
-        return {name: sorted({*values, default[name]} if name not in ("mr", "vectors") else values)
-                for name, values in options.items()}  # fmt: skip
-
     def _design_spaces(self, sch: s_tir.Schedule) -> list[s_tir.Schedule]:
         spaces = []
-        for vectors in self.space.register_tiles:
-            part = sch.copy()
-            schedule(part, self._options(vectors), {}, self.space.machine.vector_floats)
-            spaces.append(part)
+        for part in self.parts:
+            copy = sch.copy()
+            schedule(copy, self.space, part, {})
+            spaces.append(copy)
         return spaces
 
     def propose(self) -> list[Decisions]:
@@ -228,7 +218,7 @@ class LayerSearch:
         self._asked = list(self.context.generate_measure_candidates() or [])
         for candidate in self._asked:
             decisions = self.space.normal(decisions_in(candidate.sch))
-            key = _key(decisions)
+            key = self.key(decisions)
             if key not in self.known:
                 self.known.add(key)
                 self._candidates[key] = candidate
@@ -239,12 +229,10 @@ class LayerSearch:
         """What decisions took in seconds (None: they failed), whether they were proposed here or not."""
         candidates, measured = [], []
         for decisions, seconds in results:
-            key = _key(decisions)
+            key = self.key(decisions)
             self.known.add(key)
-            candidate = self._candidates.get(key) or self._pinned(decisions)
-            if candidate is not None:
-                candidates.append(candidate)
-                measured.append(_result(seconds))
+            candidates.append(self._candidates.get(key) or self._pinned(decisions))
+            measured.append(_result(seconds))
         if self._asked:  # the strategy counts what it asked for
             self.context.notify_runner_results(self._asked, [_result(None)] * len(self._asked))
             self._asked = []
@@ -258,19 +246,21 @@ class LayerSearch:
                 )
                 self._database.commit_tuning_record(record)
 
+    def key(self, decisions: Decisions) -> tuple[int, ...]:
+        """The decisions in the order of the space."""
+        return tuple(decisions[name] for name in self.space.names)
+
     def _pinned(self, decisions: Decisions) -> Any:
-        """A candidate of given decisions (the defaults, or a record); None where the space does not hold them."""
-        if decisions["vectors"] not in self.space.register_tiles:
-            return None
-        options = self._options(decisions["vectors"])
-        pinned = {name: min(options[name], key=lambda value: abs(value - decisions[name])) for name in DECISIONS}
+        """A candidate of given decisions (the defaults, or a record), or of the nearest that the space holds."""
+
+        def far(part: Mapping[str, Sequence[int]]) -> int:
+            return sum(decisions[name] not in values for name, values in part.items())
+
+        part = min(self.parts, key=far)
+        pinned = {name: min(part[name], key=lambda value: abs(value - decisions[name])) for name in self.space.names}
         sch = s_tir.Schedule(self.mod)
-        schedule(sch, options, pinned, self.space.machine.vector_floats)
+        schedule(sch, self.space, part, pinned)
         return ms.MeasureCandidate(sch, ms.arg_info.ArgInfo.from_entry_func(self.mod, remove_preproc=True))
-
-
-def _key(decisions: Decisions) -> tuple[int, ...]:
-    return tuple(decisions[name] for name in DECISIONS)
 
 
 def _result(seconds: float | None) -> Any:

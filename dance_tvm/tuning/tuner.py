@@ -19,11 +19,11 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dance_tvm.device.serve import end_with_parent_process
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules.spaces import DECISIONS, SPACES, Decisions, GatherSpace, tile_of
+from dance_tvm.schedules.spaces import SPACES, Decisions, Space
 from dance_tvm.schedules.tiles import Machine
 from dance_tvm.tuning.advice import TunedTiles
 from dance_tvm.tuning.farm import DeviceLostError, Farm
@@ -49,7 +49,7 @@ class Task:
     """One kernel, its search and what came of it. ``before`` and ``after`` are seconds of the verifying run."""
 
     layer: Layer
-    space: GatherSpace
+    space: Space
     results: dict[tuple[int, ...], float | None] = field(default_factory=dict)
     best: float = math.inf
     best_decisions: Decisions = field(default_factory=dict)
@@ -66,9 +66,13 @@ class Task:
         """Trials so far, those of earlier runs included."""
         return len(self.results)
 
+    def key(self, decisions: Decisions) -> tuple[int, ...]:
+        """The decisions in the order of the space."""
+        return tuple(decisions[name] for name in self.space.names)
+
     def note(self, decisions: Decisions, seconds: float | None) -> None:
         """Keep one result."""
-        self.results[tuple(decisions[name] for name in DECISIONS)] = seconds
+        self.results[self.key(decisions)] = seconds
         self.failures += seconds is None
         if seconds is not None and seconds < self.best:
             self.best, self.best_decisions = seconds, decisions
@@ -108,25 +112,29 @@ class Tuner:
         from dance_tvm.tuning.search import new_cost_model
 
         self.target, self.machine, self.farm, self.plan = target, machine, farm, plan
-        self.path = log_path(target, folder=folder)
-        require_writable(self.path)
+        families = sorted({layer.workload.family for layer in layers})
+        self.paths = {family: log_path(target, family, folder) for family in families}
+        for path in self.paths.values():
+            require_writable(path)
         self.on_event = on_event
         self.model, self.model_name = new_cost_model()
         self.tasks = [Task(layer, SPACES[layer.workload.family](machine, layer.workload)) for layer in layers]
         self.stopped = False
         self.lost = ""
         self.made = 0
+        self.unit: Literal["seconds", "emulated instructions"] = "seconds"
         self.problems = self._resume()
 
-    def _resume(self) -> list[tuple[int, str]]:
-        """Take over the trials of earlier runs and the advice of verified records."""
-        log = Log.read(self.path)
+    def _resume(self) -> list[tuple[str, int, str]]:
+        """Take over the trials of earlier runs and the verified records. Gives what was skipped: (file, line, why)."""
+        logs = {family: Log.read(path) for family, path in self.paths.items()}
         for task in self.tasks:
-            earlier = log.records(self.target.fingerprint, task.layer.workload.identity, ("trial", "failed"))
-            for record in earlier:
-                task.note(record.decisions, record.seconds if record.status == "trial" else None)
-        self.advice = TunedTiles(self.target.fingerprint, [log])
-        return log.problems
+            log, identity = logs[task.layer.workload.family], task.layer.workload.identity
+            for record in log.records(self.target.fingerprint, identity, ("trial", "failed")):
+                if task.space.allows(record.decisions):
+                    task.note(record.decisions, record.seconds if record.status == "trial" else None)
+        self.advice = TunedTiles(self.target.fingerprint, list(logs.values()))
+        return [(self.paths[family].name, *problem) for family, log in logs.items() for problem in log.problems]
 
     def run(self) -> None:
         """Search until trials, time or ideas are used up, then verify what was found. Ctrl-C ends both early."""
@@ -167,6 +175,9 @@ class Tuner:
     def _over(self) -> bool:
         return self.stopped or time.monotonic() - self.started > self.plan.time_limit
 
+    def _log(self, task: Task) -> Path:
+        return self.paths[task.layer.workload.family]
+
     def _next(self) -> Task | None:
         open_tasks = [
             task
@@ -205,7 +216,7 @@ class Tuner:
             threads = task.layer.workload.threads
             tvm_target = self.target.tvm_target(threads)
             task.search = LayerSearch(task.space, tvm_target, self.model, BATCH, self.plan.seed)
-            told = [(dict(zip(DECISIONS, key, strict=True)), seconds) for key, seconds in task.results.items()]
+            told = [(dict(zip(task.space.names, key, strict=True)), seconds) for key, seconds in task.results.items()]
             task.search.tell(told)
             seeds = self._seeds(task)
             if seeds:
@@ -215,12 +226,14 @@ class Tuner:
     def _seeds(self, task: Task) -> list[Decisions]:
         """The defaults and what was best for the nearest layers, of this run too."""
         near = [record.decisions for _, _, record in self.advice.ranked(task.layer.workload)[:SEEDS]]
+        family = task.layer.workload.family
         done = [other for other in self.tasks if other is not task and other.best_decisions]
+        done = [other for other in done if other.layer.workload.family == family]
         done.sort(key=lambda other: task.layer.workload.distance(other.layer.workload))
         near += [other.best_decisions for other in done[:SEEDS]]
         found: dict[tuple[int, ...], Decisions] = {}
         for decisions in [task.space.default(), *(task.space.normal(decisions) for decisions in near)]:
-            key = tuple(decisions[name] for name in DECISIONS)
+            key = task.key(decisions)
             if task.space.allows(decisions) and key not in task.results:
                 found[key] = decisions
         return list(found.values())[: SEEDS + 1]
@@ -241,7 +254,7 @@ class Tuner:
     def _build(self, task: Task, decisions: Decisions) -> tuple[Instance, Path, Future]:
         self._number += 1
         path = self._folder / f"trial-{self._number}.so"
-        instance = Instance(task.layer.workload, tile_of(self.machine, decisions))
+        instance = Instance(task.layer.workload, task.space.kernel(decisions))
         return instance, path, self._pool.submit(build_instance, instance, self.target, path)
 
     def _start(self, task: Task, batch: list[Decisions]) -> list[tuple[Decisions, Future]]:
@@ -276,7 +289,9 @@ class Tuner:
             try:
                 with self.farm.session(instance.workload.threads) as session:
                     best = None if task.best == math.inf else task.best
-                    return Loaded.on(session, instance, path).measure(best), session.name, ""
+                    loaded = Loaded.on(session, instance, path)
+                    self.unit = loaded.unit
+                    return loaded.measure(best), session.name, ""
             except DeviceLostError as error:
                 said = f"lost: {error}"
             except DanceError as error:
@@ -295,8 +310,9 @@ class Tuner:
                 self.lost = error if error != "interrupted" else self.lost
                 continue
             status = "trial" if times else "failed"
-            rest = {"status": status, "error": error, "trials": task.trials + 1, "origin": device or self.farm.specs[0]}
-            append(self.path, [new_record(task.layer.workload, self.target, decisions, times, **rest)])
+            rest = {"status": status, "error": error, "trials": task.trials + 1, "unit": self.unit}
+            rest["origin"] = device or self.farm.specs[0]
+            append(self._log(task), [new_record(task.layer.workload, self.target, decisions, times, **rest)])
             seconds = statistics.median(times) if times else None
             task.note(decisions, seconds)
             told.append((decisions, seconds))
@@ -308,7 +324,13 @@ class Tuner:
         if isinstance(getattr(self._pool, "_broken", False), str):
             self._end_pool()
             self._pool = self._new_pool()
-        self.on_event(_batch_sentence(task, told))
+        self.on_event(self._batch_sentence(task, told))
+
+    def _batch_sentence(self, task: Task, told: list[tuple[Decisions, float | None]]) -> str:
+        failed = sum(seconds is None for _, seconds in told)
+        best = f"best {self.shown(task.best)}" if task.best < math.inf else "nothing measured yet"
+        lost = f", {failed} failed" if failed else ""
+        return f"{task.layer.title}: {task.trials} trials{lost}, {best}"
 
     # -- verifying ---------------------------------------------------------------------------------------------------
 
@@ -339,27 +361,31 @@ class Tuner:
             build.result(BUILD_TIMEOUT_S)
         with self.farm.session(task.layer.workload.threads, 4 * self.farm.trial_timeout) as session:
             loaded = [Loaded.on(session, instance, path) for instance, path, _ in built]
+            self.unit = loaded[0].unit
             digests = [each.digest() for each in loaded]
             before, after = interleaved(loaded[0], loaded[1])
             origin = session.name
         if digests[0] != digests[1]:
-            self.on_event(f"{task.layer.names[0]}: the best tile computes something else than the defaults; not kept")
+            self.on_event(f"{task.layer.title}: the best tile computes something else than the defaults; not kept")
             chosen = default
         slow = statistics.median(before)
-        if chosen == default or slow < WORTH_KEEPING * statistics.median(after):
+        if chosen == default or not _is_faster(after, before):
             chosen, after = default, before
         rest = {"default_seconds": float(f"{slow:.4g}"), "trials": task.trials, "origin": origin}
+        rest["unit"] = self.unit
         record = new_record(task.layer.workload, self.target, chosen, after, status="verified", **rest)
-        append(self.path, [record])
+        append(self._log(task), [record])
         task.before, task.after = slow, statistics.median(after)
-        self.on_event(f"{task.layer.names[0]}: {1e3 * slow:.2f} ms before, {1e3 * task.after:.2f} ms after")
+        self.on_event(f"{task.layer.title}: {self.shown(slow)} before, {self.shown(task.after)} after")
+
+    def shown(self, value: float) -> str:
+        """What one call takes, in words."""
+        return f"{1e3 * value:.3f} ms" if self.unit == "seconds" else f"{1e-6 * value:.2f} M instructions"
 
 
-def _batch_sentence(task: Task, told: list[tuple[Decisions, float | None]]) -> str:
-    failed = sum(seconds is None for _, seconds in told)
-    best = f"best {1e3 * task.best:.3f} ms" if task.best < math.inf else "nothing measured yet"
-    lost = f", {failed} failed" if failed else ""
-    return f"{task.layer.names[0]} ({task.layer.workload.density:g}): {task.trials} trials{lost}, {best}"
+def _is_faster(times: list[float], than: list[float]) -> bool:
+    """Whether both the median and the fastest run gain enough: chance seldom moves the two alike."""
+    return all(WORTH_KEEPING * figure(times) <= figure(than) for figure in (statistics.median, min))
 
 
 def _start_worker() -> None:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules.spaces import LISTS, Advice, Workload
+from dance_tvm.schedules.spaces import LISTS, WINOGRAD, WORTH_TRYING, Advice, WinogradSpace, Workload
+from dance_tvm.schedules.winograd_choice import direct_seconds, why_not, winograd_seconds
 
 if TYPE_CHECKING:
+    from dance_tvm.schedules.tiles import Machine
     from dance_tvm.target import Target
 
 
@@ -21,6 +23,13 @@ class Layer:
 
     workload: Workload
     names: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """Its first layer's name, with the family and density where they are not the usual ones."""
+        work = self.workload
+        family = " winograd" if work.family == WINOGRAD else ""
+        return f"{self.names[0]}{family}{f' at {work.density:g}' if work.lists else ''}"
 
     @property
     def count(self) -> int:
@@ -49,31 +58,54 @@ def layers_of(
     densities: Sequence[float] = (),
     lists: Sequence[str] = (),
     only: Sequence[str] = (),
+    conv: Literal["auto", "direct", "winograd"] = "auto",
 ) -> list[Layer]:
     """The distinct kernels of ``model`` with the names of their layers, in order of execution.
 
     ``densities``: at which densities kernels that walk lists are tuned (0.5 unless given). ``lists`` tunes as though
     masks thinned these axes of every convolution. ``only`` keeps layers whose name matches one of the patterns.
+    ``conv``: direct or Winograd kernels alone, or each of the two that a build may choose once it has been tuned.
     Raises DanceError where nothing is left to tune.
     """
     from dance_tvm.frontend import import_model
-    from dance_tvm.transform.pipeline import Options, lower
+    from dance_tvm.transform.pipeline import Options, lower, machine_of
 
     noted = _Noted()
     imported = import_model(model, weights=weights, check=False)
     lowered = lower(imported.mod, target, Options(threads=threads or target.threads, tuning=noted))
     names = [layer.name for layer in lowered.layers if layer.kind != "pool3d"]
-    if not noted.asked:
+    asked = [workload for workload in noted.asked if workload.family != WINOGRAD]
+    if not asked:
         raise DanceError(f"{imported.name} has no tunable layer: it holds neither convolutions nor linear layers")
     layers: dict[str, Layer] = {}
-    for name, workload in zip(names, noted.asked, strict=False):
+    machine = machine_of(target)
+    for name, workload in zip(names, asked, strict=False):
         if only and not any(fnmatch(name, pattern) for pattern in only):
             continue
         for variant in _variants(workload, densities, lists):
-            layers.setdefault(variant.identity, Layer(variant)).names.append(name)
+            for kernel in _families(variant, machine, conv):
+                layers.setdefault(kernel.identity, Layer(kernel)).names.append(name)
     if not layers:
-        raise DanceError(f"no layer of {imported.name} matches {', '.join(only)}: it has {', '.join(names[:12])}")
+        tunable = "with a Winograd kernel " if conv == "winograd" else ""
+        raise DanceError(
+            f"no layer of {imported.name} {tunable}matches {', '.join(only) or '*'}: it has {', '.join(names[:12])}"
+        )
     return list(layers.values())
+
+
+def _families(workload: Workload, machine: Machine, conv: str) -> list[Workload]:
+    """The workload for each family worth tuning: not what is far behind the other, as the model of time has it."""
+    transformed = replace(workload, family=WINOGRAD)
+    space = WinogradSpace(machine, transformed)
+    if conv == "direct" or why_not(space.direct):
+        return [] if conv == "winograd" else [workload]
+    try:
+        other = winograd_seconds(space.kernel(space.default()), machine, workload.threads)
+    except ValueError:
+        return [] if conv == "winograd" else [workload]
+    direct = direct_seconds(space.direct, machine, workload.threads)
+    found = [workload] if conv == "auto" and direct <= WORTH_TRYING * other else []
+    return found + ([transformed] if conv == "winograd" or other <= WORTH_TRYING * direct else [])
 
 
 def _variants(workload: Workload, densities: Sequence[float], lists: Sequence[str]) -> list[Workload]:
