@@ -9,18 +9,19 @@ from ..emit import INT, argument, kernel, number, store, when
 from .emit import BLOCK, compact, launch
 
 
-def plan_channels(samples: int, channels: int, nr: int, name: str = "plan_channels_gpu") -> tirx.PrimFunc:
-    """The planner: mask (samples, channels), nonzero meaning alive → int32 list (samples, 1 + 2 · channels)."""
+def plan_channels(samples: int, channels: int, name: str = "plan_channels_gpu") -> tirx.PrimFunc:
+    """The planner: mask (samples, channels), nonzero meaning alive → the count and the live channels."""
     with kernel(name) as built:
         mask = argument("mask", (samples, channels))
         listed = argument("listed", channel_list_shape(samples, channels), INT)
         with launch(samples, BLOCK) as (sample, thread):
 
-            def list_it(slot: object, channel: object) -> None:
-                store(listed, channel, sample, 1 + slot)  # type: ignore[operator]
-                store(listed, channel * nr, sample, 1 + channels + slot)  # type: ignore[operator]
-
-            total = compact(thread, channels, lambda channel: mask[sample, channel] != number(0.0), list_it)
+            total = compact(
+                thread,
+                channels,
+                lambda channel: mask[sample, channel] != number(0.0),
+                lambda slot, channel: store(listed, channel, sample, 1 + slot),
+            )
             with when(thread == 0):
                 store(listed, total, sample, 0)
     return built.func

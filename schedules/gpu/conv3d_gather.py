@@ -12,31 +12,92 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 from tvm import tirx
 
 from ..channel_plan import channel_list_shape
-from ..conv3d_gather import GatherConv
 from ..emit import ACTIVATIONS, FLOAT, INT, Expr, argument, flat, kernel, lanes, let, number, serial, store, when
+from ..geometry import Window
 from .emit import QUAD, barrier, each_element, integer, launch, parts, pick, read, registers, shared, write, zeros
-from .row_plan import BlockPlan
+from .row_plan import BlockPlan, has_border
 from .tiles import BlockTile
 
 
 @dataclass(frozen=True)
-class BlockConv(GatherConv):
-    """As :class:`GatherConv`; tile and plan are those of blocks. ``dtype`` is how activations and weights are stored."""
+class BlockConv:
+    """One convolution kernel: shapes, which lists it walks, and what is fused behind it.
 
+    The flags are those of :class:`..conv3d_gather.GatherConv`. ``dtype`` is how activations and weights are stored;
+    sums are always float32.
+    """
+
+    window: Window
+    channels_in: int
+    channels_out: int
+    groups: int
     tile: BlockTile
     plan: BlockPlan
+    live_in: bool = False
+    live_out: bool = False
+    residual: bool = False
+    activation: str = ""
+    zero_dead: str = ""
     dtype: str = FLOAT
+
+    @property
+    def depth(self) -> int:
+        """Input channels that one output channel reads."""
+        return self.channels_in // self.groups
+
+    @property
+    def group_out(self) -> int:
+        """Output channels of one convolution group."""
+        return self.channels_out // self.groups
+
+    @property
+    def panels(self) -> int:
+        """Blocks of ``nr`` output channels, over all groups."""
+        return self.groups * -(-self.group_out // self.tile.nr)
 
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        lists = "".join(mark for mark, on in (("i", self.live_in), ("o", self.live_out)) if on)
         tile = self.tile
         sizes = f"b{tile.mr}x{tile.nr}x{tile.step}_t{tile.thread_rows}x{tile.thread_channels}"
-        return f"conv3d_gather_gpu{lists and '_' + lists}_{short(self.dtype)}_{sizes}"
+        return f"conv3d_gather_gpu{self.marks}_{short(self.dtype)}_{sizes}"
+
+    @property
+    def marks(self) -> str:
+        """Which channel lists are walked, for the kernel's name."""
+        lists = "".join(mark for mark, on in (("i", self.live_in), ("o", self.live_out)) if on)
+        return lists and f"_{lists}"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the packed weights: (panels, taps, depth, nr), or (taps, depth, channels_out) for gathered ones."""
+        if self.live_out:
+            return (self.window.taps, self.depth, self.channels_out)
+        return (self.panels, self.window.taps, self.depth, self.tile.nr)
+
+    def pack_weights(self, weight: np.ndarray) -> np.ndarray:
+        """Pack float32 weights (C_out, C_in / groups, KT, KH, KW) the way the kernel reads them."""
+        taps_last = weight.reshape(self.channels_out, self.depth, self.window.taps)
+        if self.live_out:
+            return np.ascontiguousarray(taps_last.transpose(2, 1, 0), self.dtype)
+        per_group = self.panels // self.groups
+        padded = np.zeros((self.groups, per_group * self.tile.nr, self.depth, self.window.taps), self.dtype)
+        padded[:, : self.group_out] = taps_last.reshape(self.groups, self.group_out, self.depth, self.window.taps)
+        blocks = padded.reshape(self.panels, self.tile.nr, self.depth, self.window.taps)
+        return np.ascontiguousarray(blocks.transpose(0, 3, 2, 1))
+
+    @property
+    def bias_size(self) -> int:
+        """Length of the packed bias, which stays float32."""
+        return self.channels_out
+
+    def pack_bias(self, bias: np.ndarray) -> np.ndarray:
+        """The bias as it is."""
+        return np.ascontiguousarray(bias, FLOAT)
 
 
 def short(dtype: str) -> str:
@@ -106,7 +167,7 @@ class Arguments:
     def beside(self, row: Expr, column: Expr) -> list[Expr]:
         """Conditions under which a position lies in the picture; none where every tap always does."""
         _, height, width = self.conv.window.size
-        if not self.conv.plan.window.has_border:  # type: ignore[attr-defined]
+        if not has_border(self.conv.window):
             return []
         return [row >= 0, row < height, column >= 0, column < width]
 
@@ -114,27 +175,15 @@ class Arguments:
         """Row and column in the picture of the first tap of an output position."""
         window = self.conv.window
         _, out_h, out_w = window.out
-        row = tirx.floormod(tirx.floordiv(row_out, out_w), out_h) * window.stride[1] - window.padding[1]
-        return row, tirx.floormod(row_out, out_w) * window.stride[2] - window.padding[2]
+        row = tirx.truncmod(tirx.truncdiv(row_out, out_w), out_h) * window.stride[1] - window.padding[1]
+        return row, tirx.truncmod(row_out, out_w) * window.stride[2] - window.padding[2]
 
     def finish(self, value: Expr, target: Expr, channel: Expr, count: int) -> None:
         """Bias, residual, activation, and the store."""
-        value = value + self.bias_at(channel, count)
+        value = value + self.bias[lanes(channel, count)]
         if self.residual is not None:
             value = value + read(self.residual, target, count)
         write(self.y, self.finished(ACTIVATIONS[self.conv.activation](value, count), channel, count), target, count)
-
-    def bias_at(self, channel: Expr, count: int) -> Expr:
-        """The bias of output channels ``channel …``."""
-        return self.bias[lanes(self.bias_place(channel), count)]
-
-    def bias_place(self, channel: Expr) -> Expr:
-        """Where the bias of an output channel lies in the packed bias."""
-        conv = self.conv
-        padded = conv.bias_size // conv.groups
-        if conv.groups == 1 or padded == conv.group_out:
-            return channel
-        return tirx.floordiv(channel, conv.group_out) * padded + tirx.floormod(channel, conv.group_out)
 
     def finished(self, value: Expr, channel: Expr, count: int) -> Expr:
         """What is stored for output channels ``channel …``."""
@@ -302,22 +351,21 @@ class GatherEmitter:
     def _fetch_rows(self, base: Expr) -> None:
         """Each thread fetches the same ``vector`` terms of several rows."""
         conv, count = self.conv, self.vector
-        window = conv.window
-        place = self._row_place()
-        term = self._term(let(base + place[0] * count))
+        across, rows = self._row_place()
+        term = self._term(let(base + across * count))
         offset, down, right = (let(value) for value in term.taps)
         start = 0
         if conv.groups > 1:
             start = tirx.floordiv(self.panel, conv.panels // conv.groups) * conv.depth
-        channel = let(term.channel + start)
-        for turn, row in enumerate(place[1]):
-            corner = (self.row_corner[row] + down, self.row_corner[self.tile.mr + row] + right)
-            inside = tirx.all(term.inside, *self.args.beside(*(let(value) for value in corner)))
-            source = let((self.row_in[row] + offset) * conv.channels_in + channel)
-            value = let(pick(let(inside), read(self.args.x, source, count), zeros(count)))
+        # Counted in vectors, so that TVM sees that a load is aligned.
+        channel = let(tirx.truncdiv(term.channel + start, count))
+        for turn, row in enumerate(rows):
+            corner = (let(self.row_corner[row] + down), let(self.row_corner[self.tile.mr + row] + right))
+            inside = let(tirx.all(term.inside, *self.args.beside(*corner)))
+            source = let((self.row_in[row] + offset) * (conv.channels_in // count) + channel)
+            value = let(pick(inside, read(self.args.x, source * count, count), zeros(count)))
             for index, part in enumerate(parts(value, count)):
                 store(self.fetched_x, part, turn * count + index)
-        del window
 
     def _row_place(self) -> tuple[Expr, list[Expr]]:
         """Which terms of a step this thread fetches, and for which rows."""

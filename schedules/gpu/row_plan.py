@@ -32,15 +32,15 @@ class PredicatedWindow(Window):
         """All taps of rows and columns; frame taps as they are."""
         return super().live_taps(axis, index) if axis == 0 else tuple(range(self.kernel[axis]))
 
-    @property
-    def has_border(self) -> bool:
-        """Whether any tap falls beside the picture."""
-        return any(
-            not 0 <= self.source(axis, index, tap) < self.size[axis]
-            for axis in (1, 2)
-            for index in (0, self.out[axis] - 1)
-            for tap in (0, self.kernel[axis] - 1)
-        )
+
+def has_border(window: Window) -> bool:
+    """Whether any tap falls beside the picture."""
+    return any(
+        not 0 <= window.source(axis, index, tap) < window.size[axis]
+        for axis in (1, 2)
+        for index in (0, window.out[axis] - 1)
+        for tap in (0, window.kernel[axis] - 1)
+    )
 
 
 @dataclass(frozen=True)

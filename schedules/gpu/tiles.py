@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..conv3d_gather import Tile
 from ..geometry import Window
 from .emit import QUAD
 
@@ -28,14 +27,17 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class BlockTile(Tile):
+class BlockTile:
     """Tile of one block of threads: ``mr`` rows × ``nr`` output channels, ``step`` values of the sum at a time.
 
     Each thread accumulates ``thread_rows`` × ``thread_channels`` in registers.
     """
 
-    thread_rows: int = 8
-    thread_channels: int = 8
+    mr: int
+    nr: int
+    step: int
+    thread_rows: int
+    thread_channels: int
 
     @property
     def threads(self) -> int:
@@ -52,21 +54,6 @@ class BlockTile(Tile):
         """Registers that a thread needs, roughly: sums, what it multiplies, what it fetches ahead, addresses."""
         fetched = self.step * (self.mr + self.nr) // self.threads
         return self.thread_rows * (self.thread_channels + 1) + self.thread_channels + fetched + 32
-
-
-def block_tile(mr: int, nr: int, step: int, thread_rows: int, thread_channels: int) -> BlockTile:
-    """A tile by its decisions."""
-    return BlockTile(
-        mr,
-        nr // QUAD,
-        QUAD,
-        step,
-        block_tiles=1,
-        segment_taps=1 << 20,
-        panels_outer=False,
-        thread_rows=thread_rows,
-        thread_channels=thread_channels,
-    )
 
 
 def is_whole(tile: BlockTile) -> bool:
@@ -86,7 +73,7 @@ def candidates(gpu: Gpu) -> Iterator[BlockTile]:
                 for rows, channels in ((8, 8), (8, 4), (4, 8), (4, 4)):
                     if rows > mr or channels > nr:
                         continue
-                    tile = block_tile(mr, nr, step, rows, channels)
+                    tile = BlockTile(mr, nr, step, rows, channels)
                     if gpu.warp <= tile.threads <= gpu.block_threads and is_whole(tile) and _fits(gpu, tile):
                         yield tile
 
