@@ -5,7 +5,7 @@ NaN lies where nothing may be read. The same kernels are built for CUDA; no GPU 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -17,10 +17,16 @@ from dance_tvm.errors import DanceError
 from dance_tvm.schedules.channel_plan import channel_list_shape
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.gpu.channel_plan import plan_channels
+from dance_tvm.schedules.gpu.conv3d_direct import DirectConv, LinearConv, conv3d_direct, is_few_rows, linear
 from dance_tvm.schedules.gpu.conv3d_gather import BlockConv, conv3d_gather
+from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv, conv3d_kgs, plan_columns
+from dance_tvm.schedules.gpu.mask_window import grow
+from dance_tvm.schedules.gpu.pool3d import BlockPool, pool3d
 from dance_tvm.schedules.gpu.row_plan import block_plan, plan_rows
 from dance_tvm.schedules.gpu.tiles import BlockTile
+from dance_tvm.schedules.mask_window import grow_backward, grow_forward, grown_shape
 from dance_tvm.schedules.row_plan import plan_rows as plan_rows_on_cpu
+from dance_tvm.transform.kernel_groups import find_kernel_groups
 
 CPU = tvm.target.Target({"kind": "llvm"})
 NEVER = -(2**31)
@@ -32,6 +38,13 @@ def device() -> OpenCLSession:
         return OpenCLSession(optimise=False)
     except DanceError as error:
         pytest.skip(str(error))
+
+
+def run_on_cpu(func: tvm.tirx.PrimFunc, inputs: list[np.ndarray], outputs: list[np.ndarray]) -> list[np.ndarray]:
+    built = tvm.compile(tvm.IRModule({"main": func.with_attr("global_symbol", "main")}), target=CPU)
+    tensors = [tvm.runtime.tensor(array) for array in [*inputs, *outputs]]
+    built["main"](*tensors)
+    return [each.numpy() for each in tensors[len(inputs) :]]
 
 
 def some(shape: tuple[int, ...], share: float, seed: int) -> np.ndarray:
@@ -137,19 +150,32 @@ def listed(device: OpenCLSession, live: np.ndarray) -> np.ndarray:
 
 def run(device: OpenCLSession, case: Case) -> None:
     conv = case.conv()
-    data, masks = data_of(case, conv), case.masks(conv)
-    args = [data["poisoned"], conv.pack_weights(data["weight"]), conv.pack_bias(data["bias"]), conv.plan.tap_entries]
+    compare(device, case, conv, conv3d_gather(conv))
+
+
+def compare(
+    device: OpenCLSession,
+    case: Case,
+    conv: BlockConv,
+    kernel: tvm.tirx.PrimFunc,
+    data: dict[str, np.ndarray] | None = None,
+    weights: np.ndarray | None = None,
+    lists: list[np.ndarray] | None = None,
+) -> None:
+    """Run ``kernel`` between its planners and PyTorch; ``lists`` stand for those of channels where they are given."""
+    data, masks = data or data_of(case, conv), case.masks(conv)
+    weights = conv.pack_weights(data["weight"]) if weights is None else weights
+    args = [data["poisoned"], weights, conv.pack_bias(data["bias"]), conv.plan.tap_entries]
     args += planned(device, conv, masks)
-    if case.live_in is not None:
-        args.append(listed(device, case.live_in))
-    if case.live_out is not None:
-        args.append(listed(device, case.live_out))
+    if lists is None:
+        lists = [listed(device, live) for live in (case.live_in, case.live_out) if live is not None]
+    args += lists
     if case.zero_dead:
         args += [masks[key] for key in ("out_frames", "positions") if key in masks]
     if case.residual:
         args.append(data["residual"])
     blank = np.full((case.batch, *case.window.out, case.channels_out), np.nan, "float32")
-    (found,) = device.call(conv3d_gather(conv), args, [blank])
+    (found,) = device.call(kernel, args, [blank])
     expected, computed, zero = expected_of(case, data)
     assert np.array_equal(found[computed], expected[computed].astype("float32"))
     assert not found[zero].any()
@@ -201,8 +227,123 @@ def test_rows_are_listed_as_on_the_cpu(device, samples, positions):
     plan = block_plan(window, 16, samples, positions is not None, True, positions)
     inputs = [some(shape, 0.6, 7).astype("float32") for shape in plan.masks.values()] + list(plan.tables.values())
     found = device.call(plan_rows(plan), inputs, [np.zeros(shape, "int32") for shape in plan.shapes.values()])
-    built = tvm.compile(tvm.IRModule({"plan": plan_rows_on_cpu(plan)}), target=CPU)
-    expected = [tvm.runtime.tensor(np.zeros(shape, "int32")) for shape in plan.shapes.values()]
-    built["plan"](*(tvm.runtime.tensor(array) for array in inputs), *expected)
+    expected = run_on_cpu(plan_rows_on_cpu(plan), inputs, [np.zeros(shape, "int32") for shape in plan.shapes.values()])
     for name, got, want in zip(plan.shapes, found, expected, strict=True):
-        assert name == "frame_slots" or np.array_equal(got, want.numpy()), name
+        assert name == "frame_slots" or np.array_equal(got, want), name
+
+
+DIRECT = {
+    "depthwise": Case(channels_in=12, groups=12, residual=True),
+    "few channels a group": Case(channels_in=12, channels_out=18, groups=6, stride=(1, 2, 2), padding=(1, 0, 1)),
+    "depthwise, thinned": Case(
+        batch=2, channels_in=12, groups=12, out_frames=some((2, 3), 0.5, 1), live_out=some((2, 12), 0.5, 2)
+    ),
+}
+FEW_ROWS = {
+    "linear": Case(batch=3, size=(1, 1, 1), kernel=(1, 1, 1), padding=(0, 0, 0), channels_in=70, channels_out=45),
+    "linear, thinned": Case(
+        batch=2, size=(1, 1, 1), kernel=(1, 1, 1), padding=(0, 0, 0), channels_in=70, channels_out=45,
+        live_in=some((2, 70), 0.4, 1), live_out=some((2, 45), 0.4, 2),
+    ),
+}  # fmt: skip
+
+
+def special(case: Case, kind: type[BlockConv], rows: int) -> BlockConv:
+    conv = replace(case, tile=BlockTile(rows, 4, 4, 4, 4)).conv()
+    return kind(**{name: getattr(conv, name) for name in conv.__dataclass_fields__})
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_grouped_convolution_equals_pytorch(device, name):
+    case = DIRECT[name]
+    conv = special(case, DirectConv, 8)
+    compare(device, case, conv, conv3d_direct(conv))
+
+
+@pytest.mark.parametrize("name", FEW_ROWS)
+def test_linear_layer_equals_pytorch(device, name):
+    case = FEW_ROWS[name]
+    conv = special(case, LinearConv, case.batch if case.live_in is None else 1)
+    assert is_few_rows(conv)
+    compare(device, case, conv, linear(conv))
+
+
+GROUPS = {
+    "kgs": Case(channels_in=16, channels_out=40, residual=True),
+    "kgs, odd": Case(batch=2, channels_in=13, channels_out=21, stride=(1, 2, 1)),
+    "kgs, frames": Case(batch=2, size=(5, 4, 3), in_frames=some((2, 5), 0.5, 1), out_frames=some((2, 5), 0.6, 2)),
+    "kgs, channels": Case(
+        batch=2, channels_in=16, channels_out=24, live_in=some((2, 16), 0.5, 1), live_out=some((2, 24), 0.4, 2),
+        positions=some((1, 1, 5, 6), 0.5, 4),
+    ),
+    "kgs, nothing left": Case(channels_in=8, channels_out=16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_kernel_groups_equal_pytorch(device, name):
+    case = replace(GROUPS[name], tile=BlockTile(64, 8, 8, 4, 4))
+    share = 0.0 if "nothing" in name else 0.4
+    plain = case.conv()
+    data = data_of(case, plain)
+    rng = np.random.default_rng(9)
+    groups, taps = -(-case.channels_out // 8), plain.window.taps
+    kept = (rng.random((groups, plain.depth, taps)) < share).repeat(8, 0)[: case.channels_out]
+    data["weight"] *= kept.reshape(data["weight"].shape)
+    found = find_kernel_groups(data["weight"], 8, 1)
+    conv = GroupConv(
+        **{field: getattr(plain, field) for field in plain.__dataclass_fields__}, columns=len(found.columns)
+    )
+    lists = [found.column_ptr[None], conv.static_columns(found.columns, found.column_ptr)]
+    if case.live_in is not None:
+        blank = [np.full(shape, NEVER, "int32") for shape in conv.column_shapes.values()]
+        mask = case.live_in.astype("float32")
+        blank.append(np.zeros((conv.plan.samples, 1), "int32"))
+        lists = device.call(plan_columns(conv), [mask, *lists], blank)[:2]
+    if case.live_out is not None:
+        lists.append(case.live_out.astype("float32"))
+    weights = conv.pack_columns(found.weights)
+    compare(device, case, conv, conv3d_kgs(conv), data, weights, lists)
+
+
+POOLS = {
+    "max": ("max", Window(2, (4, 7, 5), (2, 3, 2), (2, 3, 2), (2, 2, 2)), {}),
+    "padded average": ("avg", Window(1, (4, 6, 5), (4, 6, 5), (3, 3, 3), (1, 1, 1), (1, 1, 1)), {}),
+    "counted average": (
+        "avg", Window(1, (4, 6, 5), (4, 6, 5), (3, 3, 3), (1, 1, 1), (1, 1, 1)), {"count_padding": True}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POOLS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_pools_equal_pytorch(device, name, masked):
+    kind, window, options = POOLS[name]
+    x = np.random.default_rng(0).integers(-9, 9, (window.batch, *window.size, 5)).astype("float32")
+    pool = BlockPool(window, 5, kind, 4, in_frames=masked, out_frames=masked, **options)
+    in_frames, out_frames = some((window.batch, window.size[0]), 0.5, 1), some((window.batch, window.out[0]), 0.5, 2)
+    masks = [in_frames.astype("float32"), out_frames.astype("float32")] if masked else []
+    given = np.where(in_frames[..., None, None, None], x, np.nan).astype("float32") if masked else x
+    blank = np.full((window.batch, *window.out, 5), np.nan, "float32")
+    (found,) = device.call(pool3d(pool), [given, *masks], [blank])
+    data = torch.from_numpy(np.nan_to_num(given)).permute(0, 4, 1, 2, 3)
+    sizes = (list(window.kernel), list(window.stride), list(window.padding))
+    if kind == "max":
+        expected = torch.nn.functional.max_pool3d(data, *sizes)
+    else:
+        expected = torch.nn.functional.avg_pool3d(data, *sizes, count_include_pad=pool.count_padding)
+    want = expected.permute(0, 2, 3, 4, 1).numpy() * (out_frames[..., None, None, None] if masked else 1)
+    np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_masks_grow_as_on_the_cpu(device, forward):
+    window = Window(2, (5, 6, 9), (3, 6, 4), (3, 3, 2), (2, 1, 2), (1, 1, 0))
+    for flat in (False, True):
+        extents = window.size if forward else window.out
+        field = (2, 1 if flat else extents[0], *extents[1:])
+        mask = some(field, 0.2, 5).astype("float32")
+        shape = grown_shape(window, field, forward)
+        (found,) = device.call(grow(window, field, forward), [mask], [np.full(shape, np.nan, "float32")])
+        on_cpu = (grow_forward if forward else grow_backward)(window, field)
+        assert np.array_equal(found, run_on_cpu(on_cpu, [mask], [np.zeros(shape, "float32")])[0])

@@ -220,6 +220,8 @@ class GatherEmitter:
 
     def __init__(self, conv: BlockConv) -> None:
         self.conv, self.tile = conv, conv.tile
+        #: Whether a panel is any ``nr`` live output channels, or ``nr`` consecutive ones.
+        self.gathers = conv.live_out
 
     def emit(self) -> None:
         conv, tile = self.conv, self.tile
@@ -239,7 +241,7 @@ class GatherEmitter:
 
     def _panel_alive(self, panel: Expr) -> list[Expr]:
         """Conditions under which the panel has anything to compute."""
-        if not self.conv.live_out:
+        if not self.gathers:
             return []
         return [panel * self.tile.nr < self.args.out_channels[self.sample, 0]]
 
@@ -288,7 +290,7 @@ class GatherEmitter:
             down, right = args.corner(target)
             store(self.row_corner, down, row)
             store(self.row_corner, right, tile.mr + row)
-        if self.conv.live_out:
+        if self.gathers:
             self.columns = shared((tile.nr,), INT)
             with self._spread(tile.nr) as index:
                 last = args.out_channels[self.sample, 0] - 1
@@ -329,7 +331,7 @@ class GatherEmitter:
             channel = let(safe - turn * conv.depth)
         entry = let((self.first_tap + turn) * 4)
         row = let(taps[entry] * conv.depth + channel)
-        if conv.live_out:
+        if self.gathers:
             weights = row * conv.channels_out
         else:
             weights = (self.panel * (conv.window.taps * conv.depth) + row) * tile.nr
@@ -380,7 +382,7 @@ class GatherEmitter:
     def _weight_place(self) -> Iterator[tuple[Expr, Expr, int]]:
         """Term within a step and output channel within the panel of each fetch, and how many channels it brings."""
         tile = self.tile
-        count = 1 if self.conv.live_out else QUAD
+        count = 1 if self.gathers else QUAD
         while tile.step * tile.nr < count * tile.threads:
             count //= 2
         across = tile.nr // count
@@ -391,7 +393,7 @@ class GatherEmitter:
     def _fetch_weights(self, base: Expr) -> None:
         for turn, (of_step, column, count) in enumerate(self._weight_place()):
             term = self._term(let(base + of_step))
-            at = self.columns[column] if self.conv.live_out else column
+            at = self.columns[column] if self.gathers else column
             value = let(pick(term.inside, read(self.args.weights, term.weights + at, count), zeros(count)))
             for index, part in enumerate(parts(value, count)):
                 store(self.fetched_w, part, turn * count + index)
@@ -446,7 +448,7 @@ class GatherEmitter:
         per_group = conv.panels // conv.groups
         group = 0 if conv.groups == 1 else tirx.floordiv(self.panel, per_group)
         within = self.panel if conv.groups == 1 else tirx.floormod(self.panel, per_group)
-        whole = not conv.live_out and conv.group_out % tile.nr == 0 and conv.channels_out % QUAD == 0
+        whole = not self.gathers and conv.group_out % tile.nr == 0 and conv.channels_out % QUAD == 0
         for quad, row in enumerate(self._rows_of_thread()):
             for index in range(QUAD):
                 target = let(self.row_out[row + index] * conv.channels_out)
@@ -463,7 +465,7 @@ class GatherEmitter:
     def _store_one_by_one(self, target: Expr, column: Expr, place: Expr, group: Expr, first: int) -> None:
         conv = self.conv
         for part in range(QUAD):
-            if conv.live_out:
+            if self.gathers:
                 inside = place + part < self.args.out_channels[self.sample, 0]
                 channel = self.columns[column + part]
             else:

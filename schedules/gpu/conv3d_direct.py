@@ -1,0 +1,177 @@
+"""Convolutions that no tile fits, on a GPU: groups of few channels (depthwise), and linear layers of few rows.
+
+Depthwise: one thread an output value, output channels next to each other. Few rows: the weights are read once and
+nothing else counts, so a block takes 32 output channels and shares the input channels out over its threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import tirx
+
+from ..emit import Expr, ceil_div, kernel, let, number, serial, store, when
+from .conv3d_gather import Arguments, BlockConv, short
+from .emit import BLOCK, barrier, integer, launch, pick, read, registers, shared
+
+#: Output channels of a block of :func:`linear`, and how many ways its sums are split.
+COLUMNS, SLICES = 32, 8
+#: Rows up to which a linear layer is bound by reading its weights.
+FEW_ROWS = 8
+
+
+@dataclass(frozen=True)
+class DirectConv(BlockConv):
+    """A convolution with one thread an output value; of the tile only ``mr`` counts."""
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as docs/kernels.md decodes it."""
+        return f"conv3d_direct_gpu{self.marks}_{short(self.dtype)}_b{self.tile.mr}"
+
+    @property
+    def panels(self) -> int:
+        """Weights are not packed in panels."""
+        return 1
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(taps, depth, channels_out)."""
+        return (self.window.taps, self.depth, self.channels_out)
+
+    def pack_weights(self, weight: np.ndarray) -> np.ndarray:
+        """Put output channels innermost."""
+        taps_last = weight.reshape(self.channels_out, self.depth, self.window.taps)
+        return np.ascontiguousarray(taps_last.transpose(2, 1, 0), self.dtype)
+
+
+@dataclass(frozen=True)
+class LinearConv(DirectConv):
+    """A linear layer of at most :data:`FEW_ROWS` rows, all in one tile."""
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as docs/kernels.md decodes it."""
+        return f"linear_gpu{self.marks}_{short(self.dtype)}_r{self.tile.mr}"
+
+
+def _place(conv: BlockConv, args: Arguments, sample: Expr, slot: Expr) -> tuple[Expr, Expr]:
+    """Output channel of ``slot`` among those computed, and whether there is one."""
+    if not conv.live_out:
+        return slot, slot < conv.channels_out
+    live = args.out_channels[sample, 0]
+    listed = args.out_channels[sample, 1 + tirx.max(tirx.min(slot, live - 1), 0)]
+    return pick(live > 0, listed, integer(0)), slot < live
+
+
+def conv3d_direct(conv: DirectConv) -> tirx.PrimFunc:
+    """Emit the kernel; parameters as of the gathered convolution."""
+    tiles, rows = conv.plan.tiles_capacity, conv.tile.mr
+    blocks = -(-rows * conv.channels_out // BLOCK)
+    with kernel(conv.name) as built:
+        args = Arguments(conv)
+        args.zero_dead()
+        with launch(conv.plan.samples * tiles * blocks, BLOCK) as (block, thread):
+            current = let(tirx.floormod(tirx.floordiv(block, blocks), tiles))
+            sample = let(tirx.floordiv(block, blocks * tiles)) if conv.plan.samples > 1 else integer(0)
+            index = let(tirx.floormod(block, blocks) * BLOCK + thread)
+            row = let(tirx.floordiv(index, conv.channels_out))
+            slot = let(tirx.floormod(index, conv.channels_out))
+            with when(tirx.all(current < args.lists["counts"][sample, 1], row < rows)):
+                channel, there = _place(conv, args, sample, slot)
+                with when(let(there)):
+                    _sum_of_one(conv, args, sample, current, row, let(channel))
+    return built.func
+
+
+def _sum_of_one(conv: BlockConv, args: Arguments, sample: Expr, current: Expr, row: Expr, channel: Expr) -> None:
+    """One output value."""
+    source = let(args.lists["rows_in"][sample, current, row])
+    target = let(args.lists["rows_out"][sample, current, row])
+    down, right = (let(value) for value in args.corner(target))
+    first, taps = args.tap_range(sample, current)
+    start = let(tirx.floordiv(channel, conv.group_out) * conv.depth)
+    live = let(args.in_channels[sample, 0]) if conv.live_in else conv.depth
+    acc = registers((1,))
+    store(acc, number(0.0), 0)
+    with serial(taps) as turn:
+        entry = let((first + turn) * 4)
+        tap, offset = let(args.taps[entry]), let(args.taps[entry + 1])
+        inside = args.beside(let(down + args.taps[entry + 2]), let(right + args.taps[entry + 3]))
+
+        def add() -> None:
+            with serial(live) as at:
+                k = let(args.in_channels[sample, 1 + at]) if conv.live_in else at
+                value = read(args.x, (source + offset) * conv.channels_in + start + k)
+                weight = read(args.weights, (tap * conv.depth + k) * conv.channels_out + channel)
+                store(acc, acc[0] + value * weight, 0)
+
+        if inside:
+            with when(tirx.all(*inside)):
+                add()
+        else:
+            add()
+    args.finish(acc[0], target * conv.channels_out + channel, channel, 1)
+
+
+def linear(conv: LinearConv) -> tirx.PrimFunc:
+    """Emit the kernel; parameters as of the gathered convolution."""
+    rows, blocks = conv.tile.mr, -(-conv.channels_out // COLUMNS)
+    with kernel(conv.name) as built:
+        args = Arguments(conv)
+        args.zero_dead()
+        with launch(conv.plan.samples * blocks, COLUMNS * SLICES) as (block, thread):
+            sample = let(tirx.floordiv(block, blocks)) if conv.plan.samples > 1 else integer(0)
+            column, part = let(tirx.floormod(thread, COLUMNS)), let(tirx.floordiv(thread, COLUMNS))
+            channel, there = _place(conv, args, sample, let(tirx.floormod(block, blocks) * COLUMNS + column))
+            channel, there = let(tirx.min(channel, conv.channels_out - 1)), let(there)
+            sums, acc = shared((SLICES * rows * COLUMNS,)), registers((rows,))
+            some = let(args.lists["counts"][sample, 1] > 0)
+            for row in range(rows):
+                store(acc, number(0.0), row)
+            with when(some):
+                _slice_of_sums(conv, args, sample, part, channel, acc)
+            for row in range(rows):
+                store(sums, acc[row], (part * rows + row) * COLUMNS + column)
+            barrier()
+            with serial(ceil_div(integer(rows), SLICES)) as turn:
+                row = let(turn * SLICES + part)
+                with when(tirx.all(some, there, row < rows)):
+                    _finish_row(conv, args, sample, row, column, channel, sums)
+    return built.func
+
+
+def _slice_of_sums(
+    conv: BlockConv, args: Arguments, sample: Expr, part: Expr, channel: Expr, acc: tirx.Buffer
+) -> None:
+    """Add up every ``SLICES``-th input channel."""
+    rows = conv.tile.mr
+    sources = [let(args.lists["rows_in"][sample, 0, row] * conv.channels_in) for row in range(rows)]
+    live = let(args.in_channels[sample, 0]) if conv.live_in else integer(conv.depth)
+    with serial(ceil_div(tirx.max(live - part, 0), SLICES)) as turn:
+        at = let(turn * SLICES + part)
+        k = let(args.in_channels[sample, 1 + at]) if conv.live_in else at
+        weight = let(read(args.weights, k * conv.channels_out + channel))
+        for row, source in enumerate(sources):
+            store(acc, acc[row] + read(args.x, source + k) * weight, row)
+
+
+def _finish_row(
+    conv: BlockConv, args: Arguments, sample: Expr, row: Expr, column: Expr, channel: Expr, sums: tirx.Buffer
+) -> None:
+    total = registers((1,))
+    store(total, number(0.0), 0)
+    for part in range(SLICES):
+        store(total, total[0] + sums[(part * conv.tile.mr + row) * COLUMNS + column], 0)
+    target = let(args.lists["rows_out"][sample, 0, row])
+    args.finish(total[0], target * conv.channels_out + channel, channel, 1)
+
+
+def is_few_rows(conv: BlockConv) -> bool:
+    """Whether :func:`linear` can compute it: one tap, no groups, few rows in one tile."""
+    window = conv.window
+    rows = window.positions_out // conv.plan.samples
+    return window.taps == 1 and conv.groups == 1 and rows <= FEW_ROWS and window.size == window.out
+
+

@@ -1,0 +1,210 @@
+"""Convolution with kernel-group structured sparsity on a GPU: the gathered one, its terms being listed columns.
+
+A block computes one kernel group of ``nr`` filters. The columns of a group are listed tap by tap, so those of a tile's
+taps are one stretch of the list, from its first tap to its last; columns of a dead frame in between count as zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import tirx
+
+from ..emit import INT, Expr, argument, ceil_div, kernel, lanes, let, number, serial, store, when
+from .conv3d_gather import Arguments, BlockConv, GatherEmitter, Term, short
+from .emit import BLOCK, compact, each_element, integer, launch, pick, registers
+
+
+@dataclass(frozen=True)
+class GroupConv(BlockConv):
+    """As :class:`BlockConv`, with ``tile.nr`` filters in a group and ``columns`` columns over all groups.
+
+    ``live_out``: a mask (samples, C_out) of live output channels is given; groups without any are skipped, and dead
+    channels of other groups are stored as zeros.
+    """
+
+    columns: int = 0
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as docs/kernels.md decodes it."""
+        tile = self.tile
+        sizes = f"b{tile.mr}x{tile.nr}x{tile.step}_t{tile.thread_rows}x{tile.thread_channels}"
+        return f"conv3d_kgs_gpu{self.marks}_{short(self.dtype)}_{sizes}"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(columns, nr); a layer without any column keeps one that no list names."""
+        return (max(1, self.columns), self.tile.nr)
+
+    @property
+    def column_samples(self) -> int:
+        """Column lists given: one for each sample where input channels die at run time, else one."""
+        return self.plan.samples if self.live_in else 1
+
+    @property
+    def column_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the int32 lists: where each group and tap begins; channel, tap and weights of each column."""
+        return {
+            "column_starts": (self.column_samples, self.panels, self.window.taps + 1),
+            "columns": (self.column_samples, 3, max(1, self.columns)),
+        }
+
+    def static_columns(self, columns: np.ndarray, column_ptr: np.ndarray) -> np.ndarray:
+        """The ``columns`` list when no channel dies at run time, from each column's channel and where taps begin."""
+        listed = np.zeros((1, 3, max(1, self.columns)), INT)
+        taps = np.tile(np.arange(self.window.taps), self.panels)
+        listed[0, 0, : self.columns] = columns
+        listed[0, 1, : self.columns] = np.repeat(taps, np.diff(column_ptr, axis=1).reshape(-1))
+        listed[0, 2, : self.columns] = np.arange(self.columns) * self.tile.nr
+        return listed
+
+    def pack_columns(self, weights: np.ndarray) -> np.ndarray:
+        """The weights of the columns, (columns, nr), as the kernel reads them."""
+        packed = np.zeros(self.weight_shape, self.dtype)
+        packed[: len(weights)] = weights
+        return packed
+
+
+def plan_columns(conv: GroupConv, name: str = "plan_columns_gpu") -> tirx.PrimFunc:
+    """Thin the column lists by a mask of live input channels.
+
+    Parameters: mask (samples, C_in) float32, column_starts (1, groups, taps + 1) and columns (1, 3, columns) of the
+    weights, then the two lists of each sample, filled.
+    """
+    samples, panels, entries = conv.plan.samples, conv.panels, conv.window.taps + 1
+    with kernel(name) as built:
+        mask = argument("mask", (samples, conv.channels_in))
+        starts = argument("starts", (1, panels, entries), INT)
+        static = argument("static", (1, 3, max(1, conv.columns)), INT)
+        out_starts, out_columns = (argument(key, shape, INT) for key, shape in conv.column_shapes.items())
+        used = argument("used", (samples, 1), INT)
+        with launch(samples, BLOCK) as (sample, thread):
+
+            def list_it(slot: Expr, column: Expr) -> None:
+                for field in range(3):
+                    store(out_columns, static[0, field, column], sample, field, slot)
+
+            def alive(column: Expr) -> Expr:
+                return mask[sample, let(static[0, 0, column])] != number(0.0)
+
+            total = compact(thread, conv.columns, alive, list_it)
+            with when(thread == 0):
+                store(used, total, sample, 0)
+        with each_element(samples * panels * entries) as index:
+            sample, entry = let(tirx.floordiv(index, panels * entries)), let(tirx.floormod(index, panels * entries))
+            panel, tap = tirx.floordiv(entry, entries), tirx.floormod(entry, entries)
+            begin = let(starts[0, panel, tap] * conv.tile.nr)
+            store(out_starts, _first_from(out_columns, sample, used[sample, 0], begin), sample, panel, tap)
+    return built.func
+
+
+def _first_from(columns: tirx.Buffer, sample: Expr, used: Expr, begin: Expr) -> Expr:
+    """The first of ``used`` listed columns whose weights lie at ``begin`` or behind; the list is sorted by them."""
+    bounds = registers((2,), INT)
+    store(bounds, integer(0), 0)
+    store(bounds, used, 1)
+    with serial(int(columns.shape[2]).bit_length()), when(bounds[0] < bounds[1]):
+        middle = let(tirx.floordiv(bounds[0] + bounds[1], 2))
+        before = let(columns[sample, 2, middle] < begin)
+        store(bounds, pick(before, middle + 1, bounds[0]), 0)
+        store(bounds, pick(before, bounds[1], middle), 1)
+    return bounds[0]
+
+
+def conv3d_kgs(conv: GroupConv) -> tirx.PrimFunc:
+    """Emit the kernel.
+
+    Parameters in order: x, weights (columns, nr), bias, tap entries, the six lists of the row plan, column_starts,
+    columns, then where asked for: out_mask (samples, C_out), out_frames, positions (masks, for ``zero_dead``),
+    residual, and y.
+    """
+    with kernel(conv.name) as built:
+        GroupEmitter(conv).emit()
+    return built.func
+
+
+class _GroupArguments(Arguments):
+    conv: GroupConv
+
+    def _declare_channels(self) -> None:
+        conv = self.conv
+        shapes = conv.column_shapes
+        self.column_starts = argument("column_starts", shapes["column_starts"], INT)
+        self.columns = argument("columns", shapes["columns"], INT)
+        if conv.live_out:
+            self.out_mask = argument("out_mask", (conv.plan.samples, conv.channels_out))
+
+    sample: Expr
+
+    def finished(self, value: Expr, channel: Expr, count: int) -> Expr:
+        return value * self.out_mask[self.sample, lanes(channel, count)] if self.conv.live_out else value
+
+
+class GroupEmitter(GatherEmitter):
+    """The gathered kernel with columns in the place of taps and channels."""
+
+    conv: GroupConv
+    args: _GroupArguments
+
+    def __init__(self, conv: GroupConv) -> None:
+        super().__init__(conv)
+        self.gathers = False
+
+    @property
+    def vector(self) -> int:
+        """Columns that lie next to each other need not be of channels that do."""
+        return 1
+
+    def _declare(self) -> Arguments:
+        return _GroupArguments(self.conv)
+
+    def _panel_alive(self, panel: Expr) -> list[Expr]:
+        self.args.sample = self.sample
+        if not self.conv.live_out:
+            return []
+        alive = registers((1,))
+        store(alive, number(0.0), 0)
+        with serial(tirx.min(self.tile.nr, self.conv.channels_out - panel * self.tile.nr)) as index:
+            store(alive, tirx.max(alive[0], self.args.out_mask[self.sample, panel * self.tile.nr + index]), 0)
+        return [alive[0] != number(0.0)]
+
+    def _prepare_terms(self, taps: Expr) -> Expr:
+        """The stretch of the group's columns between its first and its last live tap, and which frames live."""
+        args, conv = self.args, self.conv
+        of_sample = self.of_sample = self.sample if conv.column_samples > 1 else integer(0)
+        picture = conv.window.kernel[1] * conv.window.kernel[2]
+        first = let(args.taps[self.first_tap * 4])
+        last = let(args.taps[(self.first_tap + tirx.max(taps - 1, 0)) * 4])
+        self.frames = registers((1,), INT)
+        store(self.frames, integer(0), 0)
+        with serial(ceil_div(taps, picture)) as turn:
+            frame = tirx.floordiv(args.taps[(self.first_tap + turn * picture) * 4], picture)
+            store(self.frames, tirx.bitwise_or(self.frames[0], tirx.shift_left(integer(1), frame)), 0)
+        self.first_column = let(args.column_starts[of_sample, self.panel, first])
+        end = args.column_starts[of_sample, self.panel, last + 1]
+        return let(pick(taps > 0, end - self.first_column, integer(0)))
+
+    def _term(self, index: Expr) -> Term:
+        args, window = self.args, self.conv.window
+        inside = let(index < self.total)
+        column = let(self.first_column + tirx.min(index, tirx.max(self.total - 1, 0)))
+        safe = let(tirx.min(column, max(0, self.conv.columns - 1)))
+        channel, tap, weights = (let(args.columns[self.of_sample, field, safe]) for field in range(3))
+        if self.conv.plan.dynamic_taps:
+            frame = tirx.floordiv(tap, window.kernel[1] * window.kernel[2])
+            alive = tirx.bitwise_and(tirx.shift_right(self.frames[0], frame), 1) > 0
+            inside = let(tirx.all(inside, alive))
+        _, height, width = window.size
+        _, kernel_h, kernel_w = window.kernel
+        frame, row, right = (
+            tirx.truncdiv(tap, kernel_h * kernel_w),
+            tirx.truncmod(tirx.truncdiv(tap, kernel_w), kernel_h),
+            tirx.truncmod(tap, kernel_w),
+        )
+        down, right = let(row * window.dilation[1]), let(right * window.dilation[2])
+        offset = let((frame * (window.dilation[0] * height) + down) * width + right)
+        return Term(inside, (offset, down, right), channel, weights)
+
+

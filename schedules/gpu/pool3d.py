@@ -1,0 +1,105 @@
+"""Max and average pooling on a GPU: one thread an output value, over the frames that are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+
+from ..emit import FLOAT, Expr, argument, choose, flat, kernel, let, number, serial, store, when
+from ..pool3d import Pool
+from .conv3d_gather import short
+from .emit import each_element, read, registers, write
+
+_LOWEST = -3.4028234663852886e38
+
+
+@dataclass(frozen=True)
+class BlockPool(Pool):
+    """As :class:`..pool3d.Pool`; ``dtype`` is how activations are stored."""
+
+    dtype: str = FLOAT
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as docs/kernels.md decodes it."""
+        return f"pool3d_{self.kind}_gpu_{short(self.dtype)}"
+
+
+def pool3d(pool: BlockPool) -> tirx.PrimFunc:
+    """Emit the kernel: x (N, T, H, W, C), in_frames (N, T), out_frames (N, T) where given, y (N, T, H, W, C)."""
+    window, channels = pool.window, pool.channels
+    out_t, out_h, out_w = window.out
+    with kernel(pool.name) as built:
+        x = argument("x", (window.batch, *window.size, channels), pool.dtype)
+        in_frames = argument("in_frames", (window.batch, window.size[0])) if pool.in_frames else None
+        out_frames = argument("out_frames", (window.batch, out_t)) if pool.out_frames else None
+        y = argument("y", (window.batch, *window.out, channels), pool.dtype)
+        x, y = flat(x), flat(y)
+        with each_element(window.positions_out * channels) as index:
+            channel, position = let(tirx.truncmod(index, channels)), let(tirx.truncdiv(index, channels))
+            column, line = tirx.truncmod(position, out_w), let(tirx.truncdiv(position, out_w))
+            row, frame = tirx.truncmod(line, out_h), let(tirx.truncdiv(line, out_h))
+            clip, of_clip = let(tirx.truncdiv(frame, out_t)), let(tirx.truncmod(frame, out_t))
+
+            def compute() -> None:
+                write(y, _pooled(pool, x, in_frames, clip, (of_clip, row, column), channel), index)
+
+            if out_frames is None:
+                compute()
+            else:
+                alive = let(out_frames[clip, of_clip] != number(0.0))
+                with when(alive):
+                    compute()
+                if pool.zero_dead:
+                    with when(tirx.Not(alive)):
+                        write(y, number(0.0), index)
+    return built.func
+
+
+def _pooled(
+    pool: BlockPool,
+    x: tirx.Buffer,
+    in_frames: tirx.Buffer | None,
+    clip: Expr,
+    at: tuple[Expr, Expr, Expr],
+    channel: Expr,
+) -> Expr:
+    """One output value."""
+    window = pool.window
+    size_t, size_h, size_w = window.size
+    starts, begins, counts = zip(*(_bounds(pool, axis, index) for axis, index in enumerate(at)), strict=True)
+    acc = registers((1,))
+    store(acc, number(_LOWEST if pool.kind == "max" else 0.0), 0)
+
+    def combine(value: Expr) -> None:
+        store(acc, tirx.max(acc[0], value) if pool.kind == "max" else acc[0] + value, 0)
+
+    with serial(counts[0]) as f:
+        frame = let(starts[0] + (begins[0] + f) * window.dilation[0])
+
+        def read_frame() -> None:
+            with serial(counts[1]) as r, serial(counts[2]) as c:
+                row = starts[1] + (begins[1] + r) * window.dilation[1]
+                column = starts[2] + (begins[2] + c) * window.dilation[2]
+                position = ((clip * size_t + frame) * size_h + row) * size_w + column
+                combine(read(x, position * pool.channels + channel))
+
+        if in_frames is None:
+            read_frame()
+        else:
+            choose(let(in_frames[clip, frame] != number(0.0)), read_frame, lambda: combine(number(0.0)))
+    if pool.kind == "max":
+        return acc[0]
+    inside = counts[0] * counts[1] * counts[2]
+    return acc[0] / tirx.Cast(FLOAT, tirx.IntImm("int32", window.taps) if pool.count_padding else inside)
+
+
+def _bounds(pool: Pool, axis: int, index: Expr) -> tuple[Expr, Expr, Expr]:
+    """First coordinate of the window, its first tap inside the clip, and how many are inside."""
+    window = pool.window
+    step = window.dilation[axis]
+    start = let(index * window.stride[axis] - window.padding[axis])
+    begin = let(tirx.max(0, tirx.floordiv(step - 1 - start, step)))
+    end = tirx.min(window.kernel[axis], tirx.floordiv(window.size[axis] - start + step - 1, step))
+    return start, begin, let(tirx.max(end - begin, 0))
