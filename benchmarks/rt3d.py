@@ -1,8 +1,9 @@
 """The tables of RT3D for this compiler, written into docs/rt3d.md: one command each.
 
-    python benchmarks/rt3d.py table1     algorithm x scheme x rate: accuracy on motion digits
-    python benchmarks/rt3d.py table2     latency, dense and sparse, against peers
-    python benchmarks/rt3d.py table3     vanilla against KGS at equal accuracy
+    python -m benchmarks.rt3d table1     algorithm x scheme x rate: accuracy on motion digits
+    python -m benchmarks.rt3d build      compile what table2 times
+    python -m benchmarks.rt3d table2     latency, dense and sparse, against peers
+    python -m benchmarks.rt3d table3     vanilla against KGS at equal accuracy
 
 Training runs are kept in --runs and used again when their settings are the same, so a killed command goes on where it
 was. Latencies of one table come from one process, in turns, so that their ratios hold on a busy machine.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +26,23 @@ import typer
 from torch import nn
 
 from dance_tvm import models, train
-from dance_tvm.artifact import Artifact
+from dance_tvm.artifact import Artifact, load_artifact
 from dance_tvm.benchmarking.measure import Contender, in_turns
 from dance_tvm.compiler import build_network
 from dance_tvm.device import KernelTime, LoadedNetwork, open_device
 from dance_tvm.errors import DanceError
-from dance_tvm.sparsity.checkpoint import read_weights
+from dance_tvm.models.macs import count as count_macs
+from dance_tvm.sparsity.checkpoint import read_weights, write_atomically
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
 from dance_tvm.sparsity.training import CARD, MODEL
 from dance_tvm.transform.pipeline import Options
 
+from .peers import Case as PeerCase
+from .peers import Engine
+from .peers import _prepare as prepare
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
+RESULTS = Path(__file__).parent / "results" / "rt3d.json"
 PAGE = Path(__file__).parent.parent / "docs" / "rt3d.md"
 
 DATA = "motion-digits,train=480,test=384,size=24,frames=8"
@@ -139,73 +146,129 @@ def _row(case: Case, card: dict[str, Any], base: dict[str, Any]) -> list[str]:
 # The paper's Table 2: KGS at these rates.
 NETWORKS = {"c3d": 3.6, "r2plus1d-18": 3.2, "s3d": 2.1}
 GROUP = (16, 4)
+PEERS = ("pytorch", "onnxruntime", "openvino", "mnn")
+# What is built of each network: name in the table, scheme it is pruned with, and which dense kernels it may use.
+BUILDS: dict[str, tuple[str, Literal["auto", "direct"]]] = {
+    "dense": ("", "auto"),
+    "dense-direct": ("", "direct"),
+    "filter": ("filter", "auto"),
+    "vanilla": ("vanilla", "auto"),
+    "vanilla-direct": ("vanilla", "direct"),
+    "kgs": ("kgs", "auto"),
+    "kgs-direct": ("kgs", "direct"),
+}
+Artifacts = Annotated[Path, typer.Option(help="where built networks are kept")]
+Threads = Annotated[int, typer.Option(min=1)]
+
+
+@app.command()
+def build(
+    artifacts: Artifacts = Path("build/rt3d/artifacts"),
+    network: Annotated[list[str] | None, typer.Option(help="c3d, r2plus1d-18, s3d")] = None,
+    threads: Threads = 2,
+    group: Annotated[tuple[int, int], typer.Option(help="filters and channels of a kernel group")] = GROUP,
+) -> None:
+    """Compile what table2 times and export the dense network for its peers; what is there already stays."""
+    for name in network or list(NETWORKS):
+        inputs = models.example_inputs(name)
+        for key, (scheme, conv) in BUILDS.items():
+            folder = artifacts / f"{name}-{threads}" / key
+            if (folder / "pruned.json").exists():
+                continue
+            pruned = models.create(name)
+            macs = count_macs(pruned, *inputs)
+            facts: dict[str, Any] = {"dense_macs": macs, "macs": macs}
+            if scheme:
+                facts["macs"] = prune_to_rate(pruned, inputs, scheme, NETWORKS[name], *group).macs  # type: ignore[arg-type]
+            artifact = _built(folder, pruned, inputs, threads, conv)
+            facts["kernels"] = dict(Counter(layer.kernel.split("_f32")[0] for layer in artifact.manifest.layers))
+            write_atomically(folder / "pruned.json", json.dumps(facts).encode())
+            print(name, key, facts, flush=True)
+        if not (artifacts / "peers" / name).exists():
+            prepare(name, models.create(name), inputs[0], artifacts / "peers")
 
 
 @app.command()
 def table2(
-    artifacts: Annotated[Path, typer.Option(help="where built networks are kept")] = Path("build/rt3d/artifacts"),
+    artifacts: Artifacts = Path("build/rt3d/artifacts"),
     network: Annotated[list[str] | None, typer.Option(help="c3d, r2plus1d-18, s3d")] = None,
-    threads: Annotated[int, typer.Option(min=1)] = 2,
+    threads: Threads = 2,
     runs: Annotated[int, typer.Option(min=2, help="runs of each network, at least")] = 10,
-    group: Annotated[tuple[int, int], typer.Option(help="filters and channels of a kernel group")] = GROUP,
+    peers: Annotated[str, typer.Option(help="compared engines, comma between")] = ",".join(PEERS),
 ) -> None:
-    """Dense, filter, vanilla and KGS latency in one process, with PyTorch's; magnitude pruning, as only time counts."""
-    rows = []
+    """Time what `build` made, dense and pruned by magnitude, and its peers, in turns; only time counts here.
+
+    Networks measured at other times stay in benchmarks/results/rt3d.json, so each can be timed by itself.
+    """
+    found = results().get("table2", {})
     for name in network or list(NETWORKS):
-        rate = NETWORKS[name]
-        inputs = models.example_inputs(name)
-        dense = models.create(name)
-        built = {
-            "dense": _built(artifacts / f"{name}-dense-{threads}", dense, inputs, threads),
-            "dense, direct": _built(artifacts / f"{name}-direct-{threads}", dense, inputs, threads, conv="direct"),
-        }
-        macs = 0.0
-        for scheme in ("filter", "vanilla", "kgs"):
-            pruned = models.create(name)
-            report = prune_to_rate(pruned, inputs, scheme, rate, *group)  # type: ignore[arg-type]
-            macs = report.macs
-            built[scheme] = _built(artifacts / f"{name}-{scheme}-{rate:g}-{threads}", pruned, inputs, threads)
-        milliseconds = _latencies(built, inputs, models.create(name), threads, runs)
-        speed_up = milliseconds["dense, direct"] / milliseconds["kgs"]
-        ratios = [f"{speed_up:.2f}x", f"{speed_up / rate:.2f}", f"{milliseconds['kgs'] / milliseconds['vanilla']:.2f}"]
-        rows.append(
-            [name, f"{macs / 1e9:.1f} G", f"{rate:g}x", *(f"{milliseconds[key]:.0f}" for key in _TIMED), *ratios]
+        base = artifacts / f"{name}-{threads}"
+        if not (base / "kgs" / "pruned.json").exists():
+            raise DanceError(f"{base} holds no compiled networks: python -m benchmarks.rt3d build --network {name}")
+        built = {key: load_artifact(base / key) for key in BUILDS if (base / key / "pruned.json").exists()}
+        case = PeerCase(name, 0, artifacts / "peers" / name)
+        seconds = _latencies(
+            built, models.example_inputs(name), case, [p for p in peers.split(",") if p], threads, runs
         )
-        print(rows[-1], flush=True)
-    header = ["network", "MACs", "rate", *(f"{key} (ms)" for key in _TIMED)]
-    header += ["KGS over direct", "speed-up / rate", "KGS / vanilla time"]
+        facts = {key: json.loads((base / key / "pruned.json").read_text()) for key in built}
+        found[name] = {"threads": threads, "runs": runs, "seconds": seconds, "facts": facts}
+        keep_result("table2", found)
+    write_table2(found)
+
+
+@app.command(name="write-table2")
+def write_table2_command() -> None:
+    """Write Table 2 from the last measurements."""
+    write_table2(results().get("table2", {}))
+
+
+def write_table2(found: Mapping[str, Any]) -> None:
+    """Both halves of Table 2: milliseconds of everything, then what of the rate became speed."""
+    names = [name for name in NETWORKS if name in found]
+    columns = [*PEERS, *BUILDS]
+    times = []
+    ratios = []
+    for name in names:
+        seconds, facts = found[name]["seconds"], found[name]["facts"]
+        times.append([name, *(f"{1e3 * seconds[key]:.0f}" if key in seconds else "" for key in columns)])
+        for key in ("filter", "vanilla-direct", "vanilla", "kgs-direct", "kgs"):
+            if key not in seconds:
+                continue
+            rate = facts[key]["dense_macs"] / facts[key]["macs"]
+            direct, auto = (seconds[dense] / seconds[key] for dense in ("dense-direct", "dense"))
+            ratios.append(
+                [name, key, f"{facts[key]['macs'] / 1e9:.1f} G", f"{rate:.2f}x", f"{direct:.2f}x",
+                 f"{direct / rate:.2f}", f"{auto:.2f}x", f"{auto / rate:.2f}"]
+            )  # fmt: skip
     about = (
-        f"Median of {runs} runs or more in turns, {threads} threads, groups of {group[0]} x {group[1]}, one clip. "
-        "Dense is the build as it comes, which takes Winograd's algorithm where that is faster; dense, direct does the "
-        "multiply-accumulates that the rate counts."
+        f"Median milliseconds of {min(found[name]['runs'] for name in names)} runs or more, all in turns, "
+        f"{found[names[0]]['threads']} threads, one clip, magnitude pruning. *dense* and the others take Winograd's "
+        "algorithm layer by layer where it is predicted to be faster than skipping; *-direct* do not."
     )
-    write_section("table 2", about, header, rows)
+    write_section("table 2", about, ["network", *columns], times)
+    header = ["network", "build", "MACs", "rate", "over dense-direct", "÷ rate", "over dense", "÷ rate"]
+    write_section("table 2 ratios", "What of the rate became speed:", header, ratios)
 
 
-_TIMED = ("PyTorch", "dense", "dense, direct", "filter", "vanilla", "kgs")
+class _Peer(LoadedNetwork):
+    """Another engine in its own process, timed like one of ours."""
 
-
-class _Eager(LoadedNetwork):
-    """PyTorch as it comes, timed like one of ours."""
-
-    def __init__(self, network: nn.Module, threads: int) -> None:
-        self._network, self._threads = network.eval(), threads
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        torch.set_num_threads(self._threads)
-        with torch.inference_mode():
-            return {"output": self._network(*(torch.from_numpy(array) for array in inputs.values())).numpy()}
+        raise DanceError("A peer's outputs stay in its process.")
 
     def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
-        seconds = []
+        before = len(self._engine.seconds)
         for _ in range(repeats):
-            start = time.perf_counter()
-            self.run(inputs)
-            seconds.append(time.perf_counter() - start)
-        return seconds
+            self._engine.run()
+        if self._engine.failed:
+            raise DanceError(f"{self._engine.peer} failed: {self._engine.failed}")
+        return self._engine.seconds[before:]
 
     def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
-        raise DanceError("PyTorch's kernels are not profiled here.")
+        raise DanceError("Peers' kernels are not profiled here.")
 
     def peak_memory(self, inputs: Mapping[str, np.ndarray]) -> int | None:
         return None
@@ -223,19 +286,34 @@ def _built(
 
 
 def _latencies(
-    built: Mapping[str, Artifact], inputs: tuple[torch.Tensor, ...], eager: nn.Module, threads: int, runs: int
+    built: Mapping[str, Artifact],
+    inputs: tuple[torch.Tensor, ...],
+    case: PeerCase,
+    peers: Sequence[str],
+    threads: int,
+    runs: int,
 ) -> dict[str, float]:
-    """Median milliseconds of each artifact and of PyTorch, measured in turns on this machine."""
-    with open_device("local") as session:
-        contenders = {}
-        for key, artifact in built.items():
-            loaded = session.load(artifact)
-            names = [tensor.name for tensor in loaded.manifest.inputs]
-            feed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-            contenders[key] = Contender(loaded, feed)
-        contenders["PyTorch"] = Contender(_Eager(eager, threads), feed)
-        in_turns(list(contenders.values()), runs, 0.0)
-        return {key: 1e3 * float(np.median(contender.seconds)) for key, contender in contenders.items()}
+    """Median seconds of each artifact and peer, measured in turns on this machine; a peer that fails is left out."""
+    engines = []
+    try:
+        with open_device("local") as session:
+            contenders = {}
+            for key, artifact in built.items():
+                loaded = session.load(artifact)
+                names = [tensor.name for tensor in loaded.manifest.inputs]
+                feed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+                contenders[key] = Contender(loaded, feed)
+            for peer in peers:
+                engines.append(Engine(peer, case, threads))
+                if engines[-1].failed:
+                    print(f"{peer}: {engines[-1].failed}")
+                else:
+                    contenders[peer] = Contender(_Peer(engines[-1]), {})
+            in_turns(list(contenders.values()), runs, 0.0)
+            return {key: float(np.median(contender.seconds)) for key, contender in contenders.items()}
+    finally:
+        for engine in engines:
+            engine.close()
 
 
 VANILLA_RATES = (1.6, 2.1, 2.6)
@@ -264,7 +342,7 @@ def table3(
         )
         for case in cases
     }
-    milliseconds = _latencies(built, inputs, _network(runs, cases[0], cards[cases[0]]), threads, times)
+    seconds = _latencies(built, inputs, PeerCase("", 0, runs), (), threads, times)
     rows = []
     for vanilla in (case for case in cases if case.scheme == "vanilla"):
         as_good = [
@@ -272,7 +350,7 @@ def table3(
         ]
         for case in (vanilla, *sorted(as_good, key=lambda case: case.rate)[-1:]):
             row = _row(case, cards[case], base)
-            rows.append([row[0], row[2], row[5], row[6], row[3], row[4], f"{milliseconds[str(case.folder)]:.2f}"])
+            rows.append([row[0], row[2], row[5], row[6], row[3], row[4], f"{1e3 * seconds[str(case.folder)]:.2f}"])
     header = ["model", "scheme", "dense accuracy", "accuracy", "MACs after pruning", "rate", "latency (ms)"]
     about = f"Each vanilla network above the KGS network of the highest rate that is as accurate; {threads} threads."
     write_section("table 3", about, header, rows)
@@ -286,6 +364,16 @@ def _network(runs: Path, case: Case, card: dict[str, Any]) -> nn.Module:
 
 def _accuracy(card: dict[str, Any]) -> float:
     return float(card["metrics"]["accuracy"])
+
+
+def results() -> dict[str, Any]:
+    """What earlier commands measured."""
+    return dict(json.loads(RESULTS.read_text())) if RESULTS.exists() else {}
+
+
+def keep_result(name: str, value: Any) -> None:
+    """Keep ``value`` in benchmarks/results/rt3d.json beside what other commands measured."""
+    write_atomically(RESULTS, (json.dumps({**results(), name: value}, indent=1) + "\n").encode())
 
 
 def write_section(

@@ -77,6 +77,8 @@ class _Layouts:
             data, axes, *rest = call.args
             moved = [_axis_in_last(int(axis.value), len(shape_of(data))) for axis in axes.fields]
             return relax.op.strided_slice(self._to_last(builder, data), moved, *rest)
+        if name == "nn.pad":
+            return self._pad(builder, call)
         if name == "concat":
             rank = len(shape_of(tensors[0]))
             items = [self._to_last(builder, item) for item in tensors]
@@ -105,6 +107,12 @@ class _Layouts:
             is_full = isinstance(arg.ty, relax.TensorType) and len(shape_of(arg)) == rank
             args.append(self._to_last(builder, arg) if is_full else arg)
         return relax.Call(call.op, args, call.attrs)
+
+    def _pad(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Call:
+        data, attrs = call.args[0], call.attrs
+        widths = [int(width) for width in attrs.pad_width]
+        moved = [width for axis in _to_last(len(shape_of(data))) for width in widths[2 * axis : 2 * axis + 2]]
+        return relax.op.nn.pad(self._to_last(builder, data), moved, str(attrs.pad_mode), float(attrs.pad_value))
 
     def _reduction(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         data = call.args[0]

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -102,11 +102,9 @@ class KernelGroups:
 
     @cached_property
     def lanes(self) -> int:
-        """Multiply lanes a kernel runs per output position: live weights plus the padding of the last filters."""
+        """Multiply lanes a kernel runs per output position: columns times filters of a group, zero filters included."""
         if self.scheme == "dense":
             return _round_up(self.filters, self.gm) * self.channels * self.taps
-        if self.scheme == "filter":
-            return _round_up(len(self.live_filters), self.gm) * len(self.live_channels) * self.taps
         return int(self._columns_per_group.sum()) * self.gm
 
     @property
@@ -217,11 +215,11 @@ def choose_kernel_groups(
         raise DanceError("No candidate group size was given; name at least one (filters, channels) pair.")
     only = _only.get()
     if only:
-        return find_kernel_groups(weight, *only)
+        return _listed_singly(find_kernel_groups(weight, *only))
     zeros = 1 - np.count_nonzero(weight) / max(weight.size, 1)
     if zeros < BREAK_EVEN:
         return _as_dense(weight, *candidates[0], f"{zeros:.1%} of the weights are zero, under the break-even")
-    found = [find_kernel_groups(weight, gm, gn) for gm, gn in candidates]
+    found = [_listed_singly(find_kernel_groups(weight, gm, gn)) for gm, gn in candidates]
     sparse = [groups for groups in found if groups.scheme != "dense"]
     if not sparse:
         return min(found, key=lambda groups: groups.lanes)
@@ -231,6 +229,13 @@ def choose_kernel_groups(
     if saved < BREAK_EVEN:
         return _as_dense(weight, dense.gm, dense.gn, f"the best groups ({best.gm}x{best.gn}) save {max(saved, 0):.1%}")
     return best
+
+
+def _listed_singly(groups: KernelGroups) -> KernelGroups:
+    """Filter sparsity in groups of one channel: zero channels lie singly, and a group with one live channel is alive."""
+    if groups.scheme != "filter" or groups.gn == 1:
+        return groups
+    return replace(groups, gn=1, live=_live_columns(groups.weight, groups.gm, 1))
 
 
 @contextmanager
