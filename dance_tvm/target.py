@@ -63,6 +63,34 @@ class Link(_Facts):
     android: bool = False
 
 
+class Gpu(_Facts):
+    """A GPU beside the CPU that the other facts are about.
+
+    Of one unit (multiprocessor, shader processor): ``lanes`` are fp32 multiply-adds a cycle, ``registers`` are 32-bit
+    ones, ``shared`` bytes; ``block_threads`` and ``block_shared`` are the most that one block may have. ``warp`` threads
+    run in step. ``ptx`` is the newest PTX version that the device's driver takes, ``driver`` what that follows from.
+    """
+
+    name: str
+    units: int = Field(ge=1)
+    lanes: int = Field(ge=1)
+    max_ghz: float = Field(gt=0)
+    warp: int = Field(ge=1)
+    unit_threads: int = Field(ge=1)
+    block_threads: int = Field(ge=1)
+    registers: int = Field(ge=1)
+    shared: int = Field(ge=1)
+    block_shared: int = Field(ge=1)
+    fp16: bool
+    ptx: str = ""
+    driver: str = ""
+
+    @property
+    def peak_gflops(self) -> float:
+        """GFLOP/s in fp32, two operations per multiply-add."""
+        return 2 * self.units * self.lanes * self.max_ghz
+
+
 class Energy(_Facts):
     """Estimates, never measurements: picojoules of one fp32 multiply-accumulate and of one byte of main memory."""
 
@@ -86,6 +114,7 @@ class Target(_Facts):
     memory_gib: float = Field(gt=0)
     memory_gb_per_s: float = Field(gt=0)
     energy: Energy
+    gpu: Gpu | None = None
     tuning_log: str = Field(default="", description="name of the tuning log; the target's own name if empty")
     sources: dict[str, str]
 
@@ -100,7 +129,9 @@ class Target(_Facts):
 
     @property
     def peak_gflops(self) -> float:
-        """GFLOP/s of the fastest ``threads`` cores at their highest clock, two operations per multiply-add."""
+        """GFLOP/s of the GPU, else of the fastest ``threads`` cores at their highest clock."""
+        if self.gpu is not None:
+            return self.gpu.peak_gflops
         cores = [cluster for cluster in self.clusters for _ in range(cluster.cores)]
         rates = sorted((core.max_ghz * core.fma_per_cycle for core in cores), reverse=True)
         return 2 * self.vector.floats * sum(rates[: self.threads])
@@ -115,6 +146,8 @@ class Target(_Facts):
             "caches": self.caches.model_dump(),
             "cores": [[cluster.mcpu, cluster.fma_per_cycle] for cluster in self.clusters],
         }
+        if self.gpu is not None:
+            facts["gpu"] = self.gpu.model_dump(exclude={"driver"})
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def tvm_target(self, threads: int | None = None) -> TVMTarget:
@@ -172,14 +205,26 @@ def _parse(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> Target:
     facts = _parse(path)
     if facts.pop("detect", False):
-        from dance_tvm.host import detect
-
-        detected = detect()
-        for key in ("sources", "link"):
-            facts[key] = {**detected.pop(key), **facts.get(key, {})}
-        facts = {**detected, **facts}
+        facts = _with_detected(facts)
     try:
         return Target.model_validate(facts)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:4])
         raise DanceError(f"target file {path} does not describe a target: {wrong}") from None
+
+
+def _with_detected(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a file completed by those of this machine; of a GPU, those that its driver tells win."""
+    from dance_tvm.host import detect
+
+    detected = detect()
+    for key in ("sources", "link"):
+        facts[key] = {**detected.pop(key), **facts.get(key, {})}
+    if "gpu" in facts:
+        detected["host"] = detected.pop("tvm")
+        if facts["tvm"]["kind"] == "cuda":
+            from dance_tvm.gpu import detect_cuda
+
+            for key, value in (detect_cuda() or {}).items():
+                facts[key] = {**facts[key], **value} if isinstance(value, dict) else value
+    return {**detected, **facts}
