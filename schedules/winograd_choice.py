@@ -38,6 +38,8 @@ CACHE_RATE = 3.0
 SCRATCH_SHARE = 0.6
 #: Bytes of scratch beyond which a chunk is never made.
 MOST_SCRATCH = 96 << 20
+#: Share of the direct kernel's rate that the columns of kernel groups reach (docs/rt3d.md).
+KERNEL_GROUP_EFFICIENCY = 0.9
 #: Density assumed of an axis that masks thin: they are not known when a network is built.
 ASSUMED_DENSITY = 0.5
 #: A kernel with the larger weights must be this much faster to be worth its memory.
@@ -81,9 +83,10 @@ def choose(conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto
     if found is None:
         return Choice(conv, "direct: no tile's transformed inputs fit the memory allowed")
     direct, transformed = direct_seconds(conv, machine, threads), winograd_seconds(found, machine, threads)
-    times = f"{1e3 * transformed:.2g} ms predicted, direct {1e3 * direct:.2g} ms"
+    kind = "kernel groups" if isinstance(conv, KernelGroupConv) else "direct"
+    times = f"{1e3 * transformed:.2g} ms predicted, {kind} {1e3 * direct:.2g} ms"
     if wanted == "auto" and transformed > direct:
-        return Choice(conv, f"direct: Winograd {times}")
+        return Choice(conv, f"{kind}: Winograd {times}")
     return Choice(found, f"{times}; scratch {found.scratch_bytes / 2**20:.0f} MiB")
 
 
@@ -208,7 +211,7 @@ def direct_seconds(conv: GatherConv, machine: Machine, threads: int) -> float:
     window, tile, plan = conv.window, conv.tile, conv.plan
     share = _channel_share(conv)
     if isinstance(conv, KernelGroupConv):
-        share *= conv.columns / (conv.panels * window.taps * conv.depth)
+        share *= conv.columns / (conv.panels * window.taps * conv.depth) / KERNEL_GROUP_EFFICIENCY
     for thinned in (plan.out_frames, plan.positions is not None, plan.dynamic_taps):
         share *= ASSUMED_DENSITY if thinned else 1.0
     register_tile = (tile.mr, tile.vectors, tile.step)

@@ -232,7 +232,7 @@ def choose_kernel_groups(
 
 
 def _listed_singly(groups: KernelGroups) -> KernelGroups:
-    """Filter sparsity in groups of one channel: zero channels lie singly, and a group with one live channel is alive."""
+    """Filter sparsity in groups of one channel: zero channels lie singly, and one live channel keeps its group."""
     if groups.scheme != "filter" or groups.gn == 1:
         return groups
     return replace(groups, gn=1, live=_live_columns(groups.weight, groups.gm, 1))
