@@ -84,7 +84,7 @@ def axes(target: Target) -> dict[str, Callable[[Layer, float, np.random.Generato
 
 def main(
     threads: Annotated[int, typer.Option(help="threads of both sides")] = 2,
-    rounds: Annotated[int, typer.Option(help="times that dense and thinned take turns")] = 3,
+    rounds: Annotated[int, typer.Option(help="times that dense and thinned take turns")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="one layer, two densities")] = False,
     out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
 ) -> None:

@@ -9,6 +9,7 @@ import tvm
 from tvm import tirx
 
 from dance_tvm.schedules.channel_plan import channel_list_shape, plan_channels
+from dance_tvm.schedules.compact_channels import compact_channels
 from dance_tvm.schedules.conv3d_gather import GatherConv, Tile, conv3d_gather
 from dance_tvm.schedules.emit import argument, kernel, lanes, let, number, parallel, scratch, serial, splat, store
 from dance_tvm.schedules.geometry import Window
@@ -122,14 +123,16 @@ class Runner:
         x = rng.standard_normal((window.batch, *window.size, conv.channels_in), dtype="float32")
         args = [tensor(x), tensor(rng.standard_normal(conv.weight_shape, dtype="float32") * 0.01)]
         args += [tensor(np.zeros(conv.bias_size, "float32")), tensor(plan.tap_entries), *lists]
-        depth, width = conv.depth, conv.channels_out
-        for live, count, nr in ((masks.live_in, depth, conv.tile.nr), (masks.live_out, width, 1)):
+        self.compact_call = None
+        for live, count in ((masks.live_in, conv.depth), (masks.live_out, conv.channels_out)):
             if live is not None:
                 listed = tensor(np.zeros(channel_list_shape(1, count), "int32"))
-                build(plan_channels(1, count, nr), self.tvm_target)["plan_channels"](
+                build(plan_channels(1, count), self.tvm_target)["plan_channels"](
                     tensor(live[None].astype("float32")), listed
                 )
                 args.append(listed)
+                if live is masks.live_in:
+                    args[0] = self._compact(args[0], listed)
         if conv.zero_dead:
             args += [fields[key] for key in ("out_frames", "positions") if key in fields]
         self.args = [*args, tensor(np.zeros((window.batch, *window.out, conv.channels_out), "float32"))]
@@ -139,16 +142,25 @@ class Runner:
         outputs = conv.channels_out if masks.live_out is None else int(masks.live_out.sum())
         self.macs = pairs * channels * outputs
 
+    def _compact(self, x: tvm.runtime.Tensor, listed: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
+        y = tensor(np.zeros(x.shape, "float32"))
+        built = build(compact_channels(self.conv.window, self.conv.channels_in, 1, False), self.tvm_target)
+        self.compact_call = (built, [x, listed, y])
+        built["compact_channels"](x, listed, y)
+        return y
+
     def seconds(self, repeat: int = 3) -> float:
         """Median time of one call."""
         timer = self.library.mod.time_evaluator(self.conv.name, tvm.cpu(), number=1, repeat=repeat, min_repeat_ms=20)
         return float(np.median(timer(*self.args).results))
 
     def plan_seconds(self) -> float:
-        """Median time of planning the rows once."""
-        planner, args = self.plan_call
-        timer = planner.mod.time_evaluator("plan_rows", tvm.cpu(), number=1, repeat=3, min_repeat_ms=5)
-        return float(np.median(timer(*args).results))
+        """Median time of planning the rows and compacting the input, once each."""
+        return sum(
+            float(np.median(call[0].mod.time_evaluator(name, tvm.cpu(), 1, 3, 5)(*call[1]).results))
+            for name, call in (("plan_rows", self.plan_call), ("compact_channels", self.compact_call))
+            if call is not None
+        )
 
     def with_tile(self, target: Target, threads: int, **changes: int) -> Runner:
         """The dense layer again with another tile."""

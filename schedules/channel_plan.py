@@ -1,7 +1,6 @@
 """From a channel mask to the list of live channels.
 
-A list is one int32 row per sample: the count, the live channels in order, and for each the offset of its weights in
-a packed panel (channel × ``nr``).
+A list is one int32 row per sample: the count, then the live channels in order.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ from .emit import INT, argument, clear, kernel, let, number, scratch, serial, st
 
 
 def channel_list_shape(samples: int, channels: int) -> tuple[int, int]:
-    """Shape of the list: count, channels, weight offsets."""
-    return (samples, 1 + 2 * channels)
+    """Shape of the list: count, channels."""
+    return (samples, 1 + channels)
 
 
-def plan_channels(samples: int, channels: int, nr: int, name: str = "plan_channels") -> tirx.PrimFunc:
-    """The planner: mask (samples, channels), nonzero meaning alive → int32 list (samples, 1 + 2 · channels)."""
+def plan_channels(samples: int, channels: int, name: str = "plan_channels") -> tirx.PrimFunc:
+    """The planner: mask (samples, channels), nonzero meaning alive → int32 list (samples, 1 + channels)."""
     with kernel(name) as built:
         mask = argument("mask", (samples, channels))
         listed = argument("listed", channel_list_shape(samples, channels), INT)
@@ -28,7 +27,6 @@ def plan_channels(samples: int, channels: int, nr: int, name: str = "plan_channe
             with serial(channels) as channel, when(mask[sample, channel] != number(0.0)):
                 slot = let(count[0])
                 store(listed, channel, sample, 1 + slot)
-                store(listed, channel * nr, sample, 1 + channels + slot)
                 store(count, slot + 1, 0)
             store(listed, count[0], sample, 0)
     return built.func

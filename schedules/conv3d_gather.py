@@ -71,10 +71,10 @@ class Tile:
 class GatherConv:
     """One convolution kernel: shapes, which lists it walks, and what is fused behind it.
 
-    ``live_in``: a list of live input channels per sample is given. ``live_out``: a list of live output channels per
-    sample is given, and the weights of a block are gathered into a panel before they are used. ``zero_dead``: rows of
-    live frames that are not computed are set to zero (``"rows"``), everything that is not computed is (``"all"``), or
-    nothing is (``""``).
+    ``live_in``: a list of live input channels per sample is given, and the input holds those alone, side by side
+    (:mod:`~.compact_channels`). ``live_out``: a list of live output channels per sample is given. With either, the
+    weights of a block are gathered into a panel before they are used. ``zero_dead``: rows of live frames that are not
+    computed are set to zero (``"rows"``), everything that is not computed is (``"all"``), or nothing is (``""``).
     """
 
     window: Window
@@ -88,6 +88,11 @@ class GatherConv:
     residual: bool = False
     activation: str = ""
     zero_dead: str = ""
+
+    @property
+    def compact_in(self) -> bool:
+        """Whether the kernel takes its input compacted to the live channels."""
+        return self.live_in
 
     @property
     def depth(self) -> int:
@@ -146,8 +151,8 @@ class GatherConv:
 def conv3d_gather(conv: GatherConv) -> tirx.PrimFunc:
     """Emit the kernel.
 
-    Parameters in order: x (N, T, H, W, C_in), weights, bias, tap entries (entries, 2), the five lists of the row
-    plan, then where asked for: in_channels and out_channels (:mod:`~.channel_plan`), out_frames, positions (masks, for
+    Parameters in order: x (N, T, H, W, C_in), compacted where ``compact_in`` says so, weights, bias, tap entries
+    (entries, 2), the five lists of the row plan, then where asked for: in_channels and out_channels (:mod:`~.channel_plan`), out_frames, positions (masks, for
     ``zero_dead``), residual, and y (N, T, H, W, C_out).
     """
     with kernel(conv.name) as built:
@@ -161,8 +166,10 @@ class GatherEmitter:
     def __init__(self, conv: GatherConv) -> None:
         self.conv = conv
         self.tile = conv.tile
-        #: Whether a panel is any ``nr`` live output channels, its weights gathered, or ``nr`` consecutive ones.
-        self.gathers = conv.live_out
+        #: Whether a panel is any ``nr`` live output channels, or ``nr`` consecutive ones.
+        self.listed_panels = conv.live_out
+        #: Whether the weights of a panel are gathered before they are used.
+        self.gathers = conv.live_in or conv.live_out
 
     def emit(self) -> None:
         conv = self.conv
@@ -181,7 +188,7 @@ class GatherEmitter:
 
     def _live_panels(self, sample: Expr) -> Expr:
         """How many panels are computed."""
-        if not self.gathers:
+        if not self.listed_panels:
             return self.conv.panels
         return let(tirx.floordiv(self.out_channels[sample, 0] + (self.tile.nr - 1), self.tile.nr))
 
@@ -286,7 +293,7 @@ class GatherEmitter:
 
     def _start_from_bias(self, sample: Expr, panel: Expr, partial: tirx.Buffer, tiles: Expr) -> None:
         tile = self.tile
-        if self.gathers:
+        if self.listed_panels:
             bias = scratch((tile.nr,))
             for index in range(tile.nr):
                 store(bias, self.bias[self._out_channel(sample, panel, index)], index)
@@ -306,27 +313,33 @@ class GatherEmitter:
         return self.out_channels[sample, 1 + tirx.min(panel * self.tile.nr + index, last)]
 
     def _gather_weights(self, sample: Expr, panel: Expr, tap: Expr, last_tap: Expr, gathered: tirx.Buffer) -> None:
-        """Pack the segment's weights for the panel's live output channels and the live input channels."""
+        """Pack the segment's weights for the panel's output channels and the live input channels."""
         conv, tile = self.conv, self.tile
         live = self._live_count(sample)
-        columns = [let(self._out_channel(sample, panel, index)) for index in range(tile.nr)]
-        consecutive = let(tirx.all(columns[-1] - columns[0] == tile.nr - 1))
+        columns: list[Expr] = []
+        if self.listed_panels:
+            columns = [let(self._out_channel(sample, panel, index)) for index in range(tile.nr)]
+            consecutive = let(tirx.all(columns[-1] - columns[0] == tile.nr - 1))
         with serial(last_tap - tap) as offset, serial(live) as k:
             channel = self.in_channels[sample, 1 + k] if conv.live_in else k
-            source = let((self.taps[tap + offset, 0] * conv.depth + channel) * conv.channels_out)
+            row = let(big(self.taps[tap + offset, 0]) * conv.depth + channel)
             target = let((offset * live + k) * tile.nr)
 
-            def copy_vectors(source: Expr = source, target: Expr = target) -> None:
+            def copy_vectors(source: Expr, target: Expr = target) -> None:
                 for v in range(tile.vectors):
                     at = v * tile.vector_floats
-                    value = self.weights[lanes(source + columns[0] + at, tile.vector_floats)]
+                    value = self.weights[lanes(source + at, tile.vector_floats)]
                     store(gathered, value, lanes(target + at, tile.vector_floats))
 
-            def copy_columns(source: Expr = source, target: Expr = target) -> None:
+            def copy_columns(row: Expr = row, target: Expr = target) -> None:
                 for index, column in enumerate(columns):
-                    store(gathered, self.weights[source + column], target + index)
+                    store(gathered, self.weights[row * conv.channels_out + column], target + index)
 
-            choose(consecutive, copy_vectors, copy_columns)
+            if self.listed_panels:
+                first = row * conv.channels_out + columns[0]
+                choose(consecutive, lambda first=first: copy_vectors(first), copy_columns)
+            else:
+                copy_vectors((big(panel) * (conv.window.taps * conv.depth) + row) * tile.nr)
 
     def _live_count(self, sample: Expr) -> Expr:
         return let(self.in_channels[sample, 0]) if self.conv.live_in else self.conv.depth
@@ -349,14 +362,24 @@ class GatherEmitter:
         acc = [[scratch((count,)) for _ in range(tile.vectors)] for _ in range(tile.mr)]
         rows = [let(self.rows_in[sample, current, r]) for r in range(tile.mr)]
         self._each_vector(lambda r, v, at: store(acc[r][v], partial[lanes(place + at, count)], lanes(0, count)))
-        per_group = conv.panels // conv.groups
-        group_start = 0 if conv.groups == 1 else tirx.floordiv(panel, per_group) * conv.depth
+        stride, start = self._input_layout(sample, panel)
         with serial(last_tap - tap) as offset:
             entry = let(tap + offset)
             shift = let(self.taps[entry, 1])
-            sources = [let(big((row + shift) * conv.channels_in + group_start)) for row in rows]
+            sources = [let(big((row + shift) * stride + start)) for row in rows]
             self._tap(sample, panel, self.taps[entry, 0], offset, sources, channels, gathered, acc)
         self._each_vector(lambda r, v, at: store(partial, acc[r][v][lanes(0, count)], lanes(place + at, count)))
+
+    def _input_layout(self, sample: Expr, panel: Expr) -> tuple[Expr, Expr]:
+        """Floats from one input position to the next, and where the first one read lies."""
+        conv = self.conv
+        if conv.compact_in:
+            live = self._live_count(sample)
+            positions = conv.window.positions_in // conv.plan.samples
+            return live, let(sample * positions * (conv.channels_in - live))
+        if conv.groups == 1:
+            return conv.channels_in, 0
+        return conv.channels_in, let(tirx.floordiv(panel, conv.panels // conv.groups) * conv.depth)
 
     def _tap(
         self,
@@ -373,10 +396,10 @@ class GatherEmitter:
         conv, tile = self.conv, self.tile
         if gathered is None:
             base = let(big((panel * conv.window.taps + tap) * (conv.depth * tile.nr)))
-            self._multiply(sample, sources, self.weights, base, channels, acc)
+            self._multiply(sources, self.weights, base, channels, acc)
         else:
             start = let(big(offset * self._live_count(sample) * tile.nr))
-            self._multiply(sample, sources, gathered, start, channels, acc)
+            self._multiply(sources, gathered, start, channels, acc)
 
     def _each_vector(self, visit: Callable[[int, int, int], None]) -> None:
         for r in range(self.tile.mr):
@@ -385,27 +408,15 @@ class GatherEmitter:
 
     def _multiply(
         self,
-        sample: Expr,
         sources: list[Expr],
         weights: tirx.Buffer,
         base: Expr,
         channels: tuple[Expr, Expr],
         acc: list[list[tirx.Buffer]],
     ) -> None:
-        """``acc[r] += x[r, channel] · w[channel]`` over ``channels`` (first, count) of the live ones."""
-        conv, tile = self.conv, self.tile
+        """``acc[r] += x[r, channel] · w[channel]`` over ``channels`` (first, count)."""
+        tile = self.tile
         first, count = channels
-        if conv.live_in:
-            with serial(count) as k:
-                at = let(first + k)
-                channel = let(big(self.in_channels[sample, 1 + at]))
-                # Gathered panels hold the live channels only, side by side; packed weights hold all of them. Their
-                # offset is listed too: computed here, it delays the weight loads, and LLVM then spills accumulators.
-                listed = self.in_channels[sample, 1 + conv.depth + at]
-                self._multiply_one(
-                    sources, weights, base, channel, big(at) * tile.nr if conv.live_out else let(big(listed)), acc
-                )
-            return
         if isinstance(count, int) and count <= 4:
             for k in range(count):
                 self._multiply_one(sources, weights, base, k, k * tile.nr, acc)
@@ -462,7 +473,7 @@ class GatherEmitter:
         group = 0 if conv.groups == 1 else tirx.floordiv(panel, per_group)
         within = panel if conv.groups == 1 else tirx.floormod(panel, per_group)
         columns: list[Expr] = []
-        if self.gathers:
+        if self.listed_panels:
             columns = [let(self._out_channel(sample, panel, index)) for index in range(tile.nr)]
             consecutive = let(tirx.all(columns[-1] - columns[0] == tile.nr - 1))
         start = let(group * conv.group_out + within * tile.nr)
@@ -480,7 +491,7 @@ class GatherEmitter:
                     at = v * tile.vector_floats
                     self._finish(partial, source + at, target + columns[0] + at, columns[0] + at, tile.vector_floats)
 
-            if self.gathers:
+            if self.listed_panels:
                 choose(consecutive, write, scatter)
             else:
                 self._store_vectors(partial, source, target, start, valid)

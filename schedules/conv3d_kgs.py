@@ -34,6 +34,11 @@ class KernelGroupConv(GatherConv):
     run: int = 1
 
     @property
+    def compact_in(self) -> bool:
+        """Dead channels are left out of the column lists; the input stays as it is."""
+        return False
+
+    @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
         lists = "".join(mark for mark, on in (("i", self.live_in), ("o", self.live_out)) if on)
@@ -179,7 +184,7 @@ class KernelGroupEmitter(GatherEmitter):
 
     def __init__(self, conv: KernelGroupConv) -> None:
         super().__init__(conv)
-        self.gathers = False
+        self.listed_panels = self.gathers = False
 
     def _live_panels(self, sample: Expr) -> Expr:
         return self.conv.panels

@@ -348,12 +348,12 @@ class _Emitter:
         """One ξ, one panel of output channels, all rows of the chunk."""
         conv, plan, tile = self.conv, self.plan, self.tile
         depth = conv.channels_in
+        live = self._live_in(sample)
         weights, base = self.weights, let(big(xi * conv.panels + panel) * (plan.taps * depth * tile.nr))
-        if conv.live_out:
-            weights, base = self._gather_weights(sample, xi, panel), let(big(0))
+        if conv.live_in or conv.live_out:
+            weights, base = self._gather_weights(sample, xi, panel, live), let(big(0))
         source = let(big(xi) * conv.source_plane)
         target = let(big(xi) * conv.product_plane + panel * tile.nr)
-        live = self._live_in(sample)
         most = tile.depth_block
         with serial(self.counts[chunk, 2]) as run:
             tap, last_tap, low, high = (let(self.runs[chunk, run, field]) for field in range(4))
@@ -369,19 +369,37 @@ class _Emitter:
                     current = let(low + offset)
                     rows = [let(self.rows_in[chunk, current, r]) for r in range(tile.mr)]
                     place = let(target + big(current) * (tile.mr * conv.panels * tile.nr))
-                    self._register_tile(sample, rows, source, place, (weights, base), taps, channels, fresh)
+                    self._register_tile(rows, source, place, (weights, base, live), taps, channels, fresh)
 
-    def _gather_weights(self, sample: Expr, xi: Expr, panel: Expr) -> tirx.Buffer:
-        """Pack the transformed weights of the panel's live output channels, for every input channel."""
+    def _gather_weights(self, sample: Expr, xi: Expr, panel: Expr, live: Expr) -> tirx.Buffer:
+        """Pack the transformed weights of the panel's output channels for the live input channels."""
         conv, plan, tile = self.conv, self.plan, self.tile
         gathered = scratch((plan.taps * conv.channels_in * tile.nr,))
-        columns = [let(self._out_channel(sample, panel * tile.nr + index)) for index in range(tile.nr)]
-        with serial(plan.taps) as tap, serial(self._live_in(sample)) as k:
+        columns: list[Expr] = []
+        if conv.live_out:
+            columns = [let(self._out_channel(sample, panel * tile.nr + index)) for index in range(tile.nr)]
+            consecutive = let(tirx.all(columns[-1] - columns[0] == tile.nr - 1))
+            base = let(big(xi) * (plan.taps * conv.channels_in))
+        else:
+            base = let(big(xi * conv.panels + panel) * (plan.taps * conv.channels_in))
+        with serial(plan.taps) as tap, serial(live) as k:
             channel = self.in_channels[sample, 1 + k] if conv.live_in else k
-            at = let((tap * conv.channels_in + channel) * tile.nr)
-            row = let(big((xi * plan.taps + tap) * conv.channels_in + channel) * conv.channels_out)
-            for index, column in enumerate(columns):
-                store(gathered, self.weights[row + column], at + index)
+            row = let(base + tap * conv.channels_in + channel)
+            at = let((tap * live + k) * tile.nr)
+
+            def copy_vectors(source: Expr, at: Expr = at) -> None:
+                for v in range(tile.vectors):
+                    store(gathered, self.weights[self._vector(source, v)], self._vector(at, v))
+
+            def copy_columns(row: Expr = row, at: Expr = at) -> None:
+                for index, column in enumerate(columns):
+                    store(gathered, self.weights[row * conv.channels_out + column], at + index)
+
+            if conv.live_out:
+                first = row * conv.channels_out + columns[0]
+                choose(consecutive, lambda first=first: copy_vectors(first), copy_columns)
+            else:
+                copy_vectors(row * tile.nr)
         return gathered
 
     def _out_channel(self, sample: Expr, index: Expr) -> Expr:
@@ -401,16 +419,18 @@ class _Emitter:
 
     def _register_tile(
         self,
-        sample: Expr,
         rows: list[Expr],
         source: Expr,
         place: Expr,
-        weights: tuple[tirx.Buffer, Expr],
+        weights: tuple[tirx.Buffer, Expr, Expr],
         taps: tuple[Expr, Expr],
         channels: tuple[Expr, Expr],
         fresh: Expr,
     ) -> None:
-        """Accumulate ``taps`` × ``channels`` of one tile of rows and put it (back) at ``place``."""
+        """Accumulate ``taps`` × ``channels`` of one tile of rows and put it (back) at ``place``.
+
+        ``weights``: a buffer, where the panel begins in it, and how many channels it has for each tap.
+        """
         conv, tile = self.conv, self.tile
         count, row_floats = tile.vector_floats, conv.panels * tile.nr
         acc = [[scratch((count,)) for _ in range(tile.vectors)] for _ in range(tile.mr)]
@@ -429,28 +449,22 @@ class _Emitter:
             entry = let(taps[0] + offset)
             shift = let(self.taps[entry, 1])
             sources = [let(source + big(row + shift) * conv.channels_in) for row in rows]
-            base = let(weights[1] + big(self.taps[entry, 0]) * (conv.channels_in * tile.nr))
-            self._multiply(sample, sources, weights[0], base, channels, acc)
+            base = let(weights[1] + big(self.taps[entry, 0]) * (weights[2] * tile.nr))
+            self._multiply(sources, weights[0], base, channels, acc)
         for r, v in cells:
             store(self.products, acc[r][v][lanes(0, count)], self._vector(place + r * row_floats, v))
 
     def _multiply(
         self,
-        sample: Expr,
         sources: list[Expr],
         weights: tirx.Buffer,
         base: Expr,
         channels: tuple[Expr, Expr],
         acc: list[list[tirx.Buffer]],
     ) -> None:
-        """``acc[r] += v[r, k] · u[channel(k)]``; live channels lie side by side in V, but not in the weights."""
-        conv, tile = self.conv, self.tile
+        """``acc[r] += v[r, k] · u[k]`` over ``channels`` (first, count) of the live ones, side by side in both."""
+        tile = self.tile
         first, count = channels
-        listed = conv.live_in
-
-        def weight_at(k: Expr) -> Expr:
-            return let(big(self.in_channels[sample, 1 + conv.channels_in + k])) if listed else big(k) * tile.nr
-
         whole = let(tirx.floordiv(count, tile.step)) if tile.step > 1 else 0
         if tile.step > 1:
             with serial(whole) as chunk:
@@ -459,12 +473,12 @@ class _Emitter:
                 for k in range(tile.step):
                     spread = [splat(lane(value, k), tile.vector_floats) for value in values]
                     new_line = k * tile.nr // LINE_FLOATS != (k - 1) * tile.nr // LINE_FLOATS
-                    self._multiply_add(spread, weights, base + weight_at(start + k), acc, new_line)
+                    self._multiply_add(spread, weights, base + big(start + k) * tile.nr, acc, new_line)
         if tile.step == 1 or not isinstance(count, int) or count % tile.step:
             with serial(count - whole * tile.step) as rest:
                 k = first + whole * tile.step + rest
                 spread = [splat(self.sources[at + big(k)], tile.vector_floats) for at in sources]
-                self._multiply_add(spread, weights, base + weight_at(k), acc)
+                self._multiply_add(spread, weights, base + big(k) * tile.nr, acc)
 
     def _multiply_add(
         self, values: list[Expr], weights: tirx.Buffer, start: Expr, acc: list[list[tirx.Buffer]], ahead: bool = True

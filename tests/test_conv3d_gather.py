@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dance_tvm.schedules.channel_plan import plan_channels
+from dance_tvm.schedules.compact_channels import compact_channels
 from dance_tvm.schedules.conv3d_gather import GatherConv, Tile, conv3d_gather
 from dance_tvm.schedules.conv3d_kgs import KernelGroupConv, balanced_order, conv3d_kgs, plan_columns
 from dance_tvm.schedules.geometry import Window
@@ -135,11 +136,11 @@ def run(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     args = [tensor(poisoned)]
     if case.kernel_groups is None:
         args += [tensor(conv.pack_weights(weight)), tensor(conv.pack_bias(bias)), tensor(plan.tap_entries), *lists]
-        for live, count, nr in ((case.live_in, conv.depth, case.tile.nr), (case.live_out, case.channels_out, 1)):
-            if live is not None:
-                listed = tensor(np.full((samples, 1 + 2 * count), -(2**31), "int32"))
-                compiled(plan_channels(samples, count, nr))(tensor(live.astype("float32")), listed)
-                args.append(listed)
+        if case.live_in is not None:
+            args.append(channel_list(case.live_in, conv.depth))
+            args[0] = compacted(plan, args[0], args[-1], mask_args)
+        if case.live_out is not None:
+            args.append(channel_list(case.live_out, case.channels_out))
     else:
         groups = find_kernel_groups(weight, *case.kernel_groups[:2])
         run = 1 if case.live_in is not None else groups.run
@@ -156,6 +157,24 @@ def run(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     frames_alive = np.ones((case.batch, case.size[0]), bool) if case.in_frames is None else case.in_frames
     assert pairs == count_pairs(window, frames_alive if plan.dynamic_taps else None, rows)
     return y.numpy(), expected, computed
+
+
+def channel_list(live: np.ndarray, channels: int) -> tvm.runtime.Tensor:
+    """The list of the live channels of each sample, from a boolean mask (samples, channels)."""
+    listed = tensor(np.full((len(live), 1 + channels), -(2**31), "int32"))
+    compiled(plan_channels(len(live), channels))(tensor(live.astype("float32")), listed)
+    return listed
+
+
+def compacted(
+    plan: RowPlan, x: tvm.runtime.Tensor, listed: tvm.runtime.Tensor, masks: list[tvm.runtime.Tensor]
+) -> tvm.runtime.Tensor:
+    """``x`` with its live channels side by side; what the copy leaves alone is NaN."""
+    channels = int(x.shape[-1])
+    frames = masks[:1] if plan.dynamic_taps else []
+    y = tensor(np.full(x.shape, np.nan, "float32"))
+    compiled(compact_channels(plan.window, channels, plan.samples, plan.dynamic_taps))(x, listed, *frames, y)
+    return y
 
 
 def prune(weight: np.ndarray, gm: int, gn: int, keep: float, rng: np.random.Generator) -> np.ndarray:

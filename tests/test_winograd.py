@@ -9,9 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_conv3d_gather import Case, compiled, tensor
+from test_conv3d_gather import Case, channel_list, compiled, tensor
 
-from dance_tvm.schedules.channel_plan import plan_channels
 from dance_tvm.schedules.conv3d_gather import Tile
 from dance_tvm.schedules.winograd import WinogradConv, conv3d_winograd, mask_arguments
 from dance_tvm.schedules.winograd_plan import LISTS, WinogradPlan, plan_winograd
@@ -103,11 +102,9 @@ def run(case: WinogradCase) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[st
     compiled(plan_winograd(plan))(*fields.values(), *(tensor(table) for table in plan.tables.values()), *lists)
     args = [tensor(poison(case, x)), tensor(conv.pack_weights(weight)), tensor(conv.pack_bias(bias))]
     args += [tensor(plan.tap_entries), *lists[: len(LISTS)]]
-    for live, count, nr in ((case.live_in, case.channels_in, case.tile.nr), (case.live_out, case.channels_out, 1)):
+    for live, count in ((case.live_in, case.channels_in), (case.live_out, case.channels_out)):
         if live is not None:
-            listed = tensor(np.full((plan.samples, 1 + 2 * count), -(2**31), "int32"))
-            compiled(plan_channels(plan.samples, count, nr))(tensor(live.astype("float32")), listed)
-            args.append(listed)
+            args.append(channel_list(live, count))
     args += [fields[key] for key in mask_arguments(conv)]
     if case.residual:
         args.append(tensor(residual))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,6 +10,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.schedules.channel_plan import channel_list_shape, plan_channels
+from dance_tvm.schedules.compact_channels import compact_channels
 from dance_tvm.schedules.conv3d_gather import GatherConv, conv3d_gather
 from dance_tvm.schedules.conv3d_kgs import (
     KernelGroupConv,
@@ -52,7 +53,11 @@ class LowerWindows:
         threads: int = 1,
         tuning: TuningLog | None = None,
         convolution: str = "direct",
+        lowering: type[Lowering] | None = None,
+        group_cost: Callable[[KernelGroups], float] | None = None,
     ) -> None:
+        self.group_cost = group_cost
+        self.lowering = lowering or Lowering
         self.machine = machine
         self.threads = threads
         self.tuning = tuning
@@ -65,7 +70,7 @@ class LowerWindows:
         graph = Graph.of(mod["main"])
         liveness = Liveness.of(graph)
         sites = Sites.of(graph, liveness)
-        lowering = _Lowering(
+        lowering = self.lowering(
             mod,
             graph,
             liveness,
@@ -75,6 +80,7 @@ class LowerWindows:
             self.tuning,
             sparsity=self.sparsity,
             convolution=self.convolution,
+            group_cost=self.group_cost,
         )
         lowered = lowering.run("main")
         self.layers.extend(lowering.layers)
@@ -83,7 +89,7 @@ class LowerWindows:
 
 
 @dataclass
-class _Lowering:
+class Lowering:
     """One run over the graph. Bindings are emitted in order, and masks as soon as a kernel needs them."""
 
     mod: tvm.IRModule
@@ -102,6 +108,8 @@ class _Lowering:
     sparsity: bool = True
     convolution: str = "direct"
     constants: dict[relax.Var, list[relax.Expr]] = field(default_factory=dict)
+    viewed: dict[relax.Expr, relax.Expr] = field(default_factory=dict)
+    group_cost: Callable[[KernelGroups], float] | None = None
 
     def run(self, name: str) -> tvm.IRModule:
         """Emit the network as function ``name``, with kernels in the place of sites."""
@@ -221,14 +229,14 @@ class _Lowering:
             return []
         return [self._mask(expression, (batch, frames), (batch, frames, 1, 1, 1))]
 
-    def _channels(self, expression: Expression | None, samples: int, channels: int, nr: int) -> list[relax.Expr]:
+    def _channels(self, expression: Expression | None, samples: int, channels: int) -> list[relax.Expr]:
         """The list of live channels of each sample."""
         if expression is None:
             return []
-        key = ("channels", expression, samples, channels, nr)
+        key = ("channels", expression, samples, channels)
         if key not in self.planned:
             mask = self._mask(expression, (samples, channels), (samples, 1, 1, 1, channels))
-            func = plan_channels(samples, channels, nr)
+            func = plan_channels(samples, channels)
             self.planned[key] = [self._kernel(func, [mask], [channel_list_shape(samples, channels)], "int32")]
         return self.planned[key]
 
@@ -263,6 +271,8 @@ class _Lowering:
         if plan.positions is not None and wanted.positions is not None:
             shape = (*plan.positions, *window.out[1:])
             positions = [self._mask(wanted.positions, shape, (*shape, 1))]
+        if isinstance(conv, GatherConv) and conv.compact_in:
+            data = self._compact(site, data, alive, plan)
         identity = (alive.frames if plan.in_frames else None, wanted.frames, wanted.positions)
         lists = self._rows(plan, [*masks, *out_frames, *positions], identity)
         if isinstance(conv, KernelGroupConv):
@@ -284,6 +294,18 @@ class _Lowering:
             func = conv3d_kgs(conv) if isinstance(conv, KernelGroupConv) else conv3d_gather(conv)
         return self._as_video(self._kernel(func, args, [out_shape], "float32"), shape_of(site.end))
 
+    def _compact(self, site: Site, data: relax.Expr, alive: Live, plan: RowPlan) -> relax.Expr:
+        """The site's input with its live channels side by side."""
+        window, samples = site.window, plan.samples
+        frames = alive.frames if plan.dynamic_taps else None
+        key = ("compact", site.data, alive.channels, frames, samples)
+        if key not in self.planned:
+            func = compact_channels(window, site.channels_in, samples, frames is not None)
+            args = [data, *self._channels(alive.channels, samples, site.channels_in)]
+            args += self._frames(frames, window.batch, window.size[0])
+            self.planned[key] = [self._kernel(func, args, [shape_of(data)], "float32")]
+        return self.planned[key][0]
+
     def _gather_arguments(
         self,
         site: Site,
@@ -295,8 +317,8 @@ class _Lowering:
         """Weights, bias, taps and lists of a gathered or Winograd convolution."""
         samples = conv.plan.samples
         channels = [
-            self._channels(live_in, samples, site.channels_in, conv.tile.nr),
-            self._channels(live_out, samples, site.channels_out, 1),
+            self._channels(live_in, samples, site.channels_in),
+            self._channels(live_out, samples, site.channels_out),
         ]
         self._count(conv, lists, channels)
         if site.start not in self.constants:
@@ -407,12 +429,18 @@ class _Lowering:
         if site.start not in self.groups:
             lanes = self.machine.vector_floats
             fitting = [(gm, gn) for gm, gn in CANDIDATES if gm % lanes == 0] or [(lanes, gn) for gn in (8, 4, 1)]
-            self.groups[site.start] = choose_kernel_groups(site.weight, fitting, lane_cost(lanes))
+            self.groups[site.start] = choose_kernel_groups(site.weight, fitting, self.group_cost or lane_cost(lanes))
         groups = self.groups[site.start]
         return None if groups.scheme == "dense" else groups
 
     def _as_video(self, value: relax.Expr, shape: Shape) -> relax.Expr:
-        return value if shape_of(value) == shape else self.builder.emit(relax.op.reshape(value, list(shape)))
+        """``value`` seen as ``shape``. Two views in a row would be joined into a copy, so there is never a second."""
+        value = self.viewed.get(value, value)
+        if shape_of(value) == shape:
+            return value
+        view = self.builder.emit(relax.op.reshape(value, list(shape)))
+        self.viewed[view] = value
+        return view
 
     def _describe(self, site: Site, conv: GatherConv | WinogradConv, alive: Live, wanted: Live, why: str) -> LayerInfo:
         skips = [f"input {axis}" for axis in alive.axes if axis != "positions"]

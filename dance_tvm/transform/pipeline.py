@@ -11,14 +11,19 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.spaces import TuningLog
 from dance_tvm.schedules.tiles import Machine
 
 from .channels_last import ChannelsLast
 from .fold_batch_norm import FoldBatchNorm
+from .gpu_rest import ScheduleRestForGpu
+from .gpu_windows import GpuLowering
+from .group_choice import group_cost
 from .layers import LayerInfo
 from .lift_weights import LiftWeights
 from .lower_windows import LowerWindows
+from .narrow_channels import NarrowChannels
 from .schedule_rest import ScheduleRest
 
 if TYPE_CHECKING:
@@ -50,15 +55,18 @@ def lower(
     mod: tvm.IRModule, target: Target, options: Options, on_phase: Callable[[str], None] | None = None
 ) -> Lowered:
     """Turn an imported Relax module into one whose every operator has a kernel for ``target``."""
-    machine = machine_of(target)
+    machine, gpu = machine_of(target), gpu_of(target)
     lower_windows = LowerWindows(
-        machine,
+        gpu or machine,  # type: ignore[arg-type]
         sparsity=options.sparsity == "auto",
         threads=options.threads,
         tuning=options.tuning,
         convolution="direct" if options.numerics == "exact" else options.conv,
+        lowering=GpuLowering if gpu else None,
+        group_cost=group_cost(target, options.threads),
     )
     lift_weights = LiftWeights()
+    narrow = [NarrowChannels()] if options.sparsity == "auto" else []
     phases: list[tuple[str, list[tvm.transform.Pass]]] = [
         (
             "simplify",
@@ -68,7 +76,7 @@ def lower(
                 relax.transform.DeadCodeElimination(),
             ],
         ),
-        ("fold batch norm", [FoldBatchNorm()]),
+        ("fold batch norm", [FoldBatchNorm(), *narrow]),
         (
             "channels last",
             [ChannelsLast(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
@@ -83,7 +91,7 @@ def lower(
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),
                 relax.transform.DeadCodeElimination(),
-                ScheduleRest(machine.vector_floats),
+                ScheduleRestForGpu() if gpu else ScheduleRest(machine.vector_floats),
             ],
         ),
         ("lift weights", [lift_weights]),
@@ -96,7 +104,15 @@ def lower(
                 mod = each(mod)
             if options.debug_dump is not None:
                 _dump(mod, options.debug_dump, number, phase)
-    return Lowered(mod, lower_windows.layers, lift_weights.weights)
+    told = narrow[0].told if narrow else {}
+    layers = [_with_reason(layer, told.get(layer.name, "")) for layer in lower_windows.layers]
+    return Lowered(mod, layers, lift_weights.weights)
+
+
+def _with_reason(layer: LayerInfo, reason: str) -> LayerInfo:
+    """``layer`` with one more thing that was decided about it."""
+    joined = "; ".join(part for part in (reason, layer.reason) if part)
+    return layer.model_copy(update={"reason": joined})
 
 
 def machine_of(target: Target) -> Machine:
@@ -112,6 +128,22 @@ def machine_of(target: Target) -> Machine:
         l3=target.caches.l3,
         gflops=2 * target.vector.floats * max(cores),
         memory_gb_per_s=target.memory_gb_per_s,
+    )
+
+
+def gpu_of(target: Target) -> Gpu | None:
+    """What tiles of a GPU follow from, read off the target; None for a CPU."""
+    facts = target.gpu
+    if facts is None:
+        return None
+    return Gpu(
+        facts.units,
+        facts.warp,
+        facts.unit_threads,
+        facts.block_threads,
+        facts.registers,
+        facts.shared,
+        facts.block_shared,
     )
 
 

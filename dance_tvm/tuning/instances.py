@@ -7,7 +7,7 @@ result. Only code travels to the device. Sums of small integers are exact, so ev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,19 +64,18 @@ class Instance:
             "fill_y": _fill("fill_y", out),
             DIGEST: _digest(out),
         }
-        for name, channels, nr in self._channel_lists():
-            functions[f"plan_{name}"] = plan_channels(work.samples, channels, nr, f"plan_{name}")
+        for name, channels in self._channel_lists():
+            functions[f"plan_{name}"] = plan_channels(work.samples, channels, f"plan_{name}")
         return tvm.IRModule(functions)
 
-    def _channel_lists(self) -> list[tuple[str, int, int]]:
-        work = self.workload
-        lists = [("in_channels", work.depth, self.conv.tile.nr), ("out_channels", work.channels_out, 1)]
-        return [listed for listed in lists if listed[0] in work.lists]
+    def _channel_lists(self) -> list[tuple[str, int]]:
+        lists = [("in_channels", self.workload.depth), ("out_channels", self.workload.channels_out)]
+        return [listed for listed in lists if listed[0] in self.workload.lists]
 
     def masks(self) -> dict[str, np.ndarray]:
         """A mask for each list, of the workload's density, at least one element alive; the same at every call."""
         shapes = dict(self.plan.masks)
-        shapes.update({name: (self.workload.samples, channels) for name, channels, _ in self._channel_lists()})
+        shapes.update({name: (self.workload.samples, channels) for name, channels in self._channel_lists()})
         return {name: _mask(shape, self.workload.density, seed) for seed, (name, shape) in enumerate(shapes.items())}
 
 
@@ -163,14 +162,15 @@ class Loaded:
         return times
 
 
-def interleaved(a: Loaded, b: Loaded, rounds: int = 7) -> tuple[list[float], list[float]]:
-    """Times of two instances in turns, so that a drift of the machine's speed meets both alike."""
-    if a.unit != "seconds":
-        return a.instructions(), b.instructions()
-    times: tuple[list[float], list[float]] = ([], [])
+def interleaved(loaded: Sequence[Loaded], rounds: int = 9) -> list[list[float]]:
+    """Times of several instances in turns, so that a drift of the machine's speed meets all alike."""
+    if loaded[0].unit != "seconds":
+        return [each.instructions() for each in loaded]
+    times: list[list[float]] = [[] for _ in loaded]
     for index in range(rounds):
-        for which in (0, 1) if index % 2 == 0 else (1, 0):
-            times[which].extend((a, b)[which].times(1))
+        order = list(enumerate(loaded))
+        for place, each in order if index % 2 == 0 else order[::-1]:
+            times[place].extend(each.times(1))
     return times
 
 

@@ -1,0 +1,29 @@
+"""Schedule what has no kernel of its own for a GPU: elementwise operators, reductions, copies."""
+
+from __future__ import annotations
+
+import tvm
+from tvm import tirx
+from tvm.s_tir import dlight
+
+from dance_tvm.errors import DanceError
+
+
+@tvm.transform.module_pass(opt_level=0, name="ScheduleRestForGpu")
+class ScheduleRestForGpu:
+    """Bind the loops of every unscheduled PrimFunc to blocks and threads, by TVM's own rules."""
+
+    def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        """Schedule each function. Raises DanceError for one that no rule fits: it could not run on a GPU."""
+        rules = [dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()]
+        mod = dlight.ApplyDefaultSchedule(*rules)(mod)
+        for name, func in mod.functions_items():
+            if isinstance(func, tirx.PrimFunc) and not _is_bound(func):
+                raise DanceError(
+                    f"{name.name_hint} has no GPU schedule: build this network for a CPU target, or export it without"
+                )
+        return mod
+
+
+def _is_bound(func: tirx.PrimFunc) -> bool:
+    return func.attrs is not None and bool(func.attrs.get("tirx.is_scheduled", False))

@@ -1,0 +1,48 @@
+"""Live channels brought side by side, once per layer, for kernels that then read them as if there were no others.
+
+Every value is copied once and read by taps × output channels multiply-adds, so the copy costs little where they are many,
+and the convolution runs along whole cache lines and vectors whatever the mask.
+"""
+
+from __future__ import annotations
+
+from tvm import tirx
+
+from .channel_plan import channel_list_shape
+from .emit import INT, argument, big, flat, kernel, let, number, parallel, serial, store, when
+from .geometry import Window
+
+
+def compact_channels(
+    window: Window, channels: int, samples: int, in_frames: bool, name: str = "compact_channels"
+) -> tirx.PrimFunc:
+    """Emit the kernel.
+
+    Parameters: x (N, T, H, W, C), in_channels (:mod:`~.channel_plan`), where asked for in_frames (N, T), a mask whose
+    dead frames are not read, and y (N, T, H, W, C). Position ``p`` of a sample begins ``p`` times the sample's live
+    channels after the sample's beginning.
+    """
+    frames, height, width = window.size
+    area, shape = height * width, (window.batch, *window.size, channels)
+    with kernel(name) as built:
+        source = argument("x", shape)
+        listed = argument("in_channels", channel_list_shape(samples, channels), INT)
+        mask = argument("in_frames", (window.batch, frames)) if in_frames else None
+        target = argument("y", shape)
+        x, y = flat(source), flat(target)
+        per_sample = window.batch // samples * frames
+        with parallel(window.batch * frames * height) as line:
+            frame = let(tirx.floordiv(line, height))
+            alive = tirx.IntImm("bool", 1)
+            if mask is not None:
+                alive = mask[tirx.floordiv(frame, frames), tirx.floormod(frame, frames)] != number(0.0)
+            with when(alive):
+                sample = let(tirx.floordiv(frame, per_sample))
+                live = let(listed[sample, 0])
+                skipped = let(big(sample * (per_sample * area)) * (channels - live))
+                with serial(width) as column:
+                    position = let(big(line * width + column))
+                    old, new = let(position * channels), let(position * live + skipped)
+                    with serial(live) as k:
+                        store(y, x[old + listed[sample, 1 + k]], new + k)
+    return built.func
