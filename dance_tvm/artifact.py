@@ -33,7 +33,7 @@ from dance_tvm.hashing import file_sha256
 from dance_tvm.host import cpu_flags
 from dance_tvm.transform.layers import LayerInfo
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LIBRARY, WEIGHTS, MANIFEST = "model.so", "weights.safetensors", "manifest.json"
 REFERENCE = "reference.safetensors"
 
@@ -84,6 +84,15 @@ class Check(_Strict):
     reason: str = ""
 
 
+class DeviceCode(_Strict):
+    """A GPU's code inside the library: PTX, or source that ``note`` says where is compiled."""
+
+    format: Literal["ptx", "cuda", "opencl"]
+    architecture: str
+    version: str
+    note: str
+
+
 class File(_Strict):
     """Hash and size of one file of the folder."""
 
@@ -107,6 +116,7 @@ class Manifest(_Strict):
     options: dict[str, Any] = {}
     versions: dict[str, str]
     layers: list[LayerInfo] = []
+    device_code: DeviceCode | None = None
     memory_peak_bytes: int
     check: Check
     files: dict[str, File] = {}

@@ -37,6 +37,11 @@ class Convolution(str, Enum):
     winograd = "winograd"
 
 
+class DeviceCode(str, Enum):
+    compiled = "compiled"
+    source = "source"
+
+
 class Sparsity(str, Enum):
     auto = "auto"
     off = "off"
@@ -57,6 +62,9 @@ def build(
     conv: Annotated[Convolution, typer.Option(help="Convolution algorithm.")] = Convolution.auto,
     sparsity: Annotated[Sparsity, typer.Option(help="off computes what masks would skip.")] = Sparsity.auto,
     logs_from: Annotated[str | None, typer.Option(help="Use the tuning logs of this target instead.")] = None,
+    device_code: Annotated[
+        DeviceCode, typer.Option(help="Of a CUDA target: PTX, or source that the device compiles.")
+    ] = DeviceCode.compiled,
     debug_dump: Annotated[Path | None, typer.Option(help="Write the IR after every phase to this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -66,7 +74,7 @@ def build(
         built = _build(
             model, target, out, weights=weights, threads=threads, check=check, debug_dump=debug_dump,
             logs_from=logs_from, on_phase=progress.phase,
-            numerics=numerics.value, conv=conv.value, sparsity=sparsity.value,
+            numerics=numerics.value, conv=conv.value, sparsity=sparsity.value, device_code=device_code.value,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(_facts(built), indent=2))
@@ -82,6 +90,7 @@ def _build(
     numerics: Any,
     conv: Any,
     sparsity: Any,
+    device_code: Any,
     threads: int | None,
     **rest: Any,
 ) -> Built:
@@ -91,7 +100,9 @@ def _build(
     from dance_tvm.compiler import build_network
     from dance_tvm.transform.pipeline import Options
 
-    options = Options(threads=threads or machine.threads, numerics=numerics, conv=conv, sparsity=sparsity)
+    options = Options(
+        threads=threads or machine.threads, numerics=numerics, conv=conv, sparsity=sparsity, device_code=device_code
+    )
     out = out or Path("artifacts") / f"{Path(model).stem}-{machine.name}"
     return build_network(model, out, target=machine, options=options, **rest)
 

@@ -27,6 +27,7 @@ from dance_tvm.artifact import (
     require_writable,
     write_artifact,
 )
+from dance_tvm.device_code import embed_device_code
 from dance_tvm.errors import DanceError
 from dance_tvm.host import needed_flags
 from dance_tvm.linker import shared_library_linker
@@ -128,9 +129,10 @@ def build_network(
         return check_artifact(artifact, imported, insist=insist, on_phase=clock.start, reference=reference)
 
     linker = shared_library_linker(machine)
+    packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
     artifact = write_artifact(
         out,
-        lambda path: executable.export_library(str(path), fcompile=linker),
+        lambda path: executable.export_library(str(path), fcompile=linker, **packing),
         lowered.weights,
         manifest,
         check_there if check is not False else None,
@@ -224,7 +226,7 @@ def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax
     """The executable, and the bytes of all weights and planned activations."""
     target = machine.tvm_target(options.threads)
     planned: list[tvm.IRModule] = []
-    base = relax.get_default_pipeline(target) if "gpu" in target.keys else relax.get_pipeline("default_build")
+    base = _gpu_pipeline(target) if machine.gpu else relax.get_pipeline("default_build")
 
     @tvm.transform.module_pass(opt_level=0, name="PlanAndRemember")
     def pipeline(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
@@ -235,6 +237,13 @@ def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax
     _dump(options.debug_dump, "planned", planned[0])
     weights = _constant_bytes(lowered.mod) + sum(array.nbytes for array in lowered.weights.values())
     return executable, weights + _planned_storage(planned[0])
+
+
+def _gpu_pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
+    """From kernels to the virtual machine; TVM's own pipeline for GPUs would schedule and fold once more."""
+    from tvm.relax.backend import gpu_generic
+
+    return tvm.transform.Sequential(gpu_generic.dataflow_lower_passes(target) + gpu_generic.finalize_passes(target))
 
 
 def _constant_bytes(mod: tvm.IRModule) -> int:

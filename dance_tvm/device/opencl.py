@@ -65,11 +65,11 @@ def device_code(mod: tvm.IRModule, target: Target) -> DeviceCode:
         with target:
             lowered = pipeline(module)
     except Exception as error:  # TVM's verifier says which function touches device memory on the host
-        raise DanceError(f"a function cannot be lowered for {target.kind.name}: {str(error).splitlines()[-1]}") from None
+        raise DanceError(
+            f"a function cannot be lowered for {target.kind.name}: {str(error).splitlines()[-1]}"
+        ) from None
     host, devices = split_host_device_mods(lowered)
-    sources = [
-        codegen_build(finalize_device()(device), kind).inspect_source("") for kind, device in devices.items()
-    ]
+    sources = [codegen_build(finalize_device()(device), kind).inspect_source("") for kind, device in devices.items()]
     plans = {name.name_hint: _plan_of(func) for name, func in host.functions_items()}
     return DeviceCode("\n".join(sources), plans)
 
@@ -192,14 +192,18 @@ class OpenCLSession:
         array = np.ascontiguousarray(array)
         return self._allocating(
             array.nbytes,
-            lambda: self._cl.Buffer(self.context, flags.READ_WRITE | flags.COPY_HOST_PTR, hostbuf=array)
-            if array.nbytes
-            else self._cl.Buffer(self.context, flags.READ_WRITE, 4),
+            lambda: (
+                self._cl.Buffer(self.context, flags.READ_WRITE | flags.COPY_HOST_PTR, hostbuf=array)
+                if array.nbytes
+                else self._cl.Buffer(self.context, flags.READ_WRITE, 4)
+            ),
         )
 
     def empty(self, size: int) -> Any:
         """A buffer of ``size`` bytes that were never written."""
-        return self._allocating(size, lambda: self._cl.Buffer(self.context, self._cl.mem_flags.READ_WRITE, max(4, size)))
+        return self._allocating(
+            size, lambda: self._cl.Buffer(self.context, self._cl.mem_flags.READ_WRITE, max(4, size))
+        )
 
     def _allocating(self, size: int, make: Any) -> Any:
         try:
@@ -232,8 +236,7 @@ class OpenCLSession:
         self.run(self.compile(code), code.plans["main"], buffers)
         found = buffers[len(inputs) :]
         return [
-            self.download(buffer, array.shape, str(array.dtype))
-            for buffer, array in zip(found, outputs, strict=True)
+            self.download(buffer, array.shape, str(array.dtype)) for buffer, array in zip(found, outputs, strict=True)
         ]
 
 

@@ -40,6 +40,7 @@ class Options:
     sparsity: Literal["auto", "off"] = "auto"
     debug_dump: Path | None = None
     tuning: TuningLog | None = None
+    device_code: Literal["compiled", "source"] = "compiled"
 
 
 @dataclass(frozen=True)

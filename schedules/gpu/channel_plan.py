@@ -15,7 +15,6 @@ def plan_channels(samples: int, channels: int, name: str = "plan_channels_gpu") 
         mask = argument("mask", (samples, channels))
         listed = argument("listed", channel_list_shape(samples, channels), INT)
         with launch(samples, BLOCK) as (sample, thread):
-
             total = compact(
                 thread,
                 channels,

@@ -142,9 +142,7 @@ def linear(conv: LinearConv) -> tirx.PrimFunc:
     return built.func
 
 
-def _slice_of_sums(
-    conv: BlockConv, args: Arguments, sample: Expr, part: Expr, channel: Expr, acc: tirx.Buffer
-) -> None:
+def _slice_of_sums(conv: BlockConv, args: Arguments, sample: Expr, part: Expr, channel: Expr, acc: tirx.Buffer) -> None:
     """Add up every ``SLICES``-th input channel."""
     rows = conv.tile.mr
     sources = [let(args.lists["rows_in"][sample, 0, row] * conv.channels_in) for row in range(rows)]
@@ -173,5 +171,3 @@ def is_few_rows(conv: BlockConv) -> bool:
     window = conv.window
     rows = window.positions_out // conv.plan.samples
     return window.taps == 1 and conv.groups == 1 and rows <= FEW_ROWS and window.size == window.out
-
-

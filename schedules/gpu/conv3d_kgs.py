@@ -206,5 +206,3 @@ class GroupEmitter(GatherEmitter):
         down, right = let(row * window.dilation[1]), let(right * window.dilation[2])
         offset = let((frame * (window.dilation[0] * height) + down) * width + right)
         return Term(inside, (offset, down, right), channel, weights)
-
-

@@ -93,9 +93,7 @@ def plan_rows(plan: BlockPlan, name: str = "plan_rows_gpu") -> tirx.PrimFunc:
         with launch(plan.samples, BLOCK) as (sample, thread):
             planner.size_tiles(sample, thread)
         with launch(plan.samples * plan.frames, BLOCK) as (block, thread):
-            planner.list_rows(
-                let(tirx.floordiv(block, plan.frames)), let(tirx.floormod(block, plan.frames)), thread
-            )
+            planner.list_rows(let(tirx.floordiv(block, plan.frames)), let(tirx.floormod(block, plan.frames)), thread)
     return built.func
 
 
@@ -207,9 +205,7 @@ class _Planner:
         store(slots, sums[0], sample, frame, 1)
         store(sums, sums[0] + frame_rows[frame], 0)
 
-    def _list_segments(
-        self, sample: Expr, thread: Expr, first_tile: tirx.Buffer, first_segment: tirx.Buffer
-    ) -> None:
+    def _list_segments(self, sample: Expr, thread: Expr, first_tile: tirx.Buffer, first_segment: tirx.Buffer) -> None:
         """One segment for each tile of a class that has taps."""
         lists, starts = self.lists, self.tables["tap_starts"]
         with serial(self.classes) as c:
