@@ -1,7 +1,7 @@
 """Live channels brought side by side, once per layer, for kernels that then read them as if there were no others.
 
-Every value is copied once and read by taps × output channels multiply-adds, so the copy costs little where they are many,
-and the convolution runs along whole cache lines and vectors whatever the mask.
+Every value is copied once and read by taps × output channels multiply-adds: where they are many, the copy costs
+little, and the convolution runs along whole cache lines and vectors whatever the mask.
 """
 
 from __future__ import annotations

@@ -118,16 +118,12 @@ class GatherConv:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the packed weights: (panels, taps, depth, nr), or (taps, depth, channels_out) for gathered ones."""
-        if self.live_out:
-            return (self.window.taps, self.depth, self.channels_out)
+        """Shape of the packed weights: (panels, taps, depth, nr)."""
         return (self.panels, self.window.taps, self.depth, self.tile.nr)
 
     def pack_weights(self, weight: np.ndarray) -> np.ndarray:
         """Pack float32 weights (C_out, C_in / groups, KT, KH, KW) the way the kernel reads them."""
         taps_last = weight.reshape(self.channels_out, self.depth, self.window.taps)
-        if self.live_out:
-            return np.ascontiguousarray(taps_last.transpose(2, 1, 0))
         per_group = self.panels // self.groups
         padded = np.zeros((self.groups, per_group * self.tile.nr, self.depth, self.window.taps), "float32")
         padded[:, : self.group_out] = taps_last.reshape(self.groups, self.group_out, self.depth, self.window.taps)
@@ -152,8 +148,8 @@ def conv3d_gather(conv: GatherConv) -> tirx.PrimFunc:
     """Emit the kernel.
 
     Parameters in order: x (N, T, H, W, C_in), compacted where ``compact_in`` says so, weights, bias, tap entries
-    (entries, 2), the five lists of the row plan, then where asked for: in_channels and out_channels (:mod:`~.channel_plan`), out_frames, positions (masks, for
-    ``zero_dead``), residual, and y (N, T, H, W, C_out).
+    (entries, 2), the five lists of the row plan, then where asked for: in_channels and out_channels
+    (:mod:`~.channel_plan`), out_frames, positions (masks, for ``zero_dead``), residual, and y (N, T, H, W, C_out).
     """
     with kernel(conv.name) as built:
         GatherEmitter(conv).emit()
@@ -316,30 +312,16 @@ class GatherEmitter:
         """Pack the segment's weights for the panel's output channels and the live input channels."""
         conv, tile = self.conv, self.tile
         live = self._live_count(sample)
-        columns: list[Expr] = []
-        if self.listed_panels:
-            columns = [let(self._out_channel(sample, panel, index)) for index in range(tile.nr)]
-            consecutive = let(tirx.all(columns[-1] - columns[0] == tile.nr - 1))
+        rows = conv.window.taps * conv.depth
+        copies = (
+            listed_columns([self._out_channel(sample, panel, index) for index in range(tile.nr)], rows, tile)
+            if self.listed_panels
+            else whole_panel(panel, rows, tile)
+        )
         with serial(last_tap - tap) as offset, serial(live) as k:
             channel = self.in_channels[sample, 1 + k] if conv.live_in else k
-            row = let(big(self.taps[tap + offset, 0]) * conv.depth + channel)
-            target = let((offset * live + k) * tile.nr)
-
-            def copy_vectors(source: Expr, target: Expr = target) -> None:
-                for v in range(tile.vectors):
-                    at = v * tile.vector_floats
-                    value = self.weights[lanes(source + at, tile.vector_floats)]
-                    store(gathered, value, lanes(target + at, tile.vector_floats))
-
-            def copy_columns(row: Expr = row, target: Expr = target) -> None:
-                for index, column in enumerate(columns):
-                    store(gathered, self.weights[row * conv.channels_out + column], target + index)
-
-            if self.listed_panels:
-                first = row * conv.channels_out + columns[0]
-                choose(consecutive, lambda first=first: copy_vectors(first), copy_columns)
-            else:
-                copy_vectors((big(panel) * (conv.window.taps * conv.depth) + row) * tile.nr)
+            row = let(big(self.taps[tap + offset, 0] * conv.depth + channel) * tile.nr)
+            copies(self.weights, row, gathered, let((offset * live + k) * tile.nr))
 
     def _live_count(self, sample: Expr) -> Expr:
         return let(self.in_channels[sample, 0]) if self.conv.live_in else self.conv.depth
@@ -356,7 +338,7 @@ class GatherEmitter:
         gathered: tirx.Buffer | None,
     ) -> None:
         """Accumulate the segment's taps over one tile."""
-        conv, tile = self.conv, self.tile
+        tile = self.tile
         tap, last_tap = taps
         count = tile.vector_floats
         acc = [[scratch((count,)) for _ in range(tile.vectors)] for _ in range(tile.mr)]
@@ -524,6 +506,56 @@ class GatherEmitter:
     def _finished(self, value: Expr, channel: Expr, count: int) -> Expr:
         """What is stored for output channels ``channel …``."""
         return value
+
+
+#: Copies one row of a panel: (packed weights, offset of the row in any panel, panel, offset in it).
+CopyRow = Callable[[tirx.Buffer, Expr, tirx.Buffer, Expr], None]
+
+
+def whole_panel(panel: Expr, rows: int, tile: Tile) -> CopyRow:
+    """Copies from panel ``panel`` of packed weights, whose panels have ``rows`` rows of ``nr``."""
+    start = let(big(panel) * (rows * tile.nr))
+
+    def copy(weights: tirx.Buffer, row: Expr, gathered: tirx.Buffer, at: Expr) -> None:
+        for v in range(tile.vectors):
+            lane = v * tile.vector_floats
+            value = weights[lanes(start + row + lane, tile.vector_floats)]
+            store(gathered, value, lanes(at + lane, tile.vector_floats))
+
+    return copy
+
+
+def listed_columns(channels: list[Expr], rows: int, tile: Tile) -> CopyRow:
+    """Copies the columns of ``nr`` output channels from wherever in the packed weights they are.
+
+    Each column is read along one panel, which the processor foresees; vectors of channels that lie side by side in
+    one panel are copied whole.
+    """
+    floats = tile.vector_floats
+    named = [let(channel) for channel in channels]
+    starts = [
+        let(big(tirx.floordiv(channel, tile.nr)) * (rows * tile.nr) + tirx.floormod(channel, tile.nr))
+        for channel in named
+    ]
+    whole = [
+        let(tirx.all(named[v + floats - 1] - named[v] == floats - 1, tirx.floormod(named[v], floats) == 0))
+        for v in range(0, tile.nr, floats)
+    ]
+
+    def copy(weights: tirx.Buffer, row: Expr, gathered: tirx.Buffer, at: Expr) -> None:
+        for v in range(tile.vectors):
+            lane = v * floats
+
+            def vector(lane: int = lane) -> None:
+                store(gathered, weights[lanes(starts[lane] + row, floats)], lanes(at + lane, floats))
+
+            def singles(lane: int = lane) -> None:
+                for index in range(lane, lane + floats):
+                    store(gathered, weights[starts[index] + row], at + index)
+
+            choose(whole[v], vector, singles)
+
+    return copy
 
 
 def _clear(buffer: tirx.Buffer, start: Expr, length: int, tile: Tile) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from tvm import tirx
 
 from .channel_plan import channel_list_shape
-from .conv3d_gather import Tile
+from .conv3d_gather import Tile, listed_columns, whole_panel
 from .emit import (
     ACTIVATIONS,
     INT,
@@ -97,10 +97,8 @@ class WinogradConv:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the transformed weights: (ξ, panels, taps, C_in, nr); gathered ones are (ξ, taps, C_in, C_out)."""
+        """Shape of the transformed weights: (ξ, panels, taps, C_in, nr)."""
         plan = self.plan
-        if self.live_out:
-            return (plan.xi, plan.taps, self.channels_in, self.channels_out)
         return (plan.xi, self.panels, plan.taps, self.channels_in, self.tile.nr)
 
     def pack_weights(self, weight: np.ndarray) -> np.ndarray:
@@ -111,10 +109,7 @@ class WinogradConv:
             part = transform_weights(weight[start : start + self.tile.nr], plan.m, plan.transformed)
             count = len(part)
             part = part.reshape(count, self.channels_in, plan.taps, plan.xi).transpose(3, 2, 1, 0)
-            if self.live_out:
-                packed[..., start : start + count] = part
-            else:
-                packed[:, start // self.tile.nr, ..., :count] = part
+            packed[:, start // self.tile.nr, ..., :count] = part
         return packed
 
     @property
@@ -375,31 +370,17 @@ class _Emitter:
         """Pack the transformed weights of the panel's output channels for the live input channels."""
         conv, plan, tile = self.conv, self.plan, self.tile
         gathered = scratch((plan.taps * conv.channels_in * tile.nr,))
-        columns: list[Expr] = []
-        if conv.live_out:
-            columns = [let(self._out_channel(sample, panel * tile.nr + index)) for index in range(tile.nr)]
-            consecutive = let(tirx.all(columns[-1] - columns[0] == tile.nr - 1))
-            base = let(big(xi) * (plan.taps * conv.channels_in))
-        else:
-            base = let(big(xi * conv.panels + panel) * (plan.taps * conv.channels_in))
+        rows = plan.taps * conv.channels_in
+        copies = (
+            listed_columns([self._out_channel(sample, panel * tile.nr + i) for i in range(tile.nr)], rows, tile)
+            if conv.live_out
+            else whole_panel(panel, rows, tile)
+        )
+        plane = let(big(xi) * (conv.panels * rows * tile.nr))
         with serial(plan.taps) as tap, serial(live) as k:
             channel = self.in_channels[sample, 1 + k] if conv.live_in else k
-            row = let(base + tap * conv.channels_in + channel)
-            at = let((tap * live + k) * tile.nr)
-
-            def copy_vectors(source: Expr, at: Expr = at) -> None:
-                for v in range(tile.vectors):
-                    store(gathered, self.weights[self._vector(source, v)], self._vector(at, v))
-
-            def copy_columns(row: Expr = row, at: Expr = at) -> None:
-                for index, column in enumerate(columns):
-                    store(gathered, self.weights[row * conv.channels_out + column], at + index)
-
-            if conv.live_out:
-                first = row * conv.channels_out + columns[0]
-                choose(consecutive, lambda first=first: copy_vectors(first), copy_columns)
-            else:
-                copy_vectors(row * tile.nr)
+            row = let(plane + (tap * conv.channels_in + channel) * tile.nr)
+            copies(self.weights, row, gathered, let((tap * live + k) * tile.nr))
         return gathered
 
     def _out_channel(self, sample: Expr, index: Expr) -> Expr:
