@@ -38,7 +38,7 @@ def check(files: Files = None) -> None:
 def merge(
     into: Annotated[Path, typer.Argument(help="The log to write; what it holds already is merged too.")],
     files: Annotated[list[Path], typer.Argument(help="Logs to merge.")],
-    best: Annotated[bool, typer.Option("--best", help="Keep the best verified record of each layer alone.")] = False,
+    best: Annotated[bool, typer.Option("--best", help="Keep the newest verified record of each layer alone.")] = False,
 ) -> None:
     """Merge logs into one: whole records, each once, in the order of their dates."""
     records: dict[bytes, Record] = {}
@@ -51,12 +51,8 @@ def merge(
                 records[record.line()] = record
     kept = sorted(records.values(), key=lambda record: record.date)
     if best:
-        fastest: dict[tuple[str, str], Record] = {}
-        for record in kept:
-            key = (record.fingerprint, record.workload_id)
-            if record.status == "verified" and (key not in fastest or record.seconds <= fastest[key].seconds):
-                fastest[key] = record
-        kept = list(fastest.values())
+        newest = {(record.fingerprint, record.workload_id): record for record in kept if record.status == "verified"}
+        kept = list(newest.values())
     rewrite(into, kept)
     typer.echo(f"{into}: {len(kept)} records")
 

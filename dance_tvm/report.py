@@ -41,7 +41,7 @@ def report(
     suffixes = {Form.html: ".html", Form.markdown: ".md", Form.json: ".json"}
     by_suffix = {suffix: name for name, suffix in suffixes.items()}
     chosen = form or by_suffix.get(out.suffix if out else "", Form.html)
-    papers = [str(name) for name in paper or []]
+    papers = [name.value for name in paper or []]
     if chosen is Form.html:
         text = html(measured, papers, tuning or [])
     else:

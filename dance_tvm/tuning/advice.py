@@ -29,7 +29,7 @@ class TunedTiles:
 
     @cached_property
     def records(self) -> list[tuple[Workload, Record]]:
-        """Workload and fastest verified record, of every workload that has one."""
+        """Workload and newest verified record, of every workload that has one."""
         return [(found.shape, found) for log in self.logs for found in log.best(self.fingerprint).values()]
 
     def advise(self, workload: Workload) -> Advice | None:

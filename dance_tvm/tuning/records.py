@@ -44,8 +44,8 @@ class Record(BaseModel):
     """One line. ``seconds`` is the median of ``times`` (0 where the trial failed, which ``error`` tells).
 
     ``status``: a ``trial`` was measured once; a ``verified`` record won against the defaults (``default_seconds``)
-    in an interleaved run, or is the defaults where nothing did, and is what builds use. ``trials`` counts those made
-    for this workload so far. ``origin`` is the device; ``unit`` what was counted in place of seconds, if anything.
+    in an interleaved run, or is the defaults where nothing did; the newest is what builds use. ``trials`` counts
+    those made for this workload so far. ``origin`` is the device; ``unit`` what was counted in place of seconds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -221,16 +221,19 @@ class Log:
             if record is not None:
                 yield record
 
-    def best(self, fingerprint: str, status: str = "verified") -> dict[str, Record]:
-        """For each workload the fastest record of a status; lines are parsed only until the fastest whole one."""
+    def best(self, fingerprint: str) -> dict[str, Record]:
+        """For each workload the newest verified record: it was chosen among all trials up to then.
+
+        Times of different days do not compare; lines are parsed only until the newest whole one.
+        """
         found: dict[str, Record] = {}
-        by_group = np.lexsort((self._columns.seconds, self._columns.group))
+        by_group = np.argsort(self._columns.group, kind="stable")
         sorted_groups = np.asarray(self._columns.group)[by_group]
-        for (of, identity, state), group in self._groups.items():
-            if of != fingerprint.encode() or state != status.encode():
+        for (of, identity, status), group in self._groups.items():
+            if of != fingerprint.encode() or status != b"verified":
                 continue
             begin, end = np.searchsorted(sorted_groups, (group, group + 1))
-            whole = (self._parse(row) for row in by_group[begin:end])
+            whole = (self._parse(row) for row in by_group[begin:end][::-1].tolist())
             record = next((record for record in whole if record is not None), None)
             if record is not None:
                 found[identity.decode()] = record

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import s_tir
 from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
@@ -130,7 +131,7 @@ class PlainModel(ms.cost_model.PyCostModel):
 
     def update(self, context: Any, candidates: list[Any], results: list[Any]) -> None:
         """Fit again with more trials of a layer."""
-        key = tvm.ir.structural_hash(context.mod)
+        key = tvm_ffi.structural_hash(context.mod)
         for candidate, result in zip(candidates, results, strict=True):
             if result.run_secs:
                 self.rows.setdefault(key, []).append(_features(candidate))

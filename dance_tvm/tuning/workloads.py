@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules.spaces import LISTS, WINOGRAD, WORTH_TRYING, Advice, WinogradSpace, Workload
+from dance_tvm.schedules.spaces import LISTS, TYPICAL_DENSITY, WINOGRAD, WORTH_TRYING, Advice, WinogradSpace, Workload
 from dance_tvm.schedules.winograd_choice import direct_seconds, why_not, winograd_seconds
+from dance_tvm.tuning.calibration import density_of, kept_shares
 
 if TYPE_CHECKING:
     from dance_tvm.schedules.tiles import Machine
@@ -59,10 +60,12 @@ def layers_of(
     lists: Sequence[str] = (),
     only: Sequence[str] = (),
     conv: Literal["auto", "direct", "winograd"] = "auto",
+    clips: str = "",
 ) -> list[Layer]:
     """The distinct kernels of ``model`` with the names of their layers, in order of execution.
 
-    ``densities``: at which densities kernels that walk lists are tuned (0.5 unless given). ``lists`` tunes as though
+    ``densities``: at which densities kernels that walk lists are tuned (0.5 unless given); with ``clips``, those that
+    each layer has on these (see :mod:`~dance_tvm.tuning.calibration`) as well. ``lists`` tunes as though
     masks thinned these axes of every convolution. ``only`` keeps layers whose name matches one of the patterns.
     ``conv``: direct or Winograd kernels alone, or each of the two that a build may choose once it has been tuned.
     Raises DanceError where nothing is left to tune.
@@ -78,11 +81,13 @@ def layers_of(
     if not asked:
         raise DanceError(f"{imported.name} has no tunable layer: it holds neither convolutions nor linear layers")
     layers: dict[str, Layer] = {}
+    kept = kept_shares(model, clips, weights) if clips else {}
     machine = machine_of(target)
     for name, workload in zip(names, asked, strict=False):
         if only and not any(fnmatch(name, pattern) for pattern in only):
             continue
-        for variant in _variants(workload, densities, lists):
+        shown = [density_of(workload, kept[name])] if name in kept else []
+        for variant in _variants(workload, [*densities, *shown], lists):
             for kernel in _families(variant, machine, conv):
                 layers.setdefault(kernel.identity, Layer(kernel)).names.append(name)
     if not layers:
@@ -116,4 +121,4 @@ def _variants(workload: Workload, densities: Sequence[float], lists: Sequence[st
         workload = replace(workload, lists=asked)
     if not workload.lists:
         return [workload.at(1.0)]
-    return [workload.at(density) for density in densities or (0.5,)]
+    return [workload.at(density) for density in dict.fromkeys(densities) or (TYPICAL_DENSITY,)]

@@ -1,0 +1,50 @@
+"""At which densities a network's layers are tuned: those that its own clips show."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dance_tvm.errors import DanceError
+from dance_tvm.schedules.spaces import Workload
+
+#: Clips that are looked at.
+CLIPS = 16
+#: Densities are told apart by so much: records are to serve other networks too.
+STEP = 1 / 8
+
+
+def kept_shares(model: str | Path | Any, clips: str, weights: Path | None = None) -> dict[str, float]:
+    """Share of its multiply-accumulates that each layer executes, in the mean over clips.
+
+    The network is built for this machine, whatever it is tuned for: what lives does not depend on the target.
+    ``clips`` is what ``dance-tvm bench --clips`` takes. Raises DanceError where clips do not fit the network.
+    """
+    from dance_tvm.benchmarking.clips import load_clips
+    from dance_tvm.benchmarking.layers import profile
+    from dance_tvm.compiler import build_network
+    from dance_tvm.device import open_device
+
+    with tempfile.TemporaryDirectory(prefix="dance_tvm_calibrate_") as folder:
+        artifact = build_network(model, Path(folder) / "network", weights=weights, check=False).artifact
+        found: dict[str, list[float]] = {}
+        with open_device("local") as device:
+            network = device.load(artifact)
+            for name, inputs in load_clips(clips, artifact.manifest, CLIPS):
+                seen = profile(artifact.manifest, network.kernels(inputs, repeats=0), 0.0, name)
+                for layer in seen.layers:
+                    if layer.macs:
+                        found.setdefault(layer.name, []).append(layer.executed_macs / layer.macs)
+    if not found:
+        raise DanceError(f"--clips {clips}: there is no clip to look at")
+    return {name: float(np.mean(shares)) for name, shares in found.items()}
+
+
+def density_of(workload: Workload, share: float) -> float:
+    """The density of each of a workload's lists at which it does ``share`` of its work, in eighths."""
+    options = [step * STEP for step in range(1, round(1 / STEP) + 1)]
+    dense = workload.at(1.0).work
+    return min(options, key=lambda density: abs(workload.at(density).work / dense - share))

@@ -1,0 +1,167 @@
+"""The tuner on a farm of real servers behind a real tracker."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from test_tuning import workload
+
+from dance_tvm.device import processes
+from dance_tvm.device.tracker import tracker_summary
+from dance_tvm.errors import DanceError
+from dance_tvm.schedules.spaces import SPACES, GatherSpace
+from dance_tvm.target import load_target
+from dance_tvm.transform.pipeline import machine_of
+from dance_tvm.tuning import search
+from dance_tvm.tuning.advice import tuned_tiles
+from dance_tvm.tuning.farm import Farm
+from dance_tvm.tuning.instances import Instance, Loaded, build_instance
+from dance_tvm.tuning.records import Log, log_path
+from dance_tvm.tuning.tuner import Plan, Tuner
+from dance_tvm.tuning.workloads import Layer
+
+TRIALS = 5
+HOST = load_target("host")
+LAYER = Layer(workload(16), ["conv"])
+
+
+@pytest.fixture
+def farm(tmp_path):
+    """A tracker and two servers of one key."""
+    tracker, port = processes.start_tracker()
+    servers = [processes.start_server("board", ("127.0.0.1", port), tmp_path / f"store{n}")[0] for n in range(2)]
+    deadline = time.monotonic() + 30
+    while len(tracker_summary("127.0.0.1", port)["server_info"]) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    yield port, servers
+    for process in [*servers, tracker]:
+        process.stop()
+
+
+def test_a_device_killed_in_the_middle_is_dropped_and_the_run_ends_well(farm, tmp_path):
+    port, servers = farm
+    heard: list[str] = []
+
+    def kill_one(sentence: str) -> None:
+        heard.append(sentence)
+        servers[0].stop()
+
+    with Farm([f"tracker://127.0.0.1:{port}/board"], trial_timeout=20, wait=30) as devices:
+        assert devices.lanes == 2
+        tuner = Tuner(HOST, machine_of(HOST), [LAYER], devices, Plan(TRIALS), tmp_path, kill_one)
+        tuner.run()
+    assert heard
+    assert not tuner.lost
+    assert tuner.tasks[0].after > 0
+    log = Log.read(log_path(HOST, folder=tmp_path))
+    assert sum(1 for _ in log.records(statuses=["trial"])) >= TRIALS - 1
+    assert tuned_tiles(HOST, tmp_path).advise(workload(16)).origin.startswith("tuned")
+    with Farm([f"tracker://127.0.0.1:{port}/board"], trial_timeout=20, wait=30) as devices:
+        again = Tuner(HOST, machine_of(HOST), [LAYER], devices, Plan(TRIALS), tmp_path)
+        assert again.tasks[0].trials == tuner.tasks[0].trials  # goes on where it stood
+        again.run()
+    assert again.made <= 1
+
+
+def test_a_tracker_killed_and_restarted_is_found_again(tmp_path):
+    tracker, port = processes.start_tracker()
+    server, _ = processes.start_server("board", ("127.0.0.1", port), tmp_path / "store")
+    trackers = [tracker]
+
+    def restart(_sentence: str) -> None:
+        if len(trackers) == 1:
+            trackers[0].stop()
+            trackers.append(processes.start_tracker(port=port)[0])
+
+    try:
+        with Farm([f"tracker://127.0.0.1:{port}/board"], trial_timeout=20, wait=60) as devices:
+            tuner = Tuner(HOST, machine_of(HOST), [LAYER], devices, Plan(TRIALS), tmp_path, restart)
+            tuner.run()
+        assert len(trackers) == 2
+        assert not tuner.lost
+        assert tuner.made >= TRIALS - 1
+        assert tuner.tasks[0].after > 0
+    finally:
+        for process in [server, *trackers]:
+            process.stop()
+
+
+def running(server: int) -> list[psutil.Process]:
+    """The server's sessions; those that have ended are reaped when the next one begins."""
+    return [child for child in psutil.Process(server).children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_trial_that_hangs_is_ended_on_the_device_too(tmp_path):
+    space = SPACES[LAYER.workload.family](machine_of(HOST), LAYER.workload)
+    instance = Instance(LAYER.workload, space.kernel(space.default()))
+    build_instance(instance, HOST, tmp_path / "trial.so")
+    server, port = processes.start_server(store=tmp_path / "store")
+    try:
+        with Farm([f"rpc://127.0.0.1:{port}"], trial_timeout=3, wait=10) as devices:
+            begin = time.monotonic()
+            with pytest.raises(DanceError), devices.session(1) as session:
+                Loaded.on(session, instance, tmp_path / "trial.so").times(1_000_000_000)
+            assert time.monotonic() - begin < 20
+            deadline = time.monotonic() + 20
+            while running(server.pid) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert not running(server.pid)
+            with devices.session(1) as session:
+                assert Loaded.on(session, instance, tmp_path / "trial.so").measure()
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_ctrl_c_ends_within_seconds_and_the_next_run_goes_on(tmp_path, signals):
+    command = [sys.executable, "-m", "dance_tvm.tune", "--model", "c3d-mini", "--layers", "conv21", "--conv", "direct"]
+    command += ["--logs", str(tmp_path), "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as tuning:
+        while "trials" not in tuning.stderr.readline():
+            assert tuning.poll() is None
+        begin = time.monotonic()
+        for _ in range(signals):
+            tuning.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        said, errors = tuning.communicate(timeout=60)
+        assert time.monotonic() - begin < 30
+    assert "Traceback" not in errors
+    if signals == 1:
+        assert "interrupted; run again to go on" in said
+    log = Log.read(log_path(HOST, folder=tmp_path))
+    assert sum(1 for _ in log.records(statuses=["trial"])) > 0
+    assert not log.problems
+
+
+def test_the_search_learns_with_either_cost_model(monkeypatch):
+    """What is best is found: the fewer rows of a tile, the faster, says the one who measures."""
+    space = GatherSpace(machine_of(HOST), LAYER.workload)
+    for missing in (False, True):
+        if missing:
+            monkeypatch.setattr(search, "find_spec", lambda _name: None)
+        model, name = search.new_cost_model()
+        assert name.startswith("plain" if missing else "xgboost")
+        assert not missing or "pip install xgboost-cpu" in name
+        asked = search.LayerSearch(space, HOST.tvm_target(2), model, 8)
+        asked.tell([(space.default(), 1.0)])
+        seen = []
+        for _ in range(3):
+            found = asked.propose()
+            assert found
+            assert all(space.allows(decisions) for decisions in found)
+            seen += [tuple(decisions.values()) for decisions in found]
+            asked.tell([(decisions, 1e-3 * decisions["mr"]) for decisions in found])
+        assert len(set(seen)) == len(seen)
+
+
+def test_a_key_that_the_tracker_lacks_is_told_with_those_it_has(farm, monkeypatch):
+    monkeypatch.setattr("dance_tvm.tuning.farm.CONNECT_TIMEOUT_S", 1)
+    with pytest.raises(DanceError, match="no device 'phone': it has board"):
+        Farm([f"tracker://127.0.0.1:{farm[0]}/phone"]).__enter__()
+    with pytest.raises(DanceError, match="no tracker answers"):
+        Farm(["tracker://127.0.0.1:1/board"]).__enter__()
