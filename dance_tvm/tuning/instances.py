@@ -64,19 +64,18 @@ class Instance:
             "fill_y": _fill("fill_y", out),
             DIGEST: _digest(out),
         }
-        for name, channels, nr in self._channel_lists():
-            functions[f"plan_{name}"] = plan_channels(work.samples, channels, nr, f"plan_{name}")
+        for name, channels in self._channel_lists():
+            functions[f"plan_{name}"] = plan_channels(work.samples, channels, f"plan_{name}")
         return tvm.IRModule(functions)
 
-    def _channel_lists(self) -> list[tuple[str, int, int]]:
-        work = self.workload
-        lists = [("in_channels", work.depth, self.conv.tile.nr), ("out_channels", work.channels_out, 1)]
-        return [listed for listed in lists if listed[0] in work.lists]
+    def _channel_lists(self) -> list[tuple[str, int]]:
+        lists = [("in_channels", self.workload.depth), ("out_channels", self.workload.channels_out)]
+        return [listed for listed in lists if listed[0] in self.workload.lists]
 
     def masks(self) -> dict[str, np.ndarray]:
         """A mask for each list, of the workload's density, at least one element alive; the same at every call."""
         shapes = dict(self.plan.masks)
-        shapes.update({name: (self.workload.samples, channels) for name, channels, _ in self._channel_lists()})
+        shapes.update({name: (self.workload.samples, channels) for name, channels in self._channel_lists()})
         return {name: _mask(shape, self.workload.density, seed) for seed, (name, shape) in enumerate(shapes.items())}
 
 
