@@ -48,6 +48,9 @@ TOLERANCE = 1e-4
 # Multiply-accumulates that an emulated processor does in a few seconds; larger networks are checked there on request.
 EMULATED_MACS = 2_000_000_000
 
+# The same for the kernels of a GPU on a processor, through OpenCL.
+INTERPRETED_MACS = 500_000_000
+
 
 @dataclass(frozen=True)
 class Built:
@@ -126,6 +129,8 @@ def build_network(
     def check_there(artifact: Artifact) -> Check:
         clock.start("check")
         insist = check is True
+        if machine.gpu:
+            return check_kernels(artifact, lowered, imported, insist=insist, reference=reference)
         return check_artifact(artifact, imported, insist=insist, on_phase=clock.start, reference=reference)
 
     linker = shared_library_linker(machine)
@@ -198,6 +203,39 @@ def check_artifact(
     check = _compare(artifact.manifest, found, expected, spec)
     stored["kernels"] = np.array([[call.mean or 0.0, call.mean_size or 0.0] for call in calls])
     return check
+
+
+def check_kernels(
+    artifact: Artifact,
+    lowered: Lowered,
+    imported: Imported,
+    *,
+    insist: bool = False,
+    reference: dict[str, np.ndarray] | None = None,
+) -> Check:
+    """Run the kernels of a network for a GPU, built for OpenCL, on this machine, and its source, on the same input.
+
+    The library itself needs its GPU; this shows that schedules and lists are right. Raises as ``check_artifact`` does.
+    """
+    from dance_tvm.device.opencl import OpenCLNetwork, OpenCLSession
+
+    manifest = artifact.manifest
+    inputs = random_inputs(manifest.inputs)
+    expected = imported.reference(inputs)
+    stored = {} if reference is None else reference
+    stored.update({f"output:{name}": np.asarray(array) for name, array in expected.items()})
+    if manifest.macs > INTERPRETED_MACS and not insist:
+        reason = f"{manifest.macs / 1e9:.1f} G multiply-accumulates take long on a processor: give --check"
+        return Check(status="not run", reason=reason)
+    try:
+        session = OpenCLSession(optimise=False)
+        found = OpenCLNetwork(session, lowered).run(inputs)
+    except DanceError as error:
+        if insist:
+            raise
+        return Check(status="not run", reason=str(error))
+    named = {tensor.name: array for tensor, array in zip(manifest.outputs, found, strict=True)}
+    return _compare(manifest, named, expected, f"{session.name} over OpenCL, the kernels alone")
 
 
 def random_inputs(specs: list[Tensor], seed: int = 0) -> dict[str, np.ndarray]:

@@ -76,7 +76,8 @@ def device_code(mod: tvm.IRModule, target: Target) -> DeviceCode:
 
 def _plan_of(func: tirx.PrimFunc) -> Plan:
     """Read the launches off a host function."""
-    plan, known = Plan(), {}
+    plan = Plan()
+    known: dict[Any, Ref | None] = {}
     packed = func.params[1]
 
     def resolve(expression: Any) -> Ref | None:

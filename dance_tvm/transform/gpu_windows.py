@@ -162,7 +162,7 @@ class GpuLowering(Lowering):
             positions,  # type: ignore[arg-type]
         )  # fmt: skip
         zero = ("all" if self.sites.needs_zeros(site.end) else "rows") if wanted.axes else ""
-        more = {"columns": len(groups.columns)} if groups is not None else {}
+        more: dict[str, Any] = {"columns": len(groups.columns)} if groups is not None else {}
         return kind(
             window,
             site.channels_in,

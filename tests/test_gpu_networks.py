@@ -1,0 +1,112 @@
+"""Whole networks lowered for GPUs and run through OpenCL on this machine's processor, against PyTorch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from tvm.relax.frontend.torch import from_exported_program
+
+from dance_tvm import models
+from dance_tvm.device.opencl import OpenCLNetwork, OpenCLSession
+from dance_tvm.errors import DanceError
+from dance_tvm.target import load_target
+from dance_tvm.transform.pipeline import Lowered, Options, lower
+
+RELATIVE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def device() -> OpenCLSession:
+    try:
+        return OpenCLSession(optimise=False)
+    except DanceError as error:
+        pytest.skip(str(error))
+
+
+def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, parameter[0].numel()) ** 0.5)
+    return module.eval()
+
+
+def same_as_pytorch(device: OpenCLSession, module: nn.Module, target: str, *inputs: torch.Tensor) -> Lowered:
+    program = torch.export.export(module, inputs)
+    lowered = lower(from_exported_program(program), load_target(target), Options())
+    found = OpenCLNetwork(device, lowered).run([value.numpy() for value in inputs])
+    with torch.no_grad():
+        expected = module(*inputs).numpy()
+    assert np.abs(found[0] - expected).max() <= RELATIVE * np.abs(expected).max()
+    return lowered
+
+
+class Masked(nn.Module):
+    """Each clip decides which frames, positions and channels of the second convolution's input are looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv3d(3, 10, 3, padding=1), nn.Conv3d(10, 12, 3, padding=1)
+        self.pool, self.score = nn.MaxPool3d((1, 2, 2)), nn.Linear(12, 5)
+
+    def forward(
+        self, x: torch.Tensor, frames: torch.Tensor, channels: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        alive = [(mask > 0).to(x.dtype) for mask in (frames, channels, positions)]
+        x = torch.relu(self.first(x)) * alive[0][:, None, :, None, None]
+        x = x * alive[1][:, :, None, None, None] * alive[2][:, None, None]
+        x = self.pool(torch.relu(self.second(x)))
+        return self.score(x.mean((2, 3, 4)))
+
+
+class Pruned(nn.Module):
+    """Separable convolutions with zero columns, a residual and a depthwise layer: RT3D's sparsity and more shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.picture = nn.Conv3d(4, 16, (1, 3, 3), (1, 2, 2), (0, 1, 1))
+        self.time = nn.Conv3d(16, 16, (3, 1, 1), padding=(1, 0, 0))
+        self.depthwise = nn.Conv3d(16, 16, 3, padding=1, groups=16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.picture(x))
+        x = torch.relu(self.time(x) + x)
+        return self.depthwise(x).mean((2, 3, 4))
+
+
+def masked_inputs(share: float) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    masks = [torch.rand(shape, generator=generator) for shape in ((2, 5), (2, 10), (2, 8, 6))]
+    return [torch.randn((2, 3, 5, 8, 6), generator=generator), *(mask - (1 - share) for mask in masks)]
+
+
+def test_a_masked_network_equals_pytorch(device):
+    module = seeded(Masked())
+    lowered = same_as_pytorch(device, module, "jetson-nano", *masked_inputs(0.6))
+    skips = {axis for layer in lowered.layers for axis in layer.skips}
+    assert {"input frames", "input channels", "output frames", "output positions", "output channels"} <= skips
+    network = OpenCLNetwork(device, lowered)
+    for share in (0.0, 1.0):  # nothing and everything alive
+        inputs = masked_inputs(share)
+        with torch.no_grad():
+            expected = module(*inputs).numpy()
+        found = network.run([value.numpy() for value in inputs])[0]
+        assert np.abs(found - expected).max() <= RELATIVE * max(1.0, np.abs(expected).max())
+
+
+def test_a_pruned_network_equals_pytorch(device):
+    module = seeded(Pruned())
+    with torch.no_grad():
+        module.time.weight *= torch.rand(1, 16, 3, 1, 1, generator=torch.Generator().manual_seed(1)) < 0.3
+    lowered = same_as_pytorch(device, module, "jetson-nano", torch.randn(1, 4, 4, 9, 11))
+    kernels = " ".join(layer.kernel for layer in lowered.layers)
+    assert "conv3d_kgs_gpu" in kernels
+    assert "conv3d_direct_gpu" in kernels
+
+
+@pytest.mark.parametrize("target", ["opencl"])
+def test_c3d_mini_equals_pytorch(device, target):
+    module = models.create("c3d-mini")
+    same_as_pytorch(device, module, target, torch.randn(1, 1, 16, 32, 32))
