@@ -55,6 +55,10 @@ def plain_errors() -> Iterator[None]:
         _fail(str(error), BAD_INPUT)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # how typer ends on Ctrl-C, without a word
+            _fail("interrupted", INTERRUPTED)
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -14,8 +14,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dance_tvm.errors import DanceError
 from dance_tvm.target import Target
@@ -76,19 +77,28 @@ def link_shared(
         _run([*linker, *flags, "-o", str(output), *inputs, *stubs], tool="lld")
 
 
-def shared_library_linker(target: Target) -> Any:
+@dataclass(frozen=True)
+class SharedLibraryLinker:
     """An `fcompile` for TVM's `export_library` that links for `target` by its `link` facts."""
-    triple = target_triple(target)
 
-    def link(output: str, objects: list[str] | str, options: Any = None, **_unused: Any) -> None:
+    target: Target
+    output_format: ClassVar = "so"
+    object_format: ClassVar = "o"
+
+    def get_target_triple(self) -> str:
+        """The LLVM triple that TVM compiles what it adds itself for."""
+        return target_triple(self.target)
+
+    def __call__(self, output: str, objects: list[str] | str, options: Any = None, **_unused: Any) -> None:
         del options  # compiler flags of TVM's default fcompile: there is no compiler here
         inputs = [objects] if isinstance(objects, str) else objects
-        link_shared(output, inputs, triple, target.link.needed, target.link.page_size)
+        link = self.target.link
+        link_shared(output, inputs, self.get_target_triple(), link.needed, link.page_size)
 
-    link.output_format = "so"  # type: ignore[attr-defined]
-    link.object_format = "o"  # type: ignore[attr-defined]
-    link.get_target_triple = lambda: triple  # type: ignore[attr-defined]
-    return link
+
+def shared_library_linker(target: Target) -> SharedLibraryLinker:
+    """What links for `target`, to be given to `export_library`."""
+    return SharedLibraryLinker(target)
 
 
 def _emulation(triple: str) -> str:

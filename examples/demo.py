@@ -88,7 +88,7 @@ def pytorch_answers(network: Imported, frames: np.ndarray, clip: Sequence[np.nda
         if kept.shape == shape and kept.dtype == np.float32 and np.isfinite(kept).all():
             console.print(f"PyTorch {torch.__version__}: its answers of an earlier run ({path})")
             return kept
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         pass  # none yet, or torn: computed now
     model = pretrained("transnetv2")
     begin = time.perf_counter()

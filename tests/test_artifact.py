@@ -17,6 +17,7 @@ from dance_tvm.errors import DanceError
 from dance_tvm.linker import shared_library_linker
 from dance_tvm.target import load_target
 
+FILES = ["manifest.json", "model.so", "reference.safetensors", "weights.safetensors"]
 WEIGHT = np.arange(6, dtype="float32").reshape(2, 3)
 
 
@@ -63,6 +64,7 @@ def write(out, check=None, **changed):
         {"weight": WEIGHT},
         manifest(**changed),
         check,
+        {"output:y": WEIGHT},
     )
 
 
@@ -86,11 +88,12 @@ def test_a_loaded_artifact_runs(whole):
 
 def test_two_writes_give_the_same_bytes(whole, tmp_path):
     again = write(tmp_path / "again").path
-    for name in ("model.so", "weights.safetensors", "manifest.json"):
+    assert sorted(path.name for path in again.iterdir()) == FILES
+    for name in FILES:
         assert (again / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("name", ["model.so", "weights.safetensors", "manifest.json"])
+@pytest.mark.parametrize("name", FILES)
 def test_any_flipped_byte_is_refused_by_the_name_of_its_file(copy, name):
     path = copy / name
     original = path.read_bytes()
@@ -105,7 +108,7 @@ def test_any_flipped_byte_is_refused_by_the_name_of_its_file(copy, name):
     load_artifact(copy)
 
 
-@pytest.mark.parametrize("name", ["model.so", "weights.safetensors", "manifest.json"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_missing_or_torn_file_is_refused_by_its_name(copy, name):
     raw = (copy / name).read_bytes()
     (copy / name).write_bytes(raw[: len(raw) // 2])

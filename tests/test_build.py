@@ -13,6 +13,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from dance_tvm.artifact import load_artifact
 from dance_tvm.cli import start
 from dance_tvm.compiler import build_network
 from dance_tvm.errors import DanceError
+from dance_tvm.transform.pipeline import Options
 
 
 class Tiny(nn.Module):
@@ -95,6 +97,46 @@ def test_two_builds_are_identical(program, artifact, tmp_path):
     assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
     for name in names:
         assert (tmp_path / "again" / name).read_bytes() == (artifact.path / name).read_bytes(), name
+
+
+def test_a_build_is_kept_only_for_the_same_network_target_and_options(program, tmp_path):
+    out = tmp_path / "out"
+    first = build_network(program, out, check=False)
+    before = (out / "model.so").stat().st_ino
+    kept = build_network(program, out, check=False, reuse=True)
+    assert kept.artifact == first.artifact
+    assert "compile" not in kept.seconds
+    assert (out / "model.so").stat().st_ino == before
+    options = Options(conv="direct")
+    for changed in ({"threads": 1}, {"target": "aarch64-linux"}, {"options": options}):
+        again = build_network(program, out, check=False, reuse=True, **changed)
+        assert "compile" in again.seconds, changed
+    raw = (out / "model.so").read_bytes()
+    (out / "model.so").write_bytes(raw[:-1])
+    assert "compile" in build_network(program, out, check=False, reuse=True, options=options).seconds
+    assert (out / "model.so").read_bytes() == raw
+
+
+class Gathering(nn.Module):
+    """Operators of which TVM warns on standard error: gathering, also from the end, and scattering."""
+
+    def forward(self, clip):
+        last = clip[:, :, -1] + clip[:, [0, -1], 1] + clip.index_select(2, torch.tensor([2]))[:, :, 0]
+        flat = clip.reshape(1, -1)
+        counts = torch.zeros(1, 8).scatter_add(1, (flat > 0).long() * 7, flat)
+        return last, counts
+
+
+def test_a_build_tells_its_phases_and_nothing_else(tmp_path):
+    torch.export.save(torch.export.export(Gathering(), (CLIP,)), tmp_path / "net.pt2")
+    words = ["-m", "dance_tvm.build", "--model", str(tmp_path / "net.pt2"), "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if not line.startswith("✓ ")] == []
+    np.savez(tmp_path / "x.npz", CLIP.numpy())
+    assert command(run, tmp_path / "out", "--inputs", tmp_path / "x.npz", "--outputs", tmp_path / "y.npz") == 0
+    for found, expected in zip(np.load(tmp_path / "y.npz").values(), Gathering()(CLIP), strict=True):
+        np.testing.assert_array_equal(found, expected.numpy())
 
 
 def test_json_and_debug_dump(program, tmp_path, capsys):
@@ -171,19 +213,31 @@ def test_weights_that_do_not_fit(capsys, tmp_path):
     assert "unexpected: stranger" in told
 
 
-class Odd(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Module()
-        self.inner.forward = lambda x: torch.special.bessel_j0(x)  # type: ignore[assignment]
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "missing.pt", "."])
+def test_weights_that_cannot_be_read(capsys, tmp_path, name):
+    from safetensors.torch import save_file
 
+    state = models.create("c3d-mini").state_dict()
+    save_file(state, tmp_path / "whole.safetensors")
+    torch.save(state, tmp_path / "whole.pt")
+    for suffix in ("safetensors", "pt"):
+        raw = (tmp_path / f"whole.{suffix}").read_bytes()
+        (tmp_path / f"w.{suffix}").write_bytes(raw[: len(raw) // 2])
+    told = refused(capsys, tmp_path / "out", "--model", "c3d-mini", "--weights", tmp_path / name)
+    assert str(tmp_path / name) in told
+
+
+class Bessel(nn.Module):
     def forward(self, x):
         return torch.special.bessel_j0(x)
 
 
-def test_an_unsupported_operator_is_named(capsys, tmp_path):
-    torch.export.save(torch.export.export(Odd(), (CLIP,)), tmp_path / "odd.pt2")
-    assert "bessel_j0" in refused(capsys, tmp_path / "out", "--model", tmp_path / "odd.pt2")
+def test_an_unsupported_operator_is_named_with_its_layer(capsys, tmp_path):
+    network = nn.Sequential(nn.Conv3d(2, 3, 1), nn.Sequential(nn.ReLU(), Bessel()))
+    torch.export.save(torch.export.export(network, (CLIP,)), tmp_path / "odd.pt2")
+    told = refused(capsys, tmp_path / "out", "--model", tmp_path / "odd.pt2")
+    assert "bessel_j0" in told
+    assert "'1.1'" in told
 
 
 def test_dynamic_shapes_are_told(capsys, tmp_path):
@@ -201,6 +255,8 @@ def test_an_unknown_target(capsys, tmp_path, program):
 def test_a_place_that_cannot_be_written(capsys, tmp_path, program):
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(capsys, tmp_path / "file" / "out", "--model", program)
+    dump = ["--debug-dump", tmp_path / "file" / "ir"]
+    assert "cannot be made" in refused(capsys, tmp_path / "out", "--model", program, *dump)
 
 
 def test_a_folder_of_somebody_else(capsys, tmp_path, program):
@@ -257,10 +313,12 @@ def test_an_interrupted_build_leaves_no_artifact(tmp_path, number):
         if line.strip().endswith("compile"):
             break
     time.sleep(0.3)
+    family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
     process.stderr.read()
     assert process.wait(timeout=120) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
     assert not out.exists()
+    assert not psutil.wait_procs(family, timeout=30)[1]
     if number != signal.SIGKILL:
         assert not list(tmp_path.iterdir())
 

@@ -252,6 +252,26 @@ def test_children_end_with_whoever_started_them(end):
     assert not psutil.pid_exists(pid)
 
 
+@pytest.mark.device
+def test_an_interrupted_run_on_the_emulated_device_leaves_no_process(emulator, tmp_path):
+    artifact = matmul_artifact(tmp_path / "arm", "aarch64-linux")
+    words = [sys.executable, "-m", "dance_tvm.run", str(artifact.path), "--device", "emulator"]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        parent = psutil.Process(process.pid)
+        deadline = time.monotonic() + 120
+        while not (qemu := [each for each in parent.children(recursive=True) if "qemu" in each.name()]):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        family = parent.children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert told.strip() == "error: interrupted"
+    assert qemu
+    assert not psutil.wait_procs(family, timeout=30)[1]
+
+
 def test_a_server_ends_with_whoever_started_it_in_the_middle_of_a_session(victim, host_artifact):
     process, spec = victim
     with open_device(spec) as device:

@@ -7,6 +7,7 @@ import re
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -49,11 +50,8 @@ def _load_without_pickle(path: Path) -> torch.export.ExportedProgram:
     def tensors_only(*args: Any, **kwargs: Any) -> Any:
         return plain_load(*args, **{**kwargs, "weights_only": True})
 
-    torch.load = tensors_only  # type: ignore[assignment]
-    try:
+    with mock.patch.object(torch, "load", tensors_only):
         return torch.export.load(str(path))
-    finally:
-        torch.load = plain_load
 
 
 def _inspect(path: Path) -> None:

@@ -117,7 +117,7 @@ class _Importer(ExportedProgramImporter):
 
     def _check_unsupported_func_type(self, nodes: list[fx.Node]) -> None:
         for node in nodes:
-            if node.op == "call_function" and node.target.__name__ not in self.convert_map:  # type: ignore[union-attr]
+            if node.op == "call_function" and _name_of(node.target) not in self.convert_map:
                 raise DanceError(f"The operator {node.target} of layer {describe(node)!r} is not supported.")
 
     def _translate_fx_graph(
@@ -136,7 +136,7 @@ class _Importer(ExportedProgramImporter):
         raise DanceError("The exported program returns nothing.")
 
     def _convert(self, node: fx.Node, name: tuple[str, bool], custom_ops: set[str]) -> Any:
-        operator = node.target.__name__  # type: ignore[union-attr]
+        operator = _name_of(node.target)
         convert: Callable[..., Any] = self.convert_map[operator]
         self.block_builder.enter(name[0], only=name[1])
         try:
@@ -196,4 +196,8 @@ def _names(nodes: list[fx.Node]) -> dict[fx.Node, tuple[str, bool]]:
 
 def _operator(node: fx.Node) -> str:
     """``add`` for ``aten.add.Tensor``."""
-    return str(getattr(node.target, "__name__", node.target)).partition(".")[0].strip("_")
+    return _name_of(node.target).partition(".")[0].strip("_")
+
+
+def _name_of(target: Any) -> str:
+    return str(getattr(target, "__name__", target))
