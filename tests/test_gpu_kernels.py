@@ -51,6 +51,9 @@ def some(shape: tuple[int, ...], share: float, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).random(shape) < share
 
 
+SMALL = BlockTile(32, 16, 8, 4, 4)
+
+
 @dataclass
 class Case:
     """One convolution and the masks around it; masks are boolean arrays or None."""
@@ -64,7 +67,7 @@ class Case:
     padding: tuple[int, int, int] = (1, 1, 1)
     dilation: tuple[int, int, int] = (1, 1, 1)
     groups: int = 1
-    tile: BlockTile = BlockTile(32, 16, 8, 4, 4)
+    tile: BlockTile = SMALL
     in_frames: np.ndarray | None = None
     out_frames: np.ndarray | None = None
     positions: np.ndarray | None = None

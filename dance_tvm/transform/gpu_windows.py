@@ -1,4 +1,4 @@
-"""The same lowering for GPUs: the masks, lists and sites of :mod:`.lower_windows`, with kernels for blocks of threads."""
+"""Lowering for GPUs: the masks, lists and sites of :mod:`.lower_windows`, with kernels for blocks of threads."""
 
 from __future__ import annotations
 

@@ -39,6 +39,11 @@ class GroupConv(BlockConv):
         return (max(1, self.columns), self.tile.nr)
 
     @property
+    def run(self) -> int:
+        """Columns that one list entry stands for."""
+        return 1
+
+    @property
     def column_samples(self) -> int:
         """Column lists given: one for each sample where input channels die at run time, else one."""
         return self.plan.samples if self.live_in else 1

@@ -1,4 +1,4 @@
-"""What GPU kernels say again and again, on top of :mod:`..emit`: launches, shared memory, registers, barriers, scans."""
+"""What GPU kernels say again and again, beside :mod:`..emit`: launches, shared memory, registers, barriers, scans."""
 
 from __future__ import annotations
 
