@@ -14,13 +14,13 @@ from test_tuning import workload
 from dance_tvm.device import processes
 from dance_tvm.device.tracker import tracker_summary
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules.spaces import SPACES, GatherSpace
+from dance_tvm.schedules.spaces import GATHER, SPACES, WINOGRAD, GatherSpace
 from dance_tvm.target import load_target
 from dance_tvm.transform.pipeline import machine_of
 from dance_tvm.tuning import search
 from dance_tvm.tuning.advice import tuned_tiles
 from dance_tvm.tuning.farm import Farm
-from dance_tvm.tuning.instances import Instance, Loaded, build_instance
+from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
 from dance_tvm.tuning.records import Log, log_path
 from dance_tvm.tuning.tuner import Plan, Tuner
 from dance_tvm.tuning.workloads import Layer
@@ -115,6 +115,23 @@ def test_a_trial_that_hangs_is_ended_on_the_device_too(tmp_path):
                 assert Loaded.on(session, instance, tmp_path / "trial.so").measure()
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("family", [GATHER, WINOGRAD])
+def test_every_tile_of_a_thinned_layer_runs_and_tells_the_same(tmp_path, family):
+    lists = ("in_frames", "out_frames", "in_channels", "out_channels")
+    work = workload(24, lists=lists, density=0.5, family=family)
+    space = SPACES[family](machine_of(HOST), work)
+    last = {name: values[-1] for name, values in space.parts()[-1].items()}
+    instances = [Instance(work, space.kernel(decisions)) for decisions in (space.default(), space.normal(last))]
+    assert instances[0] != instances[1]
+    for number, instance in enumerate(instances):
+        build_instance(instance, HOST, tmp_path / f"{number}.so")
+    with Farm(["local"], trial_timeout=60) as devices, devices.session(2) as session:
+        loaded = [Loaded.on(session, each, tmp_path / f"{n}.so") for n, each in enumerate(instances)]
+        digests = {each.digest() for each in loaded}
+        assert all(min(times) > 0 for times in interleaved(loaded, rounds=2))
+    assert digests == {None} if family == WINOGRAD else len(digests) == 1 and None not in digests
 
 
 @pytest.mark.parametrize("signals", [1, 2])

@@ -194,7 +194,7 @@ def _arguments(session: RemoteSession, instance: Instance, module: Any) -> list[
     bias = conv.pack_bias(np.arange(work.channels_out) % 5 - 2.0)
     taken = lists[: len(LISTS)] if isinstance(conv, WinogradConv) else lists
     arguments = [x, weights, send(bias.astype(FLOAT)), send(plan.tap_entries), *taken]
-    for name, channels, _ in instance._channel_lists():
+    for name, channels in instance._channel_lists():
         listed = empty(channel_list_shape(work.samples, channels), INT)
         module[f"plan_{name}"](masks[name], listed)
         arguments.append(listed)
@@ -237,18 +237,14 @@ def _fill_weights(conv: GatherConv | WinogradConv) -> tirx.PrimFunc:
     with kernel("fill_weights") as built:
         weights = argument("weights", conv.weight_shape)
         values = flat(weights)
-        outer, inner = (1, conv.channels_out) if conv.live_out else (conv.panels, nr)
-        with parallel(outer * taps) as line, serial(depth) as channel, serial(inner) as index:
+        with parallel(conv.panels * taps) as line, serial(depth) as channel, serial(nr) as index:
             panel, tap = let(tirx.floordiv(line, taps)), let(tirx.floormod(line, taps))
-            within: Expr = index
-            out: Expr = index
-            if not conv.live_out:
-                within = let(tirx.floormod(panel, per_group) * nr + index)
-                out = let(tirx.floordiv(panel, per_group) * conv.group_out + within)
+            within = let(tirx.floormod(panel, per_group) * nr + index)
+            out = let(tirx.floordiv(panel, per_group) * conv.group_out + within)
             value = _small(out * 7 + tap * 5 + channel * 3, 9)
             zero = tirx.FloatImm(FLOAT, 0.0)
             value = tirx.if_then_else(within < conv.group_out, value, zero)
-            store(values, value, (line * depth + channel) * inner + index)
+            store(values, value, (line * depth + channel) * nr + index)
     return built.func
 
 
