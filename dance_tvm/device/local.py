@@ -14,6 +14,7 @@ from tvm import relax
 
 from dance_tvm.artifact import Artifact
 from dance_tvm.device import serve
+from dance_tvm.device.placement import compute_device, gpu_failures_explained
 from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange, merge_kernels
 from dance_tvm.errors import DanceError
 
@@ -23,13 +24,15 @@ class LocalNetwork(LoadedNetwork):
 
     def __init__(self, artifact: Artifact) -> None:
         self.manifest = artifact.manifest
-        self._cpu = tvm.cpu()
-        self._module = tvm.runtime.load_module(str(artifact.library))
-        self._machine = relax.VirtualMachine(self._module, self._cpu)
-        self._weights = [tvm.runtime.tensor(array) for array in artifact.weights()]
+        self._device = compute_device(artifact.manifest, tvm.device, "this machine")
+        with gpu_failures_explained(self.manifest, "this machine"):
+            self._module = tvm.runtime.load_module(str(artifact.library))
+            self._machine = relax.VirtualMachine(self._module, self._device)
+            self._weights = [tvm.runtime.tensor(array, self._device) for array in artifact.weights()]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        results = self._machine["main"](*self._arguments(inputs))
+        with gpu_failures_explained(self.manifest, "this machine"):
+            results = self._machine["main"](*self._arguments(inputs))
         results = [results] if isinstance(results, tvm.runtime.Tensor) else results
         return {tensor.name: result.numpy() for tensor, result in zip(self.manifest.outputs, results, strict=True)}
 
@@ -38,13 +41,14 @@ class LocalNetwork(LoadedNetwork):
         for _ in range(repeats):
             start = time.perf_counter()
             main(*arguments)
+            self._device.sync()  # GPUs run on while the call has returned
             seconds.append(time.perf_counter() - start)
         return seconds
 
     def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
         # A virtual machine keeps its instrument for good, so it gets one of its own.
         clock = serve.KernelClock()
-        machine = relax.VirtualMachine(self._module, self._cpu)
+        machine = relax.VirtualMachine(self._module, self._device)
         arguments = self._arguments(inputs)
 
         def once() -> list[dict[str, Any]]:
@@ -67,7 +71,7 @@ class LocalNetwork(LoadedNetwork):
         return None if peak < 0 else peak
 
     def _arguments(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
-        return [tvm.runtime.tensor(array) for array in arrange(self.manifest, inputs)] + self._weights
+        return [tvm.runtime.tensor(array, self._device) for array in arrange(self.manifest, inputs)] + self._weights
 
 
 class LocalSession(DeviceSession):

@@ -24,6 +24,7 @@ import tvm
 from tvm import relax, rpc
 
 from dance_tvm.artifact import WEIGHTS, Artifact
+from dance_tvm.device.placement import compute_device, gpu_failures_explained
 from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange, merge_kernels
 from dance_tvm.errors import DanceError
 
@@ -235,9 +236,13 @@ class RemoteNetwork(LoadedNetwork):
         self._session = session
         self._connection = session.connection
         self._library = library
-        self._machine = self._new_machine()
-        self._inputs = [self._empty(tensor.shape, tensor.dtype) for tensor in self.manifest.inputs]
-        self._weights = self._load_weights(artifact)
+        self._device = self._connection.call(
+            "telling its devices", lambda: compute_device(self.manifest, self._connection.session.device, session.name)
+        )
+        with gpu_failures_explained(self.manifest, session.name):
+            self._machine = self._new_machine()
+            self._inputs = [self._empty(tensor.shape, tensor.dtype) for tensor in self.manifest.inputs]
+            self._weights = self._load_weights(artifact)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self._set_input(self._machine, inputs)
@@ -249,7 +254,8 @@ class RemoteNetwork(LoadedNetwork):
             places: list[tuple[int, ...]] = [()] if count < 0 else [(index,) for index in range(count)]
             return [self._machine._get_output("main", *place).numpy() for place in places]
 
-        arrays = self._connection.call("running", invoke)
+        with gpu_failures_explained(self.manifest, self._session.name):
+            arrays = self._connection.call("running", invoke)
         return {tensor.name: array for tensor, array in zip(self.manifest.outputs, arrays, strict=True)}
 
     def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
@@ -257,7 +263,7 @@ class RemoteNetwork(LoadedNetwork):
 
         def measure() -> list[float]:
             # TVM runs once more before it measures, to warm up.
-            clock = self._machine.time_evaluator("invoke_stateful", self._session.cpu, number=1, repeat=repeats)
+            clock = self._machine.time_evaluator("invoke_stateful", self._device, number=1, repeat=repeats)
             return list(clock("main").results)
 
         return self._connection.call("being timed", measure)
@@ -297,13 +303,13 @@ class RemoteNetwork(LoadedNetwork):
     def _new_machine(self) -> relax.VirtualMachine:
         def load() -> relax.VirtualMachine:
             module = self._connection.session.load_module(self._library)
-            return relax.VirtualMachine(module, self._session.cpu)
+            return relax.VirtualMachine(module, self._device)
 
         return self._connection.call(f"loading {self.manifest.name}", load)
 
     def _empty(self, shape: list[int], dtype: str) -> Any:
         return self._connection.call(
-            "making room for tensors", lambda: tvm.runtime.empty(tuple(shape), dtype, self._session.cpu)
+            "making room for tensors", lambda: tvm.runtime.empty(tuple(shape), dtype, self._device)
         )
 
     def _load_weights(self, artifact: Artifact) -> list[Any]:
@@ -314,7 +320,7 @@ class RemoteNetwork(LoadedNetwork):
         if get is None:
             arrays = artifact.weights()
             return [
-                self._connection.call("taking weights", partial(tvm.runtime.tensor, array, self._session.cpu))
+                self._connection.call("taking weights", partial(tvm.runtime.tensor, array, self._device))
                 for array in arrays
             ]
         self._session.upload(artifact.path / WEIGHTS)

@@ -1,0 +1,204 @@
+"""Artifacts for GPUs, built and looked into without one: architecture, device code, symbols, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dance_tvm import device_code, gpu
+from dance_tvm.artifact import Artifact, load_artifact
+from dance_tvm.cli import main as command
+from dance_tvm.compiler import build_network
+from dance_tvm.device import open_device
+from dance_tvm.device.opencl import DeviceCode as OpenCLCode
+from dance_tvm.device.opencl import Launch, OpenCLSession, Plan
+from dance_tvm.device.placement import compute_device, gpu_failures_explained
+from dance_tvm.errors import DanceError
+from dance_tvm.target import load_target
+from dance_tvm.transform.pipeline import Options
+
+HAS_WHEELS = find_spec("nvidia") is not None
+HAS_OPENCL = find_spec("pyopencl") is not None and find_spec("pocl_binary_distribution") is not None
+needs_nvrtc = pytest.mark.skipif(not HAS_WHEELS, reason="no CUDA compiler: pip install 'dance-tvm[gpu]'")
+needs_opencl = pytest.mark.skipif(not HAS_OPENCL, reason="no OpenCL device: pip install 'dance-tvm[gpu]'")
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.score = nn.Conv3d(2, 8, 3, padding=1), nn.MaxPool3d(2), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.score(self.pool(torch.relu(self.conv(x))).mean((2, 3, 4)))
+
+
+def built(out: Path, target: str, **options: object) -> Artifact:
+    torch.manual_seed(0)
+    clip = (torch.randn(1, 2, 4, 6, 6),)
+    build = build_network(
+        Small().eval(), out, target=target, example_inputs=clip, options=Options(**options), check=False
+    )
+    return build.artifact
+
+
+def symbols(library: Path) -> set[str]:
+    """Names in the dynamic symbol table, as far as they are text in the file."""
+    return set(re.findall(rb"__tvm_ffi_[A-Za-z0-9_]+", library.read_bytes()))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("target", "arch", "newest"), [("jetson-nano", "sm_53", "6.5"), ("jetson-orin-nano", "sm_87", "7.4")]
+)
+def test_a_jetson_library_holds_ptx_that_its_driver_takes(tmp_path, target, arch, newest):
+    artifact = built(tmp_path / "made", target)
+    data = artifact.library.read_bytes()
+    assert int.from_bytes(data[18:20], "little") == 183  # EM_AARCH64
+    assert f".version {newest}\n.target {arch}\n".encode() in data
+    assert b".visible .entry conv3d_gather_gpu" in data
+    assert b"__global__" not in data, "CUDA source was left inside"
+    assert b"__tvm_ffi__library_bin" in symbols(artifact.library)
+    facts = artifact.manifest.device_code
+    assert (facts.format, facts.architecture, facts.version) == ("ptx", arch, newest)
+    ptx = data[data.index(b".version") :].split(b"\0")[0].decode(errors="replace")
+    kernels = device_code.assemble(ptx, arch)
+    assert len(kernels) > 3
+    assert not any(kernel.spills for kernel in kernels)
+
+
+@needs_nvrtc
+def test_the_same_network_gives_the_same_bytes(tmp_path):
+    first, second = (built(tmp_path / name, "jetson-nano") for name in ("first", "second"))
+    assert first.library.read_bytes() == second.library.read_bytes()
+
+
+def test_a_phone_library_holds_opencl_source(tmp_path):
+    artifact = built(tmp_path / "made", "snapdragon-gpu")
+    data = artifact.library.read_bytes()
+    assert int.from_bytes(data[18:20], "little") == 183
+    assert b"__kernel void conv3d_gather_gpu" in data
+    assert b"__tvm_ffi__library_bin" in symbols(artifact.library)
+    assert artifact.manifest.device_code.format == "opencl"
+    assert "driver" in artifact.manifest.device_code.note
+
+
+def test_cuda_source_says_where_it_is_compiled(tmp_path):
+    artifact = built(tmp_path / "made", "jetson-nano", device_code="source")
+    assert b"__global__" in artifact.library.read_bytes()
+    assert artifact.manifest.device_code.format == "cuda"
+    assert "nvcc on the device" in artifact.manifest.device_code.note
+
+
+@needs_nvrtc
+@needs_opencl
+def test_the_commands_of_the_readme_build_the_default_network(tmp_path, capsys):
+    for target in ("jetson-nano", "snapdragon-gpu"):
+        out = tmp_path / target
+        with pytest.raises(SystemExit) as left:
+            command(["build", "--target", target, "--model", "c3d-mini", "--out", str(out), "--json"])
+        assert left.value.code in (0, None)
+        facts = json.loads(capsys.readouterr().out)["manifest"]
+        assert facts["check"]["status"] == "passed"
+        assert facts["check"]["difference"] <= facts["check"]["allowed"]
+        assert "the kernels alone" in facts["check"]["device"]
+        assert load_artifact(out).manifest.target.machine == "aarch64"
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_cuda_compiler_the_build_says_how_to_get_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(device_code, "_wheel_file", lambda *_: None)
+    with pytest.raises(DanceError, match=r"there is no CUDA compiler: pip install.*--device-code source"):
+        built(tmp_path / "made", "jetson-nano")
+    assert not (tmp_path / "made").exists()
+
+
+@needs_nvrtc
+def test_ptx_that_the_driver_would_refuse_is_refused_here():
+    source = 'extern "C" __global__ void k(int* x) { x[0] = 1; }'
+    ptx = device_code.compile_ptx(source, "sm_53", "6.5")
+    with pytest.raises(DanceError, match=r"ptxas refuses the code for sm_53"):
+        device_code.assemble(ptx + "\n.visible .entry k2() { nonsense; }\n", "sm_53")
+    with pytest.raises(DanceError, match=r"NVRTC cannot compile for sm_53: .*undefined"):
+        device_code.compile_ptx('extern "C" __global__ void k() { y = 1; }', "sm_53")
+
+
+class Absent:
+    exist = False
+
+
+def test_a_session_without_the_gpu_is_refused(tmp_path):
+    artifact = built(tmp_path / "made", "opencl")
+    if artifact.manifest.target.machine != "x86_64":
+        pytest.skip("built for another processor")
+    with (
+        open_device("local") as device,
+        pytest.raises(DanceError, match=r"opencl and this machine has no opencl device"),
+    ):
+        device.load(artifact)
+    with pytest.raises(DanceError, match="phone has no opencl device"):
+        compute_device(artifact.manifest, lambda *_: Absent(), "phone")
+
+
+def test_an_old_driver_and_full_memory_are_told_in_one_sentence(tmp_path):
+    manifest = built(tmp_path / "made", "jetson-nano", device_code="source").manifest
+    manifest.device_code.version = "7.4"
+    with (
+        pytest.raises(DanceError, match=r"driver of nano is too old .* PTX 7.4, which needs a driver for CUDA 11.4"),
+        gpu_failures_explained(manifest, "nano"),
+    ):
+        raise RuntimeError("cuModuleLoadData failed with error: CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
+    with (
+        pytest.raises(DanceError, match=r"nano is out of device memory: .* needs \d+ MiB in a call"),
+        gpu_failures_explained(manifest, "nano"),
+    ):
+        raise RuntimeError("CUDA: out of memory")
+
+
+@needs_opencl
+def test_an_opencl_device_says_what_it_cannot_do():
+    session = OpenCLSession()
+    half = OpenCLCode("#pragma OPENCL EXTENSION cl_khr_fp16 : enable", {})
+    if not session.has_fp16:
+        with pytest.raises(DanceError, match="has no fp16"):
+            session.compile(half)
+    many = OpenCLCode("", {"k": Plan([Launch("k", (), (1, 1, 1), (1 << 20, 1, 1))])})
+    with pytest.raises(DanceError, match="threads a block and a kernel needs 1048576"):
+        session.compile(many)
+    with pytest.raises(DanceError, match="out of memory"):
+        session.empty(1 << 50)
+    with pytest.raises(DanceError, match=r"no OpenCL device 'adreno'"):
+        OpenCLSession("adreno")
+
+
+# -- detection --------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_is_described_by_its_driver(monkeypatch):
+    facts = {
+        "block_threads": 1024, "block_shared": 49152, "warp": 32, "khz": 921600, "units": 1, "memory_khz": 1600000,
+        "bus_bits": 64, "unit_threads": 2048, "major": 5, "minor": 3, "shared": 65536, "registers": 65536,
+    }  # fmt: skip
+    described = gpu._described(facts, "NVIDIA Tegra X1", 4 << 30, (10, 2))
+    nano = load_target("jetson-nano")
+    assert described["tvm"]["arch"] == nano.tvm["arch"]
+    for key in ("units", "lanes", "max_ghz", "warp", "unit_threads", "registers", "shared", "block_shared", "ptx"):
+        assert described["gpu"][key] == getattr(nano.gpu, key), key
+    assert described["memory_gb_per_s"] == pytest.approx(25.6)
+    monkeypatch.setattr(gpu, "detect_cuda", lambda: described)
+    target = load_target("cuda")
+    assert target.tvm["arch"] == "sm_53"
+    assert target.gpu.name == "NVIDIA Tegra X1"
+    assert target.host["mtriple"].startswith(("x86_64", "aarch64"))
+
+
+def test_versions_of_ptx_follow_the_driver():
+    assert [gpu.driver_ptx(version) for version in ((10, 2), (11, 4), (12, 2), (9, 0))] == ["6.5", "7.4", "7.8", ""]
+    assert gpu.cuda_of_ptx("6.5") == "10.2"
