@@ -65,7 +65,7 @@ def _described(facts: dict[str, int], name: str, memory: int, cuda: tuple[int, i
             **{key: facts[key] for key in of_unit},
             "name": name,
             "lanes": _LANES[known],
-            "max_ghz": round(facts["khz"] / 1e6, 3),
+            "max_ghz": round(facts["khz"] / 1e6, 4),
             "fp16": capability >= 53,
             "ptx": driver_ptx(cuda),
             "driver": f"CUDA {cuda[0]}.{cuda[1]}",
