@@ -81,7 +81,8 @@ class Runner:
         window = layer.window
         self.layer = layer
         machine = machine_of(target)
-        tile = tile or default_tile(machine, window, layer.channels_in, layer.channels_out)
+        gathers = masks.live_in is not None or masks.live_out is not None
+        tile = tile or default_tile(machine, window, layer.channels_in, layer.channels_out, gathers=gathers)
         plan = RowPlan(
             window,
             tile.mr,

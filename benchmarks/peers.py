@@ -483,11 +483,13 @@ def main(
         raise typer.Exit(2)
     rounds = min(rounds, 5) if quick else rounds
     runs = []
+    name = "peers-quick" if quick else "peers-layers" if layers_too else "peers"
     with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
         for case in _cases(quick, layers_too, only, Path(scratch)):
             for count in (int(number) for number in threads.split(",")):
                 runs.append(measure(case, chosen, count, rounds, lambda text: print(text, file=sys.stderr)))
                 print(table(runs[-1:]), flush=True)
+                _write(runs, out / f"{name}.json")
     if not runs:
         print(f"error: no case is called {only!r}", file=sys.stderr)
         raise typer.Exit(2)

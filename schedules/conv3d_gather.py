@@ -257,23 +257,24 @@ class GatherEmitter:
 
     def _block(self, sample: Expr, block: Expr, panel: Expr) -> None:
         """All segments of one block for one panel of output channels."""
-        conv, tile = self.conv, self.tile
+        tile = self.tile
         partial = scratch((tile.block_tiles * tile.mr * tile.nr,))
         first_tile = let(block * tile.block_tiles)
         tiles = let(tirx.min(tile.block_tiles, self.counts[sample, 1] - first_tile))
         self._start_from_bias(sample, panel, partial, tiles)
-        gathered = scratch((tile.segment_taps * conv.depth * tile.nr,)) if self.gathers else None
+        gathered = self._gathered_panel(sample, panel) if self.gathers else None
         begin = let(self.blocks[sample, block])
         end = let(self.blocks[sample, block + 1])
         with serial(end - begin) as index:
             segment = let(begin + index)
             tap, last_tap, low, high = (let(self.segments[sample, segment, field]) for field in range(4))
             if gathered is not None:
-                self._gather_weights(sample, panel, tap, last_tap, gathered)
+                gathered.prepare(tap, last_tap)
             with self._depth_blocks(sample) as channels, serial(high - low) as offset:
                 current = let(low + offset)
                 place = let((current - first_tile) * (tile.mr * tile.nr))
-                self._tile(sample, panel, current, place, partial, (tap, last_tap), channels, gathered)
+                weights = None if gathered is None else gathered.weights
+                self._tile(sample, panel, current, place, partial, (tap, last_tap), channels, weights)
         self._store_block(sample, panel, first_tile, tiles, partial)
 
     @contextmanager
@@ -308,20 +309,24 @@ class GatherEmitter:
         last = self.out_channels[sample, 0] - 1
         return self.out_channels[sample, 1 + tirx.min(panel * self.tile.nr + index, last)]
 
-    def _gather_weights(self, sample: Expr, panel: Expr, tap: Expr, last_tap: Expr, gathered: tirx.Buffer) -> None:
-        """Pack the segment's weights for the panel's output channels and the live input channels."""
+    def _gathered_panel(self, sample: Expr, panel: Expr) -> GatheredPanel:
+        """The panel's weights for its output channels and the live input channels, none of them gathered yet."""
         conv, tile = self.conv, self.tile
-        live = self._live_count(sample)
         rows = conv.window.taps * conv.depth
-        copies = (
+        copy_row = (
             listed_columns([self._out_channel(sample, panel, index) for index in range(tile.nr)], rows, tile)
             if self.listed_panels
             else whole_panel(panel, rows, tile)
         )
-        with serial(last_tap - tap) as offset, serial(live) as k:
-            channel = self.in_channels[sample, 1 + k] if conv.live_in else k
-            row = let(big(self.taps[tap + offset, 0] * conv.depth + channel) * tile.nr)
-            copies(self.weights, row, gathered, let((offset * live + k) * tile.nr))
+        live = self._live_count(sample)
+
+        def gather(tap: Expr, weights: tirx.Buffer) -> None:
+            with serial(live) as k:
+                channel = self.in_channels[sample, 1 + k] if conv.live_in else k
+                row = let(big(tap * conv.depth + channel) * tile.nr)
+                copy_row(self.weights, row, weights, let((tap * live + k) * tile.nr))
+
+        return GatheredPanel(conv, self.taps, gather)
 
     def _live_count(self, sample: Expr) -> Expr:
         return let(self.in_channels[sample, 0]) if self.conv.live_in else self.conv.depth
@@ -349,7 +354,7 @@ class GatherEmitter:
             entry = let(tap + offset)
             shift = let(self.taps[entry, 1])
             sources = [let(big((row + shift) * stride + start)) for row in rows]
-            self._tap(sample, panel, self.taps[entry, 0], offset, sources, channels, gathered, acc)
+            self._tap(sample, panel, self.taps[entry, 0], sources, channels, gathered, acc)
         self._each_vector(lambda r, v, at: store(partial, acc[r][v][lanes(0, count)], lanes(place + at, count)))
 
     def _input_layout(self, sample: Expr, panel: Expr) -> tuple[Expr, Expr]:
@@ -368,19 +373,18 @@ class GatherEmitter:
         sample: Expr,
         panel: Expr,
         tap: Expr,
-        offset: Expr,
         sources: list[Expr],
         channels: tuple[Expr, Expr],
         gathered: tirx.Buffer | None,
         acc: list[list[tirx.Buffer]],
     ) -> None:
-        """Accumulate one tap, ``offset`` within its segment."""
+        """Accumulate one tap."""
         conv, tile = self.conv, self.tile
         if gathered is None:
             base = let(big((panel * conv.window.taps + tap) * (conv.depth * tile.nr)))
             self._multiply(sources, self.weights, base, channels, acc)
         else:
-            start = let(big(offset * self._live_count(sample) * tile.nr))
+            start = let(big(tap * self._live_count(sample) * tile.nr))
             self._multiply(sources, gathered, start, channels, acc)
 
     def _each_vector(self, visit: Callable[[int, int, int], None]) -> None:
@@ -506,6 +510,28 @@ class GatherEmitter:
     def _finished(self, value: Expr, channel: Expr, count: int) -> Expr:
         """What is stored for output channels ``channel …``."""
         return value
+
+
+class GatheredPanel:
+    """The weights of one panel, (taps, live input channels, nr), each tap gathered when a segment first needs it.
+
+    Segments of different rows need the same taps; taps that only dead frames would be read through are never needed.
+    """
+
+    def __init__(self, conv: GatherConv, taps: tirx.Buffer, gather: Callable[[Expr, tirx.Buffer], None]) -> None:
+        self.weights = scratch((conv.window.taps * conv.depth * conv.tile.nr,))
+        self._taps, self._gather = taps, gather
+        self._done = scratch((conv.window.taps,), INT)
+        with serial(conv.window.taps) as tap:
+            store(self._done, tirx.IntImm(INT, 0), tap)
+
+    def prepare(self, first: Expr, last: Expr) -> None:
+        """Gather what is missing of the tap entries ``first`` to ``last``."""
+        with serial(last - first) as offset:
+            tap = let(self._taps[first + offset, 0])
+            with when(self._done[tap] == 0):
+                self._gather(tap, self.weights)
+                store(self._done, tirx.IntImm(INT, 1), tap)
 
 
 #: Copies one row of a panel: (packed weights, offset of the row in any panel, panel, offset in it).

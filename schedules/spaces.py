@@ -260,7 +260,8 @@ class GatherSpace:
     def default(self) -> Decisions:
         """What is chosen without a record."""
         window, depth, group_out = self.workload.window, self.workload.depth, self.workload.group_out
-        return self.normal(decisions_of(default_tile(self.machine, window, depth, group_out)))
+        gathers = bool({"in_channels", "out_channels"} & set(self.workload.lists))
+        return self.normal(decisions_of(default_tile(self.machine, window, depth, group_out, gathers=gathers)))
 
     def normal(self, decisions: Mapping[str, int]) -> Decisions:
         """Decisions of another shape fitted to this one; equal kernels get equal decisions."""

@@ -11,6 +11,8 @@ from .geometry import Window
 WEIGHTS_SHARE_OF_L1 = 0.5
 #: Share of the second-level cache that the input rows of one block may take.
 ROWS_SHARE_OF_L2 = 0.4
+#: The same where a block gathers its weights first: more rows share the gathering, though some come from further away.
+GATHERING_ROWS_SHARE_OF_L2 = 1.0
 #: Cycles that one fused multiply-add takes until its result can be added to again, times two a cycle.
 CHAINS_TO_HIDE_LATENCY = 8
 
@@ -57,12 +59,19 @@ def predicted_cycles(machine: Machine, rows: int, panel: int, tile: tuple[int, i
 
 
 def default_tile(
-    machine: Machine, window: Window, depth: int, group_out: int, nr: int | None = None, most_rows: int = 16
+    machine: Machine,
+    window: Window,
+    depth: int,
+    group_out: int,
+    nr: int | None = None,
+    most_rows: int = 16,
+    gathers: bool = False,
 ) -> Tile:
     """The tile with the fewest predicted cycles, its blocks sized to the caches.
 
     ``depth`` is how many input channels (or columns of a kernel group) one tap uses; ``nr`` fixes the output channels
-    of a tile, as kernel groups do, and ``most_rows`` bounds its rows.
+    of a tile, as kernel groups do, and ``most_rows`` bounds its rows. ``gathers``: channel lists are given, so that
+    every block gathers its weights.
     """
     fitting = [tile for tile in candidates(machine) if tile[0] <= most_rows]
     options = [tile for tile in fitting if nr is None or tile[1] * machine.vector_floats == nr]
@@ -71,7 +80,8 @@ def default_tile(
     depth_block = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (4 * nr) // step * step)
     block_depth = min(depth, depth_block)
     segment_taps = max(1, min(window.taps, depth_block // block_depth))
-    rows = max(mr, int(ROWS_SHARE_OF_L2 * machine.l2) // (4 * block_depth))
+    share = GATHERING_ROWS_SHARE_OF_L2 if gathers else ROWS_SHARE_OF_L2
+    rows = max(mr, int(share * machine.l2) // (4 * block_depth))
     block_tiles = min(max(8, rows // mr), 128, -(-window.positions_out // mr) + 8)
     if depth < step:
         step = 1

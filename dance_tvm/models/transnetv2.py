@@ -105,7 +105,8 @@ class ColourSimilarity(nn.Module):
         self.fc = nn.Linear(_LOOKUP, 128)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.fc(_similarity_to_neighbours(F.normalize(_colour_histograms(frames), dim=2))))
+        histograms = _colour_histograms(frames).to(self.fc.weight.dtype)
+        return F.relu(self.fc(_similarity_to_neighbours(F.normalize(histograms, dim=2))))
 
 
 def _similarity_to_neighbours(x: torch.Tensor) -> torch.Tensor:
@@ -163,7 +164,7 @@ class TransNetV2(nn.Module):
 
     def logits(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What ``forward`` puts through the sigmoid: what training compares."""
-        x = frames.permute(0, 4, 1, 2, 3).float() / 255.0
+        x = frames.permute(0, 4, 1, 2, 3).to(self.fc1.weight.dtype) / 255.0
         outputs = []
         for stack in self.stacks:
             x = stack(x)
