@@ -489,18 +489,25 @@ def main(
             for count in (int(number) for number in threads.split(",")):
                 runs.append(measure(case, chosen, count, rounds, lambda text: print(text, file=sys.stderr)))
                 print(table(runs[-1:]), flush=True)
-                _write(runs, out / f"{name}.json")
+                every = _write(runs, out / f"{name}.json")
     if not runs:
         print(f"error: no case is called {only!r}", file=sys.stderr)
         raise typer.Exit(2)
-    out.mkdir(parents=True, exist_ok=True)
-    name = "peers-quick" if quick else "peers-layers" if layers_too else "peers"
-    result = {"machine": machine(), "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "runs": runs}
-    scratch_file = out / f".{name}.json"
-    scratch_file.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(scratch_file, out / f"{name}.json")
-    plot(runs, out / f"{name}.html")
+    plot(every, out / f"{name}.html")
     print(f"written: {out / name}.json, {out / name}.html")
+
+
+def _write(runs: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Write what has been measured so far; figures of other cases that the file holds are kept. Returns all of them."""
+    done = {(run["case"], run["threads"]) for run in runs}
+    before = json.loads(path.read_text())["runs"] if path.exists() else []
+    every = [run for run in before if (run["case"], run["threads"]) not in done] + runs
+    result = {"machine": machine(), "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "runs": every}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(scratch, path)
+    return every
 
 
 def _cases(quick: bool, layers_too: bool, only: str, folder: Path) -> Iterator[Case]:
