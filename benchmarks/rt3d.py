@@ -4,6 +4,9 @@
     python -m benchmarks.rt3d build      compile what table2 times
     python -m benchmarks.rt3d table2     latency, dense and sparse, against peers
     python -m benchmarks.rt3d table3     vanilla against KGS at equal accuracy
+    python -m benchmarks.rt3d layer      one layer at many rates: where skipping begins to pay, and at which rates
+    python -m benchmarks.rt3d combined   kernel groups together with masks that leave half the work
+    python -m benchmarks.rt3d instructions   what the emulated phone executes, dense and pruned
 
 Training runs are kept in --runs and used again when their settings are the same, so a killed command goes on where it
 was. Latencies of one table come from one process, in turns, so that their ratios hold on a busy machine.
@@ -16,6 +19,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,8 +37,11 @@ from dance_tvm.device import KernelTime, LoadedNetwork, open_device
 from dance_tvm.errors import DanceError
 from dance_tvm.models.macs import count as count_macs
 from dance_tvm.sparsity.checkpoint import read_weights, write_atomically
+from dance_tvm.sparsity.rt3d.measure import _one_convolution
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
 from dance_tvm.sparsity.training import CARD, MODEL
+from dance_tvm.transform.group_choice import SynthesisedLayer
+from dance_tvm.transform.kernel_groups import only_group
 from dance_tvm.transform.pipeline import Options
 
 from .peers import Case as PeerCase
@@ -151,11 +158,11 @@ PEERS = ("pytorch", "onnxruntime", "openvino", "mnn")
 BUILDS: dict[str, tuple[str, Literal["auto", "direct"]]] = {
     "dense": ("", "auto"),
     "dense-direct": ("", "direct"),
-    "filter": ("filter", "auto"),
-    "vanilla": ("vanilla", "auto"),
-    "vanilla-direct": ("vanilla", "direct"),
-    "kgs": ("kgs", "auto"),
     "kgs-direct": ("kgs", "direct"),
+    "kgs": ("kgs", "auto"),
+    "vanilla-direct": ("vanilla", "direct"),
+    "vanilla": ("vanilla", "auto"),
+    "filter": ("filter", "auto"),
 }
 Artifacts = Annotated[Path, typer.Option(help="where built networks are kept")]
 Threads = Annotated[int, typer.Option(min=1)]
@@ -231,7 +238,7 @@ def write_table2(found: Mapping[str, Any]) -> None:
     for name in names:
         seconds, facts = found[name]["seconds"], found[name]["facts"]
         times.append([name, *(f"{1e3 * seconds[key]:.0f}" if key in seconds else "" for key in columns)])
-        for key in ("filter", "vanilla-direct", "vanilla", "kgs-direct", "kgs"):
+        for key in (key for key, (scheme, _) in BUILDS.items() if scheme):
             if key not in seconds:
                 continue
             rate = facts[key]["dense_macs"] / facts[key]["macs"]
@@ -315,6 +322,187 @@ def _latencies(
         for engine in engines:
             engine.close()
 
+
+# ---- one layer ---------------------------------------------------------------------------------------------------
+
+# conv3 of C3D at half its channels, where one call takes tens of milliseconds.
+LAYER = SynthesisedLayer(128, 128, (3, 3, 3), (8, 28, 28))
+SPARSITIES = (0.05, 0.08, 0.10, 0.15, 0.25, 0.50, 1 - 1 / 2.6, 1 - 1 / 3.6)
+
+
+@app.command()
+def layer(
+    artifacts: Artifacts = Path("build/rt3d/layer"),
+    threads: Threads = 1,
+    runs: Annotated[int, typer.Option(min=2, help="runs of each build, at least")] = 15,
+    group: Annotated[tuple[int, int], typer.Option(help="filters and channels of a kernel group")] = GROUP,
+    only_build: Annotated[bool, typer.Option(help="compile what is missing and time nothing")] = False,
+) -> None:
+    """One convolution dense, direct and Winograd, and pruned at rising rates: its break-even, vanilla next to KGS."""
+    weights: dict[str, np.ndarray | None] = {"dense": None, "dense-direct": None}
+    for share in SPARSITIES:
+        for scheme in ("vanilla", "kgs"):
+            weights[f"{scheme} {share:.3f}"] = LAYER.weight(*group, 1 / (1 - share), scheme)  # type: ignore[arg-type]
+    built = {}
+    for key, weight in weights.items():
+        folder = artifacts / key.replace(" ", "-")
+        pruned = LAYER.weight(1, 1, 1.0) if weight is None else weight
+        network, clip = _one_convolution(LAYER, pruned)
+        if not folder.exists():
+            with only_group(*group) if weight is not None else nullcontext():
+                _built(folder, network, (clip,), threads, "auto" if key == "dense" else "direct")
+        built[key] = load_artifact(folder)
+    if only_build:
+        return
+    seconds = _latencies(built, (clip,), PeerCase("", 0, artifacts), (), threads, runs)
+    keep_result("layer", {"threads": threads, "group": group, "seconds": seconds})
+    rows = []
+    for share in SPARSITIES:
+        vanilla, kgs = (seconds[f"{scheme} {share:.3f}"] for scheme in ("vanilla", "kgs"))
+        faster = seconds["dense-direct"] / kgs
+        cells = (faster, faster * (1 - share), seconds["dense"] / kgs, kgs / vanilla)
+        rows.append([f"{share:.0%}", f"{1e3 * kgs:.2f}", *(f"{cell:.2f}" for cell in cells)])
+    about = (
+        f"{_told(LAYER)}, groups of {group[0]}x{group[1]}, {threads} thread(s): dense direct "
+        f"{1e3 * seconds['dense-direct']:.2f} ms, dense Winograd {1e3 * seconds['dense']:.2f} ms."
+    )
+    header = ["zero weights", "KGS (ms)", "over direct", "÷ rate", "over Winograd", "KGS / vanilla time"]
+    write_section("layer", about, header, rows)
+
+
+class Masked(nn.Module):
+    """Two convolutions whose outputs are masked by what a DANCE controller would decide: here, an input.
+
+    ``clip`` (1, C, T, H, W); ``frames`` (1, 1, T, 1, 1) and ``positions`` (1, 1, 1, H, W) are alive where positive.
+    """
+
+    def __init__(self, weights: Sequence[np.ndarray]) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(next(_one_convolution(LAYER, weight)[0].children()) for weight in weights)
+
+    def forward(self, clip: torch.Tensor, frames: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        alive = ((frames > 0).to(clip.dtype), (positions > 0).to(clip.dtype))
+        for convolution in self.convolutions:
+            clip = torch.relu(convolution(clip)) * alive[0] * alive[1]
+        return clip
+
+
+@app.command()
+def combined(
+    artifacts: Artifacts = Path("build/rt3d/combined"),
+    threads: Threads = 1,
+    runs: Annotated[int, typer.Option(min=2, help="runs of each build, at least")] = 15,
+    rate: Annotated[float, typer.Option(min=1.1)] = 2.6,
+    only_build: Annotated[bool, typer.Option(help="compile what is missing and time nothing")] = False,
+) -> None:
+    """Two layers pruned in kernel groups, under masks of half the tiles and of half the work by frames and tiles."""
+    dense, pruned = LAYER.weight(1, 1, 1.0), LAYER.weight(*GROUP, rate)
+    clip = torch.randn(1, LAYER.channels_in, *LAYER.size, generator=torch.Generator().manual_seed(0))
+    ones = (torch.ones(1, 1, LAYER.size[0], 1, 1), torch.ones(1, 1, 1, *LAYER.size[1:]))
+    built = {}
+    for key, weight in {"dense": dense, "kgs": pruned}.items():
+        if not (artifacts / key).exists():
+            with only_group(*GROUP) if key == "kgs" else nullcontext():
+                _built(artifacts / key, Masked([weight, weight]).eval(), (clip, *ones), threads, "direct")
+        built[key] = load_artifact(artifacts / key)
+    if only_build:
+        return
+    frames = torch.tensor([1.0, 1, 1, 0, 1, 1, 1, 1]).reshape(ones[0].shape)
+    masks = {
+        "none": ones,
+        "8 of 16 tiles": (ones[0], _tiles(8)),
+        "7 of 8 frames, 11 of 16 tiles": (frames, _tiles(11)),
+    }
+    seconds, macs = _masked_latencies(built, clip, masks, runs)
+    rows = []
+    base, work = seconds["dense", "none"], macs["dense", "none"]
+    for mask in masks:
+        for key in built:
+            less, faster = work / macs[key, mask], base / seconds[key, mask]
+            figures = [f"{1e3 * seconds[key, mask]:.2f}", f"{less:.2f}x", f"{faster:.2f}x", f"{faster / less:.2f}"]
+            rows.append([mask, key, *figures])
+    keep_result("combined", rows)
+    header = ["masks", "weights", "milliseconds", "fewer MACs", "faster", "÷"]
+    about = f"Two such layers, KGS {rate:g}x, {threads} thread(s), planning of the lists included; MACs as executed."
+    write_section("combined", about, header, rows)
+
+
+def _told(layer: SynthesisedLayer) -> str:
+    """The layer in words."""
+    kernel, size = ("x".join(map(str, triple)) for triple in (layer.kernel, layer.size))
+    return f"{layer.channels_in} to {layer.channels_out} channels, {kernel}, {size} positions"
+
+
+def _tiles(kept: int) -> torch.Tensor:
+    """A mask of ``LAYER``'s positions that keeps so many of 4x4 tiles, evenly drawn."""
+    tiles = torch.zeros(16)
+    tiles[torch.randperm(16, generator=torch.Generator().manual_seed(1))[:kept]] = 1
+    edges = [extent // 4 for extent in LAYER.size[1:]]
+    spread = tiles.reshape(4, 4).repeat_interleave(edges[0], 0).repeat_interleave(edges[1], 1)
+    return spread.reshape(1, 1, 1, *LAYER.size[1:])
+
+
+def _masked_latencies(
+    built: Mapping[str, Artifact],
+    clip: torch.Tensor,
+    masks: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    runs: int,
+) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]:
+    """Median seconds and executed multiply-accumulates of each artifact under each pair of masks, in turns."""
+    with open_device("local") as session:
+        contenders = {}
+        for key, artifact in built.items():
+            loaded = session.load(artifact)
+            names = [tensor.name for tensor in loaded.manifest.inputs]
+            for mask, given in masks.items():
+                feed = {name: value.numpy() for name, value in zip(names, (clip, *given), strict=True)}
+                contenders[key, mask] = Contender(loaded, feed)
+        in_turns(list(contenders.values()), runs, 0.0)
+        seconds = {key: float(np.median(contender.seconds)) for key, contender in contenders.items()}
+        macs = {
+            key: float(sum((kernel.work or {}).get("macs") or 0 for kernel in one.network.kernels(one.inputs, 1)))
+            for key, one in contenders.items()
+        }
+        return seconds, macs
+
+
+PHONE_LAYER = SynthesisedLayer(64, 64, (3, 3, 3), (4, 14, 14))
+
+
+@app.command()
+def instructions(
+    artifacts: Artifacts = Path("build/rt3d/instructions"),
+    target: Annotated[str, typer.Option(help="an aarch64 target")] = "snapdragon",
+) -> None:
+    """Instructions that one layer takes on the emulated phone, dense and pruned in groups that fit its registers."""
+    from .instructions import instructions as count
+
+    counted = {}
+    cases: dict[str, tuple[tuple[int, int] | None, float]] = {"dense": (None, 1.0)}
+    cases |= {f"{gm}x{gn} {rate:g}": ((gm, gn), rate) for gm, gn in ((8, 4), (16, 4)) for rate in (2.6, 3.6)}
+    for key, (group, rate) in cases.items():
+        network, clip = _one_convolution(PHONE_LAYER, PHONE_LAYER.weight(*(group or (1, 1)), rate))
+        folder = artifacts / key.replace(" ", "-")
+        if not folder.exists():
+            with only_group(*group) if group else nullcontext():
+                options = Options(threads=1, conv="direct")
+                build_network(network, folder, target=target, example_inputs=(clip,), check=False, options=options)
+        counted[key] = count(load_artifact(folder))
+    rows = []
+    for key, (group, rate) in cases.items():
+        if group is not None:
+            fewer = counted["dense"] / counted[key]
+            name = "x".join(map(str, group))
+            rows.append([name, f"{rate:g}x", f"{counted[key] / 1e6:.1f} M", f"{fewer:.2f}x", f"{fewer / rate:.2f}"])
+    keep_result("instructions", counted)
+    about = (
+        f"{_told(PHONE_LAYER)}, built for {target}, one thread, run in emulation: {counted['dense'] / 1e6:.1f} M "
+        "instructions dense (direct)."
+    )
+    write_section("instructions", about, ["group", "rate", "instructions", "fewer", "÷ rate"], rows)
+
+
+# ---- table 3 -----------------------------------------------------------------------------------------------------
 
 VANILLA_RATES = (1.6, 2.1, 2.6)
 KGS_RATES = (2.6, 3.6, 4.6)

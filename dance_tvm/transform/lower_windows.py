@@ -32,6 +32,7 @@ from .kernel_groups import CANDIDATES, KernelGroups, choose_kernel_groups, lane_
 from .layers import LayerInfo
 from .liveness import Liveness
 from .masks import Both, Either, Expression, Factor, Grown, Live
+from .sample_lists import SampleLists
 from .sites import Site, Sites
 from .windows import POOLS, window_of
 
@@ -69,7 +70,10 @@ class LowerWindows:
         """Rewrite ``main``."""
         graph = Graph.of(mod["main"])
         liveness = Liveness.of(graph)
-        sites = Sites.of(graph, liveness)
+        lists = None
+        if isinstance(self.machine, Machine):
+            lists = SampleLists(self.machine, self.threads, self.convolution)
+        sites = Sites.of(graph, liveness, lists)
         lowering = self.lowering(
             mod,
             graph,
@@ -254,8 +258,7 @@ class Lowering:
 
     def _site(self, site: Site) -> relax.Expr:
         window = site.window
-        alive = Live() if site.linear else self.liveness.alive_in(site.data)
-        wanted = self.sites.wanted(site)
+        alive, wanted = self.sites.alive(site), self.sites.wanted(site)
         live_in = alive.channels if site.groups == 1 else None
         samples = window.batch if window.batch > 1 and (live_in or wanted.channels) else 1
         direct = self._choose(site, alive, wanted, samples)
@@ -451,6 +454,8 @@ class Lowering:
         reason = "" if skips else self._why_dense(site)
         if groups is not None and (groups.scheme != "dense" or groups.sparsity > 0):
             reason = "; ".join(part for part in (reason, str(groups)) if part)
+        if site.unlisted:
+            why = f"its {' and '.join(site.unlisted)} channels differ by sample, and listing them would not pay; {why}"
         reason = "; ".join(part for part in (reason, why) if part)
         kind = "linear" if site.linear else "conv3d"
         return LayerInfo(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +35,9 @@ class Site:
     activation: str = ""
     absorbed: list[relax.Var] = field(default_factory=list)
     masked: bool = False
+    lists_in: bool = True
+    lists_out: bool = True
+    unlisted: list[str] = field(default_factory=list)
 
     @property
     def linear(self) -> bool:
@@ -56,6 +60,10 @@ class Site:
         return self.window.positions_out * self.window.taps * self.channels_out * int(self.weight.shape[1])
 
 
+#: Whether a site, its input alive and its output wanted there, lists live input and live output channels.
+Lists = Callable[[Site, Live, Live], tuple[bool, bool]]
+
+
 @dataclass
 class Sites:
     """All sites of a graph, and which bindings they replace."""
@@ -65,14 +73,21 @@ class Sites:
     by_end: dict[relax.Var, Site] = field(default_factory=dict)
     inside: set[relax.Var] = field(default_factory=set)
     aliases: dict[relax.Var, relax.Var] = field(default_factory=dict)
+    by_start: dict[relax.Var, Site] = field(default_factory=dict)
 
     @staticmethod
-    def of(graph: Graph, liveness: Liveness) -> Sites:
-        """Find every site, extended as far as its kernel can carry on."""
+    def of(graph: Graph, liveness: Liveness, lists: Lists | None = None) -> Sites:
+        """Find every site, extended as far as its kernel can carry on; ``lists`` decides which channels are listed."""
         sites = Sites(graph, liveness)
         for var in graph.order:
             site = _start(graph, var)
             if site is not None:
+                sites.by_start[site.start] = site
+                if lists is not None:
+                    alive, wanted = sites.alive(site), sites.wanted(site)
+                    site.lists_in, site.lists_out = lists(site, alive, wanted)
+                    listed = {"input": (alive, site.lists_in), "output": (wanted, site.lists_out)}
+                    site.unlisted = [side for side, (live, on) in listed.items() if live.channels and not on]
                 sites._extend(site)
                 sites.by_end[site.end] = site
                 sites.inside.update([site.start, *site.absorbed])
@@ -135,7 +150,7 @@ class Sites:
         known = self.liveness.before[site.start]
         if mask is None or mask.early(known) != mask:
             return False
-        if mask.channels is not None and site.groups > 1:
+        if mask.channels is not None and (site.groups > 1 or not site.lists_out):
             return False
         site.masked = True
         return True
@@ -163,8 +178,10 @@ class Sites:
         return None, None
 
     def _skips(self, reader: relax.Var, var: relax.Var, mask: Live) -> bool:
-        site = next((site for site in self.by_end.values() if site.start.same_as(reader)), None)
+        site = self.by_start.get(reader)
         if site is None or not site.data.same_as(var) or site.groups > 1:
+            return False
+        if mask.channels is not None and not site.lists_in:
             return False
         return mask.frames is None or site.window.kernel[0] <= MOST_DYNAMIC_FRAME_TAPS
 
@@ -182,6 +199,8 @@ class Sites:
         if name in CONVOLUTIONS:
             dynamic = shape_of(self.graph.call(reader).args[1])[2] <= MOST_DYNAMIC_FRAME_TAPS
             grouped = int(self.graph.call(reader).attrs.groups) > 1
+            if reader in self.by_start and not self.by_start[reader].lists_in:
+                return False
             return self.graph.call(reader).args[0].same_as(var) and dynamic and not grouped
         return name in POOLS and window_of(self.graph, reader) is not None and not self.needs_zeros(reader)
 
@@ -190,7 +209,14 @@ class Sites:
         if site.linear:
             return EVERYWHERE
         live = self.liveness.read[site.start].early(self.liveness.before[site.start])
-        return live if site.groups == 1 else Live(live.frames, live.positions)
+        return live if site.groups == 1 and site.lists_out else Live(live.frames, live.positions)
+
+    def alive(self, site: Site) -> Live:
+        """What the site's kernel knows to be zero of its input."""
+        if site.linear:
+            return EVERYWHERE
+        live = self.liveness.alive_in(site.data)
+        return live if site.lists_in else Live(live.frames, live.positions)
 
 
 def _start(graph: Graph, var: relax.Var) -> Site | None:
