@@ -13,7 +13,7 @@ _LANES = {
 
 #: Numbers of CUdevice_attribute.
 _ATTRIBUTES = {
-    "block_threads": 1, "block_shared": 8, "warp": 10, "khz": 13, "units": 16, "memory_khz": 36, "bus_bits": 37,
+    "block_threads": 1, "block_shared": 8, "warp": 10, "block_registers": 12, "khz": 13, "units": 16, "memory_khz": 36, "bus_bits": 37,
     "unit_threads": 39, "major": 75, "minor": 76, "shared": 81, "registers": 82,
 }  # fmt: skip
 
@@ -58,7 +58,16 @@ def detect_cuda() -> dict[str, Any] | None:
 def _described(facts: dict[str, int], name: str, memory: int, cuda: tuple[int, int]) -> dict[str, Any]:
     capability = facts["major"] * 10 + facts["minor"]
     known = max((each for each in _LANES if each <= capability), default=50)
-    of_unit = ("units", "warp", "unit_threads", "block_threads", "registers", "shared", "block_shared")
+    of_unit = (
+        "units",
+        "warp",
+        "unit_threads",
+        "block_threads",
+        "registers",
+        "block_registers",
+        "shared",
+        "block_shared",
+    )
     return {
         "tvm": {"kind": "cuda", "arch": f"sm_{capability}"},
         "gpu": {

@@ -67,8 +67,8 @@ class Gpu(_Facts):
     """A GPU beside the CPU that the other facts are about.
 
     Of one unit (multiprocessor, shader processor): ``lanes`` are fp32 multiply-adds a cycle, ``registers`` are 32-bit
-    ones, ``shared`` bytes; ``block_threads`` and ``block_shared`` are the most that one block may have; ``warp``
-    threads run in step. ``ptx`` is the newest PTX that the device's driver takes, ``driver`` what that follows from.
+    ones, ``shared`` bytes; ``block_threads``, ``block_registers`` and ``block_shared`` are the most that one block may
+    have; ``warp`` threads run in step. ``ptx`` is the newest PTX that the device's driver takes, ``driver`` what that follows from.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Gpu(_Facts):
     unit_threads: int = Field(ge=1)
     block_threads: int = Field(ge=1)
     registers: int = Field(ge=1)
+    block_registers: int = Field(ge=1)
     shared: int = Field(ge=1)
     block_shared: int = Field(ge=1)
     fp16: bool

@@ -143,6 +143,7 @@ def gpu_of(target: Target) -> Gpu | None:
         facts.unit_threads,
         facts.block_threads,
         facts.registers,
+        facts.block_registers,
         facts.shared,
         facts.block_shared,
     )

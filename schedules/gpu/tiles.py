@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from ..geometry import Window
 from .emit import QUAD
 
+#: What a kernel that walks every list at once may need beyond :attr:`BlockTile.registers`.
+MARGIN = 1.15
+
 
 @dataclass(frozen=True)
 class Gpu:
     """The facts that tiles follow from: of one multiprocessor (compute unit), and how many there are.
 
-    ``warp`` threads run in step; ``registers`` are 32-bit ones; ``shared`` counts bytes, as does ``block_shared``, the
-    most that one block may have.
+    ``warp`` threads run in step; ``registers`` are 32-bit ones; ``shared`` counts bytes. ``block_…`` is the most that
+    one block may have.
     """
 
     units: int
@@ -22,6 +25,7 @@ class Gpu:
     unit_threads: int
     block_threads: int
     registers: int
+    block_registers: int
     shared: int
     block_shared: int
 
@@ -79,8 +83,8 @@ def candidates(gpu: Gpu) -> Iterator[BlockTile]:
 
 
 def _fits(gpu: Gpu, tile: BlockTile) -> bool:
-    registers = min(255, gpu.registers // tile.threads)
-    return tile.shared_bytes <= gpu.block_shared and tile.registers <= registers
+    registers = min(255, gpu.block_registers // tile.threads)
+    return tile.shared_bytes <= gpu.block_shared and MARGIN * tile.registers <= registers
 
 
 def resident_blocks(gpu: Gpu, tile: BlockTile) -> int:

@@ -1,0 +1,411 @@
+"""GPU kernels: what a compiler says of them (`--static`, needs no GPU), or how fast they are beside cuDNN.
+
+    python -m benchmarks.gpu --static --json docs/benchmarks/gpu-static.json
+    python -m benchmarks.gpu --json gpu.json            # on a machine with an NVIDIA GPU
+
+Statically: every kernel of C3D and R(2+1)D-18, dense, and of one layer with each kind of sparsity, compiled by NVRTC
+and ptxas for a Jetson Nano and an Orin Nano: registers, shared memory, spills, and the occupancy that follows. On a
+GPU: layers against cuDNN (PyTorch, fp32 without TF32, the better of both memory formats), speed-up ÷ reduction by axis
+and density, launch overhead, and the share of the roofline. Both sides are warm, take turns, and start from data on the
+GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dance_tvm.cli import plain_errors
+from dance_tvm.device.opencl import DeviceCode, device_code
+from dance_tvm.device_code import KernelFacts, assemble, compile_ptx
+from dance_tvm.errors import DanceError
+from dance_tvm.target import Gpu, Target, load_target
+
+from .kernels import C3D, R2PLUS1D, Layer, Masks
+
+STATIC_TARGETS = ("jetson-nano", "jetson-orin-nano")
+NETWORKS = ("c3d", "r2plus1d-18")
+#: A warp gets its registers, a block its shared memory (bytes), in lots of this size (CUDA occupancy calculator).
+REGISTER_LOT, SHARED_LOT, MOST_BLOCKS = 256, 256, 32
+DENSITIES = (1.0, 0.75, 0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class StaticRow:
+    """One kernel for one target: what a thread and a block take, and how many threads of a unit can be busy."""
+
+    target: str
+    network: str
+    kernel: str
+    variants: int
+    threads: int
+    registers: int
+    shared: int
+    spills: int
+    occupancy: float
+
+
+def main(
+    static: Annotated[bool, typer.Option("--static", help="ask ptxas; needs no GPU")] = False,
+    network: Annotated[list[str] | None, typer.Option(help="networks for --static")] = None,
+    rounds: Annotated[int, typer.Option(help="times that both sides take turns")] = 10,
+    out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+) -> None:
+    """Print the table and write the figures."""
+    with plain_errors():
+        facts = _static(network or list(NETWORKS)) if static else _on_gpu(rounds)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+# -- without a GPU ----------------------------------------------------------------------------------------------------
+
+
+def _static(networks: list[str]) -> dict[str, Any]:
+    targets = [load_target(name) for name in STATIC_TARGETS]
+    rows = [row for network in networks for row in network_rows(network, targets)]
+    rows += [row for target in targets for row in sparse_rows(target)]
+    table = Table("target", "network", "kernel", "variants", "threads", "registers", "shared", "spilled", "occupancy")
+    for row in rows:
+        numbers = [row.variants, row.threads, row.registers, row.shared, row.spills]
+        table.add_row(row.target, row.network, row.kernel, *(str(number) for number in numbers), f"{row.occupancy:.2f}")
+    Console(width=170).print(table)
+    return {"rows": [asdict(row) for row in rows]}
+
+
+def network_rows(network: str, targets: list[Target]) -> list[StaticRow]:
+    """All kernels of a dense network for each target."""
+    from dance_tvm.frontend import import_model
+    from dance_tvm.transform.pipeline import Options, lower
+
+    imported, rows = import_model(network, check=False), []
+    for target in targets:
+        lowered = lower(imported.mod, target, Options())
+        rows += static_rows(network, device_code(lowered.mod, target.tvm_target()), target)
+    return rows
+
+
+def sparse_rows(target: Target) -> list[StaticRow]:
+    """C3D's conv3b with each kind of list, and its planners."""
+    import tvm
+
+    rows = []
+    for name, functions in sparse_kernels(C3D[3], target).items():
+        code = device_code(tvm.IRModule(functions), target.tvm_target())
+        rows += static_rows(f"conv3b, {name}", code, target)
+    return rows
+
+
+def sparse_kernels(layer: Layer, target: Target) -> dict[str, dict[str, Any]]:
+    """Kernels of a layer by what thins it."""
+    from dance_tvm.schedules.gpu.channel_plan import plan_channels
+    from dance_tvm.schedules.gpu.conv3d_gather import conv3d_gather
+    from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv, conv3d_kgs, plan_columns
+    from dance_tvm.schedules.gpu.row_plan import plan_rows
+    from dance_tvm.schedules.gpu.tiles import default_tile
+    from dance_tvm.transform.pipeline import gpu_of
+
+    some = np.ones((1, *layer.window.out[1:]), bool)
+    inputs, outputs = np.ones(layer.channels_in, bool), np.ones(layer.channels_out, bool)
+    frames = np.ones(layer.window.out[0], bool)
+    thinned = {
+        "positions and frames": Masks(in_frames=np.ones(layer.size[0], bool), out_frames=frames, positions=some),
+        "input channels": Masks(live_in=inputs),
+        "output channels": Masks(live_out=outputs),
+        "all axes": Masks(np.ones(layer.size[0], bool), frames, some, inputs, outputs),
+    }
+    kernels: dict[str, dict[str, Any]] = {}
+    for name, masks in thinned.items():
+        conv = block_conv(layer, target, masks)
+        kernels[name] = {conv.name: conv3d_gather(conv), "plan_rows_gpu": plan_rows(conv.plan)}
+        if masks.live_in is not None:
+            kernels[name]["plan_channels_gpu"] = plan_channels(1, layer.channels_in)
+    for filters in (8, 16, 32):
+        plain = block_conv(layer, target, Masks())
+        gpu = gpu_of(target)
+        assert gpu is not None
+        tile = default_tile(gpu, layer.window, layer.channels_out, filters)
+        fields = {field: getattr(plain, field) for field in plain.__dataclass_fields__}
+        columns = layer.channels_out // filters * layer.channels_in * layer.window.taps // 3
+        groups = GroupConv(**{**fields, "tile": tile, "live_in": True}, columns=columns)
+        kernels[f"groups of {filters} filters"] = {
+            groups.name: conv3d_kgs(groups),
+            "plan_columns_gpu": plan_columns(groups),
+        }
+    return kernels
+
+
+def static_rows(network: str, code: DeviceCode, target: Target) -> list[StaticRow]:
+    """What ptxas says of ``code``, kernels that differ only in shapes together: the hungriest of them."""
+    assert target.gpu is not None
+    arch = str(target.tvm["arch"])
+    threads = {each.kernel: int(np.prod(each.block)) for plan in code.plans.values() for each in plan.launches}
+    families: dict[str, list[KernelFacts]] = {}
+    for fact in assemble(compile_ptx(code.source, arch, target.gpu.ptx), arch):
+        families.setdefault(_family(fact.name, threads[fact.name]), []).append(fact)
+    rows = []
+    for family, facts in families.items():
+        most = max(facts, key=lambda fact: (fact.spills, fact.registers, fact.shared))
+        size = threads[most.name]
+        busy = occupancy(target.gpu, size, most.registers, most.shared)
+        spills = sum(fact.spills for fact in facts)
+        rows.append(
+            StaticRow(target.name, network, family, len(facts), size, most.registers, most.shared, spills, busy)
+        )
+    return sorted(rows, key=lambda row: row.kernel)
+
+
+def _family(kernel: str, threads: int) -> str:
+    """A kernel's name without the numbers that keep names of one module apart."""
+    name = re.sub(r"_kernel(_\d+)?$", "", kernel)
+    if not re.search(r"_gpu", name):
+        return f"elementwise, copies, reductions ({threads} threads)"
+    return re.sub(r"(_t[48]x[48])\d+$", r"\1", re.sub(r"(f32|f16|gpu|_r\d|_b32)(\d*)$", r"\1", name))
+
+
+def occupancy(gpu: Gpu, threads: int, registers: int, shared: int) -> float:
+    """Share of a unit's threads that are busy when as many blocks as fit are there."""
+    warps = -(-threads // gpu.warp)
+    a_warp = -(-registers * gpu.warp // REGISTER_LOT) * REGISTER_LOT
+    by_registers = gpu.registers // a_warp // warps if registers else MOST_BLOCKS
+    by_shared = gpu.shared // (-(-shared // SHARED_LOT) * SHARED_LOT) if shared else MOST_BLOCKS
+    by_threads = gpu.unit_threads // (warps * gpu.warp)
+    return min(by_registers, by_shared, by_threads, MOST_BLOCKS) * warps * gpu.warp / gpu.unit_threads
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def block_conv(layer: Layer, target: Target, masks: Masks) -> Any:
+    """The kernel of a layer with the default tile of ``target`` and the lists that ``masks`` ask for."""
+    from dance_tvm.schedules.gpu.conv3d_gather import BlockConv
+    from dance_tvm.schedules.gpu.row_plan import block_plan
+    from dance_tvm.schedules.gpu.tiles import default_tile
+    from dance_tvm.transform.pipeline import gpu_of
+
+    gpu = gpu_of(target)
+    if gpu is None:
+        raise DanceError(f"{target.name} has no GPU: give the name of a GPU target")
+    tile = default_tile(gpu, layer.window, layer.channels_out)
+    positions = None if masks.positions is None else (1, masks.positions.shape[0])
+    plan = block_plan(
+        layer.window, tile.mr, 1, masks.in_frames is not None, masks.out_frames is not None, positions
+    )  # fmt: skip
+    lists = {"live_in": masks.live_in is not None, "live_out": masks.live_out is not None}
+    thinned = any(mask is not None for mask in (masks.out_frames, masks.positions, masks.live_out))
+    return BlockConv(
+        layer.window, layer.channels_in, layer.channels_out, 1, tile, plan, **lists,
+        activation="relu", zero_dead="rows" if thinned else "",
+    )  # fmt: skip
+
+
+#: Runs one PrimFunc on the device: buffers in order, outputs last. Gives a function that launches and waits.
+Prepare = Callable[[Any, list[Any]], Callable[[], None]]
+
+
+@dataclass
+class Device:
+    """What a measurement needs of a device: to bring arrays there, to launch, to read seconds."""
+
+    upload: Callable[[np.ndarray], Any]
+    prepare: Prepare
+    seconds: Callable[[Callable[[], None]], float]
+
+
+def cuda_device(target: Target) -> Device:
+    """This machine's GPU through TVM; raises DanceError where there is none."""
+    import tvm
+
+    device = tvm.device("cuda", 0)
+    if not device.exist:
+        raise DanceError(
+            "no NVIDIA GPU here, or TVM's runtime has no CUDA: use --static, or run this where there is one"
+        )
+
+    def prepare(func: Any, buffers: list[Any]) -> Callable[[], None]:
+        built = tvm.compile(tvm.IRModule({"main": func.with_attr("global_symbol", "main")}), target.tvm_target())
+        return lambda: built["main"](*buffers)
+
+    return Device(lambda array: tvm.runtime.tensor(array, device), prepare, _wall_clock(device.sync))
+
+
+def opencl_device() -> Device:
+    """An OpenCL device of this machine through pyopencl."""
+    import tvm
+
+    from dance_tvm.device.opencl import OpenCLSession, opencl_target
+
+    session = OpenCLSession()
+
+    def prepare(func: Any, buffers: list[Any]) -> Callable[[], None]:
+        code = device_code(tvm.IRModule({"main": func}), opencl_target())
+        program = session.compile(code)
+        return lambda: session.run(program, code.plans["main"], buffers)
+
+    return Device(session.upload, prepare, _wall_clock(session.queue.finish))
+
+
+def _wall_clock(sync: Callable[[], None]) -> Callable[[Callable[[], None]], float]:
+    import time
+
+    def seconds(call: Callable[[], None]) -> float:
+        sync()
+        start = time.perf_counter()
+        call()
+        sync()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+class LayerOnGpu:
+    """A layer's kernels on a device: its planners, and the convolution on random data."""
+
+    def __init__(self, layer: Layer, target: Target, device: Device, masks: Masks | None = None) -> None:
+        from dance_tvm.schedules.channel_plan import channel_list_shape
+        from dance_tvm.schedules.gpu.channel_plan import plan_channels
+        from dance_tvm.schedules.gpu.conv3d_gather import conv3d_gather
+        from dance_tvm.schedules.gpu.row_plan import plan_rows
+
+        masks = masks or Masks()
+        conv = self.conv = block_conv(layer, target, masks)
+        plan, window = conv.plan, conv.window
+        self._device = device
+        rng = np.random.default_rng(0)
+        given = {"in_frames": masks.in_frames, "out_frames": masks.out_frames, "positions": masks.positions}
+        fields = {
+            key: device.upload(np.ascontiguousarray(np.broadcast_to(given[key], shape), "float32"))
+            for key, shape in plan.masks.items()
+        }
+        lists = [device.upload(np.zeros(shape, "int32")) for shape in plan.shapes.values()]
+        tables = [device.upload(table) for table in plan.tables.values()]
+        self._planners = [device.prepare(plan_rows(plan), [*fields.values(), *tables, *lists])]
+        x = rng.standard_normal((1, *window.size, conv.channels_in), dtype="float32")
+        weight = rng.standard_normal(conv.weight_shape, dtype="float32") * 0.01
+        arrays = [x, weight, np.zeros(conv.bias_size, "float32"), plan.tap_entries]
+        args = [device.upload(np.ascontiguousarray(array)) for array in arrays] + lists
+        for live, count in ((masks.live_in, conv.depth), (masks.live_out, conv.channels_out)):
+            if live is not None:
+                listed = device.upload(np.zeros(channel_list_shape(1, count), "int32"))
+                mask = device.upload(live[None].astype("float32"))
+                self._planners.append(device.prepare(plan_channels(1, count), [mask, listed]))
+                args.append(listed)
+        if conv.zero_dead:
+            args += [fields[key] for key in ("out_frames", "positions") if key in fields]
+        args.append(device.upload(np.zeros((1, *window.out, conv.channels_out), "float32")))
+        self._run = device.prepare(conv3d_gather(conv), args)
+
+    def seconds(self) -> float:
+        """One planning and one run."""
+
+        def both() -> None:
+            for planner in self._planners:
+                planner()
+            self._run()
+
+        return self._device.seconds(both)
+
+
+class LayerInTorch:
+    """The same layer by PyTorch (cuDNN on a GPU), the better of both memory formats."""
+
+    def __init__(self, layer: Layer, where: str, seconds: Callable[[Callable[[], None]], float]) -> None:
+        import torch
+
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True
+        self._seconds = seconds
+        window = layer.window
+        self._calls = []
+        for form in (torch.contiguous_format, torch.channels_last_3d):
+            x = torch.randn(1, layer.channels_in, *layer.size, device=where).to(memory_format=form)
+            conv = torch.nn.Conv3d(layer.channels_in, layer.channels_out, layer.kernel, layer.stride, window.padding)
+            conv = conv.to(where).to(memory_format=form).eval()
+            self._calls.append(lambda conv=conv, x=x: torch.relu_(conv(x)))
+
+    def seconds(self) -> float:
+        """The better format's."""
+        import torch
+
+        with torch.no_grad():
+            return min(self._seconds(call) for call in self._calls)
+
+
+def compare(ours: LayerOnGpu, theirs: Any, rounds: int) -> dict[str, float]:
+    """Medians of both sides, which take turns."""
+    ours.seconds(), theirs.seconds()
+    pairs = [(ours.seconds(), theirs.seconds()) for _ in range(rounds)]
+    mine, other = (median(side) for side in zip(*pairs, strict=True))
+    return {"ours": mine, "theirs": other, "share": other / mine}
+
+
+def by_axis(layer: Layer, target: Target, device: Device, rounds: int) -> list[dict[str, Any]]:
+    """Speed-up ÷ reduction of multiply-adds for each axis and density; planning counts."""
+    dense = LayerOnGpu(layer, target, device)
+    rng, rows = np.random.default_rng(0), []
+    for axis in ("positions", "live_in", "live_out"):
+        for density in DENSITIES:
+            shape = {"positions": (1, *layer.window.out[1:]), "live_in": (layer.channels_in,)}
+            mask = rng.permutation(_share(shape.get(axis, (layer.channels_out,)), density))
+            thin = LayerOnGpu(layer, target, device, Masks(**{axis: mask}))
+            found = compare(thin, dense, rounds)
+            rows.append({"axis": axis, "density": density, **found, "efficiency": found["share"] * mask.mean()})
+    return rows
+
+
+def _share(shape: tuple[int, ...], density: float) -> np.ndarray:
+    """A mask of which exactly the share ``density`` is alive."""
+    mask = np.zeros(int(np.prod(shape)), bool)
+    mask[: round(density * mask.size)] = True
+    return np.random.default_rng(1).permutation(mask).reshape(shape)
+
+
+def launch_overhead(device: Device) -> float:
+    """Seconds of a launch that does next to nothing."""
+    from dance_tvm.schedules.gpu.channel_plan import plan_channels
+
+    mask, listed = device.upload(np.ones((1, 1), "float32")), device.upload(np.zeros((1, 3), "int32"))
+    call = device.prepare(plan_channels(1, 1), [mask, listed])
+    call()
+    return median(device.seconds(call) for _ in range(50))
+
+
+def _on_gpu(rounds: int) -> dict[str, Any]:
+    target = load_target("cuda")
+    device = cuda_device(target)
+    assert target.gpu is not None
+    rows = []
+    table = Table("layer", "kernel", "ms", "cuDNN ms", "of cuDNN", "of peak")
+    for layer in [*C3D, *R2PLUS1D]:
+        ours = LayerOnGpu(layer, target, device)
+        found = compare(ours, LayerInTorch(layer, "cuda", device.seconds), rounds)
+        window = layer.window
+        work = 2 * window.tap_positions * layer.channels_in * layer.channels_out
+        peak = work / found["ours"] / 1e9 / target.gpu.peak_gflops
+        rows.append({"layer": layer.name, "kernel": ours.conv.name, **found, "peak": peak})
+        times = [f"{1e3 * found['ours']:.3f}", f"{1e3 * found['theirs']:.3f}"]
+        table.add_row(layer.name, ours.conv.name, *times, f"{found['share']:.2f}", f"{peak:.2f}")
+    Console(width=150).print(table)
+    axes = by_axis(C3D[3], target, device, rounds)
+    table = Table("axis", "density", "speed-up", "÷ reduction")
+    for row in axes:
+        table.add_row(row["axis"], f"{row['density']}", f"{row['share']:.2f}", f"{row['efficiency']:.2f}")
+    Console().print(table)
+    overhead = launch_overhead(device)
+    print(f"launch overhead {overhead * 1e6:.1f} us")
+    return {"gpu": target.gpu.model_dump(), "layers": rows, "axes": axes, "launch_seconds": overhead}
+
+
+if __name__ == "__main__":
+    typer.run(main)
