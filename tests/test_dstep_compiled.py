@@ -83,8 +83,8 @@ def clips() -> list[torch.Tensor]:
     return made
 
 
-def build(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], folder):
-    return build_network(module, folder, example_inputs=inputs, threads=1, check=False).artifact
+def build(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], folder, target: str = "host"):
+    return build_network(module, folder, example_inputs=inputs, threads=1, check=False, target=target).artifact
 
 
 def run(device, artifact, *inputs: torch.Tensor) -> np.ndarray:
@@ -160,6 +160,20 @@ def test_a_compiled_stream_equals_the_clip_to_the_last_bit(compiled, device):
         here.reset()
     with pytest.raises(DanceError, match="shape"):
         here.step(np.zeros((1, 1, 5, 5), "float32"))
+
+
+@pytest.mark.device
+def test_an_emulated_phone_streams_exactly(emulator, tmp_path):
+    thinned = steered()
+    stream = Stream(thinned, (1, SIZE, SIZE)).eval()
+    clip = clips()[-1]
+    inputs = (clip[:, :, 0], *stream.start())
+    artifact = build(stream, inputs, tmp_path / "phone", target="snapdragon")
+    with open_device(emulator.tracker, timeout=120) as phone:
+        session = StreamSession(phone.load(artifact))
+        for index in range(FRAMES):
+            scores = session.step(clip[:, :, index].numpy())
+    np.testing.assert_array_equal(scores, thinned(clip).detach().numpy())
 
 
 def test_only_streaming_networks_make_sessions(compiled, device):

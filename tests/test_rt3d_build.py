@@ -1,8 +1,10 @@
 """Pruned networks, built: their results are PyTorch's, and the build finds the sparsity in the weights alone."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -47,3 +49,19 @@ def test_a_pruned_network_computes_exactly_what_pytorch_does(tmp_path: Path) -> 
             np.testing.assert_array_equal(found, expected)
             told = [layer.reason for layer in loaded.manifest.layers]
             assert sum("fewer MACs" in reason for reason in told) == len(report.layers), told
+
+
+@pytest.mark.device
+def test_an_emulated_phone_computes_exactly_what_pytorch_does(emulator: Any, tmp_path: Path) -> None:
+    clip = torch.randint(-2, 3, (1, 1, 4, 10, 10), generator=torch.Generator().manual_seed(1)).float()
+    network = Small().eval()
+    prune_to_rate(network, (clip,), "kgs", 2.5, 8, 4)
+    built = build_network(
+        network, tmp_path / "phone", target="snapdragon", example_inputs=(clip,), threads=1, check=False
+    )
+    assert any("weight columns" in layer.skips for layer in built.artifact.manifest.layers)
+    with open_device(emulator.tracker, timeout=120) as phone:
+        loaded = phone.load(built.artifact)
+        (found,) = loaded.run({loaded.manifest.inputs[0].name: clip.numpy()}).values()
+    with torch.inference_mode():
+        np.testing.assert_array_equal(found, network(clip).numpy())

@@ -48,11 +48,18 @@ def main(
     threads: Annotated[int | None, typer.Option(min=1, help="default: the target's")] = None,
     rate: Annotated[float, typer.Option(min=1.1, help="how many times fewer weights the layers keep")] = 3.0,
     repeats: Annotated[int, typer.Option(min=1)] = 10,
+    layers: Annotated[int, typer.Option(min=1, max=len(SYNTHESISED), help="how many of the synthesised layers")] = len(
+        SYNTHESISED
+    ),
+    group: Annotated[list[str] | None, typer.Option(help="groups such as 16x4; default: all candidates")] = None,
 ) -> None:
     """Measures, adds to the log and prints each group's efficiency and the group to train with."""
     try:
         machine = load_target(target)
-        found = measure_on(machine, device, threads=threads, rate=rate, repeats=repeats)
+        found = measure_on(
+            machine, device, threads=threads, rate=rate, repeats=repeats, layers=SYNTHESISED[:layers],
+            candidates=[_group(text) for text in group] if group else CANDIDATES,
+        )  # fmt: skip
         write_log(log_path(machine), found)
     except DanceError as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
@@ -63,6 +70,14 @@ def main(
     for (gm, gn), efficiency in sorted(efficiencies(found).items()):
         table.add_row(f"{gm}x{gn}", f"{efficiency:.2f}")
     Console().print(table)
+
+
+def _group(text: str) -> tuple[int, int]:
+    """(filters, channels) of a group written as 16x4."""
+    filters, _, channels = text.partition("x")
+    if not (filters.isdigit() and channels.isdigit() and int(filters) and int(channels)):
+        raise DanceError(f"{text!r} is no group; write filters x channels, such as 16x4.")
+    return int(filters), int(channels)
 
 
 def measure_on(
@@ -93,13 +108,17 @@ def measure_on(
 def timed_build(session: DeviceSession, target: Target, threads: int, folder: Path, repeats: int) -> Measure:
     """A ``Measure`` that builds each layer into ``folder`` and takes the median of ``repeats`` runs on ``session``."""
     from dance_tvm.compiler import build_network
+    from dance_tvm.transform.pipeline import Options
+
+    # Direct on both sides: a build weighs the groups against Winograd's algorithm layer by layer.
+    options = Options(threads=threads, conv="direct")
 
     def measure(layer: SynthesisedLayer, weight: NDArray[np.float32], group: tuple[int, int] | None) -> float:
         network, clip = _one_convolution(layer, weight)
         name = f"{'x'.join(map(str, weight.shape))}-{'x'.join(map(str, group or ('dense',)))}"
         with only_group(*(group or (1, 1))):
             built = build_network(
-                network, folder / name, target=target, example_inputs=(clip,), threads=threads, check=False
+                network, folder / name, target=target, example_inputs=(clip,), options=options, check=False
             )
         loaded = session.load(built.artifact)
         tensor = loaded.manifest.inputs[0]
