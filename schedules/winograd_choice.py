@@ -40,8 +40,13 @@ SCRATCH_SHARE = 0.6
 MOST_SCRATCH = 96 << 20
 #: Share of the direct kernel's rate that the columns of kernel groups reach (docs/rt3d.md).
 KERNEL_GROUP_EFFICIENCY = 0.9
-#: Density assumed of an axis that masks thin: they are not known when a network is built.
-ASSUMED_DENSITY = 0.5
+#: Cycles to copy one weight into a panel: of single output channels, or of rows for listed input channels.
+GATHER_COLUMN_CYCLES, GATHER_ROW_CYCLES = 0.8, 0.2
+#: Share of the multiply-adds that masks are taken to leave, each axis thinned alike: they are not known when a network
+#: is built.
+ASSUMED_LEFT = 0.5
+#: Of the positions of a tile, so many are taken to live or die on their own: masks come in patches.
+PATCHES_IN_TILE = 2
 #: A kernel with the larger weights must be this much faster to be worth its memory.
 WORTH_MEMORY = 0.95
 
@@ -177,11 +182,19 @@ def _runs(plan: WinogradPlan) -> list[tuple[int, int]]:
     return [(count, len(taps)) for taps, count in rows.items()]
 
 
-def _live_share(plan: WinogradPlan) -> float:
+def _density(conv: GatherConv | WinogradConv) -> float:
+    """Share of each thinned axis that is expected to be alive."""
+    plan = conv.plan
+    thinned = (conv.live_in, conv.live_out, plan.in_frames, plan.out_frames, plan.positions is not None)
+    return ASSUMED_LEFT ** (1 / max(1, sum(thinned)))
+
+
+def _live_share(conv: WinogradConv) -> float:
     """Share of the rows of tiles that is expected to be alive, and in frames of one another."""
-    dead_frame = (1 - ASSUMED_DENSITY) ** plan.m[0] if plan.out_frames else 0.0
-    dead_place = (1 - ASSUMED_DENSITY) ** (plan.m[0] * plan.m[1] * plan.m[2]) if plan.positions else 0.0
-    taps = ASSUMED_DENSITY if plan.in_frames and not plan.transformed[0] else 1.0
+    plan, dead = conv.plan, 1 - _density(conv)
+    dead_frame = dead ** plan.m[0] if plan.out_frames else 0.0
+    dead_place = dead**PATCHES_IN_TILE if plan.positions else 0.0
+    taps = 1 - dead if plan.in_frames and not plan.transformed[0] else 1.0
     return (1 - dead_frame) * (1 - dead_place) * taps
 
 
@@ -203,7 +216,14 @@ def _with_traffic(machine: Machine, threads: int, cycles: float, weight_bytes: f
 
 
 def _channel_share(conv: GatherConv | WinogradConv) -> float:
-    return ASSUMED_DENSITY ** (conv.live_in + conv.live_out)
+    return _density(conv) ** (conv.live_in + conv.live_out)
+
+
+def _gather_cycles(conv: GatherConv | WinogradConv, weights: float) -> float:
+    """Cycles to pack ``weights`` (elements) into panels of live channels, once."""
+    if conv.live_out:
+        return weights * GATHER_COLUMN_CYCLES
+    return weights * GATHER_ROW_CYCLES if conv.live_in else 0.0
 
 
 def direct_seconds(conv: GatherConv, machine: Machine, threads: int) -> float:
@@ -213,26 +233,38 @@ def direct_seconds(conv: GatherConv, machine: Machine, threads: int) -> float:
     if isinstance(conv, KernelGroupConv):
         share *= conv.columns / (conv.panels * window.taps * conv.depth) / KERNEL_GROUP_EFFICIENCY
     for thinned in (plan.out_frames, plan.positions is not None, plan.dynamic_taps):
-        share *= ASSUMED_DENSITY if thinned else 1.0
+        share *= _density(conv) if thinned else 1.0
     register_tile = (tile.mr, tile.vectors, tile.step)
     cycles = predicted_cycles(machine, window.positions_out, conv.group_out, register_tile) * conv.groups
     taps = window.tap_positions / max(1, window.positions_out)
-    weights = 4.0 * window.taps * conv.depth * conv.channels_out * share
-    return _with_traffic(machine, threads, cycles * taps * conv.depth * share, weights)
+    cycles *= taps * conv.depth * share
+    elements = window.taps * conv.depth * conv.channels_out * _channel_share(conv)
+    blocks = max(1.0, window.positions_out * _row_share(conv) / plan.samples / (tile.mr * tile.block_tiles))
+    cycles += _gather_cycles(conv, elements) * plan.samples * blocks
+    repeats = 1 + (plan.samples - 1) / (1 if 4 * elements > machine.l3 / 2 else CACHE_RATE)
+    weights = 4.0 * window.taps * conv.depth * conv.channels_out * share * repeats
+    return _with_traffic(machine, threads, cycles, weights)
+
+
+def _row_share(conv: GatherConv) -> float:
+    """Share of the rows that are expected to be computed."""
+    return _density(conv) ** (conv.plan.out_frames + (conv.plan.positions is not None))
 
 
 def winograd_seconds(conv: WinogradConv, machine: Machine, threads: int) -> float:
     """Predicted time of a Winograd kernel, masks taken to leave half of what they thin."""
     plan, tile = conv.plan, conv.tile
-    alive, share = _live_share(plan), _channel_share(conv)
+    alive, share = _live_share(conv), _channel_share(conv)
     chunks = plan.chunks * alive
     register_tile = (tile.mr, tile.vectors, tile.step)
     cycles = 0.0
     for rows, taps in _runs(plan):
         tiles = -(-rows // tile.mr) * conv.panels
         cycles += predicted_cycles(machine, rows, conv.channels_out, register_tile) * taps * conv.channels_in * share
-        cycles += tiles * TILE_CYCLES * (ASSUMED_DENSITY if conv.live_out else 1.0)
-    weights = 4.0 * plan.xi * plan.taps * conv.channels_in * conv.channels_out * share
+        cycles += tiles * TILE_CYCLES * (_density(conv) if conv.live_out else 1.0)
+    elements = plan.taps * conv.channels_in * conv.channels_out * share
+    cycles += _gather_cycles(conv, elements)
+    weights = 4.0 * plan.xi * elements
     passes = max(1.0, chunks) if weights > machine.l3 / 2 else 1.0
     multiply = _with_traffic(machine, threads, cycles * plan.xi * chunks, weights * passes)
 

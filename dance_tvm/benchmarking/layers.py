@@ -42,7 +42,7 @@ def ran(kernel: str, symbol: str) -> bool:
 def _kind(symbol: str) -> str:
     if symbol.startswith("vm."):
         return MACHINE
-    return PLANNING if symbol.startswith(("plan_", "grow_")) else OTHER
+    return PLANNING if symbol.startswith(("plan_", "grow_", "compact_")) else OTHER
 
 
 def _nothing(name: str) -> Layer:

@@ -205,7 +205,7 @@ def _work(symbol: str, tensors: list) -> tuple[dict[str, Any], np.ndarray, np.nd
         macs = _kernel_group_macs(rows_by_tap, tensors)
         kept_in = kept_out = channels = None
     else:
-        depth = _depth(family, tensors[1].shape, "o" in marks)
+        depth = int(tensors[1].shape[2 + (family == WINOGRAD)])  # of the packed weights
         live_in = next(lists)[:, 0] if "i" in marks else np.full(len(rows_by_tap), depth)
         listed = next(lists) if "o" in marks else None
         live_out = np.full(len(rows_by_tap), shape[-1]) if listed is None else listed[:, 0]
@@ -226,11 +226,6 @@ def _work(symbol: str, tensors: list) -> tuple[dict[str, Any], np.ndarray, np.nd
         "alive": base64.b64encode(zlib.compress(np.packbits(alive[0]).tobytes())).decode(),
     }
     return kept, alive, channels
-
-
-def _depth(family: str, weights: tuple, gathered: bool) -> int:
-    """Input channels that one output channel reads, from the shape of the packed weights."""
-    return int(weights[(1 if gathered else 2) + (family == WINOGRAD)])
 
 
 def _gathered_rows(symbol: str, tensors: list, shape: list[int]) -> tuple[np.ndarray, np.ndarray, list]:
