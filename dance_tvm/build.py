@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dance_tvm.compiler import Built
 
 # Built when no --model is given: it needs no network and no file.
-DEFAULT_MODEL = "c3d-mini"
+DEFAULT_MODEL = "dance-c3d-mini"
 
 _SHOWN_LAYERS = 12
 

@@ -102,7 +102,7 @@ def run(
     splits = load_data(data, model=model, seed=seed)
     if splits.task == "distillation":
         network, teacher = (_published_or_seeded(model, seed) for _ in range(2))
-        task: training.Task = training.Distillation(teacher)
+        task: training.Task = training.Distillation(teacher, varying=hasattr(splits.train, "set_epoch"))
     else:
         classes, channels = len(splits.train.classes), splits.train.shape[0]
         given = {} if channels == models.entry(model).input_shape[0] else {"in_channels": channels}

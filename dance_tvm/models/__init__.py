@@ -36,6 +36,13 @@ class ModelEntry:
 _REGISTRY: dict[str, ModelEntry] = {
     "c3d": ModelEntry("dance_tvm.models.c3d:C3D", (3, 16, 112, 112), "C3D, eight 3x3x3 convolutions", 487),
     "c3d-mini": ModelEntry("dance_tvm.models.c3d:C3DMini", (1, 16, 32, 32), "C3D's plan at a tenth of its width", 10),
+    "dance-c3d-mini": ModelEntry(
+        "dance_tvm.sparsity.dance.trained:dance_c3d_mini",
+        (1, 16, 32, 32),
+        "c3d-mini pruned for each clip by DANCE, trained on motion digits",
+        8,
+        input_meaning="clips (N, 1, T, H, W) of motion digits, values 0 to 1",
+    ),
     "r2plus1d-18": ModelEntry(
         "dance_tvm.models.r2plus1d:r2plus1d_18", (3, 16, 112, 112), "R(2+1)D-18, residual, 1x3x3 then 3x1x1"
     ),

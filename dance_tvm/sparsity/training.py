@@ -216,19 +216,27 @@ class Distillation:
 
     `agreement` is the share of entries on the same side of probability 0.5 and `difference` the largest difference
     of probability in the clip, both on the first output. `hits`, `extra` and `missed` count boundary frames for F1.
+    What the teacher said of a clip is remembered; `varying` training clips, which differ by epoch, are asked anew.
     """
 
     key = "likeness"
 
-    def __init__(self, teacher: nn.Module) -> None:
+    def __init__(self, teacher: nn.Module, *, varying: bool = False) -> None:
         self._teacher = teacher.eval().requires_grad_(False)
+        self._varying = varying
+        self._said: dict[tuple[str, int], list[Tensor]] = {}
 
-    def _truth(self, batch: Batch) -> list[Tensor]:
-        with torch.no_grad():
-            return sequences_of_logits(self._teacher(batch.clips))
+    def _truth(self, batch: Batch, split: str) -> list[Tensor]:
+        """The teacher's logits, sequence by sequence, (N, …)."""
+        keys = [(split, index) for index in batch.index.tolist()]
+        if not all(key in self._said for key in keys) or (self._varying and split == "train"):
+            with torch.no_grad():
+                said = sequences_of_logits(self._teacher.to(batch.clips.device)(batch.clips))
+            self._said |= {key: [tensor[place] for tensor in said] for place, key in enumerate(keys)}
+        return [torch.stack(tensors) for tensors in zip(*(self._said[key] for key in keys), strict=True)]
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
-        truth = self._truth(batch)
+        truth = self._truth(batch, "train")
         ours = sequences_of_logits(outputs)
         terms = [
             functional.binary_cross_entropy_with_logits(mine.float(), true.sigmoid())
@@ -238,7 +246,7 @@ class Distillation:
 
     def score(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
         mine = sequences_of_logits(outputs)[0].float().flatten(1).sigmoid()
-        true = self._truth(batch)[0].flatten(1).sigmoid()
+        true = self._truth(batch, "held out")[0].flatten(1).sigmoid()
         found, real = mine > 0.5, true > 0.5
         return {
             "difference": (mine - true).abs().amax(1),

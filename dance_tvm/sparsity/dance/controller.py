@@ -3,7 +3,8 @@
 Its input is coarse: the first activation averaged over tiles, and how much each tile changes from frame to frame.
 Three small heads score frames, groups of channels and tiles of positions of each site between 0 and 1. What scores
 above the learned threshold theta stays (mask 1), the rest is pruned (mask 0). In training the masks carry a
-straight-through gradient: hard going forward, that of a steep sigmoid around theta going back.
+straight-through gradient: hard going forward, going back that of sigmoid(score's logit - theta's), which is steepest
+at the threshold and fades slowly on either side, so that what was pruned can come back.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dance_tvm.sparsity.dance.sites import Site
 AXES = ("frames", "channels", "positions")
 _FIRST_SCORE = 0.0  # logit of every score at the start: 0.5, well above the threshold, so nothing is pruned yet
 _FIRST_THRESHOLD = 0.05
-_STEEPNESS = 8.0  # of the sigmoid whose slope the straight-through gradient takes
+_LEAST_SCORE = 1e-6  # keeps logits finite
 
 
 class Masks(NamedTuple):
@@ -132,7 +133,7 @@ class Controller(nn.Module):
         hard = (score > self.threshold).to(score.dtype)
         if not self.training:
             return hard
-        soft = (_STEEPNESS * (score - self.threshold)).sigmoid()
+        soft = (score.logit(_LEAST_SCORE) - self.theta).sigmoid()
         return hard + soft - soft.detach()
 
 
@@ -154,7 +155,10 @@ class Prune(nn.Module):
         if self.watching:
             seen = x.detach()
             self.activity = (seen.mean(dim=(1, 3, 4)), seen.mean(dim=(2, 3, 4)), seen.mean(dim=(1, 2)))
-        for mask in self.decided(decisions):
+        frames, channels, positions = self.decided(decisions)
+        if self.training and frames is not None and positions is not None:
+            frames, positions = frames * positions, None  # one product with the whole activation less
+        for mask in (frames, channels, positions):
             if mask is not None:
                 x = x * mask
         return x

@@ -7,6 +7,7 @@ python -m dance_tvm.train --method aap --init ava/model.safetensors --target-mac
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -95,6 +96,7 @@ class AAP(Method):
     mean share of the dense MACs, whose target falls linearly from 1 over the first `ramp` of the epochs; and `guide`,
     which teaches the controller the relative activity of each frame, channel group and tile and fades over the same
     time. The compute term pulls both ways: a network that has pruned itself dead gets no other gradient to recover.
+    With `distill` the network it starts from, dense, is its teacher: weight * KL(teacher || pruned) joins the loss.
     With `freeze` the backbone rests for that last share of the epochs, batch norm statistics included.
     """
 
@@ -108,7 +110,10 @@ class AAP(Method):
         compute: float = Field(2.0, ge=0, description="weight of the compute term")
         guide: float = Field(1.0, ge=0, description="weight of the guide at the start")
         ramp: float = Field(0.5, ge=0, le=1)
+        distill: float = Field(1.0, ge=0, description="weight of the distance from the dense network's scores")
+        momentum: float = Field(0.02, gt=0, le=1, description="of batch norm's running averages")
         freeze: float = Field(0.0, ge=0, le=1, description="last share of the epochs with the backbone frozen")
+        backbone_rate: float = Field(0.3, gt=0, description="learning rate of the backbone, times --lr")
         controller_rate: float = Field(3.0, gt=0, description="learning rate of the controller, times --lr")
         threshold_rate: float = Field(10.0, gt=0, description="learning rate of theta, times --lr")
 
@@ -126,11 +131,17 @@ class AAP(Method):
 
     def prepare(self, network: nn.Module, context: Context) -> nn.Module:
         options = self.options
+        self._teacher = copy.deepcopy(network).eval().requires_grad_(False).to(context.device)  # before it gets masks
+        self._said: dict[int, Tensor] = {}
+        self._clips_vary = hasattr(context.train, "set_epoch")
         graph = prune(network, context.clip_shape, axes=options.axes, group=options.group, grid=options.grid)
         self._controller = controller_of(graph)
         self._prunes = [module for module in graph.modules() if isinstance(module, Prune)]
+        for module in graph.modules():
+            if isinstance(module, nn.BatchNorm3d):
+                module.momentum = options.momentum
         self._counter = MacCounter(graph)
-        self._epochs, self._progress = context.epochs, 0.0
+        self._epochs, self._steps, self._step = context.epochs, context.steps_per_epoch, 0
         dense = self._counter.count([], 1).dense
         self._target = options.target_macs if options.target_macs <= 1 else options.target_macs / dense
         return graph
@@ -141,14 +152,13 @@ class AAP(Method):
         owned = {id(parameter) for parameter in controller.parameters()}
         backbone = [parameter for parameter in network.parameters() if id(parameter) not in owned]
         return [
-            {"params": backbone},
+            {"params": backbone, "lr_scale": options.backbone_rate},
             {"params": rest, "lr_scale": options.controller_rate},
             {"params": [controller.theta], "lr_scale": options.threshold_rate, "weight_decay": 0.0},
         ]
 
     def epoch_started(self, network: nn.Module, epoch: int) -> None:
-        ramp = self.options.ramp * self._epochs
-        self._progress = min(1.0, epoch / ramp) if ramp > 0 else 1.0
+        self._step = epoch * self._steps
         for module in self._prunes:
             module.watching = self._guide_weight() > 0
         frozen = epoch >= self._epochs * (1 - self.options.freeze)
@@ -159,18 +169,38 @@ class AAP(Method):
             network.eval()
             self._controller.train()
 
+    def _progress(self) -> float:
+        """How far the target has fallen: 0 at the first step, 1 once `ramp` of all steps are done."""
+        ramp = self.options.ramp * self._epochs * self._steps
+        return min(1.0, self._step / ramp) if ramp > 0 else 1.0
+
     def _guide_weight(self) -> float:
-        return self.options.guide * (1 - self._progress)
+        return self.options.guide * (1 - self._progress())
 
     def losses(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:
         count = self._counter.count(self._controller.decisions, len(batch.clips))
         share = count.executed.mean() / count.dense
-        relative = share / (1 - (1 - self._target) * self._progress)
+        relative = share / (1 - (1 - self._target) * self._progress())
         excess = functional.smooth_l1_loss(relative, torch.ones_like(relative), beta=0.1)
         terms = {"compute": self.options.compute * excess}
         if self._guide_weight() > 0:
             terms["guide"] = self._guide_weight() * self._guide()
+        if self.options.distill > 0 and isinstance(outputs, Tensor):
+            terms["distill"] = self.options.distill * self._distance_from_teacher(outputs, batch)
         return terms
+
+    def stepped(self, network: nn.Module) -> None:
+        self._step += 1
+
+    def _distance_from_teacher(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """KL(teacher || pruned); what the teacher said of a clip that is the same in every epoch is remembered."""
+        indices = batch.index.tolist()
+        if self._clips_vary or not all(index in self._said for index in indices):
+            with torch.no_grad():
+                said = self._teacher(batch.clips).float().log_softmax(1)
+            self._said |= dict(zip(indices, said, strict=True))
+        truth = torch.stack([self._said[index] for index in indices])
+        return functional.kl_div(outputs.float().log_softmax(1), truth, reduction="batchmean", log_target=True)
 
     def _guide(self) -> Tensor:
         """Mean squared distance of the scores from each entry's activity, relative to the clip's largest."""
