@@ -9,7 +9,9 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
+from dance_tvm.compiler import build_network
 from dance_tvm.errors import DanceError
 from dance_tvm.schedules.conv3d_gather import GatherConv
 from dance_tvm.schedules.geometry import Window
@@ -28,6 +30,8 @@ from dance_tvm.schedules.tiles import Machine, default_tile
 from dance_tvm.schedules.winograd import WinogradConv
 from dance_tvm.schedules.winograd_choice import best
 from dance_tvm.target import load_target
+from dance_tvm.transform.pipeline import Options
+from dance_tvm.tuning import records
 from dance_tvm.tuning.advice import TunedTiles, tuned_tiles
 from dance_tvm.tuning.records import Log, append, log_path, new_record, parse_loosely
 
@@ -219,6 +223,37 @@ def test_the_nearest_layer_is_asked_and_strangers_are_not(tmp_path):
     assert tiles.advise(workload(60)).origin.startswith("from a similar layer")
     assert tiles.advise(workload(4)) is None
     assert tiles.advise(workload(64, lists=("in_channels",), density=0.5)) is None
+
+
+def test_builds_follow_the_logs_without_being_asked(tmp_path, monkeypatch):
+    """The record names a tile that no default would be; the manifest tells it, and what was built is that tile."""
+    monkeypatch.setattr(records, "LOGS", tmp_path)
+    network = torch.nn.Conv3d(16, 16, 3, padding=1).eval()
+    example = torch.zeros(1, 16, 4, 14, 14)
+    options = Options(threads=2, conv="direct")
+    plain = build_network(network, tmp_path / "plain", example_inputs=(example,), options=options, check=False)
+    assert plain.artifact.manifest.layers[0].tuned == ""
+    append(log_path(load_target("host"), folder=tmp_path), [record(workload(16))])
+    tuned = build_network(network, tmp_path / "tuned", example_inputs=(example,), options=options, check=True)
+    layer = tuned.artifact.manifest.layers[0]
+    assert layer.tuned.startswith("tuned 20")
+    assert "on local, 2.00x the defaults" in layer.tuned
+    assert "mr4_nr16" in layer.kernel
+    assert layer.kernel != plain.artifact.manifest.layers[0].kernel
+    assert tuned.artifact.manifest.check.status == "passed"
+
+
+@pytest.mark.parametrize("path", sorted(records.LOGS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_the_logs_that_ship_are_whole_and_made_for_their_target(path):
+    log = Log.read(path)
+    found = list(log.records())
+    assert found
+    assert not log.problems
+    for each in found:
+        assert each.status == "verified"
+        assert path.name == f"{each.target}.{each.shape.family}.jsonl"
+        assert each.seconds <= each.default_seconds
+        assert (each.unit == "seconds") == (each.origin != "emulator")
 
 
 def test_a_log_folder_that_cannot_be_written_is_named(tmp_path):

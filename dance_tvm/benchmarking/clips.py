@@ -102,11 +102,14 @@ def _videos(path: Path, tensor: Tensor, model: str, most: int) -> list[tuple[str
 
 
 def _as_input(window: np.ndarray, tensor: Tensor, model: str) -> np.ndarray:
-    """(T, H, W, 3) bytes as the network's input: bytes stay bytes, C3D sees 0 to 255, others ImageNet's scale."""
+    """(T, H, W, 3) bytes as the network's input: bytes stay bytes, C3D sees 0 to 255, others ImageNet's scale, unless
+    the meaning of the input says that its values go from 0 to 1."""
     if tensor.dtype == "uint8":
         values = window
     elif model.startswith("c3d"):
         values = window.astype("float32")
+    elif "values 0 to 1" in tensor.meaning:
+        values = window.astype("float32") / 255
     else:
         values = (window.astype("float32") / 255 - _MEAN) / _DEVIATION
     if frames_last(tensor):

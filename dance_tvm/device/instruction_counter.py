@@ -45,9 +45,9 @@ static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb *block)
 
 EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)
 {
-    if (argc < 1 || strncmp(argv[0], "file=", 5))
+    if (argc < 1 || strncmp(argv[0], "counts=", 7))
         return 1;
-    int file = open(argv[0] + 5, O_RDWR | O_CREAT, 0600);
+    int file = open(argv[0] + 7, O_RDWR | O_CREAT, 0600);
     if (file < 0 || ftruncate(file, sizeof(uint64_t)))
         return 1;
     executed = mmap(NULL, sizeof(uint64_t), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
@@ -65,7 +65,7 @@ class InstructionCounter:
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "instructions"
-        self.options = ["-plugin", f"{build_plugin(folder)},file={self.file}"]
+        self.options = ["-plugin", f"{build_plugin(folder)},counts={self.file}"]
 
     def read(self) -> int:
         """Instructions executed so far."""

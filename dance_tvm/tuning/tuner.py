@@ -42,6 +42,8 @@ BUILD_TIMEOUT_S = 120.0
 PATIENCE = 4
 #: Trials that run in turns with the defaults at the end.
 FINALISTS = 3
+#: How much slower than as a trial the defaults may be while they are verified: else something else was running.
+DISTURBED = 1.3
 #: Gain from which a tile replaces the defaults: smaller ones are within the spread of good measurements.
 WORTH_KEEPING = 1.01
 
@@ -380,7 +382,13 @@ class Tuner:
                 self.on_event(f"{task.layer.title}: {decisions} computes something else than the defaults; not kept")
             elif _is_faster(times, before) and statistics.median(times) < statistics.median(after):
                 chosen, after = decisions, times
-        slow = statistics.median(before)
+        slow, known = statistics.median(before), task.results.get(task.key(finalists[0]))
+        if known is not None and slow > DISTURBED * known:
+            took = f"{self.shown(known)} before, {self.shown(slow)} now"
+            self.on_event(
+                f"{task.layer.title}: the device was disturbed (defaults {took}); to be verified by another run"
+            )
+            return
         rest = {"default_seconds": float(f"{slow:.4g}"), "trials": task.trials, "origin": origin, "unit": self.unit}
         append(
             self._log(task), [new_record(task.layer.workload, self.target, chosen, after, status="verified", **rest)]
