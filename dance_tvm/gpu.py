@@ -13,7 +13,8 @@ _LANES = {
 
 #: Numbers of CUdevice_attribute.
 _ATTRIBUTES = {
-    "block_threads": 1, "block_shared": 8, "warp": 10, "block_registers": 12, "khz": 13, "units": 16, "memory_khz": 36, "bus_bits": 37,
+    "block_threads": 1, "block_shared": 8, "warp": 10, "block_registers": 12, "khz": 13, "units": 16,
+    "memory_khz": 36, "bus_bits": 37,
     "unit_threads": 39, "major": 75, "minor": 76, "shared": 81, "registers": 82,
 }  # fmt: skip
 

@@ -68,7 +68,8 @@ class Gpu(_Facts):
 
     Of one unit (multiprocessor, shader processor): ``lanes`` are fp32 multiply-adds a cycle, ``registers`` are 32-bit
     ones, ``shared`` bytes; ``block_threads``, ``block_registers`` and ``block_shared`` are the most that one block may
-    have; ``warp`` threads run in step. ``ptx`` is the newest PTX that the device's driver takes, ``driver`` what that follows from.
+    have; ``warp`` threads run in step. ``ptx`` is the newest PTX that the device's driver takes, which follows from
+    ``driver``.
     """
 
     name: str
