@@ -270,10 +270,12 @@ def _winograd_rows(symbol: str, tensors: list, shape: list[int]) -> tuple[np.nda
 
 
 def _kernel_group_macs(rows_by_tap: np.ndarray, tensors: list) -> int:
-    """column_starts (samples or 1, groups, taps + 1): a group's columns of a tap, each for as many filters as one
-    group has."""
-    columns = np.diff(tensors[9].numpy().astype("int64"), axis=2).sum(1)  # (samples or 1, taps)
-    return int((rows_by_tap * columns[:, : rows_by_tap.shape[1]]).sum()) * int(tensors[1].shape[-1])
+    """column_starts (samples or 1, groups, taps + 1): a group's entries of a tap, each for a run of columns, and each
+    column for as many filters as one group has."""
+    entries = np.diff(tensors[9].numpy().astype("int64"), axis=2).sum(1)  # (samples or 1, taps)
+    weights, listed = tensors[1].shape, tensors[10].shape
+    run = int(weights[0]) // int(listed[-1])
+    return int((rows_by_tap * entries[:, : rows_by_tap.shape[1]]).sum()) * run * int(weights[-1])
 
 
 def _tile_of(symbol: str) -> list[int]:

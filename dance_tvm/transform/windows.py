@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tvm import relax
 
 from dance_tvm.schedules.geometry import Window
@@ -35,6 +37,22 @@ def window_of(graph: Graph, var: relax.Var) -> Window | None:
         _triple(padding[:rank], 0),
         _triple(attrs.dilation, 1),
     )
+
+
+def zero_padded(graph: Graph, data: relax.Expr, window: Window) -> tuple[relax.Expr, Window] | None:
+    """What ``data`` was before zeros were put around it, and ``window`` as it slides over that; None if none were.
+
+    ``data`` has channels innermost. The zeros need not be stored for a window that knows its padding.
+    """
+    if graph.op(data) != "nn.pad" or any(window.padding):
+        return None
+    attrs = graph.call(data).attrs
+    source, widths = graph.call(data).args[0], [int(width) for width in attrs.pad_width]
+    around = widths[2:-2]
+    if str(attrs.pad_mode) != "constant" or float(attrs.pad_value) or any(widths[:2] + widths[-2:]) or min(around) < 0:
+        return None
+    before = _triple(around[::2], 0)
+    return source, replace(window, size=_triple(shape_of(source)[1:-1], 1), padding=before)
 
 
 def _triple(values: object, fill: int) -> tuple[int, int, int]:
