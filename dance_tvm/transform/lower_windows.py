@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import tvm
@@ -34,7 +34,7 @@ from .liveness import Liveness
 from .masks import Both, Either, Expression, Factor, Grown, Live
 from .sample_lists import SampleLists
 from .sites import Site, Sites
-from .windows import POOLS, window_of
+from .windows import POOLS, window_of, zero_padded
 
 #: The function beside ``main`` that runs the planning alone. It takes what ``main`` takes and returns int32 (rows, 4):
 #: for every convolution and linear layer, in the order of ``Lowered.layers``, its number, and how many pairs of output
@@ -86,10 +86,9 @@ class LowerWindows:
             convolution=self.convolution,
             group_cost=self.group_cost,
         )
-        lowered = lowering.run("main")
+        lowered = lowering.run()
         self.layers.extend(lowering.layers)
-        counting = replace(lowering, mod=lowered, layers=[], new={}, planned={}, counts=[])
-        return relax.transform.DeadCodeElimination()(counting.run(COUNTS))
+        return relax.transform.DeadCodeElimination()(lowered)
 
 
 @dataclass
@@ -115,22 +114,29 @@ class Lowering:
     viewed: dict[relax.Expr, relax.Expr] = field(default_factory=dict)
     group_cost: Callable[[KernelGroups], float] | None = None
 
-    def run(self, name: str) -> tvm.IRModule:
-        """Emit the network as function ``name``, with kernels in the place of sites."""
-        others = {gvar: func for gvar, func in self.mod.functions_items() if gvar.name_hint != name}
+    def run(self) -> tvm.IRModule:
+        """Emit the network with kernels in the place of sites, and the counts of what they will execute beside it.
+
+        Both are one walk: the functions have the same bindings, and each loses those that its result does not need.
+        """
+        others = {gvar: func for gvar, func in self.mod.functions_items() if gvar.name_hint != "main"}
         self.builder = relax.BlockBuilder(tvm.IRModule(others))
         params = [relax.Var(param.name, param.ty) for param in self.graph.params]
         self.new.update(zip(self.graph.params, params, strict=True))
-        attrs = {**dict(self.mod["main"].attrs or {}), "global_symbol": name}
-        with self.builder.function(name, params, attrs=attrs):
+        with self.builder.function("main", params, attrs=dict(self.mod["main"].attrs or {})):
             with self.builder.dataflow():
                 for var in self.graph.order:
                     if var not in self.sites.inside:
                         self._emit(var)
-                result = substitute(self.graph.output, self.new) if name == "main" else self._all_counts()
-                output = self.builder.emit_output(result)
+                output = self.builder.emit_output(substitute(self.graph.output, self.new))
+                self.builder.emit_output(self._all_counts())
             self.builder.emit_func_output(output)
-        return self.builder.finalize()
+        mod = self.builder.finalize()
+        main = mod["main"]
+        counts = main.body.blocks[-1].bindings[-1].var
+        counting = relax.Function(main.params, relax.SeqExpr(main.body.blocks, counts), counts.ty, attrs=main.attrs)
+        mod[COUNTS] = relax.utils.copy_with_new_vars(counting.with_attr("global_symbol", COUNTS))
+        return mod
 
     def _all_counts(self) -> relax.Expr:
         if not self.counts:
@@ -393,7 +399,9 @@ class Lowering:
         if groups is not None:
             per_tap = max(1, round(len(groups.columns) / (len(groups.column_ptr) * window.taps)))
             run = 1 if alive.channels is not None else groups.run
-            tile = kernel_group_tile(self.machine, window, per_tap, site.channels_out, groups.gm, run)
+            tile = kernel_group_tile(
+                self.machine, window, (site.channels_in, site.channels_out), per_tap, groups.gm, run
+            )
         positions = None if wanted.positions is None else tuple(wanted.positions.shape[:2])
         plan = RowPlan(
             window,
@@ -482,7 +490,9 @@ class Lowering:
     def _pool(self, var: relax.Var) -> relax.Expr:
         call, window = self.graph.call(var), window_of(self.graph, var)
         assert window is not None
-        source = call.args[0]
+        source, count_padding = call.args[0], bool(call.attrs.count_include_pad)
+        if "avg" in self.graph.op(var) and (padded := zero_padded(self.graph, source, window)) is not None:
+            (source, window), count_padding = padded, True
         alive = self.liveness.alive_in(source)
         wanted = self.liveness.read[var].early(self.liveness.before[var])
         channels = shape_of(source)[-1]
@@ -491,7 +501,7 @@ class Lowering:
             channels,
             "max" if "max" in self.graph.op(var) else "avg",
             self.machine.vector_floats,
-            bool(call.attrs.count_include_pad),
+            count_padding,
             in_frames=alive.frames is not None,
             out_frames=wanted.frames is not None,
             zero_dead=self.sites.needs_zeros(var),
