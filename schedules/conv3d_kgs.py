@@ -111,11 +111,20 @@ class KernelGroupConv(GatherConv):
 X86_ROW_POINTERS = 10
 
 
-def kernel_group_tile(machine: Machine, window: Window, per_tap: int, channels_out: int, gm: int, run: int) -> Tile:
-    """The tile of a convolution whose groups of ``gm`` filters keep ``per_tap`` columns a tap in runs of ``run``."""
+def kernel_group_tile(
+    machine: Machine, window: Window, channels: tuple[int, int], per_tap: int, gm: int, run: int
+) -> Tile:
+    """The tile of a convolution whose groups of ``gm`` filters keep ``per_tap`` columns a tap in runs of ``run``.
+
+    ``channels``: in and out. Weights take the cache of what is left of them, but rows are read in whole cache lines,
+    so as many of them share a block as if no column had gone.
+    """
     most_rows = X86_ROW_POINTERS if machine.broadcast_loads else 16
-    tile = default_tile(machine, window, per_tap, channels_out, gm, most_rows)
-    return replace(tile, depth_block=1 << 30, step=tile.step if run % tile.step == 0 else 1)
+    depth, filters = channels
+    tile = default_tile(machine, window, per_tap, filters, gm, most_rows)
+    block_tiles = default_tile(machine, window, depth, filters, gm, most_rows).block_tiles
+    step = tile.step if run % tile.step == 0 else 1
+    return replace(tile, depth_block=1 << 30, step=step, block_tiles=block_tiles)
 
 
 def balanced_order(columns_per_group: np.ndarray, threads: int) -> np.ndarray:
