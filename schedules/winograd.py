@@ -259,6 +259,7 @@ class _Emitter:
         axes = [axis for axis in range(3) if plan.transformed[axis]]
         waiting = scratch((plan.xi * self.tile.vector_floats,))
         target = let(big(row) * conv.channels_in)
+        readable = self._readable_frames(clip, starts[0]) if plan.transformed[0] else None
 
         def channels(channel: Expr, count: int) -> None:
             def read(place: list[Expr]) -> Expr:
@@ -266,11 +267,10 @@ class _Emitter:
                 inside = [
                     tirx.all(at[axis] >= 0, at[axis] < window.size[axis])
                     for axis in axes
-                    if self._may_leave(axis, place[axis])
+                    if axis > 0 and self._may_leave(axis, place[axis])
                 ]
-                if plan.transformed[0] and "in_frames" in self.masks:
-                    safe = tirx.max(tirx.min(at[0], window.size[0] - 1), 0)
-                    inside.append(self.masks["in_frames"][clip, safe] != number(0.0))
+                if readable is not None:
+                    inside.append(readable[place[0]] != 0)
                 position = ((clip * window.size[0] + at[0]) * window.size[1] + at[1]) * window.size[2] + at[2]
                 value = self._read_channels(sample, big(position) * conv.channels_in, channel, count)
                 return tirx.if_then_else(tirx.all(*inside), value, number(0.0, count)) if inside else value
@@ -281,6 +281,30 @@ class _Emitter:
             self._along_axes(axes[::-1], 2, read, write, waiting, count)
 
         self._each_vector(self._live_in(sample), channels)
+
+    def _readable_frames(self, clip: Expr, start: Expr) -> tirx.Buffer:
+        """For each frame of a tile of inputs that begins at ``start``: 1 if it is inside the clip, alive and read.
+
+        The others count as zeros. A frame that no live output frame reads may never have been written.
+        """
+        window, frames = self.window, self.plan.alpha[0]
+        readable = scratch((frames,), INT)
+        with serial(frames) as offset:
+            source = let(start + offset)
+            reasons = [source >= 0, source < window.size[0]]
+            if "in_frames" in self.masks:
+                safe = tirx.max(tirx.min(source, window.size[0] - 1), 0)
+                reasons.append(self.masks["in_frames"][clip, safe] != number(0.0))
+            if "out_frames" in self.masks:
+                reasons.append(tirx.any(*(self._is_live(clip, source + window.padding[0] - tap) for tap in range(3))))
+            store(readable, tirx.Cast(INT, tirx.all(*reasons)), offset)
+        return readable
+
+    def _is_live(self, clip: Expr, frame: Expr) -> Expr:
+        """Whether ``frame`` is an output frame that is read."""
+        last = self.window.out[0] - 1
+        alive = self.masks["out_frames"][clip, tirx.max(tirx.min(frame, last), 0)] != number(0.0)
+        return tirx.all(frame >= 0, frame <= last, alive)
 
     def _may_leave(self, axis: int, offset: Expr) -> bool:
         """Whether some tile's input at ``offset`` along ``axis`` lies outside the clip."""

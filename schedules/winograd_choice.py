@@ -112,8 +112,7 @@ def _weights(conv: WinogradConv) -> int:
 def options(conv: GatherConv, machine: Machine) -> Iterator[WinogradConv]:
     """Every tile and chunk worth predicting."""
     window = conv.window
-    # A tile of frames reads all their sources, but what only unread frames look at may never have been written.
-    frames = FRAME_TILES if _can_transform(conv, 0) and not conv.plan.out_frames else (1,)
+    frames = FRAME_TILES if _can_transform(conv, 0) else (1,)
     spatial = SPATIAL_TILES if any(window.kernel[axis] > 1 for axis in (1, 2)) else (1,)
     for m_t in frames:
         for m in spatial:

@@ -64,11 +64,21 @@ def expected_output(case: WinogradCase, x: np.ndarray, weight: np.ndarray, bias:
     return y.permute(0, 2, 3, 4, 1).numpy()
 
 
+def frames_read(case: WinogradCase) -> np.ndarray:
+    """Which input frames (N, T) some live output frame reads."""
+    read = np.zeros((case.batch, case.size[0]), bool)
+    for clip, frame in np.argwhere(case.out_frames):
+        read[clip, [case.window.source(0, frame, tap) for tap in case.window.live_taps(0, frame)]] = True
+    return read
+
+
 def poison(case: WinogradCase, x: np.ndarray) -> np.ndarray:
     """NaN where nothing may be read."""
     x = x.copy()
     if case.in_frames is not None:
         x[~case.in_frames] = np.nan
+    if case.out_frames is not None:
+        x[~frames_read(case)] = np.nan
     if case.live_in is not None:
         x[np.broadcast_to(~case.live_in[:, None, None, None, :], x.shape)] = np.nan
     return x
