@@ -338,7 +338,10 @@ def real(
     artifacts: Annotated[Path, typer.Option()] = Path("artifacts/dstep-real"),
     write: Write = False,
 ) -> None:
-    """Exports and builds the shipped network for host and snapdragon and streams a film through both."""
+    """Exports and builds the shipped network for host and snapdragon and streams a film through both.
+
+    What is built in --artifacts already is used again.
+    """
     if video is None:
         from dance_tvm.models.fetch import unpack
 
@@ -376,14 +379,17 @@ def _streamed(
     length: int,
 ) -> tuple[Any, ...]:
     """Cells of one row: the stream against PyTorch over all frames, and against the compiled clip of the first ones."""
+    from dance_tvm.artifact import load_artifact
     from dance_tvm.compiler import build_network
     from dance_tvm.device import open_device
     from dance_tvm.stream import StreamSession
 
-    built = {
-        form: build_network(path, artifacts / f"{target}-{form}", target=target, threads=1, check=False).artifact
-        for form, path in files.items()
-    }
+    built = {}
+    for form, path in files.items():
+        folder = artifacts / f"{target}-{form}"
+        if not folder.exists():
+            build_network(path, folder, target=target, threads=1, check=False)
+        built[form] = load_artifact(folder)
     with open_device(device) as session:
         streaming = StreamSession(session.load(built["stream"]))
         found = [streaming.step(frame.numpy()) for frame in seen]
