@@ -281,7 +281,7 @@ class Lowering:
             shape = (*plan.positions, *window.out[1:])
             positions = [self._mask(wanted.positions, shape, (*shape, 1))]
         if isinstance(conv, GatherConv) and conv.compact_in:
-            data = self._compact(site, data, alive, plan)
+            data = self._compact(site, data, alive, conv.plan)
         identity = (alive.frames if plan.in_frames else None, wanted.frames, wanted.positions)
         lists = self._rows(plan, [*masks, *out_frames, *positions], identity)
         if isinstance(conv, KernelGroupConv):
