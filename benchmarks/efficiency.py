@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -19,7 +21,6 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from dance_tvm.host import _cpuinfo
@@ -86,22 +87,31 @@ def main(
     threads: Annotated[int, typer.Option(help="threads of both sides")] = 2,
     rounds: Annotated[int, typer.Option(help="times that dense and thinned take turns")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="one layer, two densities")] = False,
+    only: Annotated[str, typer.Option(help="comma-separated names of C3D's layers")] = "",
     out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
 ) -> None:
     """Print speed-up ÷ reduction by layer, axis and density."""
     os.environ["TVM_NUM_THREADS"] = str(threads)
     target = load_target("host")
-    layers = C3D[3:4] if quick else C3D[1:6]
+    wanted = "conv3b" if quick else only
+    layers = [layer for layer in C3D[1:6] if not wanted or layer.name in wanted.split(",")]
     densities = (1.0, 0.5) if quick else DENSITIES
     rows = []
-    jobs = [(layer, axis) for layer in layers for axis in axes(target)]
-    dense = {layer.name: Runner(layer, target, threads) for layer in layers}
-    for layer, axis in track(jobs, "measuring", console=Console(stderr=True)):
-        rows += [measure(dense[layer.name], layer, axis, density, target, threads, rounds) for density in densities]
+    for layer in layers:
+        print(f"{layer.name}: preparing", file=sys.stderr, flush=True)
+        dense = Runner(layer, target, threads)
+        points = [(axis, density) for axis in axes(target) for density in densities]
+        thinned = [
+            Runner(layer, target, threads, axes(target)[axis](layer, density, np.random.default_rng(0)))
+            for axis, density in points
+        ]
+        print(f"{layer.name}: measuring", file=sys.stderr, flush=True)
+        for (axis, density), runner in zip(points, thinned, strict=True):
+            rows.append({"layer": layer.name, "axis": axis, "density": density, **measure(dense, runner, rounds)})
     table = Table("layer", "axis", *(f"{density:g}" for density in densities))
-    for layer, axis in jobs:
-        cells = [row for row in rows if (row["layer"], row["axis"]) == (layer.name, axis)]
-        table.add_row(layer.name, axis, *(f"{row['efficiency']:.3f}" for row in cells))
+    for layer, axis in product([layer.name for layer in layers], axes(target)):
+        cells = [row for row in rows if (row["layer"], row["axis"]) == (layer, axis)]
+        table.add_row(layer, axis, *(f"{row['efficiency']:.3f}" for row in cells))
     Console().print(table)
     if out is not None:
         facts = {"machine": _cpuinfo("model name"), "system": platform.platform(), "threads": threads, "rounds": rounds}
@@ -109,17 +119,12 @@ def main(
         out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(dense: Runner, layer: Layer, axis: str, density: float, target: Target, threads: int, rounds: int) -> dict:
+def measure(dense: Runner, thinned: Runner, rounds: int) -> dict[str, float]:
     """Dense and thinned in turns."""
-    masks = axes(target)[axis](layer, density, np.random.default_rng(0))
-    thinned = Runner(layer, target, threads, masks)
     dense.seconds(1), thinned.seconds(1)
     ratios = [dense.seconds(1) / (thinned.seconds(1) + thinned.plan_seconds()) for _ in range(rounds)]
     reduction = dense.macs / max(1, thinned.macs)
     return {
-        "layer": layer.name,
-        "axis": axis,
-        "density": density,
         "reduction": reduction,
         "speedup": median(ratios),
         "efficiency": median(ratios) / reduction,
