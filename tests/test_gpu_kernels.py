@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dance_tvm.device.opencl import OpenCLSession
 from dance_tvm.errors import DanceError
@@ -235,6 +237,28 @@ def test_rows_are_listed_as_on_the_cpu(device, samples, positions):
     expected = run_on_cpu(plan_rows_on_cpu(plan), inputs, [np.zeros(shape, "int32") for shape in plan.shapes.values()])
     for name, got, want in zip(plan.shapes, found, expected, strict=True):
         assert name == "frame_slots" or np.array_equal(got, want), name
+
+
+EXTENTS = st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
+
+
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=EXTENTS,
+    kernel=st.sampled_from([(1, 1, 1), (3, 3, 3), (1, 3, 3), (3, 1, 1), (2, 3, 2)]),
+    channels=st.tuples(st.integers(1, 20), st.integers(1, 36)),
+    share=st.sampled_from([0.0, 0.3, 0.8]),
+    axes=st.sets(st.sampled_from(["in_frames", "out_frames", "positions", "live_in", "live_out"])),
+)
+def test_any_shape_under_any_masks_equals_pytorch(device, size, kernel, channels, share, axes):
+    padding = tuple(extent // 2 for extent in kernel)
+    case = Case(2, size, *channels, kernel=kernel, padding=padding, residual=channels[0] % 2 == 0)
+    out = case.window.out
+    shapes = {
+        "in_frames": (2, size[0]), "out_frames": (2, out[0]), "positions": (2, 1, *out[1:]),
+        "live_in": (2, channels[0]), "live_out": (2, channels[1]),
+    }  # fmt: skip
+    run(device, replace(case, **{axis: some(shapes[axis], share, 11) for axis in axes}))
 
 
 DIRECT = {

@@ -1,0 +1,93 @@
+"""The GPU benchmark as far as it goes without a GPU: what ptxas says, and its measuring over OpenCL on a processor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+
+pytest.importorskip("benchmarks.gpu", reason="benchmarks are not part of an installed package")
+
+from benchmarks import gpu as benchmark
+from benchmarks.kernels import Layer, Masks
+from dance_tvm.device.opencl import device_code
+from dance_tvm.errors import DanceError
+from dance_tvm.schedules.gpu.spaces import BlockSpace, choose_tile, decisions_of
+from dance_tvm.schedules.gpu.tiles import BlockTile
+from dance_tvm.schedules.spaces import Advice, Workload
+from dance_tvm.target import load_target
+from dance_tvm.transform.pipeline import gpu_of
+
+TINY = Layer("tiny", 8, 16, (3, 6, 6))
+
+
+def test_occupancy_follows_from_what_a_block_takes():
+    nano, orin = load_target("jetson-nano").gpu, load_target("jetson-orin-nano").gpu
+    assert benchmark.occupancy(nano, 128, 121, 14592) == 4 * 128 / 2048  # by registers and by shared memory
+    assert benchmark.occupancy(nano, 256, 16, 0) == 1.0
+    assert benchmark.occupancy(nano, 64, 73, 11008) == 5 * 64 / 2048  # by shared memory
+    assert benchmark.occupancy(orin, 1024, 8, 0) == 1024 / 1536  # by threads
+
+
+def test_ptxas_tells_of_every_kernel_of_a_thinned_layer():
+    target = load_target("jetson-nano")
+    try:
+        rows = [
+            row
+            for functions in benchmark.sparse_kernels(TINY, target).values()
+            for row in benchmark.static_rows("tiny", device_code(tvm.IRModule(functions), target.tvm_target()), target)
+        ]
+    except DanceError as error:
+        pytest.skip(str(error))
+    kernels = " ".join(row.kernel for row in rows)
+    for part in ("gather_gpu_i_", "gather_gpu_o_", "gather_gpu_io_", "kgs_gpu_i_", "plan_rows", "plan_columns"):
+        assert part in kernels
+    for row in rows:
+        assert row.spills == 0
+        assert 0 < row.registers <= 255
+        assert row.shared <= target.gpu.block_shared
+        assert 0 < row.occupancy <= 1
+
+
+def test_both_sides_are_measured():
+    try:
+        device = benchmark.opencl_device()
+    except DanceError as error:
+        pytest.skip(str(error))
+    target = load_target("opencl")
+    ours = benchmark.LayerOnGpu(TINY, target, device, Masks(live_in=np.arange(8) < 4))
+    found = benchmark.compare(ours, benchmark.LayerInTorch(TINY, "cpu", device.seconds), 2)
+    assert min(found["ours"], found["theirs"]) > 0
+    assert found["share"] == pytest.approx(found["theirs"] / found["ours"])
+
+
+def test_without_a_gpu_it_says_what_to_do():
+    if tvm.device("cuda", 0).exist:
+        pytest.skip("there is a GPU")
+    with pytest.raises(DanceError, match=r"no NVIDIA GPU here.*--static"):
+        benchmark.cuda_device(load_target("cuda"))
+    with pytest.raises(DanceError, match="host has no GPU"):
+        benchmark.block_conv(TINY, load_target("host"), Masks())
+
+
+class Log:
+    """A tuning log with one record."""
+
+    def __init__(self, decisions: dict[str, int]) -> None:
+        self.decisions = decisions
+
+    def advise(self, workload: Workload) -> Advice:
+        return Advice(workload, self.decisions, "a record")
+
+
+def test_a_record_chooses_the_tile_if_the_gpu_can_hold_it():
+    gpu = gpu_of(load_target("jetson-nano"))
+    workload = Workload(TINY.window, 8, 16, 1, ())
+    space = BlockSpace(gpu, workload)
+    assert space.allows(space.default())
+    assert space.size > 10
+    assert decisions_of(space.tiles[0]) in [space.default(), *map(decisions_of, space.tiles)]
+    tile = BlockTile(64, 16, 8, 4, 4)
+    assert choose_tile(workload, gpu, Log(decisions_of(tile))) == (tile, "a record")
+    too_large = {**decisions_of(tile), "mr": 1024}
+    assert choose_tile(workload, gpu, Log(too_large)) == (choose_tile(workload, gpu)[0], "")
