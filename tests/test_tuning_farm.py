@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import psutil
 import pytest
 from test_tuning import workload
 
-from dance_tvm.device import processes
+from dance_tvm.device import emulator, processes
 from dance_tvm.device.tracker import tracker_summary
 from dance_tvm.errors import DanceError
 from dance_tvm.schedules.spaces import GATHER, SPACES, WINOGRAD, GatherSpace
@@ -23,7 +24,7 @@ from dance_tvm.tuning.farm import Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
 from dance_tvm.tuning.records import Log, log_path
 from dance_tvm.tuning.tuner import Plan, Tuner
-from dance_tvm.tuning.workloads import Layer
+from dance_tvm.tuning.workloads import Layer, layers_of
 
 TRIALS = 5
 HOST = load_target("host")
@@ -66,6 +67,35 @@ def test_a_device_killed_in_the_middle_is_dropped_and_the_run_ends_well(farm, tm
         assert again.tasks[0].trials == tuner.tasks[0].trials  # goes on where it stood
         again.run()
     assert again.made <= 1
+
+
+@pytest.mark.device
+def test_two_emulated_devices_tune_a_small_network_though_one_dies(tmp_path, monkeypatch):
+    if reason := emulator.why_not():
+        pytest.skip(f"no emulated device: {reason}")
+    monkeypatch.setattr("dance_tvm.tuning.farm.CONNECT_TIMEOUT_S", emulator.START_TIMEOUT_S)
+    python = emulator.python_command(emulator.prepare(lambda _sentence: None))
+    phone = load_target("snapdragon")
+    layers = layers_of("c3d-mini", phone, only=["conv4b1", "fc"], conv="direct", threads=1)
+    with contextlib.ExitStack() as stack:
+        tracker, port = processes.start_tracker(emulator.START_TIMEOUT_S)
+        stack.callback(tracker.stop)
+        servers = []
+        for number in range(2):
+            store, where = tmp_path / f"store{number}", ("127.0.0.1", port)
+            server, _ = processes.start_server("arm", where, store, python, emulator.START_TIMEOUT_S)
+            stack.callback(server.stop)
+            servers.append(server)
+        spec = f"tracker://127.0.0.1:{port}/arm"
+        with Farm([spec], trial_timeout=300, wait=300) as devices:
+            assert devices.lanes == 2
+            tuner = Tuner(
+                phone, machine_of(phone), layers, devices, Plan(2), tmp_path, lambda _sentence: servers[0].stop()
+            )
+            tuner.run()
+    assert not tuner.lost
+    assert all(task.after > 0 for task in tuner.tasks)
+    assert [task.layer.names for task in tuner.tasks] == [["conv4b1"], ["fc"]]
 
 
 def test_a_tracker_killed_and_restarted_is_found_again(tmp_path):

@@ -18,6 +18,7 @@ import tvm
 from tvm import tirx
 
 from dance_tvm.device.remote import RemoteSession
+from dance_tvm.errors import DanceError
 from dance_tvm.schedules.channel_plan import channel_list_shape, plan_channels
 from dance_tvm.schedules.conv3d_gather import GatherConv, conv3d_gather
 from dance_tvm.schedules.emit import FLOAT, INT, Expr, argument, flat, kernel, let, parallel, scratch, serial, store
@@ -37,6 +38,10 @@ EXACT = ("", "relu", "relu6")
 HOPELESS = 1.3
 #: Seconds of measurement and number of runs at which a time is taken for good.
 ENOUGH_SECONDS, ENOUGH_RUNS = 0.4, 9
+
+
+#: Counts of instructions that differ by less are the same; how often they may differ.
+SAME_COUNT, MOST_COUNTS = 0.002, 8
 
 
 @dataclass(frozen=True)
@@ -141,14 +146,26 @@ class Loaded:
         return "emulated instructions" if isinstance(self.session, CountedSession) else "seconds"
 
     def instructions(self) -> list[float]:
-        """Instructions of one call on an emulated device: the same at every call, so counted once."""
+        """Instructions of one call on an emulated device: the same at every call, once the session has settled.
+
+        Raises DanceError where counts go on differing.
+        """
+        counted = [self._count()]
+        while len(counted) < MOST_COUNTS:
+            counted.append(self._count())
+            if abs(counted[-1] - counted[-2]) <= SAME_COUNT * counted[-1]:
+                return [counted[-1]]
+        raise DanceError(f"{self.session.name} executes another number of instructions at every call")
+
+    def _count(self) -> float:
+        """Instructions of two calls less those of one, so that what surrounds them drops out."""
         assert isinstance(self.session, CountedSession)
         counts = []
         for repeats in (1, 2):
             before = self.session.counter.read()
             self.times(repeats)
             counts.append(self.session.counter.read() - before)
-        return [float(counts[1] - counts[0])]
+        return float(counts[1] - counts[0])
 
     def measure(self, best: float | None = None) -> list[float]:
         """Enough times to trust; only a few where the instance is hopelessly slower than ``best`` seconds."""
