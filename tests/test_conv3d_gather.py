@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from convolutions import Case, channel_list, compiled, draw_masks, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dance_tvm.schedules.channel_plan import plan_channels
 from dance_tvm.schedules.compact_channels import compact_channels
 from dance_tvm.schedules.conv3d_gather import GatherConv, Tile, conv3d_gather
 from dance_tvm.schedules.conv3d_kgs import KernelGroupConv, balanced_order, conv3d_kgs, plan_columns
@@ -19,53 +19,15 @@ from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.row_plan import RowPlan, plan_rows
 from dance_tvm.transform.kernel_groups import KernelGroups, find_kernel_groups
 
-TARGET = tvm.target.Target({"kind": "llvm", "num-cores": 2})
-
-
-def compiled(func: tvm.tirx.PrimFunc) -> object:
-    name = str(func.attrs["global_symbol"])
-    return tvm.compile(tvm.IRModule({name: func}), target=TARGET)[name]
-
-
-def tensor(array: np.ndarray) -> tvm.runtime.Tensor:
-    return tvm.runtime.tensor(np.ascontiguousarray(array))
-
-
-SMALL_TILE = Tile(mr=3, vectors=2, vector_floats=4, step=1, block_tiles=4, segment_taps=2)
-
 
 @dataclass
-class Case:
-    """One convolution and the masks around it; masks are boolean arrays or None."""
+class GatherCase(Case):
+    """A convolution, direct or with its weights pruned in kernel groups (gm, gn, share of columns kept)."""
 
-    batch: int = 1
-    size: tuple[int, int, int] = (3, 5, 6)
-    channels_in: int = 5
-    channels_out: int = 7
-    kernel: tuple[int, int, int] = (3, 3, 3)
-    stride: tuple[int, int, int] = (1, 1, 1)
-    padding: tuple[int, int, int] = (1, 1, 1)
-    dilation: tuple[int, int, int] = (1, 1, 1)
-    groups: int = 1
-    tile: Tile = SMALL_TILE
-    in_frames: np.ndarray | None = None
-    out_frames: np.ndarray | None = None
-    positions: np.ndarray | None = None
-    live_in: np.ndarray | None = None
-    live_out: np.ndarray | None = None
-    residual: bool = False
-    zero_dead: str = "all"
-    kernel_groups: tuple[int, int, float] | None = None  # gm, gn, share of columns kept
-    seed: int = 0
-
-    @property
-    def window(self) -> Window:
-        axes = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        out = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
-        return Window(self.batch, self.size, out, self.kernel, self.stride, self.padding, self.dilation)
+    kernel_groups: tuple[int, int, float] | None = None
 
 
-def run(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def run(case: GatherCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the kernel's output, PyTorch's on the masked input (float64), and which outputs must be computed."""
     rng = np.random.default_rng(case.seed)
     window = case.window
@@ -159,13 +121,6 @@ def run(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return y.numpy(), expected, computed
 
 
-def channel_list(live: np.ndarray, channels: int) -> tvm.runtime.Tensor:
-    """The list of the live channels of each sample, from a boolean mask (samples, channels)."""
-    listed = tensor(np.full((len(live), 1 + channels), -(2**31), "int32"))
-    compiled(plan_channels(len(live), channels))(tensor(live.astype("float32")), listed)
-    return listed
-
-
 def compacted(
     plan: RowPlan, x: tvm.runtime.Tensor, listed: tvm.runtime.Tensor, masks: list[tvm.runtime.Tensor]
 ) -> tvm.runtime.Tensor:
@@ -185,7 +140,7 @@ def prune(weight: np.ndarray, gm: int, gn: int, keep: float, rng: np.random.Gene
 
 
 def group_arguments(
-    conv: KernelGroupConv, groups: KernelGroups, bias: np.ndarray, lists: list[tvm.runtime.Tensor], case: Case
+    conv: KernelGroupConv, groups: KernelGroups, bias: np.ndarray, lists: list[tvm.runtime.Tensor], case: GatherCase
 ) -> list[tvm.runtime.Tensor]:
     """Everything between the input and the masks of a kernel-group convolution."""
     weights = np.zeros(conv.weight_shape, "float32")
@@ -219,7 +174,7 @@ def count_pairs(window: Window, in_frames: np.ndarray | None, rows: np.ndarray) 
     return total
 
 
-def check(case: Case) -> None:
+def check(case: GatherCase) -> None:
     got, expected, computed = run(case)
     np.testing.assert_array_equal(got[computed], expected[computed])
     if case.zero_dead == "all":
@@ -227,26 +182,26 @@ def check(case: Case) -> None:
 
 
 DENSE = [
-    Case(),
-    Case(batch=2, size=(4, 7, 7), channels_in=8, channels_out=16),
-    Case(kernel=(1, 3, 3), padding=(0, 1, 1)),
-    Case(kernel=(3, 1, 1), padding=(2, 0, 0), dilation=(2, 1, 1)),
-    Case(kernel=(1, 1, 1), padding=(0, 0, 0), residual=True),
-    Case(size=(1, 9, 9), channels_in=3, kernel=(1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3)),
-    Case(channels_in=6, channels_out=9, groups=3),
-    Case(size=(5, 6, 6), stride=(2, 2, 2), kernel=(3, 3, 3)),
-    Case(size=(2, 3, 3), kernel=(3, 5, 5), padding=(1, 2, 2), residual=True),
-    Case(channels_in=11, tile=Tile(5, 1, 4, 4, 3, 27)),
-    Case(channels_in=8, tile=Tile(4, 2, 4, 4, 100, 3)),
-    Case(channels_in=9, tile=Tile(4, 2, 4, 4, 3, 3, depth_block=4, panels_outer=True)),
-    Case(channels_in=9, channels_out=21, kernel_groups=(8, 4, 0.4), residual=True),
-    Case(channels_in=6, channels_out=16, kernel_groups=(8, 1, 0.0)),
-    Case(channels_in=8, channels_out=18, kernel_groups=(8, 8, 0.5), tile=Tile(4, 2, 4, 4, 3, 5)),
+    GatherCase(),
+    GatherCase(batch=2, size=(4, 7, 7), channels_in=8, channels_out=16),
+    GatherCase(kernel=(1, 3, 3), padding=(0, 1, 1)),
+    GatherCase(kernel=(3, 1, 1), padding=(2, 0, 0), dilation=(2, 1, 1)),
+    GatherCase(kernel=(1, 1, 1), padding=(0, 0, 0), residual=True),
+    GatherCase(size=(1, 9, 9), channels_in=3, kernel=(1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3)),
+    GatherCase(channels_in=6, channels_out=9, groups=3),
+    GatherCase(size=(5, 6, 6), stride=(2, 2, 2), kernel=(3, 3, 3)),
+    GatherCase(size=(2, 3, 3), kernel=(3, 5, 5), padding=(1, 2, 2), residual=True),
+    GatherCase(channels_in=11, tile=Tile(5, 1, 4, 4, 3, 27)),
+    GatherCase(channels_in=8, tile=Tile(4, 2, 4, 4, 100, 3)),
+    GatherCase(channels_in=9, tile=Tile(4, 2, 4, 4, 3, 3, depth_block=4, panels_outer=True)),
+    GatherCase(channels_in=9, channels_out=21, kernel_groups=(8, 4, 0.4), residual=True),
+    GatherCase(channels_in=6, channels_out=16, kernel_groups=(8, 1, 0.0)),
+    GatherCase(channels_in=8, channels_out=18, kernel_groups=(8, 8, 0.5), tile=Tile(4, 2, 4, 4, 3, 5)),
 ]
 
 
 @pytest.mark.parametrize("case", DENSE, ids=range(len(DENSE)))
-def test_dense_equals_pytorch(case: Case) -> None:
+def test_dense_equals_pytorch(case: GatherCase) -> None:
     check(case)
 
 
@@ -254,9 +209,9 @@ DENSITIES = st.sampled_from([0.0, 0.3, 0.7, 1.0])
 
 
 @st.composite
-def masked_cases(draw: st.DrawFn) -> Case:
+def masked_cases(draw: st.DrawFn) -> GatherCase:
     kernel = draw(st.sampled_from([(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 1), (2, 3, 1)]))
-    case = Case(
+    case = GatherCase(
         batch=draw(st.integers(1, 2)),
         size=(draw(st.integers(1, 4)), draw(st.integers(1, 5)), draw(st.integers(1, 6))),
         channels_in=draw(st.integers(1, 6)),
@@ -267,18 +222,7 @@ def masked_cases(draw: st.DrawFn) -> Case:
         residual=draw(st.booleans()),
         seed=draw(st.integers(0, 99)),
     )
-    out = case.window.out
-    rng = np.random.default_rng(draw(st.integers(0, 999)))
-
-    def mask(*shape: int) -> np.ndarray | None:
-        density = draw(st.sampled_from([None, 0.0, 0.3, 0.7, 1.0]))
-        return None if density is None else rng.random(shape) < density
-
-    case.in_frames = mask(case.batch, case.size[0])
-    case.out_frames = mask(case.batch, out[0])
-    case.positions = mask(draw(st.sampled_from([1, case.batch])), draw(st.sampled_from([1, out[0]])), *out[1:])
-    case.live_in = mask(case.batch, case.channels_in)
-    case.live_out = mask(case.batch, case.channels_out)
+    draw_masks(draw, case)
     if draw(st.booleans()):
         case.kernel_groups = (draw(st.sampled_from([4, 8])), draw(st.sampled_from([1, 4, 8])), draw(DENSITIES))
         case.tile = replace(case.tile, vectors=case.kernel_groups[0] // 4)
@@ -287,5 +231,5 @@ def masked_cases(draw: st.DrawFn) -> Case:
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(masked_cases())
-def test_masked_equals_pytorch_on_the_masked_input(case: Case) -> None:
+def test_masked_equals_pytorch_on_the_masked_input(case: GatherCase) -> None:
     check(case)

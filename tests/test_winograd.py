@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from convolutions import Case, channel_list, compiled, draw_masks, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_conv3d_gather import Case, channel_list, compiled, tensor
 
 from dance_tvm.schedules.conv3d_gather import Tile
 from dance_tvm.schedules.winograd import WinogradConv, conv3d_winograd, mask_arguments
@@ -191,18 +191,7 @@ def masked_cases(draw: st.DrawFn) -> WinogradCase:
         m=m,
         columns=draw(st.integers(1, 5)),
     )
-    out = case.window.out
-    rng = np.random.default_rng(draw(st.integers(0, 999)))
-
-    def mask(*shape: int) -> np.ndarray | None:
-        density = draw(st.sampled_from([None, 0.0, 0.3, 0.7, 1.0]))
-        return None if density is None else rng.random(shape) < density
-
-    case.in_frames = mask(case.batch, case.size[0])
-    case.out_frames = mask(case.batch, out[0])
-    case.positions = mask(draw(st.sampled_from([1, case.batch])), draw(st.sampled_from([1, out[0]])), *out[1:])
-    case.live_in = mask(case.batch, case.channels_in)
-    case.live_out = mask(case.batch, case.channels_out)
+    draw_masks(draw, case)
     return case
 
 
