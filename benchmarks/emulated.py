@@ -1,0 +1,82 @@
+"""Instructions of our aarch64 kernels per multiply-add, by layer, counted under emulation: the same at every run.
+
+Executed multiply-adds leave out taps on padding; nominal ones do not, and are those that Winograd's few are held
+against. Needs the emulated device (`dance-tvm doctor`).
+
+    python -m benchmarks.emulated --layers conv3a,conv4b --json docs/benchmarks/emulated.json
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+from dance_tvm.compiler import build_network
+from dance_tvm.device import prepare_emulator
+from dance_tvm.transform.pipeline import Options
+
+from .instructions import instructions
+from .kernels import C3D, R2PLUS1D, Layer
+
+CONV: tuple[Literal["direct", "auto"], ...] = ("direct", "auto")
+
+
+def main(
+    layers: Annotated[str, typer.Option(help="comma-separated names of layers of C3D and R(2+1)D")] = "conv4a,conv4b",
+    target: Annotated[str, typer.Option(help="what to build for; aarch64")] = "snapdragon",
+    out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+) -> None:
+    """Print instructions per multiply-add by layer, direct and as the build chooses."""
+    prepare_emulator()
+    wanted = [layer for layer in [*C3D, *R2PLUS1D] if layer.name in layers.split(",")]
+    jobs = [(layer, conv) for layer in wanted for conv in CONV]
+    console = Console(stderr=True)
+    rows = [measure(layer, conv, target) for layer, conv in track(jobs, "counting", console=console)]
+    table = Table("layer", "kernel", "M instructions", "per executed MAC", "per nominal MAC")
+    for row in rows:
+        figures = f"{row['instructions'] / 1e6:.1f}", f"{row['per_executed']:.3f}", f"{row['per_nominal']:.3f}"
+        table.add_row(row["layer"], row["kernel"], *figures)
+    Console().print(table)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"target": target, "threads": 1, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(layer: Layer, conv: Literal["direct", "auto"], target: str) -> dict:
+    """Build one layer and count one call of it."""
+    torch.manual_seed(0)
+    window = layer.window
+    module = nn.Conv3d(layer.channels_in, layer.channels_out, layer.kernel, layer.stride, window.padding)
+    clip = torch.randn(1, layer.channels_in, *layer.size)
+    with tempfile.TemporaryDirectory() as folder:
+        built = build_network(
+            nn.Sequential(module, nn.ReLU()).eval(),
+            Path(folder) / "layer",
+            target=target,
+            example_inputs=(clip,),
+            options=Options(threads=1, conv=conv),
+            check=False,
+        )
+        count = instructions(built.artifact)
+        kernel = built.artifact.manifest.layers[0].kernel
+    channels = layer.channels_in * layer.channels_out
+    return {
+        "layer": layer.name,
+        "kernel": kernel,
+        "instructions": count,
+        "per_executed": count / (window.tap_positions * channels),
+        "per_nominal": count / (window.positions_out * window.taps * channels),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
