@@ -37,6 +37,11 @@ class Convolution(str, Enum):
     winograd = "winograd"
 
 
+class Dtype(str, Enum):
+    float32 = "float32"
+    float16 = "float16"
+
+
 class DeviceCode(str, Enum):
     compiled = "compiled"
     source = "source"
@@ -62,6 +67,9 @@ def build(
     conv: Annotated[Convolution, typer.Option(help="Convolution algorithm.")] = Convolution.auto,
     sparsity: Annotated[Sparsity, typer.Option(help="off computes what masks would skip.")] = Sparsity.auto,
     logs_from: Annotated[str | None, typer.Option(help="Use the tuning logs of this target instead.")] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="How a GPU stores activations and weights; sums are float32.")
+    ] = Dtype.float32,
     device_code: Annotated[
         DeviceCode, typer.Option(help="Of a CUDA target: PTX, or source that the device compiles.")
     ] = DeviceCode.compiled,
@@ -74,7 +82,8 @@ def build(
         built = _build(
             model, target, out, weights=weights, threads=threads, check=check, debug_dump=debug_dump,
             logs_from=logs_from, on_phase=progress.phase,
-            numerics=numerics.value, conv=conv.value, sparsity=sparsity.value, device_code=device_code.value,
+            numerics=numerics.value, conv=conv.value, sparsity=sparsity.value,
+            device_code=device_code.value, dtype=dtype.value,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(_facts(built), indent=2))
@@ -91,6 +100,7 @@ def _build(
     conv: Any,
     sparsity: Any,
     device_code: Any,
+    dtype: Any,
     threads: int | None,
     **rest: Any,
 ) -> Built:
@@ -101,7 +111,12 @@ def _build(
     from dance_tvm.transform.pipeline import Options
 
     options = Options(
-        threads=threads or machine.threads, numerics=numerics, conv=conv, sparsity=sparsity, device_code=device_code
+        threads=threads or machine.threads,
+        numerics=numerics,
+        conv=conv,
+        sparsity=sparsity,
+        device_code=device_code,
+        dtype=dtype,
     )
     out = out or Path("artifacts") / f"{Path(model).stem}-{machine.name}"
     return build_network(model, out, target=machine, options=options, **rest)

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 # Largest difference allowed between the built network and its source, relative to the largest value of the output
 # (at least 1, so that probabilities are held to it absolutely).
 TOLERANCE = 1e-4
+# The same where activations and weights are stored in half precision.
+HALF_TOLERANCE = 2e-2
 
 # Multiply-accumulates that an emulated processor does in a few seconds; larger networks are checked there on request.
 EMULATED_MACS = 2_000_000_000
@@ -228,14 +230,15 @@ def check_kernels(
         reason = f"{manifest.macs / 1e9:.1f} G multiply-accumulates take long on a processor: give --check"
         return Check(status="not run", reason=reason)
     try:
-        session = OpenCLSession(optimise=False)
+        session = OpenCLSession(optimise=False, emulate_half=True)
         found = OpenCLNetwork(session, lowered).run(inputs)
     except DanceError as error:
         if insist:
             raise
         return Check(status="not run", reason=str(error))
+    tolerance = HALF_TOLERANCE if manifest.options.get("dtype") == "float16" else TOLERANCE
     named = {tensor.name: array for tensor, array in zip(manifest.outputs, found, strict=True)}
-    return _compare(manifest, named, expected, f"{session.name} over OpenCL, the kernels alone")
+    return _compare(manifest, named, expected, f"{session.name} over OpenCL, the kernels alone", tolerance)
 
 
 def random_inputs(specs: list[Tensor], seed: int = 0) -> dict[str, np.ndarray]:
@@ -317,6 +320,8 @@ def _manifest(imported: Imported, machine: Target, options: Options, logs_from: 
     """All that is known before anything is compiled."""
     target = machine.tvm_target(options.threads)
     chosen: dict[str, str] = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}
+    if options.dtype != "float32":
+        chosen["dtype"] = options.dtype
     if logs_from is not None:
         chosen["logs_from"] = logs_from.name
     return Manifest(
@@ -360,12 +365,18 @@ def _device_for(manifest: Manifest, insist: bool) -> tuple[str, str]:
     return "emulator", ""
 
 
-def _compare(manifest: Manifest, found: dict[str, np.ndarray], expected: dict[str, np.ndarray], device: str) -> Check:
-    worst, allowed = 0.0, TOLERANCE
+def _compare(
+    manifest: Manifest,
+    found: dict[str, np.ndarray],
+    expected: dict[str, np.ndarray],
+    device: str,
+    tolerance: float = TOLERANCE,
+) -> Check:
+    worst, allowed = 0.0, tolerance
     for name, want in expected.items():
         got = np.asarray(found[name], dtype=np.float64)
         want = np.asarray(want, dtype=np.float64)
-        bound = TOLERANCE * max(1.0, float(np.abs(want).max(initial=0.0)))
+        bound = tolerance * max(1.0, float(np.abs(want).max(initial=0.0)))
         difference = float(np.abs(got - want).max(initial=0.0)) if got.shape == want.shape else float("inf")
         if not difference <= bound:  # also where it is not a number
             raise DanceError(

@@ -120,6 +120,8 @@ def compile_ptx(source: str, arch: str, newest: str = "") -> str:
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", len(_HEADERS), texts, names)
     try:
         options = [b"-std=c++17", b"-default-device", f"--gpu-architecture={arch.replace('sm_', 'compute_')}".encode()]
+        if "cuda_fp16.h" in source:
+            options.append(f"-I{_half_header().parent}".encode())
         if nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)):
             said = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).strip().splitlines()
             raise DanceError(f"NVRTC cannot compile for {arch}: {said[0] if said else 'it does not say why'}")
@@ -193,6 +195,13 @@ def _nvrtc() -> ctypes.CDLL:
     if path is None:
         raise DanceError(f"there is no CUDA compiler: {_WHEELS}, or build with --device-code source")
     return ctypes.CDLL(str(path))
+
+
+def _half_header() -> Path:
+    path = _wheel_file("cuda_runtime", "include/cuda_fp16.h")
+    if path is None:
+        raise DanceError("half precision needs CUDA's header cuda_fp16.h: pip install nvidia-cuda-runtime-cu11")
+    return path
 
 
 def _ptxas() -> Path | None:

@@ -9,18 +9,18 @@ from torch import nn
 from tvm.relax.frontend.torch import from_exported_program
 
 from dance_tvm import models
-from dance_tvm.device.opencl import OpenCLNetwork, OpenCLSession
+from dance_tvm.device.opencl import OpenCLNetwork, OpenCLSession, device_code, opencl_target
 from dance_tvm.errors import DanceError
 from dance_tvm.target import load_target
 from dance_tvm.transform.pipeline import Lowered, Options, lower
 
-RELATIVE = 1e-4
+RELATIVE = {"float32": 1e-4, "float16": 2e-2}
 
 
 @pytest.fixture(scope="module")
 def device() -> OpenCLSession:
     try:
-        return OpenCLSession(optimise=False)
+        return OpenCLSession(optimise=False, emulate_half=True)
     except DanceError as error:
         pytest.skip(str(error))
 
@@ -33,13 +33,15 @@ def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
     return module.eval()
 
 
-def same_as_pytorch(device: OpenCLSession, module: nn.Module, target: str, *inputs: torch.Tensor) -> Lowered:
+def same_as_pytorch(
+    device: OpenCLSession, module: nn.Module, target: str, *inputs: torch.Tensor, dtype: str = "float32"
+) -> Lowered:
     program = torch.export.export(module, inputs)
-    lowered = lower(from_exported_program(program), load_target(target), Options())
+    lowered = lower(from_exported_program(program), load_target(target), Options(dtype=dtype))
     found = OpenCLNetwork(device, lowered).run([value.numpy() for value in inputs])
     with torch.no_grad():
         expected = module(*inputs).numpy()
-    assert np.abs(found[0] - expected).max() <= RELATIVE * np.abs(expected).max()
+    assert np.abs(found[0] - expected).max() <= RELATIVE[dtype] * np.abs(expected).max()
     return lowered
 
 
@@ -93,7 +95,31 @@ def test_a_masked_network_equals_pytorch(device):
         with torch.no_grad():
             expected = module(*inputs).numpy()
         found = network.run([value.numpy() for value in inputs])[0]
-        assert np.abs(found - expected).max() <= RELATIVE * max(1.0, np.abs(expected).max())
+        assert np.abs(found - expected).max() <= RELATIVE["float32"] * max(1.0, np.abs(expected).max())
+
+
+def test_half_precision_is_storage_alone(device):
+    """Where the device has no half precision, it is emulated: every store rounds, sums stay as they are."""
+    lowered = same_as_pytorch(device, seeded(Masked()), "snapdragon-gpu", *masked_inputs(0.6), dtype="float16")
+    source = device_code(lowered.mod, opencl_target()).source
+    kernel = next(text for text in source.split("// Function: ") if text.startswith("conv3d_gather_gpu_i_f16"))
+    assert "__global half*" in kernel
+    assert "__local half" not in kernel
+    casts = kernel.count("convert_float")
+    assert casts > 0
+    assert all(layer.kernel.count("_f16") or layer.kind == "linear" for layer in lowered.layers)
+    found, exact = (
+        OpenCLNetwork(device, each).run([value.numpy() for value in masked_inputs(0.6)])[0]
+        for each in (lowered, same_as_pytorch(device, seeded(Masked()), "snapdragon-gpu", *masked_inputs(0.6)))
+    )
+    assert np.abs(found - exact).max() > 0, "nothing was rounded"
+
+
+def test_only_gpus_with_half_precision_store_it():
+    program = torch.export.export(seeded(Pruned()), (torch.randn(1, 4, 4, 9, 11),))
+    for target in ("host", "opencl"):
+        with pytest.raises(DanceError, match=f"{target} cannot store half precision"):
+            lower(from_exported_program(program), load_target(target), Options(dtype="float16"))
 
 
 def test_a_pruned_network_equals_pytorch(device):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 #: Where a data pointer and the device lie in TVM's packed arguments (`tvm_struct_get`'s field numbers).
 _ARGUMENT_HANDLE = 15
 
+_HALF_PRAGMA = "#pragma OPENCL EXTENSION cl_khr_fp16 : enable"
+
 Ref = int | str  # an argument by its place, or a workspace by its name
 
 
@@ -141,12 +143,14 @@ def _statements(node: Any) -> Iterator[Any]:
 class OpenCLSession:
     """One OpenCL device of this machine, the first unless ``name`` is part of another's name.
 
+    ``emulate_half``: keep half precision in single where the device has none, rounding what every kernel stored.
     ``optimise``: let the device's compiler optimise; without, PoCL compiles several times as fast and runs slower.
     Raises DanceError where pyopencl is not installed or there is no (such) device.
     """
 
-    def __init__(self, name: str = "", optimise: bool = True) -> None:
+    def __init__(self, name: str = "", optimise: bool = True, emulate_half: bool = False) -> None:
         self._cl = _pyopencl()
+        self._emulate_half = emulate_half
         self._options = [] if optimise else ["-cl-opt-disable"]
         devices = [device for platform in self._platforms() for device in platform.get_devices()]
         fitting = [device for device in devices if name.lower() in device.name.lower()]
@@ -169,9 +173,14 @@ class OpenCLSession:
         """Whether kernels may compute with half precision."""
         return "cl_khr_fp16" in self.device.extensions
 
+    @property
+    def rounds(self) -> bool:
+        """Whether half precision is emulated."""
+        return self._emulate_half and not self.has_fp16
+
     def require(self, code: DeviceCode) -> None:
         """Raise DanceError where the device cannot run the code: half precision, threads of a block."""
-        if "cl_khr_fp16" in code.source and not self.has_fp16:
+        if "cl_khr_fp16" in code.source and not self.has_fp16 and not self._emulate_half:
             raise DanceError(f"{self.name} has no fp16 (cl_khr_fp16): build with --dtype float32")
         most = max((int(np.prod(each.block)) for plan in code.plans.values() for each in plan.launches), default=1)
         if most > self.device.max_work_group_size:
@@ -182,8 +191,13 @@ class OpenCLSession:
     def compile(self, code: DeviceCode) -> Any:
         """The device's program."""
         self.require(code)
+        source, options = code.source, list(self._options)
+        if self.rounds:
+            source = source.replace("#ifdef cl_khr_fp16", "#if 1").replace(_HALF_PRAGMA, "")
+            for lanes in ("", "2", "4", "8", "16"):
+                options += [f"-Dhalf{lanes}=float{lanes}", f"-Dconvert_half{lanes}=convert_float{lanes}"]
         try:
-            return self._cl.Program(self.context, code.source).build(self._options)
+            return self._cl.Program(self.context, source).build(options)
         except self._cl.RuntimeError as error:
             raise DanceError(f"{self.name} refuses the kernels: {str(error).splitlines()[0]}") from None
 
@@ -304,7 +318,8 @@ class OpenCLNetwork:
         return [self.session.download(each.buffer, each.shape, each.dtype) for each in flat]
 
     def _value(self, array: np.ndarray) -> _Value:
-        return _Value(self.session.upload(array), array.shape, str(array.dtype))
+        held = array.astype("float32") if self.session.rounds and array.dtype == np.float16 else array
+        return _Value(self.session.upload(held), array.shape, str(array.dtype))
 
     def _evaluate(self, value: Any, values: dict[Any, Any]) -> Any:
         if isinstance(value, relax.Var):
@@ -331,7 +346,18 @@ class OpenCLNetwork:
         for each in types.fields if several else [types]:
             shape = tuple(int(extent) for extent in each.shape)
             dtype = str(each.dtype)
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            size = int(np.prod(shape)) * np.dtype(self._held_as(dtype)).itemsize
             made.append(_Value(self.session.empty(size), shape, dtype))
         self.session.run(self._program, self._plans[call.args[0].name_hint], [v.buffer for v in [*given, *made]])
+        for each in made:
+            self._round(each)
         return made if several else made[0]
+
+    def _held_as(self, dtype: str) -> str:
+        return "float32" if self.session.rounds and dtype == "float16" else dtype
+
+    def _round(self, value: _Value) -> None:
+        """Where half precision is emulated: what a store would have kept."""
+        if self._held_as(value.dtype) != value.dtype:
+            exact = self.session.download(value.buffer, value.shape, "float32")
+            value.buffer = self.session.upload(exact.astype("float16").astype("float32"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,26 @@ class GpuLowering(Lowering):
     """As :class:`.lower_windows.Lowering`; ``machine`` is a GPU."""
 
     machine: Gpu  # type: ignore[assignment]
+    dtype: str = "float32"
+    #: Values that were stored as ``dtype``, by what the graph sees of them in float32.
+    stored: dict[relax.Expr, relax.Expr] = field(default_factory=dict)
+
+    def _stored(self, value: relax.Expr, shape: Any) -> relax.Expr:
+        """``value`` as kernels read it: stored as ``dtype``, seen as ``shape``."""
+        if self.dtype == "float32":
+            return self._as_video(value, shape)
+        source = self.viewed.get(value, value)
+        if source not in self.stored:
+            self.stored[source] = self.builder.emit(relax.op.astype(source, self.dtype))
+        return self._as_video(self.stored[source], shape)
+
+    def _seen(self, value: relax.Expr, shape: Any) -> relax.Expr:
+        """What a kernel stored as the graph sees it: float32, of ``shape``."""
+        if self.dtype == "float32":
+            return self._as_video(value, shape)
+        full = self.builder.emit(relax.op.astype(value, "float32"))
+        self.stored[full] = value
+        return self._as_video(full, shape)
 
     # -- lists -------------------------------------------------------------------------------------------------------
 
@@ -46,9 +66,9 @@ class GpuLowering(Lowering):
         if not isinstance(expression, Grown):
             return super()._new_field(expression)
         emit = self.builder.emit
-        field = tuple(expression.inner.shape[:4])
-        inner = emit(relax.op.reshape(self._field(expression.inner), list(field)))
-        func = grow(expression.window, field, expression.forward)  # type: ignore[arg-type]
+        shape = tuple(expression.inner.shape[:4])
+        inner = emit(relax.op.reshape(self._field(expression.inner), list(shape)))
+        func = grow(expression.window, shape, expression.forward)  # type: ignore[arg-type]
         grown = self._kernel(func, [inner], [expression.shape[:4]], "float32")
         return emit(relax.op.reshape(grown, list(expression.shape)))
 
@@ -87,7 +107,7 @@ class GpuLowering(Lowering):
         samples = window.batch if window.batch > 1 and (live_in or wanted.channels) else 1
         conv = self._conv(site, alive, wanted, samples)
         plan = conv.plan
-        data = self._as_video(self._emit(site.data), (window.batch, *window.size, site.channels_in))
+        data = self._stored(self._emit(site.data), (window.batch, *window.size, site.channels_in))
         masks = self._frames(alive.frames, window.batch, window.size[0])
         out_frames = self._frames(wanted.frames, window.batch, window.out[0])
         positions = []
@@ -103,10 +123,10 @@ class GpuLowering(Lowering):
             args += [*out_frames, *positions]
         out_shape = (window.batch, *window.out, site.channels_out)
         if site.residual is not None:
-            args.append(self._as_video(self._emit(site.residual), out_shape))
+            args.append(self._stored(self._emit(site.residual), out_shape))
         self.layers.append(self._describe(site, conv, alive, wanted, ""))  # type: ignore[arg-type]
         result = self._kernel(_emitted(conv), [data, *args], [out_shape], conv.dtype)
-        return self._as_video(result, shape_of(site.end))
+        return self._seen(result, shape_of(site.end))
 
     def _list_arguments(
         self,
@@ -175,6 +195,7 @@ class GpuLowering(Lowering):
             residual=site.residual is not None,
             activation=site.activation,
             zero_dead=zero,
+            dtype=self.dtype,
             **more,
         )
 
@@ -220,15 +241,16 @@ class GpuLowering(Lowering):
             in_frames=alive.frames is not None,
             out_frames=wanted.frames is not None,
             zero_dead=self.sites.needs_zeros(var),
+            dtype=self.dtype,
         )
-        data = self._as_video(self._emit(source), (window.batch, *window.size, channels))
+        data = self._stored(self._emit(source), (window.batch, *window.size, channels))
         masks = self._frames(alive.frames, window.batch, window.size[0])
         masks += self._frames(wanted.frames, window.batch, window.out[0])
         shape = (window.batch, *window.out, channels)
         result = self._kernel(pool3d(pool), [data, *masks], [shape], pool.dtype)
         skips = [f"output {axis}" for axis in wanted.axes if axis == "frames"]
         self.layers.append(LayerInfo(name=var.name, kind="pool3d", kernel=pool.name, macs=0, skips=skips))
-        return self._as_video(result, shape_of(var))
+        return self._seen(result, shape_of(var))
 
 
 def _emitted(conv: BlockConv) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +12,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from dance_tvm.errors import DanceError
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.spaces import TuningLog
 from dance_tvm.schedules.tiles import Machine
@@ -41,6 +43,7 @@ class Options:
     debug_dump: Path | None = None
     tuning: TuningLog | None = None
     device_code: Literal["compiled", "source"] = "compiled"
+    dtype: Literal["float32", "float16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,17 @@ def lower(
 ) -> Lowered:
     """Turn an imported Relax module into one whose every operator has a kernel for ``target``."""
     machine, gpu = machine_of(target), gpu_of(target)
+    if options.dtype != "float32" and not (target.gpu and target.gpu.fp16):
+        raise DanceError(
+            f"{target.name} cannot store half precision: leave --dtype out, or name a GPU target with fp16"
+        )
     lower_windows = LowerWindows(
         gpu or machine,  # type: ignore[arg-type]
         sparsity=options.sparsity == "auto",
         threads=options.threads,
         tuning=options.tuning,
         convolution="direct" if options.numerics == "exact" else options.conv,
-        lowering=GpuLowering if gpu else None,
+        lowering=partial(GpuLowering, dtype=options.dtype) if gpu else None,
         group_cost=group_cost(target, options.threads),
     )
     lift_weights = LiftWeights()
