@@ -31,14 +31,19 @@ HOST = load_target("host")
 LAYER = Layer(workload(16), ["conv"])
 
 
+def registered(tracker: int, count: int) -> None:
+    """Wait until the tracker knows so many servers."""
+    deadline = time.monotonic() + 60
+    while len(tracker_summary("127.0.0.1", tracker)["server_info"]) < count and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 @pytest.fixture
 def farm(tmp_path):
     """A tracker and two servers of one key."""
     tracker, port = processes.start_tracker()
     servers = [processes.start_server("board", ("127.0.0.1", port), tmp_path / f"store{n}")[0] for n in range(2)]
-    deadline = time.monotonic() + 30
-    while len(tracker_summary("127.0.0.1", port)["server_info"]) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
+    registered(port, 2)
     yield port, servers
     for process in [*servers, tracker]:
         process.stop()
@@ -86,6 +91,7 @@ def test_two_emulated_devices_tune_a_small_network_though_one_dies(tmp_path, mon
             server, _ = processes.start_server("arm", where, store, python, emulator.START_TIMEOUT_S)
             stack.callback(server.stop)
             servers.append(server)
+        registered(port, 2)
         spec = f"tracker://127.0.0.1:{port}/arm"
         with Farm([spec], trial_timeout=300, wait=300) as devices:
             assert devices.lanes == 2
