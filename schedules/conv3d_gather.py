@@ -461,7 +461,9 @@ class GatherEmitter:
         columns: list[Expr] = []
         if self.listed_panels:
             columns = [let(self._out_channel(sample, panel, index)) for index in range(tile.nr)]
-            consecutive = let(tirx.all(columns[-1] - columns[0] == tile.nr - 1))
+            # The last channel stands for those past the end, so a panel that is not full may seem consecutive.
+            full = (panel + 1) * tile.nr <= self.out_channels[sample, 0]
+            consecutive = let(tirx.all(full, columns[-1] - columns[0] == tile.nr - 1))
         start = let(group * conv.group_out + within * tile.nr)
         valid = let(conv.group_out - within * tile.nr)
         with serial(tiles) as index, serial(tile.mr) as r:

@@ -233,3 +233,10 @@ def masked_cases(draw: st.DrawFn) -> GatherCase:
 @given(masked_cases())
 def test_masked_equals_pytorch_on_the_masked_input(case: GatherCase) -> None:
     check(case)
+
+
+def test_a_last_panel_with_gaps_is_not_taken_for_consecutive() -> None:
+    """Eight live channels, then the first and the last of the next eight: the last one fills the panel's end."""
+    live = np.zeros((1, 16), bool)
+    live[0, [*range(8), 8, 15]] = True
+    check(GatherCase(channels_out=16, live_out=live))
