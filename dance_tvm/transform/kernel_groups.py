@@ -121,7 +121,14 @@ class KernelGroups:
         """Multiply-accumulates of the layer for N * T * H * W ``output_positions``."""
         return self.live_weights * output_positions
 
+    @property
+    def zeros(self) -> float:
+        """Share of the weights that are zero, in groups or not."""
+        return 1 - np.count_nonzero(self.weight) / self.weight.size
+
     def __str__(self) -> str:
+        if self.scheme == "dense":
+            return f"built dense: {self.reason}"
         group = f" {self.gm}x{self.gn}" if self.scheme in ("vanilla", "kgs") else ""
         return f"{self.scheme}{group}, {self.rate:.2f}x fewer MACs: {self.reason}"
 

@@ -36,6 +36,9 @@ from .sample_lists import SampleLists
 from .sites import Site, Sites
 from .windows import POOLS, window_of, zero_padded
 
+#: Share of zero weights from which on a layer's report says why they are not skipped.
+WORTH_TELLING = 0.01
+
 #: The function beside ``main`` that runs the planning alone. It takes what ``main`` takes and returns int32 (rows, 4):
 #: for every convolution and linear layer, in the order of ``Lowered.layers``, its number, and how many pairs of output
 #: row and tap, input channels and output channels one call works on: the product of the three is the
@@ -54,7 +57,7 @@ class LowerWindows:
         threads: int = 1,
         tuning: TuningLog | None = None,
         convolution: str = "direct",
-        lowering: type[Lowering] | None = None,
+        lowering: Callable[..., Lowering] | None = None,
         group_cost: Callable[[KernelGroups], float] | None = None,
     ) -> None:
         self.group_cost = group_cost
@@ -460,7 +463,7 @@ class Lowering:
         if isinstance(conv, KernelGroupConv):
             skips.append("weight columns")
         reason = "" if skips else self._why_dense(site)
-        if groups is not None and (groups.scheme != "dense" or groups.sparsity > 0):
+        if groups is not None and (groups.scheme != "dense" or groups.zeros >= WORTH_TELLING):
             reason = "; ".join(part for part in (reason, str(groups)) if part)
         if site.unlisted:
             why = f"its {' and '.join(site.unlisted)} channels differ by sample, and listing them would not pay; {why}"
