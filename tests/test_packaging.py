@@ -124,3 +124,9 @@ def test_the_wheel_is_typed_and_holds_nothing_that_is_not_the_package(wheel):
     tops = {name.split("/")[0] for name in names}
     assert all(top == "dance_tvm" or top.endswith(".dist-info") for top in tops), tops
     assert not [name for name in names if name.endswith((".pth", ".mp4", ".so"))]
+
+
+def test_the_wheel_is_the_same_compiler_as_the_checkout(with_wheel, checkout, tmp_path):
+    """Artifacts tell by this hash which compiler made them."""
+    code = "from dance_tvm.versions import versions; print(versions()['sources'])"
+    assert call(with_wheel, "-c", code, cwd=tmp_path) == call(with_wheel, "-c", code, cwd=checkout)
