@@ -84,6 +84,11 @@ def _tuned(
     from dance_tvm.tuning.workloads import layers_of
 
     machine = load_target(target)
+    if machine.gpu is not None:
+        raise DanceError(
+            f"{machine.name} has a GPU, and the search knows the tiles of CPUs alone: "
+            f"builds choose a GPU's by a model of its registers and shared memory (docs/jetson.md)"
+        )
     lists = [axis for axis in masks.split(",") if axis]
     if unknown := sorted(set(lists) - set(LISTS)):
         raise DanceError(f"--masks knows {', '.join(LISTS)}, not {', '.join(unknown)}")

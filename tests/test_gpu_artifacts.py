@@ -132,6 +132,14 @@ def test_ptx_that_the_driver_would_refuse_is_refused_here():
         device_code.compile_ptx('extern "C" __global__ void k() { y = 1; }', "sm_53")
 
 
+def test_tuning_a_gpu_is_refused():
+    from dance_tvm.tune import app as tune_command
+
+    with pytest.raises(SystemExit) as left:
+        start(tune_command, "tune", ["--target", "jetson-nano"])
+    assert left.value.code == 2
+
+
 class Absent:
     exist = False
 
