@@ -461,9 +461,7 @@ class GatherEmitter:
         columns: list[Expr] = []
         if self.listed_panels:
             columns = [let(self._out_channel(sample, panel, index)) for index in range(tile.nr)]
-            # The last channel stands for those past the end, so a panel that is not full may seem consecutive.
-            full = (panel + 1) * tile.nr <= self.out_channels[sample, 0]
-            consecutive = let(tirx.all(full, columns[-1] - columns[0] == tile.nr - 1))
+            consecutive = let(_side_by_side(columns))
         start = let(group * conv.group_out + within * tile.nr)
         valid = let(conv.group_out - within * tile.nr)
         with serial(tiles) as index, serial(tile.mr) as r:
@@ -566,7 +564,7 @@ def listed_columns(channels: list[Expr], rows: int, tile: Tile) -> CopyRow:
         for channel in named
     ]
     whole = [
-        let(tirx.all(named[v + floats - 1] - named[v] == floats - 1, tirx.floormod(named[v], floats) == 0))
+        let(tirx.all(_side_by_side(named[v : v + floats]), tirx.floormod(named[v], floats) == 0))
         for v in range(0, tile.nr, floats)
     ]
 
@@ -584,6 +582,11 @@ def listed_columns(channels: list[Expr], rows: int, tile: Tile) -> CopyRow:
             choose(whole[v], vector, singles)
 
     return copy
+
+
+def _side_by_side(channels: list[Expr]) -> Expr:
+    """Whether ascending channels are consecutive. Past the end of a list its last one is repeated: repeats are none."""
+    return tirx.all(channels[-1] - channels[0] == len(channels) - 1, channels[-1] != channels[-2])
 
 
 def _clear(buffer: tirx.Buffer, start: Expr, length: int, tile: Tile) -> None:

@@ -235,8 +235,9 @@ def test_masked_equals_pytorch_on_the_masked_input(case: GatherCase) -> None:
     check(case)
 
 
-def test_a_last_panel_with_gaps_is_not_taken_for_consecutive() -> None:
-    """Eight live channels, then the first and the last of the next eight: the last one fills the panel's end."""
+@pytest.mark.parametrize("last", [[8, 15], [8, 9, 10, 11, 12, 15], [8, 9, 11]], ids=str)
+def test_a_last_panel_with_gaps_is_not_taken_for_consecutive(last: list[int]) -> None:
+    """Past the end of a list its last channel is repeated, as if it filled the gap before it."""
     live = np.zeros((1, 16), bool)
-    live[0, [*range(8), 8, 15]] = True
+    live[0, [*range(8), *last]] = True
     check(GatherCase(channels_out=16, live_out=live))
