@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import tvm
 from devices import video_artifact
 from typer.testing import CliRunner
 
@@ -91,6 +92,21 @@ def test_everything_of_a_dynamic_network(sparse, dense, clips, tmp_path):
     assert ours.frames == 8
     write_results(tmp_path / "r.json", results)
     assert read_results(tmp_path / "r.json") == results
+
+
+def test_every_frame_of_a_winograd_tile_counts_as_computed():
+    """Two tiles of four frames at 16 places, the second one's at the first place left out: frames 4 to 7 lack it."""
+    rows = np.array([row for row in range(32) if row != 16] + [-1], "int32")
+    lists = [np.zeros(1, "int32")] * 12
+    lists[3], lists[4] = np.zeros((1, 2), "int32"), np.arange(16, dtype="int32")[None]
+    lists[7], lists[8] = rows.reshape(1, 4, 8), np.array([[[0, 1, 0, 4]]], "int32")
+    lists[9] = np.array([[32, 4, 1, 0], [1, 0, 0, 0]], "int32")
+    tensors = [tvm.runtime.tensor(array) for array in lists]
+    by_tap, alive, _ = serve._winograd_rows("conv3d_winograd_4x4x4_f32_mr8_nr8", tensors, [1, 8, 16, 16, 8])
+    assert by_tap.tolist() == [[31]]
+    assert alive[0, :4].all()
+    assert alive[0, 4:].sum() == 4 * (16 * 16 - 4 * 4)
+    assert not alive[0, 4:, :4, :4].any()
 
 
 def test_winograd_and_kernel_groups_are_counted(tmp_path):

@@ -250,10 +250,10 @@ def _winograd_rows(symbol: str, tensors: list, shape: list[int]) -> tuple[np.nda
     """The same for Winograd's tiles: columns (chunks, columns), inputs, rows_in, rows_out, runs (chunks, classes, 4),
     counts (chunks + 1, 4) of inputs, tiles, runs and the sample; the last row tells the chunks."""
     columns, rows_out, runs, counts = (tensors[index].numpy() for index in (4, 7, 8, 9))
-    taps, _, tall, wide = tensors[3].numpy(), *_tile_of(symbol)
+    taps, deep, tall, wide = tensors[3].numpy(), *_tile_of(symbol)
     batch, frames, height, width = shape[:4]
     places = -(-height // tall), -(-width // wide)
-    alive = np.zeros((batch, frames, *places), bool)
+    alive = np.zeros((batch, -(-frames // deep), *places), bool)
     samples = int(counts[: counts[-1, 0], 3].max(initial=0)) + 1
     by_tap = np.zeros((samples, int(taps[:, 0].max()) + 1), "int64")
     for chunk in range(counts[-1, 0]):
@@ -265,7 +265,7 @@ def _winograd_rows(symbol: str, tensors: list, shape: list[int]) -> tuple[np.nda
         frame, index = np.divmod(used[used >= 0], columns.shape[1])
         clip, place = np.divmod(columns[chunk, index], places[0] * places[1])
         alive[clip, frame, place // places[1], place % places[1]] = True
-    enlarged = alive.repeat(tall, axis=2).repeat(wide, axis=3)[:, :, :height, :width]
+    enlarged = alive.repeat(deep, axis=1).repeat(tall, axis=2).repeat(wide, axis=3)[:, :frames, :height, :width]
     return by_tap, enlarged, tensors[10:12]
 
 

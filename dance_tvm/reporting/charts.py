@@ -121,10 +121,11 @@ def efficiency(results: Results) -> go.Figure | None:
         sparse, dense = _pair_of(pair, results)
         if not (sparse.profile and dense.profile):
             continue
+        whole = {layer.name: layer for layer in worked(dense)}  # a controller's layers have no dense twin
         points = [
             (theirs.executed_macs / ours.executed_macs, theirs.seconds / ours.seconds, ours.name)
-            for ours, theirs in zip(worked(sparse), worked(dense), strict=False)
-            if ours.executed_macs and ours.seconds
+            for ours in worked(sparse)
+            if (theirs := whole.get(ours.name)) and ours.executed_macs and ours.seconds
         ]
         figure.add_scatter(
             x=[x for x, _, _ in points], y=[y for _, y, _ in points], text=[name for _, _, name in points],
