@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from dance_tvm import device_code, gpu
 from dance_tvm.artifact import Artifact, load_artifact
+from dance_tvm.build import DEFAULT_MODEL
 from dance_tvm.build import app as build_command
 from dance_tvm.cli import start
 from dance_tvm.compiler import build_network
@@ -48,6 +50,20 @@ def built(out: Path, target: str, **options: object) -> Artifact:
     return build.artifact
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Callable[..., Artifact]:
+    """Artifacts by target and options, each built once."""
+    kept: dict[object, Artifact] = {}
+
+    def make(target: str, **options: object) -> Artifact:
+        key = (target, *sorted(options.items()))
+        if key not in kept:
+            kept[key] = built(tmp_path_factory.mktemp("gpu") / "made", target, **options)
+        return kept[key]
+
+    return make
+
+
 def symbols(library: Path) -> set[str]:
     """Names in the dynamic symbol table, as far as they are text in the file."""
     return set(re.findall(rb"__tvm_ffi_[A-Za-z0-9_]+", library.read_bytes()))
@@ -57,8 +73,8 @@ def symbols(library: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("target", "arch", "newest"), [("jetson-nano", "sm_53", "6.5"), ("jetson-orin-nano", "sm_87", "7.4")]
 )
-def test_a_jetson_library_holds_ptx_that_its_driver_takes(tmp_path, target, arch, newest):
-    artifact = built(tmp_path / "made", target)
+def test_a_jetson_library_holds_ptx_that_its_driver_takes(made, target, arch, newest):
+    artifact = made(target)
     data = artifact.library.read_bytes()
     assert int.from_bytes(data[18:20], "little") == 183  # EM_AARCH64
     assert f".version {newest}\n.target {arch}\n".encode() in data
@@ -74,13 +90,13 @@ def test_a_jetson_library_holds_ptx_that_its_driver_takes(tmp_path, target, arch
 
 
 @needs_nvrtc
-def test_the_same_network_gives_the_same_bytes(tmp_path):
-    first, second = (built(tmp_path / name, "jetson-nano") for name in ("first", "second"))
-    assert first.library.read_bytes() == second.library.read_bytes()
+def test_the_same_network_gives_the_same_bytes(made, tmp_path):
+    again = built(tmp_path / "again", "jetson-nano")
+    assert again.library.read_bytes() == made("jetson-nano").library.read_bytes()
 
 
-def test_a_phone_library_holds_opencl_source(tmp_path):
-    artifact = built(tmp_path / "made", "snapdragon-gpu")
+def test_a_phone_library_holds_opencl_source(made):
+    artifact = made("snapdragon-gpu")
     data = artifact.library.read_bytes()
     assert int.from_bytes(data[18:20], "little") == 183
     assert b"__kernel void conv3d_gather_gpu" in data
@@ -89,8 +105,8 @@ def test_a_phone_library_holds_opencl_source(tmp_path):
     assert "driver" in artifact.manifest.device_code.note
 
 
-def test_cuda_source_says_where_it_is_compiled(tmp_path):
-    artifact = built(tmp_path / "made", "jetson-nano", device_code="source")
+def test_cuda_source_says_where_it_is_compiled(made):
+    artifact = made("jetson-nano", device_code="source")
     assert b"__global__" in artifact.library.read_bytes()
     assert artifact.manifest.device_code.format == "cuda"
     assert "nvcc on the device" in artifact.manifest.device_code.note
@@ -98,18 +114,31 @@ def test_cuda_source_says_where_it_is_compiled(tmp_path):
 
 @needs_nvrtc
 @needs_opencl
-def test_the_commands_of_the_readme_build_the_default_network(tmp_path, capsys):
-    for target, more in (("jetson-nano", []), ("snapdragon-gpu", ["--no-check"])):
+def test_a_build_checks_its_kernels_on_the_processor(tmp_path):
+    torch.manual_seed(0)
+    clip = (torch.randn(1, 2, 4, 6, 6),)
+    build = build_network(Small().eval(), tmp_path / "made", target="jetson-nano", example_inputs=clip, check=True)
+    check = build.artifact.manifest.check
+    assert check.status == "passed"
+    assert check.difference <= check.allowed
+    assert "the kernels alone" in check.device
+
+
+@needs_nvrtc
+def test_the_commands_of_the_readme_build_the_shipped_network(tmp_path, capsys):
+    for target, sign in (("jetson-nano", b".version 6.5\n.target sm_53\n"), ("snapdragon-gpu", b"__kernel void ")):
         out = tmp_path / target
-        with pytest.raises(SystemExit) as left:
-            start(build_command, "build", ["--target", target, "--out", str(out), "--json", *more])
+        with pytest.raises(SystemExit) as left:  # unchecked: running all its kernels on a processor takes half a minute
+            start(build_command, "build", ["--target", target, "--out", str(out), "--json", "--no-check"])
         assert left.value.code in (0, None)
-        facts = json.loads(capsys.readouterr().out)["manifest"]
-        assert load_artifact(out).manifest.target.machine == "aarch64"
-        if not more:
-            assert facts["check"]["status"] == "passed"
-            assert facts["check"]["difference"] <= facts["check"]["allowed"]
-            assert "the kernels alone" in facts["check"]["device"]
+        manifest = json.loads(capsys.readouterr().out)["manifest"]
+        assert manifest["name"] == DEFAULT_MODEL
+        assert any("output channels" in layer["skips"] for layer in manifest["layers"])
+        artifact = load_artifact(out)
+        assert artifact.manifest.target.machine == "aarch64"
+        library = artifact.library.read_bytes()
+        assert sign in library
+        assert b"conv3d_gather_gpu_io_f32" in library
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -144,8 +173,8 @@ class Absent:
     exist = False
 
 
-def test_a_session_without_the_gpu_is_refused(tmp_path):
-    artifact = built(tmp_path / "made", "opencl")
+def test_a_session_without_the_gpu_is_refused(made):
+    artifact = made("opencl")
     if artifact.manifest.target.machine != "x86_64":
         pytest.skip("built for another processor")
     with (
@@ -157,8 +186,8 @@ def test_a_session_without_the_gpu_is_refused(tmp_path):
         compute_device(artifact.manifest, lambda *_: Absent(), "phone")
 
 
-def test_an_old_driver_and_full_memory_are_told_in_one_sentence(tmp_path):
-    manifest = built(tmp_path / "made", "jetson-nano", device_code="source").manifest
+def test_an_old_driver_and_full_memory_are_told_in_one_sentence(made):
+    manifest = made("jetson-nano", device_code="source").manifest.model_copy(deep=True)
     manifest.device_code.version = "7.4"
     with (
         pytest.raises(DanceError, match=r"driver of nano is too old .* PTX 7.4, which needs a driver for CUDA 11.4"),
