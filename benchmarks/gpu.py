@@ -3,11 +3,10 @@
     python -m benchmarks.gpu --static --json docs/benchmarks/gpu-static.json
     python -m benchmarks.gpu --json gpu.json            # on a machine with an NVIDIA GPU
 
-Statically: every kernel of C3D and R(2+1)D-18, dense, and of one layer with each kind of sparsity, compiled by NVRTC
-and ptxas for a Jetson Nano and an Orin Nano: registers, shared memory, spills, and the occupancy that follows. On a
-GPU: layers against cuDNN (PyTorch, fp32 without TF32, the better of both memory formats), speed-up ÷ reduction by axis
-and density, launch overhead, and the share of the roofline. Both sides are warm, take turns, and start from data on the
-GPU.
+Statically: the convolutions of C3D and R(2+1)D-18, dense, and of one layer with each kind of sparsity, compiled by
+NVRTC and ptxas for a Jetson Nano and an Orin Nano: registers, shared memory, spills, and the occupancy that follows. On
+a GPU: layers against cuDNN (PyTorch, fp32 without TF32, the better of both memory formats), speed-up ÷ reduction by axis
+and density, launch overhead, and the share of the roofline. Both sides are warm, take turns, and start from data there.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from dance_tvm.target import Gpu, Target, load_target
 from .kernels import C3D, R2PLUS1D, Layer, Masks
 
 STATIC_TARGETS = ("jetson-nano", "jetson-orin-nano")
-NETWORKS = ("c3d", "r2plus1d-18")
+LAYERS = {"c3d": C3D, "r2plus1d-18": R2PLUS1D}
 #: A warp gets its registers, a block its shared memory (bytes), in lots of this size (CUDA occupancy calculator).
 REGISTER_LOT, SHARED_LOT, MOST_BLOCKS = 256, 256, 32
 DENSITIES = (1.0, 0.75, 0.5, 0.25)
@@ -57,13 +56,13 @@ class StaticRow:
 
 def main(
     static: Annotated[bool, typer.Option("--static", help="ask ptxas; needs no GPU")] = False,
-    network: Annotated[list[str] | None, typer.Option(help="networks for --static")] = None,
+    network: Annotated[list[str] | None, typer.Option(help="with --static: all kernels of these networks too")] = None,
     rounds: Annotated[int, typer.Option(help="times that both sides take turns")] = 10,
     out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
 ) -> None:
     """Print the table and write the figures."""
     with plain_errors():
-        facts = _static(network or list(NETWORKS)) if static else _on_gpu(rounds)
+        facts = _static(network or []) if static else _on_gpu(rounds)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -74,7 +73,8 @@ def main(
 
 def _static(networks: list[str]) -> dict[str, Any]:
     targets = [load_target(name) for name in STATIC_TARGETS]
-    rows = [row for network in networks for row in network_rows(network, targets)]
+    rows = [row for target in targets for name in LAYERS for row in layer_rows(name, target)]
+    rows += [row for network in networks for row in network_rows(network, targets)]
     rows += [row for target in targets for row in sparse_rows(target)]
     table = Table("target", "network", "kernel", "variants", "threads", "registers", "shared", "spilled", "occupancy")
     for row in rows:
@@ -82,6 +82,21 @@ def _static(networks: list[str]) -> dict[str, Any]:
         table.add_row(row.target, row.network, row.kernel, *(str(number) for number in numbers), f"{row.occupancy:.2f}")
     Console(width=170).print(table)
     return {"rows": [asdict(row) for row in rows]}
+
+
+def layer_rows(network: str, target: Target) -> list[StaticRow]:
+    """The convolutions of a dense network's layers and their planners, without lowering the network."""
+    import tvm
+
+    from dance_tvm.schedules.gpu.conv3d_gather import conv3d_gather
+    from dance_tvm.schedules.gpu.row_plan import plan_rows
+
+    functions: dict[str, Any] = {}
+    for number, layer in enumerate(LAYERS[network]):
+        conv = block_conv(layer, target, Masks())
+        functions[f"{conv.name}{number if conv.name in functions else ''}"] = conv3d_gather(conv)
+        functions[f"plan_rows_gpu{number}"] = plan_rows(conv.plan)
+    return static_rows(network, device_code(tvm.IRModule(functions), target.tvm_target()), target)
 
 
 def network_rows(network: str, targets: list[Target]) -> list[StaticRow]:
