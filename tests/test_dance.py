@@ -28,6 +28,7 @@ from dance_tvm.sparsity.data import MotionDigits, Splits
 from dance_tvm.sparsity.training import Distillation, Logits, Settings
 from dance_tvm.sparsity.video import FrameWindows
 from dance_tvm.train import run
+from dance_tvm.transform.pipeline import Options
 
 SHAPE = (1, 8, 16, 16)
 
@@ -298,7 +299,8 @@ def test_shortened_training_moves_towards_its_budget(tmp_path: Path) -> None:
     amplified = run(method="ava", out=tmp_path / "ava", epochs=1, lr=2e-3, **common)  # type: ignore[arg-type]
     assert amplified.history[-1]["variability"] > 0
     options = {
-        "target_macs": 0.4, "compute": 6.0, "ramp": 0.3, "grid": 6, "controller_rate": 30, "threshold_rate": 60,
+        "target_macs": 0.4, "compute": 6.0, "ramp": 0.3, "grid": 6, "controller_rate": 20, "threshold_rate": 40,
+        "momentum": 0.3,
     }  # fmt: skip
     start = tmp_path / "ava" / "model.safetensors"
     pruned = run(method="aap", out=tmp_path / "aap", epochs=4, lr=2e-3, init=start, options=options, **common)  # type: ignore[arg-type]
@@ -366,20 +368,21 @@ def test_a_file_of_another_method_holds_no_controller(tmp_path: Path) -> None:
 # ---- compiled ----
 
 
-def test_compiled_kernels_execute_the_counted_macs_and_give_the_same_scores(tmp_path: Path) -> None:
-    graph = pruned_at_random(Three(), SHAPE, seed=6)
-    clips = torch.rand(6, 1, *SHAPE) * torch.rand(6, 1, 1, SHAPE[1], 1, 1)
-    built = build_network(torch.export.export(graph, (clips[0],)), tmp_path / "artifact", threads=1)
+def test_the_shipped_network_compiled_executes_the_counted_macs_and_gives_the_same_scores(tmp_path: Path) -> None:
+    graph, _ = load(SHIPPED)
+    clips, _ = held_out_clips(12)
+    options = Options(threads=1, conv="direct")  # Winograd kernels skip whole tiles and count no multiplications
+    built = build_network(DEFAULT_MODEL, tmp_path / "artifact", options=options, check=False)
     name = built.artifact.manifest.inputs[0].name
     counter, shares = MacCounter(graph), set()
     with open_device("local") as device:
         compiled = device.load(built.artifact)
-        for clip in clips:
+        for clip in clips[:, None]:
             with torch.no_grad():
                 expected = graph(clip).numpy()
             count = counter.count(controller_of(graph).decisions, 1)
             (found,) = compiled.run({name: clip.numpy()}).values()
-            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
             kernels = compiled.kernels({name: clip.numpy()}, repeats=0)
             executed = sum(call.work["macs"] for call in kernels if call.work)
             assert executed == int(count.executed[0])
