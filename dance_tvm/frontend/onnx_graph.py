@@ -29,6 +29,8 @@ from dance_tvm.frontend.torch_program import first_line
 
 OLDEST_OPSET = 17
 
+_CELLS = ("RNN", "GRU", "LSTM")  # one operator for a whole recurrent layer
+
 
 def import_onnx(path: Path, *, check: bool = True) -> Imported:
     """Import an ``.onnx`` file of opset 17 or later with fixed shapes; external data may lie beside it.
@@ -205,7 +207,9 @@ class _Importer(ONNXGraphImporter):
         known = {*_get_convert_map(), *_CONVERSIONS, "Constant"}
         for node in graph.node:
             if node.op_type not in known:
-                raise DanceError(f"The operator {node.op_type} of layer {_layer(node, set())!r} is not supported.")
+                told = f"The operator {node.op_type} of layer {_layer(node, set())!r} is not supported."
+                hint = " Export the network to .pt2: there it is made of simple operators."
+                raise DanceError(told + (hint if node.op_type in _CELLS else ""))
 
     def _construct(self, node: Any, weights: set[str]) -> None:
         layer = _layer(node, weights)
