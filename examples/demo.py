@@ -32,7 +32,8 @@ from dance_tvm.models.fetch import cache_folder
 from dance_tvm.models.transnetv2 import STEP, WINDOW, boundaries, clip_path, predict, read_frames, windows
 
 ALLOWED = 1e-4  # largest difference from PyTorch in probability
-EMULATED_WINDOWS = 2  # the clip's first and last: each takes half a minute there
+EMULATED_CALL_S = 1800.0  # a window may take minutes there where the machine is busy
+EMULATED_WINDOWS = 2  # the clip's first and last: each takes a minute or more there
 
 console = Console(highlight=False, soft_wrap=True)
 Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -109,7 +110,7 @@ def on_emulated_device(artifact: Artifact, clip: Sequence[np.ndarray], expected:
             raise DanceError(reason)
         with console.status("starting the emulated device") as status:
             prepare_emulator(status.update)
-            device = open_device("emulator")
+            device = open_device("emulator", call_timeout=EMULATED_CALL_S)
     except DanceError as error:
         console.print(f"emulated aarch64 device: not run, {error}")
         return
