@@ -1,12 +1,12 @@
 """GPU kernels: what a compiler says of them (`--static`, needs no GPU), or how fast they are beside cuDNN.
 
-    python -m benchmarks.gpu --static --json docs/benchmarks/gpu-static.json
+    python -m benchmarks.gpu --static --network c3d-mini --json gpu-static.json
     python -m benchmarks.gpu --json gpu.json            # on a machine with an NVIDIA GPU
 
 Statically: the convolutions of C3D and R(2+1)D-18, dense, and of one layer with each kind of sparsity, compiled by
 NVRTC and ptxas for a Jetson Nano and an Orin Nano: registers, shared memory, spills, and the occupancy that follows. On
-a GPU: layers against cuDNN (PyTorch, fp32 without TF32, the better of both memory formats), speed-up ÷ reduction by axis
-and density, launch overhead, and the share of the roofline. Both sides are warm, take turns, and start from data there.
+a GPU: layers against cuDNN (PyTorch, fp32 without TF32, the better of two memory formats), speed-up ÷ reduction by
+axis and density, launch overhead, share of the roofline. Both sides are warm, take turns, and start from data there.
 """
 
 from __future__ import annotations
