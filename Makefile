@@ -8,8 +8,8 @@ JOBS ?= 2
 export PYTHON VENV
 
 RUN := $(VENV)/bin/python
-# Each test process takes its share of the cores.
-THREADS := OMP_NUM_THREADS=1
+# Each test process takes its share of the cores. Text is UTF-8 even after a library has set its process to another locale.
+THREADS := OMP_NUM_THREADS=1 PYTHONUTF8=1
 
 .PHONY: demo test bench lint prepare constraints
 

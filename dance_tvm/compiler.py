@@ -202,7 +202,7 @@ def check_artifact(
         if insist or spec == "local":
             raise
         return Check(status="not run", device=spec, reason=str(error))
-    check = _compare(artifact.manifest, found, expected, spec)
+    check = _compare(artifact.manifest, found, expected, spec, TOLERANCE)
     stored["kernels"] = np.array([[call.mean or 0.0, call.mean_size or 0.0] for call in calls])
     return check
 
@@ -370,7 +370,7 @@ def _compare(
     found: dict[str, np.ndarray],
     expected: dict[str, np.ndarray],
     device: str,
-    tolerance: float = TOLERANCE,
+    tolerance: float,
 ) -> Check:
     worst, allowed = 0.0, tolerance
     for name, want in expected.items():

