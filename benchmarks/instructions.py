@@ -9,9 +9,7 @@ the same number every time. Needs the emulated device (`dance-tvm doctor`) and a
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -23,49 +21,11 @@ from dance_tvm.artifact import Artifact, load_artifact
 from dance_tvm.compiler import random_inputs
 from dance_tvm.device import prepare_emulator
 from dance_tvm.device.emulator import prepare, python_command
+from dance_tvm.device.instruction_counter import InstructionCounter
 from dance_tvm.errors import DanceError
 
 TIMEOUT_S = 900
 CALLS = 3
-
-# qemu's plugin interface, version 1 (docs/devel/tcg-plugins.rst); its header is not packaged apart from qemu's source.
-PLUGIN = r"""
-#include <stdint.h>
-#include <stdio.h>
-#include <stddef.h>
-typedef uint64_t qemu_plugin_id_t;
-struct qemu_plugin_tb;
-typedef struct qemu_info_t qemu_info_t;
-typedef void (*tb_trans_cb)(qemu_plugin_id_t, struct qemu_plugin_tb *);
-typedef void (*udata_cb)(qemu_plugin_id_t, void *);
-enum qemu_plugin_op { QEMU_PLUGIN_INLINE_ADD_U64 };
-extern size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *);
-extern void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t, tb_trans_cb);
-extern void qemu_plugin_register_vcpu_tb_exec_inline(struct qemu_plugin_tb *, enum qemu_plugin_op, void *, uint64_t);
-extern void qemu_plugin_register_atexit_cb(qemu_plugin_id_t, udata_cb, void *);
-
-#define EXPORT __attribute__((visibility("default")))
-EXPORT int qemu_plugin_version = 1;
-static uint64_t executed;
-
-static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb *block)
-{
-    qemu_plugin_register_vcpu_tb_exec_inline(block, QEMU_PLUGIN_INLINE_ADD_U64, &executed,
-                                             qemu_plugin_tb_n_insns(block));
-}
-
-static void ended(qemu_plugin_id_t id, void *data)
-{
-    fprintf(stderr, "\ninstructions %llu\n", (unsigned long long)executed);
-}
-
-EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)
-{
-    qemu_plugin_register_vcpu_tb_trans_cb(id, translated);
-    qemu_plugin_register_atexit_cb(id, ended, NULL);
-    return 0;
-}
-"""
 
 # What the emulated Python runs: model.so, inputs.npz, weights in order, and how often.
 PROGRAM = """
@@ -79,20 +39,6 @@ for _ in range(calls):
 """
 
 
-def build_plugin(folder: Path) -> Path:
-    """The counting plugin, compiled for this machine. Raises DanceError where the compiler fails."""
-    source, library = folder / "count.c", folder / "libcount.so"
-    source.write_text(PLUGIN)
-    compiler = [shutil.which("cc") or ""] if shutil.which("cc") else [sys.executable, "-m", "ziglang", "cc"]
-    done = subprocess.run(
-        [*compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(source)],
-        capture_output=True, text=True, timeout=TIMEOUT_S,
-    )  # fmt: skip
-    if done.returncode:
-        raise DanceError(f"qemu's counting plugin does not compile: {done.stderr.strip().splitlines()[-1]}")
-    return library
-
-
 def instructions(artifact: Artifact) -> int:
     """Instructions of one call of an artifact built for aarch64, its second and later ones.
 
@@ -101,22 +47,22 @@ def instructions(artifact: Artifact) -> int:
     system = prepare(lambda _sentence: None)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plugin = build_plugin(folder)
+        counter = InstructionCounter(folder)
         inputs = random_inputs(artifact.manifest.inputs)
         arguments = [inputs[tensor.name] for tensor in artifact.manifest.inputs] + list(artifact.weights())
         np.savez(folder / "inputs.npz", *arguments)
         (folder / "run.py").write_text(PROGRAM)
         qemu, *rest = python_command(system)
-        command = [qemu, "-plugin", str(plugin), "-E", "TVM_NUM_THREADS=1", *rest]
+        command = [qemu, *counter.options, "-E", "TVM_NUM_THREADS=1", *rest]
 
         def count(calls: int) -> int:
             program = [str(folder / "run.py"), str(artifact.library), str(folder / "inputs.npz"), str(calls)]
+            before = counter.read() if counter.file.exists() else 0
             done = subprocess.run([*command, *program], capture_output=True, text=True, timeout=TIMEOUT_S)
-            counted = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("instructions ")]
-            if done.returncode or not counted:
+            if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
                 raise DanceError(f"{artifact.path} does not run on the emulated device: {reason}")
-            return int(counted[-1])
+            return counter.read() - before
 
         return (count(1 + CALLS) - count(1)) // CALLS
 

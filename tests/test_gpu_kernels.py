@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import convolutions
 import numpy as np
 import pytest
 import torch
@@ -57,32 +58,12 @@ SMALL = BlockTile(32, 16, 8, 4, 4)
 
 
 @dataclass
-class Case:
-    """One convolution and the masks around it; masks are boolean arrays or None."""
+class Case(convolutions.Case):
+    """A convolution and its masks for blocks of threads."""
 
-    batch: int = 1
-    size: tuple[int, int, int] = (3, 5, 6)
     channels_in: int = 8
     channels_out: int = 12
-    kernel: tuple[int, int, int] = (3, 3, 3)
-    stride: tuple[int, int, int] = (1, 1, 1)
-    padding: tuple[int, int, int] = (1, 1, 1)
-    dilation: tuple[int, int, int] = (1, 1, 1)
-    groups: int = 1
     tile: BlockTile = SMALL
-    in_frames: np.ndarray | None = None
-    out_frames: np.ndarray | None = None
-    positions: np.ndarray | None = None
-    live_in: np.ndarray | None = None
-    live_out: np.ndarray | None = None
-    residual: bool = False
-    zero_dead: str = "all"
-
-    @property
-    def window(self) -> Window:
-        axes = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        out = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
-        return Window(self.batch, self.size, out, self.kernel, self.stride, self.padding, self.dilation)
 
     def conv(self) -> BlockConv:
         samples = self.batch if self.live_in is not None or self.live_out is not None else 1
