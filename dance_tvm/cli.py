@@ -49,6 +49,16 @@ def start(app: typer.Typer, name: str, arguments: list[str] | None = None) -> No
 def plain_errors() -> Iterator[None]:
     """Turn what the user can mend into one sentence and an exit code, and a request to end into a clean unwinding."""
     previous = signal.signal(signal.SIGTERM, _terminated)
+    asked_to_stop = False
+
+    def interrupt(_number: int, _frame: Any) -> NoReturn:
+        nonlocal asked_to_stop
+        asked_to_stop = True
+        raise KeyboardInterrupt
+
+    at_ctrl_c = signal.getsignal(signal.SIGINT)
+    if at_ctrl_c is signal.default_int_handler:  # a command started in the background may be told to ignore it
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     except DanceError as error:
@@ -63,7 +73,12 @@ def plain_errors() -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _fail(f"no space left on the disk ({error.filename or 'writing'}): free some and try again", BAD_INPUT)
+    except Exception:
+        if asked_to_stop:  # a library's threads give a KeyboardInterrupt back as an error of their own
+            _fail("interrupted", INTERRUPTED)
+        raise
     finally:
+        signal.signal(signal.SIGINT, at_ctrl_c)
         signal.signal(signal.SIGTERM, previous)
 
 

@@ -110,3 +110,19 @@ def test_a_request_to_end_unwinds():
         wait()
     assert ended.value.code == 143
     assert unwound
+
+
+def test_ctrl_c_that_a_library_gives_back_as_its_own_error_is_still_ctrl_c(capsys):
+    def search():
+        with plain_errors():
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+            except KeyboardInterrupt as interrupt:
+                raise RuntimeError("parallel_for error") from interrupt
+
+    with pytest.raises(SystemExit) as ended:
+        search()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -160,10 +160,11 @@ class Tuner:
     def _interruptible(self) -> Iterator[None]:
         """The first Ctrl-C lets the batch in flight end, the second does not."""
 
-        def stop(_number: int, _frame: Any) -> None:
-            if self.stopped:
-                raise KeyboardInterrupt
-            self.stopped = True
+        def stop(number: int, frame: Any) -> None:
+            if not self.stopped:
+                self.stopped = True
+            elif callable(previous):
+                previous(number, frame)
 
         if threading.current_thread() is not threading.main_thread():
             yield
