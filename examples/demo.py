@@ -2,7 +2,8 @@
 
 TransNetV2 finds the shot boundaries of a clip of 5,301 frames, first compiled for this machine and compared with
 PyTorch over the whole clip, then compiled for a phone and run on an emulated one over some windows of the clip.
-PyTorch's answers and the artifacts are kept: a second run computes neither again.
+PyTorch's answers, the emulated phone's to this very artifact and both artifacts are kept: a second run computes none of
+them again.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ EMULATED_WINDOWS = 2  # the clip's first and last: each takes a minute or more t
 
 console = Console(highlight=False, soft_wrap=True)
 Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+class NoDeviceError(Exception):
+    """The emulated device does not start; says why."""
 
 
 def main() -> None:
@@ -79,22 +84,32 @@ def build(network: Imported, target: str, out: Path) -> Artifact:
 
 
 def pytorch_answers(network: Imported, frames: np.ndarray, clip: Sequence[np.ndarray]) -> np.ndarray:
-    """PyTorch's outputs (windows, 2, 100), kept in the cache folder for the same network, frames and PyTorch."""
+    """PyTorch's outputs (windows, 2, 100), of an earlier run where the network, frames and PyTorch are the same."""
+    who = f"PyTorch {torch.__version__}"
+
+    def compute() -> np.ndarray:
+        model = pretrained("transnetv2")
+        begin = time.perf_counter()
+        answers = run_windows("PyTorch", torch_run(model), clip)
+        console.print(f"{who}: {time.perf_counter() - begin:.1f} s over the whole clip")
+        return answers
+
     key = hashlib.sha256(f"{network.source_sha256} {torch.__version__} {frames.shape}".encode())
     key.update(frames.data)
-    path = cache_folder() / f"transnetv2-answers-{key.hexdigest()[:16]}.npy"
-    shape = (len(clip), 2, WINDOW)
+    return kept(who, f"transnetv2-answers-{key.hexdigest()[:16]}.npy", (len(clip), 2, WINDOW), compute)
+
+
+def kept(who: str, name: str, shape: tuple[int, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """What an earlier run left in the cache folder under this name; where there is nothing sound, computed and left."""
+    path = cache_folder() / name
     try:
-        kept = np.load(path, allow_pickle=False)
-        if kept.shape == shape and kept.dtype == np.float32 and np.isfinite(kept).all():
-            console.print(f"PyTorch {torch.__version__}: its answers of an earlier run ({path})")
-            return kept
+        found = np.load(path, allow_pickle=False)
+        if found.shape == shape and found.dtype == np.float32 and np.isfinite(found).all():
+            console.print(f"{who}: its answers of an earlier run ({path}; delete it to compute them again)")
+            return found
     except (OSError, ValueError, EOFError):
         pass  # none yet, or torn: computed now
-    model = pretrained("transnetv2")
-    begin = time.perf_counter()
-    answers = run_windows("PyTorch", torch_run(model), clip)
-    console.print(f"PyTorch {torch.__version__}: {time.perf_counter() - begin:.1f} s over the whole clip")
+    answers = compute()
     beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with beside.open("wb") as file:
         np.save(file, answers)
@@ -103,20 +118,35 @@ def pytorch_answers(network: Imported, frames: np.ndarray, clip: Sequence[np.nda
 
 
 def on_emulated_device(artifact: Artifact, clip: Sequence[np.ndarray], expected: np.ndarray) -> None:
-    """Some windows over TVM RPC; says so and goes on where there is no device. Raises DanceError where they differ."""
-    begin = time.perf_counter()
+    """Some windows over TVM RPC; says so and goes on where there is no device. Raises DanceError where they differ.
+
+    An artifact's answers to the same windows are kept: each takes the emulated device minutes.
+    """
+    if reason := emulator_available():
+        console.print(f"emulated aarch64 device: not run, {reason}")
+        return
+
+    def compute() -> np.ndarray:
+        begin = time.perf_counter()
+        try:
+            with console.status("starting the emulated device") as status:
+                prepare_emulator(status.update)
+                device = open_device("emulator", call_timeout=EMULATED_CALL_S)
+        except DanceError as error:
+            raise NoDeviceError(str(error)) from error
+        with device:
+            console.print(f"{facts_of(device)}: started in {time.perf_counter() - begin:.1f} s")
+            return run_windows("emulated device", run_of(device.load(artifact)), clip)
+
+    key = hashlib.sha256(artifact.manifest.files["model.so"].sha256.encode())
+    for window in clip:
+        key.update(window.data)
+    name = f"transnetv2-emulated-{key.hexdigest()[:16]}.npy"
     try:
-        if reason := emulator_available():
-            raise DanceError(reason)
-        with console.status("starting the emulated device") as status:
-            prepare_emulator(status.update)
-            device = open_device("emulator", call_timeout=EMULATED_CALL_S)
-    except DanceError as error:
+        found = kept("emulated device", name, (len(clip), 2, WINDOW), compute)
+    except NoDeviceError as error:
         console.print(f"emulated aarch64 device: not run, {error}")
         return
-    with device:
-        console.print(f"{facts_of(device)}: started in {time.perf_counter() - begin:.1f} s")
-        found = run_windows("emulated device", run_of(device.load(artifact)), clip)
     console.print(f"{len(clip)} windows of {WINDOW} frames, from the clip's beginning to its end")
     compare(found, expected)
 

@@ -85,6 +85,48 @@ def test_without_an_emulated_device_it_says_so_and_goes_on(monkeypatch, capsys):
     assert "not run, qemu-user missing" in capsys.readouterr().out
 
 
+def test_a_device_that_does_not_start_is_not_an_error_and_answers_are_kept_by_artifact(monkeypatch, capsys, tmp_path):
+    """A device that starts is asked once for each artifact; one that does not is named."""
+    monkeypatch.setenv("DANCE_TVM_CACHE", str(tmp_path))
+    monkeypatch.setattr(demo, "emulator_available", lambda: "")
+    monkeypatch.setattr(demo, "prepare_emulator", lambda _said: None)
+    asked: list[str] = []
+
+    class Device:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_problem):
+            pass
+
+        def facts(self):
+            return {"machine": "aarch64"}
+
+        def load(self, artifact):
+            asked.append(artifact.manifest.files["model.so"].sha256)
+            outputs = {"single": np.ones((1, 100), np.float32), "every": np.zeros((1, 100), np.float32)}
+            tensor = SimpleNamespace(name="frames")
+            return SimpleNamespace(manifest=SimpleNamespace(inputs=[tensor]), run=lambda _inputs: outputs)
+
+    def artifact(sha256):
+        return SimpleNamespace(manifest=SimpleNamespace(files={"model.so": SimpleNamespace(sha256=sha256)}))
+
+    def silent(*_arguments, **_options):
+        raise DanceError("the server did not answer")
+
+    window = np.zeros((1, 3, 100, 2, 2), np.uint8)
+    expected = np.stack([np.ones(100, np.float32), np.zeros(100, np.float32)])[None]
+    monkeypatch.setattr(demo, "open_device", silent)
+    demo.on_emulated_device(artifact("a"), [window], expected)
+    assert "not run, the server did not answer" in capsys.readouterr().out
+    monkeypatch.setattr(demo, "open_device", lambda *_arguments, **_options: Device())
+    for sha256 in ("a", "a", "b"):
+        demo.on_emulated_device(artifact(sha256), [window], expected)
+    assert asked == ["a", "b"]
+    with pytest.raises(DanceError, match="in probability"):
+        demo.on_emulated_device(artifact("b"), [window], 1 - expected)
+
+
 def test_other_boundaries_or_probabilities_are_an_error():
     expected = np.zeros((2, 100), np.float32)
     expected[0, 40] = 1
