@@ -3,8 +3,8 @@
     python benchmarks/instructions.py ARTIFACT [ARTIFACT ...]      artifacts built for aarch64, one thread
 
 A plugin of qemu adds up the instructions of every translated block as it is executed. Starting the emulated Python
-takes a thousand times more than a call, so each artifact runs once and then four times: the difference is three calls,
-the same number every time. Needs the emulated device (`dance-tvm doctor`) and a C compiler (cc, or the ziglang wheel).
+takes a thousand times more than a call, so each artifact runs once and then a few times more: the difference is those
+calls, the same number every time. Needs the emulated device (`dance-tvm doctor`) and a C compiler (cc, or the ziglang wheel).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dance_tvm.device.emulator import prepare, python_command
 from dance_tvm.device.instruction_counter import InstructionCounter
 from dance_tvm.errors import DanceError
 
-TIMEOUT_S = 900
+TIMEOUT_S = 3600
 CALLS = 3
 
 # What the emulated Python runs: model.so, inputs.npz, weights in order, and how often.
@@ -39,8 +39,8 @@ for _ in range(calls):
 """
 
 
-def instructions(artifact: Artifact) -> int:
-    """Instructions of one call of an artifact built for aarch64, its second and later ones.
+def instructions(artifact: Artifact, calls: int = CALLS) -> int:
+    """Instructions of one call of an artifact built for aarch64, the mean of so many ``calls`` after its first.
 
     Raises DanceError where the emulated device is not there or cannot run the artifact.
     """
@@ -55,8 +55,8 @@ def instructions(artifact: Artifact) -> int:
         qemu, *rest = python_command(system)
         command = [qemu, *counter.options, "-E", "TVM_NUM_THREADS=1", *rest]
 
-        def count(calls: int) -> int:
-            program = [str(folder / "run.py"), str(artifact.library), str(folder / "inputs.npz"), str(calls)]
+        def count(times: int) -> int:
+            program = [str(folder / "run.py"), str(artifact.library), str(folder / "inputs.npz"), str(times)]
             before = counter.read() if counter.file.exists() else 0
             done = subprocess.run([*command, *program], capture_output=True, text=True, timeout=TIMEOUT_S)
             if done.returncode:
@@ -64,7 +64,7 @@ def instructions(artifact: Artifact) -> int:
                 raise DanceError(f"{artifact.path} does not run on the emulated device: {reason}")
             return counter.read() - before
 
-        return (count(1 + CALLS) - count(1)) // CALLS
+        return (count(1 + calls) - count(1)) // calls
 
 
 def main(artifacts: Annotated[list[Path], typer.Argument(help="built for aarch64, the dense one first")]) -> None:
