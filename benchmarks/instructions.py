@@ -4,7 +4,8 @@
 
 A plugin of qemu adds up the instructions of every translated block as it is executed. Starting the emulated Python
 takes a thousand times more than a call, so each artifact runs once and then a few times more: the difference is those
-calls, the same number every time. Needs the emulated device (`dance-tvm doctor`) and a C compiler (cc, or the ziglang wheel).
+calls, the same number every time. Needs the emulated device (`dance-tvm doctor`) and a C compiler (cc, or the
+ziglang wheel).
 """
 
 from __future__ import annotations
