@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from statistics import mean
 
 from .conv3d_gather import GatherConv, Tile
 from .conv3d_kgs import KernelGroupConv
@@ -42,9 +43,10 @@ MOST_SCRATCH = 96 << 20
 KERNEL_GROUP_EFFICIENCY = 0.9
 #: Cycles to copy one weight into a panel: of single output channels, or of rows for listed input channels.
 GATHER_COLUMN_CYCLES, GATHER_ROW_CYCLES = 0.8, 0.2
-#: Share of the multiply-adds that masks are taken to leave, each axis thinned alike: they are not known when a network
-#: is built.
-ASSUMED_LEFT = 0.5
+#: Shares of the multiply-adds that masks may leave, each axis thinned alike. They are not known when a network is
+#: built, so a kernel is judged by its mean time over these: one that is fast under thin masks alone would be slow on a
+#: clip that keeps nearly everything.
+ASSUMED_LEFT = (0.5, 1.0)
 #: Of the positions of a tile, so many are taken to live or die on their own: masks come in patches.
 PATCHES_IN_TILE = 2
 #: A kernel with the larger weights must be this much faster to be worth its memory.
@@ -181,16 +183,16 @@ def _runs(plan: WinogradPlan) -> list[tuple[int, int]]:
     return [(count, len(taps)) for taps, count in rows.items()]
 
 
-def _density(conv: GatherConv | WinogradConv) -> float:
-    """Share of each thinned axis that is expected to be alive."""
+def _densities(conv: GatherConv | WinogradConv) -> list[float]:
+    """Shares of each thinned axis that may be alive, all axes alike."""
     plan = conv.plan
-    thinned = (conv.live_in, conv.live_out, plan.in_frames, plan.out_frames, plan.positions is not None)
-    return ASSUMED_LEFT ** (1 / max(1, sum(thinned)))
+    thinned = sum((conv.live_in, conv.live_out, plan.in_frames, plan.out_frames, plan.positions is not None))
+    return [left ** (1 / thinned) for left in ASSUMED_LEFT] if thinned else [1.0]
 
 
-def _live_share(conv: WinogradConv) -> float:
-    """Share of the rows of tiles that is expected to be alive, and in frames of one another."""
-    plan, dead = conv.plan, 1 - _density(conv)
+def _live_share(conv: WinogradConv, density: float) -> float:
+    """Share of the rows of tiles that is alive, and in frames of one another, where each axis keeps ``density``."""
+    plan, dead = conv.plan, 1 - density
     dead_frame = dead ** plan.m[0] if plan.out_frames else 0.0
     dead_place = dead**PATCHES_IN_TILE if plan.positions else 0.0
     taps = 1 - dead if plan.in_frames and not plan.transformed[0] else 1.0
@@ -214,8 +216,8 @@ def _with_traffic(machine: Machine, threads: int, cycles: float, weight_bytes: f
     return max(arithmetic, traffic) + NOT_HIDDEN * min(arithmetic, traffic)
 
 
-def _channel_share(conv: GatherConv | WinogradConv) -> float:
-    return _density(conv) ** (conv.live_in + conv.live_out)
+def _channel_share(conv: GatherConv | WinogradConv, density: float) -> float:
+    return density ** (conv.live_in + conv.live_out)
 
 
 def _gather_cycles(conv: GatherConv | WinogradConv, weights: float) -> float:
@@ -226,41 +228,49 @@ def _gather_cycles(conv: GatherConv | WinogradConv, weights: float) -> float:
 
 
 def direct_seconds(conv: GatherConv, machine: Machine, threads: int) -> float:
-    """Predicted time of the direct kernel, masks taken to leave half of what they thin."""
+    """Predicted time of the direct kernel, the mean over the masks that are expected."""
+    return mean(_direct_seconds(conv, machine, threads, density) for density in _densities(conv))
+
+
+def _direct_seconds(conv: GatherConv, machine: Machine, threads: int, density: float) -> float:
     window, tile, plan = conv.window, conv.tile, conv.plan
-    share = _channel_share(conv)
+    share = _channel_share(conv, density)
     if isinstance(conv, KernelGroupConv):
         share *= conv.columns / (conv.panels * window.taps * conv.depth) / KERNEL_GROUP_EFFICIENCY
     for thinned in (plan.out_frames, plan.positions is not None, plan.dynamic_taps):
-        share *= _density(conv) if thinned else 1.0
+        share *= density if thinned else 1.0
     register_tile = (tile.mr, tile.vectors, tile.step)
     cycles = predicted_cycles(machine, window.positions_out, conv.group_out, register_tile) * conv.groups
     taps = window.tap_positions / max(1, window.positions_out)
     cycles *= taps * conv.depth * share
-    elements = window.taps * conv.depth * conv.channels_out * _channel_share(conv)
-    blocks = max(1.0, window.positions_out * _row_share(conv) / plan.samples / (tile.mr * tile.block_tiles))
+    elements = window.taps * conv.depth * conv.channels_out * _channel_share(conv, density)
+    blocks = max(1.0, window.positions_out * _row_share(conv, density) / plan.samples / (tile.mr * tile.block_tiles))
     cycles += _gather_cycles(conv, elements) * plan.samples * blocks
     repeats = 1 + (plan.samples - 1) / (1 if 4 * elements > machine.l3 / 2 else CACHE_RATE)
     weights = 4.0 * window.taps * conv.depth * conv.channels_out * share * repeats
     return _with_traffic(machine, threads, cycles, weights)
 
 
-def _row_share(conv: GatherConv) -> float:
-    """Share of the rows that are expected to be computed."""
-    return _density(conv) ** (conv.plan.out_frames + (conv.plan.positions is not None))
+def _row_share(conv: GatherConv, density: float) -> float:
+    """Share of the rows that are computed where each axis keeps ``density``."""
+    return density ** (conv.plan.out_frames + (conv.plan.positions is not None))
 
 
 def winograd_seconds(conv: WinogradConv, machine: Machine, threads: int) -> float:
-    """Predicted time of a Winograd kernel, masks taken to leave half of what they thin."""
+    """Predicted time of a Winograd kernel, the mean over the masks that are expected."""
+    return mean(_winograd_seconds(conv, machine, threads, density) for density in _densities(conv))
+
+
+def _winograd_seconds(conv: WinogradConv, machine: Machine, threads: int, density: float) -> float:
     plan, tile = conv.plan, conv.tile
-    alive, share = _live_share(conv), _channel_share(conv)
+    alive, share = _live_share(conv, density), _channel_share(conv, density)
     chunks = plan.chunks * alive
     register_tile = (tile.mr, tile.vectors, tile.step)
     cycles = 0.0
     for rows, taps in _runs(plan):
         tiles = -(-rows // tile.mr) * conv.panels
         cycles += predicted_cycles(machine, rows, conv.channels_out, register_tile) * taps * conv.channels_in * share
-        cycles += tiles * TILE_CYCLES * (_density(conv) if conv.live_out else 1.0)
+        cycles += tiles * TILE_CYCLES * (density if conv.live_out else 1.0)
     elements = plan.taps * conv.channels_in * conv.channels_out * share
     cycles += _gather_cycles(conv, elements)
     weights = 4.0 * plan.xi * elements

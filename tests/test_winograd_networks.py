@@ -13,6 +13,7 @@ from torch import nn
 from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 
+from dance_tvm.schedules import winograd_choice
 from dance_tvm.schedules.conv3d_gather import GatherConv
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.row_plan import RowPlan
@@ -100,7 +101,11 @@ def test_thin_layers_stay_direct() -> None:
     assert choice.reason.startswith("direct: Winograd")
 
 
-def test_unread_frames_are_not_transformed_together_with_read_ones() -> None:
-    choice = choose(gather(256, 256, (8, 28, 28), out_frames=True), SERVER, 1)
-    assert isinstance(choice.conv, WinogradConv)
-    assert choice.conv.plan.m[0] == 1
+def test_masks_of_frames_are_met_by_the_tile_that_is_fast_whether_they_are_thin_or_full(monkeypatch) -> None:
+    """Four frames transformed together save most where all are read; where few are, frames are left out one by one."""
+    masked, dense = gather(256, 256, (8, 28, 28), out_frames=True), gather(256, 256, (8, 28, 28))
+    chosen = choose(masked, SERVER, 1).conv
+    monkeypatch.setattr(winograd_choice, "ASSUMED_LEFT", (1.0,))
+    assert winograd_seconds(chosen, SERVER, 1) <= 1.2 * winograd_seconds(choose(dense, SERVER, 1).conv, SERVER, 1)
+    monkeypatch.setattr(winograd_choice, "ASSUMED_LEFT", (0.1,))
+    assert choose(masked, SERVER, 1).conv.plan.m[0] == 1
