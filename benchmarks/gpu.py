@@ -1,10 +1,11 @@
 """GPU kernels: what a compiler says of them (`--static`, needs no GPU), or how fast they are beside cuDNN.
 
-    python -m benchmarks.gpu --static --network c3d-mini --json gpu-static.json
+    python -m benchmarks.gpu --static --json docs/benchmarks/gpu-static.json
     python -m benchmarks.gpu --json gpu.json            # on a machine with an NVIDIA GPU
 
-Statically: the convolutions of C3D and R(2+1)D-18, dense, and of one layer with each kind of sparsity, compiled by
-NVRTC and ptxas for a Jetson Nano and an Orin Nano: registers, shared memory, spills, and the occupancy that follows. On
+Statically: every kernel of C3D and R(2+1)D-18, dense, and of one layer with each kind of sparsity, compiled by NVRTC
+and ptxas for a Jetson Nano and an Orin Nano: registers, shared memory, spills, and the occupancy that follows. Each is
+written as soon as it is known, with a table beside the figures; a run that was ended goes on where its file stands. On
 a GPU: layers against cuDNN (PyTorch, fp32 without TF32, the better of two memory formats), speed-up ÷ reduction by
 axis and density, launch overhead, share of the roofline. Both sides are warm, take turns, and start from data there.
 """
@@ -14,7 +15,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -25,15 +27,15 @@ from rich.console import Console
 from rich.table import Table
 
 from dance_tvm.cli import plain_errors
-from dance_tvm.device.opencl import DeviceCode, device_code
-from dance_tvm.device_code import KernelFacts, assemble, compile_ptx
+from dance_tvm.device.launches import device_code
+from dance_tvm.device_code import assemble, compile_ptx
 from dance_tvm.errors import DanceError
 from dance_tvm.target import Gpu, Target, load_target
 
 from .kernels import C3D, R2PLUS1D, Layer, Masks
 
 STATIC_TARGETS = ("jetson-nano", "jetson-orin-nano")
-LAYERS = {"c3d": C3D, "r2plus1d-18": R2PLUS1D}
+NETWORKS = ("c3d", "r2plus1d-18")
 #: A warp gets its registers, a block its shared memory (bytes), in lots of this size (CUDA occupancy calculator).
 REGISTER_LOT, SHARED_LOT, MOST_BLOCKS = 256, 256, 32
 DENSITIES = (1.0, 0.75, 0.5, 0.25)
@@ -45,8 +47,9 @@ class StaticRow:
 
     target: str
     network: str
+    function: str
     kernel: str
-    variants: int
+    ptx: str
     threads: int
     registers: int
     shared: int
@@ -56,70 +59,101 @@ class StaticRow:
 
 def main(
     static: Annotated[bool, typer.Option("--static", help="ask ptxas; needs no GPU")] = False,
-    network: Annotated[list[str] | None, typer.Option(help="with --static: all kernels of these networks too")] = None,
+    network: Annotated[list[str] | None, typer.Option(help="with --static: the kernels of these networks")] = None,
     rounds: Annotated[int, typer.Option(help="times that both sides take turns")] = 10,
     out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
 ) -> None:
     """Print the table and write the figures."""
     with plain_errors():
-        facts = _static(network or []) if static else _on_gpu(rounds)
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        if static:
+            standing = Standing.at(out)
+            fill(standing, [load_target(name) for name in STATIC_TARGETS], network or list(NETWORKS))
+            print(table_of(standing.rows))
+        else:
+            write(out, json.dumps(_on_gpu(rounds), indent=1))
+
+
+def write(path: Path | None, text: str) -> None:
+    """Replace the file, if there is to be one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".new")
+        beside.write_text(text + "\n", encoding="utf-8")
+        beside.replace(path)
 
 
 # -- without a GPU ----------------------------------------------------------------------------------------------------
 
 
-def _static(networks: list[str]) -> dict[str, Any]:
-    targets = [load_target(name) for name in STATIC_TARGETS]
-    rows = [row for target in targets for name in LAYERS for row in layer_rows(name, target)]
-    rows += [row for network in networks for row in network_rows(network, targets)]
-    rows += [row for target in targets for row in sparse_rows(target)]
-    table = Table("target", "network", "kernel", "variants", "threads", "registers", "shared", "spilled", "occupancy")
-    for row in rows:
-        numbers = [row.variants, row.threads, row.registers, row.shared, row.spills]
-        table.add_row(row.target, row.network, row.kernel, *(str(number) for number in numbers), f"{row.occupancy:.2f}")
-    Console(width=170).print(table)
-    return {"rows": [asdict(row) for row in rows]}
+@dataclass
+class Standing:
+    """What a static run has found so far; ``done`` names targets and networks that are complete."""
+
+    path: Path | None = None
+    rows: list[StaticRow] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def at(path: Path | None) -> Standing:
+        """What an unfinished run left in the file; nothing where the run came to its end."""
+        if path is None or not path.exists():
+            return Standing(path)
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts["complete"]:
+            return Standing(path)
+        return Standing(path, [StaticRow(**row) for row in facts["rows"]], facts["done"])
+
+    def functions(self, target: Target, network: str) -> set[str]:
+        """Functions that have their rows."""
+        return {row.function for row in self.rows if (row.target, row.network) == (target.name, network)}
+
+    def keep(self, complete: bool = False) -> None:
+        """Write the figures, and the table beside them."""
+        rows = [asdict(row) for row in self.rows]
+        write(self.path, json.dumps({"complete": complete, "done": self.done, "rows": rows}, indent=1))
+        if self.path is not None:
+            write(self.path.with_suffix(".md"), table_of(self.rows))
 
 
-def layer_rows(network: str, target: Target) -> list[StaticRow]:
-    """The convolutions of a dense network's layers and their planners, without lowering the network."""
-    import tvm
+def fill(standing: Standing, targets: list[Target], networks: list[str]) -> None:
+    """Ask ptxas about every function that has no rows yet."""
+    imported: dict[str, Any] = {}
+    for target in targets:
+        for name, functions in units(target, networks, imported).items():
+            if f"{target.name} {name}" in standing.done:
+                continue
+            known = standing.functions(target, name)
+            for function, func in functions().items():
+                if function not in known:
+                    standing.rows += static_rows(name, function, func, target)
+                    standing.keep()
+            standing.done.append(f"{target.name} {name}")
+            standing.keep()
+    standing.keep(complete=True)
 
-    from dance_tvm.schedules.gpu.conv3d_gather import conv3d_gather
-    from dance_tvm.schedules.gpu.row_plan import plan_rows
 
-    functions: dict[str, Any] = {}
-    for number, layer in enumerate(LAYERS[network]):
-        conv = block_conv(layer, target, Masks())
-        functions[f"{conv.name}{number if conv.name in functions else ''}"] = conv3d_gather(conv)
-        functions[f"plan_rows_gpu{number}"] = plan_rows(conv.plan)
-    return static_rows(network, device_code(tvm.IRModule(functions), target.tvm_target()), target)
+def units(target: Target, networks: list[str], imported: dict[str, Any]) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is compiled for one target: functions of whole networks, and of a layer thinned in each way."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {
+        network: partial(network_kernels, network, target, imported) for network in networks
+    }
+    for name, functions in sparse_kernels(C3D[3], target).items():
+        found[f"conv3b, {name}"] = partial(dict, functions)
+    return found
 
 
-def network_rows(network: str, targets: list[Target]) -> list[StaticRow]:
-    """All kernels of a dense network for each target."""
+def network_kernels(network: str, target: Target, imported: dict[str, Any]) -> dict[str, Any]:
+    """All kernels of a dense network; ``imported`` keeps networks from one target to the next."""
+    from tvm import tirx
+
     from dance_tvm.frontend import import_model
     from dance_tvm.transform.pipeline import Options, lower
 
-    imported, rows = import_model(network, check=False), []
-    for target in targets:
-        lowered = lower(imported.mod, target, Options())
-        rows += static_rows(network, device_code(lowered.mod, target.tvm_target()), target)
-    return rows
-
-
-def sparse_rows(target: Target) -> list[StaticRow]:
-    """C3D's conv3b with each kind of list, and its planners."""
-    import tvm
-
-    rows = []
-    for name, functions in sparse_kernels(C3D[3], target).items():
-        code = device_code(tvm.IRModule(functions), target.tvm_target())
-        rows += static_rows(f"conv3b, {name}", code, target)
-    return rows
+    if network not in imported:
+        imported[network] = import_model(network, check=False)
+    lowered = lower(imported[network].mod, target, Options(sparsity="off"))
+    functions = {name.name_hint: func for name, func in lowered.mod.functions_items()}
+    return {name: func for name, func in functions.items() if isinstance(func, tirx.PrimFunc)}
 
 
 def sparse_kernels(layer: Layer, target: Target) -> dict[str, dict[str, Any]]:
@@ -161,30 +195,56 @@ def sparse_kernels(layer: Layer, target: Target) -> dict[str, dict[str, Any]]:
     return kernels
 
 
-def static_rows(network: str, code: DeviceCode, target: Target) -> list[StaticRow]:
-    """What ptxas says of ``code``, kernels that differ only in shapes together: the hungriest of them."""
+def static_rows(network: str, function: str, func: Any, target: Target) -> list[StaticRow]:
+    """What ptxas says of each kernel that a function launches."""
+    import tvm
+
     assert target.gpu is not None
     arch = str(target.tvm["arch"])
+    code = device_code(tvm.IRModule({function: func}), target.tvm_target())
     threads = {each.kernel: int(np.prod(each.block)) for plan in code.plans.values() for each in plan.launches}
-    families: dict[str, list[KernelFacts]] = {}
-    for fact in assemble(compile_ptx(code.source, arch, target.gpu.ptx), arch):
-        families.setdefault(_family(fact.name, threads[fact.name]), []).append(fact)
     rows = []
-    for family, facts in families.items():
-        most = max(facts, key=lambda fact: (fact.spills, fact.registers, fact.shared))
-        size = threads[most.name]
-        busy = occupancy(target.gpu, size, most.registers, most.shared)
-        spills = sum(fact.spills for fact in facts)
+    for fact in assemble(compile_ptx(code.source, arch, target.gpu.ptx), arch):
+        size = threads[fact.name]
+        busy = occupancy(target.gpu, size, fact.registers, fact.shared)
         rows.append(
-            StaticRow(target.name, network, family, len(facts), size, most.registers, most.shared, spills, busy)
-        )
-    return sorted(rows, key=lambda row: row.kernel)
+            StaticRow(
+                target.name, network, function, fact.name, target.gpu.ptx, size, fact.registers, fact.shared,
+                fact.spills, busy,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def table_of(rows: list[StaticRow]) -> str:
+    """A Markdown table; kernels that differ only in shapes are one line, with the hungriest of them."""
+    families: dict[tuple[str, str, str], list[StaticRow]] = {}
+    for row in rows:
+        families.setdefault((row.target, row.network, _family(row.kernel, row.threads)), []).append(row)
+    titles = (
+        "target",
+        "PTX",
+        "network",
+        "kernel",
+        "variants",
+        "threads",
+        "registers",
+        "shared, bytes",
+        "spilled, bytes",
+    )
+    lines = [f"| {' | '.join((*titles, 'occupancy'))} |", "|" + "---|" * (len(titles) + 1)]
+    for (target, network, family), alike in sorted(families.items()):
+        most = max(alike, key=lambda row: (row.spills, row.registers, row.shared))
+        spills = sum(row.spills for row in alike)
+        cells = [target, most.ptx, network, family, len(alike), most.threads, most.registers, most.shared, spills]
+        lines.append(f"| {' | '.join(map(str, cells))} | {most.occupancy:.2f} |")
+    return "\n".join(lines)
 
 
 def _family(kernel: str, threads: int) -> str:
     """A kernel's name without the numbers that keep names of one module apart."""
     name = re.sub(r"_kernel(_\d+)?$", "", kernel)
-    if not re.search(r"_gpu", name):
+    if "_gpu" not in name:
         return f"elementwise, copies, reductions ({threads} threads)"
     return re.sub(r"(_t[48]x[48])\d+$", r"\1", re.sub(r"(f32|f16|gpu|_r\d|_b32)(\d*)$", r"\1", name))
 
@@ -259,7 +319,8 @@ def opencl_device() -> Device:
     """An OpenCL device of this machine through pyopencl."""
     import tvm
 
-    from dance_tvm.device.opencl import OpenCLSession, opencl_target
+    from dance_tvm.device.launches import opencl_target
+    from dance_tvm.device.opencl import OpenCLSession
 
     session = OpenCLSession()
 

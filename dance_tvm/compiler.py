@@ -219,7 +219,8 @@ def check_kernels(
 
     The library itself needs its GPU; this shows that schedules and lists are right. Raises as ``check_artifact`` does.
     """
-    from dance_tvm.device.opencl import OpenCLNetwork, OpenCLSession
+    from dance_tvm.device.opencl import OpenCLSession
+    from dance_tvm.device.opencl_network import OpenCLNetwork
 
     manifest = artifact.manifest
     inputs = random_inputs(manifest.inputs)
@@ -274,10 +275,20 @@ def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax
         planned.append(base(module))
         return planned[-1]
 
-    executable = relax.build(lowered.mod, target, relax_pipeline=pipeline)
+    with tvm.transform.PassContext(config=host_code_of(machine)):
+        executable = relax.build(lowered.mod, target, relax_pipeline=pipeline)
     _dump(options.debug_dump, "planned", planned[0])
     weights = _constant_bytes(lowered.mod) + sum(array.nbytes for array in lowered.weights.values())
     return executable, weights + _planned_storage(planned[0])
+
+
+def host_code_of(machine: Target) -> dict[str, Any]:
+    """TVM's configuration for the functions that launch kernels of a GPU: they leave their arguments unchecked.
+
+    The virtual machine checks what it is given; behind it, types and shapes are the compiler's own, and the checks would
+    be most of what LLVM compiles.
+    """
+    return {"tirx.disable_assert": machine.gpu is not None}
 
 
 def _gpu_pipeline(target: tvm.target.Target) -> tvm.transform.Pass:

@@ -1,9 +1,12 @@
-"""This machine's NVIDIA GPU, as its driver describes it."""
+"""This machine's NVIDIA GPU, as its driver describes it, and the name of its OpenCL device."""
 
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import Any
+
+from dance_tvm.errors import DanceError
 
 #: fp32 multiply-adds a cycle of one multiprocessor, by compute capability (CUDA C++ programming guide).
 _LANES = {
@@ -54,6 +57,37 @@ def detect_cuda() -> dict[str, Any] | None:
         facts[key] = value.value
     cuda = (version.value // 1000, version.value % 1000 // 10)
     return _described(facts, name.value.decode(), size.value, cuda)
+
+
+def opencl_devices() -> list[Any]:
+    """The OpenCL devices of this machine. Raises DanceError where pyopencl is not installed."""
+    cl = pyopencl()
+    try:
+        return [device for platform in cl.get_platforms() for device in platform.get_devices()]
+    except cl.LogicError:  # how pyopencl says that there is no platform
+        return []
+
+
+@lru_cache(maxsize=1)
+def pyopencl() -> Any:
+    """The module. Raises DanceError where it is not installed."""
+    try:
+        import pyopencl as module
+    except ImportError:
+        raise DanceError("there is no OpenCL here: pip install 'dance-tvm[gpu]'") from None
+    return module
+
+
+def detect_opencl() -> dict[str, Any] | None:
+    """The first OpenCL device's name in the form of a target file; None where there is none.
+
+    Its limits are left out: code for the target ``opencl`` keeps within those that all devices have.
+    """
+    try:
+        devices = opencl_devices()
+    except DanceError:
+        return None
+    return {"gpu": {"name": devices[0].name}} if devices else None
 
 
 def _described(facts: dict[str, int], name: str, memory: int, cuda: tuple[int, int]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Gpu(_Facts):
     Of one unit (multiprocessor, shader processor): ``lanes`` are fp32 multiply-adds a cycle, ``registers`` are 32-bit
     ones, ``shared`` bytes; ``block_threads``, ``block_registers`` and ``block_shared`` are the most that one block may
     have; ``warp`` threads run in step. ``ptx`` is the newest PTX that the device's driver takes, which follows from
-    ``driver``.
+    ``driver``. ``assumed``: these are limits that all such devices keep, not the facts of this one.
     """
 
     name: str
@@ -84,6 +84,7 @@ class Gpu(_Facts):
     shared: int = Field(ge=1)
     block_shared: int = Field(ge=1)
     fp16: bool
+    assumed: bool = False
     ptx: str = ""
     driver: str = ""
 
@@ -224,9 +225,9 @@ def _with_detected(facts: dict[str, Any]) -> dict[str, Any]:
         facts[key] = {**detected.pop(key), **facts.get(key, {})}
     if "gpu" in facts:
         detected["host"] = detected.pop("tvm")
-        if facts["tvm"]["kind"] == "cuda":
-            from dance_tvm.gpu import detect_cuda
+        from dance_tvm.gpu import detect_cuda, detect_opencl
 
-            for key, value in (detect_cuda() or {}).items():
-                facts[key] = {**facts[key], **value} if isinstance(value, dict) else value
+        found = detect_cuda() if facts["tvm"]["kind"] == "cuda" else detect_opencl()
+        for key, value in (found or {}).items():
+            facts[key] = {**facts[key], **value} if isinstance(value, dict) else value
     return {**detected, **facts}

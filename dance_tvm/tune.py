@@ -78,17 +78,13 @@ def _tuned(
     from dance_tvm.host import available_cores
     from dance_tvm.schedules.spaces import LISTS
     from dance_tvm.target import load_target
-    from dance_tvm.transform.pipeline import machine_of
+    from dance_tvm.transform.pipeline import gpu_of, machine_of
     from dance_tvm.tuning.farm import Farm
+    from dance_tvm.tuning.libraries import require_gpu
     from dance_tvm.tuning.tuner import Plan, Tuner
     from dance_tvm.tuning.workloads import layers_of
 
     machine = load_target(target)
-    if machine.gpu is not None:
-        raise DanceError(
-            f"{machine.name} has a GPU, and the search knows the tiles of CPUs alone: "
-            f"builds choose a GPU's by a model of its registers and shared memory (docs/jetson.md)"
-        )
     lists = [axis for axis in masks.split(",") if axis]
     if unknown := sorted(set(lists) - set(LISTS)):
         raise DanceError(f"--masks knows {', '.join(LISTS)}, not {', '.join(unknown)}")
@@ -105,7 +101,8 @@ def _tuned(
     )
     plan = Plan(trials, time_limit or float("inf"), jobs or available_cores(), seed)
     with Farm(devices, trial_timeout) as farm:
-        tuner = Tuner(machine, machine_of(machine), found, farm, plan, logs)
+        require_gpu(farm, str(machine.tvm["kind"]))
+        tuner = Tuner(machine, gpu_of(machine) or machine_of(machine), found, farm, plan, logs)
         for name, number, reason in tuner.problems[:10]:
             console.print(f"{name}, line {number}: {reason}; skipped", style="yellow", highlight=False)
         if tuner.model_name != "xgboost":
@@ -155,7 +152,8 @@ def facts(tuner: Tuner) -> dict[str, Any]:
 
 def _share(tuner: Tuner, workload: Workload, seconds: float) -> float | None:
     """Share of the peak that a direct convolution would need for this time; None where it is not known."""
-    if tuner.unit != "seconds" or not 0 < seconds < float("inf"):
+    gpu = tuner.target.gpu
+    if tuner.unit != "seconds" or not 0 < seconds < float("inf") or (gpu is not None and gpu.assumed):
         return None
     return 2e-9 * workload.work / seconds / tuner.target.peak_gflops
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from tvm import tirx
 
 from .channel_plan import channel_list_shape
+from .convolution import Convolution
 from .emit import (
     ACTIVATIONS,
     INT,
@@ -38,8 +38,6 @@ from .emit import (
     store,
     when,
 )
-from .geometry import Window
-from .row_plan import RowPlan
 
 
 @dataclass(frozen=True)
@@ -68,26 +66,14 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class GatherConv:
-    """One convolution kernel: shapes, which lists it walks, and what is fused behind it.
+class GatherConv(Convolution):
+    """A convolution for the tiles of a CPU.
 
-    ``live_in``: a list of live input channels per sample is given, and the input holds those alone, side by side
-    (:mod:`~.compact_channels`). ``live_out``: a list of live output channels per sample is given. With either, the
-    weights of a block are gathered into a panel before they are used. ``zero_dead``: rows of live frames that are not
-    computed are set to zero (``"rows"``), everything that is not computed is (``"all"``), or nothing is (``""``).
+    With ``live_in`` the input holds the live channels alone, side by side (:mod:`~.compact_channels`). With either list
+    of channels, the weights of a block are gathered into a panel before they are used.
     """
 
-    window: Window
-    channels_in: int
-    channels_out: int
-    groups: int
     tile: Tile
-    plan: RowPlan
-    live_in: bool = False
-    live_out: bool = False
-    residual: bool = False
-    activation: str = ""
-    zero_dead: str = ""
 
     @property
     def compact_in(self) -> bool:
@@ -95,40 +81,10 @@ class GatherConv:
         return self.live_in
 
     @property
-    def depth(self) -> int:
-        """Input channels that one output channel reads."""
-        return self.channels_in // self.groups
-
-    @property
-    def group_out(self) -> int:
-        """Output channels of one convolution group."""
-        return self.channels_out // self.groups
-
-    @cached_property
-    def panels(self) -> int:
-        """Blocks of ``nr`` output channels, over all groups."""
-        return self.groups * -(-self.group_out // self.tile.nr)
-
-    @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        lists = "".join(mark for mark, on in (("i", self.live_in), ("o", self.live_out)) if on)
         step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
-        return f"conv3d_gather{lists and '_' + lists}_f32_mr{self.tile.mr}_nr{self.tile.nr}{step}"
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the packed weights: (panels, taps, depth, nr)."""
-        return (self.panels, self.window.taps, self.depth, self.tile.nr)
-
-    def pack_weights(self, weight: np.ndarray) -> np.ndarray:
-        """Pack float32 weights (C_out, C_in / groups, KT, KH, KW) the way the kernel reads them."""
-        taps_last = weight.reshape(self.channels_out, self.depth, self.window.taps)
-        per_group = self.panels // self.groups
-        padded = np.zeros((self.groups, per_group * self.tile.nr, self.depth, self.window.taps), "float32")
-        padded[:, : self.group_out] = taps_last.reshape(self.groups, self.group_out, self.depth, self.window.taps)
-        blocks = padded.reshape(self.panels, self.tile.nr, self.depth, self.window.taps)
-        return np.ascontiguousarray(blocks.transpose(0, 3, 2, 1))
+        return f"conv3d_gather{self.marks}_f32_mr{self.tile.mr}_nr{self.tile.nr}{step}"
 
     @property
     def bias_size(self) -> int:

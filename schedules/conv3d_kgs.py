@@ -41,9 +41,8 @@ class KernelGroupConv(GatherConv):
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        lists = "".join(mark for mark, on in (("i", self.live_in), ("o", self.live_out)) if on)
         step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
-        return f"conv3d_kgs{lists and '_' + lists}_f32_mr{self.tile.mr}_gm{self.tile.nr}{step}"
+        return f"conv3d_kgs{self.marks}_f32_mr{self.tile.mr}_gm{self.tile.nr}{step}"
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .conv3d_gather import GatherConv, Tile
 from .conv3d_kgs import KernelGroupConv
@@ -21,6 +21,9 @@ from .row_plan import RowPlan
 from .tiles import Machine, candidates, default_tile, predicted_cycles
 from .winograd import WinogradConv
 from .winograd_choice import MOST_SCRATCH, Choice, best, choose, configured, options, why_not, winograd_seconds
+
+if TYPE_CHECKING:
+    from .gpu.conv3d_gather import BlockConv
 
 #: Axes that index lists thin. Masks over positions of the input do not thin a kernel, see ``row_plan``.
 LISTS = ("in_frames", "out_frames", "positions", "in_channels", "out_channels")
@@ -55,6 +58,7 @@ class Workload:
     threads: int = 1
     density: float = 1.0
     family: str = GATHER
+    dtype: str = "float32"
 
     @property
     def depth(self) -> int:
@@ -112,7 +116,7 @@ class Workload:
 
         Channels decide the register tile and the cache blocks, so they weigh most; rows matter where they are few.
         """
-        same = ("family", "threads", "activation")
+        same = ("family", "threads", "activation", "dtype")
         if any(getattr(self, name) != getattr(other, name) for name in same) or (self.groups > 1) != (other.groups > 1):
             return math.inf
         far = 2.0 * _doublings(self.depth, other.depth) + 2.0 * _doublings(self.group_out, other.group_out)
@@ -157,10 +161,6 @@ class Space(Protocol):
     """What may be decided for one workload on one machine."""
 
     @property
-    def machine(self) -> Machine:
-        """For which machine."""
-
-    @property
     def workload(self) -> Workload:
         """For which workload."""
 
@@ -184,10 +184,7 @@ class Space(Protocol):
     def parts(self) -> list[dict[str, list[int]]]:
         """The values of each decision, in parts within which each goes with each."""
 
-    def rows(self) -> tuple[str, ...]:
-        """Decisions that cut the rows of the implicit GEMM into loops, the outermost first."""
-
-    def kernel(self, decisions: Mapping[str, int]) -> GatherConv | WinogradConv:
+    def kernel(self, decisions: Mapping[str, int]) -> GatherConv | WinogradConv | BlockConv:
         """The kernel that the decisions describe."""
 
 
@@ -495,13 +492,18 @@ class TuningLog(Protocol):
 
 def choose_tile(workload: Workload, machine: Machine, log: TuningLog | None = None) -> tuple[Tile, str]:
     """The tile for a workload and where it comes from: a record of the log, or the default (an empty origin)."""
-    space = SPACES[workload.family](machine, workload)
-    advice = log.advise(workload) if log is not None else None
+    decisions, origin = decide(SPACES[workload.family](machine, workload), log)
+    return tile_of(machine, decisions), origin
+
+
+def decide(space: Space, log: TuningLog | None) -> tuple[Decisions, str]:
+    """The decisions for a space's workload and where they come from: a record, or the defaults (an empty origin)."""
+    advice = log.advise(space.workload) if log is not None else None
     if advice is not None:
         decisions = space.normal(advice.decisions)
         if space.allows(decisions):
-            return tile_of(machine, decisions), advice.origin
-    return tile_of(machine, space.default()), ""
+            return decisions, advice.origin
+    return space.default(), ""
 
 
 def choose_kernel(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import tvm
@@ -10,9 +12,8 @@ pytest.importorskip("benchmarks.gpu", reason="benchmarks are not part of an inst
 
 from benchmarks import gpu as benchmark
 from benchmarks.kernels import Layer, Masks
-from dance_tvm.device.opencl import device_code
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules.gpu.spaces import BlockSpace, choose_tile, decisions_of
+from dance_tvm.schedules.gpu.spaces import BlockSpace, choose_block_tile, decisions_of
 from dance_tvm.schedules.gpu.tiles import BlockTile
 from dance_tvm.schedules.spaces import Advice, Workload
 from dance_tvm.target import load_target
@@ -35,7 +36,8 @@ def test_ptxas_tells_of_every_kernel_of_a_thinned_layer():
         rows = [
             row
             for functions in benchmark.sparse_kernels(TINY, target).values()
-            for row in benchmark.static_rows("tiny", device_code(tvm.IRModule(functions), target.tvm_target()), target)
+            for function, func in functions.items()
+            for row in benchmark.static_rows("tiny", function, func, target)
         ]
     except DanceError as error:
         pytest.skip(str(error))
@@ -47,6 +49,36 @@ def test_ptxas_tells_of_every_kernel_of_a_thinned_layer():
         assert 0 < row.registers <= 255
         assert row.shared <= target.gpu.block_shared
         assert 0 < row.occupancy <= 1
+        assert row.ptx == "6.5"
+
+
+def test_a_static_run_goes_on_where_it_was_ended(tmp_path, monkeypatch):
+    target, out = load_target("jetson-nano"), tmp_path / "static.json"
+    asked: list[str] = []
+    limit = [2]
+
+    def rows(network, function, _func, target):
+        if len(asked) == limit[0]:
+            raise KeyboardInterrupt
+        asked.append(function)
+        spilled = 8 if function == "c_gpu_f32" else 0
+        return [benchmark.StaticRow(target.name, network, function, function, "6.5", 64, 32, 0, spilled, 0.5)]
+
+    monkeypatch.setattr(benchmark, "static_rows", rows)
+    monkeypatch.setattr(benchmark, "sparse_kernels", lambda *_: {"all": {"d_gpu_f32": None}})
+    kernels = dict.fromkeys(["a_gpu_f32", "b_gpu_f32", "b_gpu_f321", "c_gpu_f32"])
+    monkeypatch.setattr(benchmark, "network_kernels", lambda *_: kernels)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.fill(benchmark.Standing.at(out), [target], ["net"])
+    assert len(benchmark.Standing.at(out).rows) == 2
+    limit[0] = 9
+    benchmark.fill(benchmark.Standing.at(out), [target], ["net"])
+    assert asked == [*kernels, "d_gpu_f32"]
+    assert json.loads(out.read_text())["complete"]
+    table = out.with_suffix(".md").read_text()
+    assert "| jetson-nano | 6.5 | net | b_gpu_f32 | 2 | 64 | 32 | 0 | 0 | 0.50 |" in table
+    assert "| net | c_gpu_f32 | 1 | 64 | 32 | 0 | 8 |" in table
+    assert not benchmark.Standing.at(out).rows  # a complete run is begun anew
 
 
 def test_both_sides_are_measured():
@@ -88,6 +120,6 @@ def test_a_record_chooses_the_tile_if_the_gpu_can_hold_it():
     assert space.size > 10
     assert decisions_of(space.tiles[0]) in [space.default(), *map(decisions_of, space.tiles)]
     tile = BlockTile(64, 16, 8, 4, 4)
-    assert choose_tile(workload, gpu, Log(decisions_of(tile))) == (tile, "a record")
+    assert choose_block_tile(workload, gpu, Log(decisions_of(tile))) == (tile, "a record")
     too_large = {**decisions_of(tile), "mr": 1024}
-    assert choose_tile(workload, gpu, Log(too_large)) == (choose_tile(workload, gpu)[0], "")
+    assert choose_block_tile(workload, gpu, Log(too_large)) == (choose_block_tile(workload, gpu)[0], "")

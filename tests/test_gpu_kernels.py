@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dance_tvm.device.opencl import OpenCLSession
+from dance_tvm.device.opencl_network import run_function
 from dance_tvm.errors import DanceError
 from dance_tvm.schedules.channel_plan import channel_list_shape
 from dance_tvm.schedules.geometry import Window
@@ -163,7 +164,7 @@ def compare(
     if case.residual:
         args.append(data["residual"])
     blank = np.full((case.batch, *case.window.out, case.channels_out), np.nan, "float32")
-    (found,) = device.call(kernel, args, [blank])
+    (found,) = run_function(device, kernel, args, [blank])
     expected, computed, zero = expected_of(case, data)
     assert np.array_equal(found[computed], expected[computed].astype("float32"))
     assert not found[zero].any()
@@ -213,7 +214,7 @@ def test_rows_are_listed_as_on_the_cpu(device, samples, positions):
     window = Window(2, (5, 9, 7), (5, 5, 4), (3, 3, 3), (1, 2, 2), (1, 1, 1))
     plan = block_plan(window, 16, samples, positions is not None, True, positions)
     inputs = [some(shape, 0.6, 7).astype("float32") for shape in plan.masks.values()] + list(plan.tables.values())
-    found = device.call(plan_rows(plan), inputs, [np.zeros(shape, "int32") for shape in plan.shapes.values()])
+    found = run_function(device, plan_rows(plan), inputs, [np.zeros(shape, "int32") for shape in plan.shapes.values()])
     expected = run_on_cpu(plan_rows_on_cpu(plan), inputs, [np.zeros(shape, "int32") for shape in plan.shapes.values()])
     for name, got, want in zip(plan.shapes, found, expected, strict=True):
         assert name == "frame_slots" or np.array_equal(got, want), name
@@ -308,7 +309,7 @@ def test_kernel_groups_equal_pytorch(device, name):
         blank = [np.full(shape, NEVER, "int32") for shape in conv.column_shapes.values()]
         mask = case.live_in.astype("float32")
         blank.append(np.zeros((conv.plan.samples, 1), "int32"))
-        lists = device.call(plan_columns(conv), [mask, *lists], blank)[:2]
+        lists = run_function(device, plan_columns(conv), [mask, *lists], blank)[:2]
     if case.live_out is not None:
         lists.append(case.live_out.astype("float32"))
     weights = conv.pack_columns(found.weights)
@@ -334,7 +335,7 @@ def test_pools_equal_pytorch(device, name, masked):
     masks = [in_frames.astype("float32"), out_frames.astype("float32")] if masked else []
     given = np.where(in_frames[..., None, None, None], x, np.nan).astype("float32") if masked else x
     blank = np.full((window.batch, *window.out, 5), np.nan, "float32")
-    (found,) = device.call(pool3d(pool), [given, *masks], [blank])
+    (found,) = run_function(device, pool3d(pool), [given, *masks], [blank])
     data = torch.from_numpy(np.nan_to_num(given)).permute(0, 4, 1, 2, 3)
     sizes = (list(window.kernel), list(window.stride), list(window.padding))
     if kind == "max":
@@ -353,7 +354,7 @@ def test_masks_grow_as_on_the_cpu(device, forward):
         field = (2, 1 if flat else extents[0], *extents[1:])
         mask = some(field, 0.2, 5).astype("float32")
         shape = grown_shape(window, field, forward)
-        (found,) = device.call(grow(window, field, forward), [mask], [np.full(shape, np.nan, "float32")])
+        (found,) = run_function(device, grow(window, field, forward), [mask], [np.full(shape, np.nan, "float32")])
         on_cpu = (grow_forward if forward else grow_backward)(window, field)
         assert np.array_equal(found, run_on_cpu(on_cpu, [mask], [np.zeros(shape, "float32")])[0])
 
@@ -361,5 +362,5 @@ def test_masks_grow_as_on_the_cpu(device, forward):
 def test_channels_are_listed_in_order(device):
     live = np.concatenate([some((2, 300), 0.4, 1), np.zeros((1, 300), bool), np.ones((1, 300), bool)])
     blank = np.full(channel_list_shape(*live.shape), NEVER, "int32")
-    found = device.call(plan_channels(*live.shape), [live.astype("float32")], [blank])[0]
+    found = run_function(device, plan_channels(*live.shape), [live.astype("float32")], [blank])[0]
     assert np.array_equal(found, listed(live))

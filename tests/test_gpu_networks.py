@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import tvm
 from torch import nn
 from tvm.relax.frontend.torch import from_exported_program
 
 from dance_tvm import models
-from dance_tvm.device.opencl import OpenCLNetwork, OpenCLSession, device_code, opencl_target
+from dance_tvm.device.launches import device_code, opencl_target
+from dance_tvm.device.opencl import OpenCLSession
+from dance_tvm.device.opencl_network import OpenCLNetwork
 from dance_tvm.errors import DanceError
 from dance_tvm.target import load_target
 from dance_tvm.transform.pipeline import Lowered, Options, lower
@@ -122,17 +125,27 @@ def test_only_gpus_with_half_precision_store_it():
             lower(from_exported_program(program), load_target(target), Options(dtype="float16"))
 
 
-def test_a_pruned_network_equals_pytorch(device):
+@pytest.mark.parametrize("dtype", RELATIVE)
+def test_a_pruned_network_equals_pytorch(device, dtype):
     module = seeded(Pruned())
     with torch.no_grad():
         module.time.weight *= torch.rand(1, 16, 3, 1, 1, generator=torch.Generator().manual_seed(1)) < 0.3
-    lowered = same_as_pytorch(device, module, "jetson-nano", torch.randn(1, 4, 4, 9, 11))
+    clip = torch.randn((1, 4, 4, 9, 11), generator=torch.Generator().manual_seed(2))
+    lowered = same_as_pytorch(device, module, "jetson-nano", clip, dtype=dtype)
     kernels = " ".join(layer.kernel for layer in lowered.layers)
     assert "conv3d_kgs_gpu" in kernels
     assert "conv3d_direct_gpu" in kernels
 
 
-@pytest.mark.parametrize("target", ["opencl"])
-def test_c3d_mini_equals_pytorch(device, target):
+@pytest.mark.parametrize("dtype", RELATIVE)
+def test_c3d_mini_equals_pytorch(device, dtype):
     module = models.create("c3d-mini")
-    same_as_pytorch(device, module, target, torch.randn(1, 1, 16, 32, 32))
+    clip = torch.randn((1, 1, 16, 32, 32), generator=torch.Generator().manual_seed(2))
+    same_as_pytorch(device, module, "snapdragon-gpu", clip, dtype=dtype)
+
+
+def test_a_function_without_a_gpu_schedule_is_refused():
+    x = tvm.te.placeholder((8,), name="x")
+    doubled = tvm.te.create_prim_func([x, tvm.te.compute((8,), lambda i: x[i] * 2)])
+    with pytest.raises(DanceError, match="doubled has no GPU schedule"):
+        device_code(tvm.IRModule({"doubled": doubled}), opencl_target())

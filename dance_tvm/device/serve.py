@@ -394,6 +394,13 @@ def pin(choice: str) -> None:
     configure(_SHARE_ALL_CORES, wanted["threads"] or len(cpus), [str(cpu) for cpu in cpus])
 
 
+def opencl(what: str, *arguments):
+    """Kernels through OpenCL where TVM's runtime has none: the one thing here that needs the package, and pyopencl."""
+    from dance_tvm.device.opencl_server import served
+
+    return getattr(served(), what)(*arguments)
+
+
 def register(store: Store) -> None:
     """Offer the functions to sessions, under names that begin with `dance.`."""
     clock = KernelClock()
@@ -411,6 +418,7 @@ def register(store: Store) -> None:
         "reset_peak_memory": reset_peak_memory,
         "sensors": sensors,
         "pin": pin,
+        "opencl": opencl,
     }
     for name, function in offered.items():
         tvm_ffi.register_global_func(f"dance.{name}", function, override=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import tvm
@@ -19,7 +20,8 @@ from dance_tvm.schedules.conv3d_kgs import (
     kernel_group_tile,
     plan_columns,
 )
-from dance_tvm.schedules.mask_window import grow_backward, grow_forward
+from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.mask_window import Field, grow_backward, grow_forward
 from dance_tvm.schedules.pool3d import Pool, pool3d
 from dance_tvm.schedules.row_plan import RowPlan, plan_rows
 from dance_tvm.schedules.spaces import TYPICAL_DENSITY, TuningLog, Workload, choose_kernel, choose_tile
@@ -116,6 +118,8 @@ class Lowering:
     constants: dict[relax.Var, list[relax.Expr]] = field(default_factory=dict)
     viewed: dict[relax.Expr, relax.Expr] = field(default_factory=dict)
     group_cost: Callable[[KernelGroups], float] | None = None
+    #: How activations and weights are stored.
+    dtype: str = "float32"
 
     def run(self) -> tvm.IRModule:
         """Emit the network with kernels in the place of sites, and the counts of what they will execute beside it.
@@ -217,10 +221,10 @@ class Lowering:
                 value = emit(relax.op.astype(value, "float32"))
             return emit(relax.op.reshape(value, list(expression.shape)))
         if isinstance(expression, Grown):
-            inner = self._field(expression.inner)
             field4 = tuple(expression.inner.shape[:4])
-            func = (grow_forward if expression.forward else grow_backward)(expression.window, field4)  # type: ignore[arg-type]
-            grown = self._kernel(func, [emit(relax.op.reshape(inner, list(field4)))], [expression.shape[:4]], "float32")
+            inner = emit(relax.op.reshape(self._field(expression.inner), list(field4)))
+            func = self._grow(expression.window, field4, expression.forward)  # type: ignore[arg-type]
+            grown = self._kernel(func, [inner], [expression.shape[:4]], "float32")
             return emit(relax.op.reshape(grown, list(expression.shape)))
         left, right = self._field(expression.left), self._field(expression.right)
         union = isinstance(expression, Either)
@@ -249,19 +253,53 @@ class Lowering:
         key = ("channels", expression, samples, channels)
         if key not in self.planned:
             mask = self._mask(expression, (samples, channels), (samples, 1, 1, 1, channels))
-            func = plan_channels(samples, channels)
+            func = self._channel_planner(samples, channels)
             self.planned[key] = [self._kernel(func, [mask], [channel_list_shape(samples, channels)], "int32")]
         return self.planned[key]
 
     def _rows(self, plan: RowPlan | WinogradPlan, masks: list[relax.Expr], identity: Hashable) -> list[relax.Expr]:
         """The lists of a plan; layers of the same shape under the same masks share them."""
-        key = ("rows", plan, identity)
+        args = [*masks, *(relax.const(table) for table in plan.tables.values())]
+        return self._several(("rows", plan, identity), self._row_planner(plan), args, list(plan.shapes.values()))
+
+    def _several(
+        self, key: Hashable, func: tvm.tirx.PrimFunc, args: list[relax.Expr], shapes: list[Shape]
+    ) -> list[relax.Expr]:
+        """The outputs of a planner, planned once for each key."""
         if key not in self.planned:
-            tables = [relax.const(table) for table in plan.tables.values()]
-            planner = plan_winograd(plan) if isinstance(plan, WinogradPlan) else plan_rows(plan)
-            lists = self._kernel(planner, [*masks, *tables], list(plan.shapes.values()), "int32")
-            self.planned[key] = [self.builder.emit(relax.TupleGetItem(lists, i)) for i in range(len(plan.shapes))]
+            lists = self._kernel(func, args, shapes, "int32")
+            self.planned[key] = [self.builder.emit(relax.TupleGetItem(lists, i)) for i in range(len(shapes))]
         return self.planned[key]
+
+    # -- what depends on the kind of machine -------------------------------------------------------------------------
+
+    def _grow(self, window: Window, field4: Field, forward: bool) -> tvm.tirx.PrimFunc:
+        return (grow_forward if forward else grow_backward)(window, field4)
+
+    def _channel_planner(self, samples: int, channels: int) -> tvm.tirx.PrimFunc:
+        return plan_channels(samples, channels)
+
+    def _row_planner(self, plan: RowPlan | WinogradPlan) -> tvm.tirx.PrimFunc:
+        return plan_winograd(plan) if isinstance(plan, WinogradPlan) else plan_rows(plan)
+
+    def _pool_kernel(self, fields: dict[str, Any]) -> tuple[str, tvm.tirx.PrimFunc]:
+        """Name and kernel of a pool."""
+        pool = Pool(**fields, vector_floats=self.machine.vector_floats)
+        return pool.name, pool3d(pool)
+
+    def _group_options(self, _site: Site) -> tuple[list[tuple[int, int]], Callable[[KernelGroups], float]]:
+        """Sizes of kernel groups that kernels can take, and what groups cost."""
+        lanes = self.machine.vector_floats
+        fitting = [(gm, gn) for gm, gn in CANDIDATES if gm % lanes == 0] or [(lanes, gn) for gn in (8, 4, 1)]
+        return fitting, self.group_cost or lane_cost(lanes)
+
+    def _stored(self, value: relax.Expr, shape: Shape) -> relax.Expr:
+        """``value`` as kernels read it: stored as ``dtype``, seen as ``shape``."""
+        return self._as_video(value, shape)
+
+    def _seen(self, value: relax.Expr, shape: Shape) -> relax.Expr:
+        """What a kernel stored as the graph sees it: float32, of ``shape``."""
+        return self._as_video(value, shape)
 
     # -- kernels -----------------------------------------------------------------------------------------------------
 
@@ -277,25 +315,17 @@ class Lowering:
         conv = choice.conv
         plan = conv.plan
         data = self._as_video(self._emit(site.data), (window.batch, *window.size, site.channels_in))
-        masks = self._frames(alive.frames if plan.in_frames else None, window.batch, window.size[0])
-        out_frames = self._frames(wanted.frames, window.batch, window.out[0])
-        positions = []
-        if plan.positions is not None and wanted.positions is not None:
-            shape = (*plan.positions, *window.out[1:])
-            positions = [self._mask(wanted.positions, shape, (*shape, 1))]
+        masks, lists = self._masks_and_lists(plan, alive, wanted)
         if isinstance(conv, GatherConv) and conv.compact_in:
             data = self._compact(site, data, alive, conv.plan)
-        identity = (alive.frames if plan.in_frames else None, wanted.frames, wanted.positions)
-        lists = self._rows(plan, [*masks, *out_frames, *positions], identity)
         if isinstance(conv, KernelGroupConv):
             args = [data, *self._group_arguments(site, conv, live_in, wanted.channels, lists)]
         else:
             args = [data, *self._gather_arguments(site, conv, live_in, wanted.channels, lists)]
         if isinstance(conv, WinogradConv):
-            given = {"in_frames": masks, "out_frames": out_frames, "positions": positions}
-            args += [mask for key in mask_arguments(conv) for mask in given[key]]
+            args += [mask for key in mask_arguments(conv) for mask in masks[key]]
         elif conv.zero_dead:
-            args += [*out_frames, *positions]
+            args += [*masks["out_frames"], *masks["positions"]]
         out_shape = (window.batch, *window.out, site.channels_out)
         if site.residual is not None:
             args.append(self._as_video(self._emit(site.residual), out_shape))
@@ -305,6 +335,22 @@ class Lowering:
         else:
             func = conv3d_kgs(conv) if isinstance(conv, KernelGroupConv) else conv3d_gather(conv)
         return self._as_video(self._kernel(func, args, [out_shape], "float32"), shape_of(site.end))
+
+    def _masks_and_lists(
+        self, plan: RowPlan | WinogradPlan, alive: Live, wanted: Live
+    ) -> tuple[dict[str, list[relax.Expr]], list[relax.Expr]]:
+        """The masks that a plan takes, by name, each none or one; and its lists."""
+        window, in_frames = plan.window, alive.frames if plan.in_frames else None
+        masks = {
+            "in_frames": self._frames(in_frames, window.batch, window.size[0]),
+            "out_frames": self._frames(wanted.frames, window.batch, window.out[0]),
+            "positions": [],
+        }
+        if plan.positions is not None and wanted.positions is not None:
+            shape = (*plan.positions, *window.out[1:])
+            masks["positions"] = [self._mask(wanted.positions, shape, (*shape, 1))]
+        identity = (in_frames, wanted.frames, wanted.positions)
+        return masks, self._rows(plan, [mask for given in masks.values() for mask in given], identity)
 
     def _compact(self, site: Site, data: relax.Expr, alive: Live, plan: RowPlan) -> relax.Expr:
         """The site's input with its live channels side by side."""
@@ -334,7 +380,7 @@ class Lowering:
         ]
         self._count(conv, lists, channels)
         if site.start not in self.constants:
-            packed = [conv.pack_weights(site.weight), conv.pack_bias(_bias_of(site)), conv.plan.tap_entries]
+            packed = [conv.pack_weights(site.weight), conv.pack_bias(bias_of(site)), conv.plan.tap_entries]
             self.constants[site.start] = [relax.const(array) for array in packed]
         if isinstance(conv, WinogradConv):
             lists = lists[: len(LISTS)]
@@ -357,16 +403,12 @@ class Lowering:
             relax.const(conv.static_columns(groups.columns, groups.column_ptr)),
         ]
         if live_in is not None:
-            key = ("columns", site.start, live_in)
-            if key not in self.planned:
-                mask = self._mask(live_in, (samples, conv.channels_in), (samples, 1, 1, 1, conv.channels_in))
-                shapes = list(conv.column_shapes.values())
-                thinned = self._kernel(plan_columns(conv), [mask, *columns], shapes, "int32")
-                self.planned[key] = [self.builder.emit(relax.TupleGetItem(thinned, i)) for i in range(2)]
-            columns = self.planned[key]
+            mask = self._mask(live_in, (samples, conv.channels_in), (samples, 1, 1, 1, conv.channels_in))
+            shapes = list(conv.column_shapes.values())
+            columns = self._several(("columns", site.start, live_in), plan_columns(conv), [mask, *columns], shapes)
         self._count_columns(conv, lists, columns[0])
         order = balanced_order(np.diff(groups.column_ptr[:, [0, -1]])[:, 0], self.threads)
-        args = [relax.const(weights), relax.const(conv.pack_bias(_bias_of(site))), relax.const(conv.plan.tap_entries)]
+        args = [relax.const(weights), relax.const(conv.pack_bias(bias_of(site))), relax.const(conv.plan.tap_entries)]
         args += [*lists, *columns, relax.const(order), relax.const(conv.tap_runs)]
         if live_out is not None:
             args.append(self._mask(live_out, (samples, conv.channels_out), (samples, 1, 1, 1, conv.channels_out)))
@@ -405,45 +447,40 @@ class Lowering:
             tile = kernel_group_tile(
                 self.machine, window, (site.channels_in, site.channels_out), per_tap, groups.gm, run
             )
-        positions = None if wanted.positions is None else tuple(wanted.positions.shape[:2])
-        plan = RowPlan(
-            window,
-            tile.mr,
-            tile.block_tiles,
-            tile.segment_taps,
-            samples,
-            alive.frames is not None,
-            wanted.frames is not None,
-            positions,  # type: ignore[arg-type]
-        )
-        thinned = bool(wanted.axes)
-        zero = ("all" if self.sites.needs_zeros(site.end) else "rows") if thinned else ""
-        conv = GatherConv(
-            window,
-            site.channels_in,
-            site.channels_out,
-            site.groups,
-            tile,
-            plan,
-            live_in=alive.channels is not None and site.groups == 1,
-            live_out=wanted.channels is not None,
-            residual=site.residual is not None,
-            activation=site.activation,
-            zero_dead=zero,
-        )
+        dynamic = self._given(alive, wanted)
+        plan = RowPlan(window, tile.mr, tile.block_tiles, tile.segment_taps, samples, *dynamic)
+        conv = GatherConv(tile=tile, plan=plan, **self._fields(site, alive, wanted))
         if groups is None:
             return conv
         fields = {key: getattr(conv, key) for key in conv.__dataclass_fields__}
         return KernelGroupConv(**fields, columns=len(groups.columns), run=run)
+
+    def _fields(self, site: Site, alive: Live, wanted: Live) -> dict[str, Any]:
+        """The fields of a site's kernel that do not depend on its tile."""
+        return {
+            "window": site.window,
+            "channels_in": site.channels_in,
+            "channels_out": site.channels_out,
+            "groups": site.groups,
+            "live_in": alive.channels is not None and site.groups == 1,
+            "live_out": wanted.channels is not None,
+            "residual": site.residual is not None,
+            "activation": site.activation,
+            "zero_dead": ("all" if self.sites.needs_zeros(site.end) else "rows") if wanted.axes else "",
+        }
+
+    def _given(self, alive: Live, wanted: Live) -> tuple[bool, bool, tuple[int, int] | None]:
+        """Which masks a row plan is given: frames read, frames wanted, and clips and frames of wanted positions."""
+        at = wanted.positions
+        positions = None if at is None else (at.shape[0], at.shape[1])
+        return alive.frames is not None, wanted.frames is not None, positions
 
     def _kernel_groups(self, site: Site) -> KernelGroups | None:
         """The zero columns of the site's weights, if skipping them pays."""
         if not self.sparsity or site.linear or site.groups > 1:
             return None
         if site.start not in self.groups:
-            lanes = self.machine.vector_floats
-            fitting = [(gm, gn) for gm, gn in CANDIDATES if gm % lanes == 0] or [(lanes, gn) for gn in (8, 4, 1)]
-            self.groups[site.start] = choose_kernel_groups(site.weight, fitting, self.group_cost or lane_cost(lanes))
+            self.groups[site.start] = choose_kernel_groups(site.weight, *self._group_options(site))
         groups = self.groups[site.start]
         return None if groups.scheme == "dense" else groups
 
@@ -499,26 +536,26 @@ class Lowering:
         alive = self.liveness.alive_in(source)
         wanted = self.liveness.read[var].early(self.liveness.before[var])
         channels = shape_of(source)[-1]
-        pool = Pool(
-            window,
-            channels,
-            "max" if "max" in self.graph.op(var) else "avg",
-            self.machine.vector_floats,
-            count_padding,
-            in_frames=alive.frames is not None,
-            out_frames=wanted.frames is not None,
-            zero_dead=self.sites.needs_zeros(var),
-        )
-        data = self._as_video(self._emit(source), (window.batch, *window.size, channels))
+        fields = {
+            "window": window,
+            "channels": channels,
+            "kind": "max" if "max" in self.graph.op(var) else "avg",
+            "count_padding": count_padding,
+            "in_frames": alive.frames is not None,
+            "out_frames": wanted.frames is not None,
+            "zero_dead": self.sites.needs_zeros(var),
+        }
+        name, func = self._pool_kernel(fields)
+        data = self._stored(self._emit(source), (window.batch, *window.size, channels))
         masks = self._frames(alive.frames, window.batch, window.size[0])
         masks += self._frames(wanted.frames, window.batch, window.out[0])
-        shape = (window.batch, *window.out, channels)
-        result = self._kernel(pool3d(pool), [data, *masks], [shape], "float32")
+        result = self._kernel(func, [data, *masks], [(window.batch, *window.out, channels)], self.dtype)
         skips = [f"output {axis}" for axis in wanted.axes if axis == "frames"]
-        self.layers.append(LayerInfo(name=var.name, kind="pool3d", kernel=pool.name, macs=0, skips=skips))
-        return self._as_video(result, shape_of(var))
+        self.layers.append(LayerInfo(name=var.name, kind="pool3d", kernel=name, macs=0, skips=skips))
+        return self._seen(result, shape_of(var))
 
 
-def _bias_of(site: Site) -> np.ndarray:
+def bias_of(site: Site) -> np.ndarray:
+    """float32 (C_out,): the site's bias, zeros where it has none."""
     bias = np.zeros(site.channels_out) if site.bias is None else site.bias
     return bias.astype("float32")

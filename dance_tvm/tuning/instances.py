@@ -7,9 +7,9 @@ result. Only code travels to the device. Sums of small integers are exact, so ev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,14 +19,20 @@ from tvm import tirx
 
 from dance_tvm.device.remote import RemoteSession
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules.channel_plan import channel_list_shape, plan_channels
-from dance_tvm.schedules.conv3d_gather import GatherConv, conv3d_gather
-from dance_tvm.schedules.emit import FLOAT, INT, Expr, argument, flat, kernel, let, parallel, scratch, serial, store
-from dance_tvm.schedules.row_plan import RowPlan, plan_rows
+from dance_tvm.schedules import channel_plan, conv3d_gather, row_plan
+from dance_tvm.schedules.conv3d_gather import GatherConv
+from dance_tvm.schedules.emit import FLOAT, INT, Expr, argument, flat, kernel, let, parallel, serial, store, when
+from dance_tvm.schedules.gpu import channel_plan as gpu_channel_plan
+from dance_tvm.schedules.gpu import conv3d_gather as gpu_conv3d_gather
+from dance_tvm.schedules.gpu import row_plan as gpu_row_plan
+from dance_tvm.schedules.gpu.conv3d_gather import BlockConv
+from dance_tvm.schedules.gpu.emit import each_element, read, write
+from dance_tvm.schedules.row_plan import RowPlan
 from dance_tvm.schedules.spaces import Workload
 from dance_tvm.schedules.winograd import WinogradConv, conv3d_winograd, mask_arguments
 from dance_tvm.schedules.winograd_plan import LISTS, WinogradPlan, plan_winograd
 from dance_tvm.tuning.farm import CountedSession
+from dance_tvm.tuning.libraries import Library, device_code_of, open_library
 
 if TYPE_CHECKING:
     from dance_tvm.target import Target
@@ -38,10 +44,15 @@ EXACT = ("", "relu", "relu6")
 HOPELESS = 1.3
 #: Seconds of measurement and number of runs at which a time is taken for good.
 ENOUGH_SECONDS, ENOUGH_RUNS = 0.4, 9
-
+#: Parts in which a digest is summed up, on the device.
+PARTS = 4096
 
 #: Counts of instructions that differ by less are the same; how often they may differ.
 SAME_COUNT, MOST_COUNTS = 0.002, 8
+
+
+#: Loops over the elements of a tensor, shared out over the device: a context that gives the index.
+Each = Callable[[int], AbstractContextManager[Expr]]
 
 
 @dataclass(frozen=True)
@@ -49,28 +60,42 @@ class Instance:
     """One workload with one kernel."""
 
     workload: Workload
-    conv: GatherConv | WinogradConv
+    conv: GatherConv | WinogradConv | BlockConv
 
     @property
     def plan(self) -> RowPlan | WinogradPlan:
         """How the kernel's rows are listed."""
         return self.conv.plan
 
+    @property
+    def dtype(self) -> str:
+        """How activations and weights are stored."""
+        return self.workload.dtype
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """Input: (N, T, H, W, C_in)."""
+        return (self.workload.window.batch, *self.workload.window.size, self.workload.channels_in)
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        """Output: (N, T, H, W, C_out)."""
+        return (self.workload.window.batch, *self.workload.window.out, self.workload.channels_out)
+
     def module(self) -> tvm.IRModule:
         """All functions of the library."""
-        conv, plan, work = self.conv, self.plan, self.workload
-        out = (work.window.batch, *work.window.out, work.channels_out)
-        main = conv3d_winograd(conv) if isinstance(conv, WinogradConv) else conv3d_gather(conv)
+        each = each_element if isinstance(self.conv, BlockConv) else _each_by_threads
+        main, planner, plan_channels = _kernels(self.conv)
         functions = {
             KERNEL: main.with_attr("global_symbol", KERNEL),
-            "plan_rows": plan_winograd(plan, "plan_rows") if isinstance(plan, WinogradPlan) else plan_rows(plan),
-            "fill_weights": _fill_weights(conv),
-            "fill_x": _fill("fill_x", (work.window.batch, *work.window.size, work.channels_in)),
-            "fill_y": _fill("fill_y", out),
-            DIGEST: _digest(out),
+            "plan_rows": planner,
+            "fill_weights": _fill_weights(self.conv, self.dtype, each),
+            "fill_x": _fill("fill_x", self.x_shape, self.dtype, each),
+            "fill_y": _fill("fill_y", self.y_shape, self.dtype, each),
+            DIGEST: _digest(self.y_shape, self.dtype, each),
         }
         for name, channels in self._channel_lists():
-            functions[f"plan_{name}"] = plan_channels(work.samples, channels, f"plan_{name}")
+            functions[f"plan_{name}"] = plan_channels(self.workload.samples, channels, f"plan_{name}")
         return tvm.IRModule(functions)
 
     def _channel_lists(self) -> list[tuple[str, int]]:
@@ -95,13 +120,30 @@ def _mask(shape: tuple[int, ...], density: float, seed: int) -> np.ndarray:
     return flat_mask.reshape(shape)
 
 
+def _kernels(conv: Any) -> tuple[tirx.PrimFunc, tirx.PrimFunc, Callable[[int, int, str], tirx.PrimFunc]]:
+    """The kernel, the planner of its rows, and what makes planners of its channels."""
+    if isinstance(conv, BlockConv):
+        planner = gpu_row_plan.plan_rows(conv.plan, "plan_rows")
+        return gpu_conv3d_gather.conv3d_gather(conv), planner, gpu_channel_plan.plan_channels
+    if isinstance(conv, WinogradConv):
+        return conv3d_winograd(conv), plan_winograd(conv.plan, "plan_rows"), channel_plan.plan_channels
+    return conv3d_gather.conv3d_gather(conv), row_plan.plan_rows(conv.plan), channel_plan.plan_channels
+
+
 def build_instance(instance: Instance, target: Target, path: Path) -> None:
-    """Compile and link the library of ``instance`` for ``target``."""
+    """Compile and link the library of ``instance`` for ``target``; for OpenCL, its device code beside it as well."""
+    from dance_tvm.compiler import host_code_of
+    from dance_tvm.device.launches import device_code
+    from dance_tvm.device_code import embed_device_code
     from dance_tvm.linker import shared_library_linker
 
-    with target.tvm_target(instance.workload.threads):
-        built = tvm.compile(instance.module(), target=target.tvm_target(instance.workload.threads))
-    built.export_library(str(path), fcompile=shared_library_linker(target))
+    module, tvm_target = instance.module(), target.tvm_target(instance.workload.threads)
+    with tvm_target, tvm.transform.PassContext(config=host_code_of(target)):
+        built = tvm.compile(module, target=tvm_target)
+    packing, _ = embed_device_code(built, target)
+    built.export_library(str(path), fcompile=shared_library_linker(target), **packing)
+    if tvm_target.kind.name == "opencl":
+        device_code_of(path).write_text(device_code(module, tvm_target).to_json(), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -110,35 +152,31 @@ class Loaded:
 
     instance: Instance
     session: RemoteSession
-    module: Any
+    library: Library
     arguments: list[Any]
 
     @staticmethod
-    def on(session: RemoteSession, instance: Instance, library: Path) -> Loaded:
-        """Bring the library onto the device, fill its tensors and plan its lists."""
-        call = session.connection.call
-        path = session.upload(library)
-        module = call("loading a trial", lambda: session.connection.session.load_module(path))
-        return Loaded(instance, session, module, call("filling tensors", lambda: _arguments(session, instance, module)))
+    def on(session: RemoteSession, instance: Instance, path: Path, kind: str = "llvm") -> Loaded:
+        """Bring the library onto the session's device of TVM's ``kind``, fill its tensors and plan its lists.
+
+        Raises DeviceLostError where the session has no such device.
+        """
+        library = open_library(session, path, kind)
+        return Loaded(instance, session, library, _arguments(library, instance))
 
     def digest(self) -> int | None:
         """A number that all tiles of the workload agree on; None where results are not exact."""
         if self.instance.workload.activation not in EXACT or isinstance(self.instance.conv, WinogradConv):
             return None
-        out = tvm.runtime.empty((1,), "int64", self.session.cpu)
-
-        def run() -> int:
-            self.module["fill_y"](self.arguments[-1])
-            self.module[KERNEL](*self.arguments)
-            self.module[DIGEST](self.arguments[-1], out)
-            return int(out.numpy()[0])
-
-        return self.session.connection.call("computing a digest", run)
+        y, sums = self.arguments[-1], self.library.empty((PARTS,), "int64")
+        self.library.call("fill_y", y)
+        self.library.call(KERNEL, *self.arguments)
+        self.library.call(DIGEST, y, sums)
+        return int(self.library.read(sums).sum())
 
     def times(self, repeats: int) -> list[float]:
         """Seconds of each of ``repeats`` runs, after one that warms up."""
-        evaluator = self.module.time_evaluator(KERNEL, self.session.cpu, number=1, repeat=repeats)
-        return self.session.connection.call("timing a trial", lambda: list(evaluator(*self.arguments).results))
+        return self.library.times(KERNEL, self.arguments, repeats)
 
     @property
     def unit(self) -> Literal["seconds", "emulated instructions"]:
@@ -191,39 +229,36 @@ def interleaved(loaded: Sequence[Loaded], rounds: int = 9) -> list[list[float]]:
     return times
 
 
-def _arguments(session: RemoteSession, instance: Instance, module: Any) -> list[Any]:
+def _arguments(library: Library, instance: Instance) -> list[Any]:
     """The kernel's arguments in its order, filled on the device."""
     conv, plan, work = instance.conv, instance.plan, instance.workload
-    empty: Callable[..., Any] = partial(tvm.runtime.empty, device=session.cpu)
-
-    def send(array: np.ndarray) -> Any:
-        return tvm.runtime.tensor(np.ascontiguousarray(array), session.cpu)
-
-    x = empty((work.window.batch, *work.window.size, work.channels_in), FLOAT)
-    weights = empty(conv.weight_shape, FLOAT)
-    out_shape = (work.window.batch, *work.window.out, work.channels_out)
-    module["fill_x"](x)
-    module["fill_weights"](weights)
-    masks = {name: send(mask) for name, mask in instance.masks().items()}
-    lists = [empty(shape, INT) for shape in plan.shapes.values()]
-    tables = [send(table) for table in plan.tables.values()]
-    module["plan_rows"](*(masks[name] for name in plan.masks), *tables, *lists)
+    x, weights = library.empty(instance.x_shape, instance.dtype), library.empty(conv.weight_shape, instance.dtype)
+    library.call("fill_x", x)
+    library.call("fill_weights", weights)
+    masks = {name: library.send(mask) for name, mask in instance.masks().items()}
+    lists = [library.empty(shape, INT) for shape in plan.shapes.values()]
+    tables = [library.send(table) for table in plan.tables.values()]
+    library.call("plan_rows", *(masks[name] for name in plan.masks), *tables, *lists)
     bias = conv.pack_bias(np.arange(work.channels_out) % 5 - 2.0)
     taken = lists[: len(LISTS)] if isinstance(conv, WinogradConv) else lists
-    arguments = [x, weights, send(bias.astype(FLOAT)), send(plan.tap_entries), *taken]
+    arguments = [x, weights, library.send(bias.astype(FLOAT)), library.send(plan.tap_entries), *taken]
     for name, channels in instance._channel_lists():
-        listed = empty(channel_list_shape(work.samples, channels), INT)
-        module[f"plan_{name}"](masks[name], listed)
+        listed = library.empty(channel_plan.channel_list_shape(work.samples, channels), INT)
+        library.call(f"plan_{name}", masks[name], listed)
         arguments.append(listed)
     if isinstance(conv, WinogradConv):
         arguments += [masks[name] for name in mask_arguments(conv)]
-    if work.residual:
-        residual = empty(out_shape, FLOAT)
-        module["fill_y"](residual)
-        arguments.append(residual)
-    y = empty(out_shape, FLOAT)
-    module["fill_y"](y)
-    return [*arguments, y]
+    for _ in range(2 if work.residual else 1):
+        arguments.append(library.empty(instance.y_shape, instance.dtype))
+        library.call("fill_y", arguments[-1])
+    return arguments
+
+
+@contextmanager
+def _each_by_threads(count: int) -> Iterator[Expr]:
+    """All of ``count`` elements, in chunks over the threads of a CPU."""
+    with parallel(-(-count // 4096)) as chunk, serial(tirx.min(4096, count - chunk * 4096)) as index:
+        yield let(chunk * 4096 + index)
 
 
 def _small(value: Expr, period: int) -> Expr:
@@ -231,50 +266,53 @@ def _small(value: Expr, period: int) -> Expr:
     return tirx.Cast(FLOAT, tirx.floormod(value, period) - period // 2)
 
 
-def _fill(name: str, shape: tuple[int, ...]) -> tirx.PrimFunc:
+def _fill(name: str, shape: tuple[int, ...], dtype: str, each: Each) -> tirx.PrimFunc:
     """Fill a tensor with a pattern of period 9."""
-    size = math.prod(shape)
     with kernel(name) as built:
-        values = flat(argument("values", shape))
-        with parallel(-(-size // 4096)) as chunk, serial(tirx.min(4096, size - chunk * 4096)) as index:
-            at = let(chunk * 4096 + index)
-            store(values, _small(at, 9), at)
+        values = flat(argument("values", shape, dtype))
+        with each(math.prod(shape)) as index:
+            write(values, _small(index, 9), index)
     return built.func
 
 
-def _fill_weights(conv: GatherConv | WinogradConv) -> tirx.PrimFunc:
+def _fill_weights(conv: GatherConv | WinogradConv | BlockConv, dtype: str, each: Each) -> tirx.PrimFunc:
     """Fill packed weights so that they do not depend on how they are packed; padding is zero.
 
     Transformed weights depend on the tile of outputs: any small numbers do, as only time is asked of them.
     """
     if isinstance(conv, WinogradConv):
-        return _fill("fill_weights", conv.weight_shape)
-    taps, depth, nr = conv.window.taps, conv.depth, conv.tile.nr
+        return _fill("fill_weights", conv.weight_shape, dtype, each)
+    taps, depth, inner = conv.window.taps, conv.depth, conv.weight_shape[-1]
+    in_panels = len(conv.weight_shape) == 4
     per_group = conv.panels // conv.groups
     with kernel("fill_weights") as built:
-        weights = argument("weights", conv.weight_shape)
-        values = flat(weights)
-        with parallel(conv.panels * taps) as line, serial(depth) as channel, serial(nr) as index:
-            panel, tap = let(tirx.floordiv(line, taps)), let(tirx.floormod(line, taps))
-            within = let(tirx.floormod(panel, per_group) * nr + index)
-            out = let(tirx.floordiv(panel, per_group) * conv.group_out + within)
+        values = flat(argument("weights", conv.weight_shape, dtype))
+        with each(math.prod(conv.weight_shape)) as at:
+            line = let(tirx.floordiv(at, inner * depth))
+            channel, lane = let(tirx.floormod(tirx.floordiv(at, inner), depth)), let(tirx.floormod(at, inner))
+            if in_panels:
+                panel, tap = let(tirx.floordiv(line, taps)), let(tirx.floormod(line, taps))
+                within = let(tirx.floormod(panel, per_group) * conv.tile.nr + lane)
+                out = let(tirx.floordiv(panel, per_group) * conv.group_out + within)
+                there = within < conv.group_out
+            else:
+                out, tap, there = lane, line, tirx.const(True, "bool")
             value = _small(out * 7 + tap * 5 + channel * 3, 9)
-            zero = tirx.FloatImm(FLOAT, 0.0)
-            value = tirx.if_then_else(within < conv.group_out, value, zero)
-            store(values, value, (line * depth + channel) * nr + index)
+            write(values, tirx.if_then_else(there, value, tirx.FloatImm(FLOAT, 0.0)), at)
     return built.func
 
 
-def _digest(shape: tuple[int, ...]) -> tirx.PrimFunc:
-    """A weighted sum of the tensor's elements as integers."""
+def _digest(shape: tuple[int, ...], dtype: str, each: Each) -> tirx.PrimFunc:
+    """Weighted sums of the tensor's elements as integers, int64 (PARTS,): of every PARTS-th element."""
+    size = math.prod(shape)
     with kernel(DIGEST) as built:
-        tensor = argument("values", shape)
-        out = argument("out", (1,), "int64")
+        tensor, sums = argument("values", shape, dtype), argument("sums", (PARTS,), "int64")
         values = flat(tensor)
-        total = scratch((1,), "int64")
-        store(total, tirx.IntImm("int64", 0), 0)
-        with serial(math.prod(shape)) as index:
-            weight = tirx.Cast("int64", tirx.floormod(index, 31) + 1)
-            store(total, total[0] + tirx.Cast("int64", values[index]) * weight, 0)
-        store(out, total[0], 0)
+        with each(PARTS) as part:
+            store(sums, tirx.IntImm("int64", 0), part)
+            with serial(-(-size // PARTS)) as turn:
+                index = let(turn * PARTS + part)
+                with when(index < size):
+                    weight = tirx.Cast("int64", tirx.floormod(index, 31) + 1)
+                    store(sums, sums[part] + tirx.Cast("int64", read(values, index)) * weight, part)
     return built.func

@@ -23,7 +23,8 @@ from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 from tvm.script import tirx as T
 
-from dance_tvm.schedules.spaces import Decisions, Space, Workload
+from dance_tvm.schedules.gpu.spaces import BlockSpace
+from dance_tvm.schedules.spaces import Decisions, GatherSpace, Space, WinogradSpace, Workload
 
 POPULATION, GENERATIONS = 48, 2
 #: Trials before the cost model says anything.
@@ -31,8 +32,8 @@ FEWEST_TO_FIT = 8
 _PREFIX = "dance."
 
 
-# A tuning context imports TVM's tensor intrinsics, whose scripts for GPUs take most of a minute to parse; vector
-# kernels of CPUs use none of them.
+# A tuning context imports TVM's tensor intrinsics, whose scripts for GPUs take most of a minute to parse; our
+# kernels use none of them.
 sys.modules.setdefault("tvm.s_tir.tensor_intrin", types.ModuleType("tvm.s_tir.tensor_intrin"))
 
 
@@ -76,7 +77,12 @@ def schedule(sch: s_tir.Schedule, space: Space, part: Mapping[str, Sequence[int]
         decision = values.index(pinned[name]) if pinned else None
         chosen[name] = sch.sample_categorical(values, [1.0 / len(values)] * len(values), decision=decision)
         sch.annotate(block, _PREFIX + name, chosen[name])
-    row, out, tap, channel = sch.get_loops(block)
+    (_tile_blocks if isinstance(space, BlockSpace) else _tile_vectors)(sch, space, chosen)  # type: ignore[arg-type]
+
+
+def _tile_vectors(sch: s_tir.Schedule, space: GatherSpace | WinogradSpace, chosen: Mapping[str, Any]) -> None:
+    """For a CPU: threads share out panels and blocks of rows, a register tile is unrolled."""
+    row, out, tap, channel = sch.get_loops(sch.get_sblock("conv"))
     blocks, *in_block, last = sch.split(row, [None, *(chosen[name] for name in space.rows())])
     panels, vectors, lanes = sch.split(out, [None, chosen["vectors"], space.machine.vector_floats])
     segments, in_segment = sch.split(tap, [None, chosen["segment_taps"]])
@@ -85,6 +91,21 @@ def schedule(sch: s_tir.Schedule, space: Space, part: Mapping[str, Sequence[int]
     sch.parallel(sch.fuse(panels, blocks))
     sch.vectorize(lanes)
     for loop in (vectors, last):
+        sch.unroll(loop)
+
+
+def _tile_blocks(sch: s_tir.Schedule, _space: BlockSpace, chosen: Mapping[str, Any]) -> None:
+    """For a GPU: blocks of threads compute rows × output channels, each thread some of both."""
+    row, out, tap, channel = sch.get_loops(sch.get_sblock("conv"))
+    tiles, in_tile = sch.split(row, [None, chosen["mr"]])
+    panels, in_panel = sch.split(out, [None, chosen["nr"]])
+    down, rows = sch.split(in_tile, [None, chosen["thread_rows"]])
+    right, columns = sch.split(in_panel, [None, chosen["thread_channels"]])
+    steps, in_step = sch.split(channel, [None, chosen["step"]])
+    sch.reorder(tiles, panels, down, right, tap, steps, in_step, rows, columns)
+    sch.bind(sch.fuse(tiles, panels), "blockIdx.x")
+    sch.bind(sch.fuse(down, right), "threadIdx.x")
+    for loop in (rows, columns):
         sch.unroll(loop)
 
 
@@ -154,9 +175,10 @@ class PlainModel(ms.cost_model.PyCostModel):
 
 
 def _features(candidate: Any) -> list[float]:
-    """Logarithms of the decisions and of the register tile, and their squares."""
+    """Logarithms of the decisions and of the tile's sums, and their squares."""
     decisions = decisions_in(candidate.sch)
-    logs = [float(np.log2(1 + value)) for value in [*decisions.values(), decisions["mr"] * decisions["vectors"]]]
+    sums = decisions["mr"] * decisions["nr" if "nr" in decisions else "vectors"]
+    logs = [float(np.log2(1 + value)) for value in [*decisions.values(), sums]]
     return [1.0, *logs, *(value * value for value in logs)]
 
 

@@ -23,11 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dance_tvm.device.serve import end_with_parent_process
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules.spaces import SPACES, Decisions, Space
+from dance_tvm.schedules.gpu.spaces import space_of
+from dance_tvm.schedules.gpu.tiles import Gpu
+from dance_tvm.schedules.spaces import Decisions, Space
 from dance_tvm.schedules.tiles import Machine
 from dance_tvm.tuning.advice import TunedTiles
 from dance_tvm.tuning.farm import DeviceLostError, Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
+from dance_tvm.tuning.libraries import device_code_of
 from dance_tvm.tuning.records import Log, append, log_path, new_record, require_writable
 from dance_tvm.tuning.workloads import Layer
 
@@ -106,7 +109,7 @@ class Tuner:
     def __init__(
         self,
         target: Target,
-        machine: Machine,
+        machine: Machine | Gpu,
         layers: list[Layer],
         farm: Farm,
         plan: Plan,
@@ -115,14 +118,16 @@ class Tuner:
     ) -> None:
         from dance_tvm.tuning.search import new_cost_model
 
-        self.target, self.machine, self.farm, self.plan = target, machine, farm, plan
+        self.target, self.farm, self.plan = target, farm, plan
+        #: What runs the kernels, as TVM calls it.
+        self.kind = str(target.tvm["kind"])
         families = sorted({layer.workload.family for layer in layers})
         self.paths = {family: log_path(target, family, folder) for family in families}
         for path in self.paths.values():
             require_writable(path)
         self.on_event = on_event
         self.model, self.model_name = new_cost_model()
-        self.tasks = [Task(layer, SPACES[layer.workload.family](machine, layer.workload)) for layer in layers]
+        self.tasks = [Task(layer, space_of(machine, layer.workload)) for layer in layers]
         self.stopped = False
         self.lost = ""
         self.made = 0
@@ -294,9 +299,9 @@ class Tuner:
             try:
                 with self.farm.session(instance.workload.threads) as session:
                     best = None if task.best == math.inf else task.best
-                    loaded = Loaded.on(session, instance, path)
+                    loaded = Loaded.on(session, instance, path, self.kind)
                     self.unit = loaded.unit
-                    return loaded.measure(best), session.name, ""
+                    return loaded.measure(best), loaded.library.origin, ""
             except DeviceLostError as error:
                 said = f"lost: {error}"
             except DanceError as error:
@@ -304,6 +309,7 @@ class Tuner:
             finally:
                 if not said:
                     path.unlink(missing_ok=True)
+                    device_code_of(path).unlink(missing_ok=True)
         return [], "", said
 
     def _collect(self, task: Task, measured: list[tuple[Decisions, Future]]) -> None:
@@ -372,11 +378,11 @@ class Tuner:
         for *_, build in built:
             build.result(BUILD_TIMEOUT_S)
         with self.farm.session(task.layer.workload.threads, 4 * self.farm.trial_timeout) as session:
-            loaded = [Loaded.on(session, instance, path) for instance, path, _ in built]
+            loaded = [Loaded.on(session, instance, path, self.kind) for instance, path, _ in built]
             self.unit = loaded[0].unit
             digests = [each.digest() for each in loaded]
             measured = interleaved(loaded)
-            origin = session.name
+            origin = loaded[0].library.origin
         before, chosen, after = measured[0], finalists[0], measured[0]
         for decisions, digest, times in zip(finalists[1:], digests[1:], measured[1:], strict=True):
             if digest != digests[0]:

@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules.spaces import LISTS, TYPICAL_DENSITY, WINOGRAD, WORTH_TRYING, Advice, WinogradSpace, Workload
+from dance_tvm.schedules.spaces import (
+    GATHER,
+    LISTS,
+    TYPICAL_DENSITY,
+    WINOGRAD,
+    WORTH_TRYING,
+    Advice,
+    WinogradSpace,
+    Workload,
+)
 from dance_tvm.schedules.winograd_choice import direct_seconds, why_not, winograd_seconds
 from dance_tvm.tuning.calibration import density_of, kept_shares
 
 if TYPE_CHECKING:
     from dance_tvm.schedules.tiles import Machine
     from dance_tvm.target import Target
+    from dance_tvm.transform.layers import LayerInfo
 
 
 @dataclass
@@ -71,24 +81,25 @@ def layers_of(
     Raises DanceError where nothing is left to tune.
     """
     from dance_tvm.frontend import import_model
-    from dance_tvm.transform.pipeline import Options, lower, machine_of
+    from dance_tvm.transform.pipeline import Options, gpu_of, lower, machine_of
 
     noted = _Noted()
     imported = import_model(model, weights=weights, check=False)
     lowered = lower(imported.mod, target, Options(threads=threads or target.threads, tuning=noted))
-    names = [layer.name for layer in lowered.layers if layer.kind != "pool3d"]
+    gpu = gpu_of(target)
+    names = [layer.name for layer in lowered.layers if _asks(layer, on_gpu=gpu is not None)]
     asked = [workload for workload in noted.asked if workload.family != WINOGRAD]
     if not asked:
         raise DanceError(f"{imported.name} has no tunable layer: it holds neither convolutions nor linear layers")
     layers: dict[str, Layer] = {}
     kept = kept_shares(model, clips, weights) if clips else {}
     machine = machine_of(target)
-    for name, workload in zip(names, asked, strict=False):
+    for name, workload in zip(names, asked, strict=True):
         if only and not any(fnmatch(name, pattern) for pattern in only):
             continue
         shown = [density_of(workload, kept[name])] if name in kept else []
         for variant in _variants(workload, [*densities, *shown], lists):
-            for kernel in _families(variant, machine, conv):
+            for kernel in [variant] if gpu else _families(variant, machine, conv):
                 layers.setdefault(kernel.identity, Layer(kernel)).names.append(name)
     if not layers:
         tunable = "with a Winograd kernel " if conv == "winograd" else ""
@@ -96,6 +107,11 @@ def layers_of(
             f"no layer of {imported.name} {tunable}matches {', '.join(only) or '*'}: it has {', '.join(names[:12])}"
         )
     return list(layers.values())
+
+
+def _asks(layer: LayerInfo, on_gpu: bool) -> bool:
+    """Whether the choice of the layer's kernel asks for a tile: on GPUs those of gathered convolutions alone."""
+    return layer.kernel.startswith(GATHER) if on_gpu else layer.kind != "pool3d"
 
 
 def _families(workload: Workload, machine: Machine, conv: str) -> list[Workload]:

@@ -42,8 +42,7 @@ class DirectConv(BlockConv):
 
     def pack_weights(self, weight: np.ndarray) -> np.ndarray:
         """Put output channels innermost."""
-        taps_last = weight.reshape(self.channels_out, self.depth, self.window.taps)
-        return np.ascontiguousarray(taps_last.transpose(2, 1, 0), self.dtype)
+        return self.pack_unpanelled(weight)
 
 
 @dataclass(frozen=True)

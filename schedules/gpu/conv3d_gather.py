@@ -16,79 +16,41 @@ import numpy as np
 from tvm import tirx
 
 from ..channel_plan import channel_list_shape
+from ..convolution import Convolution
 from ..emit import ACTIVATIONS, FLOAT, INT, Expr, argument, flat, kernel, lanes, let, number, serial, store, when
-from ..geometry import Window
 from .emit import QUAD, barrier, each_element, integer, launch, parts, pick, read, registers, shared, write, zeros
 from .row_plan import BlockPlan, has_border
 from .tiles import BlockTile
 
 
 @dataclass(frozen=True)
-class BlockConv:
-    """One convolution kernel: shapes, which lists it walks, and what is fused behind it.
+class BlockConv(Convolution):
+    """A convolution for blocks of threads. ``dtype`` is how activations and weights are stored; sums are float32."""
 
-    The flags are those of :class:`..conv3d_gather.GatherConv`. ``dtype`` is how activations and weights are stored;
-    sums are always float32.
-    """
-
-    window: Window
-    channels_in: int
-    channels_out: int
-    groups: int
     tile: BlockTile
     plan: BlockPlan
-    live_in: bool = False
-    live_out: bool = False
-    residual: bool = False
-    activation: str = ""
-    zero_dead: str = ""
     dtype: str = FLOAT
-
-    @property
-    def depth(self) -> int:
-        """Input channels that one output channel reads."""
-        return self.channels_in // self.groups
-
-    @property
-    def group_out(self) -> int:
-        """Output channels of one convolution group."""
-        return self.channels_out // self.groups
-
-    @property
-    def panels(self) -> int:
-        """Blocks of ``nr`` output channels, over all groups."""
-        return self.groups * -(-self.group_out // self.tile.nr)
 
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        tile = self.tile
-        sizes = f"b{tile.mr}x{tile.nr}x{tile.step}_t{tile.thread_rows}x{tile.thread_channels}"
-        return f"conv3d_gather_gpu{self.marks}_{short(self.dtype)}_{sizes}"
-
-    @property
-    def marks(self) -> str:
-        """Which channel lists are walked, for the kernel's name."""
-        lists = "".join(mark for mark, on in (("i", self.live_in), ("o", self.live_out)) if on)
-        return lists and f"_{lists}"
+        return f"conv3d_gather_gpu{self.marks}_{short(self.dtype)}_{self.tile.name}"
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the packed weights: (panels, taps, depth, nr), or (taps, depth, channels_out) for gathered ones."""
-        if self.live_out:
-            return (self.window.taps, self.depth, self.channels_out)
-        return (self.panels, self.window.taps, self.depth, self.tile.nr)
+        return (self.window.taps, self.depth, self.channels_out) if self.live_out else super().weight_shape
 
     def pack_weights(self, weight: np.ndarray) -> np.ndarray:
         """Pack float32 weights (C_out, C_in / groups, KT, KH, KW) the way the kernel reads them."""
+        if not self.live_out:
+            return super().pack_weights(weight).astype(self.dtype, copy=False)
+        return self.pack_unpanelled(weight)
+
+    def pack_unpanelled(self, weight: np.ndarray) -> np.ndarray:
+        """Put output channels innermost: (taps, depth, channels_out)."""
         taps_last = weight.reshape(self.channels_out, self.depth, self.window.taps)
-        if self.live_out:
-            return np.ascontiguousarray(taps_last.transpose(2, 1, 0), self.dtype)
-        per_group = self.panels // self.groups
-        padded = np.zeros((self.groups, per_group * self.tile.nr, self.depth, self.window.taps), self.dtype)
-        padded[:, : self.group_out] = taps_last.reshape(self.groups, self.group_out, self.depth, self.window.taps)
-        blocks = padded.reshape(self.panels, self.tile.nr, self.depth, self.window.taps)
-        return np.ascontiguousarray(blocks.transpose(0, 3, 2, 1))
+        return np.ascontiguousarray(taps_last.transpose(2, 1, 0), self.dtype)
 
     @property
     def bias_size(self) -> int:

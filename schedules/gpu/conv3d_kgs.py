@@ -29,9 +29,7 @@ class GroupConv(BlockConv):
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        tile = self.tile
-        sizes = f"b{tile.mr}x{tile.nr}x{tile.step}_t{tile.thread_rows}x{tile.thread_channels}"
-        return f"conv3d_kgs_gpu{self.marks}_{short(self.dtype)}_{sizes}"
+        return f"conv3d_kgs_gpu{self.marks}_{short(self.dtype)}_{self.tile.name}"
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

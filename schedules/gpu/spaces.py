@@ -8,12 +8,14 @@ from functools import cached_property
 from typing import Any
 
 from ..geometry import Window
-from ..spaces import Decisions, TuningLog, Workload
+from ..spaces import SPACES, Decisions, Space, TuningLog, Workload, decide
+from ..tiles import Machine
+from .conv3d_gather import BlockConv
+from .row_plan import block_plan
 from .tiles import BlockTile, Gpu, candidates, default_tile, predicted_cost
 
 #: Tiles that the model holds for this much slower than its best are not tried.
 WORTH_TRYING = 2.0
-DECISIONS = ("mr", "nr", "step", "thread_rows", "thread_channels")
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,11 @@ class BlockSpace:
 
     machine: Gpu
     workload: Workload
+    names = ("mr", "nr", "step", "thread_rows", "thread_channels")
 
     @cached_property
     def tiles(self) -> list[BlockTile]:
-        """Tiles worth trying, the best by the model first."""
+        """Tiles worth trying, the best by the model first; each fits the GPU's registers, shared memory and threads."""
         window, group_out = self.workload.window, self.workload.group_out
         cost = {tile: predicted_cost(self.machine, window, group_out, tile) for tile in candidates(self.machine)}
         limit = WORTH_TRYING * min(cost.values())
@@ -55,25 +58,59 @@ class BlockSpace:
 
     def allows(self, decisions: Mapping[str, int]) -> bool:
         """Whether the kernel can be built with them: complete, and a tile that fits the GPU."""
-        if set(decisions) != set(DECISIONS):
+        if set(decisions) != set(self.names):
             return False
         return BlockTile(**decisions) in set(candidates(self.machine))
+
+    def parts(self) -> list[dict[str, list[int]]]:
+        """One part for each choice of all but the rows: which rows fit depends on it."""
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for tile in self.tiles:
+            decisions = decisions_of(tile)
+            rows.setdefault(tuple(decisions[name] for name in self.names[1:]), []).append(tile.mr)
+        return [
+            {"mr": sorted(fitting), **{name: [value] for name, value in zip(self.names[1:], rest, strict=True)}}
+            for rest, fitting in rows.items()
+        ]
+
+    def kernel(self, decisions: Mapping[str, int]) -> BlockConv:
+        """The kernel."""
+        return blocked(self.workload, BlockTile(**decisions))
+
+
+def blocked(workload: Workload, tile: BlockTile) -> BlockConv:
+    """The gathered convolution of a workload; masks over positions differ by frame, as D-STEP's do."""
+    window, lists = workload.window, workload.lists
+    positions = (window.batch, window.out[0]) if "positions" in lists else None
+    return BlockConv(
+        window,
+        workload.channels_in,
+        workload.channels_out,
+        workload.groups,
+        tile,
+        block_plan(window, tile.mr, workload.samples, "in_frames" in lists, "out_frames" in lists, positions),
+        live_in="in_channels" in lists,
+        live_out="out_channels" in lists,
+        residual=workload.residual,
+        activation=workload.activation,
+        dtype=workload.dtype,
+    )
 
 
 def decisions_of(tile: BlockTile) -> Decisions:
     """The decisions that make up a tile."""
-    return {name: int(getattr(tile, name)) for name in DECISIONS}
+    return {name: int(getattr(tile, name)) for name in BlockSpace.names}
 
 
-def choose_tile(
-    workload: Workload, gpu: Gpu, log: TuningLog | None = None, nr: int | None = None
-) -> tuple[BlockTile, str]:
+def choose_block_tile(workload: Workload, gpu: Gpu, log: TuningLog | None = None) -> tuple[BlockTile, str]:
     """The tile for a workload and where it comes from: a record of the log, or the default (an empty origin)."""
-    space = BlockSpace(gpu, workload)
-    advice = log.advise(workload) if log is not None and nr is None else None
-    if advice is not None and space.allows(advice.decisions):
-        return BlockTile(**advice.decisions), advice.origin
-    return default_tile(gpu, workload.window, workload.group_out, nr), ""
+    decisions, origin = decide(BlockSpace(gpu, workload), log)
+    return BlockTile(**decisions), origin
+
+
+def space_of(machine: Machine | Gpu, workload: Workload) -> Space:
+    """What may be decided for a workload on a machine of either kind."""
+    return BlockSpace(machine, workload) if isinstance(machine, Gpu) else SPACES[workload.family](machine, workload)
 
 
 def groups_cost(gpu: Gpu, window: Window) -> Callable[[Any], float]:

@@ -44,6 +44,11 @@ class BlockTile:
     thread_channels: int
 
     @property
+    def name(self) -> str:
+        """Its sizes, for a kernel's name."""
+        return f"b{self.mr}x{self.nr}x{self.step}_t{self.thread_rows}x{self.thread_channels}"
+
+    @property
     def threads(self) -> int:
         """Threads of a block."""
         return (self.mr // self.thread_rows) * (self.nr // self.thread_channels)

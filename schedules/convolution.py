@@ -1,0 +1,76 @@
+"""What every kernel of a gathered convolution has in common, on a CPU and on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from .geometry import Window
+from .row_plan import RowPlan
+
+
+class Panel(Protocol):
+    """What a convolution asks of its tile."""
+
+    @property
+    def nr(self) -> int:
+        """Output channels of one tile."""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One convolution kernel: shapes, which lists it walks, and what is fused behind it.
+
+    ``live_in``, ``live_out``: a list of live input or output channels per sample is given. ``zero_dead``: rows of live
+    frames that are not computed are set to zero (``"rows"``), everything that is not computed is (``"all"``), or
+    nothing is (``""``).
+    """
+
+    window: Window
+    channels_in: int
+    channels_out: int
+    groups: int
+    tile: Panel
+    plan: RowPlan
+    live_in: bool = False
+    live_out: bool = False
+    residual: bool = False
+    activation: str = ""
+    zero_dead: str = ""
+
+    @property
+    def depth(self) -> int:
+        """Input channels that one output channel reads."""
+        return self.channels_in // self.groups
+
+    @property
+    def group_out(self) -> int:
+        """Output channels of one convolution group."""
+        return self.channels_out // self.groups
+
+    @property
+    def panels(self) -> int:
+        """Blocks of ``nr`` output channels, over all groups."""
+        return self.groups * -(-self.group_out // self.tile.nr)
+
+    @property
+    def marks(self) -> str:
+        """Which channel lists are walked, for the kernel's name."""
+        lists = "".join(mark for mark, on in (("i", self.live_in), ("o", self.live_out)) if on)
+        return lists and f"_{lists}"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the packed weights: (panels, taps, depth, nr)."""
+        return (self.panels, self.window.taps, self.depth, self.tile.nr)
+
+    def pack_weights(self, weight: np.ndarray) -> np.ndarray:
+        """Pack float32 weights (C_out, C_in / groups, KT, KH, KW) the way the kernel reads them."""
+        taps_last = weight.reshape(self.groups, self.group_out, self.depth, self.window.taps)
+        per_group = self.panels // self.groups
+        padded = np.zeros((self.groups, per_group * self.tile.nr, self.depth, self.window.taps), "float32")
+        padded[:, : self.group_out] = taps_last
+        blocks = padded.reshape(self.panels, self.tile.nr, self.depth, self.window.taps)
+        return np.ascontiguousarray(blocks.transpose(0, 3, 2, 1))
