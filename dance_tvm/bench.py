@@ -111,6 +111,8 @@ def _print(results: Results) -> None:
                 console.print(_layers(item.name, item.profile))
             if item.clips:
                 console.print(_clips(item))
+            if item.single_stream:
+                console.print(_stream(item.name, item.single_stream))
         for warning in device.warnings:
             console.print(f"[yellow]![/] {warning}")
     for pair in results.pairs:
@@ -169,6 +171,13 @@ def _clips(item: Measured) -> Table:
     if correlation is not None:
         table.caption = f"correlation of latency and MACs kept: {correlation:.2f}"
     return table
+
+
+def _stream(name: str, figures: dict[str, float]) -> str:
+    return (
+        f"{name}, single stream: 90th percentile {1e3 * figures['p90']:.2f} ms over {figures['queries']:,.0f} queries "
+        f"in {figures['seconds']:.0f} s, {figures['queries_per_second']:.2f} queries a second"
+    )
 
 
 def _share(value: float | None) -> str:

@@ -257,6 +257,17 @@ def test_turns_and_streams_count_what_they_promise(sparse):
     assert stream["p50"] <= stream["p90"] <= stream["p99"]
 
 
+def test_a_single_stream_is_told(sparse, monkeypatch):
+    def short(network, clips):
+        return single_stream(network, clips, queries=20, seconds=0.1)
+
+    monkeypatch.setattr("dance_tvm.benchmarking.campaign.single_stream", short)
+    done = CliRunner().invoke(bench.app, [str(sparse.path), "--runs", "3", "--seconds", "0", "--single-stream"])
+    assert done.exit_code == 0
+    assert "single stream: 90th percentile" in done.stdout
+    assert "queries a second" in done.stdout
+
+
 def test_clips_of_every_kind(sparse, tmp_path, clips):
     assert len(load_clips(str(clips), sparse.manifest, most=2)) == 2
     assert frames_of(sparse.manifest) == 8
