@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tvm import s_tir, tirx
@@ -22,6 +23,9 @@ BIG_INT = "int64"
 
 #: Relax's pattern kind of functions that it must not fuse with others; saves it the analysis of long bodies.
 OPAQUE = 8
+
+
+_ONE_THREAD: ContextVar[bool] = ContextVar("one_thread", default=False)
 
 
 class Kernel:
@@ -46,8 +50,8 @@ def kernel(name: str) -> Iterator[Kernel]:
 
 
 def argument(name: str, shape: Sequence[int], dtype: str = FLOAT) -> tirx.Buffer:
-    """Declare the next parameter of the kernel."""
-    return T.arg(name, T.buffer(tuple(int(extent) for extent in shape), dtype))
+    """Declare the next parameter of the kernel; extents are Relax's own int64, so that kernels can be joined."""
+    return T.arg(name, T.buffer(tuple(tirx.IntImm(BIG_INT, int(extent)) for extent in shape), dtype))
 
 
 def flat(buffer: tirx.Buffer) -> tirx.Buffer:
@@ -117,8 +121,18 @@ def serial(extent: Expr) -> Any:
 
 
 def parallel(extent: Expr) -> Any:
-    """A loop from zero whose iterations are shared out over the threads."""
-    return T.parallel(0, extent)
+    """A loop from zero whose iterations are shared out over the threads; within ``one_thread`` it stays on one."""
+    return T.serial(0, extent) if _ONE_THREAD.get() else T.parallel(0, extent)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Emit kernels that never wake another thread: waking one costs more than a small kernel takes."""
+    token = _ONE_THREAD.set(True)
+    try:
+        yield
+    finally:
+        _ONE_THREAD.reset(token)
 
 
 @contextmanager

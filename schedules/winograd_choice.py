@@ -6,13 +6,16 @@ them there are, how many weights stream past them, and what the transforms add.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import mean
 
 from .conv3d_gather import GatherConv, Tile
 from .conv3d_kgs import KernelGroupConv
-from .geometry import Triple
+from .geometry import Triple, Window
 from .tiles import WEIGHTS_SHARE_OF_L1, Machine, candidates, predicted_cycles
 from .winograd import WinogradConv
 from .winograd_plan import WinogradPlan
@@ -242,13 +245,28 @@ def _direct_seconds(conv: GatherConv, machine: Machine, threads: int, density: f
     register_tile = (tile.mr, tile.vectors, tile.step)
     cycles = predicted_cycles(machine, window.positions_out, conv.group_out, register_tile) * conv.groups
     taps = window.tap_positions / max(1, window.positions_out)
-    cycles *= taps * conv.depth * share
+    cycles *= taps * conv.depth * share / _tiles_filled(window, tile.mr, _row_share(conv, density))
     elements = window.taps * conv.depth * conv.channels_out * _channel_share(conv, density)
     blocks = max(1.0, window.positions_out * _row_share(conv, density) / plan.samples / (tile.mr * tile.block_tiles))
     cycles += _gather_cycles(conv, elements) * plan.samples * blocks
     repeats = 1 + (plan.samples - 1) / (1 if 4 * elements > machine.l3 / 2 else CACHE_RATE)
     weights = 4.0 * window.taps * conv.depth * conv.channels_out * share * repeats
     return _with_traffic(machine, threads, cycles, weights)
+
+
+def _tiles_filled(window: Window, mr: int, share: float) -> float:
+    """Share of the register tiles' rows that hold one: rows that read other taps, as at edges, fill tiles of their own.
+
+    ``share`` of the rows of each class are computed together.
+    """
+    counted = [Counter(window.live_taps(axis, index) for index in range(window.out[axis])) for axis in range(3)]
+    rows = slots = 0.0
+    for classes in product(*(axis.items() for axis in counted)):
+        here = window.batch * share * math.prod(size for _, size in classes)
+        taps = math.prod(len(live) for live, _ in classes)
+        rows += taps * here
+        slots += taps * mr * math.ceil(here / mr)
+    return rows / slots if slots else 1.0
 
 
 def _row_share(conv: GatherConv, density: float) -> float:

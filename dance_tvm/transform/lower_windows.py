@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,7 @@ from dance_tvm.schedules.conv3d_kgs import (
     kernel_group_tile,
     plan_columns,
 )
+from dance_tvm.schedules.emit import one_thread
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.mask_window import Field, grow_backward, grow_forward
 from dance_tvm.schedules.pool3d import Pool, pool3d
@@ -40,6 +43,10 @@ from .windows import POOLS, window_of, zero_padded
 
 #: Share of zero weights from which on a layer's report says why they are not skipped.
 WORTH_TELLING = 0.01
+
+#: Lists that no mask thins are planned when compiled up to this many entries; longer ones in every call: rather a
+#: thousandth of the time of so large a layer than megabytes in the artifact.
+MOST_CONSTANT_LISTS = 1 << 18
 
 #: The function beside ``main`` that runs the planning alone. It takes what ``main`` takes and returns int32 (rows, 4):
 #: for every convolution and linear layer, in the order of ``Lowered.layers``, its number, and how many pairs of output
@@ -91,7 +98,8 @@ class LowerWindows:
             convolution=self.convolution,
             group_cost=self.group_cost,
         )
-        lowered = lowering.run()
+        with one_thread() if self.threads == 1 else nullcontext():
+            lowered = lowering.run()
         self.layers.extend(lowering.layers)
         return relax.transform.DeadCodeElimination()(lowered)
 
@@ -259,8 +267,16 @@ class Lowering:
 
     def _rows(self, plan: RowPlan | WinogradPlan, masks: list[relax.Expr], identity: Hashable) -> list[relax.Expr]:
         """The lists of a plan; layers of the same shape under the same masks share them."""
+        key = ("rows", plan, identity)
+        if key not in self.planned and not masks and self._plans_now(plan):
+            self.planned[key] = [relax.const(array) for array in _planned_now(self._row_planner(plan), plan)]
         args = [*masks, *(relax.const(table) for table in plan.tables.values())]
-        return self._several(("rows", plan, identity), self._row_planner(plan), args, list(plan.shapes.values()))
+        return self._several(key, self._row_planner(plan), args, list(plan.shapes.values()))
+
+    def _plans_now(self, plan: RowPlan | WinogradPlan) -> bool:
+        """Whether lists that no mask thins become constants; a GPU's planner runs on the GPU alone."""
+        entries = sum(math.prod(shape) for shape in plan.shapes.values())
+        return isinstance(self.machine, Machine) and entries <= MOST_CONSTANT_LISTS
 
     def _several(
         self, key: Hashable, func: tvm.tirx.PrimFunc, args: list[relax.Expr], shapes: list[Shape]
@@ -559,3 +575,12 @@ def bias_of(site: Site) -> np.ndarray:
     """float32 (C_out,): the site's bias, zeros where it has none."""
     bias = np.zeros(site.channels_out) if site.bias is None else site.bias
     return bias.astype("float32")
+
+
+def _planned_now(planner: tvm.tirx.PrimFunc, plan: RowPlan | WinogradPlan) -> list[np.ndarray]:
+    """The lists of a plan that no mask thins, which are the same in every call."""
+    module = tvm.IRModule({"plan": planner.with_attr("global_symbol", "plan")})
+    run = tvm.compile(module, target=tvm.target.Target({"kind": "llvm"}))
+    lists = [tvm.runtime.tensor(np.zeros(shape, "int32")) for shape in plan.shapes.values()]
+    run["plan"](*(tvm.runtime.tensor(table) for table in plan.tables.values()), *lists)
+    return [array.numpy() for array in lists]

@@ -22,6 +22,7 @@ from .fold_batch_norm import FoldBatchNorm
 from .gpu_rest import ScheduleRestForGpu
 from .gpu_windows import GpuLowering
 from .group_choice import group_cost
+from .join_small import JoinSmall
 from .layers import LayerInfo
 from .lift_weights import LiftWeights
 from .lower_windows import LowerWindows
@@ -99,7 +100,8 @@ def lower(
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),
                 relax.transform.DeadCodeElimination(),
-                ScheduleRestForGpu() if gpu else ScheduleRest(machine.vector_floats),
+                ScheduleRestForGpu() if gpu else ScheduleRest(machine.vector_floats, options.threads),
+                *([] if gpu else [JoinSmall()]),
             ],
         ),
         ("lift weights", [lift_weights]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import tvm
 from tvm import s_tir, tirx
@@ -15,8 +16,8 @@ PARALLEL_ELEMENTS = 16384
 class ScheduleRest:
     """Spread the elements of every unscheduled PrimFunc over threads and vector lanes."""
 
-    def __init__(self, vector_floats: int) -> None:
-        self.vector_floats = vector_floats
+    def __init__(self, vector_floats: int, threads: int = 1) -> None:
+        self.vector_floats, self.threads = vector_floats, threads
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Schedule each function; one that TVM's primitives refuse stays as it was."""
@@ -31,6 +32,8 @@ class ScheduleRest:
             root = schedule.get_sblock("root")
         except s_tir.ScheduleError:
             return _bare(func)  # TVM's own loops, as those of scatter, which have no blocks to schedule
+        for block in schedule.get_child_blocks(root):
+            _inline(schedule, block)
         blocks = [block for block in schedule.get_child_blocks(root) if schedule.get_loops(block)]
         for block in blocks:
             try:
@@ -50,15 +53,32 @@ class ScheduleRest:
             return
         schedule.reorder(*spatial, *reduction)
         extents = [int(schedule.get(loop).extent) for loop in loops]
-        fused = schedule.fuse(*spatial) if len(spatial) > 1 else spatial[0]
-        outer, inner = schedule.split(fused, [None, self.vector_floats])
+        last = int(schedule.get(spatial[-1]).extent)
+        whole_vectors = last % self.vector_floats == 0
+        if whole_vectors:  # each axis keeps its loop: an index taken apart again costs divisions in every lane
+            before, split = spatial[:-1], spatial[-1]
+        else:
+            before, split = [], schedule.fuse(*spatial) if len(spatial) > 1 else spatial[0]
+        middle, inner = schedule.split(split, [None, self.vector_floats])
         if reduction:
-            schedule.reorder(outer, *reduction, inner)
+            schedule.reorder(*before, middle, *reduction, inner)
         schedule.vectorize(inner)
-        if math.prod(extents) >= PARALLEL_ELEMENTS:
-            schedule.parallel(outer)
+        if self.threads > 1 and math.prod(extents) >= PARALLEL_ELEMENTS:
+            schedule.parallel(schedule.fuse(*before) if len(before) > 1 else [*before, middle][0])
         if reduction:
             schedule.decompose_reduction(block, reduction[0])
+
+
+def _inline(schedule: s_tir.Schedule, block: s_tir.schedule.SBlockRV) -> None:
+    """Compute ``block`` where it is read, if one other block reads it and no element more often than it is computed."""
+    readers = schedule.get_consumers(block)
+    if len(readers) == 1 and _elements(schedule, readers[0]) <= _elements(schedule, block):
+        with suppress(s_tir.ScheduleError):  # a reduction, or the function's result
+            schedule.compute_inline(block)
+
+
+def _elements(schedule: s_tir.Schedule, block: s_tir.schedule.SBlockRV) -> int:
+    return math.prod(int(schedule.get(loop).extent) for loop in schedule.get_loops(block))
 
 
 def _bare(func: tirx.PrimFunc) -> tirx.PrimFunc:
