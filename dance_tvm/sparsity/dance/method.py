@@ -112,6 +112,7 @@ class AAP(Method):
         ramp: float = Field(0.5, ge=0, le=1)
         distill: float = Field(1.0, ge=0, description="weight of the distance from the dense network's scores")
         momentum: float = Field(0.02, gt=0, le=1, description="of batch norm's running averages")
+        keep_norm: bool = Field(False, description="leave the backbone's batch norm as it came, for small batches")
         freeze: float = Field(0.0, ge=0, le=1, description="last share of the epochs with the backbone frozen")
         backbone_rate: float = Field(0.3, gt=0, description="learning rate of the backbone, times --lr")
         controller_rate: float = Field(3.0, gt=0, description="learning rate of the controller, times --lr")
@@ -137,9 +138,9 @@ class AAP(Method):
         graph = prune(network, context.clip_shape, axes=options.axes, group=options.group, grid=options.grid)
         self._controller = controller_of(graph)
         self._prunes = [module for module in graph.modules() if isinstance(module, Prune)]
-        for module in graph.modules():
-            if isinstance(module, nn.BatchNorm3d):
-                module.momentum = options.momentum
+        self._norms = [m for m in graph.modules() if isinstance(m, nn.BatchNorm3d) and m is not self._controller.norm]
+        for module in (*self._norms, self._controller.norm):
+            module.momentum = options.momentum
         self._counter = MacCounter(graph)
         self._epochs, self._steps, self._step = context.epochs, context.steps_per_epoch, 0
         dense = self._counter.count([], 1).dense
@@ -168,6 +169,9 @@ class AAP(Method):
         if frozen:
             network.eval()
             self._controller.train()
+        elif self.options.keep_norm:
+            for norm in self._norms:
+                norm.eval()
 
     def _progress(self) -> float:
         """How far the target has fallen: 0 at the first step, 1 once `ramp` of all steps are done."""
