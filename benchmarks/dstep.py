@@ -9,7 +9,6 @@
     python benchmarks/dstep.py real                   a film streamed through the shipped network, here and emulated
     python benchmarks/dstep.py speed-build            compiled networks with random policies, kept in --artifacts
     python benchmarks/dstep.py speed                  their latency against their work
-    python -m benchmarks.dstep peers                  the dense one against other engines
 
 Training runs are kept in --runs; `train` also writes what the tables need to benchmarks/results/dstep.json.
 """
@@ -442,37 +441,6 @@ def speed_build(
         facts.append({"name": case.name, "work": case.work, "frames": case.frames})
         print(f"{case.name}: {case.work:.3f} of the work, {skipping} layers with lists")
     write_atomically(artifacts / "cases.json", json.dumps(facts).encode())
-
-
-@app.command()
-def peers(
-    artifacts: Artifacts = Path("artifacts/dstep-speed"),
-    engines: Annotated[str, typer.Option(help="compared engines, comma between")] = "pytorch,onnxruntime,openvino,mnn",
-    threads: Annotated[int, typer.Option()] = 2,
-    runs: Annotated[int, typer.Option(min=2)] = 10,
-    only_prepare: Annotated[bool, typer.Option(help="export the network for the others and time nothing")] = False,
-    write: Write = False,
-) -> None:
-    """The dense network that `speed-build` compiled against other engines, in turns; run as -m benchmarks.dstep."""
-    from benchmarks.peers import Case as PeerCase
-    from benchmarks.peers import _prepare as prepare
-    from benchmarks.rt3d import _latencies
-    from dance_tvm.artifact import load_artifact
-
-    with np.load(artifacts / "0.npz") as arrays:
-        clip = torch.from_numpy(arrays[arrays.files[0]])
-    folder = artifacts / "peers"
-    if not (folder / "resnet18").exists():
-        prepare("resnet18", _fresh("resnet18-tsn").eval(), clip, folder)
-    if only_prepare:
-        return
-    case = PeerCase("resnet18", 0, folder / "resnet18")
-    found = _latencies({"ours": load_artifact(artifacts / "0")}, (clip,), case, engines.split(","), threads, runs)
-    rows = [
-        (name, f"{1e3 * seconds:.1f}", f"{seconds / found['ours']:.2f}")
-        for name, seconds in sorted(found.items(), key=lambda item: item[1])
-    ]
-    _show("peers", _table(("engine", "ms a clip", "ours is faster by"), rows), write)
 
 
 @app.command()

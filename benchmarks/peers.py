@@ -473,7 +473,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
 def main(
     quick: Annotated[bool, typer.Option(help="Two small networks, few rounds.")] = False,
     layers_too: Annotated[bool, typer.Option("--layers", help="Layers singly in place of whole networks.")] = False,
-    only: Annotated[str, typer.Option(help="Comma-separated names of cases; part of a name is enough.")] = "",
+    only: Annotated[str, typer.Option(help="Comma-separated networks of the zoo; of layers a part of the name.")] = "",
     peers: Annotated[str, typer.Option(help="Comma-separated peers.")] = ",".join(PEERS),
     threads: Annotated[str, typer.Option(help="Comma-separated numbers of threads.")] = "1,2",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each peer.")] = 15,
@@ -525,9 +525,10 @@ def _cases(quick: bool, layers_too: bool, only: str, folder: Path) -> Iterator[C
             if not wanted or any(part.startswith(name) or part in name or "/" not in part for part in wanted):
                 yield from (case for case in layers(name, folder) if chosen(case.name))
         return
-    every = QUICK_NETWORKS if quick else (*NETWORKS, *QUICK_NETWORKS)
-    selected = [name for name in every if (name in wanted if wanted else quick or name in NETWORKS)]
-    yield from networks(selected, folder)
+    from dance_tvm import models
+
+    asked = [name for name in wanted if name in models.names()]
+    yield from networks(asked if wanted else QUICK_NETWORKS if quick else NETWORKS, folder)
 
 
 if __name__ == "__main__":

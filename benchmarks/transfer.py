@@ -3,7 +3,7 @@
     python -m benchmarks.transfer [--logs FOLDER]
 
 Each layer with a verified record is measured in turns with the default tile, with the tile of the most similar other
-layer, as a build would take it if the layer had no record, and with its own. Figures are times over the default's.
+layer, and with its own. Figures are times over the default's.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import typer
 from dance_tvm.schedules.spaces import SPACES
 from dance_tvm.target import load_target
 from dance_tvm.transform.pipeline import machine_of
-from dance_tvm.tuning.advice import SIMILAR, tuned_tiles
+from dance_tvm.tuning.advice import tuned_tiles
 from dance_tvm.tuning.farm import Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
 
 
 def main(
     logs: Annotated[Path | None, typer.Option(help="Folder of the logs.")] = None,
+    within: Annotated[float, typer.Option(help="How unlike the other layer may be; builds go to 1.")] = 3.0,
     rounds: int = 9,
 ) -> None:
     """Print a row a layer, then the geometric means."""
@@ -35,7 +36,7 @@ def main(
         for workload, record in tiles.records:
             space = SPACES[workload.family](machine, workload)
             near = [item for item in tiles.ranked(workload) if item[1].identity != workload.identity]
-            if not near or near[0][0] > SIMILAR:
+            if not near or near[0][0] > within:
                 continue
             choices = [space.default(), space.normal(near[0][2].decisions), record.decisions]
             if choices[0] == choices[1] == choices[2]:

@@ -285,8 +285,8 @@ def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax
 def host_code_of(machine: Target) -> dict[str, Any]:
     """TVM's configuration for the functions that launch kernels of a GPU: they leave their arguments unchecked.
 
-    The virtual machine checks what it is given; behind it, types and shapes are the compiler's own, and the checks would
-    be most of what LLVM compiles.
+    The virtual machine checks what it is given; behind it, types and shapes are the compiler's own, and the checks
+    would be most of what LLVM compiles.
     """
     return {"tirx.disable_assert": machine.gpu is not None}
 
