@@ -78,9 +78,7 @@ class Workload:
     @property
     def work(self) -> float:
         """Multiply-accumulates expected at the workload's density, padding left out."""
-        rows = self.density if {"out_frames", "positions"} & set(self.lists) else 1.0
-        both = self.density ** sum(axis in self.lists for axis in ("in_channels", "out_channels"))
-        return self.window.tap_positions * self.depth * self.channels_out * rows * both
+        return self.window.tap_positions * self.depth * self.channels_out * self.density ** len(self.lists)
 
     def at(self, density: float) -> Workload:
         """The same kernel at another density; a kernel without lists has only one."""
