@@ -16,6 +16,7 @@ from dance_tvm.build import DEFAULT_MODEL
 from dance_tvm.compiler import build_network
 from dance_tvm.device import open_device
 from dance_tvm.errors import DanceError
+from dance_tvm.frontend import import_model
 from dance_tvm.sparsity import checkpoint, training
 from dance_tvm.sparsity.dance.adaptors import AdaptorSpatial, AdaptorTemporal
 from dance_tvm.sparsity.dance.controller import AXES, Masks
@@ -27,8 +28,9 @@ from dance_tvm.sparsity.dance.untrained import keep_at_random
 from dance_tvm.sparsity.data import MotionDigits, Splits
 from dance_tvm.sparsity.training import Distillation, Logits, Settings
 from dance_tvm.sparsity.video import FrameWindows
+from dance_tvm.target import load_target
 from dance_tvm.train import run
-from dance_tvm.transform.pipeline import Options
+from dance_tvm.transform.pipeline import Options, lower
 
 SHAPE = (1, 8, 16, 16)
 
@@ -275,7 +277,36 @@ def test_exported_graph_equals_the_masked_network() -> None:
     assert targets.count("aten.gt.Tensor") == 18, "one comparison an axis and site, and nothing data-dependent"
 
 
+def test_onnx_carries_the_decisions_to_the_kernels(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    graph = pruned_at_random(Three(), SHAPE, seed=1)
+    path = tmp_path / "pruned.onnx"
+    torch.onnx.export(graph, (torch.rand(1, *SHAPE),), dynamo=True, verbose=False).save(str(path))
+    imported = import_model(path)
+    layers = {layer.name: layer for layer in lower(imported.mod, load_target("host"), Options(conv="direct")).layers}
+    skipped = [layer.skips for layer in layers.values() if layer.kind == "conv3d" and layer.skips]
+    assert len(skipped) == 2, "both convolutions behind the first"
+    assert {"output frames", "output positions", "output channels"} <= set(skipped[0])
+
+
 # ---- training ----
+
+
+def test_small_batches_may_leave_batch_norm_as_it_came(tmp_path: Path) -> None:
+    data = "motion-digits,train=8,test=8,size=24,frames=8"
+
+    def trained(keep: bool) -> dict[str, Tensor]:
+        options = {"target_macs": 0.5, "keep_norm": keep}
+        out = tmp_path / str(keep)
+        run(method="aap", model="c3d-mini", data=data, out=out, epochs=1, batch=4, threads=1, options=options)
+        return checkpoint.without_prefix("network", checkpoint.read_checkpoint(out / "model.safetensors")[0])
+
+    kept, moved = trained(True), trained(False)
+    own = "bn3b.running_mean"
+    assert not kept[own].any(), "as it came"
+    assert moved[own].any()
+    assert kept["controller.norm.running_mean"].any(), "the controller's own is new and has to learn"
 
 
 def test_targets_are_shares_percents_or_counts() -> None:
