@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -78,7 +77,6 @@ def test_a_device_killed_in_the_middle_is_dropped_and_the_run_ends_well(farm, tm
 
 @pytest.mark.device
 @pytest.mark.slow
-@pytest.mark.skipif("DANCE_TVM_EMULATED_FARM" not in os.environ, reason="minutes: set DANCE_TVM_EMULATED_FARM=1")
 def test_two_emulated_devices_tune_a_small_network_though_one_dies(tmp_path, monkeypatch):
     if reason := emulator.why_not():
         pytest.skip(f"no emulated device: {reason}")
