@@ -4,6 +4,7 @@
     python -m benchmarks.dance ship          the trained network into the package, with its card
     python -m benchmarks.dance convergence   curves of AVA and AAP, as the supplement's figures 13 and 14
     python -m benchmarks.dance accuracy      accuracy and MACs of dense, AVA, AAP and the ablation
+    python -m benchmarks.dance ablation      the same from the runs' cards, on the clips by which each chose its epoch
     python -m benchmarks.dance exactness     built for this machine: logits and MACs of every held-out clip
     python -m benchmarks.dance latency       latency by clip and by layer of what `exactness` built
     python -m benchmarks.dance transnet      TransNetV2 pruned without labels: MACs against agreement
@@ -204,6 +205,23 @@ def accuracy(runs: Runs = Path("runs/dance"), threads: Threads = 1) -> None:
         "θ",
     )
     _write_section("accuracy", _table(head, rows))
+
+
+@app.command()
+def ablation(runs: Runs = Path("runs/dance")) -> None:
+    """What every run's card says of the held-out clips by which it chose its epoch."""
+    rows = []
+    for name, recipe in RECIPE.items():
+        path = runs / name / training.MODEL
+        if not path.exists():
+            continue
+        told = checkpoint.read_checkpoint(path)[1]["metrics"]
+        kept = [told.get(f"kept_{axis}") for axis in ("frames", "channels", "positions")]
+        rows.append([
+            recipe.title, f"{100 * told['accuracy']:.1f} %", f"{1 / told.get('share', 1):.2f}x",
+            *("–" if share is None else f"{share:.2f}" for share in kept),
+        ])  # fmt: skip
+    _write_section("ablation", _table(("network", "accuracy", "fewer MACs", "frames", "channels", "positions"), rows))
 
 
 def _network(path: Path, method: str) -> tuple[nn.Module, dict[str, Any]]:
