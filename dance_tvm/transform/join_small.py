@@ -65,6 +65,8 @@ class _Joining:
             return isinstance(value.tuple_value, relax.Var) and self._is_small(value.tuple_value)
         if self.graph.op(var) != "call_tir" or value.args[0].name_hint.startswith(LAYERS):
             return False
+        if not all(map(_is_whole, self.builder.get()[value.args[0]].params)):
+            return False
         results = var.ty.fields if isinstance(var.ty, relax.TupleType) else [var.ty]
         return sum(map(_elements, [*(read.ty for read in value.args[1].fields), *results])) <= SMALL_ELEMENTS
 
@@ -149,6 +151,16 @@ class _Joining:
 def _reads(value: relax.Expr) -> list[relax.Expr]:
     """Variables and constants that a call or the choice of one of its results reads."""
     return [value.tuple_value] if isinstance(value, relax.TupleGetItem) else list(value.args[1].fields)
+
+
+def _is_whole(param: tirx.Var) -> bool:
+    """Whether a kernel takes a tensor as it lies from its beginning; FuseTIR hands on no other (scatter reads at an
+    offset that its caller would tell)."""
+    kind = param.ty
+    if not isinstance(kind, tirx.BufferType):
+        return True
+    whole = not kind.strides and isinstance(kind.elem_offset, tirx.IntImm)
+    return whole and all(str(extent.ty) == "int64" for extent in kind.shape)
 
 
 def _elements(kind: relax.TensorType) -> float:
