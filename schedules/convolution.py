@@ -19,6 +19,12 @@ class Panel(Protocol):
         """Output channels of one tile."""
 
 
+def list_marks(live_in: bool, live_out: bool) -> str:
+    """Which channel lists a kernel walks, as its name tells: ``_i``, ``_o``, ``_io`` or nothing."""
+    lists = "i" * live_in + "o" * live_out
+    return lists and f"_{lists}"
+
+
 @dataclass(frozen=True)
 class Convolution:
     """One convolution kernel: shapes, which lists it walks, and what is fused behind it.
@@ -58,8 +64,7 @@ class Convolution:
     @property
     def marks(self) -> str:
         """Which channel lists are walked, for the kernel's name."""
-        lists = "".join(mark for mark, on in (("i", self.live_in), ("o", self.live_out)) if on)
-        return lists and f"_{lists}"
+        return list_marks(self.live_in, self.live_out)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

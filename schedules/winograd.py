@@ -21,6 +21,7 @@ from tvm import tirx
 
 from .channel_plan import channel_list_shape
 from .conv3d_gather import Tile, listed_columns, whole_panel
+from .convolution import list_marks
 from .emit import (
     ACTIVATIONS,
     INT,
@@ -56,7 +57,7 @@ LINE_FLOATS = 16
 
 @dataclass(frozen=True)
 class WinogradConv:
-    """One Winograd kernel; the fields mean what they mean in :class:`~.conv3d_gather.GatherConv`.
+    """One Winograd kernel; the fields mean what they mean in :class:`~.convolution.Convolution`.
 
     Of ``tile``, the register tile (``mr``, ``vectors``, ``vector_floats``, ``step``) and the cache blocking of the sum
     (``segment_taps``, ``depth_block``) are used.
@@ -90,10 +91,10 @@ class WinogradConv:
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        lists = "".join(mark for mark, on in (("i", self.live_in), ("o", self.live_out)) if on)
+        marks = list_marks(self.live_in, self.live_out)
         size = "x".join(str(m) for m in self.plan.m)
         step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
-        return f"conv3d_winograd_{size}{lists and '_' + lists}_f32_mr{self.tile.mr}_nr{self.tile.nr}{step}"
+        return f"conv3d_winograd_{size}{marks}_f32_mr{self.tile.mr}_nr{self.tile.nr}{step}"
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
