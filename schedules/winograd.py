@@ -13,14 +13,14 @@ Depth taps are summed in the transformed domain where frames are not transformed
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 from tvm import tirx
 
 from .channel_plan import channel_list_shape
-from .conv3d_gather import Tile, listed_columns, whole_panel
+from .conv3d_gather import Tile, listed_columns
 from .convolution import list_marks
 from .emit import (
     ACTIVATIONS,
@@ -157,6 +157,59 @@ def mask_arguments(conv: WinogradConv) -> list[str]:
     return [key for key in plan.masks if key in needed]
 
 
+@dataclass(frozen=True)
+class Columns:
+    """A panel of output channels: where each of its vectors begins in ``weights``.
+
+    Rows are input channels: all of them, or the live ones side by side where they have been ``gathered``.
+    """
+
+    weights: tirx.Buffer
+    starts: list[Expr]
+    gathered: bool = False
+
+
+@dataclass(frozen=True)
+class ChannelVector:
+    """``count`` channels that a vector holds: consecutive ones from the ``first`` on.
+
+    If they are ``apart``, they are only where ``side_by_side`` says so.
+    """
+
+    first: Expr
+    count: int
+    apart: tuple[Expr, ...] = ()
+    side_by_side: Expr = None
+
+    @classmethod
+    def listed(cls, channels: Sequence[Expr]) -> ChannelVector:
+        """Ascending channels, read from a list; that they are side by side is found out when the kernel runs."""
+        named = tuple(let(channel) for channel in channels)
+        if len(named) == 1:
+            return cls(named[0], 1)
+        return cls(named[0], len(named), named, let(named[-1] - named[0] == len(named) - 1))
+
+    def read(self, buffer: tirx.Buffer, start: Expr) -> Expr:
+        """The channels' values, the first of all channels lying at ``start``."""
+        together = buffer[lanes(start + self.first, self.count)]
+        if not self.apart:
+            return together
+        values = [buffer[start + channel] for channel in self.apart]
+        return tirx.if_then_else(self.side_by_side, together, tirx.Shuffle(values, list(range(self.count))))
+
+    def write(self, put: Callable[[Expr, Expr, int], None], value: Expr) -> None:
+        """Call ``put(value, first channel, how many)`` once where they are side by side, else for each."""
+        if not self.apart:
+            put(value, self.first, self.count)
+            return
+
+        def each() -> None:
+            for index, channel in enumerate(self.apart):
+                put(lane(value, index), channel, 1)
+
+        choose(self.side_by_side, lambda: put(value, self.first, self.count), each)
+
+
 class _Emitter:
     """The kernel's phases, from its signature down to the multiply-add."""
 
@@ -263,6 +316,8 @@ class _Emitter:
         readable = self._readable_frames(clip, starts[0]) if plan.transformed[0] else None
 
         def channels(channel: Expr, count: int) -> None:
+            together = self._vector_in(sample, channel, count)
+
             def read(place: list[Expr]) -> Expr:
                 at = [start + offset for start, offset in zip(starts, place, strict=True)]
                 inside = [
@@ -273,7 +328,7 @@ class _Emitter:
                 if readable is not None:
                     inside.append(readable[place[0]] != 0)
                 position = ((clip * window.size[0] + at[0]) * window.size[1] + at[1]) * window.size[2] + at[2]
-                value = self._read_channels(sample, big(position) * conv.channels_in, channel, count)
+                value = together.read(self.x, big(position) * conv.channels_in)
                 return tirx.if_then_else(tirx.all(*inside), value, number(0.0, count)) if inside else value
 
             def write(at: Expr, value: Expr) -> None:
@@ -315,12 +370,11 @@ class _Emitter:
         last = (plan.tiles[axis] - 1) * plan.m[axis] - window.padding[axis] + offset
         return offset < window.padding[axis] or last >= window.size[axis]
 
-    def _read_channels(self, sample: Expr, start: Expr, channel: Expr, count: int) -> Expr:
-        """Live channels ``channel …`` of the position that begins at ``start``."""
+    def _vector_in(self, sample: Expr, first: Expr, count: int) -> ChannelVector:
+        """The live input channels from the ``first`` on."""
         if not self.conv.live_in:
-            return self.x[lanes(start + channel, count)]
-        values = [self.x[start + self.in_channels[sample, 1 + channel + index]] for index in range(count)]
-        return tirx.Shuffle(values, list(range(count))) if count > 1 else values[0]
+            return ChannelVector(first, count)
+        return ChannelVector.listed([self.in_channels[sample, 1 + first + index] for index in range(count)])
 
     def _along_axes(
         self,
@@ -365,13 +419,49 @@ class _Emitter:
     # -- phase 2 -----------------------------------------------------------------------------------------------------
 
     def _multiply_panel(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr) -> None:
-        """One ξ, one panel of output channels, all rows of the chunk."""
-        conv, plan, tile = self.conv, self.plan, self.tile
+        """One ξ, one panel of output channels, all rows of the chunk.
+
+        Weights are read where they are: rows of the listed input channels, vectors of the listed output channels.
+        Only where a vector of these does not lie side by side in the packed weights, the panel is gathered first.
+        """
+        conv, tile = self.conv, self.tile
+        rows = self.plan.taps * conv.channels_in
+
+        multiply = partial(self._multiply_runs, chunk, sample, xi, panel)
+        if not conv.live_out:
+            start = let(big(xi * conv.panels + panel) * (rows * tile.nr))
+            multiply(Columns(self.weights, [start + v * tile.vector_floats for v in range(tile.vectors)]))
+            return
+        plane = let(big(xi) * (conv.panels * rows * tile.nr))
+        firsts = [let(panel * tile.nr + v * tile.vector_floats) for v in range(tile.vectors)]
+
+        def in_place() -> None:
+            vectors = [tirx.floordiv(self._out_channel(sample, first), tile.vector_floats) for first in firsts]
+            panels = [let(tirx.floordiv(vector, tile.vectors)) for vector in vectors]
+            within = [tirx.floormod(vector, tile.vectors) * tile.vector_floats for vector in vectors]
+            starts = [plane + big(at) * (rows * tile.nr) + lane for at, lane in zip(panels, within, strict=True)]
+            multiply(Columns(self.weights, [let(start) for start in starts]))
+
+        def gathered() -> None:
+            weights = self._gather_weights(sample, plane, panel)
+            multiply(Columns(weights, [big(v * tile.vector_floats) for v in range(tile.vectors)], gathered=True))
+
+        choose(tirx.all(*(self._is_in_place(sample, first) for first in firsts)), in_place, gathered)
+
+    def _is_in_place(self, sample: Expr, first: Expr) -> Expr:
+        """Whether the vector of listed output channels from the ``first`` on is one of the packed weights' vectors."""
+        live = let(self.out_channels[sample, 0])
+        last = let(tirx.min(first + self.tile.vector_floats, live) - 1)
+        channel = let(self._out_channel(sample, first))
+        aligned = tirx.floormod(channel, self.tile.vector_floats) == 0
+        side_by_side = self._out_channel(sample, last) - channel == last - first
+        return let(tirx.any(first >= live, tirx.all(aligned, side_by_side)))
+
+    def _multiply_runs(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr, columns: Columns) -> None:
+        """All rows of the chunk times ``columns`` of the weights, run by run."""
+        conv, tile = self.conv, self.tile
         depth = conv.channels_in
         live = self._live_in(sample)
-        weights, base = self.weights, let(big(xi * conv.panels + panel) * (plan.taps * depth * tile.nr))
-        if conv.live_in or conv.live_out:
-            weights, base = self._gather_weights(sample, xi, panel, live), let(big(0))
         source = let(big(xi) * conv.source_plane)
         target = let(big(xi) * conv.product_plane + panel * tile.nr)
         most = tile.depth_block
@@ -389,24 +479,23 @@ class _Emitter:
                     current = let(low + offset)
                     rows = [let(self.rows_in[chunk, current, r]) for r in range(tile.mr)]
                     place = let(target + big(current) * (tile.mr * conv.panels * tile.nr))
-                    self._register_tile(rows, source, place, (weights, base, live), taps, channels, fresh)
+                    self._register_tile(sample, rows, source, place, columns, taps, channels, fresh)
 
-    def _gather_weights(self, sample: Expr, xi: Expr, panel: Expr, live: Expr) -> tirx.Buffer:
-        """Pack the transformed weights of the panel's output channels for the live input channels."""
+    def _gather_weights(self, sample: Expr, plane: Expr, panel: Expr) -> tirx.Buffer:
+        """The columns of the panel's listed output channels side by side, of live input channels alone."""
         conv, plan, tile = self.conv, self.plan, self.tile
-        gathered = scratch((plan.taps * conv.channels_in * tile.nr,))
         rows = plan.taps * conv.channels_in
-        copies = (
-            listed_columns([self._out_channel(sample, panel * tile.nr + i) for i in range(tile.nr)], rows, tile)
-            if conv.live_out
-            else whole_panel(panel, rows, tile)
-        )
-        plane = let(big(xi) * (conv.panels * rows * tile.nr))
-        with serial(plan.taps) as tap, serial(live) as k:
-            channel = self.in_channels[sample, 1 + k] if conv.live_in else k
-            row = let(plane + (tap * conv.channels_in + channel) * tile.nr)
-            copies(self.weights, row, gathered, let((tap * live + k) * tile.nr))
+        gathered = scratch((rows * tile.nr,))
+        listed = [self._out_channel(sample, panel * tile.nr + index) for index in range(tile.nr)]
+        copy_row = listed_columns(listed, rows, tile)
+        with serial(plan.taps) as tap, serial(self._live_in(sample)) as k:
+            row = let((tap * conv.channels_in + self._in_channel(sample, k)) * tile.nr)
+            copy_row(self.weights, let(plane + row), gathered, let((tap * conv.channels_in + k) * tile.nr))
         return gathered
+
+    def _in_channel(self, sample: Expr, k: Expr) -> Expr:
+        """The ``k``-th live input channel."""
+        return self.in_channels[sample, 1 + k] if self.conv.live_in else k
 
     def _out_channel(self, sample: Expr, index: Expr) -> Expr:
         """The ``index``-th live output channel; the last one again past the end."""
@@ -425,18 +514,16 @@ class _Emitter:
 
     def _register_tile(
         self,
+        sample: Expr,
         rows: list[Expr],
         source: Expr,
         place: Expr,
-        weights: tuple[tirx.Buffer, Expr, Expr],
+        columns: Columns,
         taps: tuple[Expr, Expr],
         channels: tuple[Expr, Expr],
         fresh: Expr,
     ) -> None:
-        """Accumulate ``taps`` × ``channels`` of one tile of rows and put it (back) at ``place``.
-
-        ``weights``: a buffer, where the panel begins in it, and how many channels it has for each tap.
-        """
+        """Accumulate ``taps`` × ``channels`` (first, count) of one tile of rows and put it (back) at ``place``."""
         conv, tile = self.conv, self.tile
         count, row_floats = tile.vector_floats, conv.panels * tile.nr
         acc = [[scratch((count,)) for _ in range(tile.vectors)] for _ in range(tile.mr)]
@@ -455,20 +542,21 @@ class _Emitter:
             entry = let(taps[0] + offset)
             shift = let(self.taps[entry, 1])
             sources = [let(source + big(row + shift) * conv.channels_in) for row in rows]
-            base = let(weights[1] + big(self.taps[entry, 0]) * (weights[2] * tile.nr))
-            self._multiply(sources, weights[0], base, channels, acc)
+            tap = let(big(self.taps[entry, 0]) * (conv.channels_in * tile.nr))
+            at_tap = replace(columns, starts=[let(start + tap) for start in columns.starts])
+            self._multiply(sample, sources, at_tap, channels, acc)
         for r, v in cells:
             store(self.products, acc[r][v][lanes(0, count)], self._vector(place + r * row_floats, v))
 
     def _multiply(
         self,
+        sample: Expr,
         sources: list[Expr],
-        weights: tirx.Buffer,
-        base: Expr,
+        columns: Columns,
         channels: tuple[Expr, Expr],
         acc: list[list[tirx.Buffer]],
     ) -> None:
-        """``acc[r] += v[r, k] · u[k]`` over ``channels`` (first, count) of the live ones, side by side in both."""
+        """``acc[r] += v[r, k] · u[channel of k]`` over ``channels`` (first, count) of the live ones."""
         tile = self.tile
         first, count = channels
         whole = let(tirx.floordiv(count, tile.step)) if tile.step > 1 else 0
@@ -479,21 +567,26 @@ class _Emitter:
                 for k in range(tile.step):
                     spread = [splat(lane(value, k), tile.vector_floats) for value in values]
                     new_line = k * tile.nr // LINE_FLOATS != (k - 1) * tile.nr // LINE_FLOATS
-                    self._multiply_add(spread, weights, base + big(start + k) * tile.nr, acc, new_line)
+                    self._multiply_add(spread, columns, self._weight_row(sample, columns, start + k), acc, new_line)
         if tile.step == 1 or not isinstance(count, int) or count % tile.step:
             with serial(count - whole * tile.step) as rest:
                 k = first + whole * tile.step + rest
                 spread = [splat(self.sources[at + big(k)], tile.vector_floats) for at in sources]
-                self._multiply_add(spread, weights, base + big(k) * tile.nr, acc)
+                self._multiply_add(spread, columns, self._weight_row(sample, columns, k), acc)
+
+    def _weight_row(self, sample: Expr, columns: Columns, k: Expr) -> Expr:
+        """Where the ``k``-th live input channel's row of weights begins within its tap."""
+        return big(k if columns.gathered else self._in_channel(sample, k)) * self.tile.nr
 
     def _multiply_add(
-        self, values: list[Expr], weights: tirx.Buffer, start: Expr, acc: list[list[tirx.Buffer]], ahead: bool = True
+        self, values: list[Expr], columns: Columns, row: Expr, acc: list[list[tirx.Buffer]], ahead: bool = True
     ) -> None:
         """One channel; ``ahead``: ask for the weights of the next block too."""
         count = self.tile.vector_floats
-        w = [let(weights[self._vector(start, v)]) for v in range(self.tile.vectors)]
+        row = let(row)
+        w = [let(columns.weights[lanes(start + row, count)]) for start in columns.starts]
         if ahead:
-            prefetch(weights, start + self.tile.depth_block * self.tile.nr)
+            prefetch(columns.weights, columns.starts[0] + row + self.tile.depth_block * self.tile.nr)
         for r, value in enumerate(values):
             x = let(value)
             for v in range(self.tile.vectors):
@@ -521,7 +614,8 @@ class _Emitter:
         alpha = plan.alpha
 
         def channels(channel: Expr, count: int) -> None:
-            bias = let(self._read_bias(sample, channel, count))
+            together = self._vector_out(sample, channel, count)
+            bias = let(together.read(self.bias, 0))
 
             def read(at: list[Expr]) -> Expr:
                 xi = (at[0] * alpha[1] + at[1]) * alpha[2] + at[2]
@@ -539,7 +633,7 @@ class _Emitter:
                         2
                     ]
                     target = let(big(position + coordinates[2]) * conv.channels_out)
-                    self._finish(sample, let(value + bias), target, channel, count)
+                    together.write(partial(self._store_result, target), let(value + bias))
 
             self._along_axes(axes, 0, read, write, waiting, count)
 
@@ -559,25 +653,18 @@ class _Emitter:
             inside.append(self.masks["positions"][sample, frame, safe[1], safe[2]] != number(0.0))
         return tirx.all(*inside) if inside else tirx.IntImm("bool", 1)
 
-    def _read_bias(self, sample: Expr, channel: Expr, count: int) -> Expr:
+    def _vector_out(self, sample: Expr, first: Expr, count: int) -> ChannelVector:
+        """The live output channels from the ``first`` on."""
         if not self.conv.live_out:
-            return self.bias[lanes(channel, count)]
-        values = [self.bias[self._out_channel(sample, channel + index)] for index in range(count)]
-        return tirx.Shuffle(values, list(range(count))) if count > 1 else values[0]
+            return ChannelVector(first, count)
+        return ChannelVector.listed([self.out_channels[sample, 1 + first + index] for index in range(count)])
 
-    def _finish(self, sample: Expr, value: Expr, target: Expr, channel: Expr, count: int) -> None:
-        """Residual, activation and the store to ``y``; live output channels are scattered."""
-        if not self.conv.live_out:
-            self._store_result(value, target + channel, count)
-            return
-        for index in range(count):
-            one = lane(value, index) if count > 1 else value
-            self._store_result(one, target + self._out_channel(sample, channel + index), 1)
-
-    def _store_result(self, value: Expr, target: Expr, count: int) -> None:
+    def _store_result(self, position: Expr, value: Expr, channel: Expr, count: int) -> None:
+        """Residual, activation and the store of consecutive channels of the position that begins there."""
+        at = lanes(position + channel, count)
         if self.residual is not None:
-            value = value + self.residual[lanes(target, count)]
-        store(self.y, ACTIVATIONS[self.conv.activation](value, count), lanes(target, count))
+            value = value + self.residual[at]
+        store(self.y, ACTIVATIONS[self.conv.activation](value, count), at)
 
 
 def linear(matrix: np.ndarray, values: Sequence[Expr], count: int) -> list[Expr]:

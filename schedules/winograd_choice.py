@@ -290,7 +290,8 @@ def _winograd_seconds(conv: WinogradConv, machine: Machine, threads: int, densit
         cycles += predicted_cycles(machine, rows, conv.channels_out, register_tile) * taps * conv.channels_in * share
         cycles += tiles * TILE_CYCLES * (density if conv.live_out else 1.0)
     elements = plan.taps * conv.channels_in * conv.channels_out * share
-    cycles += _gather_cycles(conv, elements)
+    if conv.live_out and density < 1.0:
+        cycles += elements * GATHER_COLUMN_CYCLES
     weights = 4.0 * plan.xi * elements
     passes = max(1.0, chunks) if weights > machine.l3 / 2 else 1.0
     multiply = _with_traffic(machine, threads, cycles * plan.xi * chunks, weights * passes)

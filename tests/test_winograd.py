@@ -84,6 +84,16 @@ def poison(case: WinogradCase, x: np.ndarray) -> np.ndarray:
     return x
 
 
+def poison_weight(case: WinogradCase, weight: np.ndarray) -> np.ndarray:
+    """NaN in the weights of channels that are dead in every clip."""
+    weight = weight.copy()
+    if case.live_in is not None:
+        weight[:, ~case.live_in.any(axis=0)] = np.nan
+    if case.live_out is not None:
+        weight[~case.live_out.any(axis=0)] = np.nan
+    return weight
+
+
 def computed_outputs(case: WinogradCase, shape: tuple[int, ...]) -> np.ndarray:
     computed = np.ones(shape, bool)
     if case.out_frames is not None:
@@ -110,7 +120,8 @@ def run(case: WinogradCase) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[st
     fields = {key: tensor(masks[key].astype("float32")) for key in plan.masks}
     lists = [tensor(np.full(shape, -(2**31), "int32")) for shape in plan.shapes.values()]
     compiled(plan_winograd(plan))(*fields.values(), *(tensor(table) for table in plan.tables.values()), *lists)
-    args = [tensor(poison(case, x)), tensor(conv.pack_weights(weight)), tensor(conv.pack_bias(bias))]
+    args = [tensor(poison(case, x)), tensor(conv.pack_weights(poison_weight(case, weight)))]
+    args.append(tensor(conv.pack_bias(bias)))
     args += [tensor(plan.tap_entries), *lists[: len(LISTS)]]
     for live, count in ((case.live_in, case.channels_in), (case.live_out, case.channels_out)):
         if live is not None:
@@ -198,6 +209,34 @@ def masked_cases(draw: st.DrawFn) -> WinogradCase:
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(masked_cases())
 def test_masked_equals_pytorch_on_the_masked_input(case: WinogradCase) -> None:
+    check(case)
+
+
+def alive(channels: int, *runs: tuple[int, int]) -> np.ndarray:
+    """A channel mask (1, channels) in which the runs (first, past the last) are alive."""
+    mask = np.zeros((1, channels), bool)
+    for first, end in runs:
+        mask[:, first:end] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        pytest.param([(0, 18)], id="all"),
+        pytest.param([(4, 8), (12, 16)], id="whole vectors, of two panels"),
+        pytest.param([(0, 4), (8, 10)], id="the last vector not full"),
+        pytest.param([(8, 12), (16, 18)], id="the last vector at the edge"),
+        pytest.param([(2, 10)], id="side by side across vectors"),
+        pytest.param([(0, 5), (6, 18)], id="one missing"),
+        pytest.param([(17, 18)], id="one alone"),
+    ],
+)
+def test_listed_channels_are_found_wherever_they_are(runs: list[tuple[int, int]]) -> None:
+    case = WinogradCase(size=(2, 5, 6), channels_in=18, channels_out=18, residual=True, columns=4)
+    case.live_in = case.live_out = alive(18, *runs)
+    check(case)
+    case.tile = replace(TILE, step=4, depth_block=8)
     check(case)
 
 
