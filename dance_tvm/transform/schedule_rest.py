@@ -8,6 +8,8 @@ from contextlib import suppress
 import tvm
 from tvm import s_tir, tirx
 
+from dance_tvm.schedules.transpose import LINE, Transpose, transpose
+
 #: Functions with less work than this run on one thread: waking the others costs more.
 PARALLEL_ELEMENTS = 16384
 
@@ -23,8 +25,20 @@ class ScheduleRest:
         """Schedule each function; one that TVM's primitives refuse stays as it was."""
         for name, func in list(mod.functions_items()):
             if isinstance(func, tirx.PrimFunc) and not _is_scheduled(func):
-                mod[name] = self._schedule(func).with_attr("tirx.is_scheduled", True)
+                found = self._change_of_layout(func, name.name_hint) or self._schedule(func)
+                mod[name] = found.with_attr("tirx.is_scheduled", True)
         return mod
+
+    def _change_of_layout(self, func: tirx.PrimFunc, name: str) -> tirx.PrimFunc | None:
+        """The kernel for ``func`` if all it does is to move axes of a large float32 tensor, whole lines each way."""
+        found = _moved_axes(func)
+        if found is None or math.prod(found[0]) < PARALLEL_ELEMENTS:
+            return None
+        shape, order = found
+        plan = Transpose.of(shape, order)
+        if plan is None or min(plan.rows, plan.columns) < LINE:
+            return None
+        return transpose(plan, shape, [shape[axis] for axis in order], self.vector_floats, name)
 
     def _schedule(self, func: tirx.PrimFunc) -> tirx.PrimFunc:
         schedule = s_tir.Schedule(func)
@@ -67,6 +81,37 @@ class ScheduleRest:
             schedule.parallel(schedule.fuse(*before) if len(before) > 1 else [*before, middle][0])
         if reduction:
             schedule.decompose_reduction(block, reduction[0])
+
+
+def _moved_axes(func: tirx.PrimFunc) -> tuple[list[int], list[int]] | None:
+    """The shape of what ``func`` reads and which of its axes each of its result's is, if it does nothing else."""
+    schedule = s_tir.Schedule(func)
+    try:
+        blocks = schedule.get_child_blocks(schedule.get_sblock("root"))
+    except s_tir.ScheduleError:
+        return None
+    if len(blocks) != 1:
+        return None
+    block = schedule.get(blocks[0])
+    if not isinstance(block.body, tirx.BufferStore):
+        return None
+    load, params = block.body.value, list(func.params)
+    if not isinstance(load, tvm.ir.expr.TensorLoad) or len(params) != 2:
+        return None
+    source, target = params
+    if not (load.source.same_as(source) and block.body.buffer.same_as(target)) or str(source.ty.dtype) != "float32":
+        return None
+    axes = [axis.var for axis in block.iter_vars]
+    if len(block.body.indices) != len(axes) or not all(map(_same, block.body.indices, axes)):
+        return None
+    order = [next((at for at, axis in enumerate(load.indices) if axis.same_as(moved)), -1) for moved in axes]
+    if sorted(order) != list(range(len(load.indices))):
+        return None
+    return [int(extent) for extent in source.shape], order
+
+
+def _same(one: tirx.PrimExpr, other: tirx.PrimExpr) -> bool:
+    return bool(one.same_as(other))
 
 
 def _inline(schedule: s_tir.Schedule, block: s_tir.schedule.SBlockRV) -> None:

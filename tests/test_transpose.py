@@ -1,0 +1,81 @@
+"""Changes of layout: the kernel against NumPy, and which functions of a network become one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from convolutions import compiled, tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm import relax
+
+from dance_tvm.schedules.transpose import LINE, Transpose, transpose
+from dance_tvm.transform.schedule_rest import ScheduleRest
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "expected"),
+    [
+        ((1, 64, 4, 5, 6), (0, 2, 3, 4, 1), Transpose(1, 64, 120)),
+        ((2, 4, 5, 6, 64), (0, 4, 1, 2, 3), Transpose(2, 120, 64)),
+        ((7, 9), (1, 0), Transpose(1, 7, 9)),
+        ((1, 64, 4, 1, 6), (0, 2, 3, 4, 1), Transpose(1, 64, 24)),
+        ((2, 1, 4, 5, 6), (0, 2, 3, 4, 1), None),  # one channel: nothing moves
+        ((2, 3, 4), (2, 1, 0), None),  # three runs change places
+        ((3, 2, 4), (1, 0, 2), None),  # what is side by side stays side by side
+    ],
+)
+def test_axes_that_move_together_are_one(
+    shape: tuple[int, ...], order: tuple[int, ...], expected: Transpose | None
+) -> None:
+    assert Transpose.of(shape, order) == expected
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.integers(1, 3), st.integers(1, 50), st.integers(1, 50), st.sampled_from([1, 4, 8]))
+def test_it_equals_numpy(batch: int, rows: int, columns: int, vector_floats: int) -> None:
+    x = np.arange(batch * rows * columns, dtype="float32").reshape(batch, rows, columns)
+    y = tensor(np.full((batch, columns, rows), np.nan, "float32"))
+    func = transpose(Transpose(batch, rows, columns), x.shape, y.shape, vector_floats)
+    compiled(func)(tensor(x), y)
+    np.testing.assert_array_equal(y.numpy(), x.transpose(0, 2, 1))
+
+
+def scheduled(shape: tuple[int, ...], order: tuple[int, ...], dtype: str, doubled: bool) -> tuple[str, tvm.IRModule]:
+    """``permute_dims`` and, where asked for, a doubling fused to it, after the pass."""
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType(shape, dtype))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            moved = builder.emit(relax.op.permute_dims(x, order))
+            output = builder.emit_output(relax.op.add(moved, moved) if doubled else moved)
+        builder.emit_func_output(output)
+    passes = [relax.transform.LegalizeOps(), relax.transform.AnnotateTIROpPattern(), relax.transform.FuseOps()]
+    mod = tvm.transform.Sequential([*passes, relax.transform.FuseTIR(), ScheduleRest(8, 2)])(builder.get())
+    (func,) = (func for name, func in mod.functions_items() if name.name_hint != "main")
+    return str(func), mod
+
+
+LAST = (0, 2, 3, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "dtype", "doubled", "tiled"),
+    [
+        pytest.param((1, 20, 4, 16, 16), LAST, "float32", False, True, id="channels last"),
+        pytest.param((1, 20, 4, 3, 3), LAST, "float32", False, False, id="small"),
+        pytest.param((1, 3, 16, 32, 32), LAST, "float32", False, False, id="three channels"),
+        pytest.param((1, 20, 4, 16, 16), LAST, "uint8", False, False, id="bytes"),
+        pytest.param((1, 20, 4, 16, 16), LAST, "float32", True, False, id="with arithmetic"),
+        pytest.param((40, 20, 40), (1, 0, 2), "float32", False, False, id="rows keep together"),
+    ],
+)
+def test_large_moves_of_floats_are_tiled(
+    shape: tuple[int, ...], order: tuple[int, ...], dtype: str, doubled: bool, tiled: bool
+) -> None:
+    text, mod = scheduled(shape, order, dtype, doubled)
+    assert (f"({LINE * LINE},)" in text) == tiled, "the small buffer of a tile"
+    built = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
+    x = np.random.default_rng(0).integers(0, 99, shape).astype(dtype)
+    np.testing.assert_array_equal(built["main"](tensor(x)).numpy(), x.transpose(order) * (1 + doubled))
