@@ -20,7 +20,7 @@ import numpy as np
 from tvm import tirx
 
 from .channel_plan import channel_list_shape
-from .conv3d_gather import Tile, listed_columns
+from .conv3d_gather import Tile, listed_columns, whole_panel
 from .convolution import list_marks
 from .emit import (
     ACTIVATIONS,
@@ -159,14 +159,10 @@ def mask_arguments(conv: WinogradConv) -> list[str]:
 
 @dataclass(frozen=True)
 class Columns:
-    """A panel of output channels: where each of its vectors begins in ``weights``.
-
-    Rows are input channels: all of them, or the live ones side by side where they have been ``gathered``.
-    """
+    """A panel of output channels: where each of its vectors begins in ``weights``, live input channels side by side."""
 
     weights: tirx.Buffer
     starts: list[Expr]
-    gathered: bool = False
 
 
 @dataclass(frozen=True)
@@ -421,36 +417,42 @@ class _Emitter:
     def _multiply_panel(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr) -> None:
         """One ξ, one panel of output channels, all rows of the chunk.
 
-        Weights are read where they are: rows of the listed input channels, vectors of the listed output channels.
-        Only where a vector of these does not lie side by side in the packed weights, the panel is gathered first.
+        Weights are read where they are if all input channels are alive and the listed output channels leave whole
+        vectors of the packed weights; else the panel's are gathered first.
         """
         conv, tile = self.conv, self.tile
         rows = self.plan.taps * conv.channels_in
-
-        multiply = partial(self._multiply_runs, chunk, sample, xi, panel)
-        if not conv.live_out:
-            start = let(big(xi * conv.panels + panel) * (rows * tile.nr))
-            multiply(Columns(self.weights, [start + v * tile.vector_floats for v in range(tile.vectors)]))
-            return
         plane = let(big(xi) * (conv.panels * rows * tile.nr))
-        firsts = [let(panel * tile.nr + v * tile.vector_floats) for v in range(tile.vectors)]
+        multiply = partial(self._multiply_runs, chunk, sample, xi, panel)
 
         def in_place() -> None:
-            vectors = [tirx.floordiv(self._out_channel(sample, first), tile.vector_floats) for first in firsts]
-            panels = [let(tirx.floordiv(vector, tile.vectors)) for vector in vectors]
+            if not conv.live_out:
+                start = let(plane + big(panel) * (rows * tile.nr))
+                multiply(Columns(self.weights, [start + v * tile.vector_floats for v in range(tile.vectors)]))
+                return
+            firsts = [self._out_channel(sample, panel * tile.nr + v * tile.vector_floats) for v in range(tile.vectors)]
+            vectors = [let(tirx.floordiv(first, tile.vector_floats)) for first in firsts]
+            panels = [big(tirx.floordiv(vector, tile.vectors)) * (rows * tile.nr) for vector in vectors]
             within = [tirx.floormod(vector, tile.vectors) * tile.vector_floats for vector in vectors]
-            starts = [plane + big(at) * (rows * tile.nr) + lane for at, lane in zip(panels, within, strict=True)]
-            multiply(Columns(self.weights, [let(start) for start in starts]))
+            multiply(Columns(self.weights, [let(plane + at + lane) for at, lane in zip(panels, within, strict=True)]))
 
         def gathered() -> None:
             weights = self._gather_weights(sample, plane, panel)
-            multiply(Columns(weights, [big(v * tile.vector_floats) for v in range(tile.vectors)], gathered=True))
+            multiply(Columns(weights, [big(v * tile.vector_floats) for v in range(tile.vectors)]))
 
-        choose(tirx.all(*(self._is_in_place(sample, first) for first in firsts)), in_place, gathered)
+        reasons = [self._live_in(sample) == conv.channels_in] if conv.live_in else []
+        if conv.live_out:
+            reasons += [
+                self._is_in_place(sample, panel * tile.nr + v * tile.vector_floats) for v in range(tile.vectors)
+            ]
+        if reasons:
+            choose(tirx.all(*reasons), in_place, gathered)
+        else:
+            in_place()
 
     def _is_in_place(self, sample: Expr, first: Expr) -> Expr:
         """Whether the vector of listed output channels from the ``first`` on is one of the packed weights' vectors."""
-        live = let(self.out_channels[sample, 0])
+        first, live = let(first), let(self.out_channels[sample, 0])
         last = let(tirx.min(first + self.tile.vector_floats, live) - 1)
         channel = let(self._out_channel(sample, first))
         aligned = tirx.floormod(channel, self.tile.vector_floats) == 0
@@ -479,23 +481,23 @@ class _Emitter:
                     current = let(low + offset)
                     rows = [let(self.rows_in[chunk, current, r]) for r in range(tile.mr)]
                     place = let(target + big(current) * (tile.mr * conv.panels * tile.nr))
-                    self._register_tile(sample, rows, source, place, columns, taps, channels, fresh)
+                    self._register_tile(rows, source, place, columns, taps, channels, fresh)
 
     def _gather_weights(self, sample: Expr, plane: Expr, panel: Expr) -> tirx.Buffer:
         """The columns of the panel's listed output channels side by side, of live input channels alone."""
         conv, plan, tile = self.conv, self.plan, self.tile
         rows = plan.taps * conv.channels_in
         gathered = scratch((rows * tile.nr,))
-        listed = [self._out_channel(sample, panel * tile.nr + index) for index in range(tile.nr)]
-        copy_row = listed_columns(listed, rows, tile)
+        copy_row = (
+            listed_columns([self._out_channel(sample, panel * tile.nr + i) for i in range(tile.nr)], rows, tile)
+            if conv.live_out
+            else whole_panel(panel, rows, tile)
+        )
         with serial(plan.taps) as tap, serial(self._live_in(sample)) as k:
-            row = let((tap * conv.channels_in + self._in_channel(sample, k)) * tile.nr)
+            channel = self.in_channels[sample, 1 + k] if conv.live_in else k
+            row = let((tap * conv.channels_in + channel) * tile.nr)
             copy_row(self.weights, let(plane + row), gathered, let((tap * conv.channels_in + k) * tile.nr))
         return gathered
-
-    def _in_channel(self, sample: Expr, k: Expr) -> Expr:
-        """The ``k``-th live input channel."""
-        return self.in_channels[sample, 1 + k] if self.conv.live_in else k
 
     def _out_channel(self, sample: Expr, index: Expr) -> Expr:
         """The ``index``-th live output channel; the last one again past the end."""
@@ -514,7 +516,6 @@ class _Emitter:
 
     def _register_tile(
         self,
-        sample: Expr,
         rows: list[Expr],
         source: Expr,
         place: Expr,
@@ -544,19 +545,18 @@ class _Emitter:
             sources = [let(source + big(row + shift) * conv.channels_in) for row in rows]
             tap = let(big(self.taps[entry, 0]) * (conv.channels_in * tile.nr))
             at_tap = replace(columns, starts=[let(start + tap) for start in columns.starts])
-            self._multiply(sample, sources, at_tap, channels, acc)
+            self._multiply(sources, at_tap, channels, acc)
         for r, v in cells:
             store(self.products, acc[r][v][lanes(0, count)], self._vector(place + r * row_floats, v))
 
     def _multiply(
         self,
-        sample: Expr,
         sources: list[Expr],
         columns: Columns,
         channels: tuple[Expr, Expr],
         acc: list[list[tirx.Buffer]],
     ) -> None:
-        """``acc[r] += v[r, k] · u[channel of k]`` over ``channels`` (first, count) of the live ones."""
+        """``acc[r] += v[r, k] · u[k]`` over ``channels`` (first, count) of the live ones."""
         tile = self.tile
         first, count = channels
         whole = let(tirx.floordiv(count, tile.step)) if tile.step > 1 else 0
@@ -567,16 +567,12 @@ class _Emitter:
                 for k in range(tile.step):
                     spread = [splat(lane(value, k), tile.vector_floats) for value in values]
                     new_line = k * tile.nr // LINE_FLOATS != (k - 1) * tile.nr // LINE_FLOATS
-                    self._multiply_add(spread, columns, self._weight_row(sample, columns, start + k), acc, new_line)
+                    self._multiply_add(spread, columns, big(start + k) * tile.nr, acc, new_line)
         if tile.step == 1 or not isinstance(count, int) or count % tile.step:
             with serial(count - whole * tile.step) as rest:
                 k = first + whole * tile.step + rest
                 spread = [splat(self.sources[at + big(k)], tile.vector_floats) for at in sources]
-                self._multiply_add(spread, columns, self._weight_row(sample, columns, k), acc)
-
-    def _weight_row(self, sample: Expr, columns: Columns, k: Expr) -> Expr:
-        """Where the ``k``-th live input channel's row of weights begins within its tap."""
-        return big(k if columns.gathered else self._in_channel(sample, k)) * self.tile.nr
+                self._multiply_add(spread, columns, big(k) * tile.nr, acc)
 
     def _multiply_add(
         self, values: list[Expr], columns: Columns, row: Expr, acc: list[list[tirx.Buffer]], ahead: bool = True
