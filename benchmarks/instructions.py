@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -40,32 +41,41 @@ for _ in range(calls):
 """
 
 
+def count_calls(python: Sequence[str], program: str, arguments: Sequence[object], calls: int = CALLS) -> int:
+    """Instructions of one call: the mean over so many ``calls`` after the first.
+
+    ``python`` starts the device's Python under qemu; ``program`` takes ``arguments`` and how often to call.
+    Raises DanceError where it fails.
+    """
+    qemu, *rest = python
+    with tempfile.TemporaryDirectory() as name:
+        counter = InstructionCounter(Path(name))
+        script = Path(name) / "run.py"
+        script.write_text(program)
+        command = [qemu, *counter.options, "-E", "TVM_NUM_THREADS=1", *rest, str(script), *map(str, arguments)]
+
+        def count(times: int) -> int:
+            before = counter.read() if counter.file.exists() else 0
+            done = subprocess.run([*command, str(times)], capture_output=True, text=True, timeout=TIMEOUT_S)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+                raise DanceError(f"{arguments[0]} does not run on the emulated device: {reason}")
+            return counter.read() - before
+
+        return (count(1 + calls) - count(1)) // calls
+
+
 def instructions(artifact: Artifact, calls: int = CALLS) -> int:
     """Instructions of one call of an artifact built for aarch64, the mean of so many ``calls`` after its first.
 
     Raises DanceError where the emulated device is not there or cannot run the artifact.
     """
     system = prepare(lambda _sentence: None)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        counter = InstructionCounter(folder)
+    with tempfile.TemporaryDirectory() as folder:
         inputs = random_inputs(artifact.manifest.inputs)
         arguments = [inputs[tensor.name] for tensor in artifact.manifest.inputs] + list(artifact.weights())
-        np.savez(folder / "inputs.npz", *arguments)
-        (folder / "run.py").write_text(PROGRAM)
-        qemu, *rest = python_command(system)
-        command = [qemu, *counter.options, "-E", "TVM_NUM_THREADS=1", *rest]
-
-        def count(times: int) -> int:
-            program = [str(folder / "run.py"), str(artifact.library), str(folder / "inputs.npz"), str(times)]
-            before = counter.read() if counter.file.exists() else 0
-            done = subprocess.run([*command, *program], capture_output=True, text=True, timeout=TIMEOUT_S)
-            if done.returncode:
-                reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-                raise DanceError(f"{artifact.path} does not run on the emulated device: {reason}")
-            return counter.read() - before
-
-        return (count(1 + calls) - count(1)) // calls
+        np.savez(Path(folder) / "inputs.npz", *arguments)
+        return count_calls(python_command(system), PROGRAM, [artifact.library, Path(folder) / "inputs.npz"], calls)
 
 
 def main(artifacts: Annotated[list[Path], typer.Argument(help="built for aarch64, the dense one first")]) -> None:

@@ -148,9 +148,8 @@ def _openvino(case: Case, threads: int) -> Run:
     return lambda: list(request.infer([x]).values())
 
 
-def _mnn(case: Case, threads: int, exact: bool = False) -> Run:
-    import MNN
-
+def mnn_model(case: Case) -> Path:
+    """MNN's own form of ``case``, converted now if it is not there yet. Raises RuntimeError where that fails."""
     model = case.folder / "model.mnn"
     if not model.exists():
         converter = Path(sys.executable).with_name("mnnconvert")
@@ -165,7 +164,13 @@ def _mnn(case: Case, threads: int, exact: bool = False) -> Run:
         if not model.exists():
             said = [line for line in converted.stdout.splitlines() if "rror" in line or "support" in line]
             raise RuntimeError(f"mnnconvert failed: {' '.join(said[-1:])}")
-    interpreter = MNN.Interpreter(str(model))
+    return model
+
+
+def _mnn(case: Case, threads: int, exact: bool = False) -> Run:
+    import MNN
+
+    interpreter = MNN.Interpreter(str(mnn_model(case)))
     if exact:
         interpreter.setSessionHint(3, 0)  # no Winograd
     session = interpreter.createSession({"numThread": threads, "backend": "CPU", "precision": "high"})

@@ -62,7 +62,6 @@ def main() -> None:
     expected = pytorch_answers(network, frames, clip)
     begin = time.perf_counter()
     with open_device("local") as device:
-        device.pin(None, artifact.manifest.target.threads)  # TVM by itself takes half of the hardware's threads
         found = run_windows("this build", run_of(device.load(artifact)), clip)
     console.print(f"this build: {time.perf_counter() - begin:.1f} s over the whole clip")
     compare(found, expected)

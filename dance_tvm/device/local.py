@@ -15,6 +15,7 @@ from tvm import relax
 from dance_tvm.artifact import Artifact
 from dance_tvm.device import serve
 from dance_tvm.device.placement import compute_device, gpu_failures_explained
+from dance_tvm.device.processes import THREADS_BY_ENVIRONMENT
 from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange, merge_kernels
 from dance_tvm.errors import DanceError
 
@@ -75,9 +76,13 @@ class LocalNetwork(LoadedNetwork):
 
 
 class LocalSession(DeviceSession):
-    """This machine."""
+    """This machine. A network runs on as many threads as it was built for, unless `pin` or the environment says."""
 
     name = "local"
+
+    def __init__(self) -> None:
+        # TVM's pool aborts the process when it is asked for more threads than the environment allowed at the start.
+        self._is_pinned = not THREADS_BY_ENVIRONMENT.isdisjoint(os.environ)
 
     def facts(self) -> dict[str, Any]:
         return serve.describe()
@@ -90,9 +95,12 @@ class LocalSession(DeviceSession):
             serve.pin(json.dumps({"cpus": cpus, "threads": threads}))
         except (OSError, ValueError):
             raise DanceError(f"this machine has no CPUs {cpus}: it has {sorted(os.sched_getaffinity(0))}") from None
+        self._is_pinned = True
 
     def load(self, artifact: Artifact) -> LoadedNetwork:
         artifact.require_this_machine()
+        if not self._is_pinned:  # TVM by itself takes half of the hardware's threads
+            serve.pin(json.dumps({"cpus": None, "threads": artifact.manifest.target.threads}))
         return LocalNetwork(artifact)
 
     def close(self) -> None:

@@ -18,6 +18,8 @@ import psutil
 from dance_tvm.errors import DanceError
 
 STOP_TIMEOUT_S = 10
+#: By these a user tells TVM's pool how many threads it has.
+THREADS_BY_ENVIRONMENT = {"TVM_NUM_THREADS", "OMP_NUM_THREADS"}
 
 
 def _inherited() -> dict[str, str]:
@@ -25,7 +27,7 @@ def _inherited() -> dict[str, str]:
 
     TVM's pool aborts the process when it is asked for more threads than the environment allowed at the start.
     """
-    return {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "TVM_NUM_THREADS")}
+    return {key: value for key, value in os.environ.items() if key not in THREADS_BY_ENVIRONMENT}
 
 
 class PortProcess:
