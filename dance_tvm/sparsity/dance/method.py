@@ -7,7 +7,6 @@ python -m dance_tvm.train --method aap --init ava/model.safetensors --target-mac
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +20,7 @@ from dance_tvm.sparsity.dance.controller import AXES, Controller, Prune
 from dance_tvm.sparsity.dance.macs import MacCounter
 from dance_tvm.sparsity.dance.sites import Site, insert, module_of, node_named, trace
 from dance_tvm.sparsity.data import Batch
+from dance_tvm.sparsity.teacher import Teacher
 from dance_tvm.sparsity.training import Context, Method
 
 _AXIS_NAMES = ("frames", "channels", "positions")
@@ -132,9 +132,7 @@ class AAP(Method):
 
     def prepare(self, network: nn.Module, context: Context) -> nn.Module:
         options = self.options
-        self._teacher = copy.deepcopy(network).eval().requires_grad_(False).to(context.device)  # before it gets masks
-        self._said: dict[int, Tensor] = {}
-        self._clips_vary = hasattr(context.train, "set_epoch")
+        self._teacher = Teacher(network, context)
         graph = prune(network, context.clip_shape, axes=options.axes, group=options.group, grid=options.grid)
         self._controller = controller_of(graph)
         self._prunes = [module for module in graph.modules() if isinstance(module, Prune)]
@@ -190,21 +188,11 @@ class AAP(Method):
         if self._guide_weight() > 0:
             terms["guide"] = self._guide_weight() * self._guide()
         if self.options.distill > 0 and isinstance(outputs, Tensor):
-            terms["distill"] = self.options.distill * self._distance_from_teacher(outputs, batch)
+            terms["distill"] = self.options.distill * self._teacher.distance(outputs, batch)
         return terms
 
     def stepped(self, network: nn.Module) -> None:
         self._step += 1
-
-    def _distance_from_teacher(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """KL(teacher || pruned); what the teacher said of a clip that is the same in every epoch is remembered."""
-        indices = batch.index.tolist()
-        if self._clips_vary or not all(index in self._said for index in indices):
-            with torch.no_grad():
-                said = self._teacher(batch.clips).float().log_softmax(1)
-            self._said |= dict(zip(indices, said, strict=True))
-        truth = torch.stack([self._said[index] for index in indices])
-        return functional.kl_div(outputs.float().log_softmax(1), truth, reduction="batchmean", log_target=True)
 
     def _guide(self) -> Tensor:
         """Mean squared distance of the scores from each entry's activity, relative to the clip's largest."""

@@ -19,6 +19,7 @@ from dance_tvm.sparsity.data import Batch
 from dance_tvm.sparsity.dstep import flops, losses
 from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet
 from dance_tvm.sparsity.dstep.policy import Decision
+from dance_tvm.sparsity.teacher import Teacher
 from dance_tvm.sparsity.training import Context, Method
 
 
@@ -32,7 +33,8 @@ class DSTEP(Method):
 
         `warmup_share` of the epochs is K; lambda(e) = alpha * exp(beta * e), where `beta` by default makes the last
         epoch's weight a hundred times the first's. `relax_share` of the epochs relaxes the bounds. `policy_lr` scales
-        the policies' learning rate. The other options are `DStepOptions`.
+        the policies' learning rate. `distill` weighs the distance from the scores of the dense network that training
+        starts from, which is not the paper's. The other options are `DStepOptions`.
         """
 
         target_flops: float = Field(default=0.6, gt=0, le=1)
@@ -43,6 +45,7 @@ class DSTEP(Method):
         relax_share: float = Field(default=0.8, ge=0, le=1)
         temperature: float = Field(default=0.67, gt=0)
         policy_lr: float = Field(default=1.0, gt=0)
+        distill: float = Field(default=0.0, ge=0)
         tile: tuple[int, ...] = (4, 2, 2)
         hidden: int = Field(default=64, ge=1)
         spatial: bool = True
@@ -58,6 +61,7 @@ class DSTEP(Method):
                 "resnet18-tsn or another resnet"
             )
         chosen = self.options
+        self._teacher = Teacher(network, context)
         form = DStepOptions(**{name: getattr(chosen, name) for name in DStepOptions.model_fields})
         thinned = DStepResNet(network, form)
         thinned.temperature = chosen.temperature
@@ -96,6 +100,8 @@ class DSTEP(Method):
             terms["bound"] = chosen.gamma * losses.bound_loss(
                 [flops.density(one.settled or one, count) for one in decisions], bounds
             )
+        if chosen.distill > 0:
+            terms["distill"] = chosen.distill * self._teacher.distance(outputs, batch)
         return terms
 
     def evaluate(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:
