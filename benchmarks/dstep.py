@@ -9,6 +9,7 @@
     python benchmarks/dstep.py real                   a film streamed through the shipped network, here and emulated
     python benchmarks/dstep.py speed-build            compiled networks with random policies, kept in --artifacts
     python benchmarks/dstep.py speed                  their latency against their work
+    python benchmarks/dstep.py reuse                  what reuse costs against a copy of the maps
 
 Training runs are kept in --runs; `train` also writes what the tables need to benchmarks/results/dstep.json.
 """
@@ -45,9 +46,8 @@ SHIPPED = ROOT / "dance_tvm" / "models" / "weights" / "resnet-mini-dstep.safeten
 Write = Annotated[bool, typer.Option("--write", help="put the result into docs/dstep.md")]
 Runs = Annotated[Path, typer.Option(help="where training runs are kept")]
 
-DENSE_DATA = "motion-digits,frames=8,train=2048,test=512"
-DATA = "motion-digits,frames=8,train=768,test=512"
-DENSE_EPOCHS, EPOCHS = 9, 5
+DATA = "motion-digits,frames=8,train=2048,test=512"
+DENSE_EPOCHS, EPOCHS = 9, 12
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,12 @@ def train(runs: Runs = Path("runs/dstep")) -> None:
     from dance_tvm.sparsity.training import MODEL
 
     for model, name in DENSE.items():
-        _trained(runs / name, method="dense", model=model, data=DENSE_DATA, epochs=DENSE_EPOCHS, lr=3e-3)
+        _trained(runs / name, method="dense", model=model, data=DATA, epochs=DENSE_EPOCHS, lr=3e-3)
     for run in [*TARGETS, *ABLATION]:
+        options = {"target_flops": run.target, "policy_lr": 5, "distill": 1, **run.options}
         _trained(
             runs / run.name, method="dstep", model=run.model, data=DATA, epochs=EPOCHS, lr=1e-3,
-            init=runs / DENSE[run.model] / MODEL, options={"target_flops": run.target, "policy_lr": 5, **run.options},
+            init=runs / DENSE[run.model] / MODEL, options=options,
         )  # fmt: skip
     collect(runs)
 
@@ -509,6 +510,73 @@ def _speed_table(facts: Sequence[dict[str, Any]], times: Sequence[Sequence[float
         )
     header = ("network", "ms a call", "share of the work", "speed-up a frame", "speed-up ÷ reduction of work")
     return _table(header, rows)
+
+
+# ---- reuse against a copy ---------------------------------------------------------------------------------------
+
+
+@app.command()
+def reuse(
+    rounds: Annotated[int, typer.Option(help="rounds; every kernel runs once in each")] = 200,
+    threads: Annotated[int, typer.Option()] = 2,
+    write: Write = False,
+) -> None:
+    """The kernel that merges reused channels against a copy of the same maps, in turns, on ResNet-18's stages."""
+    rows = []
+    for stage in range(4):
+        edge, channels = 56 >> stage, 64 << stage
+        seconds = _reuse_seconds(8, edge, channels, rounds, threads)
+        copy, *merges = (1e3 * statistics.median(times) for times in seconds)
+        rows.append((f"8 x {edge} x {edge} x {channels}", *(f"{ms:.2f}" for ms in (copy, *merges)),
+                     f"{max(merges) / copy:.2f}"))  # fmt: skip
+    header = ("maps", "copy, ms", "all reused", "half computed, half reused", "largest ÷ copy")
+    _show("reuse", _table(header, rows), write)
+
+
+def _reuse_seconds(frames: int, edge: int, channels: int, rounds: int, threads: int) -> list[list[float]]:
+    """Seconds of a copy, of a merge in which all is reused, and of one of half of the tiles and channels each."""
+    import time
+
+    import tvm
+
+    from dance_tvm.schedules.carry_frames import Carry, carry_frames
+    from dance_tvm.schedules.emit import argument, flat, kernel, lanes, let, parallel, serial, store
+    from dance_tvm.target import load_target
+
+    target = load_target("host")
+    floats, line = target.vector.floats, edge * channels
+    shape = (frames, edge, edge, channels)
+    with kernel("copy") as built:
+        arguments = [argument(name, shape) for name in ("x", "y")]
+        source, copied = map(flat, arguments)
+        with parallel(frames * edge) as row, serial(line // floats) as vector:
+            at = let(row * line + vector * floats)
+            store(copied, source[lanes(at, floats)], lanes(at, floats))
+    masks = ("positions", "channels")
+    carry = Carry(frames, 1, edge, edge, channels, floats, masks, masks)
+    module = tvm.compile(
+        tvm.IRModule({"copy": built.func, "merge": carry_frames(carry).with_attr("global_symbol", "merge")}),
+        target=target.tvm_target(threads),
+    )
+    rng = np.random.default_rng(0)
+    x = tvm.runtime.tensor(rng.standard_normal(shape).astype("float32"))
+    y = tvm.runtime.tensor(np.zeros(shape, "float32"))
+    tiles = rng.integers(0, 2, (frames, -(-edge // 8), -(-edge // 8))).repeat(8, 1).repeat(8, 2)[:, :edge, :edge]
+    computed = rng.integers(0, 2, (frames, channels))
+    first = np.zeros((frames, channels))
+    first[0] = 1
+    ones = np.ones((frames, edge, edge))
+    calls = [("copy", [])] + [
+        ("merge", [tvm.runtime.tensor(mask.astype("float32")) for mask in given])
+        for given in ([ones, first, ones, 1 - first], [tiles, computed, tiles, 1 - computed])
+    ]
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for times, (name, given) in zip(seconds, calls, strict=True):
+            start = time.perf_counter()
+            module[name](x, *given, y)
+            times.append(time.perf_counter() - start)
+    return seconds
 
 
 # ---- the page --------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 Rows (output positions) that read through the same set of taps form a class: a position at the edge of the clip lacks
 the taps that fall on padding, a frame beside a dead frame lacks the taps that read it. Rows of one class fill tiles
 of ``mr`` rows; consecutive tiles form blocks whose partial sums stay in cache; a segment is "these taps over these
-tiles". A convolution walks segments and never tests a mask.
+tiles". A convolution walks segments and never tests a mask. Where a mask tells which positions of the input are alive,
+each row's taps are those that read living ones, whatever set they make.
 
 =========  ==============================================  =====================================================
 list       shape                                           content
@@ -33,6 +34,8 @@ from .geometry import Window
 
 #: Frames with more taps than this keep their static tap sets: 2**taps classes would cost more than they save.
 MOST_DYNAMIC_FRAME_TAPS = 5
+#: The same for taps over height and width under a mask of input positions: 3 × 3 makes 512 classes.
+MOST_DYNAMIC_POSITION_TAPS = 9
 
 
 def mask_shapes(
@@ -59,6 +62,7 @@ class RowPlan:
     ``samples`` is 1 when all clips of a batch share their channel lists (rows of all clips then mix in one list), else
     the batch size. ``in_frames``/``out_frames``/``positions`` say which masks are given: (batch, frames) of the input
     known to be nonzero, (batch, frames) of the output that are read, and (batch or 1, frames or 1, height, width).
+    ``in_positions`` is to the input what ``positions`` is to the output; for windows of one frame alone.
     """
 
     window: Window
@@ -69,6 +73,7 @@ class RowPlan:
     in_frames: bool = False
     out_frames: bool = False
     positions: tuple[int, int] | None = None
+    in_positions: tuple[int, int] | None = None
 
     @cached_property
     def dynamic_taps(self) -> bool:
@@ -85,8 +90,14 @@ class RowPlan:
 
     @cached_property
     def tap_sets(self) -> list[list[int]]:
-        """Live taps of each class; a class is a set of frame taps × a set of row taps × a set of column taps."""
+        """Live taps of each class; a class is a set of frame taps × a set of row taps × a set of column taps.
+
+        Under a mask of input positions it is any set of taps, class ``c`` that of the bits of ``c``.
+        """
         _, kernel_h, kernel_w = self.window.kernel
+        if self.in_positions is not None:
+            taps = range(kernel_h * kernel_w)
+            return [[tap for tap in taps if bits >> tap & 1] for bits in range(1 << len(taps))]
         return [
             [(frame * kernel_h + row) * kernel_w + column for frame, row, column in product(frames, rows, columns)]
             for frames, rows, columns in product(self.frame_classes, *self.window.classes[1:])
@@ -139,7 +150,10 @@ class RowPlan:
     @property
     def masks(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the float32 masks that the planner takes."""
-        return mask_shapes(self.window, self.in_frames, self.out_frames, self.positions)
+        shapes = mask_shapes(self.window, self.in_frames, self.out_frames, self.positions)
+        if self.in_positions is not None:
+            shapes["in_positions"] = (*self.in_positions, *self.window.size[1:])
+        return shapes
 
     @property
     def tables(self) -> dict[str, np.ndarray]:
@@ -231,7 +245,9 @@ def classify_frame(
     clip = let(sample * (window.batch // plan.samples) + tirx.floordiv(frame, window.out[0]))
     out_frame = let(tirx.floormod(frame, window.out[0]))
     index: Expr = tables["frame_class"][out_frame]
-    if plan.dynamic_taps:
+    if plan.in_positions is not None:  # the class is that of each row
+        index = tirx.IntImm(INT, 0)
+    elif plan.dynamic_taps:
         index = tirx.IntImm(INT, 0)
         for tap in range(window.kernel[0]):
             source = let(out_frame * window.stride[0] + (tap * window.dilation[0] - window.padding[0]))
@@ -263,15 +279,17 @@ def _for_live_rows(
         clip = let(sample * (window.batch // plan.samples) + tirx.floordiv(frame, window.out[0]))
         out_frame = let(tirx.floormod(frame, window.out[0]))
         source_frame = let(clip * window.size[0] + out_frame * window.stride[0] - window.padding[0])
+        living = None if plan.in_positions is None else _LivingTaps(plan, masks, clip, out_frame)
         with serial(out_h) as row:
-            of_row = let(of_frame + tables["row_class"][row])
+            of_row = let(of_frame + tables["row_class"][row]) if living is None else None
             source_row = let((source_frame * height + row * window.stride[1] - window.padding[1]) * width)
             target_row = let(((clip * window.out[0] + out_frame) * out_h + row) * out_w)
             with serial(out_w) as column:
 
                 def visit_row(row: Expr = row, column: Expr = column) -> None:
                     source = source_row + column * window.stride[2] - window.padding[2]
-                    visit(let(of_row + tables["column_class"][column]), source, target_row + column)  # type: ignore[operator]
+                    of_position = living.of(row, column) if living else of_row + tables["column_class"][column]
+                    visit(let(of_position), source, target_row + column)  # type: ignore[operator]
 
                 if plan.positions is None:
                     visit_row()
@@ -280,6 +298,43 @@ def _for_live_rows(
                     at_frame = out_frame if plan.positions[1] > 1 else 0
                     with when(masks["positions"][at_clip, at_frame, row, column] != number(0.0)):
                         visit_row()
+
+
+class _LivingTaps:
+    """Through which taps the positions of one output frame read living inputs, as bits.
+
+    Bits along the width are found once for each line of the input and shared by the lines of output that read it.
+    """
+
+    def __init__(self, plan: RowPlan, masks: dict[str, tirx.Buffer], clip: Expr, out_frame: Expr) -> None:
+        assert plan.in_positions is not None
+        self.window = window = plan.window
+        self.across = scratch((window.size[1], window.out[2]), INT)
+        at = (clip if plan.in_positions[0] > 1 else 0, out_frame if plan.in_positions[1] > 1 else 0)
+        read: Expr = tirx.IntImm("bool", 1)
+        if plan.in_frames:
+            read = let(masks["in_frames"][clip, out_frame] != number(0.0))
+        with serial(window.size[1]) as line, serial(window.out[2]) as column:
+            bits: Expr = tirx.IntImm(INT, 0)
+            for tap in range(window.kernel[2]):
+                source = let(column * window.stride[2] + (tap * window.dilation[2] - window.padding[2]))
+                safe = tirx.max(tirx.min(source, window.size[2] - 1), 0)
+                position = (*at, line, safe)
+                inside = tirx.all(read, source >= 0, source < window.size[2])
+                alive = tirx.all(inside, masks["in_positions"][position] != number(0.0))
+                bits = bits + tirx.if_then_else(alive, 1 << tap, 0)
+            store(self.across, bits, line, column)
+
+    def of(self, row: Expr, column: Expr) -> Expr:
+        """The bits of one position, its class."""
+        window = self.window
+        bits: Expr = tirx.IntImm(INT, 0)
+        for tap in range(window.kernel[1]):
+            source = let(row * window.stride[1] + (tap * window.dilation[1] - window.padding[1]))
+            safe = tirx.max(tirx.min(source, window.size[1] - 1), 0)
+            inside = tirx.all(source >= 0, source < window.size[1])
+            bits = bits + tirx.if_then_else(inside, self.across[safe, column] * (1 << tap * window.kernel[2]), 0)
+        return bits
 
 
 def _repeat_last_row(

@@ -25,8 +25,8 @@ from .winograd_choice import MOST_SCRATCH, Choice, best, choose, configured, opt
 if TYPE_CHECKING:
     from .gpu.conv3d_gather import BlockConv
 
-#: Axes that index lists thin. Masks over positions of the input do not thin a kernel, see ``row_plan``.
-LISTS = ("in_frames", "out_frames", "positions", "in_channels", "out_channels")
+#: Axes that index lists thin; ``positions`` are those of the output.
+LISTS = ("in_frames", "out_frames", "positions", "in_channels", "out_channels", "in_positions")
 #: Density that a build assumes of masks that it knows nothing about.
 TYPICAL_DENSITY = 0.5
 #: Register tiles that the model of ``tiles.predicted_cycles`` holds for this much slower than its best are not tried.
@@ -135,7 +135,8 @@ def row_plan(workload: Workload, tile: Tile) -> RowPlan:
     """The row plan of a workload; masks over positions differ by frame, as D-STEP's do."""
     window, lists = workload.window, workload.lists
     positions = (window.batch, window.out[0]) if "positions" in lists else None
-    dynamic = ("in_frames" in lists, "out_frames" in lists, positions)
+    in_positions = (window.batch, window.size[0]) if "in_positions" in lists else None
+    dynamic = ("in_frames" in lists, "out_frames" in lists, positions, in_positions)
     return RowPlan(window, tile.mr, tile.block_tiles, tile.segment_taps, workload.samples, *dynamic)
 
 

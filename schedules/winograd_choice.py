@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from statistics import mean
@@ -69,6 +69,8 @@ def why_not(conv: GatherConv) -> str:
     window = conv.window
     if conv.groups > 1:
         return "it is grouped"
+    if conv.plan.in_positions is not None:
+        return "it leaves out the taps that read dead positions"
     if window.taps == 1:
         return "a 1×1×1 kernel has no taps to share"
     if not any(_can_transform(conv, axis) for axis in range(3)):
@@ -100,11 +102,13 @@ def choose(conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto
     return Choice(found, f"{times}; scratch {found.scratch_bytes / 2**20:.0f} MiB")
 
 
-def best(conv: GatherConv, machine: Machine, threads: int) -> WinogradConv | None:
+def best(
+    conv: GatherConv, machine: Machine, threads: int, densities: Sequence[float] | None = None
+) -> WinogradConv | None:
     """The Winograd kernel with the shortest predicted time, a smaller one's weights preferred where they are close."""
     chosen, least = None, float("inf")
     for option in sorted(options(conv, machine), key=lambda option: option.plan.xi * option.plan.taps):
-        seconds = winograd_seconds(option, machine, threads)
+        seconds = winograd_seconds(option, machine, threads, densities)
         if seconds < least * (WORTH_MEMORY if chosen and _weights(option) > _weights(chosen) else 1.0):
             chosen, least = option, seconds
     return chosen
@@ -189,7 +193,13 @@ def _runs(plan: WinogradPlan) -> list[tuple[int, int]]:
 def _densities(conv: GatherConv | WinogradConv) -> list[float]:
     """Shares of each thinned axis that may be alive, all axes alike."""
     plan = conv.plan
-    thinned = sum((conv.live_in, conv.live_out, plan.in_frames, plan.out_frames, plan.positions is not None))
+    positions = (plan.positions, getattr(plan, "in_positions", None))
+    return axis_densities((conv.live_in, conv.live_out, plan.in_frames, plan.out_frames, *positions))
+
+
+def axis_densities(masks: Iterable[object]) -> list[float]:
+    """Shares that may be alive of each axis that one of ``masks`` thins (those that are neither None nor False)."""
+    thinned = sum(mask is not None and mask is not False for mask in masks)
     return [left ** (1 / thinned) for left in ASSUMED_LEFT] if thinned else [1.0]
 
 
@@ -230,9 +240,12 @@ def _gather_cycles(conv: GatherConv | WinogradConv, weights: float) -> float:
     return weights * GATHER_ROW_CYCLES if conv.live_in else 0.0
 
 
-def direct_seconds(conv: GatherConv, machine: Machine, threads: int) -> float:
-    """Predicted time of the direct kernel, the mean over the masks that are expected."""
-    return mean(_direct_seconds(conv, machine, threads, density) for density in _densities(conv))
+def direct_seconds(conv: GatherConv, machine: Machine, threads: int, densities: Sequence[float] | None = None) -> float:
+    """Predicted time of the direct kernel, the mean over the masks that are expected.
+
+    ``densities`` of each axis: by default those that the kernel itself thins leave ``ASSUMED_LEFT`` together.
+    """
+    return mean(_direct_seconds(conv, machine, threads, density) for density in densities or _densities(conv))
 
 
 def _direct_seconds(conv: GatherConv, machine: Machine, threads: int, density: float) -> float:
@@ -240,7 +253,7 @@ def _direct_seconds(conv: GatherConv, machine: Machine, threads: int, density: f
     share = _channel_share(conv, density)
     if isinstance(conv, KernelGroupConv):
         share *= conv.columns / (conv.panels * window.taps * conv.depth) / KERNEL_GROUP_EFFICIENCY
-    for thinned in (plan.out_frames, plan.positions is not None, plan.dynamic_taps):
+    for thinned in (plan.out_frames, plan.positions is not None, plan.dynamic_taps, plan.in_positions is not None):
         share *= density if thinned else 1.0
     register_tile = (tile.mr, tile.vectors, tile.step)
     cycles = predicted_cycles(machine, window.positions_out, conv.group_out, register_tile) * conv.groups
@@ -274,9 +287,11 @@ def _row_share(conv: GatherConv, density: float) -> float:
     return density ** (conv.plan.out_frames + (conv.plan.positions is not None))
 
 
-def winograd_seconds(conv: WinogradConv, machine: Machine, threads: int) -> float:
-    """Predicted time of a Winograd kernel, the mean over the masks that are expected."""
-    return mean(_winograd_seconds(conv, machine, threads, density) for density in _densities(conv))
+def winograd_seconds(
+    conv: WinogradConv, machine: Machine, threads: int, densities: Sequence[float] | None = None
+) -> float:
+    """Predicted time of a Winograd kernel, the mean over the masks that are expected, as :func:`direct_seconds` has."""
+    return mean(_winograd_seconds(conv, machine, threads, density) for density in densities or _densities(conv))
 
 
 def _winograd_seconds(conv: WinogradConv, machine: Machine, threads: int, density: float) -> float:

@@ -22,9 +22,13 @@ from dance_tvm.transform.kernel_groups import KernelGroups, find_kernel_groups
 
 @dataclass
 class GatherCase(Case):
-    """A convolution, direct or with its weights pruned in kernel groups (gm, gn, share of columns kept)."""
+    """A convolution, direct or with its weights pruned in kernel groups (gm, gn, share of columns kept).
+
+    ``in_positions``: (clips or 1, frames or 1, height, width) of the input that is not zero.
+    """
 
     kernel_groups: tuple[int, int, float] | None = None
+    in_positions: np.ndarray | None = None
 
 
 def run(case: GatherCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -41,6 +45,7 @@ def run(case: GatherCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         case.in_frames is not None,
         case.out_frames is not None,
         None if case.positions is None else case.positions.shape[:2],
+        None if case.in_positions is None else case.in_positions.shape[:2],
     )
     settings_of_kernel = (
         window,
@@ -71,6 +76,9 @@ def run(case: GatherCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         for sample, live in enumerate(case.live_in):
             masked[sample][..., ~live] = 0
             poisoned[sample][..., ~live] = np.nan
+    if case.in_positions is not None:
+        dead = np.broadcast_to(~case.in_positions, (case.batch, *case.size))
+        masked[dead], poisoned[dead] = 0, np.nan
     reference = torch.nn.functional.conv3d(
         torch.from_numpy(masked).double().permute(0, 4, 1, 2, 3),
         torch.from_numpy(weight).double(),
@@ -91,7 +99,8 @@ def run(case: GatherCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if case.live_out is not None:
         computed &= case.live_out[:, None, None, None, :]
 
-    masks = {"in_frames": case.in_frames, "out_frames": case.out_frames, "positions": case.positions}
+    masks = {"in_frames": case.in_frames, "out_frames": case.out_frames}
+    masks |= {"positions": case.positions, "in_positions": case.in_positions}
     mask_args = [tensor(masks[key].astype("float32")) for key in plan.masks]
     lists = [tensor(np.full(shape, -(2**31), "int32")) for shape in plan.shapes.values()]
     compiled(plan_rows(plan))(*mask_args, *(tensor(table) for table in plan.tables.values()), *lists)
@@ -116,8 +125,12 @@ def run(case: GatherCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     emit = conv3d_kgs if isinstance(conv, KernelGroupConv) else conv3d_gather
     compiled(emit(conv))(*args, y)
     pairs = int(lists[-1].numpy()[:, 3].sum())
-    frames_alive = np.ones((case.batch, case.size[0]), bool) if case.in_frames is None else case.in_frames
-    assert pairs == count_pairs(window, frames_alive if plan.dynamic_taps else None, rows)
+    alive = np.ones((case.batch, *case.size), bool)
+    if case.in_frames is not None and plan.dynamic_taps:
+        alive &= case.in_frames[:, :, None, None]
+    if case.in_positions is not None:
+        alive &= case.in_positions
+    assert pairs == count_pairs(window, alive, rows)
     return y.numpy(), expected, computed
 
 
@@ -165,12 +178,14 @@ def group_arguments(
     return args if case.live_out is None else [*args, tensor(case.live_out.astype("float32"))]
 
 
-def count_pairs(window: Window, in_frames: np.ndarray | None, rows: np.ndarray) -> int:
-    """Pairs of computed row and live tap, counted one by one."""
+def count_pairs(window: Window, alive: np.ndarray, rows: np.ndarray) -> int:
+    """Pairs of computed row and tap that reads a living input (N, T, H, W), counted one by one."""
     total = 0
-    for n, t, h, w in np.argwhere(rows):
-        frames = [tap for tap in window.live_taps(0, t) if in_frames is None or in_frames[n, window.source(0, t, tap)]]
-        total += len(frames) * len(window.live_taps(1, h)) * len(window.live_taps(2, w))
+    for n, *at in np.argwhere(rows):
+        sources = [
+            [window.source(axis, index, tap) for tap in window.live_taps(axis, index)] for axis, index in enumerate(at)
+        ]
+        total += int(alive[n][np.ix_(*sources)].sum())
     return total
 
 
@@ -202,6 +217,38 @@ DENSE = [
 
 @pytest.mark.parametrize("case", DENSE, ids=range(len(DENSE)))
 def test_dense_equals_pytorch(case: GatherCase) -> None:
+    check(case)
+
+
+def scattered(density: float, *shape: int) -> np.ndarray:
+    return np.random.default_rng(len(shape)).random(shape) < density
+
+
+#: Masks of input positions: by clip and frame, shared, nearly empty, empty; with strides, dead frames and lists.
+IN_POSITIONS = [
+    GatherCase(kernel=(1, 3, 3), padding=(0, 1, 1), in_positions=scattered(0.6, 1, 3, 5, 6), residual=True),
+    GatherCase(batch=2, kernel=(1, 3, 3), padding=(0, 1, 1), in_positions=scattered(0.7, 1, 1, 5, 6)),
+    GatherCase(kernel=(1, 3, 3), padding=(0, 1, 1), stride=(1, 2, 2), in_positions=scattered(0.1, 1, 3, 5, 6)),
+    GatherCase(kernel=(1, 1, 1), padding=(0, 0, 0), in_positions=scattered(0.0, 1, 3, 5, 6)),
+    GatherCase(kernel=(1, 1, 3), padding=(0, 0, 2), dilation=(1, 1, 2), in_positions=scattered(0.5, 1, 3, 5, 6)),
+    GatherCase(
+        batch=2,
+        size=(2, 6, 7),
+        kernel=(1, 3, 3),
+        padding=(0, 1, 1),
+        tile=Tile(4, 2, 4, 4, 3, 1, depth_block=4),
+        in_positions=scattered(0.5, 2, 2, 6, 7),
+        positions=scattered(0.6, 2, 2, 6, 7),
+        in_frames=np.array([[True, False], [True, True]]),
+        live_in=scattered(0.6, 2, 5),
+        live_out=scattered(0.6, 2, 7),
+    ),
+    GatherCase(kernel=(1, 3, 3), padding=(0, 1, 1), in_positions=scattered(0.6, 1, 3, 5, 6), kernel_groups=(8, 4, 0.5)),
+]
+
+
+@pytest.mark.parametrize("case", IN_POSITIONS, ids=range(len(IN_POSITIONS)))
+def test_dead_positions_of_the_input_are_not_read(case: GatherCase) -> None:
     check(case)
 
 

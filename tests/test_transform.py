@@ -274,3 +274,79 @@ def test_large_weights_leave_the_code() -> None:
     with torch.no_grad():
         got = machine["main"](tvm.runtime.tensor(x.numpy()), *weights)[0].numpy()
         np.testing.assert_allclose(got, network(x).numpy(), atol=1e-4)
+
+
+class TilesOfInput(nn.Module):
+    """A convolution of frames whose input, which others read as well, is masked by position from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 16, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.first(x)
+        return torch.relu(self.second(x * (mask > 0).to(x.dtype))), x
+
+
+@pytest.mark.parametrize("frames", [1, 4], ids=["shared", "of each frame"])
+def test_dead_positions_of_the_input_are_neither_read_nor_multiplied(frames: int) -> None:
+    network = integers(TilesOfInput())
+    x = torch.randint(-3, 4, (4, 4, 12, 12)).float()
+    tiles = torch.randint(-1, 2, (frames, 1, 3, 3), generator=torch.Generator().manual_seed(2))
+    mask = tiles.float().repeat_interleave(4, 2).repeat_interleave(4, 3)
+    lowered, machine = compile_network(network, x, mask)
+    assert lowered.layers[1].skips == ["input positions"]
+    found, _ = outputs(machine, x.masked_fill(mask.expand_as(x) <= 0, float("nan")), mask)
+    np.testing.assert_array_equal(found, network(x, mask)[0].detach().numpy())
+    alive = (mask > 0).float().expand(4, 1, 12, 12)
+    pairs = nn.functional.conv2d(alive, torch.ones(1, 1, 3, 3), padding=1).sum()
+    assert executed(machine, x, mask)[1] == int(pairs) * 8 * 16
+
+
+class Reusing(nn.Module):
+    """Frames, as a batch, that take over channels of the frame before (D-STEP), under masks from outside."""
+
+    def __init__(self, tells: int | None = None) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+        self.tells = tells
+
+    def forward(self, x: torch.Tensor, tiles: torch.Tensor, takes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        shown, reuse = (tiles > 0).to(x.dtype), (takes > 0).to(x.dtype)
+        fresh = shown * ((1 - reuse) * torch.relu(self.first(x)))
+        maps = [fresh[:1]]
+        for t in range(1, len(x)):
+            maps.append(fresh[t : t + 1] + shown[t : t + 1] * (reuse[t : t + 1] * maps[-1]))
+        told = () if self.tells is None else (maps[self.tells],)
+        return (self.second(shown * torch.cat(maps)), *told)
+
+
+@pytest.mark.parametrize("tells", [None, 1], ids=["one pass", "a frame that leaves the network"])
+def test_a_chain_over_frames_is_one_pass(tells: int | None) -> None:
+    """Unless somebody else reads one of its frames; then it stays as it is written."""
+    network = integers(Reusing(tells))
+    x = torch.randint(-3, 4, (4, 4, 32, 36)).float()  # too large to be joined with small operators
+    tiles, takes = torch.randint(-1, 2, (4, 1, 32, 36)).float(), torch.randint(-1, 2, (4, 8, 1, 1)).float()
+    lowered, machine = compile_network(network, x, tiles, takes)
+    chains = [name for name in map(str, lowered.mod.get_global_vars()) if "carry_frames" in name]
+    assert len(chains) == (tells is None)
+    for found, expected in zip(outputs(machine, x, tiles, takes), network(x, tiles, takes), strict=True):
+        np.testing.assert_array_equal(found, expected.detach().numpy())
+
+
+class ChannelsInside(nn.Module):
+    """A convolution between tensors that a network keeps with channels innermost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+
+
+def test_a_networks_own_change_of_layout_costs_nothing() -> None:
+    network, x = integers(ChannelsInside()), torch.randint(-3, 4, (1, 6, 6, 8)).float()
+    lowered, machine = compile_network(network, x)
+    assert not [name for name in map(str, lowered.mod.get_global_vars()) if "transpose" in name]
+    np.testing.assert_array_equal(outputs(machine, x)[0], network(x).detach().numpy())

@@ -52,6 +52,8 @@ class _Layouts:
         if not isinstance(value, relax.Call) or not isinstance(value.op, tvm.ir.Op):
             return None
         name = value.op.name.removeprefix("relax.")
+        if name == "permute_dims" and (moved := self._moved(builder, var, value)) is not None:
+            return moved
         result = self._in_last(builder, name, value)
         if result is None:
             return None
@@ -60,6 +62,19 @@ class _Layouts:
             return result
         first = builder.emit(relax.op.permute_dims(result, _to_first(len(shape_of(result)))))
         self.last[first] = result
+        return first
+
+    def _moved(self, builder: relax.BlockBuilder, var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        """A network's own change between the two layouts, remembered, or undone where it was made here or before."""
+        data, axes = call.args[0], [int(axis) for axis in call.attrs.axes or ()]
+        if len(axes) not in LAYOUTS:
+            return None
+        if axes == _to_last(len(axes)):
+            return self.last.get(data)
+        if axes != _to_first(len(axes)):
+            return None
+        first = emit(builder, call, var.name)
+        self.last[first] = data
         return first
 
     def _in_last(self, builder: relax.BlockBuilder, name: str, call: relax.Call) -> relax.Expr | None:

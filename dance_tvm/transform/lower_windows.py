@@ -12,6 +12,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from dance_tvm.schedules.carry_frames import Carry, carry_frames
 from dance_tvm.schedules.channel_plan import channel_list_shape, plan_channels
 from dance_tvm.schedules.compact_channels import compact_channels
 from dance_tvm.schedules.conv3d_gather import GatherConv, conv3d_gather
@@ -32,12 +33,13 @@ from dance_tvm.schedules.tiles import Machine
 from dance_tvm.schedules.winograd import WinogradConv, conv3d_winograd, mask_arguments
 from dance_tvm.schedules.winograd_plan import LISTS, WinogradPlan, plan_winograd
 
+from .carries import Chain, find_chains
 from .graph import Graph, Shape, dtype_of, shape_of, substitute, variables
 from .kernel_groups import CANDIDATES, KernelGroups, choose_kernel_groups, lane_cost
 from .layers import LayerInfo
 from .liveness import Liveness
 from .masks import Both, Either, Expression, Factor, Grown, Live
-from .sample_lists import SampleLists
+from .sample_lists import SampleLists, positions_of_input
 from .sites import Site, Sites
 from .windows import POOLS, window_of, zero_padded
 
@@ -86,6 +88,7 @@ class LowerWindows:
         if isinstance(self.machine, Machine):
             lists = SampleLists(self.machine, self.threads, self.convolution)
         sites = Sites.of(graph, liveness, lists)
+        chains = find_chains(graph, liveness, sites) if isinstance(self.machine, Machine) else []
         lowering = self.lowering(
             mod,
             graph,
@@ -97,6 +100,7 @@ class LowerWindows:
             sparsity=self.sparsity,
             convolution=self.convolution,
             group_cost=self.group_cost,
+            chains={chain.end: chain for chain in chains},
         )
         with one_thread() if self.threads == 1 else nullcontext():
             lowered = lowering.run()
@@ -126,6 +130,7 @@ class Lowering:
     constants: dict[relax.Var, list[relax.Expr]] = field(default_factory=dict)
     viewed: dict[relax.Expr, relax.Expr] = field(default_factory=dict)
     group_cost: Callable[[KernelGroups], float] | None = None
+    chains: dict[relax.Var, Chain] = field(default_factory=dict)
     #: How activations and weights are stored.
     dtype: str = "float32"
 
@@ -197,6 +202,8 @@ class Lowering:
             self.new[var] = self._emit(self.sites.aliases[var])
         elif var in self.sites.by_end:
             self.new[var] = self._site(self.sites.by_end[var])
+        elif var in self.chains:
+            self.new[var] = self._chain(self.chains[var])
         elif self.graph.op(var) in POOLS and window_of(self.graph, var) is not None:
             self.new[var] = self._pool(var)
         else:
@@ -365,7 +372,11 @@ class Lowering:
         if plan.positions is not None and wanted.positions is not None:
             shape = (*plan.positions, *window.out[1:])
             masks["positions"] = [self._mask(wanted.positions, shape, (*shape, 1))]
-        identity = (in_frames, wanted.frames, wanted.positions)
+        read = alive.positions if isinstance(plan, RowPlan) and plan.in_positions is not None else None
+        if read is not None:
+            lines = (*read.shape[:2], *window.size[1:])
+            masks["in_positions"] = [self._mask(read, lines, (*lines, 1))]
+        identity = (in_frames, wanted.frames, wanted.positions, read)
         return masks, self._rows(plan, [mask for given in masks.values() for mask in given], identity)
 
     def _compact(self, site: Site, data: relax.Expr, alive: Live, plan: RowPlan) -> relax.Expr:
@@ -438,6 +449,7 @@ class Lowering:
             "positions": wanted.positions,
             "in_channels": alive.channels if site.groups == 1 else None,
             "out_channels": wanted.channels,
+            "in_positions": alive.positions if site.lists.positions else None,
         }
         lists = tuple(axis for axis, mask in listed.items() if mask is not None)
         return Workload(
@@ -463,7 +475,7 @@ class Lowering:
             tile = kernel_group_tile(
                 self.machine, window, (site.channels_in, site.channels_out), per_tap, groups.gm, run
             )
-        dynamic = self._given(alive, wanted)
+        dynamic = (*self._given(alive, wanted), positions_of_input(site, alive) if site.lists.positions else None)
         plan = RowPlan(window, tile.mr, tile.block_tiles, tile.segment_taps, samples, *dynamic)
         conv = GatherConv(tile=tile, plan=plan, **self._fields(site, alive, wanted))
         if groups is None:
@@ -482,8 +494,14 @@ class Lowering:
             "live_out": wanted.channels is not None,
             "residual": site.residual is not None,
             "activation": site.activation,
-            "zero_dead": ("all" if self.sites.needs_zeros(site.end) else "rows") if wanted.axes else "",
+            "zero_dead": self._zeros(site.end) if wanted.axes else "",
         }
+
+    def _zeros(self, end: relax.Var) -> str:
+        """What a kernel that ends in ``end`` sets to zero of what it leaves out."""
+        if self.sites.needs_zeros(end):
+            return "all"
+        return "rows" if self.sites.needs_zero_positions(end) else ""
 
     def _given(self, alive: Live, wanted: Live) -> tuple[bool, bool, tuple[int, int] | None]:
         """Which masks a row plan is given: frames read, frames wanted, and clips and frames of wanted positions."""
@@ -510,7 +528,7 @@ class Lowering:
         return view
 
     def _describe(self, site: Site, conv: GatherConv | WinogradConv, alive: Live, wanted: Live, why: str) -> LayerInfo:
-        skips = [f"input {axis}" for axis in alive.axes if axis != "positions"]
+        skips = [f"input {axis}" for axis in alive.axes if axis != "positions" or site.lists.positions]
         skips += [f"output {axis}" for axis in wanted.axes]
         groups = self.groups.get(site.start)
         if isinstance(conv, KernelGroupConv):
@@ -542,6 +560,26 @@ class Lowering:
                         if arg in refused:
                             return refused[arg]
         return "no mask reaches it"
+
+    def _chain(self, chain: Chain) -> relax.Expr:
+        """A chain over frames; its masks beside the layers' are small tensors."""
+        total, height, width, channels = shape_of(chain.end)
+        masks, axes = [], []
+        for live in (chain.fresh, chain.taken, chain.kept):
+            if live.positions is not None:
+                masks.append(self._mask(live.positions, (total, height, width), (total, 1, height, width, 1)))
+            if live.channels is not None:
+                masks.append(self._mask(live.channels, (total, channels), (total, 1, 1, 1, channels)))
+            axes.append(tuple(axis for axis in live.axes if axis != "frames"))
+        fresh, taken, kept = axes
+        count, floats = total // chain.frames, self.machine.vector_floats
+        carry = Carry(
+            chain.frames, count, height, width, channels, floats, fresh, taken, kept, chain.before is not None
+        )
+        args = [self._emit(chain.source), *masks]
+        if chain.before is not None:
+            args.append(self._emit(chain.before))
+        return self._kernel(carry_frames(carry), args, [shape_of(chain.end)], "float32")
 
     def _pool(self, var: relax.Var) -> relax.Expr:
         call, window = self.graph.call(var), window_of(self.graph, var)

@@ -1,21 +1,25 @@
-"""Which channel lists pay where every sample of a batch has its own.
+"""Which lists pay: those of channels where every sample of a batch has its own, and those of positions of the input.
 
 Lists of channels that differ between the samples (D-STEP's frames, clips of a batch) split a layer into one run a
 sample, each of which packs the weights of its channels and streams them again. With few positions a sample that costs
 more than the skipped multiply-adds; then the layer runs over the whole batch and masks do their work elsewhere.
+
+Dead positions of the input remove taps from the positions that would read them, in direct kernels alone: Winograd's
+tiles read through all of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 from dance_tvm.schedules.conv3d_gather import GatherConv
-from dance_tvm.schedules.row_plan import RowPlan
+from dance_tvm.schedules.row_plan import MOST_DYNAMIC_POSITION_TAPS, RowPlan
 from dance_tvm.schedules.tiles import Machine, default_tile
-from dance_tvm.schedules.winograd_choice import best, direct_seconds, why_not, winograd_seconds
+from dance_tvm.schedules.winograd_choice import axis_densities, best, direct_seconds, why_not, winograd_seconds
 
 from .masks import Live
-from .sites import Site
+from .sites import Site, SiteLists
 
 #: Lists must be predicted to take at most this share of the time without them, in the mean over the masks that are
 #: expected (``winograd_choice.ASSUMED_LEFT``); with masks that leave everything they cost a little.
@@ -30,33 +34,56 @@ class SampleLists:
     threads: int
     convolution: str
 
-    def __call__(self, site: Site, alive: Live, wanted: Live) -> tuple[bool, bool]:
-        """Whether to list live input channels, and whether to list live output channels."""
-        there = (alive.channels is not None, wanted.channels is not None)
-        if site.window.batch == 1 or site.groups > 1 or site.linear or not any(there):
-            return there
-        inputs, outputs = ({False, listed} for listed in there)
-        options = [(of_input, of_output) for of_input in inputs for of_output in outputs]
+    def __call__(self, site: Site, alive: Live, wanted: Live) -> SiteLists:
+        """Which of the lists that masks allow the site walks."""
+        window = site.window
+        there = SiteLists(
+            alive.channels is not None, wanted.channels is not None, positions_of_input(site, alive) is not None
+        )
+        if site.groups > 1 or site.linear:
+            return SiteLists(there.inputs, there.outputs, False)
+        shared = window.batch == 1  # one sample's lists of channels cost nothing but themselves
+        channels = [(there.inputs, there.outputs)]
+        if not shared:
+            channels = list(product({False, there.inputs}, {False, there.outputs}))
+        plain = SiteLists(*channels[0] if shared else (False, False), False)
+        options = [SiteLists(*listed, skips) for listed in channels for skips in {False, there.positions}]
+        if options == [plain]:
+            return plain
         seconds = {lists: self._seconds(site, alive, wanted, lists) for lists in options}
         fastest = min(seconds, key=lambda lists: seconds[lists])
-        return fastest if seconds[fastest] < WORTH_LISTING * seconds[False, False] else (False, False)
+        return fastest if seconds[fastest] < WORTH_LISTING * seconds[plain] else plain
 
-    def _seconds(self, site: Site, alive: Live, wanted: Live, lists: tuple[bool, bool]) -> float:
+    def _seconds(self, site: Site, alive: Live, wanted: Live, lists: SiteLists) -> float:
         """Predicted time of the faster of the direct and the Winograd kernel."""
         window, machine = site.window, self.machine
         tile = default_tile(machine, window, site.channels_in, site.channels_out)
-        positions = None if wanted.positions is None else wanted.positions.shape[:2]
         plan = RowPlan(
             window,
             tile.mr,
             tile.block_tiles,
             tile.segment_taps,
-            window.batch if any(lists) else 1,
+            window.batch if lists.inputs or lists.outputs else 1,
             alive.frames is not None,
             wanted.frames is not None,
-            positions,  # type: ignore[arg-type]
+            None if wanted.positions is None else wanted.positions.shape[:2],  # type: ignore[arg-type]
+            positions_of_input(site, alive) if lists.positions else None,
         )
-        conv = GatherConv(window, site.channels_in, site.channels_out, 1, tile, plan, *lists)
-        found = best(conv, machine, self.threads) if self.convolution != "direct" and not why_not(conv) else None
-        direct = direct_seconds(conv, machine, self.threads)
-        return min(direct, winograd_seconds(found, machine, self.threads)) if found else direct
+        conv = GatherConv(window, site.channels_in, site.channels_out, 1, tile, plan, lists.inputs, lists.outputs)
+        # All axes that masks thin, whichever of them the kernel makes use of: they leave the expected share together.
+        axes = (alive.channels, alive.frames, positions_of_input(site, alive), *vars(wanted).values())
+        densities = axis_densities(axes)
+        direct = direct_seconds(conv, machine, self.threads, densities)
+        if self.convolution == "direct" or why_not(conv):
+            return direct
+        found = best(conv, machine, self.threads, densities)
+        return min(direct, winograd_seconds(found, machine, self.threads, densities)) if found else direct
+
+
+def positions_of_input(site: Site, alive: Live) -> tuple[int, int] | None:
+    """How many clips and frames the mask of the input's positions tells apart; None where no kernel can use it."""
+    window = site.window
+    whole_frames = (window.kernel[0], window.stride[0], window.padding[0]) == (1, 1, 0)
+    if alive.positions is None or not whole_frames or window.taps > MOST_DYNAMIC_POSITION_TAPS:
+        return None
+    return alive.positions.shape[0], alive.positions.shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from tvm import relax
@@ -18,6 +19,14 @@ from .windows import CONVOLUTIONS, POOLS, window_of
 
 #: Relax operators that a kernel applies before it stores, by the name the schedules use.
 FUSED_ACTIVATIONS = {"nn.relu": "relu", "sigmoid": "sigmoid", "nn.silu": "silu", "nn.relu6": "relu6"}
+
+
+class SiteLists(NamedTuple):
+    """Which lists a kernel walks where masks allow them: live input and output channels, and living input positions."""
+
+    inputs: bool = True
+    outputs: bool = True
+    positions: bool = False
 
 
 @dataclass
@@ -35,8 +44,7 @@ class Site:
     activation: str = ""
     absorbed: list[relax.Var] = field(default_factory=list)
     masked: bool = False
-    lists_in: bool = True
-    lists_out: bool = True
+    lists: SiteLists = field(default_factory=SiteLists)
     unlisted: list[str] = field(default_factory=list)
 
     @property
@@ -60,8 +68,8 @@ class Site:
         return self.window.positions_out * self.window.taps * self.channels_out * int(self.weight.shape[1])
 
 
-#: Whether a site, its input alive and its output wanted there, lists live input and live output channels.
-Lists = Callable[[Site, Live, Live], tuple[bool, bool]]
+#: Which lists a site walks, its input alive and its output wanted there.
+Lists = Callable[[Site, Live, Live], SiteLists]
 
 
 @dataclass
@@ -74,10 +82,12 @@ class Sites:
     inside: set[relax.Var] = field(default_factory=set)
     aliases: dict[relax.Var, relax.Var] = field(default_factory=dict)
     by_start: dict[relax.Var, Site] = field(default_factory=dict)
+    #: What chains over frames begin with, and their bindings: their kernel reads it under masks of its own.
+    chained: dict[relax.Var, set[relax.Var]] = field(default_factory=dict)
 
     @staticmethod
     def of(graph: Graph, liveness: Liveness, lists: Lists | None = None) -> Sites:
-        """Find every site, extended as far as its kernel can carry on; ``lists`` decides which channels are listed."""
+        """Find every site, extended as far as its kernel can carry on; ``lists`` decides what each lists."""
         sites = Sites(graph, liveness)
         for var in graph.order:
             site = _start(graph, var)
@@ -85,8 +95,8 @@ class Sites:
                 sites.by_start[site.start] = site
                 if lists is not None:
                     alive, wanted = sites.alive(site), sites.wanted(site)
-                    site.lists_in, site.lists_out = lists(site, alive, wanted)
-                    listed = {"input": (alive, site.lists_in), "output": (wanted, site.lists_out)}
+                    site.lists = lists(site, alive, wanted)
+                    listed = {"input": (alive, site.lists.inputs), "output": (wanted, site.lists.outputs)}
                     site.unlisted = [side for side, (live, on) in listed.items() if live.channels and not on]
                 sites._extend(site)
                 sites.by_end[site.end] = site
@@ -150,7 +160,7 @@ class Sites:
         known = self.liveness.before[site.start]
         if mask is None or mask.early(known) != mask:
             return False
-        if mask.channels is not None and (site.groups > 1 or not site.lists_out):
+        if mask.channels is not None and (site.groups > 1 or not site.lists.outputs):
             return False
         site.masked = True
         return True
@@ -158,13 +168,13 @@ class Sites:
     # -- who reads ---------------------------------------------------------------------------------------------------
 
     def _find_aliases(self) -> None:
-        """Multiplies by frame and channel masks that convolutions apply themselves, by not reading."""
+        """Multiplies by masks that convolutions apply themselves, by not reading."""
         graph = self.graph
-        for var in graph.order:
+        for var in reversed(graph.order):
             if graph.op(var) != "multiply" or var in self.inside or var in self.by_end or var in graph.outputs:
                 continue
             source, mask = self._masked_source(var)
-            if source is None or mask is None or mask.positions is not None:
+            if source is None or mask is None:
                 continue
             if all(self._skips(reader, var, mask) for reader in graph.readers[var]):
                 self.aliases[var] = source
@@ -178,10 +188,14 @@ class Sites:
         return None, None
 
     def _skips(self, reader: relax.Var, var: relax.Var, mask: Live) -> bool:
+        if reader in self.aliases:
+            return all(self._skips(after, reader, mask) for after in self.graph.readers[reader])
         site = self.by_start.get(reader)
         if site is None or not site.data.same_as(var) or site.groups > 1:
             return False
-        if mask.channels is not None and not site.lists_in:
+        if mask.channels is not None and not site.lists.inputs:
+            return False
+        if mask.positions is not None and not site.lists.positions:
             return False
         return mask.frames is None or site.window.kernel[0] <= MOST_DYNAMIC_FRAME_TAPS
 
@@ -191,15 +205,19 @@ class Sites:
             return True
         return any(not self._careful(reader, var) for reader in self.graph.readers[var])
 
+    def needs_zero_positions(self, var: relax.Var) -> bool:
+        """The same for positions that were left out in frames that were not, which convolutions read as zeros."""
+        return var in self.graph.outputs or not self.chained.get(var, set()).issuperset(self.graph.readers[var])
+
     def _careful(self, reader: relax.Var, var: relax.Var) -> bool:
         """Whether ``reader`` only looks where ``var`` is alive and read."""
         name = self.graph.op(reader)
-        if reader in self.aliases:
+        if reader in self.aliases or reader in self.chained.get(var, ()):
             return True
         if name in CONVOLUTIONS:
             dynamic = shape_of(self.graph.call(reader).args[1])[2] <= MOST_DYNAMIC_FRAME_TAPS
             grouped = int(self.graph.call(reader).attrs.groups) > 1
-            if reader in self.by_start and not self.by_start[reader].lists_in:
+            if reader in self.by_start and not self.by_start[reader].lists.inputs:
                 return False
             return self.graph.call(reader).args[0].same_as(var) and dynamic and not grouped
         return name in POOLS and window_of(self.graph, reader) is not None and not self.needs_zeros(reader)
@@ -209,14 +227,14 @@ class Sites:
         if site.linear:
             return EVERYWHERE
         live = self.liveness.read[site.start].early(self.liveness.before[site.start])
-        return live if site.groups == 1 and site.lists_out else Live(live.frames, live.positions)
+        return live if site.groups == 1 and site.lists.outputs else Live(live.frames, live.positions)
 
     def alive(self, site: Site) -> Live:
         """What the site's kernel knows to be zero of its input."""
         if site.linear:
             return EVERYWHERE
         live = self.liveness.alive_in(site.data)
-        return live if site.lists_in else Live(live.frames, live.positions)
+        return live if site.lists.inputs else Live(live.frames, live.positions)
 
 
 def _start(graph: Graph, var: relax.Var) -> Site | None:

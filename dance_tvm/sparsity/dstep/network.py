@@ -208,7 +208,8 @@ class Stream(nn.Module):
 
     `frame` is (N, C, H, W); scores (N, num_classes) are those of the frames so far, so that after T frames they equal
     the whole clip's. `state_names` names the tensors: the channels to shift, the pooled means, the merged maps of each
-    block, the sum of scores and the number of frames. `start` gives them before the first frame: all zeros.
+    block, the sum of scores and the number of frames. Maps are kept with channels innermost, (N, H, W, C), as compiled
+    networks have them. `start` gives the state before the first frame: all zeros.
     Raises DanceError for a network that looks ahead (TSM's offline form).
     """
 
@@ -228,7 +229,7 @@ class Stream(nn.Module):
 
     def start(self) -> tuple[Tensor, ...]:
         """The state before the first frame."""
-        return _flat(zeros_like(self._empty))
+        return tuple(tensor.contiguous() for tensor in _flat(zeros_like(self._empty)))
 
     def forward(self, frame: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         if len(state) != len(self.state_names):
@@ -239,11 +240,22 @@ class Stream(nn.Module):
     def _history(self, state: tuple[Tensor, ...]) -> History:
         given = iter(state)
         blocks = tuple(
-            BlockHistory(*(None if tensor is None else next(given) for tensor in kept)) for kept in self._empty.blocks
+            BlockHistory(*(None if tensor is None else _channels_second(next(given)) for tensor in kept))
+            for kept in self._empty.blocks
         )
         return History(blocks, next(given), next(given))
 
 
 def _flat(history: History) -> tuple[Tensor, ...]:
-    kept = [tensor for block in history.blocks for tensor in block if tensor is not None]
+    kept = [_channels_last(tensor) for block in history.blocks for tensor in block if tensor is not None]
     return (*kept, history.scores, history.frames)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """Maps (N, C, H, W) as (N, H, W, C); other tensors as they are."""
+    return tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor
+
+
+def _channels_second(tensor: Tensor) -> Tensor:
+    """The inverse."""
+    return tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 else tensor
