@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,8 @@ from rich.table import Table
 
 from dance_tvm.cli import start
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules.spaces import WINOGRAD
+from dance_tvm.schedules.spaces import SPACES
+from dance_tvm.schedules.workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Workload
 from dance_tvm.tuning.records import LOGS, Log, Record, parse_loosely, rewrite
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Check, merge and show tuning logs.")
@@ -85,18 +87,27 @@ def _files(files: list[Path] | None) -> list[Path]:
     for path in files or []:
         if not path.is_file():
             raise DanceError(f"there is no log {path}: `dance-tvm tune` writes them to {LOGS}")
-    found = files or sorted(LOGS.glob("*.conv3d_*.jsonl"))
+    found = files or sorted(path for family in SPACES for path in LOGS.glob(f"*.{family}.jsonl"))
     if not found:
         raise DanceError(f"there are no tuning logs in {LOGS}: `dance-tvm tune` writes them")
     return found
+
+
+#: What the description of a kernel adds for its family.
+_KINDS: dict[str, Callable[[Workload], str]] = {
+    GATHER: lambda work: "",
+    WINOGRAD: lambda work: " winograd",
+    KERNEL_GROUPS: lambda work: f" groups {work.group[0]}x{work.group[1]}, {work.kept:.0%} kept",
+    POOL: lambda work: f" {work.pooling} pool",
+}
 
 
 def _print(records: list[Record]) -> None:
     table = Table("workload", "kernel", "density", "status", "ms", "spread", "default", "tile", "origin", "date")
     for record in records:
         work = record.shape
-        kernel = "x".join(map(str, work.window.kernel)) + (" winograd" if work.family == WINOGRAD else "")
-        shape = f"{work.channels_in}>{work.channels_out} {kernel} @ {'x'.join(map(str, work.window.out))}"
+        kernel, out = ("x".join(map(str, extents)) for extents in (work.window.kernel, work.window.out))
+        shape = f"{work.channels_in}>{work.channels_out} {kernel}{_KINDS[work.family](work)} @ {out}"
         tile = " ".join(f"{name}={value}" for name, value in record.decisions.items())
         scale = 1e3 if record.unit == "seconds" else 1e-6
         default = f"{scale * record.default_seconds:.3f}" if record.default_seconds else ""

@@ -17,7 +17,7 @@ from dance_tvm.cli import start
 from dance_tvm.errors import DanceError
 
 if TYPE_CHECKING:
-    from dance_tvm.schedules.spaces import Workload
+    from dance_tvm.schedules.workload import Workload
     from dance_tvm.tuning.tuner import Tuner
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -76,7 +76,7 @@ def _tuned(
     trial_timeout: float, logs: Path | None, seed: int, conv: Any, clips: str, quiet: bool,
 ) -> Tuner:  # fmt: skip
     from dance_tvm.host import available_cores
-    from dance_tvm.schedules.spaces import LISTS
+    from dance_tvm.schedules.workload import LISTS
     from dance_tvm.target import load_target
     from dance_tvm.transform.pipeline import gpu_of, machine_of
     from dance_tvm.tuning.farm import Farm
@@ -151,9 +151,12 @@ def facts(tuner: Tuner) -> dict[str, Any]:
 
 
 def _share(tuner: Tuner, workload: Workload, seconds: float) -> float | None:
-    """Share of the peak that a direct convolution would need for this time; None where it is not known."""
+    """Share of the peak that a direct convolution would need for this time; None where it is not known, as of pools."""
+    from dance_tvm.schedules.workload import POOL
+
     gpu = tuner.target.gpu
-    if tuner.unit != "seconds" or not 0 < seconds < float("inf") or (gpu is not None and gpu.assumed):
+    known = tuner.unit == "seconds" and 0 < seconds < float("inf") and workload.family != POOL
+    if not known or (gpu is not None and gpu.assumed):
         return None
     return 2e-9 * workload.work / seconds / tuner.target.peak_gflops
 
@@ -185,7 +188,7 @@ def _view(tuner: Tuner) -> Table:
 
 
 def _print(console: Console, tuner: Tuner) -> None:
-    from dance_tvm.schedules.spaces import WINOGRAD
+    from dance_tvm.tuning.workloads import KINDS
 
     found = facts(tuner)
     table = Table("layer", "density", "trials", "before", "after", "gain", "of peak")
@@ -194,9 +197,9 @@ def _print(console: Console, tuner: Tuner) -> None:
         gain = f"{before / after:.2f}x" if before and after else "not verified"
         shown = [tuner.shown(value) if value else "" for value in (before, after)]
         share = f"{layer['share_of_peak']:.0%}" if layer["share_of_peak"] else ""
-        family = " (winograd)" if layer["family"] == WINOGRAD else ""
+        kind = KINDS.get(layer["family"], "")
         table.add_row(
-            ", ".join(layer["layers"]) + family, f"{layer['density']:g}", str(layer["trials"]), *shown, gain, share
+            ", ".join(layer["layers"]) + kind, f"{layer['density']:g}", str(layer["trials"]), *shown, gain, share
         )
     console.print(table)
     before, after = found["all_layers_before_seconds"], found["all_layers_after_seconds"]

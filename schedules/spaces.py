@@ -6,129 +6,40 @@ candidates are all the same mapping from a decision's name to a small integer, t
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .conv3d_gather import GatherConv, Tile
-from .conv3d_kgs import KernelGroupConv
+from .conv3d_kgs import KernelGroupConv, kernel_group_tile
 from .geometry import Triple, Window
+from .kernel_columns import Columns, column_run
+from .pool3d import Pool, default_vectors
 from .row_plan import RowPlan
 from .tiles import Machine, candidates, default_tile, predicted_cycles
 from .winograd import WinogradConv
 from .winograd_choice import MOST_SCRATCH, Choice, best, choose, configured, options, why_not, winograd_seconds
+from .workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Workload
 
 if TYPE_CHECKING:
     from .gpu.conv3d_gather import BlockConv
 
-#: Axes that index lists thin; ``positions`` are those of the output.
-LISTS = ("in_frames", "out_frames", "positions", "in_channels", "out_channels", "in_positions")
-#: Density that a build assumes of masks that it knows nothing about.
-TYPICAL_DENSITY = 0.5
 #: Register tiles that the model of ``tiles.predicted_cycles`` holds for this much slower than its best are not tried.
 WORTH_TRYING = 1.5
 #: Shares of the first-level cache that the weights of one pass may take.
 CACHE_SHARES = (0.25, 0.5, 0.75, 1.0, 2.0)
 #: Tiles that share a pass over the weights.
 BLOCK_TILES = (8, 16, 32, 64, 128, 256)
+#: Vectors of channels that a pool may reduce at once.
+POOLED_VECTORS = (1, 2, 4, 8)
 #: Measured gain from which records turn a choice between direct and Winograd: the two were not measured in turns.
 WORTH_SWITCHING = 1.05
-GATHER, WINOGRAD = "conv3d_gather", "conv3d_winograd"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A kernel to choose a tile for: all that its speed depends on, and nothing that changes from build to build.
-
-    ``lists`` names the axes of ``LISTS`` that index lists thin; ``density`` is the share of each of them that is
-    alive (1.0 where there are none).
-    """
-
-    window: Window
-    channels_in: int
-    channels_out: int
-    groups: int = 1
-    lists: tuple[str, ...] = ()
-    residual: bool = False
-    activation: str = ""
-    threads: int = 1
-    density: float = 1.0
-    family: str = GATHER
-    dtype: str = "float32"
-
-    @property
-    def depth(self) -> int:
-        """Input channels that one output channel reads."""
-        return self.channels_in // self.groups
-
-    @property
-    def group_out(self) -> int:
-        """Output channels of one convolution group."""
-        return self.channels_out // self.groups
-
-    @property
-    def samples(self) -> int:
-        """Clips whose channel lists differ: the batch where channels are listed, else 1."""
-        return self.window.batch if {"in_channels", "out_channels"} & set(self.lists) else 1
-
-    @property
-    def work(self) -> float:
-        """Multiply-accumulates expected at the workload's density, padding left out."""
-        return self.window.tap_positions * self.depth * self.channels_out * self.density ** len(self.lists)
-
-    def at(self, density: float) -> Workload:
-        """The same kernel at another density; a kernel without lists has only one."""
-        return replace(self, density=density if self.lists else 1.0)
-
-    def facts(self) -> dict[str, Any]:
-        """JSON-ready description without what is as usual, the inverse of ``Workload.of``."""
-        usual = {part.name: part.default for part in fields(self)}
-        told = {name: value for name, value in asdict(self).items() if value != usual[name]}
-        return json.loads(json.dumps(told))
-
-    @staticmethod
-    def of(facts: Mapping[str, Any]) -> Workload:
-        """The workload that ``facts`` describes. Raises KeyError, TypeError or ValueError where they describe none."""
-        window: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in facts["window"].items()
-        }
-        rest = {key: value for key, value in facts.items() if key != "window"}
-        return Workload(Window(**window), **{**rest, "lists": tuple(rest.get("lists", ()))})
-
-    @cached_property
-    def identity(self) -> str:
-        """Sixteen hexadecimal digits, the same for the same workload."""
-        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()[:16]
-
-    @cached_property
-    def kernel_identity(self) -> str:
-        """The same for all densities of a kernel."""
-        return replace(self, density=1.0).identity
-
-    def distance(self, other: Workload) -> float:
-        """How unlike two workloads are for the choice of a tile, in doublings of what differs; inf: not comparable.
-
-        Channels decide the register tile and the cache blocks, so they weigh most; rows matter where they are few.
-        """
-        same = ("family", "threads", "activation", "dtype")
-        if any(getattr(self, name) != getattr(other, name) for name in same) or (self.groups > 1) != (other.groups > 1):
-            return math.inf
-        far = 2.0 * _doublings(self.depth, other.depth) + 2.0 * _doublings(self.group_out, other.group_out)
-        far += 0.5 * _doublings(self.window.positions_out, other.window.positions_out)
-        far += 1.0 * _doublings(self.window.taps, other.window.taps) + 0.5 * _doublings(self.density, other.density)
-        far += 1.0 * (self.window.kernel != other.window.kernel) + 0.5 * (self.window.stride != other.window.stride)
-        return far + 4.0 * len(set(self.lists) ^ set(other.lists)) + 0.25 * (self.residual != other.residual)
-
-
-def _doublings(a: float, b: float) -> float:
-    return abs(math.log2(a / b))
-
 
 Decisions = dict[str, int]
+#: What tiles each axis of a convolution's loops, outermost first: names of decisions, or sizes that are given.
+Loops = dict[str, tuple[str | int, ...]]
 
 
 def row_plan(workload: Workload, tile: Tile) -> RowPlan:
@@ -140,20 +51,55 @@ def row_plan(workload: Workload, tile: Tile) -> RowPlan:
     return RowPlan(window, tile.mr, tile.block_tiles, tile.segment_taps, workload.samples, *dynamic)
 
 
-def gathered(workload: Workload, tile: Tile) -> GatherConv:
-    """The direct kernel of a workload."""
-    return GatherConv(
-        workload.window,
-        workload.channels_in,
-        workload.channels_out,
-        workload.groups,
-        tile,
-        row_plan(workload, tile),
-        live_in="in_channels" in workload.lists,
-        live_out="out_channels" in workload.lists,
-        residual=workload.residual,
-        activation=workload.activation,
-    )
+def fields_of(workload: Workload, tile: Tile) -> dict[str, Any]:
+    """The fields of the direct kernel of a workload."""
+    return {
+        "window": workload.window,
+        "channels_in": workload.channels_in,
+        "channels_out": workload.channels_out,
+        "groups": workload.groups,
+        "tile": tile,
+        "plan": row_plan(workload, tile),
+        "live_in": "in_channels" in workload.lists,
+        "live_out": "out_channels" in workload.lists,
+        "residual": workload.residual,
+        "activation": workload.activation,
+    }
+
+
+def register_tiles(machine: Machine, rows: int, panel: int, vectors: int | None = None) -> dict[int, list[int]]:
+    """Rows worth trying for each number of vectors (for ``vectors`` alone where given), as the model of the register
+    file has it."""
+    cost = {
+        tile: predicted_cycles(machine, rows, panel, tile) for tile in candidates(machine) if vectors in (None, tile[1])
+    }
+    limit = WORTH_TRYING * min(cost.values())
+    found: dict[int, list[int]] = {}
+    for (mr, columns, _), cycles in cost.items():
+        if cycles <= limit:
+            found.setdefault(columns, []).append(mr)
+    return found
+
+
+def pass_taps(window: Window) -> list[int]:
+    """Taps of one pass: one, a line, a plane, the whole kernel, and what lies between."""
+    _, height, width = window.kernel
+    return sorted({min(count, window.taps) for count in (1, 2, width, 2 * width, height * width, window.taps)})
+
+
+def most_tiles(window: Window, mr: int) -> int:
+    """Row tiles beyond which a block holds all rows."""
+    return -(-window.positions_out // mr) + 8
+
+
+def block_sizes(window: Window, fewest_rows: int) -> list[int]:
+    """Row tiles of one block; more than there are rows is the same as all of them."""
+    return sorted({min(count, most_tiles(window, fewest_rows)) for count in BLOCK_TILES})
+
+
+def are_whole(decisions: Mapping[str, int], names: tuple[str, ...]) -> bool:
+    """Whether these decisions were taken, and no others."""
+    return set(decisions) == set(names) and all(isinstance(value, int) for value in decisions.values())
 
 
 class Space(Protocol):
@@ -183,8 +129,19 @@ class Space(Protocol):
     def parts(self) -> list[dict[str, list[int]]]:
         """The values of each decision, in parts within which each goes with each."""
 
-    def kernel(self, decisions: Mapping[str, int]) -> GatherConv | WinogradConv | BlockConv:
+    def kernel(self, decisions: Mapping[str, int]) -> GatherConv | WinogradConv | BlockConv | Pool:
         """The kernel that the decisions describe."""
+
+
+class VectorSpace(Space, Protocol):
+    """The space of a kernel for a CPU."""
+
+    @property
+    def machine(self) -> Machine:
+        """On which machine."""
+
+    def loops(self) -> Loops:
+        """How the decisions tile ``rows``, ``channels_out``, ``taps`` and ``channels_in``."""
 
 
 @dataclass(frozen=True)
@@ -209,15 +166,8 @@ class GatherSpace:
 
     @cached_property
     def register_tiles(self) -> dict[int, list[int]]:
-        """Rows worth trying for each number of vectors, as the model of the register file has it."""
-        rows, panel = self.workload.window.positions_out, self.workload.group_out
-        cost = {tile: predicted_cycles(self.machine, rows, panel, tile) for tile in candidates(self.machine)}
-        limit = WORTH_TRYING * min(cost.values())
-        found: dict[int, list[int]] = {}
-        for (mr, vectors, _), cycles in cost.items():
-            if cycles <= limit:
-                found.setdefault(vectors, []).append(mr)
-        return found
+        """Rows worth trying for each number of vectors."""
+        return register_tiles(self.machine, self.workload.window.positions_out, self.workload.group_out)
 
     @property
     def steps(self) -> list[int]:
@@ -233,31 +183,16 @@ class GatherSpace:
         return sorted({min(size, depth) for size in fitting} | {min(64, depth), min(128, depth)})
 
     @property
-    def segments(self) -> list[int]:
-        """Taps of one pass: one, a line, a plane, the whole kernel, and what lies between."""
-        taps = self.workload.window.taps
-        _, height, width = self.workload.window.kernel
-        return sorted({min(count, taps) for count in (1, 2, width, 2 * width, height * width, taps)})
-
-    @property
-    def blocks(self) -> list[int]:
-        """Row tiles of one block; more than there are rows is the same as all of them."""
-        most = -(-self.workload.window.positions_out // min(min(rows) for rows in self.register_tiles.values())) + 8
-        return sorted({min(count, most) for count in BLOCK_TILES})
-
-    @property
     def size(self) -> int:
         """How many candidates there are."""
-        return sum(
-            len(rows) * len(self.steps) * len(self.depth_blocks(vectors)) * len(self.segments) * len(self.blocks) * 2
-            for vectors, rows in self.register_tiles.items()
-        )
+        return sum(math.prod(map(len, part.values())) for part in self.parts())
 
     def default(self) -> Decisions:
         """What is chosen without a record."""
         window, depth, group_out = self.workload.window, self.workload.depth, self.workload.group_out
         gathers = bool({"in_channels", "out_channels"} & set(self.workload.lists))
-        return self.normal(decisions_of(default_tile(self.machine, window, depth, group_out, gathers=gathers)))
+        tile = default_tile(self.machine, window, depth, group_out, gathers=gathers)
+        return self.normal({name: int(getattr(tile, name)) for name in self.names})
 
     def normal(self, decisions: Mapping[str, int]) -> Decisions:
         """Decisions of another shape fitted to this one; equal kernels get equal decisions."""
@@ -266,12 +201,12 @@ class GatherSpace:
         fitted["depth_block"] = min(fitted["depth_block"], self.workload.depth)
         fitted["segment_taps"] = min(fitted["segment_taps"], window.taps)
         fitted["step"] = fitted["step"] if self.workload.depth >= fitted["step"] and fitted["step"] <= floats else 1
-        fitted["block_tiles"] = min(fitted["block_tiles"], -(-window.positions_out // fitted["mr"]) + 8)
+        fitted["block_tiles"] = min(fitted["block_tiles"], most_tiles(window, fitted["mr"]))
         return fitted
 
     def allows(self, decisions: Mapping[str, int]) -> bool:
         """Whether the kernel can be built with them: complete, positive, and no more registers than there are."""
-        if set(decisions) != set(self.names) or any(not isinstance(value, int) for value in decisions.values()):
+        if not are_whole(decisions, self.names):
             return False
         mr, vectors = decisions["mr"], decisions["vectors"]
         fits = any((mr, vectors) == (rows, columns) for rows, columns, _ in candidates(self.machine))
@@ -280,13 +215,14 @@ class GatherSpace:
 
     def parts(self) -> list[dict[str, list[int]]]:
         """One part for each number of vectors: which rows are worth trying depends on it."""
-        default = self.default()
+        default, window = self.default(), self.workload.window
+        fewest = min(min(rows) for rows in self.register_tiles.values())
         found = []
         for vectors, rows in self.register_tiles.items():
             values = {
                 "step": self.steps,
-                "block_tiles": self.blocks,
-                "segment_taps": self.segments,
+                "block_tiles": block_sizes(window, fewest),
+                "segment_taps": pass_taps(window),
                 "depth_block": self.depth_blocks(vectors),
                 "panels_outer": [0, 1],
             }
@@ -294,24 +230,178 @@ class GatherSpace:
             found.append({"mr": rows, "vectors": [vectors], **shared})
         return found
 
-    def rows(self) -> tuple[str, ...]:
-        """Blocks of tiles of rows."""
-        return ("block_tiles", "mr")
+    def loops(self) -> Loops:
+        """Blocks of tiles of rows; vectors of a panel; passes over taps and channels."""
+        return {
+            "rows": ("block_tiles", "mr"),
+            "channels_out": ("vectors", self.machine.vector_floats),
+            "taps": ("segment_taps",),
+            "channels_in": ("depth_block",),
+        }
+
+    def tile(self, decisions: Mapping[str, int]) -> Tile:
+        """The tile that the decisions describe."""
+        sizes = {name: decisions[name] for name in self.names if name != "panels_outer"}
+        return Tile(vector_floats=self.machine.vector_floats, panels_outer=bool(decisions["panels_outer"]), **sizes)
 
     def kernel(self, decisions: Mapping[str, int]) -> GatherConv:
         """The direct kernel."""
-        return gathered(self.workload, tile_of(self.machine, decisions))
+        return GatherConv(**fields_of(self.workload, self.tile(decisions)))
 
 
-def tile_of(machine: Machine, decisions: Mapping[str, int]) -> Tile:
-    """The tile that the decisions of a direct kernel describe."""
-    sizes = {name: decisions[name] for name in GatherSpace.names if name != "panels_outer"}
-    return Tile(vector_floats=machine.vector_floats, panels_outer=bool(decisions["panels_outer"]), **sizes)
+@dataclass(frozen=True)
+class KernelGroupSpace:
+    """The decisions of the convolution over the columns that kernel groups keep, for one workload on one machine.
+
+    They are those of :class:`GatherSpace` but for two: the filters of a group are the output channels of a tile, and
+    one list of columns has no cache blocks of channels. The columns are made up at random: of a network that was
+    pruned to the same share the speed is the same, whichever they are.
+    """
+
+    machine: Machine
+    workload: Workload
+    names = ("mr", "step", "block_tiles", "segment_taps", "panels_outer")
+
+    @property
+    def vectors(self) -> int:
+        """Vectors that hold the filters of a group."""
+        return self.workload.group[0] // self.machine.vector_floats
+
+    @property
+    def run(self) -> int:
+        """Columns of consecutive channels that one list entry stands for; a mask of channels lists them singly."""
+        listed = "in_channels" in self.workload.lists
+        return 1 if listed else column_run(self.workload.channels_in, self.workload.group[1])
+
+    @cached_property
+    def columns(self) -> Columns:
+        """The columns of static instances."""
+        return self.workload.columns()
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows worth trying."""
+        work = self.workload
+        tiles = register_tiles(self.machine, work.window.positions_out, work.channels_out, self.vectors)
+        return tiles[self.vectors]
+
+    @property
+    def steps(self) -> list[int]:
+        """Channels that one load brings, as in :class:`GatherSpace`; a vector of them where runs fill it."""
+        floats = self.machine.vector_floats
+        return [1] if self.machine.broadcast_loads or self.run % floats else [floats]
+
+    @property
+    def size(self) -> int:
+        """How many candidates there are."""
+        return sum(math.prod(map(len, part.values())) for part in self.parts())
+
+    def default(self) -> Decisions:
+        """What is chosen without a record."""
+        work = self.workload
+        per_tap = max(1, round(work.kept * work.channels_in))
+        channels = (work.channels_in, work.channels_out)
+        tile = kernel_group_tile(self.machine, work.window, channels, per_tap, work.group[0], self.run)
+        return self.normal({name: int(getattr(tile, name)) for name in self.names})
+
+    def normal(self, decisions: Mapping[str, int]) -> Decisions:
+        """Decisions of another shape fitted to this one; equal kernels get equal decisions."""
+        window, fitted = self.workload.window, dict(decisions)
+        fitted["segment_taps"] = min(fitted["segment_taps"], window.taps)
+        fitted["step"] = fitted["step"] if fitted["step"] in self.steps else 1
+        fitted["block_tiles"] = min(fitted["block_tiles"], most_tiles(window, fitted["mr"]))
+        return fitted
+
+    def allows(self, decisions: Mapping[str, int]) -> bool:
+        """Whether the kernel can be built with them: complete, positive, and no more registers than there are."""
+        if not are_whole(decisions, self.names):
+            return False
+        fits = any((decisions["mr"], self.vectors) == tile[:2] for tile in candidates(self.machine))
+        positive = all(value >= 1 for name, value in decisions.items() if name != "panels_outer")
+        return fits and positive and decisions["panels_outer"] in (0, 1) and decisions["step"] in (1, *self.steps)
+
+    def parts(self) -> list[dict[str, list[int]]]:
+        """One part: every choice goes with every other."""
+        default, rows, window = self.default(), self.rows, self.workload.window
+        values = {
+            "mr": rows,
+            "step": self.steps,
+            "block_tiles": block_sizes(window, min(rows)),
+            "segment_taps": pass_taps(window),
+            "panels_outer": [0, 1],
+        }
+        return [{name: sorted({*choices, default[name]}) for name, choices in values.items()}]
+
+    def loops(self) -> Loops:
+        """Blocks of tiles of rows; a group's filters; passes over taps."""
+        return {
+            "rows": ("block_tiles", "mr"),
+            "channels_out": (self.vectors, self.machine.vector_floats),
+            "taps": ("segment_taps",),
+        }
+
+    def tile(self, decisions: Mapping[str, int]) -> Tile:
+        """The tile that the decisions describe."""
+        sizes = {name: decisions[name] for name in self.names if name != "panels_outer"}
+        floats, outer = self.machine.vector_floats, bool(decisions["panels_outer"])
+        return Tile(vectors=self.vectors, vector_floats=floats, panels_outer=outer, **sizes)
+
+    def kernel(self, decisions: Mapping[str, int]) -> KernelGroupConv:
+        """The kernel over the made-up columns."""
+        fields = fields_of(self.workload, self.tile(decisions))
+        return KernelGroupConv(**fields, columns=self.columns.count, run=self.run)
 
 
-def decisions_of(tile: Tile) -> Decisions:
-    """The decisions that make up a tile."""
-    return {name: int(getattr(tile, name)) for name in GatherSpace.names}
+@dataclass(frozen=True)
+class PoolSpace:
+    """The decisions of a pool for one workload on one machine.
+
+    There is one: ``vectors``, how many vectors of channels are reduced at once. The rest of its time a pool waits for
+    memory.
+    """
+
+    machine: Machine
+    workload: Workload
+    names = ("vectors",)
+
+    @property
+    def size(self) -> int:
+        """How many candidates there are."""
+        return len(self.parts()[0]["vectors"])
+
+    def default(self) -> Decisions:
+        """What is chosen without a record."""
+        return {"vectors": default_vectors(self.workload.channels_in, self.machine.vector_floats)}
+
+    def normal(self, decisions: Mapping[str, int]) -> Decisions:
+        """Decisions of another shape fitted to this one: vectors beyond the channels are never used."""
+        return {"vectors": min(decisions["vectors"], max(1, self.workload.channels_in // self.machine.vector_floats))}
+
+    def allows(self, decisions: Mapping[str, int]) -> bool:
+        """Whether the kernel can be built with them: sums, one value and an address fit in the registers."""
+        return are_whole(decisions, self.names) and 1 <= decisions["vectors"] <= self.machine.registers - 2
+
+    def parts(self) -> list[dict[str, list[int]]]:
+        """One part."""
+        return [{"vectors": sorted({self.normal({"vectors": count})["vectors"] for count in POOLED_VECTORS})}]
+
+    def loops(self) -> Loops:
+        """Vectors of channels."""
+        return {"channels_out": ("vectors", self.machine.vector_floats)}
+
+    def kernel(self, decisions: Mapping[str, int]) -> Pool:
+        """The pool."""
+        work, lists = self.workload, self.workload.lists
+        return Pool(
+            work.window,
+            work.channels_in,
+            work.pooling,  # type: ignore[arg-type]
+            self.machine.vector_floats,
+            in_frames="in_frames" in lists,
+            out_frames="out_frames" in lists,
+            zero_dead=False,
+            vectors=decisions["vectors"],
+        )
 
 
 @dataclass(frozen=True)
@@ -336,8 +426,7 @@ class WinogradSpace:
     @cached_property
     def direct(self) -> GatherConv:
         """The direct kernel that it stands in for."""
-        space = GatherSpace(self.machine, replace(self.workload, family=GATHER))
-        return space.kernel(space.default())
+        return self._gather.kernel(self._gather.default())
 
     @cached_property
     def tiles(self) -> dict[tuple[int, int], list[int]]:
@@ -357,18 +446,11 @@ class WinogradSpace:
     @cached_property
     def register_tiles(self) -> dict[int, list[int]]:
         """Rows worth trying for each number of vectors: the rows of a chunk are many."""
-        rows = self.direct.window.positions_out
-        panel = self.workload.channels_out
-        cost = {tile: predicted_cycles(self.machine, rows, panel, tile) for tile in candidates(self.machine)}
-        found: dict[int, list[int]] = {}
-        for (mr, vectors, _), cycles in cost.items():
-            if cycles <= WORTH_TRYING * min(cost.values()):
-                found.setdefault(vectors, []).append(mr)
-        return found
+        return register_tiles(self.machine, self.workload.window.positions_out, self.workload.channels_out)
 
     @property
     def _gather(self) -> GatherSpace:
-        return GatherSpace(self.machine, replace(self.workload, family=GATHER))
+        return GatherSpace(self.machine, self.workload.direct)
 
     @property
     def size(self) -> int:
@@ -410,7 +492,7 @@ class WinogradSpace:
     def allows(self, decisions: Mapping[str, int]) -> bool:
         """Whether the kernel can be built with them: complete, its registers there, its tile one that keeps accuracy,
         its scratch within bounds."""
-        if set(decisions) != set(self.names) or any(not isinstance(value, int) for value in decisions.values()):
+        if not are_whole(decisions, self.names):
             return False
         if min(decisions.values()) < 1 or why_not(self.direct):
             return False
@@ -441,9 +523,9 @@ class WinogradSpace:
                 )
         return found
 
-    def rows(self) -> tuple[str, ...]:
-        """Chunks of columns of output tiles, and register tiles."""
-        return ("columns", "frames_tile", "space_tile", "space_tile", "mr")
+    def loops(self) -> Loops:
+        """Chunks of columns of output tiles, and register tiles; the rest as in :class:`GatherSpace`."""
+        return {**self._gather.loops(), "rows": ("columns", "frames_tile", "space_tile", "space_tile", "mr")}
 
     def kernel(self, decisions: Mapping[str, int]) -> WinogradConv:
         """The Winograd kernel."""
@@ -469,7 +551,12 @@ def _winograd_tile(conv: WinogradConv) -> tuple[int, int]:
 
 
 #: The space of each kernel family.
-SPACES: dict[str, Callable[[Machine, Workload], Space]] = {GATHER: GatherSpace, WINOGRAD: WinogradSpace}
+SPACES: dict[str, Callable[[Machine, Workload], VectorSpace]] = {
+    GATHER: GatherSpace,
+    WINOGRAD: WinogradSpace,
+    KERNEL_GROUPS: KernelGroupSpace,
+    POOL: PoolSpace,
+}
 
 
 @dataclass(frozen=True)
@@ -483,16 +570,21 @@ class Advice:
 
 
 class TuningLog(Protocol):
-    """What ``choose_tile`` asks a log for: the record nearest to the workload, made for this very target."""
+    """What ``decide`` asks a log for: the record nearest to the workload, made for this very target."""
 
     def advise(self, workload: Workload) -> Advice | None:
         """The best record of the workload, else of the nearest one, or None where nothing is near enough."""
 
 
 def choose_tile(workload: Workload, machine: Machine, log: TuningLog | None = None) -> tuple[Tile, str]:
-    """The tile for a workload and where it comes from: a record of the log, or the default (an empty origin)."""
-    decisions, origin = decide(SPACES[workload.family](machine, workload), log)
-    return tile_of(machine, decisions), origin
+    """The tile for a workload and where it comes from: a record of the log, or the default (an empty origin).
+
+    The workload is one of a gathered convolution or of kernel groups.
+    """
+    kind = KernelGroupSpace if workload.family == KERNEL_GROUPS else GatherSpace
+    space = kind(machine, workload)
+    decisions, origin = decide(space, log)
+    return space.tile(decisions), origin
 
 
 def decide(space: Space, log: TuningLog | None) -> tuple[Decisions, str]:
@@ -513,16 +605,16 @@ def choose_kernel(
     wanted: str = "auto",
     log: TuningLog | None = None,
 ) -> tuple[Choice, str]:
-    """Direct or Winograd for ``conv``, and the record that chose its sizes ("": the defaults).
+    """``conv`` or Winograd in its place, and the record that chose its sizes ("": the defaults).
 
     The model of time decides, unless the log holds measurements of both for this very workload. ``origin`` tells where
     the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd.
     """
     choice = choose(conv, machine, workload.threads, wanted)
     default = (choice, origin if choice.conv is conv else "")
-    if log is None or wanted == "direct" or isinstance(conv, KernelGroupConv) or why_not(conv):
+    if log is None or wanted == "direct" or why_not(conv):
         return default
-    transformed = replace(workload, family=WINOGRAD)
+    transformed = workload.winograd
     space, advice = WinogradSpace(machine, transformed), log.advise(transformed)
     decisions = space.normal(advice.decisions) if advice is not None else {}
     if advice is None or not space.allows(decisions):
@@ -530,9 +622,10 @@ def choose_kernel(
     tuned = space.fitted(conv, decisions)
     direct = log.advise(workload)
     if wanted == "auto" and direct and (direct.workload, advice.workload) == (workload, transformed):
-        told = f"{1e3 * advice.seconds:.3g} ms measured, direct {1e3 * direct.seconds:.3g} ms"
+        kind = "kernel groups" if isinstance(conv, KernelGroupConv) else "direct"
+        told = f"{1e3 * advice.seconds:.3g} ms measured, {kind} {1e3 * direct.seconds:.3g} ms"
         if direct.seconds > WORTH_SWITCHING * advice.seconds:
             return Choice(tuned, told), advice.origin
         if advice.seconds > WORTH_SWITCHING * direct.seconds:
-            return Choice(conv, f"direct: Winograd {told}"), origin
+            return Choice(conv, f"{kind}: Winograd {told}"), origin
     return default if choice.conv is conv else (Choice(tuned, choice.reason), advice.origin)

@@ -17,6 +17,9 @@ from dance_tvm.schedules.conv3d_gather import GatherConv, Tile, conv3d_gather
 from dance_tvm.schedules.conv3d_kgs import KernelGroupConv, balanced_order, conv3d_kgs, plan_columns
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.row_plan import RowPlan, plan_rows
+from dance_tvm.schedules.spaces import KernelGroupSpace
+from dance_tvm.schedules.tiles import Machine
+from dance_tvm.schedules.workload import Workload
 from dance_tvm.transform.kernel_groups import KernelGroups, find_kernel_groups
 
 
@@ -279,6 +282,36 @@ def masked_cases(draw: st.DrawFn) -> GatherCase:
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(masked_cases())
 def test_masked_equals_pytorch_on_the_masked_input(case: GatherCase) -> None:
+    check(case)
+
+
+@st.composite
+def chosen_cases(draw: st.DrawFn) -> GatherCase:
+    """Kernel groups in a tile that the tuning space may choose."""
+    machine = draw(st.sampled_from([Machine(4, 16, 32768, 524288, True), Machine(4, 32, 65536, 524288, False)]))
+    gm, gn = draw(st.sampled_from([(4, 4), (8, 4), (8, 1), (16, 8)]))
+    case = GatherCase(
+        size=(3, 5, 6),
+        channels_in=draw(st.sampled_from([6, 8])),
+        channels_out=draw(st.integers(5, 20)),
+        kernel_groups=(gm, gn, draw(st.sampled_from([0.2, 0.7]))),
+        live_in=draw(st.sampled_from([None, np.array([[True, False, True, True, False, True, True, False]])])),
+    )
+    if case.live_in is not None:
+        case.live_in = case.live_in[:, : case.channels_in]
+    lists = ("in_channels",) if case.live_in is not None else ()
+    layer = Workload(case.window, case.channels_in, case.channels_out, lists=lists)
+    space = KernelGroupSpace(machine, layer.grouped((gm, gn), case.kernel_groups[2]))
+    (values,) = space.parts()
+    decisions = {name: draw(st.sampled_from(values[name]), label=name) for name in space.names}
+    assert space.allows(decisions)
+    case.tile = space.tile(decisions)
+    return case
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(chosen_cases())
+def test_any_choice_of_the_space_computes_the_same(case: GatherCase) -> None:
     check(case)
 
 

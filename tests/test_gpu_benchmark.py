@@ -15,7 +15,8 @@ from benchmarks.kernels import Layer, Masks
 from dance_tvm.errors import DanceError
 from dance_tvm.schedules.gpu.spaces import BlockSpace, choose_block_tile, decisions_of
 from dance_tvm.schedules.gpu.tiles import BlockTile
-from dance_tvm.schedules.spaces import Advice, Workload
+from dance_tvm.schedules.spaces import Advice
+from dance_tvm.schedules.workload import Workload
 from dance_tvm.target import load_target
 from dance_tvm.transform.pipeline import gpu_of
 

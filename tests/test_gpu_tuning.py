@@ -20,7 +20,8 @@ from dance_tvm.gpu import opencl_devices
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.gpu.spaces import BlockSpace, decisions_of, space_of
 from dance_tvm.schedules.gpu.tiles import BlockTile, is_whole
-from dance_tvm.schedules.spaces import GATHER, Advice, Workload
+from dance_tvm.schedules.spaces import Advice
+from dance_tvm.schedules.workload import GATHER, Workload
 from dance_tvm.target import load_target
 from dance_tvm.transform.pipeline import Options, gpu_of
 from dance_tvm.tune import app as tune_command

@@ -17,18 +17,16 @@ from dance_tvm.schedules.conv3d_gather import GatherConv
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.spaces import (
     SPACES,
-    WINOGRAD,
     Advice,
     GatherSpace,
     WinogradSpace,
-    Workload,
     choose_kernel,
     choose_tile,
-    tile_of,
 )
 from dance_tvm.schedules.tiles import Machine, default_tile
 from dance_tvm.schedules.winograd import WinogradConv
 from dance_tvm.schedules.winograd_choice import best
+from dance_tvm.schedules.workload import WINOGRAD, Workload
 from dance_tvm.target import load_target
 from dance_tvm.transform.pipeline import Options
 from dance_tvm.tuning import records
@@ -61,7 +59,7 @@ def test_defaults_and_tuned_choices_come_from_one_place():
         def advise(self, asked: Workload) -> Advice:
             return Advice(asked, TILE, "tuned")
 
-    assert choose_tile(work, AVX2, Tuned()) == (tile_of(AVX2, TILE), "tuned")
+    assert choose_tile(work, AVX2, Tuned()) == (GatherSpace(AVX2, work).tile(TILE), "tuned")
 
 
 def test_advice_that_does_not_fit_the_registers_is_not_followed():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -16,7 +17,9 @@ from test_tuning import workload
 from dance_tvm.device import emulator, processes
 from dance_tvm.device.tracker import tracker_summary
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules.spaces import GATHER, SPACES, WINOGRAD, GatherSpace
+from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.spaces import SPACES, GatherSpace
+from dance_tvm.schedules.workload import KERNEL_GROUPS, LISTS, POOL, WINOGRAD, Workload
 from dance_tvm.target import load_target
 from dance_tvm.transform.pipeline import machine_of
 from dance_tvm.tuning import search
@@ -155,10 +158,19 @@ def test_a_trial_that_hangs_is_ended_on_the_device_too(tmp_path):
         server.stop()
 
 
-@pytest.mark.parametrize("family", [GATHER, WINOGRAD])
-def test_every_tile_of_a_thinned_layer_runs_and_tells_the_same(tmp_path, family):
+def thinned(family: str) -> Workload:
+    """A small layer that every list thins which its family knows."""
+    if family == POOL:
+        window = Window(2, (4, 14, 14), (2, 7, 7), (2, 2, 2), (2, 2, 2))
+        return Workload(window, 40, 40, 40, LISTS[:2], threads=2, density=0.5, family=POOL, pooling="max")
     lists = ("in_frames", "out_frames", "in_channels", "out_channels")
-    work = workload(24, lists=lists, density=0.5, family=family)
+    work = workload(24, lists=lists, density=0.5)
+    return work.grouped((16, 4), 0.4) if family == KERNEL_GROUPS else replace(work, family=family)
+
+
+@pytest.mark.parametrize("family", SPACES)
+def test_every_tile_of_a_thinned_layer_runs_and_tells_the_same(tmp_path, family):
+    work = thinned(family)
     space = SPACES[family](machine_of(HOST), work)
     last = {name: values[-1] for name, values in space.parts()[-1].items()}
     instances = [Instance(work, space.kernel(decisions)) for decisions in (space.default(), space.normal(last))]

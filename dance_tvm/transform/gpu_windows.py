@@ -17,9 +17,9 @@ from dance_tvm.schedules.gpu.mask_window import grow
 from dance_tvm.schedules.gpu.pool3d import BlockPool, pool3d
 from dance_tvm.schedules.gpu.row_plan import BlockPlan, block_plan, plan_rows
 from dance_tvm.schedules.gpu.spaces import choose_block_tile, groups_cost
-from dance_tvm.schedules.gpu.tiles import BlockTile, Gpu, default_tile
+from dance_tvm.schedules.gpu.tiles import BlockTile, Gpu
 from dance_tvm.schedules.mask_window import Field
-from dance_tvm.schedules.spaces import Workload
+from dance_tvm.schedules.workload import Workload
 
 from .graph import shape_of
 from .kernel_groups import GROUP_CHANNELS, KernelGroups
@@ -70,7 +70,8 @@ class GpuLowering(Lowering):
     def _row_planner(self, plan: BlockPlan) -> tirx.PrimFunc:  # type: ignore[override]
         return plan_rows(plan)
 
-    def _pool_kernel(self, fields: dict[str, Any]) -> tuple[str, tirx.PrimFunc]:
+    def _pool_kernel(self, layer: str, fields: dict[str, Any]) -> tuple[str, tirx.PrimFunc]:
+        self.tuned = ""
         pool = BlockPool(**fields, vector_floats=1, dtype=self.dtype)
         return pool.name, pool3d(pool)
 
@@ -109,7 +110,7 @@ class GpuLowering(Lowering):
     ) -> list[relax.Expr]:
         """Weights, bias, taps and lists of a convolution with kernel groups."""
         groups, samples = self.groups[site.start], conv.plan.samples
-        starts = relax.const(groups.column_ptr[None])
+        starts = relax.const(conv.static_starts(groups.column_ptr))
         columns: list[relax.Expr] = [starts, relax.const(conv.static_columns(groups.columns, groups.column_ptr))]
         if live_in is not None:
             mask = self._mask(live_in, (samples, conv.channels_in), (samples, 1, 1, 1, conv.channels_in))
@@ -139,14 +140,13 @@ class GpuLowering(Lowering):
         """The kind of kernel and its tile."""
         window, rows = site.window, site.window.positions_out // samples
         self.tuned = ""
-        if groups is not None:
-            return GroupConv, default_tile(self.machine, window, site.channels_out, groups.gm)
-        if window.taps == 1 and site.groups == 1 and rows <= FEW_ROWS and window.size == window.out:
+        if groups is None and window.taps == 1 and site.groups == 1 and rows <= FEW_ROWS and window.size == window.out:
             return LinearConv, BlockTile(rows, 0, 0, 0, 0)
         if site.groups > 1 and site.channels_out // site.groups < FEW_CHANNELS:
             return DirectConv, BlockTile(32, 0, 0, 0, 0)
-        tile, self.tuned = choose_block_tile(self._workload(site, alive, wanted), self.machine, self.tuning)
-        return BlockConv, tile
+        workload = self.workloads[site.start.name] = self._workload(site, alive, wanted)
+        tile, self.tuned = choose_block_tile(workload, self.machine, self.tuning)
+        return BlockConv if groups is None else GroupConv, tile
 
 
 def _emitted(conv: BlockConv) -> Any:

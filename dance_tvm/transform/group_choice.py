@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dance_tvm.errors import DanceError
+from dance_tvm.schedules.kernel_columns import random_columns
 from dance_tvm.transform.kernel_groups import CANDIDATES, KernelGroups, lane_cost
 
 if TYPE_CHECKING:
@@ -48,13 +49,10 @@ class SynthesisedLayer:
 
     def weight(self, gm: int, gn: int, rate: float, scheme: Literal["vanilla", "kgs"] = "kgs") -> NDArray[np.float32]:
         """Random (M, N, *kernel) weights of which 1 / ``rate`` of the ``gm`` x ``gn`` units are kept, evenly chosen."""
-        random = np.random.default_rng([gm, gn, self.channels_in, self.channels_out])
-        taps = math.prod(self.kernel)
-        groups = (-(-self.channels_out // gm), -(-self.channels_in // gn))
-        order = random.permutation(math.prod(groups) * (taps if scheme == "kgs" else 1))
-        keep = (order < round(len(order) / rate)).reshape(*groups, -1)
-        keep = np.broadcast_to(keep, (*groups, taps))
-        spread = keep.repeat(gm, axis=0).repeat(gn, axis=1)[: self.channels_out, : self.channels_in]
+        channels, taps = (self.channels_in, self.channels_out), math.prod(self.kernel)
+        live = random_columns(channels, taps, (gm, gn), 1 / rate, whole=scheme == "vanilla").live
+        spread = live.repeat(gm, axis=0).repeat(gn, axis=1)[: self.channels_out, : self.channels_in]
+        random = np.random.default_rng([gm, gn, *channels])
         values = random.standard_normal((self.channels_out, self.channels_in, taps)) / math.sqrt(
             self.channels_in * taps
         )

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dance_tvm.errors import DanceError
+from dance_tvm.schedules.kernel_columns import Columns, column_run
 
 Scheme = Literal["dense", "filter", "vanilla", "kgs"]
 
@@ -135,39 +136,41 @@ class KernelGroups:
     # -- packed form ---------------------------------------------------------------------------------------------
 
     @cached_property
+    def listed(self) -> Columns:
+        """The live columns as lists. A live column of a kernel group brings all its ``gn`` channels."""
+        return Columns(self.live, self.channels, self.gn)
+
+    @property
     def column_ptr(self) -> NDArray[np.int32]:
         """int32 (P, taps + 1): columns of filter group p at tap k are ``column_ptr[p, k] : column_ptr[p, k + 1]``."""
-        lengths = _lengths(self.channels, self.gn)
-        counts = np.einsum("q,pqt->pt", lengths, self.live.astype(np.int64))
-        ends = np.cumsum(counts.ravel()).reshape(counts.shape)
-        starts = (ends[:, 0] - counts[:, 0])[:, None] if counts.size else np.zeros((len(counts), 1), np.int64)
-        return np.concatenate([starts, ends], axis=1).astype(np.int32)
+        return self.listed.ptr
 
-    @cached_property
+    @property
     def columns(self) -> NDArray[np.int32]:
-        """int32 (total,): the input channel of each column, by filter group, then tap, then ascending channel.
-
-        A live column of a kernel group brings all its ``gn`` channels (fewer in the last group when N does not
-        divide), so runs of ``gn`` start at multiples of ``gn``.
-        """
-        return self._column_index[2].astype(np.int32)
+        """int32 (total,): the input channel of each column, by filter group, then tap, then ascending channel."""
+        return self.listed.channel
 
     @property
     def run(self) -> int:
         """How many columns, of consecutive input channels, always come together."""
-        return self.gn if self.channels % self.gn == 0 else 1
+        return column_run(self.channels, self.gn)
+
+    @property
+    def kept(self) -> float:
+        """Share of all columns that is live."""
+        return self.listed.count / (len(self.live) * self.channels * self.taps)
 
     @cached_property
     def weights(self) -> NDArray[np.float32]:
         """float32 (total, gm): the weights of each column, one lane a filter; lanes beyond M are zero."""
-        group, tap, channel = self._column_index
+        group, tap, channel = self.listed.index
         padded = _pad(self.weight, (self.gm, 1))
         grouped = padded.reshape(-1, self.gm, self.channels, self.taps)
         return np.ascontiguousarray(grouped[group, :, channel, tap])
 
     def unpack(self) -> NDArray[np.float32]:
         """The (M, N, *kernel) weights again, rebuilt from the packed columns."""
-        group, tap, channel = self._column_index
+        group, tap, channel = self.listed.index
         grouped = np.zeros((len(self.live), self.gm, self.channels, self.taps), np.float32)
         grouped[group, :, channel, tap] = self.weights
         return grouped.reshape(-1, self.channels, self.taps)[: self.filters].reshape(
@@ -183,13 +186,6 @@ class KernelGroups:
     def _columns_per_group(self) -> NDArray[np.int64]:
         """(P,): how many columns each filter group keeps, all taps together."""
         return np.einsum("q,pqt->p", _lengths(self.channels, self.gn), self.live.astype(np.int64))
-
-    @cached_property
-    def _column_index(self) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
-        """Filter group, tap and channel of each column, in packed order."""
-        by_channel = np.repeat(self.live, self.gn, axis=1)[:, : self.channels]
-        group, tap, channel = np.nonzero(by_channel.transpose(0, 2, 1))
-        return group, tap, channel
 
 
 def find_kernel_groups(weight: NDArray[np.floating], gm: int, gn: int) -> KernelGroups:

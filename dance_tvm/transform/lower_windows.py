@@ -16,22 +16,17 @@ from dance_tvm.schedules.carry_frames import Carry, carry_frames
 from dance_tvm.schedules.channel_plan import channel_list_shape, plan_channels
 from dance_tvm.schedules.compact_channels import compact_channels
 from dance_tvm.schedules.conv3d_gather import GatherConv, conv3d_gather
-from dance_tvm.schedules.conv3d_kgs import (
-    KernelGroupConv,
-    balanced_order,
-    conv3d_kgs,
-    kernel_group_tile,
-    plan_columns,
-)
+from dance_tvm.schedules.conv3d_kgs import KernelGroupConv, balanced_order, conv3d_kgs, plan_columns
 from dance_tvm.schedules.emit import one_thread
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.mask_window import Field, grow_backward, grow_forward
 from dance_tvm.schedules.pool3d import Pool, pool3d
 from dance_tvm.schedules.row_plan import RowPlan, plan_rows
-from dance_tvm.schedules.spaces import TYPICAL_DENSITY, TuningLog, Workload, choose_kernel, choose_tile
+from dance_tvm.schedules.spaces import PoolSpace, TuningLog, choose_kernel, choose_tile, decide
 from dance_tvm.schedules.tiles import Machine
 from dance_tvm.schedules.winograd import WinogradConv, conv3d_winograd, mask_arguments
 from dance_tvm.schedules.winograd_plan import LISTS, WinogradPlan, plan_winograd
+from dance_tvm.schedules.workload import POOL, TYPICAL_DENSITY, Workload
 
 from .carries import Chain, find_chains
 from .graph import Graph, Shape, dtype_of, shape_of, substitute, variables
@@ -59,7 +54,8 @@ COUNTS = "counts"
 
 @tvm.transform.module_pass(opt_level=0, name="LowerWindows")
 class LowerWindows:
-    """Lower every site of ``main``; ``layers`` receives what was decided, in order of execution."""
+    """Lower every site of ``main``; ``layers`` receives what was decided, in order of execution, ``workloads`` what the
+    sizes of a layer's kernel were chosen for."""
 
     def __init__(
         self,
@@ -79,6 +75,7 @@ class LowerWindows:
         self.sparsity = sparsity
         self.convolution = convolution
         self.layers: list[LayerInfo] = []
+        self.workloads: dict[str, Workload] = {}
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -105,6 +102,7 @@ class LowerWindows:
         with one_thread() if self.threads == 1 else nullcontext():
             lowered = lowering.run()
         self.layers.extend(lowering.layers)
+        self.workloads.update(lowering.workloads)
         return relax.transform.DeadCodeElimination()(lowered)
 
 
@@ -121,6 +119,7 @@ class Lowering:
     tuning: TuningLog | None
     tuned: str = ""
     layers: list[LayerInfo] = field(default_factory=list)
+    workloads: dict[str, Workload] = field(default_factory=dict)
     new: dict[relax.Var, relax.Expr] = field(default_factory=dict)
     planned: dict[Hashable, list[relax.Expr]] = field(default_factory=dict)
     counts: list[relax.Expr] = field(default_factory=list)
@@ -305,9 +304,24 @@ class Lowering:
     def _row_planner(self, plan: RowPlan | WinogradPlan) -> tvm.tirx.PrimFunc:
         return plan_winograd(plan) if isinstance(plan, WinogradPlan) else plan_rows(plan)
 
-    def _pool_kernel(self, fields: dict[str, Any]) -> tuple[str, tvm.tirx.PrimFunc]:
-        """Name and kernel of a pool."""
-        pool = Pool(**fields, vector_floats=self.machine.vector_floats)
+    def _pool_kernel(self, layer: str, fields: dict[str, Any]) -> tuple[str, tvm.tirx.PrimFunc]:
+        """Name and kernel of the pool called ``layer``."""
+        lists = tuple(axis for axis in ("in_frames", "out_frames") if fields[axis])
+        channels = fields["channels"]
+        workload = Workload(
+            fields["window"],
+            channels,
+            channels,
+            channels,
+            lists,
+            threads=self.threads,
+            density=TYPICAL_DENSITY if lists else 1.0,
+            family=POOL,
+            pooling=fields["kind"],
+        )
+        self.workloads[layer] = workload
+        decisions, self.tuned = decide(PoolSpace(self.machine, workload), self.tuning)
+        pool = Pool(**fields, vector_floats=self.machine.vector_floats, vectors=decisions["vectors"])
         return pool.name, pool3d(pool)
 
     def _group_options(self, _site: Site) -> tuple[list[tuple[int, int]], Callable[[KernelGroups], float]]:
@@ -332,9 +346,8 @@ class Lowering:
         live_in = alive.channels if site.groups == 1 else None
         samples = window.batch if window.batch > 1 and (live_in or wanted.channels) else 1
         direct = self._choose(site, alive, wanted, samples)
-        choice, self.tuned = choose_kernel(
-            direct, self.tuned, self._workload(site, alive, wanted), self.machine, self.convolution, self.tuning
-        )
+        workload = self.workloads[site.start.name]
+        choice, self.tuned = choose_kernel(direct, self.tuned, workload, self.machine, self.convolution, self.tuning)
         conv = choice.conv
         plan = conv.plan
         data = self._as_video(self._emit(site.data), (window.batch, *window.size, site.channels_in))
@@ -452,7 +465,7 @@ class Lowering:
             "in_positions": alive.positions if site.lists.positions else None,
         }
         lists = tuple(axis for axis, mask in listed.items() if mask is not None)
-        return Workload(
+        workload = Workload(
             site.window,
             site.channels_in,
             site.channels_out,
@@ -463,24 +476,20 @@ class Lowering:
             threads=self.threads,
             density=TYPICAL_DENSITY if lists else 1.0,
         )
+        groups = self._kernel_groups(site)
+        return workload if groups is None else workload.grouped((groups.gm, groups.gn), groups.kept)
 
     def _choose(self, site: Site, alive: Live, wanted: Live, samples: int) -> GatherConv:
         """The kernel of a site: its tile, its row plan and the lists it walks."""
-        window = site.window
-        tile, self.tuned = choose_tile(self._workload(site, alive, wanted), self.machine, self.tuning)
-        groups = self._kernel_groups(site)
-        if groups is not None:
-            per_tap = max(1, round(len(groups.columns) / (len(groups.column_ptr) * window.taps)))
-            run = 1 if alive.channels is not None else groups.run
-            tile = kernel_group_tile(
-                self.machine, window, (site.channels_in, site.channels_out), per_tap, groups.gm, run
-            )
+        workload = self.workloads[site.start.name] = self._workload(site, alive, wanted)
+        tile, self.tuned = choose_tile(workload, self.machine, self.tuning)
         dynamic = (*self._given(alive, wanted), positions_of_input(site, alive) if site.lists.positions else None)
-        plan = RowPlan(window, tile.mr, tile.block_tiles, tile.segment_taps, samples, *dynamic)
-        conv = GatherConv(tile=tile, plan=plan, **self._fields(site, alive, wanted))
+        plan = RowPlan(site.window, tile.mr, tile.block_tiles, tile.segment_taps, samples, *dynamic)
+        fields = {"tile": tile, "plan": plan, **self._fields(site, alive, wanted)}
+        groups = self._kernel_groups(site)
         if groups is None:
-            return conv
-        fields = {key: getattr(conv, key) for key in conv.__dataclass_fields__}
+            return GatherConv(**fields)
+        run = 1 if alive.channels is not None else groups.run
         return KernelGroupConv(**fields, columns=len(groups.columns), run=run)
 
     def _fields(self, site: Site, alive: Live, wanted: Live) -> dict[str, Any]:
@@ -547,7 +556,7 @@ class Lowering:
             macs=site.macs,
             skips=skips,
             reason=reason,
-            tuned="" if isinstance(conv, KernelGroupConv) else self.tuned,
+            tuned=self.tuned,
             scratch_bytes=conv.scratch_bytes if isinstance(conv, WinogradConv) else 0,
         )
 
@@ -599,13 +608,13 @@ class Lowering:
             "out_frames": wanted.frames is not None,
             "zero_dead": self.sites.needs_zeros(var),
         }
-        name, func = self._pool_kernel(fields)
+        name, func = self._pool_kernel(var.name, fields)
         data = self._stored(self._emit(source), (window.batch, *window.size, channels))
         masks = self._frames(alive.frames, window.batch, window.size[0])
         masks += self._frames(wanted.frames, window.batch, window.out[0])
         result = self._kernel(func, [data, *masks], [(window.batch, *window.out, channels)], self.dtype)
         skips = [f"output {axis}" for axis in wanted.axes if axis == "frames"]
-        self.layers.append(LayerInfo(name=var.name, kind="pool3d", kernel=name, macs=0, skips=skips))
+        self.layers.append(LayerInfo(name=var.name, kind="pool3d", kernel=name, macs=0, skips=skips, tuned=self.tuned))
         return self._seen(result, shape_of(var))
 
 

@@ -16,6 +16,7 @@ from dance_tvm.errors import DanceError
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.spaces import TuningLog
 from dance_tvm.schedules.tiles import Machine
+from dance_tvm.schedules.workload import Workload
 
 from .channels_last import ChannelsLast
 from .fold_batch_norm import FoldBatchNorm
@@ -49,11 +50,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A module ready for ``tvm.compile``, the decisions taken, and the weights lifted out of it (by parameter name)."""
+    """A module ready for ``tvm.compile``, the decisions taken, and the weights lifted out of it (by parameter name).
+
+    ``workloads``: what the sizes of a layer's kernel were chosen for, by the layer's name; layers whose kernels have
+    nothing to choose are not there.
+    """
 
     mod: tvm.IRModule
     layers: list[LayerInfo] = field(default_factory=list)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
+    workloads: dict[str, Workload] = field(default_factory=dict)
 
 
 def lower(
@@ -116,7 +122,7 @@ def lower(
                 _dump(mod, options.debug_dump, number, phase)
     told = narrow[0].told if narrow else {}
     layers = [_with_reason(layer, told.get(layer.name, "")) for layer in lower_windows.layers]
-    return Lowered(mod, layers, lift_weights.weights)
+    return Lowered(mod, layers, lift_weights.weights, lower_windows.workloads)
 
 
 def _with_reason(layer: LayerInfo, reason: str) -> LayerInfo:

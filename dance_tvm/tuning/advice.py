@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules.spaces import SPACES, Advice, Workload
+from dance_tvm.schedules.spaces import SPACES, Advice
+from dance_tvm.schedules.workload import Workload
 from dance_tvm.tuning.records import Log, Record, log_path
 
 if TYPE_CHECKING:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules.spaces import Workload
+from dance_tvm.schedules.workload import Workload
 
 #: Clips that are looked at.
 CLIPS = 16
@@ -44,7 +45,7 @@ def kept_shares(model: str | Path | Any, clips: str, weights: Path | None = None
 
 
 def density_of(workload: Workload, share: float) -> float:
-    """The density of each of a workload's lists at which it does ``share`` of its work, in eighths."""
+    """The density of each of a workload's lists at which it does ``share`` of the dense layer's work, in eighths."""
     options = [step * STEP for step in range(1, round(1 / STEP) + 1)]
-    dense = workload.at(1.0).work
+    dense = replace(workload.at(1.0), kept=1.0).work
     return min(options, key=lambda density: abs(workload.at(density).work / dense - share))

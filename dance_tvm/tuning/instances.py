@@ -1,13 +1,14 @@
 """A static instance of a workload: a library that fills its own tensors, and how to time it on a device.
 
 The library holds the kernel, its planners, functions that fill tensors with small integers, and a digest of the
-result. Only code travels to the device. Sums of small integers are exact, so every tile must give the same digest.
+result. Only code and lists travel to the device. Sums of small integers are exact, so every tile must give the same
+digest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +20,22 @@ from tvm import tirx
 
 from dance_tvm.device.remote import RemoteSession
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules import channel_plan, conv3d_gather, row_plan
+from dance_tvm.schedules import channel_plan, conv3d_gather, conv3d_kgs, row_plan
 from dance_tvm.schedules.conv3d_gather import GatherConv
+from dance_tvm.schedules.conv3d_kgs import KernelGroupConv, balanced_order
 from dance_tvm.schedules.emit import FLOAT, INT, Expr, argument, flat, kernel, let, parallel, serial, store, when
 from dance_tvm.schedules.gpu import channel_plan as gpu_channel_plan
 from dance_tvm.schedules.gpu import conv3d_gather as gpu_conv3d_gather
+from dance_tvm.schedules.gpu import conv3d_kgs as gpu_conv3d_kgs
 from dance_tvm.schedules.gpu import row_plan as gpu_row_plan
 from dance_tvm.schedules.gpu.conv3d_gather import BlockConv
+from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
 from dance_tvm.schedules.gpu.emit import each_element, read, write
-from dance_tvm.schedules.row_plan import RowPlan
-from dance_tvm.schedules.spaces import Workload
+from dance_tvm.schedules.pool3d import Pool, pool3d
+from dance_tvm.schedules.row_plan import mask_shapes
 from dance_tvm.schedules.winograd import WinogradConv, conv3d_winograd, mask_arguments
-from dance_tvm.schedules.winograd_plan import LISTS, WinogradPlan, plan_winograd
+from dance_tvm.schedules.winograd_plan import LISTS, plan_winograd
+from dance_tvm.schedules.workload import Workload
 from dance_tvm.tuning.farm import CountedSession
 from dance_tvm.tuning.libraries import Library, device_code_of, open_library
 
@@ -53,6 +58,7 @@ SAME_COUNT, MOST_COUNTS = 0.002, 8
 
 #: Loops over the elements of a tensor, shared out over the device: a context that gives the index.
 Each = Callable[[int], AbstractContextManager[Expr]]
+Conv = GatherConv | WinogradConv | BlockConv
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,7 @@ class Instance:
     """One workload with one kernel."""
 
     workload: Workload
-    conv: GatherConv | WinogradConv | BlockConv
-
-    @property
-    def plan(self) -> RowPlan | WinogradPlan:
-        """How the kernel's rows are listed."""
-        return self.conv.plan
+    kernel: Conv | Pool
 
     @property
     def dtype(self) -> str:
@@ -84,28 +85,46 @@ class Instance:
 
     def module(self) -> tvm.IRModule:
         """All functions of the library."""
-        each = each_element if isinstance(self.conv, BlockConv) else _each_by_threads
-        main, planner, plan_channels = _kernels(self.conv)
+        each = each_element if isinstance(self.kernel, BlockConv) else _each_by_threads
         functions = {
-            KERNEL: main.with_attr("global_symbol", KERNEL),
-            "plan_rows": planner,
-            "fill_weights": _fill_weights(self.conv, self.dtype, each),
             "fill_x": _fill("fill_x", self.x_shape, self.dtype, each),
             "fill_y": _fill("fill_y", self.y_shape, self.dtype, each),
             DIGEST: _digest(self.y_shape, self.dtype, each),
         }
-        for name, channels in self._channel_lists():
-            functions[f"plan_{name}"] = plan_channels(self.workload.samples, channels, f"plan_{name}")
+        if isinstance(self.kernel, Pool):
+            functions[KERNEL] = pool3d(self.kernel)
+        else:
+            functions["fill_weights"] = _fill_weights(self.kernel, self.dtype, each)
+            functions[KERNEL], functions["plan_rows"] = _convolution(self.kernel), _row_planner(self.kernel)
+            functions.update(self._channel_planners(self.kernel))
+        functions[KERNEL] = functions[KERNEL].with_attr("global_symbol", KERNEL)
         return tvm.IRModule(functions)
 
-    def _channel_lists(self) -> list[tuple[str, int]]:
+    def _channel_planners(self, conv: Conv) -> dict[str, tirx.PrimFunc]:
+        """What makes the lists of live channels; kernel groups thin their columns, and test output channels."""
+        if isinstance(conv, KernelGroupConv):
+            return {"plan_columns": conv3d_kgs.plan_columns(conv)} if conv.live_in else {}
+        if isinstance(conv, GroupConv):
+            return {"plan_columns": gpu_conv3d_kgs.plan_columns(conv, "plan_columns")} if conv.live_in else {}
+        planner = gpu_channel_plan if isinstance(conv, BlockConv) else channel_plan
+        return {
+            f"plan_{name}": planner.plan_channels(self.workload.samples, channels, f"plan_{name}")
+            for name, channels in self.channel_lists()
+        }
+
+    def channel_lists(self) -> list[tuple[str, int]]:
+        """Axes of channels that are thinned, and how many channels they have."""
         lists = [("in_channels", self.workload.depth), ("out_channels", self.workload.channels_out)]
         return [listed for listed in lists if listed[0] in self.workload.lists]
 
     def masks(self) -> dict[str, np.ndarray]:
         """A mask for each list, of the workload's density, at least one element alive; the same at every call."""
-        shapes = dict(self.plan.masks)
-        shapes.update({name: (self.workload.samples, channels) for name, channels in self._channel_lists()})
+        kernel = self.kernel
+        if isinstance(kernel, Pool):
+            shapes = mask_shapes(kernel.window, kernel.in_frames, kernel.out_frames, None)
+        else:
+            shapes = dict(kernel.plan.masks)
+            shapes.update({name: (self.workload.samples, channels) for name, channels in self.channel_lists()})
         return {name: _mask(shape, self.workload.density, seed) for seed, (name, shape) in enumerate(shapes.items())}
 
 
@@ -120,14 +139,24 @@ def _mask(shape: tuple[int, ...], density: float, seed: int) -> np.ndarray:
     return flat_mask.reshape(shape)
 
 
-def _kernels(conv: Any) -> tuple[tirx.PrimFunc, tirx.PrimFunc, Callable[[int, int, str], tirx.PrimFunc]]:
-    """The kernel, the planner of its rows, and what makes planners of its channels."""
-    if isinstance(conv, BlockConv):
-        planner = gpu_row_plan.plan_rows(conv.plan, "plan_rows")
-        return gpu_conv3d_gather.conv3d_gather(conv), planner, gpu_channel_plan.plan_channels
+def _convolution(conv: Conv) -> tirx.PrimFunc:
+    """The kernel of a convolution."""
     if isinstance(conv, WinogradConv):
-        return conv3d_winograd(conv), plan_winograd(conv.plan, "plan_rows"), channel_plan.plan_channels
-    return conv3d_gather.conv3d_gather(conv), row_plan.plan_rows(conv.plan), channel_plan.plan_channels
+        return conv3d_winograd(conv)
+    if isinstance(conv, GroupConv):
+        return gpu_conv3d_kgs.conv3d_kgs(conv)
+    if isinstance(conv, BlockConv):
+        return gpu_conv3d_gather.conv3d_gather(conv)
+    return conv3d_kgs.conv3d_kgs(conv) if isinstance(conv, KernelGroupConv) else conv3d_gather.conv3d_gather(conv)
+
+
+def _row_planner(conv: Conv) -> tirx.PrimFunc:
+    """What makes the lists of its rows."""
+    if isinstance(conv, WinogradConv):
+        return plan_winograd(conv.plan, "plan_rows")
+    if isinstance(conv, BlockConv):
+        return gpu_row_plan.plan_rows(conv.plan, "plan_rows")
+    return row_plan.plan_rows(conv.plan)
 
 
 def build_instance(instance: Instance, target: Target, path: Path) -> None:
@@ -166,7 +195,7 @@ class Loaded:
 
     def digest(self) -> int | None:
         """A number that all tiles of the workload agree on; None where results are not exact."""
-        if self.instance.workload.activation not in EXACT or isinstance(self.instance.conv, WinogradConv):
+        if self.instance.workload.activation not in EXACT or isinstance(self.instance.kernel, WinogradConv):
             return None
         y, sums = self.arguments[-1], self.library.empty((PARTS,), "int64")
         self.library.call("fill_y", y)
@@ -231,27 +260,59 @@ def interleaved(loaded: Sequence[Loaded], rounds: int = 9) -> list[list[float]]:
 
 def _arguments(library: Library, instance: Instance) -> list[Any]:
     """The kernel's arguments in its order, filled on the device."""
-    conv, plan, work = instance.conv, instance.plan, instance.workload
-    x, weights = library.empty(instance.x_shape, instance.dtype), library.empty(conv.weight_shape, instance.dtype)
+    kernel = instance.kernel
+    x = library.empty(instance.x_shape, instance.dtype)
     library.call("fill_x", x)
-    library.call("fill_weights", weights)
     masks = {name: library.send(mask) for name, mask in instance.masks().items()}
+    arguments = [x]
+    arguments += masks.values() if isinstance(kernel, Pool) else _conv_arguments(library, instance, kernel, masks)
+    for _ in range(2 if instance.workload.residual else 1):
+        arguments.append(library.empty(instance.y_shape, instance.dtype))
+        library.call("fill_y", arguments[-1])
+    return arguments
+
+
+def _conv_arguments(library: Library, instance: Instance, conv: Conv, masks: Mapping[str, Any]) -> list[Any]:
+    """Weights, bias, taps and lists of a convolution."""
+    plan = conv.plan
+    weights = library.empty(conv.weight_shape, instance.dtype)
+    library.call("fill_weights", weights)
     lists = [library.empty(shape, INT) for shape in plan.shapes.values()]
     tables = [library.send(table) for table in plan.tables.values()]
     library.call("plan_rows", *(masks[name] for name in plan.masks), *tables, *lists)
-    bias = conv.pack_bias(np.arange(work.channels_out) % 5 - 2.0)
-    taken = lists[: len(LISTS)] if isinstance(conv, WinogradConv) else lists
-    arguments = [x, weights, library.send(bias.astype(FLOAT)), library.send(plan.tap_entries), *taken]
-    for name, channels in instance._channel_lists():
-        listed = library.empty(channel_plan.channel_list_shape(work.samples, channels), INT)
+    bias = conv.pack_bias(np.arange(instance.workload.channels_out) % 5 - 2.0)
+    arguments = [weights, library.send(bias.astype(FLOAT)), library.send(plan.tap_entries)]
+    if isinstance(conv, KernelGroupConv | GroupConv):
+        return [*arguments, *lists, *_column_arguments(library, instance.workload, conv, masks)]
+    arguments += lists[: len(LISTS)] if isinstance(conv, WinogradConv) else lists
+    for name, channels in instance.channel_lists():
+        listed = library.empty(channel_plan.channel_list_shape(instance.workload.samples, channels), INT)
         library.call(f"plan_{name}", masks[name], listed)
         arguments.append(listed)
     if isinstance(conv, WinogradConv):
         arguments += [masks[name] for name in mask_arguments(conv)]
-    for _ in range(2 if work.residual else 1):
-        arguments.append(library.empty(instance.y_shape, instance.dtype))
-        library.call("fill_y", arguments[-1])
     return arguments
+
+
+def _column_arguments(
+    library: Library, workload: Workload, conv: KernelGroupConv | GroupConv, masks: Mapping[str, Any]
+) -> list[Any]:
+    """Lists of the columns that kernel groups keep, and the mask of output channels where there is one."""
+    columns = workload.columns()
+    arguments = [
+        library.send(conv.static_starts(columns.ptr)),
+        library.send(conv.static_columns(columns.channel, columns.ptr)),
+    ]
+    if conv.live_in:
+        shapes = [*conv.column_shapes.values()]
+        shapes += [(workload.samples, 1)] if isinstance(conv, GroupConv) else []
+        thinned = [library.empty(shape, INT) for shape in shapes]
+        library.call("plan_columns", masks["in_channels"], *arguments, *thinned)
+        arguments = thinned[:2]
+    if isinstance(conv, KernelGroupConv):
+        order = balanced_order(np.diff(columns.ptr[:, [0, -1]])[:, 0], workload.threads)
+        arguments += [library.send(order), library.send(conv.tap_runs)]
+    return arguments + ([masks["out_channels"]] if conv.live_out else [])
 
 
 @contextmanager
@@ -275,12 +336,13 @@ def _fill(name: str, shape: tuple[int, ...], dtype: str, each: Each) -> tirx.Pri
     return built.func
 
 
-def _fill_weights(conv: GatherConv | WinogradConv | BlockConv, dtype: str, each: Each) -> tirx.PrimFunc:
+def _fill_weights(conv: Conv, dtype: str, each: Each) -> tirx.PrimFunc:
     """Fill packed weights so that they do not depend on how they are packed; padding is zero.
 
-    Transformed weights depend on the tile of outputs: any small numbers do, as only time is asked of them.
+    Transformed weights depend on the tile of outputs: any small numbers do, as only time is asked of them. Those of
+    kernel groups are packed alike by every tile.
     """
-    if isinstance(conv, WinogradConv):
+    if isinstance(conv, WinogradConv | KernelGroupConv | GroupConv):
         return _fill("fill_weights", conv.weight_shape, dtype, each)
     taps, depth, inner = conv.window.taps, conv.depth, conv.weight_shape[-1]
     in_panels = len(conv.weight_shape) == 4

@@ -26,7 +26,8 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules.spaces import GATHER, Decisions, Workload
+from dance_tvm.schedules.spaces import Decisions
+from dance_tvm.schedules.workload import GATHER, Workload
 
 VERSION = 1
 LOGS = Path(__file__).parent.parent / "tuning_logs"

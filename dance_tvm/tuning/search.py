@@ -7,13 +7,15 @@ which gives MetaSchedule traces to evolve and features to learn from; what is bu
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import random
 import sys
 import types
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tvm
@@ -24,12 +26,15 @@ from tvm.s_tir import meta_schedule as ms
 from tvm.script import tirx as T
 
 from dance_tvm.schedules.gpu.spaces import BlockSpace
-from dance_tvm.schedules.spaces import Decisions, GatherSpace, Space, WinogradSpace, Workload
+from dance_tvm.schedules.spaces import Decisions, Space, VectorSpace
+from dance_tvm.schedules.workload import Workload
 
 POPULATION, GENERATIONS = 48, 2
 #: Trials before the cost model says anything.
 FEWEST_TO_FIT = 8
 _PREFIX = "dance."
+#: The loops of the stand-in, as ``VectorSpace.loops`` names them.
+AXES = ("rows", "channels_out", "taps", "channels_in")
 
 
 # A tuning context imports TVM's tensor intrinsics, whose scripts for GPUs take most of a minute to parse; our
@@ -38,14 +43,16 @@ sys.modules.setdefault("tvm.s_tir.tensor_intrin", types.ModuleType("tvm.s_tir.te
 
 
 def stand_in(workload: Workload) -> tvm.tirx.PrimFunc:
-    """The workload as one S-TIR block: ``Y[row, oc] += X[row + offset(tap), ic] * W[tap, ic, oc]`` at its density."""
+    """The workload as one S-TIR block: ``Y[row, oc] += X[row + offset(tap), ic] * W[tap, ic, oc]`` at its density, as
+    many input channels as there are columns of a kernel group at a tap."""
     lists, density = workload.lists, workload.density
 
     def alive(extent: int, *axes: str) -> int:
         return max(1, round(extent * density)) if set(axes) & set(lists) else extent
 
     rows = alive(workload.window.positions_out, "out_frames", "positions")
-    depth, outs = alive(workload.depth, "in_channels"), alive(workload.channels_out, "out_channels")
+    depth = max(1, round(alive(workload.depth, "in_channels") * workload.kept))
+    outs = alive(workload.channels_out, "out_channels")
     taps, sources = workload.window.taps, workload.window.positions_in + workload.window.positions_out
 
     @T.prim_func(s_tir=True)
@@ -80,18 +87,24 @@ def schedule(sch: s_tir.Schedule, space: Space, part: Mapping[str, Sequence[int]
     (_tile_blocks if isinstance(space, BlockSpace) else _tile_vectors)(sch, space, chosen)  # type: ignore[arg-type]
 
 
-def _tile_vectors(sch: s_tir.Schedule, space: GatherSpace | WinogradSpace, chosen: Mapping[str, Any]) -> None:
+def _tile_vectors(sch: s_tir.Schedule, space: VectorSpace, chosen: Mapping[str, Any]) -> None:
     """For a CPU: threads share out panels and blocks of rows, a register tile is unrolled."""
-    row, out, tap, channel = sch.get_loops(sch.get_sblock("conv"))
-    blocks, *in_block, last = sch.split(row, [None, *(chosen[name] for name in space.rows())])
-    panels, vectors, lanes = sch.split(out, [None, chosen["vectors"], space.machine.vector_floats])
-    segments, in_segment = sch.split(tap, [None, chosen["segment_taps"]])
-    passes, in_pass = sch.split(channel, [None, chosen["depth_block"]])
-    sch.reorder(panels, blocks, segments, passes, *in_block, in_segment, in_pass, last, vectors, lanes)
-    sch.parallel(sch.fuse(panels, blocks))
-    sch.vectorize(lanes)
-    for loop in (vectors, last):
+    sizes = space.loops()
+    rows, outs, taps, channels = (
+        _split(sch, loop, [size if isinstance(size, int) else chosen[size] for size in sizes.get(axis, ())])
+        for axis, loop in zip(AXES, sch.get_loops(sch.get_sblock("conv")), strict=True)
+    )
+    register_rows = rows[1:][-1:]
+    in_block = [*rows[1 : len(rows) - len(register_rows)], *taps[1:], *channels[1:]]
+    sch.reorder(outs[0], rows[0], taps[0], channels[0], *in_block, *register_rows, *outs[1:])
+    sch.parallel(sch.fuse(outs[0], rows[0]))
+    sch.vectorize(outs[-1])
+    for loop in (*outs[1:-1], *register_rows):
         sch.unroll(loop)
+
+
+def _split(sch: s_tir.Schedule, loop: Any, sizes: Sequence[Any]) -> list[Any]:
+    return list(sch.split(loop, [None, *sizes])) if sizes else [loop]
 
 
 def _tile_blocks(sch: s_tir.Schedule, _space: BlockSpace, chosen: Mapping[str, Any]) -> None:
@@ -177,7 +190,7 @@ class PlainModel(ms.cost_model.PyCostModel):
 def _features(candidate: Any) -> list[float]:
     """Logarithms of the decisions and of the tile's sums, and their squares."""
     decisions = decisions_in(candidate.sch)
-    sums = decisions["mr"] * decisions["nr" if "nr" in decisions else "vectors"]
+    sums = math.prod(decisions.get(name, 1) for name in ("mr", "nr", "vectors"))
     logs = [float(np.log2(1 + value)) for value in [*decisions.values(), sums]]
     return [1.0, *logs, *(value * value for value in logs)]
 
@@ -194,6 +207,40 @@ def decisions_in(sch: s_tir.Schedule) -> Decisions:
     """The decisions that are noted on the stand-in's block."""
     notes = sch.get(sch.get_sblock("conv")).annotations
     return {name.removeprefix(_PREFIX): int(value) for name, value in notes.items() if name.startswith(_PREFIX)}
+
+
+class Search(Protocol):
+    """Proposes decisions for one layer."""
+
+    def propose(self) -> list[Decisions]:
+        """The next candidates, none of which was proposed or told before; empty when the space is searched through."""
+
+    def tell(self, results: Sequence[tuple[Decisions, float | None]]) -> None:
+        """What decisions took in seconds (None: they failed), whether they were proposed here or not."""
+
+
+def new_search(space: Space, target: tvm.target.Target, model: Any, batch: int, seed: int = 0) -> Search:
+    """The search of a layer: through all candidates where they are no more than a batch, else MetaSchedule's."""
+    return WholeSpace(space) if space.size <= batch else LayerSearch(space, target, model, batch, seed)
+
+
+class WholeSpace:
+    """Proposes every candidate of a small space at once."""
+
+    def __init__(self, space: Space) -> None:
+        self.left: list[Decisions] = []
+        for part in space.parts():
+            self.left += [dict(zip(part, values, strict=True)) for values in itertools.product(*part.values())]
+
+    def propose(self) -> list[Decisions]:
+        """All that was neither proposed nor told before."""
+        proposed, self.left = self.left, []
+        return proposed
+
+    def tell(self, results: Sequence[tuple[Decisions, float | None]]) -> None:
+        """Leave out what was measured already."""
+        told = [decisions for decisions, _ in results]
+        self.left = [decisions for decisions in self.left if decisions not in told]
 
 
 class LayerSearch:
@@ -236,7 +283,7 @@ class LayerSearch:
         return spaces
 
     def propose(self) -> list[Decisions]:
-        """The next candidates, none of which was proposed or told before; empty when the space is searched through."""
+        """The next generation's best, as the cost model has it."""
         found: list[Decisions] = []
         self._asked = list(self.context.generate_measure_candidates() or [])
         for candidate in self._asked:
@@ -249,7 +296,7 @@ class LayerSearch:
         return found
 
     def tell(self, results: Sequence[tuple[Decisions, float | None]]) -> None:
-        """What decisions took in seconds (None: they failed), whether they were proposed here or not."""
+        """Learn from what decisions took."""
         candidates, measured = [], []
         for decisions, seconds in results:
             key = self.key(decisions)

@@ -219,13 +219,13 @@ class Tuner:
             self._collect(*pending)
 
     def _propose(self, task: Task) -> list[Decisions]:
-        from dance_tvm.tuning.search import LayerSearch
+        from dance_tvm.tuning.search import new_search
 
         room = min(BATCH, self.plan.trials - task.trials)
         if task.search is None:
             threads = task.layer.workload.threads
             tvm_target = self.target.tvm_target(threads)
-            task.search = LayerSearch(task.space, tvm_target, self.model, BATCH, self.plan.seed)
+            task.search = new_search(task.space, tvm_target, self.model, BATCH, self.plan.seed)
             told = [(dict(zip(task.space.names, key, strict=True)), seconds) for key, seconds in task.results.items()]
             task.search.tell(told)
             seeds = self._seeds(task)

@@ -1,4 +1,4 @@
-"""The distinct kernels of a network: it is lowered as a build would, and every choice of a tile is noted."""
+"""The distinct kernels of a network: it is lowered as a build would, which tells what each kernel was chosen for."""
 
 from __future__ import annotations
 
@@ -9,23 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dance_tvm.errors import DanceError
-from dance_tvm.schedules.spaces import (
-    GATHER,
-    LISTS,
-    TYPICAL_DENSITY,
-    WINOGRAD,
-    WORTH_TRYING,
-    Advice,
-    WinogradSpace,
-    Workload,
-)
+from dance_tvm.schedules.conv3d_gather import GatherConv
+from dance_tvm.schedules.spaces import SPACES, WORTH_TRYING, WinogradSpace
 from dance_tvm.schedules.winograd_choice import direct_seconds, why_not, winograd_seconds
+from dance_tvm.schedules.workload import KERNEL_GROUPS, LISTS, POOL, TYPICAL_DENSITY, WINOGRAD, Workload
 from dance_tvm.tuning.calibration import density_of, kept_shares
 
 if TYPE_CHECKING:
     from dance_tvm.schedules.tiles import Machine
     from dance_tvm.target import Target
-    from dance_tvm.transform.layers import LayerInfo
+
+#: What the title of a layer adds for families whose layers may be tuned as another one too.
+KINDS = {WINOGRAD: " winograd", KERNEL_GROUPS: " kernel groups"}
 
 
 @dataclass
@@ -39,25 +34,12 @@ class Layer:
     def title(self) -> str:
         """Its first layer's name, with the family and density where they are not the usual ones."""
         work = self.workload
-        family = " winograd" if work.family == WINOGRAD else ""
-        return f"{self.names[0]}{family}{f' at {work.density:g}' if work.lists else ''}"
+        return f"{self.names[0]}{KINDS.get(work.family, '')}{f' at {work.density:g}' if work.lists else ''}"
 
     @property
     def count(self) -> int:
         """How often one call of the network runs it."""
         return len(self.names)
-
-
-class _Noted:
-    """A tuning log that knows nothing and remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[Workload] = []
-
-    def advise(self, workload: Workload) -> Advice | None:
-        """Nothing."""
-        self.asked.append(workload)
-        return None
 
 
 def layers_of(
@@ -83,18 +65,14 @@ def layers_of(
     from dance_tvm.frontend import import_model
     from dance_tvm.transform.pipeline import Options, gpu_of, lower, machine_of
 
-    noted = _Noted()
     imported = import_model(model, weights=weights, check=False)
-    lowered = lower(imported.mod, target, Options(threads=threads or target.threads, tuning=noted))
-    gpu = gpu_of(target)
-    names = [layer.name for layer in lowered.layers if _asks(layer, on_gpu=gpu is not None)]
-    asked = [workload for workload in noted.asked if workload.family != WINOGRAD]
-    if not asked:
-        raise DanceError(f"{imported.name} has no tunable layer: it holds neither convolutions nor linear layers")
+    workloads = lower(imported.mod, target, Options(threads=threads or target.threads)).workloads
+    if not workloads:
+        raise DanceError(f"{imported.name} has no tunable layer: it holds no convolutions, linear layers or pools")
     layers: dict[str, Layer] = {}
     kept = kept_shares(model, clips, weights) if clips else {}
-    machine = machine_of(target)
-    for name, workload in zip(names, asked, strict=True):
+    gpu, machine = gpu_of(target), machine_of(target)
+    for name, workload in workloads.items():
         if only and not any(fnmatch(name, pattern) for pattern in only):
             continue
         shown = [density_of(workload, kept[name])] if name in kept else []
@@ -103,38 +81,38 @@ def layers_of(
                 layers.setdefault(kernel.identity, Layer(kernel)).names.append(name)
     if not layers:
         tunable = "with a Winograd kernel " if conv == "winograd" else ""
-        raise DanceError(
-            f"no layer of {imported.name} {tunable}matches {', '.join(only) or '*'}: it has {', '.join(names[:12])}"
-        )
+        known = ", ".join([*workloads][:12])
+        raise DanceError(f"no layer of {imported.name} {tunable}matches {', '.join(only) or '*'}: it has {known}")
     return list(layers.values())
-
-
-def _asks(layer: LayerInfo, on_gpu: bool) -> bool:
-    """Whether the choice of the layer's kernel asks for a tile: on GPUs those of gathered convolutions alone."""
-    return layer.kernel.startswith(GATHER) if on_gpu else layer.kind != "pool3d"
 
 
 def _families(workload: Workload, machine: Machine, conv: str) -> list[Workload]:
     """The workload for each family worth tuning: not what is far behind the other, as the model of time has it."""
-    transformed = replace(workload, family=WINOGRAD)
-    space = WinogradSpace(machine, transformed)
-    if conv == "direct" or why_not(space.direct):
+    kernel = SPACES[workload.family](machine, workload)
+    direct = kernel.kernel(kernel.default())
+    if not isinstance(direct, GatherConv) or conv == "direct" or why_not(direct):
         return [] if conv == "winograd" else [workload]
+    space = WinogradSpace(machine, workload.winograd)
     try:
         other = winograd_seconds(space.kernel(space.default()), machine, workload.threads)
     except ValueError:
         return [] if conv == "winograd" else [workload]
-    direct = direct_seconds(space.direct, machine, workload.threads)
-    found = [workload] if conv == "auto" and direct <= WORTH_TRYING * other else []
-    return found + ([transformed] if conv == "winograd" or other <= WORTH_TRYING * direct else [])
+    seconds = direct_seconds(direct, machine, workload.threads)
+    found = [workload] if conv == "auto" and seconds <= WORTH_TRYING * other else []
+    return found + ([space.workload] if conv == "winograd" or other <= WORTH_TRYING * seconds else [])
 
 
 def _variants(workload: Workload, densities: Sequence[float], lists: Sequence[str]) -> list[Workload]:
     spatial = workload.window.positions_out > workload.window.batch
     if lists and spatial:
-        kept = ("in_frames", "out_frames", "positions", "out_channels") if workload.groups == 1 else LISTS[:3]
-        asked = tuple(axis for axis in LISTS if axis in lists and (axis in kept or workload.groups == 1))
-        workload = replace(workload, lists=asked)
+        workload = replace(workload, lists=tuple(axis for axis in _thinnable(workload) if axis in lists))
     if not workload.lists:
         return [workload.at(1.0)]
     return [workload.at(density) for density in dict.fromkeys(densities) or (TYPICAL_DENSITY,)]
+
+
+def _thinnable(workload: Workload) -> tuple[str, ...]:
+    """Axes that masks may thin; kernels of grouped convolutions walk all channels, pools all positions as well."""
+    if workload.family == POOL:
+        return LISTS[:2]
+    return LISTS[:3] if workload.groups > 1 else LISTS

@@ -54,6 +54,10 @@ class GroupConv(BlockConv):
             "columns": (self.column_samples, 3, max(1, self.columns)),
         }
 
+    def static_starts(self, column_ptr: np.ndarray) -> np.ndarray:
+        """The ``column_starts`` list of the weights, from where the columns of each group and tap begin."""
+        return column_ptr[None]
+
     def static_columns(self, columns: np.ndarray, column_ptr: np.ndarray) -> np.ndarray:
         """The ``columns`` list when no channel dies at run time, from each column's channel and where taps begin."""
         listed = np.zeros((1, 3, max(1, self.columns)), INT)

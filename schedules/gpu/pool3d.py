@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from tvm import tirx
 
 from ..emit import FLOAT, Expr, argument, choose, flat, kernel, let, number, serial, store, when
-from ..pool3d import Pool
+from ..pool3d import LOWEST, Pool
 from .conv3d_gather import short
 from .emit import each_element, read, registers, write
-
-_LOWEST = -3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def _pooled(
     size_t, size_h, size_w = window.size
     starts, begins, counts = zip(*(_bounds(pool, axis, index) for axis, index in enumerate(at)), strict=True)
     acc = registers((1,))
-    store(acc, number(_LOWEST if pool.kind == "max" else 0.0), 0)
+    store(acc, number(LOWEST if pool.kind == "max" else 0.0), 0)
 
     def combine(value: Expr) -> None:
         store(acc, tirx.max(acc[0], value) if pool.kind == "max" else acc[0] + value, 0)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from ..geometry import Window
-from ..spaces import SPACES, Decisions, Space, TuningLog, Workload, decide
+from ..spaces import SPACES, Decisions, Space, TuningLog, decide
 from ..tiles import Machine
+from ..workload import KERNEL_GROUPS, Workload
 from .conv3d_gather import BlockConv
+from .conv3d_kgs import GroupConv
 from .row_plan import block_plan
 from .tiles import BlockTile, Gpu, candidates, default_tile, predicted_cost
 
@@ -20,7 +22,7 @@ WORTH_TRYING = 2.0
 
 @dataclass(frozen=True)
 class BlockSpace:
-    """The decisions of the gathered convolution for one workload on one GPU.
+    """The decisions of a convolution for one workload on one GPU: the gathered one, or that of kernel groups.
 
     ==============================  ===================================================================
     decision                        meaning
@@ -29,17 +31,29 @@ class BlockSpace:
     step                            terms of the sum that go through shared memory at a time
     thread_rows, thread_channels    sums that one thread holds in registers
     ==============================  ===================================================================
+
+    With kernel groups ``nr`` is given: a block computes one group's filters. Their columns are made up at random, as
+    on a CPU.
     """
 
     machine: Gpu
     workload: Workload
     names = ("mr", "nr", "step", "thread_rows", "thread_channels")
 
+    @property
+    def filters(self) -> int | None:
+        """Output channels of a block where they are given."""
+        return self.workload.group[0] if self.workload.family == KERNEL_GROUPS else None
+
+    def _fitting(self) -> list[BlockTile]:
+        """Tiles that fit the GPU and the workload."""
+        return [tile for tile in candidates(self.machine) if self.filters in (None, tile.nr)]
+
     @cached_property
     def tiles(self) -> list[BlockTile]:
         """Tiles worth trying, the best by the model first; each fits the GPU's registers, shared memory and threads."""
         window, group_out = self.workload.window, self.workload.group_out
-        cost = {tile: predicted_cost(self.machine, window, group_out, tile) for tile in candidates(self.machine)}
+        cost = {tile: predicted_cost(self.machine, window, group_out, tile) for tile in self._fitting()}
         limit = WORTH_TRYING * min(cost.values())
         return sorted((tile for tile in cost if cost[tile] <= limit), key=cost.__getitem__)
 
@@ -50,7 +64,7 @@ class BlockSpace:
 
     def default(self) -> Decisions:
         """What is chosen without a record."""
-        return decisions_of(default_tile(self.machine, self.workload.window, self.workload.group_out))
+        return decisions_of(default_tile(self.machine, self.workload.window, self.workload.group_out, self.filters))
 
     def normal(self, decisions: Mapping[str, int]) -> Decisions:
         """Decisions of another shape fit this one as they are."""
@@ -60,7 +74,7 @@ class BlockSpace:
         """Whether the kernel can be built with them: complete, and a tile that fits the GPU."""
         if set(decisions) != set(self.names):
             return False
-        return BlockTile(**decisions) in set(candidates(self.machine))
+        return BlockTile(**decisions) in self._fitting()
 
     def parts(self) -> list[dict[str, list[int]]]:
         """One part for each choice of all but the rows: which rows fit depends on it."""
@@ -79,10 +93,13 @@ class BlockSpace:
 
 
 def blocked(workload: Workload, tile: BlockTile) -> BlockConv:
-    """The gathered convolution of a workload; masks over positions differ by frame, as D-STEP's do."""
+    """The kernel of a workload; masks over positions differ by frame, as D-STEP's do."""
     window, lists = workload.window, workload.lists
     positions = (window.batch, window.out[0]) if "positions" in lists else None
-    return BlockConv(
+    kind: Callable[..., BlockConv] = BlockConv
+    if workload.family == KERNEL_GROUPS:
+        kind = partial(GroupConv, columns=workload.columns().count)
+    return kind(
         window,
         workload.channels_in,
         workload.channels_out,

@@ -1,0 +1,239 @@
+"""Kernel groups and pools are tuned as other families are: spaces, records that serve networks pruned alike, builds."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_tuning import AVX2, NEON, record, workload
+from torch import nn
+
+from dance_tvm.cli import start
+from dance_tvm.compiler import build_network
+from dance_tvm.schedules.conv3d_kgs import KernelGroupConv, kernel_group_tile
+from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.spaces import SPACES, Advice, KernelGroupSpace, choose_kernel
+from dance_tvm.schedules.winograd import WinogradConv
+from dance_tvm.schedules.workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Workload
+from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
+from dance_tvm.target import load_target
+from dance_tvm.transform.kernel_groups import only_group
+from dance_tvm.transform.pipeline import Options, machine_of
+from dance_tvm.tune import app as tune_command
+from dance_tvm.tuning import records, search, tuner
+from dance_tvm.tuning.calibration import density_of
+from dance_tvm.tuning.records import Log, append, log_path, new_record
+from dance_tvm.tuning.search import LayerSearch, WholeSpace, new_cost_model, new_search
+from dance_tvm.tuning.workloads import layers_of
+
+HOST = load_target("host")
+CLIP = (torch.zeros(1, 8, 4, 14, 14),)
+
+
+def pruned_workload(kept: float = 0.28, group: tuple[int, int] = (16, 4), channels: int = 64, **rest) -> Workload:
+    return workload(channels, **rest).grouped(group, kept)
+
+
+def pool_workload(channels: int = 64, **rest) -> Workload:
+    window = Window(1, (4, 14, 14), (2, 7, 7), (2, 2, 2), (2, 2, 2))
+    return Workload(window, channels, channels, channels, threads=2, family=POOL, pooling="max", **rest)
+
+
+class Pruned(nn.Module):
+    """One convolution that kernel groups prune, and a pool."""
+
+    def __init__(self, seed: int, rate: float = 3.0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.conv = nn.Conv3d(8, 16, 1), nn.Conv3d(16, 32, 3, padding=1)
+        self.pool = nn.MaxPool3d(2)
+        prune_to_rate(self.eval(), CLIP, "kgs", rate, 16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pool(torch.relu(self.conv(torch.relu(self.first(x)))))
+
+
+def families(network: nn.Module, **options) -> dict[str, Workload]:
+    exported = torch.export.export(network, CLIP)
+    return {layer.workload.family: layer.workload for layer in layers_of(exported, HOST, threads=1, **options)}
+
+
+# -- workloads --------------------------------------------------------------------------------------------------------
+
+
+def test_networks_pruned_alike_share_their_records():
+    with only_group(16, 4):
+        one, other = families(Pruned(0), conv="direct"), families(Pruned(1), conv="direct")
+        less = families(Pruned(0, rate=1.5), conv="direct")
+    assert not np.array_equal(Pruned(0).conv.weight != 0, Pruned(1).conv.weight != 0)
+    assert one == other
+    assert one[KERNEL_GROUPS].group == (16, 4)
+    assert 1 / 4 < one[KERNEL_GROUPS].kept < 1 / 2
+    assert one[KERNEL_GROUPS].kept * 16 == round(one[KERNEL_GROUPS].kept * 16)
+    assert less[KERNEL_GROUPS].identity != one[KERNEL_GROUPS].identity
+    assert 0 < less[KERNEL_GROUPS].distance(one[KERNEL_GROUPS]) <= 2
+    assert one[POOL].pooling == "max"
+
+
+def test_what_a_kernel_group_costs_is_in_its_workload():
+    work = pruned_workload()
+    assert work.kept == 0.25
+    assert work.identity == pruned_workload(0.26).identity
+    assert Workload.of(json.loads(json.dumps(work.facts()))) == work
+    assert work.work == pytest.approx(workload(64).work / 4)
+    assert work.columns().count == round(0.25 * 4 * 16 * 27) * 4
+    assert work.distance(pruned_workload(0.3125)) == pytest.approx(math.log2(1.25))
+    assert work.distance(pruned_workload(group=(8, 4))) == math.inf  # another register tile
+    assert work.distance(pruned_workload(group=(16, 8))) == 0.25
+    assert work.distance(workload(64)) == math.inf
+    assert work.direct == workload(64)
+    assert work.winograd == workload(64, family=WINOGRAD)
+    assert pool_workload().distance(Workload(**{**vars(pool_workload()), "pooling": "avg"})) == math.inf
+
+
+def test_a_clip_thins_columns_and_not_what_pruning_left_of_them():
+    """Of the dense layer's work a half is left by the mask of input channels, a quarter of that by pruning."""
+    work = pruned_workload(0.25, lists=("in_channels",), density=0.5)
+    assert density_of(work, 0.125) == 0.5
+
+
+# -- spaces -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("machine", [AVX2, NEON], ids=["avx2", "neon"])
+@pytest.mark.parametrize("lists", [(), ("in_channels", "out_frames")])
+@pytest.mark.parametrize("group", [(8, 4), (16, 8), (16, 1)])
+def test_a_space_of_kernel_groups_holds_its_default_and_only_what_fits(machine, lists, group):
+    work = pruned_workload(group=group, lists=lists, density=0.5 if lists else 1.0)
+    space = KernelGroupSpace(machine, work)
+    default = space.default()
+    per_tap = 16
+    run = 1 if lists else group[1]
+    tile = kernel_group_tile(machine, work.window, (64, 64), per_tap, group[0], run)
+    assert default == {name: int(getattr(tile, name)) for name in space.names}
+    (part,) = space.parts()
+    assert space.size == math.prod(map(len, part.values())) > 20
+    for name, values in part.items():
+        assert default[name] in values
+        assert all(space.allows({**default, name: value}) for value in values)
+    conv = space.kernel(default)
+    assert (conv.tile.nr, conv.run, conv.columns) == (group[0], run, work.columns().count)
+    assert not space.allows({**default, "mr": 16, "vectors": 1})
+    assert not space.allows({**default, "mr": 40})
+    assert not space.allows({**default, "block_tiles": 0})
+
+
+def test_a_record_of_longer_runs_is_fitted_to_shorter_ones():
+    """On NEON a run of four channels is one load; without runs there are no such loads."""
+    tuned = KernelGroupSpace(NEON, pruned_workload(group=(16, 4))).default()
+    assert tuned["step"] == 4
+    single = KernelGroupSpace(NEON, pruned_workload(group=(16, 1)))
+    assert single.normal(tuned)["step"] == 1
+    assert single.allows(single.normal(tuned))
+
+
+WORKS = [workload(16), workload(16, family=WINOGRAD), pruned_workload(), pool_workload(512)]
+
+
+@pytest.mark.parametrize("work", WORKS, ids=lambda work: work.family)
+def test_every_family_is_searched(work):
+    space = SPACES[work.family](machine_of(HOST), work)
+    found = LayerSearch(space, HOST.tvm_target(2), new_cost_model()[0], 8)
+    batch = found.propose()
+    assert batch
+    assert all(space.allows(decisions) for decisions in batch)
+    found.tell([(space.default(), 1.0), *((decisions, 2.0) for decisions in batch)])
+
+
+def test_a_small_space_is_tried_whole():
+    space = SPACES[POOL](AVX2, pool_workload(512))
+    found = new_search(space, None, None, batch=8)
+    assert isinstance(found, WholeSpace)
+    found.tell([({"vectors": 4}, 1.0)])
+    assert found.propose() == [{"vectors": count} for count in (1, 2, 8)]
+    assert found.propose() == []
+
+
+class Told:
+    """A log of seconds by family."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
+
+    def advise(self, asked: Workload) -> Advice | None:
+        if asked.family not in self.seconds:
+            return None
+        decisions = SPACES[asked.family](AVX2, asked).default()
+        return Advice(asked, decisions, f"tuned {asked.family}", self.seconds[asked.family])
+
+
+def test_measurements_choose_between_kernel_groups_and_winograd():
+    work = pruned_workload()
+    space = KernelGroupSpace(AVX2, work)
+    conv = space.kernel(space.default())
+    slow, origin = choose_kernel(conv, "groups'", work, AVX2, "auto", Told(conv3d_kgs=0.01, conv3d_winograd=0.02))
+    assert isinstance(slow.conv, KernelGroupConv)
+    assert origin == "groups'"
+    assert "kernel groups 10 ms" in slow.reason
+    fast, origin = choose_kernel(conv, "groups'", work, AVX2, "auto", Told(conv3d_kgs=0.02, conv3d_winograd=0.01))
+    assert isinstance(fast.conv, WinogradConv)
+    assert origin == "tuned conv3d_winograd"
+
+
+# -- tuning and building ----------------------------------------------------------------------------------------------
+
+
+def test_builds_follow_the_records_of_kernel_groups_and_pools(tmp_path, monkeypatch):
+    """The records name sizes that no default would be, and stem from a network with other zeros."""
+    monkeypatch.setattr(records, "LOGS", tmp_path)
+    options = Options(threads=1, conv="direct")
+    with only_group(16, 4):
+        found = families(Pruned(0), conv="direct")
+        for family, chosen in ((KERNEL_GROUPS, {"mr": 3, "segment_taps": 2}), (POOL, {"vectors": 2})):
+            decisions = {**SPACES[family](machine_of(HOST), found[family]).default(), **chosen}
+            rest = {"status": "verified", "origin": "local", "trials": 3, "default_seconds": 0.02}
+            append(log_path(HOST, family), [new_record(found[family], HOST, decisions, [0.01], **rest)])
+        built = build_network(Pruned(1), tmp_path / "made", example_inputs=CLIP, options=options, check=True)
+    layers = {layer.name: layer for layer in built.artifact.manifest.layers}
+    groups = next(layer for layer in layers.values() if layer.kernel.startswith("conv3d_kgs"))
+    pool = next(layer for layer in layers.values() if layer.kind == "pool3d")
+    assert "mr3_gm16" in groups.kernel
+    assert groups.tuned.startswith("tuned 20")
+    assert pool.kernel == f"pool3d_max_f32_v{2 * HOST.vector.floats}"
+    assert "2.00x the defaults" in pool.tuned
+    assert built.artifact.manifest.check.status == "passed"
+
+
+def test_a_pruned_network_is_tuned_and_built_by_its_records(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tuner, "DISTURBED", math.inf)  # layers this small take less time than their noise
+    monkeypatch.setattr(search, "POPULATION", 16)
+    monkeypatch.setattr(records, "LOGS", tmp_path)
+    torch.export.save(torch.export.export(Pruned(0), CLIP), tmp_path / "pruned.pt2")
+    command = ["--model", str(tmp_path / "pruned.pt2"), "--trials", "2", "--threads", "1", "--conv", "direct", "--json"]
+    with only_group(16, 4), pytest.raises(SystemExit) as left:
+        start(tune_command, "tune", command)
+    said = capsys.readouterr()
+    assert left.value.code in (0, None), said.err
+    layers = {layer["family"]: layer for layer in json.loads(said.out)["layers"]}
+    assert set(layers) == {GATHER, KERNEL_GROUPS, POOL}
+    assert all(layer["verified"] and not layer["failed"] for layer in layers.values())
+    assert layers[POOL]["share_of_peak"] is None
+    for family in (KERNEL_GROUPS, POOL):
+        log = Log.read(log_path(HOST, family))
+        assert {found.status for found in log.records()} == {"trial", "verified"}
+        assert not log.problems
+    with only_group(16, 4):
+        built = build_network(
+            Pruned(1), tmp_path / "made", example_inputs=CLIP, options=Options(threads=1, conv="direct"), check=True
+        )
+    assert [layer.tuned[:8] for layer in built.artifact.manifest.layers] == ["tuned 20"] * 3
+
+
+def test_records_of_one_family_are_not_taken_for_another(tmp_path):
+    append(log_path(HOST, KERNEL_GROUPS, tmp_path), [record(workload(64))])
+    from dance_tvm.tuning.advice import tuned_tiles
+
+    assert tuned_tiles(HOST, tmp_path).advise(pruned_workload()) is None
