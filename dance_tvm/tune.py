@@ -52,6 +52,8 @@ def tune(
     """Search the fastest tiles for a network on a real device, and keep them in the target's tuning log."""
     if trials < 1:
         raise DanceError("--trials must be at least 1: with none there is nothing to search")
+    if time_limit is not None and time_limit <= 0:
+        raise DanceError("--time-limit must be above 0: leave it out for none")
     if any(not 0 < value <= 1 for value in density or []):
         raise DanceError("--density must lie between 0 and 1, 1 included")
     if plot is not None and find_spec("plotly") is None:

@@ -95,9 +95,11 @@ def test_what_a_kernel_group_costs_is_in_its_workload():
 
 
 def test_a_clip_thins_columns_and_not_what_pruning_left_of_them():
-    """Of the dense layer's work a half is left by the mask of input channels, a quarter of that by pruning."""
+    """Masks leave a half of the input channels, pruning a quarter of the columns; some taps are padding."""
     work = pruned_workload(0.25, lists=("in_channels",), density=0.5)
-    assert density_of(work, 0.125) == 0.5
+    executed = work.work / (work.window.positions_out * 27 * 64 * 64)
+    assert density_of(work, executed) == 0.5
+    assert density_of(work, 2 * executed) == 1.0
 
 
 # -- spaces -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,22 @@ STEP = 1 / 8
 
 
 def kept_shares(model: str | Path | Any, clips: str, weights: Path | None = None) -> dict[str, float]:
-    """Share of its multiply-accumulates that each layer executes, in the mean over clips.
+    """Share of its multiply-accumulates that each layer executes, in the mean over clips; padding is counted as work.
 
-    The network is built for this machine, whatever it is tuned for: what lives does not depend on the target.
+    The network is built for this machine, whatever it is tuned for: what lives does not depend on the target. Its
+    kernels are direct ones, which execute a multiply-accumulate for each that is alive; Winograd's execute others.
     ``clips`` is what ``dance-tvm bench --clips`` takes. Raises DanceError where clips do not fit the network.
     """
     from dance_tvm.benchmarking.clips import load_clips
     from dance_tvm.benchmarking.layers import profile
     from dance_tvm.compiler import build_network
     from dance_tvm.device import open_device
+    from dance_tvm.transform.pipeline import Options
 
     with tempfile.TemporaryDirectory(prefix="dance_tvm_calibrate_") as folder:
-        artifact = build_network(model, Path(folder) / "network", weights=weights, check=False).artifact
+        options = Options(conv="direct")
+        built = build_network(model, Path(folder) / "network", weights=weights, options=options, check=False)
+        artifact = built.artifact
         found: dict[str, list[float]] = {}
         with open_device("local") as device:
             network = device.load(artifact)
@@ -45,7 +48,11 @@ def kept_shares(model: str | Path | Any, clips: str, weights: Path | None = None
 
 
 def density_of(workload: Workload, share: float) -> float:
-    """The density of each of a workload's lists at which it does ``share`` of the dense layer's work, in eighths."""
+    """The density of each of a workload's lists at which it does ``share`` of the dense layer's work, in eighths.
+
+    ``share`` is of all taps, those that fall on padding included, which no kernel executes.
+    """
     options = [step * STEP for step in range(1, round(1 / STEP) + 1)]
-    dense = replace(workload.at(1.0), kept=1.0).work
-    return min(options, key=lambda density: abs(workload.at(density).work / dense - share))
+    window = workload.window
+    executed = share * window.positions_out * window.taps * workload.depth * workload.channels_out
+    return min(options, key=lambda density: abs(workload.at(density).work - executed))
