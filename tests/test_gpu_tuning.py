@@ -18,8 +18,9 @@ from dance_tvm.device.opencl import DeviceCode, Launch, Plan
 from dance_tvm.errors import DanceError
 from dance_tvm.gpu import opencl_devices
 from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
 from dance_tvm.schedules.gpu.spaces import BlockSpace, decisions_of, space_of
-from dance_tvm.schedules.gpu.tiles import BlockTile, is_whole
+from dance_tvm.schedules.gpu.tiles import BlockTile, default_tile, is_whole
 from dance_tvm.schedules.spaces import Advice
 from dance_tvm.schedules.workload import GATHER, Workload
 from dance_tvm.target import load_target
@@ -35,6 +36,7 @@ from dance_tvm.tuning.records import Log, log_path
 WINDOW = Window(1, (2, 5, 6), (2, 5, 6), (3, 3, 3), padding=(1, 1, 1))
 PLAIN = Workload(WINDOW, 5, 20, residual=True, activation="relu")
 THINNED = Workload(WINDOW, 8, 20, lists=("in_frames", "positions", "in_channels", "out_channels"), density=0.5)
+GROUPS = THINNED.grouped((16, 4), 0.4)
 
 
 @pytest.fixture
@@ -99,6 +101,17 @@ def test_what_exceeds_registers_shared_memory_or_threads_is_not_allowed():
     assert not BlockSpace(gpu, PLAIN).allows({"mr": 4, "vectors": 2})  # a CPU's
 
 
+def test_kernel_groups_give_a_block_its_output_channels():
+    gpu, work = gpu_of(load_target("jetson-nano")), GROUPS
+    space = space_of(gpu, work)
+    assert {tile.nr for tile in space.tiles} == {16}
+    assert space.size > 5
+    assert space.default() == decisions_of(default_tile(gpu, WINDOW, 20, 16))
+    assert space.allows(space.default())
+    assert not space.allows(decisions_of(BlockTile(32, 32, 8, 4, 4)))
+    assert isinstance(space.kernel(space.default()), GroupConv)
+
+
 def test_half_precision_is_another_workload():
     half = replace(PLAIN, dtype="float16")
     assert half.identity != PLAIN.identity
@@ -149,12 +162,15 @@ def test_the_search_finds_what_is_fastest():
 # -- trials on a device -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("work", [PLAIN, THINNED], ids=["plain", "thinned"])
+@pytest.mark.parametrize("work", [PLAIN, THINNED, GROUPS], ids=["plain", "thinned", "groups"])
 def test_every_tile_runs_over_opencl_and_tells_the_same(tmp_path, opencl_name, work):
     target = load_target("opencl")
     space = BlockSpace(gpu_of(target), work)
     # Of tiles that differ in every decision the smallest, which PoCL compiles soonest.
     tiles = [BlockTile(32, 16, 8, 4, 4), BlockTile(16, 32, 16, 4, 8)]
+    if space.filters is not None:
+        tiles[1] = BlockTile(16, space.filters, 16, 4, 4)
+    assert all(space.allows(decisions_of(tile)) for tile in tiles)
     instances = [Instance(work, space.kernel(decisions_of(tile))) for tile in tiles]
     for number, instance in enumerate(instances):
         build_instance(instance, target, tmp_path / f"{number}.so")
