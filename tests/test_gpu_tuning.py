@@ -169,7 +169,7 @@ def test_every_tile_runs_over_opencl_and_tells_the_same(tmp_path, opencl_name, w
     # Of tiles that differ in every decision the smallest, which PoCL compiles soonest.
     tiles = [BlockTile(32, 16, 8, 4, 4), BlockTile(16, 32, 16, 4, 8)]
     if space.filters is not None:
-        tiles[1] = BlockTile(16, space.filters, 16, 4, 4)
+        tiles[1] = BlockTile(64, space.filters, 16, 4, 4)
     assert all(space.allows(decisions_of(tile)) for tile in tiles)
     instances = [Instance(work, space.kernel(decisions_of(tile))) for tile in tiles]
     for number, instance in enumerate(instances):
