@@ -115,4 +115,6 @@ def _thinnable(workload: Workload) -> tuple[str, ...]:
     """Axes that masks may thin; kernels of grouped convolutions walk all channels, pools all positions as well."""
     if workload.family == POOL:
         return LISTS[:2]
-    return LISTS[:3] if workload.groups > 1 else LISTS
+    if workload.groups > 1:
+        return LISTS[:3]
+    return LISTS if workload.window.kernel[0] == 1 else LISTS[:-1]  # input positions thin windows of one frame alone
