@@ -167,7 +167,7 @@ def test_every_tile_runs_over_opencl_and_tells_the_same(tmp_path, opencl_name, w
     target = load_target("opencl")
     space = BlockSpace(gpu_of(target), work)
     # Of tiles that differ in every decision the smallest, which PoCL compiles soonest.
-    tiles = [BlockTile(32, 16, 8, 4, 4), BlockTile(16, 32, 16, 4, 8)]
+    tiles = [BlockTile(32, 16, 8, 4, 4), BlockTile(64, 32, 16, 8, 8)]
     if space.filters is not None:
         tiles[1] = BlockTile(64, space.filters, 16, 4, 4)
     assert all(space.allows(decisions_of(tile)) for tile in tiles)
