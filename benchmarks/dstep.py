@@ -436,7 +436,9 @@ def speed_build(
     facts = []
     for index, case in enumerate(_cases(model, shape, target or [0.6, 0.4])):
         folder = artifacts / str(index)
-        built = build_network(case.network, folder, example_inputs=case.inputs, threads=threads, check=False)
+        built = build_network(
+            case.network, folder, example_inputs=case.inputs, threads=threads, check=False, reuse=True
+        )
         np.savez(artifacts / f"{index}.npz", *(tensor.numpy() for tensor in case.inputs))
         skipping = sum(bool(layer.skips) for layer in built.artifact.manifest.layers)
         facts.append({"name": case.name, "work": case.work, "frames": case.frames})
