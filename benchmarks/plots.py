@@ -2,7 +2,7 @@
 
     python -m benchmarks.plots
 
-Peers: how many times our time each engine takes, whole networks and C3D's layers. Efficiency: speed-up ÷ reduction of
+Peers: how many times our time each engine takes, whole networks and layers. Efficiency: speed-up ÷ reduction of
 multiply-adds by density of the axis, layer by layer. Needs matplotlib (``pip install 'dance-tvm[report]'``).
 """
 
@@ -28,9 +28,12 @@ FIGURES, PICTURES = DOCS / "benchmarks", DOCS / "images"
 def main() -> None:
     """Draw every picture anew."""
     networks, layers = (_figures(name)["runs"] for name in ("peers", "peers-layers"))
-    figure, axes = pyplot.subplots(2, 1, figsize=(11, 8))
+    figure, axes = pyplot.subplots(3, 1, figsize=(11, 12))
     peers(axes[0], networks, "whole networks")
-    peers(axes[1], layers, "C3D's convolutions singly")
+    peers(axes[1], [run for run in layers if run["case"].startswith("c3d/")], "C3D's convolutions singly")
+    many = [run for run in layers if run["case"].startswith("r2plus1d-18/") and run["threads"] == 2]
+    peers(axes[2], many, "R(2+1)D-18's convolutions singly, 2 threads")
+    axes[2].tick_params(axis="x", rotation=90)
     _save(figure, "benchmarks-peers.png")
 
     rows = _figures("efficiency")["rows"]
