@@ -26,9 +26,10 @@ from dance_tvm.device import prepare_emulator
 from dance_tvm.device.emulator import prepare
 from dance_tvm.transform.pipeline import Options
 
-from .emulated_peers import PEERS, EmulatedPeers, exported
+from .emulated_peers import PEERS, EmulatedPeers
 from .instructions import instructions
 from .kernels import C3D, R2PLUS1D, Layer
+from .peers import export_case
 
 CONV: tuple[Literal["direct", "auto"], ...] = ("direct", "auto")
 
@@ -81,7 +82,7 @@ def measure(layer: Layer, conv: Literal["direct", "auto"], target: str) -> dict:
 def measure_peer(layer: Layer, peer: str, engines: EmulatedPeers) -> dict:
     """Count one call of the layer, without its ReLU, in another engine."""
     with tempfile.TemporaryDirectory() as folder:
-        case = exported(layer.name, *_module(layer), Path(folder))
+        case = export_case(layer.name, *_module(layer), Path(folder))
         return _row(layer, peer, engines.instructions(peer, case))
 
 

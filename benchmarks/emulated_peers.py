@@ -12,16 +12,12 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from dance_tvm.device.emulator import GLIBC_2_36, PYTHON, python_command
 from dance_tvm.errors import DanceError
 from dance_tvm.models.fetch import cache_folder
 
 from .instructions import count_calls
 from .peers import Case, mnn_model
-from .peers import _prepare as prepare
 
 PEERS = ("onnxruntime", "mnn", "mnn-exact")
 WHEELS = ("onnxruntime", "MNN")
@@ -89,11 +85,6 @@ class EmulatedPeers:
         if peer.startswith("mnn"):
             mnn_model(case)
         return count_calls(self._python, PROGRAMS[peer], [self._site, case.folder], calls)
-
-
-def exported(name: str, network: nn.Module, clip: torch.Tensor, folder: Path) -> Case:
-    """The layer as ONNX, in ``folder``."""
-    return prepare(name, network, clip, folder)
 
 
 def _requirements() -> list[str]:

@@ -351,7 +351,7 @@ def networks(names: Sequence[str], folder: Path) -> Iterator[Case]:
                 network = models.pretrained(name)
             except DanceError as problem:
                 print(f"{name}: random weights ({problem})", file=sys.stderr)
-        yield _prepare(name, network, models.example_inputs(name)[0], folder)
+        yield export_case(name, network, models.example_inputs(name)[0], folder)
 
 
 def layers(name: str, folder: Path) -> Iterator[Case]:
@@ -378,10 +378,10 @@ def layers(name: str, folder: Path) -> Iterator[Case]:
         if key not in seen:
             seen.add(key)
             # The convolution alone: MNN's converter loses one whose activation is the output of the whole graph.
-            yield _prepare(f"{name}/{path}", nn.Sequential(module).eval(), x.clone(), folder)
+            yield export_case(f"{name}/{path}", nn.Sequential(module).eval(), x.clone(), folder)
 
 
-def _prepare(name: str, network: nn.Module, x: torch.Tensor, folder: Path) -> Case:
+def export_case(name: str, network: nn.Module, x: torch.Tensor, folder: Path) -> Case:
     """Write the files that the engines read."""
     import torch
 

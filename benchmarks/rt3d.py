@@ -45,8 +45,7 @@ from dance_tvm.transform.kernel_groups import only_group
 from dance_tvm.transform.pipeline import Options
 
 from .peers import Case as PeerCase
-from .peers import Engine
-from .peers import _prepare as prepare
+from .peers import Engine, export_case
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 RESULTS = Path(__file__).parent / "results" / "rt3d.json"
@@ -192,7 +191,7 @@ def build(
             write_atomically(folder / "pruned.json", json.dumps(facts).encode())
             print(name, key, facts, flush=True)
         if not (artifacts / "peers" / name).exists():
-            prepare(name, models.create(name), inputs[0], artifacts / "peers")
+            export_case(name, models.create(name), inputs[0], artifacts / "peers")
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .geometry import Window
+from .geometry import GroupedChannels, Window
 from .row_plan import RowPlan
 
 
@@ -26,7 +26,7 @@ def list_marks(live_in: bool, live_out: bool) -> str:
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(GroupedChannels):
     """One convolution kernel: shapes, which lists it walks, and what is fused behind it.
 
     ``live_in``, ``live_out``: a list of live input or output channels per sample is given. ``zero_dead``: rows of live
@@ -45,16 +45,6 @@ class Convolution:
     residual: bool = False
     activation: str = ""
     zero_dead: str = ""
-
-    @property
-    def depth(self) -> int:
-        """Input channels that one output channel reads."""
-        return self.channels_in // self.groups
-
-    @property
-    def group_out(self) -> int:
-        """Output channels of one convolution group."""
-        return self.channels_out // self.groups
 
     @property
     def panels(self) -> int:

@@ -69,3 +69,21 @@ class Window:
         _, kernel_h, kernel_w = self.kernel
         frame, row, column = tap // (kernel_h * kernel_w), tap // kernel_w % kernel_h, tap % kernel_w
         return (frame * self.dilation[0] * height + row * self.dilation[1]) * width + column * self.dilation[2]
+
+
+class GroupedChannels:
+    """What follows from a layer's channels and convolution groups; the fields are those of whoever inherits it."""
+
+    channels_in: int
+    channels_out: int
+    groups: int
+
+    @property
+    def depth(self) -> int:
+        """Input channels that one output channel reads."""
+        return self.channels_in // self.groups
+
+    @property
+    def group_out(self) -> int:
+        """Output channels of one convolution group."""
+        return self.channels_out // self.groups

@@ -289,7 +289,7 @@ def _for_live_rows(
                 def visit_row(row: Expr = row, column: Expr = column) -> None:
                     source = source_row + column * window.stride[2] - window.padding[2]
                     of_position = living.of(row, column) if living else of_row + tables["column_class"][column]
-                    visit(let(of_position), source, target_row + column)  # type: ignore[operator]
+                    visit(let(of_position), source, target_row + column)  # type: ignore[operator]  # of_row is there unless living
 
                 if plan.positions is None:
                     visit_row()

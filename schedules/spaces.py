@@ -395,7 +395,7 @@ class PoolSpace:
         return Pool(
             work.window,
             work.channels_in,
-            work.pooling,  # type: ignore[arg-type]
+            work.pooling,  # type: ignore[arg-type]  # a pool's is "max" or "avg"
             self.machine.vector_floats,
             in_frames="in_frames" in lists,
             out_frames="out_frames" in lists,

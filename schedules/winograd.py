@@ -158,7 +158,7 @@ def mask_arguments(conv: WinogradConv) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Columns:
+class WeightPanel:
     """A panel of output channels: where each of its vectors begins in ``weights``, live input channels side by side."""
 
     weights: tirx.Buffer
@@ -428,17 +428,18 @@ class _Emitter:
         def in_place() -> None:
             if not conv.live_out:
                 start = let(plane + big(panel) * (rows * tile.nr))
-                multiply(Columns(self.weights, [start + v * tile.vector_floats for v in range(tile.vectors)]))
+                multiply(WeightPanel(self.weights, [start + v * tile.vector_floats for v in range(tile.vectors)]))
                 return
             firsts = [self._out_channel(sample, panel * tile.nr + v * tile.vector_floats) for v in range(tile.vectors)]
             vectors = [let(tirx.floordiv(first, tile.vector_floats)) for first in firsts]
             panels = [big(tirx.floordiv(vector, tile.vectors)) * (rows * tile.nr) for vector in vectors]
             within = [tirx.floormod(vector, tile.vectors) * tile.vector_floats for vector in vectors]
-            multiply(Columns(self.weights, [let(plane + at + lane) for at, lane in zip(panels, within, strict=True)]))
+            starts = [let(plane + at + lane) for at, lane in zip(panels, within, strict=True)]
+            multiply(WeightPanel(self.weights, starts))
 
         def gathered() -> None:
             weights = self._gather_weights(sample, plane, panel)
-            multiply(Columns(weights, [big(v * tile.vector_floats) for v in range(tile.vectors)]))
+            multiply(WeightPanel(weights, [big(v * tile.vector_floats) for v in range(tile.vectors)]))
 
         reasons = [self._live_in(sample) == conv.channels_in] if conv.live_in else []
         if conv.live_out:
@@ -459,7 +460,7 @@ class _Emitter:
         side_by_side = self._out_channel(sample, last) - channel == last - first
         return let(tirx.any(first >= live, tirx.all(aligned, side_by_side)))
 
-    def _multiply_runs(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr, columns: Columns) -> None:
+    def _multiply_runs(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr, columns: WeightPanel) -> None:
         """All rows of the chunk times ``columns`` of the weights, run by run."""
         conv, tile = self.conv, self.tile
         depth = conv.channels_in
@@ -519,7 +520,7 @@ class _Emitter:
         rows: list[Expr],
         source: Expr,
         place: Expr,
-        columns: Columns,
+        columns: WeightPanel,
         taps: tuple[Expr, Expr],
         channels: tuple[Expr, Expr],
         fresh: Expr,
@@ -552,7 +553,7 @@ class _Emitter:
     def _multiply(
         self,
         sources: list[Expr],
-        columns: Columns,
+        columns: WeightPanel,
         channels: tuple[Expr, Expr],
         acc: list[list[tirx.Buffer]],
     ) -> None:
@@ -575,7 +576,7 @@ class _Emitter:
                 self._multiply_add(spread, columns, big(k) * tile.nr, acc)
 
     def _multiply_add(
-        self, values: list[Expr], columns: Columns, row: Expr, acc: list[list[tirx.Buffer]], ahead: bool = True
+        self, values: list[Expr], columns: WeightPanel, row: Expr, acc: list[list[tirx.Buffer]], ahead: bool = True
     ) -> None:
         """One channel; ``ahead``: ask for the weights of the next block too."""
         count = self.tile.vector_floats

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from .geometry import Window
+from .geometry import GroupedChannels, Window
 from .kernel_columns import Columns, random_columns
 
 #: Axes that index lists thin; ``positions`` are those of the output.
@@ -24,7 +24,7 @@ KEPT_STEP = 1 / 16
 
 
 @dataclass(frozen=True)
-class Workload:
+class Workload(GroupedChannels):
     """A kernel to choose sizes for.
 
     ``lists`` names the axes of ``LISTS`` that index lists thin; ``density`` is the share of each of them that is
@@ -47,16 +47,6 @@ class Workload:
     group: tuple[int, int] = (1, 1)
     kept: float = 1.0
     pooling: str = ""
-
-    @property
-    def depth(self) -> int:
-        """Input channels that one output channel reads."""
-        return self.channels_in // self.groups
-
-    @property
-    def group_out(self) -> int:
-        """Output channels of one convolution group."""
-        return self.channels_out // self.groups
 
     @property
     def samples(self) -> int:

@@ -8,14 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_tuning import AVX2, NEON, record, workload
+from test_tuning import AVX2, NEON, Told, record, workload
 from torch import nn
 
 from dance_tvm.cli import start
 from dance_tvm.compiler import build_network
 from dance_tvm.schedules.conv3d_kgs import KernelGroupConv, kernel_group_tile
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.schedules.spaces import SPACES, Advice, KernelGroupSpace, choose_kernel
+from dance_tvm.schedules.spaces import SPACES, KernelGroupSpace, choose_kernel
 from dance_tvm.schedules.winograd import WinogradConv
 from dance_tvm.schedules.workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Workload
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
@@ -157,19 +157,6 @@ def test_a_small_space_is_tried_whole():
     found.tell([({"vectors": 4}, 1.0)])
     assert found.propose() == [{"vectors": count} for count in (1, 2, 8)]
     assert found.propose() == []
-
-
-class Told:
-    """A log of seconds by family."""
-
-    def __init__(self, **seconds: float) -> None:
-        self.seconds = seconds
-
-    def advise(self, asked: Workload) -> Advice | None:
-        if asked.family not in self.seconds:
-            return None
-        decisions = SPACES[asked.family](AVX2, asked).default()
-        return Advice(asked, decisions, f"tuned {asked.family}", self.seconds[asked.family])
 
 
 def test_measurements_choose_between_kernel_groups_and_winograd():

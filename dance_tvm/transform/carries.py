@@ -67,7 +67,7 @@ class _Finder:
         links = [self._link(item, items[:index]) for index, item in enumerate(items)]
         if any(link is None for link in links):
             return None
-        found = self._joined(var, items, links)  # type: ignore[arg-type]
+        found = self._joined(var, items, links)  # type: ignore[arg-type]  # none is None, see above
         if found is None:
             return None
         self._extend(found)
@@ -122,8 +122,9 @@ class _Finder:
             parts = [_slice(graph, link.part) for link in links]
             if any(part is None or part[1] != index * count for index, part in enumerate(parts)):
                 return None
-            source = parts[0][0]  # type: ignore[index]
-            if any(not part[0].same_as(source) for part in parts) or shape_of(source) != shape_of(var):  # type: ignore[index]
+            source = parts[0][0]  # type: ignore[index]  # no part is None, see above
+            alike = all(part[0].same_as(source) for part in parts)  # type: ignore[index]  # no part is None, see above
+            if not alike or shape_of(source) != shape_of(var):
                 return None
             inside |= {*(link.part for link in links), *items}
         known = {*inside, var}
