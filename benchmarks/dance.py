@@ -24,12 +24,11 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 import typer
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, Subset
 
 from dance_tvm import models, train
 from dance_tvm.errors import DanceError
-from dance_tvm.models import transnetv2
 from dance_tvm.sparsity import checkpoint, training
 from dance_tvm.sparsity.dance import trained
 from dance_tvm.sparsity.dance.controller import Masks
@@ -37,6 +36,8 @@ from dance_tvm.sparsity.dance.macs import MacCounter
 from dance_tvm.sparsity.dance.method import controller_of, prune
 from dance_tvm.sparsity.dance.sites import trace
 from dance_tvm.sparsity.data import MotionDigits, load_data
+
+from .agreement import Agreement, Judge
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 PAGE = Path(__file__).parent.parent / "docs" / "dance.md"
@@ -442,47 +443,25 @@ def transnet(
                 options={"target_macs": budget, **_BUDGET_OPTIONS, **ramp},
             )  # fmt: skip
         start = out / training.MODEL
-    held_out = load_data(f"transnet:{clips},window={window}").held_out
-    seen = torch.stack([held_out[index][0] for index in range(len(held_out))])
-    truth, _ = _probabilities(training.Logits(models.pretrained("transnetv2")).eval(), seen)
+    judge = Judge(f"transnet:{clips},window={window}")
     rows = []
     for budget in BUDGETS:
         network, card = _pruned_transnet(runs / f"transnet-{budget:g}-{steps}x{window}" / training.MODEL)
-        found, share = _probabilities(network, seen)
-        real, ours = (set(transnetv2.boundaries(part)) for part in (truth, found))
-        f1 = 2 * len(real & ours) / max(1, len(real) + len(ours))
-        difference = np.abs(found - truth)
-        rows.append([
-            f"{budget:g}", f"{share:.3f}", f"{1 / share:.2f}x", f"{f1:.3f}", f"{len(real & ours)} of {len(real)}",
-            str(len(ours - real)), f"{difference.max():.3f}", f"{difference.mean():.4f}", f"{card['theta']:.3f}",
-        ])  # fmt: skip
-    head = (
-        "target", "share of MACs", "fewer", "F1 of boundaries", "boundaries found", "extra",
-        "largest difference of probability", "mean", "θ",
-    )  # fmt: skip
-    frames = f"{truth.size:,} held-out frames, {len(_training_frames(data))} training windows a budget."
+        counter, shares = MacCounter(network), []
+
+        def note(network: nn.Module = network, counter: MacCounter = counter, shares: list[float] = shares) -> None:
+            count = counter.count(_decisions(network), 1)
+            shares.append(float(count.executed.mean() / count.dense))
+
+        agreement = judge(network, note)
+        share = float(np.mean(shares))
+        rows.append([f"{budget:g}", f"{share:.3f}", f"{1 / share:.2f}x", *agreement.cells(), f"{card['theta']:.3f}"])
+    head = ("target", "share of MACs", "fewer", *Agreement.HEAD, "θ")
+    frames = f"{judge.frames:,} held-out frames, {len(load_data(data).train)} training windows a budget."
     _write_section("transnet", f"{frames}\n\n{_table(head, rows)}")
 
 
-def _training_frames(data: str) -> Any:
-    return load_data(data).train
-
-
-@torch.no_grad()
-def _probabilities(network: nn.Module, windows: Tensor) -> tuple[np.ndarray, float]:
-    """What a TransNetV2 says of each frame of the windows (W, T, …), flat, and its mean share of the dense MACs."""
-    pruned = "controller" in dict(network.named_children())
-    counter = MacCounter(network) if pruned else None  # type: ignore[arg-type]
-    said, shares = [], []
-    for window in windows:
-        said.append(training.sequences_of_logits(network(window[None]))[0].sigmoid().flatten().numpy())
-        if counter is not None:
-            count = counter.count(_decisions(network), 1)
-            shares.append(float(count.executed.mean() / count.dense))
-    return np.concatenate(said), float(np.mean(shares)) if shares else 1.0
-
-
-def _pruned_transnet(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def _pruned_transnet(path: Path) -> tuple[fx.GraphModule, dict[str, Any]]:
     tensors, card = checkpoint.read_checkpoint(path)
     network = prune(training.Logits(models.create("transnetv2")), tuple(card["clip_shape"]), **card["dance"])
     checkpoint.load_weights(network, checkpoint.without_prefix("network", tensors), path)

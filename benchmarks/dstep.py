@@ -70,6 +70,8 @@ ABLATION = [
     Run("full-0.6", "resnet-mini", 0.6, "Static and dynamic TS + DCP + SS"),
 ]
 DENSE = {"resnet-mini": "shift", "resnet-mini-tsn": "tsn"}
+#: The dense network trained on for as long as the D-STEP networks are: what longer training alone brings.
+CONTROL = "shift-longer"
 
 
 # ---- counts ----------------------------------------------------------------------------------------------------
@@ -137,6 +139,10 @@ def train(runs: Runs = Path("runs/dstep")) -> None:
 
     for model, name in DENSE.items():
         _trained(runs / name, method="dense", model=model, data=DATA, epochs=DENSE_EPOCHS, lr=3e-3)
+    _trained(
+        runs / CONTROL, method="dense", model="resnet-mini", data=DATA, epochs=EPOCHS, lr=1e-3,
+        init=runs / DENSE["resnet-mini"] / MODEL,
+    )  # fmt: skip
     for run in [*TARGETS, *ABLATION]:
         options = {"target_flops": run.target, "policy_lr": 5, "distill": 1, **run.options}
         _trained(
@@ -165,6 +171,8 @@ def collect(runs: Runs = Path("runs/dstep")) -> None:
             card = json.loads((runs / name / CARD).read_text())
             macs = flops.dense_macs(models.create(model), tuple(card["clip_shape"])).total  # type: ignore[arg-type]
             found["dense"][model] = {"accuracy": card["metrics"]["accuracy"], "macs": macs}
+    if (runs / CONTROL / CARD).exists():
+        found["control"] = json.loads((runs / CONTROL / CARD).read_text())["metrics"]["accuracy"]
     for run in dict.fromkeys(run.name for run in [*TARGETS, *ABLATION]):
         if (runs / run / CARD).exists():
             network, card = load_trained(runs / run / MODEL)
@@ -210,6 +218,8 @@ def accuracy(write: Write = False) -> None:
     results = _results()
     dense = results["dense"].get("resnet-mini")
     rows = [("dense", "", f"{dense['accuracy']:.3f}", "1", "1", "", "", "")] if dense else []
+    if "control" in results:
+        rows.append(("dense, trained on for as long", "", f"{results['control']:.3f}", "1", "1", "", "", ""))
     for run in TARGETS:
         if run.name in results["dstep"]:
             found = results["dstep"][run.name]["metrics"]

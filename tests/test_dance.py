@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from dance_tvm.sparsity.dance.method import AAP, controller_of, parse_amount, pr
 from dance_tvm.sparsity.dance.sites import trace
 from dance_tvm.sparsity.dance.trained import SHIPPED, load
 from dance_tvm.sparsity.dance.untrained import keep_at_random
-from dance_tvm.sparsity.data import MotionDigits, Splits
+from dance_tvm.sparsity.data import Batch, MotionDigits, Splits
 from dance_tvm.sparsity.training import Distillation, Logits, Settings
 from dance_tvm.sparsity.video import FrameWindows
 from dance_tvm.target import load_target
@@ -357,6 +358,46 @@ def test_transnet_is_pruned_without_labels(tmp_path: Path) -> None:
     result = training.train(settings, student, splits, tmp_path, task=Distillation(teacher))
     assert {"f1", "agreement", "difference", "share"} <= result.metrics.keys()
     assert result.metrics["agreement"] > 0.9, "a controller that has hardly begun to prune changes little"
+
+
+def test_distillation_weighs_boundaries_as_much_as_all_other_frames() -> None:
+    class Says(nn.Module):
+        def forward(self, clips: Tensor) -> Tensor:
+            return torch.full(clips.shape, -10.0).index_fill(1, torch.tensor([3]), 10.0)
+
+    task = Distillation(Says())
+    batch = Batch(torch.zeros(1, 100), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    truth = Says()(batch.clips)
+    assert float(task.loss(truth.clone(), batch)) == pytest.approx(0, abs=1e-6)
+    missed = float(task.loss(truth.index_fill(1, torch.tensor([3]), -10.0), batch))
+    invented = float(task.loss(truth.index_fill(1, torch.tensor([50]), 10.0), batch))
+    everywhere = float(task.loss(-truth.index_fill(1, torch.tensor([3]), -10.0), batch))
+    assert missed == pytest.approx(10, rel=0.01)
+    assert invented == pytest.approx(missed / 99, rel=0.01)
+    assert everywhere == pytest.approx(missed, rel=0.01)
+
+
+def test_a_network_that_imitates_trains_as_it_is_used(tmp_path: Path) -> None:
+    modes: list[dict[str, bool]] = []
+
+    class Watched(AAP):
+        def losses(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+            modes.append({name: module.training for name, module in network.named_modules()})
+            return super().losses(network, outputs, batch)
+
+    teacher, student = (Logits(models.create("transnetv2", filters=2)) for _ in range(2))
+    before = {name: value.clone() for name, value in student.state_dict().items() if "running" in name}
+    frames = np.random.default_rng(0).integers(0, 256, (32, 27, 48, 3), np.uint8)
+    splits = Splits("frames", FrameWindows([frames[:16]], 8, 8), FrameWindows([frames[16:]], 8, 8), "distillation")
+    settings = Settings(method="aap", model="transnetv2", data="frames", epochs=1, batch=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dance_tvm.sparsity.dance.method.AAP", Watched)
+        result = training.train(settings, student, splits, tmp_path, task=Distillation(teacher))
+    assert all(not mode["network.dropout"] and not mode["network.stacks.0.cells.0.bn"] for mode in modes)
+    assert modes
+    assert all(mode["controller.norm"] for mode in modes), "the controller's own norm learns"
+    after = result.network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 # ---- the network that ships ----

@@ -165,9 +165,13 @@ def create_method(name: str, options: Mapping[str, Any]) -> Method:
 
 
 class Task(Protocol):
-    """What the outputs are compared with: `loss` a scalar, `score` values of each clip (N,); larger `key` is better."""
+    """What the outputs are compared with: `loss` a scalar, `score` values of each clip (N,); larger `key` is better.
+
+    Where it `imitates`, the network trains as it is used: without dropout, with the batch norm it came with.
+    """
 
     key: str
+    imitates: bool
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor: ...
 
@@ -178,6 +182,7 @@ class Classification:
     """One label a clip; cross-entropy, accuracy 0 to 1."""
 
     key = "accuracy"
+    imitates = False
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         return functional.cross_entropy(outputs, batch.labels)
@@ -214,12 +219,16 @@ def sequences_of_logits(outputs: Any) -> list[Tensor]:
 class Distillation:
     """No labels: the dense network's logits on the same clip are the truth (binary per entry, as TransNetV2's).
 
+    Entries weigh by what the teacher says: those of boundaries together as much as all others together, however few
+    they are. Where the network says the same as its teacher there is no loss, so dropout, which would make one, is off;
+    and batch norm rests, because a batch is a window or two of one film.
     `agreement` is the share of entries on the same side of probability 0.5 and `difference` the largest difference
     of probability in the clip, both on the first output. `hits`, `extra` and `missed` count boundary frames for F1.
     What the teacher said of a clip is remembered; `varying` training clips, which differ by epoch, are asked anew.
     """
 
     key = "likeness"
+    imitates = True
 
     def __init__(self, teacher: nn.Module, *, varying: bool = False) -> None:
         self._teacher = teacher.eval().requires_grad_(False)
@@ -238,11 +247,7 @@ class Distillation:
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         truth = self._truth(batch, "train")
         ours = sequences_of_logits(outputs)
-        terms = [
-            functional.binary_cross_entropy_with_logits(mine.float(), true.sigmoid())
-            for mine, true in zip(ours, truth, strict=True)
-        ]
-        return torch.stack(terms).sum()
+        return torch.stack([_balanced(mine.float(), true) for mine, true in zip(ours, truth, strict=True)]).sum()
 
     def score(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
         mine = sequences_of_logits(outputs)[0].float().flatten(1).sigmoid()
@@ -256,6 +261,14 @@ class Distillation:
             "extra": (found & ~real).float().sum(1),
             "missed": (~found & real).float().sum(1),
         }
+
+
+def _balanced(ours: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || ours) of binary entries, two logits of one shape; see `Distillation` for their weights."""
+    said = teacher.sigmoid()
+    weight = said / said.sum().clamp(min=1) + (1 - said) / (1 - said).sum().clamp(min=1)
+    distance = functional.binary_cross_entropy_with_logits(ours, said, reduction="none")
+    return (weight * (distance - functional.binary_cross_entropy_with_logits(teacher, said, reduction="none"))).sum()
 
 
 # ---- settings and run ------------------------------------------------------------------------------------------
@@ -392,6 +405,10 @@ class _Indexed(torch.utils.data.Dataset[tuple[Tensor, Any, int]]):
         return clip, label, index
 
 
+#: What tells training from use, and rests where a task imitates.
+_RESTS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+
+
 class _Trainer:
     def __init__(
         self,
@@ -416,6 +433,7 @@ class _Trainer:
         self._sampler = self._make_sampler()
         self._loader = self._make_loader(splits.train, self._sampler, drop_last=len(splits.train) > settings.batch)
         self._method = create_method(settings.method, settings.options)
+        self._resting = [module for module in network.modules() if isinstance(module, _RESTS)] if task.imitates else []
         weights = checkpoint.read_weights(Path(settings.init)) if settings.init else {}
         if weights:
             checkpoint.load_weights(network, weights, str(settings.init), partial=True)
@@ -481,6 +499,8 @@ class _Trainer:
             self._splits.train.set_epoch(epoch)
         self._parallel.train()
         self._method.epoch_started(self._network, epoch)
+        for module in self._resting:
+            module.eval()
         sums: dict[str, float] = {}
         for step, batch in enumerate(self._loader):
             _set_rate(self._optimizer, self._settings, epoch * len(self._loader) + step, len(self._loader))

@@ -20,11 +20,14 @@ def importance(network: nn.Module, prunable: Prunable, scheme: Scheme, clips: Te
     layer's outputs count by their magnitude; one backward pass hands that importance down to the output neurons of
     every layer (g, mean absolute gradient of filter m), and a weight counts for what it carries there from its input:
     |W[m, n, tap]| * a[n] * g[m] with a the mean absolute activation of channel n. A unit's score is its weights' mean.
+    Clips go through the network one at a time: the backward pass keeps every activation.
     """
     was_training = network.training
+    parameters = [p for p in network.parameters() if p.requires_grad]
     with _recording(prunable, network.eval()) as (activations, gradients):
-        response = torch.stack([output.float().abs().sum() for output in _tensors(network(clips))]).sum()
-        torch.autograd.grad(response, [p for p in network.parameters() if p.requires_grad], allow_unused=True)
+        for clip in clips.split(1):
+            response = torch.stack([output.float().abs().sum() for output in _tensors(network(clip))]).sum()
+            torch.autograd.grad(response, parameters, allow_unused=True)
     network.train(was_training)
     scores = {}
     for layer in prunable.layers:
@@ -39,7 +42,8 @@ def importance(network: nn.Module, prunable: Prunable, scheme: Scheme, clips: Te
 
 @contextmanager
 def _recording(prunable: Prunable, network: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Mean absolute input of each channel and mean absolute gradient of each filter's output, by layer."""
+    """Mean absolute input of each channel and mean absolute gradient of each filter's output, by layer, summed over
+    calls of ``network``."""
     activations: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
 
