@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tvm import tirx
@@ -38,6 +39,7 @@ from .emit import (
     store,
     when,
 )
+from .panel_weights import Panel, PanelWeights, are_consecutive
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,8 @@ class GatherEmitter:
         self.tile = conv.tile
         #: Whether a panel is any ``nr`` live output channels, or ``nr`` consecutive ones.
         self.listed_panels = conv.live_out
-        #: Whether the weights of a panel are gathered before they are used.
-        self.gathers = conv.live_in or conv.live_out
+        self.in_channels: Any = None
+        self.out_channels: Any = None
 
     def emit(self) -> None:
         conv = self.conv
@@ -130,19 +132,13 @@ class GatherEmitter:
             self._zero_dead()
         with serial(conv.plan.samples) as sample:
             blocks = let(self.counts[sample, 0])
-            panels = self._live_panels(sample)
+            panels = self.panel_weights.live_panels(sample, conv.panels)
             with parallel(blocks * panels) as task:
                 if self.tile.panels_outer:
                     panel, block = let(tirx.floordiv(task, blocks)), let(tirx.floormod(task, blocks))
                 else:
                     block, panel = let(tirx.floordiv(task, panels)), let(tirx.floormod(task, panels))
                 self._block(sample, block, panel)
-
-    def _live_panels(self, sample: Expr) -> Expr:
-        """How many panels are computed."""
-        if not self.listed_panels:
-            return self.conv.panels
-        return let(tirx.floordiv(self.out_channels[sample, 0] + (self.tile.nr - 1), self.tile.nr))
 
     def _declare(self) -> None:
         conv, plan = self.conv, self.conv.plan
@@ -165,15 +161,17 @@ class GatherEmitter:
         residual = argument("residual", out_shape) if conv.residual else None
         y = argument("y", out_shape)
         self.x, self.weights, self.y = flat(x), flat(weights), flat(y)
+        lists = (self.in_channels, self.out_channels)
+        self.panel_weights = PanelWeights(self.weights, self.tile, window.taps, conv.depth, *lists)
         self.residual = flat(residual) if residual is not None else None
 
     def _declare_lists(self) -> None:
         """Parameters between the row plan and the masks: the channel lists."""
-        conv, plan = self.conv, self.conv.plan
+        conv, samples = self.conv, self.conv.plan.samples
         if conv.live_in:
-            self.in_channels = argument("in_channels", channel_list_shape(plan.samples, conv.depth), INT)
+            self.in_channels = argument("in_channels", channel_list_shape(samples, conv.depth), INT)
         if conv.live_out:
-            self.out_channels = argument("out_channels", channel_list_shape(plan.samples, conv.channels_out), INT)
+            self.out_channels = argument("out_channels", channel_list_shape(samples, conv.channels_out), INT)
 
     def _zero_dead(self) -> None:
         """Write zeros where nothing is computed but a reader may look."""
@@ -218,25 +216,27 @@ class GatherEmitter:
         first_tile = let(block * tile.block_tiles)
         tiles = let(tirx.min(tile.block_tiles, self.counts[sample, 1] - first_tile))
         self._start_from_bias(sample, panel, partial, tiles)
-        gathered = self._gathered_panel(sample, panel) if self.gathers else None
-        begin = let(self.blocks[sample, block])
-        end = let(self.blocks[sample, block + 1])
-        with serial(end - begin) as index:
-            segment = let(begin + index)
-            tap, last_tap, low, high = (let(self.segments[sample, segment, field]) for field in range(4))
-            if gathered is not None:
-                gathered.prepare(tap, last_tap)
-            with self._depth_blocks(sample) as channels, serial(high - low) as offset:
-                current = let(low + offset)
-                place = let((current - first_tile) * (tile.mr * tile.nr))
-                weights = None if gathered is None else gathered.weights
-                self._tile(sample, panel, current, place, partial, (tap, last_tap), channels, weights)
+
+        def multiply(weights: Panel) -> None:
+            begin = let(self.blocks[sample, block])
+            end = let(self.blocks[sample, block + 1])
+            with serial(end - begin) as index:
+                segment = let(begin + index)
+                tap, last_tap, low, high = (let(self.segments[sample, segment, field]) for field in range(4))
+                weights.prepare(tap, last_tap)
+                with self._depth_blocks(sample) as channels, serial(high - low) as offset:
+                    current = let(low + offset)
+                    place = let((current - first_tile) * (tile.mr * tile.nr))
+                    self._tile(sample, panel, current, place, partial, (tap, last_tap), channels, weights)
+
+        panels = self.panel_weights
+        panels.use(sample, panel, big(0), lambda: panels.gather(sample, panel, big(0), self.taps), multiply)
         self._store_block(sample, panel, first_tile, tiles, partial)
 
     @contextmanager
     def _depth_blocks(self, sample: Expr) -> Iterator[tuple[Expr, Expr]]:
         """Loop over blocks of live input channels: (first, count). One block needs no loop."""
-        live, most = self._live_count(sample), self.tile.depth_block
+        live, most = self.panel_weights.live_in(sample), self.tile.depth_block
         if self.conv.depth <= most:
             yield 0, live
             return
@@ -248,8 +248,8 @@ class GatherEmitter:
         tile = self.tile
         if self.listed_panels:
             bias = scratch((tile.nr,))
-            for index in range(tile.nr):
-                store(bias, self.bias[self._out_channel(sample, panel, index)], index)
+            for index, channel in enumerate(self.panel_weights.columns(sample, panel)):
+                store(bias, self.bias[channel], index)
             values = [let(bias[lanes(v * tile.vector_floats, tile.vector_floats)]) for v in range(tile.vectors)]
         else:
             start = panel * tile.nr
@@ -260,33 +260,6 @@ class GatherEmitter:
             for v, value in enumerate(values):
                 store(partial, value, lanes(row * tile.nr + v * tile.vector_floats, tile.vector_floats))
 
-    def _out_channel(self, sample: Expr, panel: Expr, index: int) -> Expr:
-        """The ``index``-th live output channel of the panel; the last one again past the end."""
-        last = self.out_channels[sample, 0] - 1
-        return self.out_channels[sample, 1 + tirx.min(panel * self.tile.nr + index, last)]
-
-    def _gathered_panel(self, sample: Expr, panel: Expr) -> GatheredPanel:
-        """The panel's weights for its output channels and the live input channels, none of them gathered yet."""
-        conv, tile = self.conv, self.tile
-        rows = conv.window.taps * conv.depth
-        copy_row = (
-            listed_columns([self._out_channel(sample, panel, index) for index in range(tile.nr)], rows, tile)
-            if self.listed_panels
-            else whole_panel(panel, rows, tile)
-        )
-        live = self._live_count(sample)
-
-        def gather(tap: Expr, weights: tirx.Buffer) -> None:
-            with serial(live) as k:
-                channel = self.in_channels[sample, 1 + k] if conv.live_in else k
-                row = let(big(tap * conv.depth + channel) * tile.nr)
-                copy_row(self.weights, row, weights, let((tap * live + k) * tile.nr))
-
-        return GatheredPanel(conv, self.taps, gather)
-
-    def _live_count(self, sample: Expr) -> Expr:
-        return let(self.in_channels[sample, 0]) if self.conv.live_in else self.conv.depth
-
     def _tile(
         self,
         sample: Expr,
@@ -296,7 +269,7 @@ class GatherEmitter:
         partial: tirx.Buffer,
         taps: tuple[Expr, Expr],
         channels: tuple[Expr, Expr],
-        gathered: tirx.Buffer | None,
+        weights: Panel,
     ) -> None:
         """Accumulate the segment's taps over one tile."""
         tile = self.tile
@@ -310,38 +283,19 @@ class GatherEmitter:
             entry = let(tap + offset)
             shift = let(self.taps[entry, 1])
             sources = [let(big((row + shift) * stride + start)) for row in rows]
-            self._tap(sample, panel, self.taps[entry, 0], sources, channels, gathered, acc)
+            self._multiply(sources, weights.at(self.taps[entry, 0]), channels, acc)
         self._each_vector(lambda r, v, at: store(partial, acc[r][v][lanes(0, count)], lanes(place + at, count)))
 
     def _input_layout(self, sample: Expr, panel: Expr) -> tuple[Expr, Expr]:
         """Floats from one input position to the next, and where the first one read lies."""
         conv = self.conv
         if conv.compact_in:
-            live = self._live_count(sample)
+            live = self.panel_weights.live_in(sample)
             positions = conv.window.positions_in // conv.plan.samples
             return live, let(sample * positions * (conv.channels_in - live))
         if conv.groups == 1:
             return conv.channels_in, 0
         return conv.channels_in, let(tirx.floordiv(panel, conv.panels // conv.groups) * conv.depth)
-
-    def _tap(
-        self,
-        sample: Expr,
-        panel: Expr,
-        tap: Expr,
-        sources: list[Expr],
-        channels: tuple[Expr, Expr],
-        gathered: tirx.Buffer | None,
-        acc: list[list[tirx.Buffer]],
-    ) -> None:
-        """Accumulate one tap."""
-        conv, tile = self.conv, self.tile
-        if gathered is None:
-            base = let(big((panel * conv.window.taps + tap) * (conv.depth * tile.nr)))
-            self._multiply(sources, self.weights, base, channels, acc)
-        else:
-            start = let(big(tap * self._live_count(sample) * tile.nr))
-            self._multiply(sources, gathered, start, channels, acc)
 
     def _each_vector(self, visit: Callable[[int, int, int], None]) -> None:
         for r in range(self.tile.mr):
@@ -351,8 +305,7 @@ class GatherEmitter:
     def _multiply(
         self,
         sources: list[Expr],
-        weights: tirx.Buffer,
-        base: Expr,
+        weights: Panel,
         channels: tuple[Expr, Expr],
         acc: list[list[tirx.Buffer]],
     ) -> None:
@@ -361,28 +314,27 @@ class GatherEmitter:
         first, count = channels
         if isinstance(count, int) and count <= 4:
             for k in range(count):
-                self._multiply_one(sources, weights, base, k, k * tile.nr, acc)
+                self._multiply_one(sources, weights, k, k * tile.nr, acc)
             return
         whole = let(tirx.floordiv(count, tile.step)) if tile.step > 1 else 0
         if tile.step > 1:
             with serial(whole) as chunk:
-                self._multiply_step(sources, weights, base, let(big(first + chunk * tile.step)), tile.step, acc)
+                self._multiply_step(sources, weights, let(big(first + chunk * tile.step)), tile.step, acc)
         if tile.step == 1 or not isinstance(count, int) or count % tile.step:
             with serial(count - whole * tile.step) as k:
                 channel = big(first + whole * tile.step + k)
-                self._multiply_one(sources, weights, base, channel, channel * tile.nr, acc)
+                self._multiply_one(sources, weights, channel, channel * tile.nr, acc)
 
     def _multiply_one(
         self,
         sources: list[Expr],
-        weights: tirx.Buffer,
-        base: Expr,
+        weights: Panel,
         channel: Expr,
         weight_at: Expr,
         acc: list[list[tirx.Buffer]],
     ) -> None:
         count = self.tile.vector_floats
-        w = [let(weights[lanes(base + weight_at + v * count, count)]) for v in range(self.tile.vectors)]
+        w = [let(weights.weights[lanes(start + weight_at, count)]) for start in weights.starts]
         for r, source in enumerate(sources):
             x = let(splat(self.x[source + channel], count))
             for v in range(self.tile.vectors):
@@ -391,8 +343,7 @@ class GatherEmitter:
     def _multiply_step(
         self,
         sources: list[Expr],
-        weights: tirx.Buffer,
-        base: Expr,
+        weights: Panel,
         channel: Expr,
         step: int,
         acc: list[list[tirx.Buffer]],
@@ -401,8 +352,8 @@ class GatherEmitter:
         count = self.tile.vector_floats
         xs = [let(self.x[lanes(source + channel, step)]) for source in sources]
         for k in range(step):
-            start = base + (channel + k) * self.tile.nr
-            w = [let(weights[lanes(start + v * count, count)]) for v in range(self.tile.vectors)]
+            row = (channel + k) * self.tile.nr
+            w = [let(weights.weights[lanes(start + row, count)]) for start in weights.starts]
             for r, x in enumerate(xs):
                 for v in range(self.tile.vectors):
                     product = splat(lane(x, k), count) * w[v]
@@ -416,8 +367,8 @@ class GatherEmitter:
         within = panel if conv.groups == 1 else tirx.floormod(panel, per_group)
         columns: list[Expr] = []
         if self.listed_panels:
-            columns = [let(self._out_channel(sample, panel, index)) for index in range(tile.nr)]
-            consecutive = let(_side_by_side(columns))
+            columns = [let(channel) for channel in self.panel_weights.columns(sample, panel)]
+            consecutive = let(are_consecutive(columns))
         start = let(group * conv.group_out + within * tile.nr)
         valid = let(conv.group_out - within * tile.nr)
         with serial(tiles) as index, serial(tile.mr) as r:
@@ -466,83 +417,6 @@ class GatherEmitter:
     def _finished(self, value: Expr, channel: Expr, count: int) -> Expr:
         """What is stored for output channels ``channel …``."""
         return value
-
-
-class GatheredPanel:
-    """The weights of one panel, (taps, live input channels, nr), each tap gathered when a segment first needs it.
-
-    Segments of different rows need the same taps; taps that only dead frames would be read through are never needed.
-    """
-
-    def __init__(self, conv: GatherConv, taps: tirx.Buffer, gather: Callable[[Expr, tirx.Buffer], None]) -> None:
-        self.weights = scratch((conv.window.taps * conv.depth * conv.tile.nr,))
-        self._taps, self._gather = taps, gather
-        self._done = scratch((conv.window.taps,), INT)
-        with serial(conv.window.taps) as tap:
-            store(self._done, tirx.IntImm(INT, 0), tap)
-
-    def prepare(self, first: Expr, last: Expr) -> None:
-        """Gather what is missing of the tap entries ``first`` to ``last``."""
-        with serial(last - first) as offset:
-            tap = let(self._taps[first + offset, 0])
-            with when(self._done[tap] == 0):
-                self._gather(tap, self.weights)
-                store(self._done, tirx.IntImm(INT, 1), tap)
-
-
-#: Copies one row of a panel: (packed weights, offset of the row in any panel, panel, offset in it).
-CopyRow = Callable[[tirx.Buffer, Expr, tirx.Buffer, Expr], None]
-
-
-def whole_panel(panel: Expr, rows: int, tile: Tile) -> CopyRow:
-    """Copies from panel ``panel`` of packed weights, whose panels have ``rows`` rows of ``nr``."""
-    start = let(big(panel) * (rows * tile.nr))
-
-    def copy(weights: tirx.Buffer, row: Expr, gathered: tirx.Buffer, at: Expr) -> None:
-        for v in range(tile.vectors):
-            lane = v * tile.vector_floats
-            value = weights[lanes(start + row + lane, tile.vector_floats)]
-            store(gathered, value, lanes(at + lane, tile.vector_floats))
-
-    return copy
-
-
-def listed_columns(channels: list[Expr], rows: int, tile: Tile) -> CopyRow:
-    """Copies the columns of ``nr`` output channels from wherever in the packed weights they are.
-
-    Each column is read along one panel, which the processor foresees; vectors of channels that lie side by side in
-    one panel are copied whole.
-    """
-    floats = tile.vector_floats
-    named = [let(channel) for channel in channels]
-    starts = [
-        let(big(tirx.floordiv(channel, tile.nr)) * (rows * tile.nr) + tirx.floormod(channel, tile.nr))
-        for channel in named
-    ]
-    whole = [
-        let(tirx.all(_side_by_side(named[v : v + floats]), tirx.floormod(named[v], floats) == 0))
-        for v in range(0, tile.nr, floats)
-    ]
-
-    def copy(weights: tirx.Buffer, row: Expr, gathered: tirx.Buffer, at: Expr) -> None:
-        for v in range(tile.vectors):
-            lane = v * floats
-
-            def vector(lane: int = lane) -> None:
-                store(gathered, weights[lanes(starts[lane] + row, floats)], lanes(at + lane, floats))
-
-            def singles(lane: int = lane) -> None:
-                for index in range(lane, lane + floats):
-                    store(gathered, weights[starts[index] + row], at + index)
-
-            choose(whole[v], vector, singles)
-
-    return copy
-
-
-def _side_by_side(channels: list[Expr]) -> Expr:
-    """Whether ascending channels are consecutive. Past the end of a list its last one is repeated: repeats are none."""
-    return tirx.all(channels[-1] - channels[0] == len(channels) - 1, channels[-1] != channels[-2])
 
 
 def _clear(buffer: tirx.Buffer, start: Expr, length: int, tile: Tile) -> None:

@@ -18,6 +18,7 @@ from tvm import tirx
 from .conv3d_gather import GatherConv, GatherEmitter, Tile
 from .emit import INT, Expr, argument, big, kernel, lane, lanes, let, number, scratch, serial, splat, store, when
 from .geometry import Window
+from .panel_weights import Panel
 from .tiles import Machine, default_tile
 
 
@@ -192,13 +193,7 @@ class KernelGroupEmitter(GatherEmitter):
 
     def __init__(self, conv: KernelGroupConv) -> None:
         super().__init__(conv)
-        self.listed_panels = self.gathers = False
-
-    def _live_panels(self, sample: Expr) -> Expr:
-        return self.conv.panels
-
-    def _live_count(self, sample: Expr) -> Expr:
-        return self.conv.depth  # live channels are in the column lists
+        self.listed_panels = False
 
     def _declare_lists(self) -> None:
         conv = self.conv
@@ -232,7 +227,7 @@ class KernelGroupEmitter(GatherEmitter):
         partial: tirx.Buffer,
         taps: tuple[Expr, Expr],
         channels: tuple[Expr, Expr],
-        gathered: tirx.Buffer | None,
+        weights: Panel,
     ) -> None:
         """Accumulate the segment's taps over one tile, one loop for each run of consecutive taps."""
         tile, count = self.tile, self.tile.vector_floats

@@ -13,14 +13,15 @@ Depth taps are summed in the transformed domain where frames are not transformed
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from tvm import tirx
 
 from .channel_plan import channel_list_shape
-from .conv3d_gather import Tile, listed_columns, whole_panel
+from .conv3d_gather import Tile
 from .convolution import list_marks
 from .emit import (
     ACTIVATIONS,
@@ -45,6 +46,7 @@ from .emit import (
     when,
 )
 from .geometry import Window
+from .panel_weights import Panel, PanelWeights
 from .winograd_plan import LISTS, WinogradPlan
 from .winograd_transforms import matrices, transform_weights
 
@@ -158,14 +160,6 @@ def mask_arguments(conv: WinogradConv) -> list[str]:
 
 
 @dataclass(frozen=True)
-class WeightPanel:
-    """A panel of output channels: where each of its vectors begins in ``weights``, live input channels side by side."""
-
-    weights: tirx.Buffer
-    starts: list[Expr]
-
-
-@dataclass(frozen=True)
 class ChannelVector:
     """``count`` channels that a vector holds: consecutive ones from the ``first`` on.
 
@@ -214,6 +208,8 @@ class _Emitter:
         self.plan = conv.plan
         self.tile = conv.tile
         self.window = conv.window
+        self.in_channels: Any = None
+        self.out_channels: Any = None
 
     def emit(self) -> None:
         conv, plan = self.conv, self.plan
@@ -226,9 +222,7 @@ class _Emitter:
             sample = let(self.counts[chunk, 3])
             with parallel(self.counts[chunk, 0]) as index:
                 self._transform_inputs(chunk, sample, index)
-            panels: Expr = conv.panels
-            if conv.live_out:
-                panels = let(ceil_div(self.out_channels[sample, 0], self.tile.nr))
+            panels = self.panel_weights.live_panels(sample, conv.panels)
             with parallel(panels * plan.xi) as task:
                 self._multiply_panel(chunk, sample, let(tirx.floordiv(task, panels)), let(tirx.floormod(task, panels)))
             with parallel(self.counts[chunk, 1] * self.tile.mr) as slot:
@@ -250,7 +244,10 @@ class _Emitter:
         out_shape = (window.batch, *window.out, conv.channels_out)
         residual = argument("residual", out_shape) if conv.residual else None
         y = argument("y", out_shape)
-        self.x, self.weights, self.y = flat(x), flat(weights), flat(y)
+        self.x, self.y = flat(x), flat(y)
+        self.panel_weights = PanelWeights(
+            flat(weights), self.tile, plan.taps, conv.channels_in, self.in_channels, self.out_channels
+        )
         self.residual = flat(residual) if residual is not None else None
 
     def _zero_dead(self) -> None:
@@ -277,9 +274,6 @@ class _Emitter:
                     store(self.y, number(0.0), big(frame * area + position) * conv.channels_out + channel)
 
     # -- channels ----------------------------------------------------------------------------------------------------
-
-    def _live_in(self, sample: Expr) -> Expr:
-        return let(self.in_channels[sample, 0]) if self.conv.live_in else self.conv.channels_in
 
     def _each_vector(self, count: Expr, visit: Callable[[Expr, int], None]) -> None:
         """Call ``visit(first channel, lanes)`` over ``count`` channels: whole vectors, then the rest one by one."""
@@ -332,7 +326,7 @@ class _Emitter:
 
             self._along_axes(axes[::-1], 2, read, write, waiting, count)
 
-        self._each_vector(self._live_in(sample), channels)
+        self._each_vector(self.panel_weights.live_in(sample), channels)
 
     def _readable_frames(self, clip: Expr, start: Expr) -> tirx.Buffer:
         """For each frame of a tile of inputs that begins at ``start``: 1 if it is inside the clip, alive and read.
@@ -415,56 +409,19 @@ class _Emitter:
     # -- phase 2 -----------------------------------------------------------------------------------------------------
 
     def _multiply_panel(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr) -> None:
-        """One ξ, one panel of output channels, all rows of the chunk.
+        """One ξ, one panel of output channels, all rows of the chunk."""
+        panels = self.panel_weights
+        plane = let(big(xi) * (self.conv.panels * panels.panel_floats))
+        panels.use(
+            sample, panel, plane, lambda: panels.gather(sample, panel, plane),
+            partial(self._multiply_runs, chunk, sample, xi, panel),
+        )  # fmt: skip
 
-        Weights are read where they are if all input channels are alive and the listed output channels leave whole
-        vectors of the packed weights; else the panel's are gathered first.
-        """
-        conv, tile = self.conv, self.tile
-        rows = self.plan.taps * conv.channels_in
-        plane = let(big(xi) * (conv.panels * rows * tile.nr))
-        multiply = partial(self._multiply_runs, chunk, sample, xi, panel)
-
-        def in_place() -> None:
-            if not conv.live_out:
-                start = let(plane + big(panel) * (rows * tile.nr))
-                multiply(WeightPanel(self.weights, [start + v * tile.vector_floats for v in range(tile.vectors)]))
-                return
-            firsts = [self._out_channel(sample, panel * tile.nr + v * tile.vector_floats) for v in range(tile.vectors)]
-            vectors = [let(tirx.floordiv(first, tile.vector_floats)) for first in firsts]
-            panels = [big(tirx.floordiv(vector, tile.vectors)) * (rows * tile.nr) for vector in vectors]
-            within = [tirx.floormod(vector, tile.vectors) * tile.vector_floats for vector in vectors]
-            starts = [let(plane + at + lane) for at, lane in zip(panels, within, strict=True)]
-            multiply(WeightPanel(self.weights, starts))
-
-        def gathered() -> None:
-            weights = self._gather_weights(sample, plane, panel)
-            multiply(WeightPanel(weights, [big(v * tile.vector_floats) for v in range(tile.vectors)]))
-
-        reasons = [self._live_in(sample) == conv.channels_in] if conv.live_in else []
-        if conv.live_out:
-            reasons += [
-                self._is_in_place(sample, panel * tile.nr + v * tile.vector_floats) for v in range(tile.vectors)
-            ]
-        if reasons:
-            choose(tirx.all(*reasons), in_place, gathered)
-        else:
-            in_place()
-
-    def _is_in_place(self, sample: Expr, first: Expr) -> Expr:
-        """Whether the vector of listed output channels from the ``first`` on is one of the packed weights' vectors."""
-        first, live = let(first), let(self.out_channels[sample, 0])
-        last = let(tirx.min(first + self.tile.vector_floats, live) - 1)
-        channel = let(self._out_channel(sample, first))
-        aligned = tirx.floormod(channel, self.tile.vector_floats) == 0
-        side_by_side = self._out_channel(sample, last) - channel == last - first
-        return let(tirx.any(first >= live, tirx.all(aligned, side_by_side)))
-
-    def _multiply_runs(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr, columns: WeightPanel) -> None:
+    def _multiply_runs(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr, columns: Panel) -> None:
         """All rows of the chunk times ``columns`` of the weights, run by run."""
         conv, tile = self.conv, self.tile
         depth = conv.channels_in
-        live = self._live_in(sample)
+        live = self.panel_weights.live_in(sample)
         source = let(big(xi) * conv.source_plane)
         target = let(big(xi) * conv.product_plane + panel * tile.nr)
         most = tile.depth_block
@@ -484,26 +441,6 @@ class _Emitter:
                     place = let(target + big(current) * (tile.mr * conv.panels * tile.nr))
                     self._register_tile(rows, source, place, columns, taps, channels, fresh)
 
-    def _gather_weights(self, sample: Expr, plane: Expr, panel: Expr) -> tirx.Buffer:
-        """The columns of the panel's listed output channels side by side, of live input channels alone."""
-        conv, plan, tile = self.conv, self.plan, self.tile
-        rows = plan.taps * conv.channels_in
-        gathered = scratch((rows * tile.nr,))
-        copy_row = (
-            listed_columns([self._out_channel(sample, panel * tile.nr + i) for i in range(tile.nr)], rows, tile)
-            if conv.live_out
-            else whole_panel(panel, rows, tile)
-        )
-        with serial(plan.taps) as tap, serial(self._live_in(sample)) as k:
-            channel = self.in_channels[sample, 1 + k] if conv.live_in else k
-            row = let((tap * conv.channels_in + channel) * tile.nr)
-            copy_row(self.weights, let(plane + row), gathered, let((tap * conv.channels_in + k) * tile.nr))
-        return gathered
-
-    def _out_channel(self, sample: Expr, index: Expr) -> Expr:
-        """The ``index``-th live output channel; the last one again past the end."""
-        return self.out_channels[sample, 1 + tirx.min(index, self.out_channels[sample, 0] - 1)]
-
     def _zero_products(self, target: Expr, low: Expr, high: Expr) -> None:
         """Rows that read no live frame or channel: their sums are empty."""
         tile, row_floats = self.tile, self.conv.panels * self.tile.nr
@@ -520,7 +457,7 @@ class _Emitter:
         rows: list[Expr],
         source: Expr,
         place: Expr,
-        columns: WeightPanel,
+        columns: Panel,
         taps: tuple[Expr, Expr],
         channels: tuple[Expr, Expr],
         fresh: Expr,
@@ -544,16 +481,14 @@ class _Emitter:
             entry = let(taps[0] + offset)
             shift = let(self.taps[entry, 1])
             sources = [let(source + big(row + shift) * conv.channels_in) for row in rows]
-            tap = let(big(self.taps[entry, 0]) * (conv.channels_in * tile.nr))
-            at_tap = replace(columns, starts=[let(start + tap) for start in columns.starts])
-            self._multiply(sources, at_tap, channels, acc)
+            self._multiply(sources, columns.at(self.taps[entry, 0]), channels, acc)
         for r, v in cells:
             store(self.products, acc[r][v][lanes(0, count)], self._vector(place + r * row_floats, v))
 
     def _multiply(
         self,
         sources: list[Expr],
-        columns: WeightPanel,
+        columns: Panel,
         channels: tuple[Expr, Expr],
         acc: list[list[tirx.Buffer]],
     ) -> None:
@@ -576,7 +511,7 @@ class _Emitter:
                 self._multiply_add(spread, columns, big(k) * tile.nr, acc)
 
     def _multiply_add(
-        self, values: list[Expr], columns: WeightPanel, row: Expr, acc: list[list[tirx.Buffer]], ahead: bool = True
+        self, values: list[Expr], columns: Panel, row: Expr, acc: list[list[tirx.Buffer]], ahead: bool = True
     ) -> None:
         """One channel; ``ahead``: ask for the weights of the next block too."""
         count = self.tile.vector_floats
