@@ -72,7 +72,7 @@ _WINDOWS = "transnet:published,window=50"
 SUBJECTS = {
     "c3d-mini": Subject("motion-digits,train=480,test=384,size=24,frames=8", 3.6, 12),
     "r2plus1d-mini": Subject("motion-digits,train=1536,test=1024,size=24,frames=8", 3.2, 8, epochs=5),
-    "transnetv2": Subject(f"{_WINDOWS},most=12", None, 0, batch=1, lr=1e-4),
+    "transnetv2": Subject(f"{_WINDOWS},most=6", None, 0, batch=1, lr=1e-4),
 }
 ALGORITHMS = ("heuristic", "lasso", "reweighted")
 

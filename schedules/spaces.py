@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .conv3d_gather import GatherConv, Tile
@@ -18,7 +18,7 @@ from .geometry import Triple, Window
 from .kernel_columns import Columns, column_run
 from .pool3d import Pool, default_vectors
 from .row_plan import RowPlan
-from .tiles import Machine, candidates, default_tile, predicted_cycles
+from .tiles import Machine, candidates, default_tile, predicted_cycles, window_cycles
 from .winograd import WinogradConv
 from .winograd_choice import MOST_SCRATCH, Choice, best, choose, configured, options, why_not, winograd_seconds
 from .workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Workload
@@ -67,16 +67,16 @@ def fields_of(workload: Workload, tile: Tile) -> dict[str, Any]:
     }
 
 
-def register_tiles(machine: Machine, rows: int, panel: int, vectors: int | None = None) -> dict[int, list[int]]:
+def register_tiles(
+    machine: Machine, cycles: Callable[[tuple[int, int, int]], float], vectors: int | None = None
+) -> dict[int, list[int]]:
     """Rows worth trying for each number of vectors (for ``vectors`` alone where given), as the model of the register
-    file has it."""
-    cost = {
-        tile: predicted_cycles(machine, rows, panel, tile) for tile in candidates(machine) if vectors in (None, tile[1])
-    }
+    file has it: ``cycles`` of a tile (rows, vectors, step)."""
+    cost = {tile: cycles(tile) for tile in candidates(machine) if vectors in (None, tile[1])}
     limit = WORTH_TRYING * min(cost.values())
     found: dict[int, list[int]] = {}
-    for (mr, columns, _), cycles in cost.items():
-        if cycles <= limit:
+    for (mr, columns, _), predicted in cost.items():
+        if predicted <= limit:
             found.setdefault(columns, []).append(mr)
     return found
 
@@ -167,7 +167,8 @@ class GatherSpace:
     @cached_property
     def register_tiles(self) -> dict[int, list[int]]:
         """Rows worth trying for each number of vectors."""
-        return register_tiles(self.machine, self.workload.window.positions_out, self.workload.group_out)
+        work = self.workload
+        return register_tiles(self.machine, partial(window_cycles, self.machine, work.window, work.group_out))
 
     @property
     def steps(self) -> list[int]:
@@ -282,7 +283,8 @@ class KernelGroupSpace:
     def rows(self) -> list[int]:
         """Rows worth trying."""
         work = self.workload
-        tiles = register_tiles(self.machine, work.window.positions_out, work.channels_out, self.vectors)
+        cycles = partial(window_cycles, self.machine, work.window, work.channels_out)
+        tiles = register_tiles(self.machine, cycles, self.vectors)
         return tiles[self.vectors]
 
     @property
@@ -446,7 +448,8 @@ class WinogradSpace:
     @cached_property
     def register_tiles(self) -> dict[int, list[int]]:
         """Rows worth trying for each number of vectors: the rows of a chunk are many."""
-        return register_tiles(self.machine, self.workload.window.positions_out, self.workload.channels_out)
+        rows, panel = self.workload.window.positions_out, self.workload.channels_out
+        return register_tiles(self.machine, partial(predicted_cycles, self.machine, rows, panel))
 
     @property
     def _gather(self) -> GatherSpace:

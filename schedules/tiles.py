@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 
 from .conv3d_gather import Tile
 from .geometry import Window
@@ -48,14 +52,37 @@ def candidates(machine: Machine) -> list[tuple[int, int, int]]:
 
 def predicted_cycles(machine: Machine, rows: int, panel: int, tile: tuple[int, int, int]) -> float:
     """Cycles per (channel, tap) to compute ``rows`` × ``panel`` output channels with ``tile``, padding included."""
+    return -(-rows // tile[0]) * _panel_cycles(machine, panel, tile)
+
+
+def window_cycles(machine: Machine, window: Window, panel: int, tile: tuple[int, int, int]) -> float:
+    """Cycles per channel to compute all positions of ``window`` × ``panel`` output channels with ``tile``."""
+    return tap_tiles(window, tile[0]) * _panel_cycles(machine, panel, tile)
+
+
+@lru_cache(maxsize=1024)
+def tap_tiles(window: Window, mr: int, share: float = 1.0) -> float:
+    """Pairs of register tile and tap: rows that read other taps, as at edges, fill tiles of their own.
+
+    ``share`` of the rows of each class are computed together.
+    """
+    counted = [Counter(window.live_taps(axis, index) for index in range(window.out[axis])) for axis in range(3)]
+    pairs = 0.0
+    for classes in product(*(axis.items() for axis in counted)):
+        rows = window.batch * share * math.prod(size for _, size in classes)
+        pairs += math.ceil(rows / mr) * math.prod(len(live) for live, _ in classes)
+    return pairs
+
+
+def _panel_cycles(machine: Machine, panel: int, tile: tuple[int, int, int]) -> float:
+    """Cycles per (channel, tap) of one tile of rows and all its tiles of ``panel`` output channels."""
     mr, vectors, step = tile
-    nr = vectors * machine.vector_floats
-    tiles = -(-rows // mr) * -(-panel // nr)
     multiply = mr * vectors / 2
     loads = (mr / step + vectors) / 2
     latency = CHAINS_TO_HIDE_LATENCY / 2
     # Loads run beside the multiplies but are not free; those of weights come from further away than those of rows.
-    return tiles * (max(multiply, loads, latency) + 0.1 * mr / step + 0.35 * vectors)
+    panels = -(-panel // (vectors * machine.vector_floats))
+    return panels * (max(multiply, loads, latency) + 0.1 * mr / step + 0.35 * vectors)
 
 
 def default_tile(
@@ -75,7 +102,7 @@ def default_tile(
     """
     fitting = [tile for tile in candidates(machine) if tile[0] <= most_rows]
     options = [tile for tile in fitting if nr is None or tile[1] * machine.vector_floats == nr]
-    mr, vectors, step = min(options, key=lambda tile: predicted_cycles(machine, window.positions_out, group_out, tile))
+    mr, vectors, step = min(options, key=lambda tile: window_cycles(machine, window, group_out, tile))
     nr = vectors * machine.vector_floats
     depth_block = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (4 * nr) // step * step)
     block_depth = min(depth, depth_block)

@@ -6,17 +6,14 @@ them there are, how many weights stream past them, and what the transforms add.
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from statistics import mean
 
 from .conv3d_gather import GatherConv, Tile
 from .conv3d_kgs import KernelGroupConv
 from .geometry import Triple, Window
-from .tiles import WEIGHTS_SHARE_OF_L1, Machine, candidates, predicted_cycles
+from .tiles import WEIGHTS_SHARE_OF_L1, Machine, candidates, predicted_cycles, tap_tiles
 from .winograd import WinogradConv
 from .winograd_plan import WinogradPlan
 
@@ -272,14 +269,8 @@ def _tiles_filled(window: Window, mr: int, share: float) -> float:
 
     ``share`` of the rows of each class are computed together.
     """
-    counted = [Counter(window.live_taps(axis, index) for index in range(window.out[axis])) for axis in range(3)]
-    rows = slots = 0.0
-    for classes in product(*(axis.items() for axis in counted)):
-        here = window.batch * share * math.prod(size for _, size in classes)
-        taps = math.prod(len(live) for live, _ in classes)
-        rows += taps * here
-        slots += taps * mr * math.ceil(here / mr)
-    return rows / slots if slots else 1.0
+    slots = mr * tap_tiles(window, mr, share)
+    return window.tap_positions * share / slots if slots else 1.0
 
 
 def _row_share(conv: GatherConv, density: float) -> float:
