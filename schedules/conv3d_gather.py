@@ -39,7 +39,7 @@ from .emit import (
     store,
     when,
 )
-from .panel_weights import Panel, PanelWeights, are_consecutive
+from .panel_weights import PanelWeights, WeightPanel, are_consecutive
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class GatherEmitter:
         tiles = let(tirx.min(tile.block_tiles, self.counts[sample, 1] - first_tile))
         self._start_from_bias(sample, panel, partial, tiles)
 
-        def multiply(weights: Panel) -> None:
+        def multiply(weights: WeightPanel) -> None:
             begin = let(self.blocks[sample, block])
             end = let(self.blocks[sample, block + 1])
             with serial(end - begin) as index:
@@ -269,7 +269,7 @@ class GatherEmitter:
         partial: tirx.Buffer,
         taps: tuple[Expr, Expr],
         channels: tuple[Expr, Expr],
-        weights: Panel,
+        weights: WeightPanel,
     ) -> None:
         """Accumulate the segment's taps over one tile."""
         tile = self.tile
@@ -305,7 +305,7 @@ class GatherEmitter:
     def _multiply(
         self,
         sources: list[Expr],
-        weights: Panel,
+        weights: WeightPanel,
         channels: tuple[Expr, Expr],
         acc: list[list[tirx.Buffer]],
     ) -> None:
@@ -328,7 +328,7 @@ class GatherEmitter:
     def _multiply_one(
         self,
         sources: list[Expr],
-        weights: Panel,
+        weights: WeightPanel,
         channel: Expr,
         weight_at: Expr,
         acc: list[list[tirx.Buffer]],
@@ -343,7 +343,7 @@ class GatherEmitter:
     def _multiply_step(
         self,
         sources: list[Expr],
-        weights: Panel,
+        weights: WeightPanel,
         channel: Expr,
         step: int,
         acc: list[list[tirx.Buffer]],

@@ -18,7 +18,7 @@ from tvm import tirx
 from .conv3d_gather import GatherConv, GatherEmitter, Tile
 from .emit import INT, Expr, argument, big, kernel, lane, lanes, let, number, scratch, serial, splat, store, when
 from .geometry import Window
-from .panel_weights import Panel
+from .panel_weights import WeightPanel
 from .tiles import Machine, default_tile
 
 
@@ -227,7 +227,7 @@ class KernelGroupEmitter(GatherEmitter):
         partial: tirx.Buffer,
         taps: tuple[Expr, Expr],
         channels: tuple[Expr, Expr],
-        weights: Panel,
+        weights: WeightPanel,
     ) -> None:
         """Accumulate the segment's taps over one tile, one loop for each run of consecutive taps."""
         tile, count = self.tile, self.tile.vector_floats

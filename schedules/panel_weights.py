@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Panel:
+class WeightPanel:
     """The weights of one panel: where each of its vectors begins, and how many floats lie between two taps."""
 
     weights: tirx.Buffer
@@ -30,14 +30,14 @@ class Panel:
     def prepare(self, first: Expr, last: Expr) -> None:
         """Bring the tap entries ``first`` to ``last``; here they are all there."""
 
-    def at(self, tap: Expr) -> Panel:
+    def at(self, tap: Expr) -> WeightPanel:
         """The panel at one tap."""
         moved = let(big(tap) * self.tap_floats)
         return replace(self, starts=[let(start + moved) for start in self.starts])
 
 
 @dataclass(frozen=True)
-class TapwisePanel(Panel):
+class LazyWeightPanel(WeightPanel):
     """A gathered panel whose taps are gathered one by one, when a segment first needs them.
 
     Segments of different rows need the same taps; taps that only dead frames would be read through are never needed.
@@ -92,7 +92,12 @@ class PanelWeights:
         return [self.out_channel(sample, panel * self.tile.nr + index) for index in range(self.tile.nr)]
 
     def use(
-        self, sample: Expr, panel: Expr, plane: Expr, gathered: Callable[[], Panel], multiply: Callable[[Panel], None]
+        self,
+        sample: Expr,
+        panel: Expr,
+        plane: Expr,
+        gathered: Callable[[], WeightPanel],
+        multiply: Callable[[WeightPanel], None],
     ) -> None:
         """``multiply`` with the panel's weights, which begin at ``plane``; as ``gathered`` where they must be."""
         reasons = [] if self.in_channels is None else [self.live_in(sample) == self.depth]
@@ -108,17 +113,17 @@ class PanelWeights:
         else:
             in_place()
 
-    def _in_place(self, sample: Expr, panel: Expr, plane: Expr) -> Panel:
+    def _in_place(self, sample: Expr, panel: Expr, plane: Expr) -> WeightPanel:
         tile = self.tile
         lanes_of = range(0, tile.nr, tile.vector_floats)
         tap_floats = self.depth * tile.nr
         if self.out_channels is None:
             start = let(plane + big(panel) * self.panel_floats)
-            return Panel(self.weights, [start + lane for lane in lanes_of], tap_floats)
+            return WeightPanel(self.weights, [start + lane for lane in lanes_of], tap_floats)
         firsts = [let(self.out_channel(sample, panel * tile.nr + lane)) for lane in lanes_of]
         panels = [big(tirx.floordiv(first, tile.nr)) * self.panel_floats for first in firsts]
         starts = [let(plane + at + tirx.floormod(first, tile.nr)) for at, first in zip(panels, firsts, strict=True)]
-        return Panel(self.weights, starts, tap_floats)
+        return WeightPanel(self.weights, starts, tap_floats)
 
     def _is_packed(self, sample: Expr, first: Expr) -> Expr:
         """Whether the vector of listed output channels from the ``first`` on is one of the packed weights' vectors."""
@@ -130,7 +135,7 @@ class PanelWeights:
         side_by_side = self.out_channel(sample, last) - channel == last - first
         return let(tirx.any(first >= live, tirx.all(tirx.floormod(channel, floats) == 0, side_by_side)))
 
-    def gather(self, sample: Expr, panel: Expr, plane: Expr, entries: tirx.Buffer | None = None) -> Panel:
+    def gather(self, sample: Expr, panel: Expr, plane: Expr, entries: tirx.Buffer | None = None) -> WeightPanel:
         """The panel's weights side by side: all taps now, or, with tap ``entries``, each when it is prepared."""
         live = self.live_in(sample)
         gathered = scratch((self.panel_floats,))
@@ -146,11 +151,11 @@ class PanelWeights:
         if entries is None:
             with serial(self.taps) as tap:
                 gather_tap(tap)
-            return Panel(gathered, starts, live * self.tile.nr)
+            return WeightPanel(gathered, starts, live * self.tile.nr)
         done = scratch((self.taps,), INT)
         with serial(self.taps) as tap:
             store(done, tirx.IntImm(INT, 0), tap)
-        return TapwisePanel(gathered, starts, live * self.tile.nr, entries, done, gather_tap)
+        return LazyWeightPanel(gathered, starts, live * self.tile.nr, entries, done, gather_tap)
 
     def _copy_panel(self, panel: Expr) -> Callable[[Expr, tirx.Buffer, Expr], None]:
         """Copies a row (its offset in any panel, buffer, offset in it) of panel ``panel``."""

@@ -46,7 +46,7 @@ from .emit import (
     when,
 )
 from .geometry import Window
-from .panel_weights import Panel, PanelWeights
+from .panel_weights import PanelWeights, WeightPanel
 from .winograd_plan import LISTS, WinogradPlan
 from .winograd_transforms import matrices, transform_weights
 
@@ -417,7 +417,7 @@ class _Emitter:
             partial(self._multiply_runs, chunk, sample, xi, panel),
         )  # fmt: skip
 
-    def _multiply_runs(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr, columns: Panel) -> None:
+    def _multiply_runs(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr, columns: WeightPanel) -> None:
         """All rows of the chunk times ``columns`` of the weights, run by run."""
         conv, tile = self.conv, self.tile
         depth = conv.channels_in
@@ -457,7 +457,7 @@ class _Emitter:
         rows: list[Expr],
         source: Expr,
         place: Expr,
-        columns: Panel,
+        columns: WeightPanel,
         taps: tuple[Expr, Expr],
         channels: tuple[Expr, Expr],
         fresh: Expr,
@@ -488,7 +488,7 @@ class _Emitter:
     def _multiply(
         self,
         sources: list[Expr],
-        columns: Panel,
+        columns: WeightPanel,
         channels: tuple[Expr, Expr],
         acc: list[list[tirx.Buffer]],
     ) -> None:
@@ -511,7 +511,7 @@ class _Emitter:
                 self._multiply_add(spread, columns, big(k) * tile.nr, acc)
 
     def _multiply_add(
-        self, values: list[Expr], columns: Panel, row: Expr, acc: list[list[tirx.Buffer]], ahead: bool = True
+        self, values: list[Expr], columns: WeightPanel, row: Expr, acc: list[list[tirx.Buffer]], ahead: bool = True
     ) -> None:
         """One channel; ``ahead``: ask for the weights of the next block too."""
         count = self.tile.vector_floats
