@@ -6,6 +6,7 @@ import errno
 import importlib
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from dance_tvm.errors import DanceError
+from dance_tvm.errors import DanceError, DanceWarning
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -39,7 +40,17 @@ def main() -> NoReturn:
 
 
 def start(app: typer.Typer, name: str, arguments: list[str] | None = None) -> NoReturn:
-    """Run a command to its end: bad input is one sentence and exit code 2, Ctrl-C is exit code 130."""
+    """Run a command to its end: bad input is one sentence and exit code 2, Ctrl-C is exit code 130.
+
+    Where our own warnings come from in the code is left out of what is printed.
+    """
+    located = warnings.formatwarning
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any, **context: Any) -> str:
+        own = issubclass(category, DanceWarning)
+        return f"warning: {message}\n" if own else located(message, category, *where, **context)
+
+    warnings.formatwarning = shown
     with plain_errors():
         app(args=arguments, prog_name=name)
     sys.exit(0)

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The one exception that means: the user can mend this; and the one warning."""
 
 
 class DanceError(Exception):
@@ -6,3 +6,7 @@ class DanceError(Exception):
 
     Commands print the message alone and end with exit code 2.
     """
+
+
+class DanceWarning(UserWarning):
+    """The figures may mislead: one sentence that says why and what to do; commands print it on standard error."""

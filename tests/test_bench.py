@@ -8,22 +8,23 @@ import time
 
 import numpy as np
 import pytest
+import torch
 import tvm
 from devices import video_artifact
 from typer.testing import CliRunner
 
-from dance_tvm import bench
+from dance_tvm import bench, models
 from dance_tvm.artifact import REFERENCE, _describe, _write_manifest, load_artifact
 from dance_tvm.benchmarking import sensing, statistics
 from dance_tvm.benchmarking.campaign import Plan, run
-from dance_tvm.benchmarking.clips import frames_of, load_clips
+from dance_tvm.benchmarking.clips import AS_TRAINED, UP_TO_ONE, doubt_of_scale, frames_of, load_clips
 from dance_tvm.benchmarking.layers import ran
 from dance_tvm.benchmarking.measure import Contender, in_turns, single_stream
 from dance_tvm.benchmarking.results import read_results, write_results
 from dance_tvm.benchmarking.validation import validate
 from dance_tvm.compiler import random_inputs
 from dance_tvm.device import open_device, serve
-from dance_tvm.errors import DanceError
+from dance_tvm.errors import DanceError, DanceWarning
 from dance_tvm.target import Energy, load_target
 
 
@@ -285,19 +286,62 @@ def test_clips_of_every_kind(sparse, tmp_path, clips):
         load_clips("motion-digits,test=4", sparse.manifest)
 
 
-def test_videos_become_clips(sparse, tmp_path):
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """A folder with one video of 20 frames (32, 32), each brighter than the one before."""
     av = pytest.importorskip("av")
-    with av.open(str(tmp_path / "grey.mp4"), "w") as container:
+    folder = tmp_path_factory.mktemp("videos")
+    with av.open(str(folder / "grey.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=25)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
         for value in range(20):
             frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 * value, "uint8"), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    found = load_clips(str(tmp_path), sparse.manifest)
+    return str(folder)
+
+
+def taking(manifest, meaning, name="video"):
+    """The manifest of a network called `name` that says `meaning` of its input."""
+    return manifest.model_copy(
+        update={"name": name, "inputs": [manifest.inputs[0].model_copy(update={"meaning": meaning})]}
+    )
+
+
+def test_videos_become_clips(sparse, videos):
+    found = load_clips(videos, taking(sparse.manifest, f"clips, {AS_TRAINED}"))
     assert [name for name, _ in found] == ["grey 0-8", "grey 8-16"]
     frames = found[0][1]["clip"].mean(axis=(0, 1, 3, 4))
     assert (np.diff(frames) > 0).all()
+    assert frames[0] < -1.5, "ImageNet's mean is 0, and its deviation 1"
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning", "brightest"),
+    [("mine", f"clips, {UP_TO_ONE}", 7 / 25.5), ("c3d-mine", f"clips, {UP_TO_ONE}", 7 / 25.5), ("c3d", AS_TRAINED, 70)],
+)
+def test_videos_are_scaled_as_the_input_says_without_a_word(sparse, videos, recwarn, name, meaning, brightest):
+    ((_, inputs),) = load_clips(videos, taking(sparse.manifest, meaning, name), most=1)
+    assert inputs["clip"][:, :, 7].mean() == pytest.approx(brightest, rel=0.1)
+    assert not recwarn.list
+
+
+def test_the_networks_of_the_zoo_say_their_scale(sparse, videos):
+    for name in models.names():
+        if models.entry(name).dtype != torch.uint8:  # bytes stay bytes
+            assert not doubt_of_scale(videos, taking(sparse.manifest, models.entry(name).input_meaning, name)), name
+
+
+def test_a_guessed_scale_is_told(sparse, videos, clips, recwarn):
+    done = CliRunner().invoke(
+        bench.app, [str(sparse.path), "--runs=2", "--seconds=0", "--no-layers", "--clips", videos, "--json"]
+    )
+    (note,) = json.loads(done.stdout)["devices"][0]["measured"][0]["notes"]
+    assert note.startswith("video does not say in which scale it takes videos, and ImageNet's scale is a guess")
+    assert "give --clips an .npz" in note
+    assert [str(warning.message) for warning in recwarn.list if warning.category is DanceWarning] == [note]
+    assert "0 to 255 is a guess" in doubt_of_scale(videos, taking(sparse.manifest, "clips", "c3d-mine"))
+    assert not doubt_of_scale(str(clips), sparse.manifest)
 
 
 def test_energy_is_labelled_and_right(tmp_path):

@@ -71,6 +71,25 @@ def test_targets_as_json_has_every_fact():
     assert len(facts["snapdragon"]["fingerprint"]) == 16
 
 
+def test_a_warning_of_ours_is_one_line():
+    program = """
+import typer, warnings
+from dance_tvm.cli import start
+from dance_tvm.errors import DanceWarning
+app = typer.Typer(add_completion=False)
+@app.command()
+def main():
+    warnings.warn("figures may mislead: give --clips", DanceWarning)
+    warnings.warn("a library's own")
+start(app, "tried")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    first, second, *_ = done.stderr.splitlines()
+    assert first == "warning: figures may mislead: give --clips"
+    assert second.endswith("UserWarning: a library's own")
+
+
 @pytest.mark.parametrize("module", ["dance_tvm.build", "dance_tvm.run"])
 def test_a_command_is_also_a_module(module):
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=60)

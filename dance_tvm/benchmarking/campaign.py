@@ -15,7 +15,15 @@ import psutil
 
 from dance_tvm.artifact import LIBRARY, Artifact, load_artifact
 from dance_tvm.benchmarking import sensing
-from dance_tvm.benchmarking.clips import MOST_CLIPS, NamedClips, frames_of, load_clips, pictures_of, strip
+from dance_tvm.benchmarking.clips import (
+    MOST_CLIPS,
+    NamedClips,
+    doubt_of_scale,
+    frames_of,
+    load_clips,
+    pictures_of,
+    strip,
+)
 from dance_tvm.benchmarking.layers import profile
 from dance_tvm.benchmarking.measure import Contender, Inputs, in_turns, single_stream
 from dance_tvm.benchmarking.results import (
@@ -159,6 +167,8 @@ def _load(plan: Plan, spec: str, session: DeviceSession, artifact: Artifact, rol
     entry = _Entry(artifact, role, Contender(network, inputs), validation, clips)
     if validation.status == "not stored":
         entry.notes.append("the build stored no outputs to compare with: built without a check")
+    if plan.clips and (doubt := doubt_of_scale(plan.clips, artifact.manifest)):
+        entry.notes.append(doubt)
     if not clips:
         entry.notes.append("random input: a dynamic network may keep more or less of real clips, give --clips")
     return entry

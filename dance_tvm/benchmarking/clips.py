@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from dance_tvm.artifact import Manifest, Tensor
-from dance_tvm.errors import DanceError
+from dance_tvm.errors import DanceError, DanceWarning
 
 VIDEOS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v"}
 MOST_CLIPS = 100
+# What the meaning of an input says of its scale (dance_tvm.models); an exported graph's says neither.
+UP_TO_ONE, AS_TRAINED = "values 0 to 1", "normalised as in training"
 _MEAN, _DEVIATION = np.array([0.485, 0.456, 0.406], "float32"), np.array([0.229, 0.224, 0.225], "float32")
 
 NamedClips = list[tuple[str, dict[str, np.ndarray]]]
@@ -23,18 +26,34 @@ def load_clips(spec: str, manifest: Manifest, most: int = MOST_CLIPS) -> NamedCl
     """Clips by name, each an input of the network. Raises DanceError where the spec or a clip does not fit.
 
     `spec` is a folder of videos or one video, an .npz file with an array a clip (or one array of many), or what
-    `dance-tvm train --data` takes.
+    `dance-tvm train --data` takes. Warns (DanceWarning) where the scale of videos is a guess.
     """
     if len(manifest.inputs) != 1:
         raise DanceError(f"{manifest.name} takes {len(manifest.inputs)} inputs: --clips is for networks with one")
     tensor, path = manifest.inputs[0], Path(spec)
-    if path.is_dir() or path.suffix.lower() in VIDEOS:
+    if _holds_videos(path):
         found = _videos(path, tensor, manifest.name, most)
     elif path.suffix == ".npz":
         found = _archive(path, tensor, most)
     else:
         found = _data_set(spec, tensor, manifest.name, most)
+    if doubt := doubt_of_scale(spec, manifest):
+        warnings.warn(doubt, DanceWarning, stacklevel=2)
     return [(name, {tensor.name: array}) for name, array in found]
+
+
+def doubt_of_scale(spec: str, manifest: Manifest) -> str:
+    """One sentence where the artifact does not say in which scale it takes the frames of videos; else empty."""
+    tensor = manifest.inputs[0]
+    said = tensor.dtype == "uint8" or UP_TO_ONE in tensor.meaning or AS_TRAINED in tensor.meaning
+    if said or not _holds_videos(Path(spec)):
+        return ""
+    guess = "0 to 255" if _takes_pixels(manifest.name) else "ImageNet's scale"
+    return (
+        f"{manifest.name} does not say in which scale it takes videos, and {guess} is a guess: trained on another, it "
+        f"computes nonsense, and one that decides by clip may leave nearly everything out; "
+        f"give --clips an .npz of clips scaled as in its training"
+    )
 
 
 def frames_of(manifest: Manifest) -> int:
@@ -74,6 +93,14 @@ def strip(frames: np.ndarray, height: int = 72) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def _holds_videos(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() in VIDEOS
+
+
+def _takes_pixels(model: str) -> bool:
+    return model.startswith("c3d")
+
+
 def _frames_axis(tensor: Tensor) -> int:
     return 1 if frames_last(tensor) else 2
 
@@ -106,10 +133,10 @@ def _as_input(window: np.ndarray, tensor: Tensor, model: str) -> np.ndarray:
     the meaning of the input says that its values go from 0 to 1."""
     if tensor.dtype == "uint8":
         values = window
-    elif model.startswith("c3d"):
-        values = window.astype("float32")
-    elif "values 0 to 1" in tensor.meaning:
+    elif UP_TO_ONE in tensor.meaning:
         values = window.astype("float32") / 255
+    elif _takes_pixels(model):
+        values = window.astype("float32")
     else:
         values = (window.astype("float32") / 255 - _MEAN) / _DEVIATION
     if frames_last(tensor):
