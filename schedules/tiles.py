@@ -74,6 +74,15 @@ def tap_tiles(window: Window, mr: int, share: float = 1.0) -> float:
     return pairs
 
 
+def excess_cycles(machine: Machine, vectors: int) -> float:
+    """Cycles that tiles of so many ``vectors`` take at the least, over those of their multiply-adds alone."""
+    tiles = [tile for tile in candidates(machine) if tile[1] == vectors]
+    return min(
+        (_panel_cycles(machine, vectors * machine.vector_floats, tile) / (tile[0] * vectors / 2) for tile in tiles),
+        default=1.0,
+    )
+
+
 def _panel_cycles(machine: Machine, panel: int, tile: tuple[int, int, int]) -> float:
     """Cycles per (channel, tap) of one tile of rows and all its tiles of ``panel`` output channels."""
     mr, vectors, step = tile
@@ -112,4 +121,6 @@ def default_tile(
     block_tiles = min(max(8, rows // mr), 128, -(-window.positions_out // mr) + 8)
     if depth < step:
         step = 1
-    return Tile(mr, vectors, machine.vector_floats, step, block_tiles, segment_taps, depth_block, panels_outer=True)
+    # Weights that stay in the second-level cache are read again for each block, so that its rows are read but once.
+    outer = 4 * window.taps * depth * group_out > machine.l2
+    return Tile(mr, vectors, machine.vector_floats, step, block_tiles, segment_taps, depth_block, panels_outer=outer)

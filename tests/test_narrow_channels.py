@@ -73,3 +73,32 @@ def test_only_unread_channels_are_taken_out(gone: dict[str, tuple[int, ...]], ex
     assert weights_of(mod) == expected
     assert bool(narrow.told) == (expected != CASES[-1][1])
     np.testing.assert_array_equal(evaluate(mod, x.numpy()), network(x).detach().numpy())
+
+
+def in_kernel_groups(channels_out: int, channels_in: int, seed: int) -> torch.Tensor:
+    """Weights of which half of the taps of each group of 16 filters by 4 channels is zero."""
+    rng = np.random.default_rng(seed)
+    live = rng.permuted(np.arange(27 * channels_in // 4 * channels_out // 16) % 2, axis=0)
+    spread = live.reshape(channels_out // 16, channels_in // 4, 27).repeat(16, 0).repeat(4, 1)
+    values = rng.integers(1, 4, spread.shape) * spread
+    return torch.from_numpy(values.astype("float32")).reshape(channels_out, channels_in, 3, 3, 3)
+
+
+def test_filters_in_kernel_groups_go_by_whole_groups() -> None:
+    first, second = nn.Conv3d(4, 48, 3, bias=False), nn.Conv3d(48, 16, 3, bias=False)
+    with torch.no_grad():
+        first.weight.copy_(in_kernel_groups(48, 4, 0))
+        second.weight.copy_(in_kernel_groups(16, 48, 1))
+        second.weight[:, 4:8] = 0  # a part of the first group: the others would no longer be groups without it
+        second.weight[:, 32:] = 0  # the whole third group
+    x = torch.randint(-2, 3, (1, 4, 5, 5, 5), generator=torch.Generator().manual_seed(1)).float()
+    network = nn.Sequential(first, nn.ReLU(), second).eval()
+    mod = NarrowChannels()(relax.transform.FoldConstant()(import_model(network, example_inputs=(x,)).mod))
+    assert weights_of(mod) == [(32, 4), (16, 32)]
+    np.testing.assert_array_equal(evaluate(mod, x.numpy()), network(x).detach().numpy())
+    with torch.no_grad():  # dense weights have no groups: each filter that nobody reads goes
+        first.weight.copy_(torch.ones_like(first.weight))
+        second.weight[second.weight == 0] = 1
+        second.weight[:, 4:8] = 0
+    mod = NarrowChannels()(relax.transform.FoldConstant()(import_model(network, example_inputs=(x,)).mod))
+    assert weights_of(mod) == [(44, 4), (16, 44)]

@@ -128,9 +128,14 @@ def log_path(target: Target) -> Path:
     return LOGS / f"{target.tuning_log}.kernel_groups.jsonl"
 
 
-def group_cost(target: Target, threads: int) -> Callable[[KernelGroups], float]:
-    """What a build for ``target`` asks ``choose_kernel_groups`` to minimise: measured where the log has it."""
-    return measured_cost(read_log(log_path(target), target.fingerprint, threads), target.vector.floats)
+def group_cost(
+    target: Target, threads: int, excess: Callable[[int], float] | None = None
+) -> Callable[[KernelGroups], float]:
+    """What a build for ``target`` asks ``choose_kernel_groups`` to minimise: measured where the log has it.
+
+    ``excess`` is that of ``lane_cost``.
+    """
+    return measured_cost(read_log(log_path(target), target.fingerprint, threads), target.vector.floats, excess)
 
 
 def write_log(path: Path, measurements: Iterable[GroupMeasurement]) -> None:
@@ -212,13 +217,15 @@ def best_group(measurements: Iterable[GroupMeasurement]) -> tuple[int, int]:
     return min(fast, key=lambda group: (group[0] * group[1], group))
 
 
-def measured_cost(measurements: Iterable[GroupMeasurement], vector: int) -> Callable[[KernelGroups], float]:
+def measured_cost(
+    measurements: Iterable[GroupMeasurement], vector: int, excess: Callable[[int], float] | None = None
+) -> Callable[[KernelGroups], float]:
     """A cost for ``choose_kernel_groups``: live weights over the efficiency measured for the group.
 
-    Groups that were not measured, and everything where nothing was, cost what ``lane_cost(vector)`` says.
+    Groups that were not measured, and everything where nothing was, cost what ``lane_cost`` says.
     """
     found = efficiencies(measurements)
-    modelled = lane_cost(vector)
+    modelled = lane_cost(vector, excess=excess)
     if not found:
         return modelled
 

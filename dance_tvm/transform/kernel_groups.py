@@ -251,15 +251,20 @@ def only_group(gm: int, gn: int) -> Iterator[None]:
         _only.reset(before)
 
 
-def lane_cost(vector: int, run_overhead: float = 1.0) -> Callable[[KernelGroups], float]:
+def lane_cost(
+    vector: int, run_overhead: float = 1.0, excess: Callable[[int], float] | None = None
+) -> Callable[[KernelGroups], float]:
     """A cost in multiply lanes for registers of ``vector`` floats that hold the filters of a kernel group.
 
     Filters beyond the register are padding, and each run of ``gn`` channels costs one index load, which vanilla
-    sparsity shares between the taps and a dense or filter-pruned layer does not need.
+    sparsity shares between the taps and a dense or filter-pruned layer does not need. ``excess``: what
+    tiles of so many vectors take over their multiply-adds, because few filters use each input but little.
     """
 
     def cost(groups: KernelGroups) -> float:
         lanes = groups.lanes * _round_up(groups.gm, vector) / groups.gm
+        if excess is not None:
+            lanes *= excess(-(-groups.gm // vector))
         if groups.scheme in ("dense", "filter"):
             return lanes
         shared = groups.taps if groups.scheme == "vanilla" else 1

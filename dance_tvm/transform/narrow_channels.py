@@ -3,6 +3,9 @@
 A filter that was pruned with the channel it makes leaves zeros in every weight that reads this channel. Whatever the
 channel holds, it need not be made, carried or read: the filter goes, and with it its channel in every operator up to
 the convolutions that ignore it. What is left is dense, so it runs as fast as any dense network, Winograd included.
+
+Where what is left still has kernel groups, filters go by whole groups only: one filter less would move all filters
+behind it to other places in their groups, and columns that were zero in one group would be halves of two.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from .graph import Graph, constant, emit, is_tensor, rewrite, shape_of, value_of
+from .kernel_groups import choose_kernel_groups
 from .liveness import ELEMENTWISE, PAIRWISE
 
 CONVOLUTIONS = ("nn.conv2d", "nn.conv3d")
@@ -104,9 +108,24 @@ class _Channels:
         self.roots = np.array([self._root(channel) for channel in range(len(self.parent))], np.int64)
         self.alive = np.zeros(len(self.parent), bool)
         self.alive[self.roots[sorted(self.needed)]] = True
+        while self._complete_groups():
+            pass
         for channels in self.of.values():
             if not self.alive[self.roots[channels]].any():  # a variable without any channel is none: one stays
                 self.alive[self.roots[channels[0]]] = True
+
+    def _complete_groups(self) -> bool:
+        """Let the filters of kernel groups stay together; whether any came back."""
+        before = self.alive.sum()
+        for var, channels in self.of.items():
+            alive = self.alive[self.roots[channels]]
+            if self.graph.op(var) not in CONVOLUTIONS or alive.all() or not alive.any():
+                continue
+            weight = value_of(self.graph.call(var).args[1])
+            if choose_kernel_groups(weight[alive]).scheme in ("vanilla", "kgs"):
+                together = np.arange(len(channels)) // choose_kernel_groups(weight).gm
+                self.alive[self.roots[channels[np.isin(together, together[alive])]]] = True
+        return bool(self.alive.sum() > before)
 
     def kept(self, var: relax.Expr) -> NDArray[np.bool_]:
         """Which channels of ``var`` stay."""

@@ -15,7 +15,7 @@ from tvm import relax
 from dance_tvm.errors import DanceError
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.spaces import TuningLog
-from dance_tvm.schedules.tiles import Machine
+from dance_tvm.schedules.tiles import Machine, excess_cycles
 from dance_tvm.schedules.workload import Workload
 
 from .channels_last import ChannelsLast
@@ -78,7 +78,7 @@ def lower(
         tuning=options.tuning,
         convolution="direct" if options.numerics == "exact" else options.conv,
         lowering=partial(GpuLowering, dtype=options.dtype) if gpu else None,
-        group_cost=group_cost(target, options.threads),
+        group_cost=group_cost(target, options.threads, partial(excess_cycles, machine)),
     )
     lift_weights = LiftWeights()
     narrow = [NarrowChannels()] if options.sparsity == "auto" else []
