@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,24 @@ def test_curves_card_and_model_are_written(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").iterdir())
     weights = checkpoint.read_weights(tmp_path / training.MODEL)
     assert torch.equal(weights["fc.weight"], result.network.state_dict()["fc.weight"])
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(3.0, 1), (0.0, 3)], ids=["in time", "never"])
+def test_the_best_epoch_is_within_the_budget_or_the_last(
+    budget: float, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Thinning(training.Method):
+        """Reaches a share of 4, 2, 1, 0.5 of the work and loses accuracy with each epoch."""
+
+        def epoch_ended(self, network: nn.Module, epoch: int, metrics: object) -> dict[str, float]:
+            return {"share": (4.0, 2.0, 1.0, 0.5)[epoch], "accuracy": 1 - epoch / 4}
+
+        def acceptable(self, metrics: Mapping[str, float]) -> bool:
+            return metrics["share"] < budget
+
+    monkeypatch.setattr(training, "create_method", lambda name, options: Thinning())
+    result = training.train(settings(epochs=4), Plain(), splits(), tmp_path)
+    assert result.metrics["epoch"] == kept
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:

@@ -582,7 +582,9 @@ class _Trainer:
         _write_curves(self._folder, self._history)
 
     def _standing(self, row: Mapping[str, float]) -> tuple[bool, float]:
-        return self._method.acceptable(row), row[self._task.key]
+        """What the best epoch has most of; until one is acceptable the latest counts, which has come furthest."""
+        acceptable = self._method.acceptable(row)
+        return acceptable, row[self._task.key if acceptable else "epoch"]
 
     def resume(self) -> None:
         path = self._folder / CHECKPOINT
