@@ -25,13 +25,30 @@ class ScheduleRest:
         """Schedule each function; one that TVM's primitives refuse stays as it was."""
         for name, func in list(mod.functions_items()):
             if isinstance(func, tirx.PrimFunc) and not _is_scheduled(func):
-                found = self._change_of_layout(func, name.name_hint) or self._schedule(func)
-                mod[name] = found.with_attr("tirx.is_scheduled", True)
+                mod[name] = self._scheduled(func, name.name_hint).with_attr("tirx.is_scheduled", True)
         return mod
 
-    def _change_of_layout(self, func: tirx.PrimFunc, name: str) -> tirx.PrimFunc | None:
-        """The kernel for ``func`` if all it does is to move axes of a large float32 tensor, whole lines each way."""
-        found = _moved_axes(func)
+    def _scheduled(self, func: tirx.PrimFunc, name: str) -> tirx.PrimFunc:
+        schedule = s_tir.Schedule(func)
+        try:
+            root = schedule.get_sblock("root")
+        except s_tir.ScheduleError:
+            return _bare(func)  # TVM's own loops, as those of scatter, which have no blocks to schedule
+        blocks = schedule.get_child_blocks(root)
+        if len(blocks) == 1 and (kernel := self._change_of_layout(func, schedule.get(blocks[0]), name)):
+            return kernel
+        for block in blocks:
+            _inline(schedule, block)
+        for block in schedule.get_child_blocks(root):
+            if schedule.get_loops(block):
+                with suppress(s_tir.ScheduleError):
+                    self._spread(schedule, block)
+        return schedule.mod["main"]
+
+    def _change_of_layout(self, func: tirx.PrimFunc, block: s_tir.SBlock, name: str) -> tirx.PrimFunc | None:
+        """The kernel for ``func`` if all its one block does is to move axes of a large float32 tensor, whole lines
+        each way."""
+        found = _moved_axes(func, block)
         if found is None or math.prod(found[0]) < PARALLEL_ELEMENTS:
             return None
         shape, order = found
@@ -39,22 +56,6 @@ class ScheduleRest:
         if plan is None or min(plan.rows, plan.columns) < LINE:
             return None
         return transpose(plan, shape, [shape[axis] for axis in order], self.vector_floats, name)
-
-    def _schedule(self, func: tirx.PrimFunc) -> tirx.PrimFunc:
-        schedule = s_tir.Schedule(func)
-        try:
-            root = schedule.get_sblock("root")
-        except s_tir.ScheduleError:
-            return _bare(func)  # TVM's own loops, as those of scatter, which have no blocks to schedule
-        for block in schedule.get_child_blocks(root):
-            _inline(schedule, block)
-        blocks = [block for block in schedule.get_child_blocks(root) if schedule.get_loops(block)]
-        for block in blocks:
-            try:
-                self._spread(schedule, block)
-            except s_tir.ScheduleError:
-                continue
-        return schedule.mod["main"]
 
     def _spread(self, schedule: s_tir.Schedule, block: s_tir.schedule.SBlockRV) -> None:
         loops = schedule.get_loops(block)
@@ -83,16 +84,8 @@ class ScheduleRest:
             schedule.decompose_reduction(block, reduction[0])
 
 
-def _moved_axes(func: tirx.PrimFunc) -> tuple[list[int], list[int]] | None:
-    """The shape of what ``func`` reads and which of its axes each of its result's is, if it does nothing else."""
-    schedule = s_tir.Schedule(func)
-    try:
-        blocks = schedule.get_child_blocks(schedule.get_sblock("root"))
-    except s_tir.ScheduleError:
-        return None
-    if len(blocks) != 1:
-        return None
-    block = schedule.get(blocks[0])
+def _moved_axes(func: tirx.PrimFunc, block: s_tir.SBlock) -> tuple[list[int], list[int]] | None:
+    """The shape of what ``func`` reads, and which of its axes each of its result's is; None if ``block`` does more."""
     if not isinstance(block.body, tirx.BufferStore):
         return None
     load, params = block.body.value, list(func.params)
