@@ -18,6 +18,7 @@ from tvm import tirx
 
 from .channel_plan import channel_list_shape
 from .convolution import Convolution
+from .dead_outputs import zero_dead
 from .emit import (
     ACTIVATIONS,
     INT,
@@ -31,13 +32,11 @@ from .emit import (
     lane,
     lanes,
     let,
-    number,
     parallel,
     scratch,
     serial,
     splat,
     store,
-    when,
 )
 from .panel_weights import PanelWeights, WeightPanel, are_consecutive
 
@@ -129,7 +128,7 @@ class GatherEmitter:
         conv = self.conv
         self._declare()
         if conv.zero_dead:
-            self._zero_dead()
+            zero_dead(conv, self.masks, self.y)
         with serial(conv.plan.samples) as sample:
             blocks = let(self.counts[sample, 0])
             panels = self.panel_weights.live_panels(sample, conv.panels)
@@ -155,8 +154,8 @@ class GatherEmitter:
         self.counts = argument("counts", shapes["counts"], INT)
         self._declare_lists()
         if conv.zero_dead:
-            masks = plan.masks
-            self.masks = {key: argument(key, masks[key]) for key in ("out_frames", "positions") if key in masks}
+            needed = {"out_frames", "positions"}
+            self.masks = {key: argument(key, shape) for key, shape in plan.masks.items() if key in needed}
         out_shape = (window.batch, *window.out, conv.channels_out)
         residual = argument("residual", out_shape) if conv.residual else None
         y = argument("y", out_shape)
@@ -172,42 +171,6 @@ class GatherEmitter:
             self.in_channels = argument("in_channels", channel_list_shape(samples, conv.depth), INT)
         if conv.live_out:
             self.out_channels = argument("out_channels", channel_list_shape(samples, conv.channels_out), INT)
-
-    def _zero_dead(self) -> None:
-        """Write zeros where nothing is computed but a reader may look."""
-        conv, window = self.conv, self.conv.window
-        everything = conv.zero_dead == "all"
-        with parallel(window.batch * window.out[0]) as frame:
-            clip, out_frame = tirx.floordiv(frame, window.out[0]), tirx.floormod(frame, window.out[0])
-            area = window.out[1] * window.out[2]
-
-            def clear(position: Expr) -> None:
-                _clear(self.y, (frame * area + position) * conv.channels_out, conv.channels_out, self.tile)
-
-            def clear_dead_positions() -> None:
-                if "positions" not in self.masks:
-                    return
-                samples, frames = conv.plan.positions or (1, 1)
-                with serial(window.out[1]) as row, serial(window.out[2]) as column:
-                    at = (clip if samples > 1 else 0, out_frame if frames > 1 else 0, row, column)
-                    with when(self.masks["positions"][at] == number(0.0)):
-                        clear(row * window.out[2] + column)
-
-            def clear_frame() -> None:
-                with serial(area) as position:
-                    clear(position)
-
-            if everything and conv.live_out:
-                clear_frame()
-            elif "out_frames" in self.masks:
-                alive = self.masks["out_frames"][clip, out_frame] != number(0.0)
-                if everything:
-                    choose(alive, clear_dead_positions, clear_frame)
-                else:
-                    with when(alive):
-                        clear_dead_positions()
-            else:
-                clear_dead_positions()
 
     def _block(self, sample: Expr, block: Expr, panel: Expr) -> None:
         """All segments of one block for one panel of output channels."""
@@ -417,11 +380,3 @@ class GatherEmitter:
     def _finished(self, value: Expr, channel: Expr, count: int) -> Expr:
         """What is stored for output channels ``channel …``."""
         return value
-
-
-def _clear(buffer: tirx.Buffer, start: Expr, length: int, tile: Tile) -> None:
-    whole = length // tile.vector_floats
-    with serial(whole) as v:
-        store(buffer, number(0.0, tile.vector_floats), lanes(start + v * tile.vector_floats, tile.vector_floats))
-    for index in range(whole * tile.vector_floats, length):
-        store(buffer, number(0.0), start + index)

@@ -23,6 +23,7 @@ from tvm import tirx
 from .channel_plan import channel_list_shape
 from .conv3d_gather import Tile
 from .convolution import list_marks
+from .dead_outputs import zero_dead
 from .emit import (
     ACTIVATIONS,
     INT,
@@ -215,7 +216,7 @@ class _Emitter:
         conv, plan = self.conv, self.plan
         self._declare()
         if conv.zero_dead:
-            self._zero_dead()
+            zero_dead(conv, self.masks, self.y)
         self.sources = scratch((plan.xi * conv.source_plane,))
         self.products = scratch((plan.xi * conv.product_plane,))
         with serial(self.counts[plan.chunks, 0]) as chunk:
@@ -249,29 +250,6 @@ class _Emitter:
             flat(weights), self.tile, plan.taps, conv.channels_in, self.in_channels, self.out_channels
         )
         self.residual = flat(residual) if residual is not None else None
-
-    def _zero_dead(self) -> None:
-        """Write zeros where nothing is computed but a reader may look."""
-        conv, window = self.conv, self.window
-        everything = conv.zero_dead == "all"
-        positions = self.masks.get("positions")
-        samples, frames = self.plan.positions or (1, 1)
-        area = window.out[1] * window.out[2]
-        with parallel(window.batch * window.out[0]) as frame:
-            clip, out_frame = let(tirx.floordiv(frame, window.out[0])), let(tirx.floormod(frame, window.out[0]))
-            alive: Expr = tirx.IntImm("bool", 1)
-            if "out_frames" in self.masks:
-                alive = let(self.masks["out_frames"][clip, out_frame] != number(0.0))
-            with serial(area) as position:
-                dead: Expr = tirx.IntImm("bool", int(everything and conv.live_out))
-                if positions is not None:
-                    row, column = tirx.floordiv(position, window.out[2]), tirx.floormod(position, window.out[2])
-                    at = (clip if samples > 1 else 0, out_frame if frames > 1 else 0, row, column)
-                    dead = tirx.any(dead, tirx.all(alive, positions[at] == number(0.0)))
-                if everything:
-                    dead = tirx.any(dead, tirx.Not(alive))
-                with when(dead), serial(conv.channels_out) as channel:
-                    store(self.y, number(0.0), big(frame * area + position) * conv.channels_out + channel)
 
     # -- channels ----------------------------------------------------------------------------------------------------
 
