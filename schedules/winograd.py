@@ -173,12 +173,17 @@ class ChannelVector:
     side_by_side: Expr = None
 
     @classmethod
-    def listed(cls, channels: Sequence[Expr]) -> ChannelVector:
-        """Ascending channels, read from a list; that they are side by side is found out when the kernel runs."""
-        named = tuple(let(channel) for channel in channels)
-        if len(named) == 1:
-            return cls(named[0], 1)
-        return cls(named[0], len(named), named, let(named[-1] - named[0] == len(named) - 1))
+    def live(cls, listed: tirx.Buffer | None, sample: Expr, first: Expr, count: int) -> ChannelVector:
+        """``count`` live channels from the ``first`` on: of the sample's list, or of all where there is none.
+
+        Whether listed channels, which ascend, are side by side is found out when the kernel runs.
+        """
+        if listed is None:
+            return cls(first, count)
+        channels = tuple(let(listed[sample, 1 + first + index]) for index in range(count))
+        if count == 1:
+            return cls(channels[0], 1)
+        return cls(channels[0], count, channels, let(channels[-1] - channels[0] == count - 1))
 
     def read(self, buffer: tirx.Buffer, start: Expr) -> Expr:
         """The channels' values, the first of all channels lying at ``start``."""
@@ -282,9 +287,10 @@ class _Emitter:
         waiting = scratch((plan.xi * self.tile.vector_floats,))
         target = let(big(row) * conv.channels_in)
         readable = self._readable_frames(clip, starts[0]) if plan.transformed[0] else None
+        listed = self.in_channels if conv.live_in else None
 
         def channels(channel: Expr, count: int) -> None:
-            together = self._vector_in(sample, channel, count)
+            together = ChannelVector.live(listed, sample, channel, count)
 
             def read(place: list[Expr]) -> Expr:
                 at = [start + offset for start, offset in zip(starts, place, strict=True)]
@@ -337,12 +343,6 @@ class _Emitter:
             return True
         last = (plan.tiles[axis] - 1) * plan.m[axis] - window.padding[axis] + offset
         return offset < window.padding[axis] or last >= window.size[axis]
-
-    def _vector_in(self, sample: Expr, first: Expr, count: int) -> ChannelVector:
-        """The live input channels from the ``first`` on."""
-        if not self.conv.live_in:
-            return ChannelVector(first, count)
-        return ChannelVector.listed([self.in_channels[sample, 1 + first + index] for index in range(count)])
 
     def _along_axes(
         self,
@@ -522,9 +522,10 @@ class _Emitter:
         waiting = scratch((plan.xi * tile.vector_floats,))
         source = let(big(slot) * (conv.panels * tile.nr))
         alpha = plan.alpha
+        listed = self.out_channels if conv.live_out else None
 
         def channels(channel: Expr, count: int) -> None:
-            together = self._vector_out(sample, channel, count)
+            together = ChannelVector.live(listed, sample, channel, count)
             bias = let(together.read(self.bias, 0))
 
             def read(at: list[Expr]) -> Expr:
@@ -562,12 +563,6 @@ class _Emitter:
             frame = safe[0] if plan.positions[1] > 1 else 0
             inside.append(self.masks["positions"][sample, frame, safe[1], safe[2]] != number(0.0))
         return tirx.all(*inside) if inside else tirx.IntImm("bool", 1)
-
-    def _vector_out(self, sample: Expr, first: Expr, count: int) -> ChannelVector:
-        """The live output channels from the ``first`` on."""
-        if not self.conv.live_out:
-            return ChannelVector(first, count)
-        return ChannelVector.listed([self.out_channels[sample, 1 + first + index] for index in range(count)])
 
     def _store_result(self, position: Expr, value: Expr, channel: Expr, count: int) -> None:
         """Residual, activation and the store of consecutive channels of the position that begins there."""
