@@ -28,7 +28,7 @@ from dance_tvm.target import Target, load_target
 
 from .kernels import C3D, Layer, Masks, Runner
 
-DENSITIES = (1.0, 0.9, 0.75, 0.5, 0.25, 0.1)
+DENSITIES = (1.0, 0.95, 0.9, 0.75, 0.5, 0.25, 0.1)
 
 
 def keep(rng: np.random.Generator, count: int, density: float, group: int = 1) -> np.ndarray:
@@ -88,6 +88,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="times that dense and thinned take turns")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="one layer, two densities")] = False,
     only: Annotated[str, typer.Option(help="comma-separated names of C3D's layers")] = "",
+    density: Annotated[list[float] | None, typer.Option(help="shares kept; default: seven from 1 to 0.1")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
 ) -> None:
     """Print speed-up ÷ reduction by layer, axis and density."""
@@ -95,7 +96,7 @@ def main(
     target = load_target("host")
     wanted = "conv3b" if quick else only
     layers = [layer for layer in C3D[1:6] if not wanted or layer.name in wanted.split(",")]
-    densities = (1.0, 0.5) if quick else DENSITIES
+    densities = tuple(density or ((1.0, 0.5) if quick else DENSITIES))
     rows = []
     for layer in layers:
         print(f"{layer.name}: preparing", file=sys.stderr, flush=True)
