@@ -37,6 +37,7 @@ from .emit import (
     serial,
     splat,
     store,
+    when,
 )
 from .panel_weights import PanelWeights, WeightPanel, are_consecutive
 
@@ -332,6 +333,7 @@ class GatherEmitter:
         if self.listed_panels:
             columns = [let(channel) for channel in self.panel_weights.columns(sample, panel)]
             consecutive = let(are_consecutive(columns))
+            live = let(self.out_channels[sample, 0] - panel * tile.nr)
         start = let(group * conv.group_out + within * tile.nr)
         valid = let(conv.group_out - within * tile.nr)
         with serial(tiles) as index, serial(tile.mr) as r:
@@ -340,7 +342,8 @@ class GatherEmitter:
 
             def scatter(source: Expr = source, target: Expr = target) -> None:
                 for at, column in enumerate(columns):
-                    self._finish(partial, source + at, target + column, column, 1)
+                    with when(at < live):  # in place, what lies past the end is not the last channel's
+                        self._finish(partial, source + at, target + column, column, 1)
 
             def write(source: Expr = source, target: Expr = target) -> None:
                 for v in range(tile.vectors):

@@ -120,7 +120,9 @@ class PanelWeights:
         if self.out_channels is None:
             start = let(plane + big(panel) * self.panel_floats)
             return WeightPanel(self.weights, [start + lane for lane in lanes_of], tap_floats)
-        firsts = [let(self.out_channel(sample, panel * tile.nr + lane)) for lane in lanes_of]
+        # Whole vectors, those past the end of the list too: a read from the last channel on could leave the weights.
+        vectors = [tirx.floordiv(self.out_channel(sample, panel * tile.nr + v), tile.vector_floats) for v in lanes_of]
+        firsts = [let(vector * tile.vector_floats) for vector in vectors]
         panels = [big(tirx.floordiv(first, tile.nr)) * self.panel_floats for first in firsts]
         starts = [let(plane + at + tirx.floormod(first, tile.nr)) for at, first in zip(panels, firsts, strict=True)]
         return WeightPanel(self.weights, starts, tap_floats)

@@ -315,9 +315,13 @@ def test_any_choice_of_the_space_computes_the_same(case: GatherCase) -> None:
     check(case)
 
 
-@pytest.mark.parametrize("last", [[8, 15], [8, 9, 10, 11, 12, 15], [8, 9, 11]], ids=str)
-def test_a_last_panel_with_gaps_is_not_taken_for_consecutive(last: list[int]) -> None:
-    """Past the end of a list its last channel is repeated, as if it filled the gap before it."""
+LAST = [[8, 15], [8, 9, 10, 11, 12, 15], [8, 9, 11], [8, 9], [8, 9, 10, 11], [8, 9, 10, 11, 12], [12, 13, 14], [12]]
+
+
+@pytest.mark.parametrize("last", LAST, ids=str)
+def test_a_last_panel_that_is_not_full_stores_its_channels_alone(last: list[int]) -> None:
+    """Past the end of a list its last channel is repeated, as if it filled the gap before it; where weights are read in
+    place, the sums there are those of other channels."""
     live = np.zeros((1, 16), bool)
     live[0, [*range(8), *last]] = True
     check(GatherCase(channels_out=16, live_out=live))
