@@ -2,7 +2,7 @@
 
 Such a network takes a frame and state tensors and gives scores and the next state, in the same order and of the same
 shapes (`dance_tvm.sparsity.dstep.network.Stream` is one). The state lives in the session, not in the loaded network,
-so several sessions may share one.
+so several sessions may share one; its tensors stay on the device from frame to frame.
 
     with open_device("local") as device:
         session = StreamSession(device.load(load_artifact("artifacts/resnet18-stream")))
@@ -12,6 +12,8 @@ so several sessions may share one.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -36,12 +38,11 @@ class StreamSession:
                 "next state; build the network's streaming form"
             )
         self._frame, *self._state_in = inputs
-        self._scores, *self._state_out = outputs
         self.reset()
 
     def reset(self) -> None:
         """Forget every frame seen."""
-        self._state = {tensor.name: np.zeros(tensor.shape, tensor.dtype) for tensor in self._state_in}
+        self._state: list[Any] = [np.zeros(tensor.shape, tensor.dtype) for tensor in self._state_in]
 
     def step(self, frame: np.ndarray) -> np.ndarray:
         """The network's first output after one more frame, which has the shape of the network's first input.
@@ -50,7 +51,6 @@ class StreamSession:
         """
         if list(frame.shape) != list(self._frame.shape):
             raise DanceError(f"a frame of this stream has shape {tuple(self._frame.shape)}, not {frame.shape}")
-        outputs = self._network.run({self._frame.name: frame, **self._state})
-        pairs = zip(self._state_in, self._state_out, strict=True)
-        self._state = {before.name: outputs[after.name] for before, after in pairs}
-        return outputs[self._scores.name]
+        state = {tensor.name: value for tensor, value in zip(self._state_in, self._state, strict=True)}
+        scores, self._state = self._network.step({self._frame.name: frame, **state})
+        return scores

@@ -166,6 +166,22 @@ def test_a_compiled_stream_equals_the_clip_to_the_last_bit(compiled, device):
         here.step(np.zeros((1, 1, 5, 5), "float32"))
 
 
+def test_a_streams_state_stays_on_the_device(compiled, device):
+    """What a step leaves on the device serves the next one as well as arrays do, however often it is used."""
+    clip, loaded = clips()[-1], device.load(compiled[2])
+    frame, *state = (tensor.name for tensor in loaded.manifest.inputs)
+    zeros = {tensor.name: np.zeros(tensor.shape, tensor.dtype) for tensor in loaded.manifest.inputs[1:]}
+    outputs = loaded.run({frame: clip[:, :, 0].numpy(), **zeros})
+    first, kept = loaded.step({frame: clip[:, :, 0].numpy(), **zeros})
+    np.testing.assert_array_equal(first, next(iter(outputs.values())))
+    assert not any(isinstance(tensor, np.ndarray) for tensor in kept)
+    arrays = dict(zip(state, list(outputs.values())[1:], strict=True))
+    for index in (1, 2, 1):
+        expected = loaded.run({frame: clip[:, :, index].numpy(), **arrays})
+        found, _ = loaded.step({frame: clip[:, :, index].numpy(), **dict(zip(state, kept, strict=True))})
+        np.testing.assert_array_equal(found, next(iter(expected.values())))
+
+
 @pytest.mark.device
 def test_an_emulated_phone_streams_exactly(emulator, tmp_path):
     thinned = steered()

@@ -32,10 +32,12 @@ class LocalNetwork(LoadedNetwork):
             self._weights = [tvm.runtime.tensor(array, self._device) for array in artifact.weights()]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with gpu_failures_explained(self.manifest, "this machine"):
-            results = self._machine["main"](*self._arguments(inputs))
-        results = [results] if isinstance(results, tvm.runtime.Tensor) else results
+        results = self._results(inputs)
         return {tensor.name: result.numpy() for tensor, result in zip(self.manifest.outputs, results, strict=True)}
+
+    def step(self, inputs: Mapping[str, Any]) -> tuple[np.ndarray, list[Any]]:
+        first, *others = self._results(inputs)
+        return first.numpy(), others
 
     def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         arguments, main, seconds = self._arguments(inputs), self._machine["main"], []
@@ -71,8 +73,15 @@ class LocalNetwork(LoadedNetwork):
         peak = serve.peak_memory()
         return None if peak < 0 else peak
 
-    def _arguments(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
-        return [tvm.runtime.tensor(array, self._device) for array in arrange(self.manifest, inputs)] + self._weights
+    def _results(self, inputs: Mapping[str, Any]) -> list[tvm.runtime.Tensor]:
+        with gpu_failures_explained(self.manifest, "this machine"):
+            results = self._machine["main"](*self._arguments(inputs))
+        return [results] if isinstance(results, tvm.runtime.Tensor) else list(results)
+
+    def _arguments(self, inputs: Mapping[str, Any]) -> list[Any]:
+        values = arrange(self.manifest, inputs)
+        sent = [tvm.runtime.tensor(value, self._device) if isinstance(value, np.ndarray) else value for value in values]
+        return sent + self._weights
 
 
 class LocalSession(DeviceSession):

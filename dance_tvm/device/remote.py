@@ -245,18 +245,25 @@ class RemoteNetwork(LoadedNetwork):
             self._weights = self._load_weights(artifact)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        arrays = self._invoke(inputs, lambda outputs: [output.numpy() for output in outputs])
+        return {tensor.name: array for tensor, array in zip(self.manifest.outputs, arrays, strict=True)}
+
+    def step(self, inputs: Mapping[str, Any]) -> tuple[np.ndarray, list[Any]]:
+        return self._invoke(inputs, lambda outputs: (outputs[0].numpy(), outputs[1:]))
+
+    def _invoke(self, inputs: Mapping[str, Any], fetch: Callable[[list[Any]], _Result]) -> _Result:
+        """What `fetch` makes of the outputs on the device, while the connection's deadline runs."""
         self._set_input(self._machine, inputs)
 
-        def invoke() -> list[np.ndarray]:
+        def invoke() -> _Result:
             self._machine.invoke_stateful("main")
             # TVM's get_outputs makes a reference cycle, which would keep the session until Python collects garbage.
             count = self._machine._get_output_arity("main")
             places: list[tuple[int, ...]] = [()] if count < 0 else [(index,) for index in range(count)]
-            return [self._machine._get_output("main", *place).numpy() for place in places]
+            return fetch([self._machine._get_output("main", *place) for place in places])
 
         with gpu_failures_explained(self.manifest, self._session.name):
-            arrays = self._connection.call("running", invoke)
-        return {tensor.name: array for tensor, array in zip(self.manifest.outputs, arrays, strict=True)}
+            return self._connection.call("running", invoke)
 
     def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         self._set_input(self._machine, inputs)
@@ -329,13 +336,15 @@ class RemoteNetwork(LoadedNetwork):
             self._connection.call("reading weights", partial(get, sha256, name)) for name in self.manifest.parameters
         ]
 
-    def _set_input(self, machine: relax.VirtualMachine, inputs: Mapping[str, np.ndarray]) -> None:
-        arrays = arrange(self.manifest, inputs)
+    def _set_input(self, machine: relax.VirtualMachine, inputs: Mapping[str, Any]) -> None:
+        values = arrange(self.manifest, inputs)
 
         def send() -> None:
-            for tensor, array in zip(self._inputs, arrays, strict=True):
-                tensor.copyfrom(array)
-            machine.set_input("main", *self._inputs, *self._weights)
+            given = [
+                place.copyfrom(value) if isinstance(value, np.ndarray) else value
+                for place, value in zip(self._inputs, values, strict=True)
+            ]
+            machine.set_input("main", *given, *self._weights)
 
         self._connection.call("taking its inputs", send)
 

@@ -48,6 +48,14 @@ class LoadedNetwork(ABC):
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by the manifest's names for inputs by the manifest's names."""
 
+    def step(self, inputs: Mapping[str, Any]) -> tuple[np.ndarray, list[Any]]:
+        """The first output, and the others as `inputs` of later calls may hold them: tensors that stay on the device.
+
+        Here they are arrays, which any device takes.
+        """
+        first, *others = self.run(inputs).values()
+        return first, others
+
     @abstractmethod
     def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         """Seconds of each of `repeats` runs, measured on the device, without the transfer of inputs and outputs."""
@@ -96,8 +104,11 @@ class DeviceSession(ABC):
         self.close()
 
 
-def arrange(manifest: Manifest, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """The inputs in the order of the manifest. Raises DanceError for a missing, unexpected or misshapen one."""
+def arrange(manifest: Manifest, inputs: Mapping[str, Any]) -> list[Any]:
+    """The inputs, arrays or tensors of the device, in the order of the manifest.
+
+    Raises DanceError for a missing, unexpected or misshapen one.
+    """
     names = [tensor.name for tensor in manifest.inputs]
     if set(names) != set(inputs):
         raise DanceError(f"{manifest.name} takes the inputs {', '.join(names)}, not {', '.join(inputs) or 'none'}")
@@ -108,4 +119,5 @@ def arrange(manifest: Manifest, inputs: Mapping[str, np.ndarray]) -> list[np.nda
                 f"input {tensor.name} must be {tensor.dtype} of shape {tuple(tensor.shape)}, "
                 f"not {array.dtype} of shape {array.shape}"
             )
-    return [np.ascontiguousarray(inputs[name]) for name in names]
+    values = [inputs[name] for name in names]
+    return [np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value for value in values]
