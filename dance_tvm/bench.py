@@ -11,24 +11,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dance_tvm.cli import start
+from dance_tvm.cli import application, start
 from dance_tvm.errors import DanceError
+from dance_tvm.options import AsJson, Devices
 
 if TYPE_CHECKING:
     from dance_tvm.benchmarking.results import Measured, Profile, Results
 
 REGRESSION = 3
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = application()
 
 
 @app.command()
 def bench(
     artifacts: Annotated[list[Path], typer.Argument(help="Folders written by `dance-tvm build`.")],
     dense: Annotated[Path | None, typer.Option(help="The dense network's artifact, measured in turns.")] = None,
-    device: Annotated[
-        list[str] | None, typer.Option(help="local, emulator, rpc://HOST:PORT, tracker://HOST:PORT/KEY; repeatable.")
-    ] = None,
+    device: Devices = None,
     runs: Annotated[int, typer.Option(min=2, help="Runs of each artifact, at least.")] = 20,
     seconds: Annotated[float, typer.Option(min=0.0, help="Seconds for each artifact, at least.")] = 2.0,
     stream: Annotated[
@@ -46,7 +45,7 @@ def bench(
     against: Annotated[Path | None, typer.Option(help="Earlier results; exit code 3 if now slower.")] = None,
     threshold: Annotated[float, typer.Option(min=0.0, help="How much slower is a regression.")] = 0.05,
     out: Annotated[Path | None, typer.Option(help="Write the results (JSON) here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time artifacts on devices: how long, how steady, by clip, by layer, against dense, against the work saved."""
     from dance_tvm.benchmarking.campaign import Plan, run

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from dance_tvm.cli import start
+from dance_tvm.cli import application, start
+from dance_tvm.options import AsJson, Model, TargetName, Threads
 
 if TYPE_CHECKING:
     from dance_tvm.compiler import Built
@@ -23,7 +24,7 @@ DEFAULT_MODEL = "dance-c3d-mini"
 
 _SHOWN_LAYERS = 12
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = application()
 
 
 class Numerics(str, Enum):
@@ -54,11 +55,11 @@ class Sparsity(str, Enum):
 
 @app.command()
 def build(
-    target: Annotated[str, typer.Option(help="Name, alias or .toml file; `dance-tvm targets` lists them.")] = "host",
-    model: Annotated[str, typer.Option(help="Name of the zoo, or a .pt2 or .onnx file.")] = DEFAULT_MODEL,
+    target: TargetName = "host",
+    model: Model = DEFAULT_MODEL,
     weights: Annotated[Path | None, typer.Option(help="Trained weights: .safetensors, or a state dict.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="artifacts/MODEL-TARGET")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of a run; the target's own unless given.")] = None,
+    threads: Threads = None,
     check: Annotated[
         bool | None,
         typer.Option(help="Run the result against its source.", show_default="unless it would take long"),
@@ -74,7 +75,7 @@ def build(
         DeviceCode, typer.Option(help="Of a CUDA target: PTX, or source that the device compiles.")
     ] = DeviceCode.compiled,
     debug_dump: Annotated[Path | None, typer.Option(help="Write the IR after every phase to this folder.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compile a trained network into a verified artifact: one folder that a device can run."""
     console = Console(stderr=True)

@@ -39,6 +39,11 @@ def main() -> NoReturn:
     start(_table_of_commands(), "dance-tvm")
 
 
+def application(**options: Any) -> typer.Typer:
+    """What a command's module offers as ``app``: ``start`` tells its errors, so typer leaves them alone."""
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, **options)
+
+
 def start(app: typer.Typer, name: str, arguments: list[str] | None = None) -> NoReturn:
     """Run a command to its end: bad input is one sentence and exit code 2, Ctrl-C is exit code 130.
 
@@ -103,12 +108,8 @@ def _terminated(number: int, _frame: Any) -> NoReturn:
 
 
 def _table_of_commands() -> typer.Typer:
-    app = typer.Typer(
-        help="Trained, sparse 3D CNNs compiled to small, fast, verified artifacts.",
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-    )
+    summary = "Trained, sparse 3D CNNs compiled to small, fast, verified artifacts."
+    app = application(help=summary, no_args_is_help=True)
     app.callback()(_options)
     # Every word after the command's name is the command's own, --help too.
     context = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

@@ -15,18 +15,17 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from dance_tvm.cli import start
+from dance_tvm.cli import application, start
 from dance_tvm.errors import DanceError
+from dance_tvm.options import AsJson
 
 TRACKER = "127.0.0.1:9190"
 PROBE_TIMEOUT_S = 5.0
 
-app = typer.Typer(
-    help="The devices of a tracker and their health, and phones on a cable.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-)
+Tracker = Annotated[str, typer.Option(help="HOST:PORT of an RPC tracker.")]
+Probe = Annotated[bool, typer.Option(help="Open a session on every free device and ask how it is.")]
+
+app = application(help="The devices of a tracker and their health, and phones on a cable.", no_args_is_help=True)
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class Server:
 
 @app.command("list")
 def list_devices(
-    tracker: Annotated[str, typer.Option(help="HOST:PORT of an RPC tracker.")] = TRACKER,
-    probe: Annotated[bool, typer.Option(help="Open a session on every free device and ask how it is.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    tracker: Tracker = TRACKER,
+    probe: Probe = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the tracker's devices: which are free, busy or lost, and how many wait for them."""
     servers, waiting = look(tracker, probe)
@@ -55,8 +54,8 @@ def list_devices(
 
 @app.command()
 def watch(
-    tracker: Annotated[str, typer.Option(help="HOST:PORT of an RPC tracker.")] = TRACKER,
-    probe: Annotated[bool, typer.Option(help="Open a session on every free device and ask how it is.")] = False,
+    tracker: Tracker = TRACKER,
+    probe: Probe = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
     times: Annotated[int | None, typer.Option(min=1, help="Looks to take.", show_default="until Ctrl-C")] = None,
 ) -> None:

@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dance_tvm.cli import start
+from dance_tvm.cli import application, start
 from dance_tvm.errors import DanceError
+from dance_tvm.options import AsJson
 
 # The pair that is known to work; newer ffi releases crash in tvm.ir.save_json.
 TVM = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
@@ -30,7 +31,7 @@ INSTALL_TVM = "pip install " + " ".join(f"{name}=={number}" for name, number in 
 PROBE_TIMEOUT_S = 120
 BROKEN = 1
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = application()
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Finding:
 @app.command()
 def doctor(
     tracker: Annotated[str | None, typer.Option(help="HOST:PORT of an RPC tracker that should answer.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what works on this machine, and what mends the rest. Exit code 1 if something needed is broken."""
     findings = examine(tracker)

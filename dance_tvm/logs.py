@@ -11,13 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dance_tvm.cli import start
+from dance_tvm.cli import application, start
 from dance_tvm.errors import DanceError
+from dance_tvm.options import AsJson
 from dance_tvm.schedules.spaces import SPACES
 from dance_tvm.schedules.workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Workload
 from dance_tvm.tuning.records import LOGS, Log, Record, parse_loosely, rewrite
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Check, merge and show tuning logs.")
+app = application(help="Check, merge and show tuning logs.")
 
 Files = Annotated[list[Path] | None, typer.Argument(help="Logs; all of the package's own unless given.")]
 
@@ -60,7 +61,7 @@ def merge(
 
 
 @app.command()
-def best(files: Files = None, as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+def best(files: Files = None, as_json: AsJson = False) -> None:
     """The verified record of every layer, as builds use it."""
     found = []
     for path in _files(files):

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from dance_tvm.cli import start
+from dance_tvm.cli import application, start
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = application()
 
 
 class Paper(str, Enum):

@@ -14,23 +14,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dance_tvm.cli import start
+from dance_tvm.cli import application, start
 from dance_tvm.errors import DanceError
+from dance_tvm.options import PLACES, AsJson
 
 if TYPE_CHECKING:
     from dance_tvm.artifact import Manifest
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = application()
 
 
 @app.command()
 def run(
     artifact: Annotated[Path, typer.Argument(help="Folder written by `dance-tvm build`.")],
-    device: Annotated[str, typer.Option(help="local, emulator, rpc://HOST:PORT or tracker://HOST:PORT/KEY.")] = "local",
+    device: Annotated[str, typer.Option(help=f"{PLACES}.")] = "local",
     inputs: Annotated[Path | None, typer.Option(help="Arrays by input name.", show_default="random")] = None,
     outputs: Annotated[Path | None, typer.Option(help="Where to write the outputs (.npz).")] = None,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds to wait for the device.")] = 60.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run an artifact on a device: the arrays of an .npz file in, the network's outputs out."""
     from dance_tvm.artifact import load_artifact

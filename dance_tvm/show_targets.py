@@ -10,10 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dance_tvm.cli import start
+from dance_tvm.cli import application, start
+from dance_tvm.options import AsJson
 from dance_tvm.target import Target, all_targets, load_target
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = application()
 
 
 @app.command()
@@ -21,7 +22,7 @@ def targets(
     name: Annotated[
         str | None, typer.Argument(help="Show one target in full: a name, an alias or a .toml file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the machines that networks can be built for, or show one with the source of each fact."""
     chosen = [load_target(name)] if name else all_targets()

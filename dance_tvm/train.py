@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dance_tvm.cli import start
+from dance_tvm.cli import application, start
 from dance_tvm.errors import DanceError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = application()
 
 
 @app.command()

@@ -13,24 +13,22 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from dance_tvm.cli import start
+from dance_tvm.cli import application, start
 from dance_tvm.errors import DanceError
+from dance_tvm.options import AsJson, Devices, Model, TargetName, Threads
 
 if TYPE_CHECKING:
     from dance_tvm.schedules.workload import Workload
     from dance_tvm.tuning.tuner import Tuner
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = application()
 
 
 @app.command()
 def tune(
-    model: Annotated[str, typer.Option(help="Name of the zoo, or a .pt2 or .onnx file.")] = "c3d-mini",
-    target: Annotated[str, typer.Option(help="Name, alias or .toml file; `dance-tvm targets` lists them.")] = "host",
-    device: Annotated[
-        list[str] | None,
-        typer.Option(help="local, emulator, rpc://HOST:PORT or tracker://HOST:PORT/KEY; may be given several times."),
-    ] = None,
+    model: Model = "c3d-mini",
+    target: TargetName = "host",
+    device: Devices = None,
     trials: Annotated[int, typer.Option(help="Trials of each layer, those of earlier runs counted.")] = 64,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which no new batch is begun.")] = None,
     layers: Annotated[list[str] | None, typer.Option(help="Only layers that match this pattern.")] = None,
@@ -41,13 +39,13 @@ def tune(
     conv: Annotated[Literal["auto", "direct", "winograd"], typer.Option(help="Only kernels of this kind.")] = "auto",
     clips: Annotated[str, typer.Option(help="Tune masked layers at the densities that these clips show.")] = "",
     weights: Annotated[Path | None, typer.Option(help="Trained weights; tile sizes do not depend on them.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of a run; the target's own unless given.")] = None,
+    threads: Threads = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Trials that are built at once.")] = None,
     trial_timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a trial is ended.")] = 30.0,
     logs: Annotated[Path | None, typer.Option(help="Folder of the logs.", show_default="the package's own")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the search to this .html file.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Search the fastest tiles for a network on a real device, and keep them in the target's tuning log."""
     if trials < 1:
@@ -58,10 +56,31 @@ def tune(
         raise DanceError("--density must lie between 0 and 1, 1 included")
     if plot is not None and find_spec("plotly") is None:
         raise DanceError("--plot needs plotly: install it with `pip install plotly`")
-    tuner = _tuned(
-        model, target, device or ["local"], Console(stderr=True), trials, time_limit, layers or [], density or [],
-        masks, weights, threads, jobs, trial_timeout, logs, seed, conv, clips, quiet=as_json,
-    )  # fmt: skip
+    from dance_tvm.host import available_cores
+    from dance_tvm.target import load_target
+    from dance_tvm.transform.pipeline import gpu_of, machine_of
+    from dance_tvm.tuning.farm import Farm
+    from dance_tvm.tuning.libraries import require_gpu
+    from dance_tvm.tuning.tuner import Plan, Tuner
+    from dance_tvm.tuning.workloads import layers_of
+
+    machine = load_target(target)
+    found = layers_of(
+        model,
+        machine,
+        weights=weights,
+        threads=threads,
+        densities=density or [],
+        lists=_axes(masks),
+        only=layers or [],
+        conv=conv,
+        clips=clips,
+    )
+    plan = Plan(trials, time_limit or float("inf"), jobs or available_cores(), seed)
+    with Farm(device or ["local"], trial_timeout) as farm:
+        require_gpu(farm, str(machine.tvm["kind"]))
+        tuner = Tuner(machine, gpu_of(machine) or machine_of(machine), found, farm, plan, logs)
+        _search(tuner, Console(stderr=True), quiet=as_json)
     if plot is not None:
         _plot(tuner, plot)
     if as_json:
@@ -72,51 +91,28 @@ def tune(
         raise DanceError(f"the devices are gone ({tuner.lost}); what was measured is in {_logs(tuner)}")
 
 
-def _tuned(
-    model: str, target: str, devices: list[str], console: Console, trials: int, time_limit: float | None,
-    layers: list[str], density: list[float], masks: str, weights: Path | None, threads: int | None, jobs: int | None,
-    trial_timeout: float, logs: Path | None, seed: int, conv: Any, clips: str, quiet: bool,
-) -> Tuner:  # fmt: skip
-    from dance_tvm.host import available_cores
+def _axes(masks: str) -> list[str]:
     from dance_tvm.schedules.workload import LISTS
-    from dance_tvm.target import load_target
-    from dance_tvm.transform.pipeline import gpu_of, machine_of
-    from dance_tvm.tuning.farm import Farm
-    from dance_tvm.tuning.libraries import require_gpu
-    from dance_tvm.tuning.tuner import Plan, Tuner
-    from dance_tvm.tuning.workloads import layers_of
 
-    machine = load_target(target)
-    lists = [axis for axis in masks.split(",") if axis]
-    if unknown := sorted(set(lists) - set(LISTS)):
+    axes = [axis for axis in masks.split(",") if axis]
+    if unknown := sorted(set(axes) - set(LISTS)):
         raise DanceError(f"--masks knows {', '.join(LISTS)}, not {', '.join(unknown)}")
-    found = layers_of(
-        model,
-        machine,
-        weights=weights,
-        threads=threads,
-        densities=density,
-        lists=lists,
-        only=layers,
-        conv=conv,
-        clips=clips,
-    )
-    plan = Plan(trials, time_limit or float("inf"), jobs or available_cores(), seed)
-    with Farm(devices, trial_timeout) as farm:
-        require_gpu(farm, str(machine.tvm["kind"]))
-        tuner = Tuner(machine, gpu_of(machine) or machine_of(machine), found, farm, plan, logs)
-        for name, number, reason in tuner.problems[:10]:
-            console.print(f"{name}, line {number}: {reason}; skipped", style="yellow", highlight=False)
-        if tuner.model_name != "xgboost":
-            console.print(f"cost model: {tuner.model_name}", style="yellow")
-        if quiet or not console.is_terminal:
-            tuner.on_event = lambda sentence: None if quiet else print(sentence, file=sys.stderr, flush=True)
-            tuner.run()
-        else:
-            with Live(_view(tuner), console=console, transient=True) as live:
-                tuner.on_event = lambda _sentence: live.update(_view(tuner))
-                tuner.run()
-    return tuner
+    return axes
+
+
+def _search(tuner: Tuner, console: Console, quiet: bool) -> None:
+    """Run the tuner and show how it goes: live where somebody watches, else a line an event."""
+    for name, number, reason in tuner.problems[:10]:
+        console.print(f"{name}, line {number}: {reason}; skipped", style="yellow", highlight=False)
+    if tuner.model_name != "xgboost":
+        console.print(f"cost model: {tuner.model_name}", style="yellow")
+    if quiet or not console.is_terminal:
+        tuner.on_event = lambda sentence: None if quiet else print(sentence, file=sys.stderr, flush=True)
+        tuner.run()
+        return
+    with Live(_view(tuner), console=console, transient=True) as live:
+        tuner.on_event = lambda _sentence: live.update(_view(tuner))
+        tuner.run()
 
 
 def facts(tuner: Tuner) -> dict[str, Any]:
