@@ -36,7 +36,7 @@ class Layer:
         padding = tuple(extent // 2 for extent in self.kernel)
         axes = zip(self.size, self.kernel, self.stride, padding, strict=True)
         out = tuple((n + 2 * p - k) // s + 1 for n, k, s, p in axes)
-        return Window(1, self.size, out, self.kernel, self.stride, padding)  # type: ignore[arg-type]
+        return Window(1, self.size, out, self.kernel, self.stride, padding)
 
 
 C3D = [

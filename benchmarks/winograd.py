@@ -132,12 +132,12 @@ def report(
 def parse(size: str) -> tuple[tuple[int, int, int], int]:
     """``"4x4x4:49"`` → tile of outputs, columns per chunk."""
     m, columns = size.split(":")
-    return tuple(int(extent) for extent in m.split("x")), int(columns)  # type: ignore[return-value]
+    return tuple(int(extent) for extent in m.split("x")), int(columns)
 
 
 def main(
     layer: Annotated[list[str], typer.Option(help="Layer of C3D or R(2+1)D, as benchmarks/kernels.py names it.")],
-    size: Annotated[list[str], typer.Option(help="Tile of outputs and columns per chunk, as 4x4x4:49.")] = [],  # noqa: B006
+    size: Annotated[list[str], typer.Option(help="Tile of outputs and columns per chunk, as 4x4x4:49.")] = [],  # noqa: B006 - typer reads it
     threads: int = 1,
     repeat: int = 5,
     phases: bool = False,

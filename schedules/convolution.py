@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,7 +27,7 @@ def list_marks(live_in: bool, live_out: bool) -> str:
 
 
 @dataclass(frozen=True)
-class Convolution(GroupedChannels):
+class Convolution(GroupedChannels, ABC):
     """One convolution kernel: shapes, which lists it walks, and what is fused behind it.
 
     ``live_in``, ``live_out``: a list of live input or output channels per sample is given. ``zero_dead``: rows of live
@@ -45,6 +46,11 @@ class Convolution(GroupedChannels):
     residual: bool = False
     activation: str = ""
     zero_dead: str = ""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The kernel's name, as docs/kernels.md decodes it."""
 
     @property
     def panels(self) -> int:
@@ -69,3 +75,7 @@ class Convolution(GroupedChannels):
         padded[:, : self.group_out] = taps_last
         blocks = padded.reshape(self.panels, self.tile.nr, self.depth, self.window.taps)
         return np.ascontiguousarray(blocks.transpose(0, 3, 2, 1))
+
+    @abstractmethod
+    def pack_bias(self, bias: np.ndarray) -> np.ndarray:
+        """The bias, float32 (C_out,), the way the kernel reads it."""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 Triple = tuple[int, int, int]
+
+
+def triple(values: Iterable[int]) -> Triple:
+    """Frames, height and width. Raises ValueError unless there are three values."""
+    frames, height, width = values
+    return frames, height, width
 
 
 @dataclass(frozen=True)

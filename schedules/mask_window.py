@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm import tirx
 
 from .emit import Expr, argument, kernel, let, number, serial, store, when
-from .geometry import Window
+from .geometry import Window, triple
 
 Field = tuple[int, int, int, int]
 
@@ -26,8 +28,8 @@ def grow_backward(window: Window, field: Field, name: str = "mask_backward") -> 
 def grown_shape(window: Window, field: Field, forward: bool) -> Field:
     """Shape of the grown field."""
     source, target = (window.size, window.out) if forward else (window.out, window.size)
-    extents = [1 if field[axis + 1] == 1 and source[axis] != 1 else target[axis] for axis in range(3)]
-    return (field[0], *extents)  # type: ignore[return-value]
+    extents = (1 if field[axis + 1] == 1 and source[axis] != 1 else target[axis] for axis in range(3))
+    return (field[0], *triple(extents))
 
 
 def _grow(window: Window, field: Field, name: str, forward: bool) -> tirx.PrimFunc:
@@ -61,7 +63,9 @@ def _raise(grown: tirx.Buffer, value: Expr, *at: Expr) -> None:
         store(grown, number(1.0), *at)
 
 
-def _each_tap(window: Window, spans: list[bool], out: tuple[Expr, Expr, Expr], visit: object) -> None:
+def _each_tap(
+    window: Window, spans: list[bool], out: tuple[Expr, Expr, Expr], visit: Callable[[list[Expr]], None]
+) -> None:
     """Call ``visit`` for every input coordinate that output ``out`` reads inside the clip."""
     extents = [window.kernel[axis] if spans[axis] else 1 for axis in range(3)]
     with serial(extents[0]) as f, serial(extents[1]) as r, serial(extents[2]) as c:
@@ -75,7 +79,7 @@ def _each_tap(window: Window, spans: list[bool], out: tuple[Expr, Expr, Expr], v
             at.append(place)
             inside += [place >= 0, place < window.size[axis]]
         if not inside:
-            visit(at)  # type: ignore[operator]
+            visit(at)
             return
         with when(tirx.all(*inside)):
-            visit(at)  # type: ignore[operator]
+            visit(at)

@@ -22,6 +22,7 @@ last row: the same value is then computed and stored twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -267,7 +268,7 @@ def _for_live_rows(
     masks: dict[str, tirx.Buffer],
     tables: dict[str, tirx.Buffer],
     frame_class: tirx.Buffer,
-    visit: object,
+    visit: Callable[[Expr, Expr, Expr], None],
 ) -> None:
     """Call ``visit(class, input position, output position)`` for every row that is read."""
     window = plan.window
@@ -281,7 +282,7 @@ def _for_live_rows(
         source_frame = let(clip * window.size[0] + out_frame * window.stride[0] - window.padding[0])
         living = None if plan.in_positions is None else _LivingTaps(plan, masks, clip, out_frame)
         with serial(out_h) as row:
-            of_row = let(of_frame + tables["row_class"][row]) if living is None else None
+            of_row: Expr = let(of_frame + tables["row_class"][row]) if living is None else None
             source_row = let((source_frame * height + row * window.stride[1] - window.padding[1]) * width)
             target_row = let(((clip * window.out[0] + out_frame) * out_h + row) * out_w)
             with serial(out_w) as column:
@@ -289,7 +290,7 @@ def _for_live_rows(
                 def visit_row(row: Expr = row, column: Expr = column) -> None:
                     source = source_row + column * window.stride[2] - window.padding[2]
                     of_position = living.of(row, column) if living else of_row + tables["column_class"][column]
-                    visit(let(of_position), source, target_row + column)  # type: ignore[operator]  # of_row is there unless living
+                    visit(let(of_position), source, target_row + column)
 
                 if plan.positions is None:
                     visit_row()

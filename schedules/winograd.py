@@ -591,7 +591,7 @@ def linear(matrix: np.ndarray, values: Sequence[Expr], count: int) -> list[Expr]
         even = let(_sum(np.where(same, coefficients, 0), values, count))
         odd = let(_sum(np.where(same, 0, coefficients), values, count))
         results[row], results[twin] = let(even + odd), let(even - odd)
-    return results  # type: ignore[return-value]
+    return results
 
 
 def _fold_columns(matrix: np.ndarray, values: list[Expr]) -> tuple[np.ndarray, list[Expr]]:

@@ -27,7 +27,7 @@ import numpy as np
 from tvm import tirx
 
 from .emit import INT, Expr, argument, kernel, let, number, scratch, serial, store, when
-from .geometry import Triple, Window
+from .geometry import Triple, Window, triple
 from .row_plan import MOST_DYNAMIC_FRAME_TAPS, mask_shapes
 
 #: The lists that the kernel takes.
@@ -60,7 +60,7 @@ class WinogradPlan:
     def alpha(self) -> Triple:
         """Inputs that one tile reads on each axis; 1 where the axis is not transformed."""
         kernel = self.window.kernel
-        return tuple(m + k - 1 if on else 1 for m, k, on in zip(self.m, kernel, self.transformed, strict=True))  # type: ignore[return-value]
+        return triple(m + k - 1 if on else 1 for m, k, on in zip(self.m, kernel, self.transformed, strict=True))
 
     @property
     def xi(self) -> int:
@@ -70,7 +70,7 @@ class WinogradPlan:
     @cached_property
     def tiles(self) -> Triple:
         """Output tiles on each axis."""
-        return tuple(-(-extent // m) for extent, m in zip(self.window.out, self.m, strict=True))  # type: ignore[return-value]
+        return triple(-(-extent // m) for extent, m in zip(self.window.out, self.m, strict=True))
 
     @property
     def places(self) -> int:

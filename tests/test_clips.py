@@ -28,14 +28,14 @@ def test_every_motion_is_as_frequent_and_splits_share_no_digit() -> None:
     splits = load_data("motion-digits,train=64,test=32,size=24,frames=8", seed=1)
     labels = [splits.train[index][1] for index in range(64)]
     assert {labels.count(label) for label in range(len(MOTIONS))} == {8}
-    scans = [{scan.tobytes() for scan in part._digits} for part in (splits.train, splits.held_out)]  # type: ignore[attr-defined]
+    scans = [{scan.tobytes() for scan in part._digits} for part in (splits.train, splits.held_out)]
     assert not scans[0] & scans[1]
 
 
 def test_motions_move_and_pauses_rest() -> None:
     clips = MotionDigits(400, seed=2)
     calm = [index for index in range(400) if clips.difficulty(index) < 0.3]
-    change = {label: [] for label in MOTIONS}  # type: dict[str, list[float]]
+    change: dict[str, list[float]] = {label: [] for label in MOTIONS}
     for index in calm:
         clip, label = clips[index]
         change[MOTIONS[label]].append(float((clip[:, 1:] - clip[:, :-1]).abs().mean()))
@@ -118,7 +118,7 @@ def test_other_networks_get_imagenet_normalisation_and_augmented_training_clips(
     assert float(clip.max()) < 2.7
     first, _ = splits.train[0]
     assert torch.equal(first, splits.train[0][0])
-    splits.train.set_epoch(1)  # type: ignore[attr-defined]
+    splits.train.set_epoch(1)
     assert not torch.equal(first, splits.train[0][0])
 
 
@@ -157,7 +157,7 @@ def test_bad_videos_are_one_sentence(ucf: Path, real_frames: np.ndarray, tmp_pat
 def test_windows_share_no_frame_between_the_splits() -> None:
     frames = np.arange(40, dtype=np.uint8)[:, None, None, None] * np.ones((1, 27, 48, 3), np.uint8)
     train, held_out = FrameWindows([frames[:30]], 10, 5), FrameWindows([frames[30:]], 10, 10)
-    assert [int(window[0, 0, 0, 0]) for window, _ in train] == [0, 5, 10, 15, 20]  # type: ignore[attr-defined]
+    assert [int(window[0, 0, 0, 0]) for window, _ in train] == [0, 5, 10, 15, 20]
     assert len(held_out) == 1
     assert int(held_out[0][0].min()) == 30
     with pytest.raises(DanceError, match="shorter than a window"):

@@ -151,7 +151,7 @@ def test_decisions_read_the_first_activation_alone() -> None:
     with torch.no_grad():
         graph(x)
         before = [mask.clone() for site in controller_of(graph).decisions for mask in site if mask is not None]
-        graph.get_submodule("conv2").weight.mul_(-3)  # type: ignore[operator]
+        graph.get_submodule("conv2").weight.mul_(-3)
         graph(x)
     after = [mask for site in controller_of(graph).decisions for mask in site if mask is not None]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
@@ -165,24 +165,24 @@ def taps_inside(conv: nn.Conv3d, positions: Tensor | None, place: list[int]) -> 
     assert positions is not None
     count = 1
     for axis, index in enumerate(place, 1):
-        sources = [index * conv.stride[axis] - conv.padding[axis] + tap for tap in range(conv.kernel_size[axis])]  # type: ignore[operator]
+        sources = [index * conv.stride[axis] - conv.padding[axis] + tap for tap in range(conv.kernel_size[axis])]
         count *= sum(0 <= source < positions.shape[axis - 3] for source in sources)
     return count
 
 
 def walked_macs(conv: nn.Conv3d, alive: Masks, read: Masks, clip: int) -> int:
     """The convolution's MACs as nested lists give them: every live output row, tap, input channel, output channel."""
-    frames_in, channels_in = (mask[clip].flatten().numpy() for mask in (alive.frames, alive.channels))  # type: ignore[index]
-    frames_out = read.frames[clip].flatten().numpy()  # type: ignore[index]
+    frames_in, channels_in = (mask[clip].flatten().numpy() for mask in (alive.frames, alive.channels))
+    frames_out = read.frames[clip].flatten().numpy()
     pairs = sum(
         taps_inside(conv, alive.positions, place) for place in read.positions[clip].squeeze().nonzero().tolist()
-    )  # type: ignore[index,union-attr]
+    )
     total = 0
     for t in np.flatnonzero(frames_out):
         for tap in range(conv.kernel_size[0]):
-            source = t * conv.stride[0] - conv.padding[0] + tap  # type: ignore[operator]
+            source = t * conv.stride[0] - conv.padding[0] + tap
             if 0 <= source < len(frames_in) and frames_in[source]:
-                total += pairs * int(channels_in.sum()) * int(read.channels[clip].sum())  # type: ignore[index]
+                total += pairs * int(channels_in.sum()) * int(read.channels[clip].sum())
     return total
 
 
@@ -328,14 +328,14 @@ def test_networks_without_two_convolutions_are_refused() -> None:
 def test_shortened_training_moves_towards_its_budget(tmp_path: Path) -> None:
     data = "motion-digits,train=96,test=32,size=24,frames=8"
     common = {"model": "c3d-mini", "data": data, "batch": 16, "threads": 1}
-    amplified = run(method="ava", out=tmp_path / "ava", epochs=1, lr=2e-3, **common)  # type: ignore[arg-type]
+    amplified = run(method="ava", out=tmp_path / "ava", epochs=1, lr=2e-3, **common)
     assert amplified.history[-1]["variability"] > 0
     options = {
         "target_macs": 0.4, "compute": 6.0, "ramp": 0.3, "grid": 6, "controller_rate": 20, "threshold_rate": 40,
         "momentum": 0.3,
     }  # fmt: skip
     start = tmp_path / "ava" / "model.safetensors"
-    pruned = run(method="aap", out=tmp_path / "aap", epochs=4, lr=2e-3, init=start, options=options, **common)  # type: ignore[arg-type]
+    pruned = run(method="aap", out=tmp_path / "aap", epochs=4, lr=2e-3, init=start, options=options, **common)
     shares = [row["share"] for row in pruned.history]
     assert 0.2 < shares[-1] < 0.6, "two dozen steps lead near the target and not past it"
 

@@ -244,7 +244,7 @@ def test_a_server_without_pyopencl_says_so(monkeypatch):
     class Session:
         name = "board"
 
-        class connection:  # noqa: N801
+        class connection:  # noqa: N801 - named as the attribute it stands for
             @staticmethod
             def call(_what, function, timeout=None):
                 try:
@@ -252,7 +252,7 @@ def test_a_server_without_pyopencl_says_so(monkeypatch):
                 except ImportError as error:
                     raise DanceError(f"board failed: {error}") from None
 
-            class session:  # noqa: N801
+            class session:  # noqa: N801 - named as the attribute it stands for
                 @staticmethod
                 def device(_kind, _number):
                     return type("Absent", (), {"exist": False})

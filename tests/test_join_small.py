@@ -141,7 +141,7 @@ def test_long_lists_are_planned_in_every_call(monkeypatch: pytest.MonkeyPatch) -
 
 def test_rows_at_the_edges_fill_tiles_of_their_own() -> None:
     def window(*out: int) -> Window:
-        return Window(1, out, out, (3, 3, 3), (1, 1, 1), (1, 1, 1))  # type: ignore[arg-type]
+        return Window(1, out, out, (3, 3, 3), (1, 1, 1), (1, 1, 1))
 
     assert _tiles_filled(window(4, 4, 4), 1, 1.0) == 1.0, "tiles of one row are always full"
     assert _tiles_filled(window(4, 4, 4), 6, 1.0) < 0.5, "27 kinds of edges share 64 rows"

@@ -143,4 +143,4 @@ def test_a_network_that_looks_ahead_cannot_stream():
 
 def test_unknown_forms_are_named():
     with pytest.raises(DanceError, match="tsm-online"):
-        resnet_mini(5, "gsm")  # type: ignore[arg-type]
+        resnet_mini(5, "gsm")

@@ -40,7 +40,7 @@ def test_a_pruned_network_computes_exactly_what_pytorch_does(tmp_path: Path) -> 
     with open_device("local") as session:
         for scheme, gm, gn in [("filter", 8, 4), ("vanilla", 8, 1), ("kgs", 16, 4)]:
             network = Small().eval()
-            report = prune_to_rate(network, (clip,), scheme, 2.5, gm, gn)  # type: ignore[arg-type]
+            report = prune_to_rate(network, (clip,), scheme, 2.5, gm, gn)
             with torch.inference_mode():
                 expected = network(clip).numpy()
             built = build_network(network, tmp_path / scheme, example_inputs=(clip,), threads=1, check=False)

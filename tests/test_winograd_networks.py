@@ -28,7 +28,7 @@ SERVER = Machine(8, 16, 32768, 524288, True, 33554432, 100.0, 25.0)
 
 def lowered(module: nn.Module, *inputs: torch.Tensor, **options: str) -> Lowered:
     mod = from_exported_program(torch.export.export(module, inputs))
-    return lower(mod, load_target("host"), Options(threads=2, **options))  # type: ignore[arg-type]
+    return lower(mod, load_target("host"), Options(threads=2, **options))
 
 
 def machine_for(network: Lowered) -> relax.VirtualMachine:
@@ -64,10 +64,10 @@ def test_exact_numerics_rule_winograd_out() -> None:
 
 def gather(channels_in: int, channels_out: int, size: tuple[int, int, int], **changes: object) -> GatherConv:
     window = Window(1, size, size, (3, 3, 3), padding=(1, 1, 1))
-    window = replace(window, **{key: value for key, value in changes.items() if hasattr(window, key)})  # type: ignore[arg-type]
+    window = replace(window, **{key: value for key, value in changes.items() if hasattr(window, key)})
     tile = default_tile(SERVER, window, channels_in, channels_out)
     plan = RowPlan(window, tile.mr, tile.block_tiles, tile.segment_taps, out_frames=bool(changes.get("out_frames")))
-    return GatherConv(window, channels_in, channels_out, int(changes.get("groups", 1)), tile, plan)  # type: ignore[call-overload]
+    return GatherConv(window, channels_in, channels_out, int(changes.get("groups", 1)), tile, plan)
 
 
 def test_large_layers_are_transformed_and_the_reason_gives_both_times() -> None:

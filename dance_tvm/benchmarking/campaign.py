@@ -237,13 +237,12 @@ def _clip(name: str, inputs: Inputs, entry: _Entry, plan: Plan) -> tuple[Clip, P
 
 def _pictures(entry: _Entry, seen: Sequence[Profile | None]) -> list[Picture]:
     """The clips with the least, the median and the most work left, where lists leave anything out."""
-    known = [index for index, found in enumerate(seen) if found is not None]
-    known.sort(key=lambda index: seen[index].executed_macs)  # type: ignore[union-attr]
-    chosen = sorted({known[0], known[len(known) // 2], known[-1]}) if known else []
+    known = [(found.executed_macs, index, found) for index, found in enumerate(seen) if found is not None]
+    by_work = sorted(known, key=lambda one: one[:2])
+    chosen = {by_work[place][1]: by_work[place][2] for place in (0, len(known) // 2, -1)} if known else {}
     pictures = []
-    for index in chosen:
-        found = seen[index]
-        thinned = [layer for layer in found.layers if (layer.kept_positions or 1.0) < 1.0] if found else []
+    for index in sorted(chosen):
+        thinned = [layer for layer in chosen[index].layers if (layer.kept_positions or 1.0) < 1.0]
         shown = thinned[:: max(1, len(thinned) // MOST_PICTURED_LAYERS)][:MOST_PICTURED_LAYERS]
         layers = [Alive(layer=layer.name, shape=layer.shape, alive=layer.alive) for layer in shown]
         name, inputs = entry.clips[index]

@@ -16,6 +16,7 @@ from tvm.tirx.build import codegen_build, split_host_device_mods
 
 from dance_tvm.device.opencl import DeviceCode, Launch, Plan, Ref
 from dance_tvm.errors import DanceError
+from dance_tvm.schedules.geometry import triple
 
 #: Where a data pointer and the device lie in TVM's packed arguments (`tvm_struct_get`'s field numbers).
 _ARGUMENT_HANDLE = 15
@@ -81,13 +82,8 @@ def _launch_of(call: Any, resolve: Any) -> Launch:
     arguments = tuple(resolve(value) for value in data)
     if None in arguments:
         raise DanceError(f"kernel {call.args[0].value} takes a value that is no buffer: it cannot be launched here")
-    axes = ("x", "y", "z")
-    return Launch(
-        str(call.args[0].value),
-        arguments,  # type: ignore[arg-type]
-        tuple(sizes.get(f"blockIdx.{axis}", 1) for axis in axes),  # type: ignore[arg-type]
-        tuple(sizes.get(f"threadIdx.{axis}", 1) for axis in axes),  # type: ignore[arg-type]
-    )
+    grid, block = (triple(sizes.get(f"{index}.{axis}", 1) for axis in "xyz") for index in ("blockIdx", "threadIdx"))
+    return Launch(str(call.args[0].value), arguments, grid, block)
 
 
 def _statements(node: Any) -> Iterator[Any]:

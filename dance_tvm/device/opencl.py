@@ -64,7 +64,7 @@ class DeviceCode:
 
 def _launch(facts: dict[str, Any]) -> Launch:
     grid, block = (tuple(facts[key]) for key in ("grid", "block"))
-    return Launch(facts["kernel"], tuple(facts["arguments"]), grid, block)  # type: ignore[arg-type]
+    return Launch(facts["kernel"], tuple(facts["arguments"]), grid, block)
 
 
 class OpenCLSession:

@@ -14,7 +14,7 @@ Weights are named as torchvision names them (`layer1.0.conv1.weight`), so ImageN
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +166,8 @@ class VideoResNet(nn.Module):
     def residual_blocks(self) -> list[tuple[str, Block]]:
         """Every residual block with its name, in the order they run."""
         stages = ((name, self.get_submodule(name)) for name in self.stages)
-        return [(f"{name}.{index}", block) for name, stage in stages for index, block in stage.named_children()]  # type: ignore[misc]
+        named = [(f"{name}.{index}", block) for name, stage in stages for index, block in stage.named_children()]
+        return cast(list[tuple[str, Block]], named)
 
     def run(self, clips: Tensor, history: History | None = None) -> tuple[Tensor, History]:
         """Scores (N, num_classes) of the clip so far, and the history that the next frames continue from.

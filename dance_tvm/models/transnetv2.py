@@ -206,7 +206,7 @@ def read_frames(video: Path) -> np.ndarray:
             frames = []
             for frame in container.decode(stream):
                 graph.push(frame)
-                frames.append(graph.pull().to_ndarray())  # type: ignore[union-attr]
+                frames.append(graph.pull().to_ndarray())
     except (av.FFmpegError, IndexError, OSError) as problem:
         raise DanceError(f"{video} cannot be read as a video: {problem}") from None
     return np.stack(frames)

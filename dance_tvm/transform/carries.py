@@ -64,10 +64,11 @@ class _Finder:
         items = self._frames(var)
         if items is None or var in self.claimed:
             return None
-        links = [self._link(item, items[:index]) for index, item in enumerate(items)]
-        if any(link is None for link in links):
+        linked = [self._link(item, items[:index]) for index, item in enumerate(items)]
+        links = [link for link in linked if link is not None]
+        if len(links) < len(items):
             return None
-        found = self._joined(var, items, links)  # type: ignore[arg-type]  # none is None, see above
+        found = self._joined(var, items, links)
         if found is None:
             return None
         self._extend(found)
@@ -119,11 +120,11 @@ class _Finder:
         if frames == 1:
             source = links[0].part
         else:
-            parts = [_slice(graph, link.part) for link in links]
-            if any(part is None or part[1] != index * count for index, part in enumerate(parts)):
+            slices = [found for link in links if (found := _slice(graph, link.part)) is not None]
+            if [begin for _, begin in slices] != [index * count for index in range(frames)]:
                 return None
-            source = parts[0][0]  # type: ignore[index]  # no part is None, see above
-            alike = all(part[0].same_as(source) for part in parts)  # type: ignore[index]  # no part is None, see above
+            source = slices[0][0]
+            alike = all(data.same_as(source) for data, _ in slices)
             if not alike or shape_of(source) != shape_of(var):
                 return None
             inside |= {*(link.part for link in links), *items}

@@ -19,6 +19,8 @@ from dance_tvm.schedules.gpu.row_plan import BlockPlan, block_plan, plan_rows
 from dance_tvm.schedules.gpu.spaces import choose_block_tile, groups_cost
 from dance_tvm.schedules.gpu.tiles import BlockTile, Gpu
 from dance_tvm.schedules.mask_window import Field
+from dance_tvm.schedules.row_plan import RowPlan
+from dance_tvm.schedules.winograd_plan import WinogradPlan
 from dance_tvm.schedules.workload import Workload
 
 from .graph import shape_of
@@ -37,7 +39,7 @@ FEW_CHANNELS = 8
 class GpuLowering(Lowering):
     """As :class:`.lower_windows.Lowering`; ``machine`` is a GPU."""
 
-    machine: Gpu  # type: ignore[assignment]
+    machine: Gpu  # type: ignore[assignment]  # what reads a Machine is overridden
     dtype: str = "float32"
     #: Values that were stored as ``dtype``, by what the graph sees of them in float32.
     stored: dict[relax.Expr, relax.Expr] = field(default_factory=dict)
@@ -67,7 +69,8 @@ class GpuLowering(Lowering):
     def _channel_planner(self, samples: int, channels: int) -> tirx.PrimFunc:
         return plan_channels(samples, channels)
 
-    def _row_planner(self, plan: BlockPlan) -> tirx.PrimFunc:  # type: ignore[override]
+    def _row_planner(self, plan: RowPlan | WinogradPlan) -> tirx.PrimFunc:
+        assert isinstance(plan, BlockPlan)
         return plan_rows(plan)
 
     def _pool_kernel(self, layer: str, fields: dict[str, Any]) -> tuple[str, tirx.PrimFunc]:
@@ -89,14 +92,16 @@ class GpuLowering(Lowering):
         plan = conv.plan
         data = self._stored(self._emit(site.data), (window.batch, *window.size, site.channels_in))
         masks, lists = self._masks_and_lists(plan, alive, wanted)
-        arguments = self._column_arguments if isinstance(conv, GroupConv) else self._gather_arguments
-        args = [data, *arguments(site, conv, live_in, wanted.channels, lists)]  # type: ignore[arg-type]
+        if isinstance(conv, GroupConv):
+            args = [data, *self._column_arguments(site, conv, live_in, wanted.channels, lists)]
+        else:
+            args = [data, *self._gather_arguments(site, conv, live_in, wanted.channels, lists)]
         if conv.zero_dead:
             args += [*masks["out_frames"], *masks["positions"]]
         out_shape = (window.batch, *window.out, site.channels_out)
         if site.residual is not None:
             args.append(self._stored(self._emit(site.residual), out_shape))
-        self.layers.append(self._describe(site, conv, alive, wanted, ""))  # type: ignore[arg-type]
+        self.layers.append(self._describe(site, conv, alive, wanted, ""))
         result = self._kernel(_emitted(conv), args, [out_shape], conv.dtype)
         return self._seen(result, shape_of(site.end))
 
@@ -116,7 +121,7 @@ class GpuLowering(Lowering):
             mask = self._mask(live_in, (samples, conv.channels_in), (samples, 1, 1, 1, conv.channels_in))
             shapes = [*conv.column_shapes.values(), (samples, 1)]
             columns = self._several(("columns", site.start, live_in), plan_columns(conv), [mask, *columns], shapes)[:2]
-        self._count_columns(conv, lists, columns[0])  # type: ignore[arg-type]
+        self._count_columns(conv, lists, columns[0])
         packed = [conv.pack_columns(groups.weights), conv.pack_bias(bias_of(site)), conv.plan.tap_entries]
         args = [*(relax.const(array) for array in packed), *lists, *columns]
         if live_out is not None:

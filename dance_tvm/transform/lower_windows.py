@@ -17,8 +17,11 @@ from dance_tvm.schedules.channel_plan import channel_list_shape, plan_channels
 from dance_tvm.schedules.compact_channels import compact_channels
 from dance_tvm.schedules.conv3d_gather import GatherConv, conv3d_gather
 from dance_tvm.schedules.conv3d_kgs import KernelGroupConv, balanced_order, conv3d_kgs, plan_columns
+from dance_tvm.schedules.convolution import Convolution
 from dance_tvm.schedules.emit import one_thread
 from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
+from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.mask_window import Field, grow_backward, grow_forward
 from dance_tvm.schedules.pool3d import Pool, pool3d
 from dance_tvm.schedules.row_plan import RowPlan, plan_rows
@@ -59,7 +62,7 @@ class LowerWindows:
 
     def __init__(
         self,
-        machine: Machine,
+        machine: Machine | Gpu,
         sparsity: bool = True,
         threads: int = 1,
         tuning: TuningLog | None = None,
@@ -68,7 +71,7 @@ class LowerWindows:
         group_cost: Callable[[KernelGroups], float] | None = None,
     ) -> None:
         self.group_cost = group_cost
-        self.lowering = lowering or Lowering
+        self.lowering: Callable[..., Lowering] = lowering or Lowering
         self.machine = machine
         self.threads = threads
         self.tuning = tuning
@@ -163,7 +166,7 @@ class Lowering:
         return self.builder.emit(relax.op.concat(self.counts, 0))
 
     def _count(
-        self, conv: GatherConv | WinogradConv, lists: list[relax.Expr], channels: list[list[relax.Expr]]
+        self, conv: Convolution | WinogradConv, lists: list[relax.Expr], channels: list[list[relax.Expr]]
     ) -> None:
         """Remember how to read what the kernel will execute; samples of a batch are added up by the reader."""
         emit, op, samples = self.builder.emit, relax.op, conv.plan.samples
@@ -180,7 +183,7 @@ class Lowering:
         layer = relax.const(np.full((samples, 1), len(self.counts), "int32"))
         self.counts.append(emit(op.concat([layer, joined], 1)))
 
-    def _count_columns(self, conv: KernelGroupConv, lists: list[relax.Expr], starts: relax.Expr) -> None:
+    def _count_columns(self, conv: KernelGroupConv | GroupConv, lists: list[relax.Expr], starts: relax.Expr) -> None:
         """The same for kernel groups: multiply-adds of a pair are the mean over the taps, output channels are 1."""
         emit, op, samples = self.builder.emit, relax.op, conv.plan.samples
         pairs = emit(op.strided_slice(lists[-1], [1], [3], [4]))
@@ -235,9 +238,10 @@ class Lowering:
                 value = emit(relax.op.astype(value, "float32"))
             return emit(relax.op.reshape(value, list(expression.shape)))
         if isinstance(expression, Grown):
-            field4 = tuple(expression.inner.shape[:4])
+            batch, frames, height, width, _ = expression.inner.shape
+            field4 = (batch, frames, height, width)
             inner = emit(relax.op.reshape(self._field(expression.inner), list(field4)))
-            func = self._grow(expression.window, field4, expression.forward)  # type: ignore[arg-type]
+            func = self._grow(expression.window, field4, expression.forward)
             grown = self._kernel(func, [inner], [expression.shape[:4]], "float32")
             return emit(relax.op.reshape(grown, list(expression.shape)))
         left, right = self._field(expression.left), self._field(expression.right)
@@ -407,7 +411,7 @@ class Lowering:
     def _gather_arguments(
         self,
         site: Site,
-        conv: GatherConv | WinogradConv,
+        conv: Convolution | WinogradConv,
         live_in: Expression | None,
         live_out: Expression | None,
         lists: list[relax.Expr],
@@ -536,7 +540,7 @@ class Lowering:
         self.viewed[view] = value
         return view
 
-    def _describe(self, site: Site, conv: GatherConv | WinogradConv, alive: Live, wanted: Live, why: str) -> LayerInfo:
+    def _describe(self, site: Site, conv: Convolution | WinogradConv, alive: Live, wanted: Live, why: str) -> LayerInfo:
         skips = [f"input {axis}" for axis in alive.axes if axis != "positions" or site.lists.positions]
         skips += [f"output {axis}" for axis in wanted.axes]
         groups = self.groups.get(site.start)

@@ -236,9 +236,9 @@ class Masks:
         if len(own) != len(shape) or own == (1,) * len(own):
             return None
         if self.graph.op(expr) == "multiply":
-            parts = [self.live(arg, shape) for arg in self.graph.call(expr).args]
-            if all(part is not None for part in parts):
-                return parts[0] & parts[1]  # type: ignore[operator]
+            one, other = (self.live(arg, shape) for arg in self.graph.call(expr).args)
+            if one is not None and other is not None:
+                return one & other
         if not self.is_binary(expr):
             return None
         factor = Factor(expr, as_video(own))

@@ -72,7 +72,7 @@ def lower(
             f"{target.name} cannot store half precision: leave --dtype out, or name a GPU target with fp16"
         )
     lower_windows = LowerWindows(
-        gpu or machine,  # type: ignore[arg-type]
+        gpu or machine,
         sparsity=options.sparsity == "auto",
         threads=options.threads,
         tuning=options.tuning,

@@ -66,7 +66,7 @@ class SampleLists:
             window.batch if lists.inputs or lists.outputs else 1,
             alive.frames is not None,
             wanted.frames is not None,
-            None if wanted.positions is None else wanted.positions.shape[:2],  # type: ignore[arg-type]  # a slice has no length
+            None if wanted.positions is None else (wanted.positions.shape[0], wanted.positions.shape[1]),
             positions_of_input(site, alive) if lists.positions else None,
         )
         conv = GatherConv(window, site.channels_in, site.channels_out, 1, tile, plan, lists.inputs, lists.outputs)

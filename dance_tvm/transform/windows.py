@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from tvm import relax
 
-from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.geometry import Triple, Window, triple
 
 from .graph import Graph, shape_of
 
@@ -55,6 +57,6 @@ def zero_padded(graph: Graph, data: relax.Expr, window: Window) -> tuple[relax.E
     return source, replace(window, size=_triple(shape_of(source)[1:-1], 1), padding=before)
 
 
-def _triple(values: object, fill: int) -> tuple[int, int, int]:
-    items = [int(value) for value in values]  # type: ignore[attr-defined]
-    return (*[fill] * (3 - len(items)), *items)  # type: ignore[return-value]
+def _triple(values: Sequence[Any], fill: int) -> Triple:
+    """At most three integers of TVM's; ``fill`` stands for the axes before them."""
+    return triple([fill] * (3 - len(values)) + [int(value) for value in values])

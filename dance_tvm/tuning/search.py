@@ -57,11 +57,11 @@ def stand_in(workload: Workload) -> tvm.tirx.PrimFunc:
 
     @T.prim_func(s_tir=True)
     def implicit_gemm(
-        x: T.Buffer((sources, depth), "float32"),  # type: ignore[valid-type]
-        rows_in: T.Buffer((rows,), "int32"),  # type: ignore[valid-type]
-        offsets: T.Buffer((taps,), "int32"),  # type: ignore[valid-type]
-        w: T.Buffer((taps, depth, outs), "float32"),  # type: ignore[valid-type]
-        y: T.Buffer((rows, outs), "float32"),  # type: ignore[valid-type]
+        x: T.Buffer((sources, depth), "float32"),  # type: ignore[valid-type]  # TVMScript
+        rows_in: T.Buffer((rows,), "int32"),  # type: ignore[valid-type]  # TVMScript
+        offsets: T.Buffer((taps,), "int32"),  # type: ignore[valid-type]  # TVMScript
+        w: T.Buffer((taps, depth, outs), "float32"),  # type: ignore[valid-type]  # TVMScript
+        y: T.Buffer((rows, outs), "float32"),  # type: ignore[valid-type]  # TVMScript
     ):
         T.func_attr({"global_symbol": "main", "tir.noalias": True})
         for r, o, t, c in T.grid(rows, outs, taps, depth):
@@ -84,7 +84,10 @@ def schedule(sch: s_tir.Schedule, space: Space, part: Mapping[str, Sequence[int]
         decision = values.index(pinned[name]) if pinned else None
         chosen[name] = sch.sample_categorical(values, [1.0 / len(values)] * len(values), decision=decision)
         sch.annotate(block, _PREFIX + name, chosen[name])
-    (_tile_blocks if isinstance(space, BlockSpace) else _tile_vectors)(sch, space, chosen)  # type: ignore[arg-type]
+    if isinstance(space, BlockSpace):
+        _tile_blocks(sch, chosen)
+    else:
+        _tile_vectors(sch, space, chosen)  # type: ignore[arg-type]  # a space is either a GPU's or a CPU's
 
 
 def _tile_vectors(sch: s_tir.Schedule, space: VectorSpace, chosen: Mapping[str, Any]) -> None:
@@ -107,7 +110,7 @@ def _split(sch: s_tir.Schedule, loop: Any, sizes: Sequence[Any]) -> list[Any]:
     return list(sch.split(loop, [None, *sizes])) if sizes else [loop]
 
 
-def _tile_blocks(sch: s_tir.Schedule, _space: BlockSpace, chosen: Mapping[str, Any]) -> None:
+def _tile_blocks(sch: s_tir.Schedule, chosen: Mapping[str, Any]) -> None:
     """For a GPU: blocks of threads compute rows × output channels, each thread some of both."""
     row, out, tap, channel = sch.get_loops(sch.get_sblock("conv"))
     tiles, in_tile = sch.split(row, [None, chosen["mr"]])

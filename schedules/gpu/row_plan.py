@@ -12,6 +12,7 @@ frame_slots  (samples, frames, 4)    class or -1, slot of the frame's first row,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -195,9 +196,9 @@ class _Planner:
         for field, value in enumerate((tiles, tiles, sums[1], sums[2])):
             store(lists["counts"], value, sample, field)
 
-    def _each_frame(self, c: Expr, frame_class: tirx.Buffer, visit: object) -> None:
+    def _each_frame(self, c: Expr, frame_class: tirx.Buffer, visit: Callable[[Expr], None]) -> None:
         with serial(self.plan.frames) as frame, when(frame_class[frame] == c):
-            visit(frame)  # type: ignore[operator]
+            visit(frame)
 
     def _deal_frame(self, sample: Expr, frame: Expr, c: Expr, frame_rows: tirx.Buffer, sums: tirx.Buffer) -> None:
         slots = self.lists["frame_slots"]

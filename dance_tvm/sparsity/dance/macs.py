@@ -317,8 +317,8 @@ def _concatenated(sources: list[Live]) -> Live:
 
 def _part_of_concatenation(read: Live, user: fx.Node, node: fx.Node) -> Live:
     start, parts = 0, []
-    for source in user.args[0]:  # type: ignore[union-attr]
-        width = source.meta["tensor_meta"].shape[1]  # type: ignore[union-attr]
+    for source in cast("Sequence[fx.Node]", user.args[0]):
+        width = source.meta["tensor_meta"].shape[1]
         if source is node:
             parts.append(read._replace(channels=read.channels[:, start : start + width]))
         start += width
@@ -338,8 +338,7 @@ def _everything(node: fx.Node, clips: int, device: torch.device) -> Live:
 
 
 def _is_activation(node: fx.Node) -> bool:
-    meta = node.meta.get("tensor_meta")
-    return hasattr(meta, "shape") and len(meta.shape) == 5  # type: ignore[union-attr]
+    return len(getattr(node.meta.get("tensor_meta"), "shape", ())) == 5
 
 
 def _along_channels(node: fx.Node) -> bool:
@@ -354,7 +353,7 @@ def _named(node: fx.Node, *names: str) -> bool:
 
 
 def _three(value: Any) -> tuple[int, int, int]:
-    return (value, value, value) if isinstance(value, int) else tuple(value)  # type: ignore[return-value]
+    return (value, value, value) if isinstance(value, int) else tuple(value)
 
 
 def _device(graph: fx.GraphModule) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -62,4 +63,4 @@ class _Shift:
 def _heads(controller: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     named = {"frames": "frame_heads", "channels": "channel_heads", "positions": "position_heads"}
     children = dict(controller.named_children())
-    return [(axis, children[name]) for axis, name in named.items() if name in children]  # type: ignore[misc]
+    return [(axis, cast(nn.ModuleList, children[name])) for axis, name in named.items() if name in children]

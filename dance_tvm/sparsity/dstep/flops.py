@@ -33,7 +33,7 @@ class Shares(NamedTuple):
     second: Tensor
 
 
-def dense_macs(network: VideoResNet, clip_shape: tuple[int, int, int, int]) -> DenseMacs:
+def dense_macs(network: VideoResNet, clip_shape: Sequence[int]) -> DenseMacs:
     """Counts a network, with or without policies, on clips of shape (C, T, H, W)."""
     layers = {layer.name: layer.macs for layer in count_layers(network, _on_meta(network, clip_shape))}
     names = [name for name, _ in network.residual_blocks()]
@@ -44,7 +44,7 @@ def dense_macs(network: VideoResNet, clip_shape: tuple[int, int, int, int]) -> D
     )
 
 
-def policy_macs(network: VideoResNet, clip_shape: tuple[int, int, int, int]) -> tuple[int, int]:
+def policy_macs(network: VideoResNet, clip_shape: Sequence[int]) -> tuple[int, int]:
     """Multiply-accumulates of one clip in the spatial policies' convolutions and in the temporal policies' MLPs."""
     layers = count_layers(network, _on_meta(network, clip_shape))
     policies = [layer for layer in layers if layer.name.startswith("policies.")]
@@ -87,7 +87,7 @@ def density(decision: Decision, count: int) -> Tensor:
     return _by_frame(decision, count)[0].mean(0)
 
 
-def _on_meta(network: VideoResNet, clip_shape: tuple[int, int, int, int]) -> Tensor:
+def _on_meta(network: VideoResNet, clip_shape: Sequence[int]) -> Tensor:
     return torch.empty(1, *clip_shape, device="meta", dtype=network.fc.weight.dtype)
 
 

@@ -122,8 +122,8 @@ class DSTEP(Method):
         return network
 
     def card(self, network: nn.Module) -> dict[str, Any]:
-        spatial, temporal = flops.policy_macs(network, self._clip_shape)  # type: ignore[arg-type]
         assert isinstance(network, DStepResNet)
+        spatial, temporal = flops.policy_macs(network, self._clip_shape)
         return {
             "dstep": network.options.model_dump(mode="json"),
             "target_flops": self.options.target_flops,

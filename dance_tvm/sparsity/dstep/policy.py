@@ -49,7 +49,7 @@ class SpatialPolicy(nn.Module):
         self.conv = nn.Conv2d(channels, 1, 3, padding=1)
         nn.init.normal_(self.conv.weight, std=0.1 / channels**0.5)
         # A positive start: all tiles count until the losses say otherwise.
-        nn.init.constant_(self.conv.bias, 1.0)  # type: ignore[arg-type]
+        nn.init.constant_(self.conv.get_parameter("bias"), 1.0)
 
     def average(self, x: Tensor) -> Tensor:
         """Tile means (B, C, a, b) of the block's input x (B, C, H, W)."""

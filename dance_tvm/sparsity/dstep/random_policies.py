@@ -54,7 +54,7 @@ def random_policies(
     DanceError when no mix of decisions comes within `tolerance` of it.
     """
     thinned = DStepResNet(network, options).eval()
-    dense = flops.dense_macs(thinned, tuple(clip.shape[1:]))  # type: ignore[arg-type]
+    dense = flops.dense_macs(thinned, clip.shape[1:])
     aim, share = target, 1.0
     for _ in range(6):
         share = _share_with(thinned, dense, clip, _mix_for(dense, aim), seed)
@@ -69,13 +69,13 @@ def with_mix(
 ) -> DStepResNet:
     """`network` with random policies whose decisions on `clip` (1, C, T, H, W) have the shares of `mix`."""
     thinned = DStepResNet(network, options).eval()
-    _share_with(thinned, flops.dense_macs(thinned, tuple(clip.shape[1:])), clip, mix, seed)  # type: ignore[arg-type]
+    _share_with(thinned, flops.dense_macs(thinned, clip.shape[1:]), clip, mix, seed)
     return thinned
 
 
 def needed_share(network: DStepResNet, clips: Tensor) -> Tensor:
     """Share of the dense multiply-accumulates that equation 1 needs for each of clips (N, C, T, H, W)."""
-    return _share(network, flops.dense_macs(network, tuple(clips.shape[1:])), clips)  # type: ignore[arg-type]
+    return _share(network, flops.dense_macs(network, clips.shape[1:]), clips)
 
 
 def _mix_for(dense: flops.DenseMacs, share: float) -> Mix:

@@ -46,7 +46,7 @@ def bake_masks(network: nn.Module) -> nn.Module:
 def _mask_of(module: nn.Module) -> WeightMask | None:
     if not parametrize.is_parametrized(module, "weight"):
         return None
-    for parametrisation in module.parametrizations["weight"]:  # type: ignore[index,union-attr]
+    for parametrisation in module.get_submodule("parametrizations.weight").children():
         if isinstance(parametrisation, WeightMask):
             return parametrisation
     return None

@@ -133,7 +133,7 @@ def _one_convolution(layer: SynthesisedLayer, weight: NDArray[np.float32]) -> tu
     conv = nn.Conv3d(layer.channels_in, layer.channels_out, layer.kernel, padding=padding)
     with torch.no_grad():
         conv.weight.copy_(torch.from_numpy(weight))
-        conv.bias.zero_()  # type: ignore[union-attr]
+        conv.get_parameter("bias").zero_()
     clip = torch.randn(1, layer.channels_in, *layer.size, generator=torch.Generator().manual_seed(0))
     return nn.Sequential(conv, nn.ReLU()).eval(), clip
 

@@ -215,7 +215,7 @@ def prune_to_rate(
     prunable = find_layers(network, *inputs, skip_first=skip_first)
     keep = select(prunable, chosen, magnitude(prunable, chosen), rate, budget)
     for name, mask in weight_masks(prunable, chosen, keep).items():
-        network.get_submodule(name).weight.mul_(mask)  # type: ignore[operator,union-attr]
+        network.get_parameter(f"{name}.weight").mul_(mask)
     return report(prunable, chosen, keep)
 
 
