@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -27,32 +26,6 @@ _SHOWN_LAYERS = 12
 app = application()
 
 
-class Numerics(str, Enum):
-    fast = "fast"
-    exact = "exact"
-
-
-class Convolution(str, Enum):
-    auto = "auto"
-    direct = "direct"
-    winograd = "winograd"
-
-
-class Dtype(str, Enum):
-    float32 = "float32"
-    float16 = "float16"
-
-
-class DeviceCode(str, Enum):
-    compiled = "compiled"
-    source = "source"
-
-
-class Sparsity(str, Enum):
-    auto = "auto"
-    off = "off"
-
-
 @app.command()
 def build(
     target: TargetName = "host",
@@ -64,63 +37,54 @@ def build(
         bool | None,
         typer.Option(help="Run the result against its source.", show_default="unless it would take long"),
     ] = None,
-    numerics: Annotated[Numerics, typer.Option(help="exact keeps the order of sums of the source.")] = Numerics.fast,
-    conv: Annotated[Convolution, typer.Option(help="Convolution algorithm.")] = Convolution.auto,
-    sparsity: Annotated[Sparsity, typer.Option(help="off computes what masks would skip.")] = Sparsity.auto,
+    numerics: Annotated[
+        Literal["fast", "exact"], typer.Option(help="exact keeps the order of sums of the source.")
+    ] = "fast",
+    conv: Annotated[Literal["auto", "direct", "winograd"], typer.Option(help="Convolution algorithm.")] = "auto",
+    sparsity: Annotated[Literal["auto", "off"], typer.Option(help="off computes what masks would skip.")] = "auto",
     logs_from: Annotated[str | None, typer.Option(help="Use the tuning logs of this target instead.")] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="How a GPU stores activations and weights; sums are float32.")
-    ] = Dtype.float32,
+        Literal["float32", "float16"],
+        typer.Option(help="How a GPU stores activations and weights; sums are float32."),
+    ] = "float32",
     device_code: Annotated[
-        DeviceCode, typer.Option(help="Of a CUDA target: PTX, or source that the device compiles.")
-    ] = DeviceCode.compiled,
+        Literal["compiled", "source"],
+        typer.Option(help="Of a CUDA target: PTX, or source that the device compiles."),
+    ] = "compiled",
     debug_dump: Annotated[Path | None, typer.Option(help="Write the IR after every phase to this folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compile a trained network into a verified artifact: one folder that a device can run."""
-    console = Console(stderr=True)
-    with _Progress(console, quiet=as_json) as progress:
-        built = _build(
-            model, target, out, weights=weights, threads=threads, check=check, debug_dump=debug_dump,
-            logs_from=logs_from, on_phase=progress.phase,
-            numerics=numerics.value, conv=conv.value, sparsity=sparsity.value,
-            device_code=device_code.value, dtype=dtype.value,
-        )  # fmt: skip
+    from dance_tvm.target import load_target
+
+    machine = load_target(target)  # told before the second that importing the compiler takes
+    with _Progress(Console(stderr=True), quiet=as_json) as progress:
+        from dance_tvm.compiler import build_network
+        from dance_tvm.transform.pipeline import Options
+
+        options = Options(
+            threads=threads or machine.threads,
+            numerics=numerics,
+            conv=conv,
+            sparsity=sparsity,
+            device_code=device_code,
+            dtype=dtype,
+        )
+        built = build_network(
+            model,
+            out or Path("artifacts") / f"{Path(model).stem}-{machine.name}",
+            target=machine,
+            weights=weights,
+            check=check,
+            options=options,
+            debug_dump=debug_dump,
+            logs_from=logs_from,
+            on_phase=progress.phase,
+        )
     if as_json:
         typer.echo(json.dumps(_facts(built), indent=2))
     else:
         _print(Console(), built)
-
-
-def _build(
-    model: str,
-    target: str,
-    out: Path | None,
-    *,
-    numerics: Any,
-    conv: Any,
-    sparsity: Any,
-    device_code: Any,
-    dtype: Any,
-    threads: int | None,
-    **rest: Any,
-) -> Built:
-    from dance_tvm.target import load_target
-
-    machine = load_target(target)  # before the second that importing the compiler takes
-    from dance_tvm.compiler import build_network
-    from dance_tvm.transform.pipeline import Options
-
-    options = Options(
-        threads=threads or machine.threads,
-        numerics=numerics,
-        conv=conv,
-        sparsity=sparsity,
-        device_code=device_code,
-        dtype=dtype,
-    )
-    out = out or Path("artifacts") / f"{Path(model).stem}-{machine.name}"
-    return build_network(model, out, target=machine, options=options, **rest)
 
 
 class _Progress:

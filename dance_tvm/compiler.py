@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -383,20 +384,32 @@ def _compare(
     device: str,
     tolerance: float,
 ) -> Check:
-    worst, allowed = 0.0, tolerance
-    for name, want in expected.items():
-        got = np.asarray(found[name], dtype=np.float64)
-        want = np.asarray(want, dtype=np.float64)
-        bound = tolerance * max(1.0, float(np.abs(want).max(initial=0.0)))
-        difference = float(np.abs(got - want).max(initial=0.0)) if got.shape == want.shape else float("inf")
-        if not difference <= bound:  # also where it is not a number
-            raise DanceError(
-                f"{manifest.name} as built for {manifest.target.name} differs from its source: output {name} by "
-                f"{difference:.3g} (allowed {bound:.3g}); nothing was written, --debug-dump DIR shows each phase"
-            )
-        if difference / bound >= worst / allowed:
-            worst, allowed = difference, bound
-    return Check(status="passed", device=device, difference=worst, allowed=allowed)
+    name, difference, allowed = worst_output(found, expected, tolerance)
+    if difference > allowed:
+        raise DanceError(
+            f"{manifest.name} as built for {manifest.target.name} differs from its source: output {name} by "
+            f"{difference:.3g} (allowed {allowed:.3g}); nothing was written, --debug-dump DIR shows each phase"
+        )
+    return Check(status="passed", device=device, difference=difference, allowed=allowed)
+
+
+def worst_output(
+    found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], tolerance: float = TOLERANCE
+) -> tuple[str, float, float]:
+    """The output that differs most of what it may: its name, its largest difference, and the largest allowed one.
+
+    Allowed is ``tolerance`` times the output's largest value (at least 1). What has another shape, or is not a number,
+    differs by infinity.
+    """
+    worst = "", 0.0, tolerance
+    for name, array in expected.items():
+        got, want = np.asarray(found[name], dtype=np.float64), np.asarray(array, dtype=np.float64)
+        allowed = tolerance * max(1.0, float(np.abs(want).max(initial=0.0)))
+        difference = float(np.abs(got - want).max(initial=0.0)) if got.shape == want.shape else math.inf
+        difference = math.inf if math.isnan(difference) else difference
+        if difference / allowed >= worst[1] / worst[2]:
+            worst = name, difference, allowed
+    return worst
 
 
 def _dump_folder(folder: str | Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,15 +14,15 @@ app = application()
 
 
 class Paper(str, Enum):
+    """Papers whose published figures are known."""
+
     dance = "dance"
     rt3d = "rt3d"
     dstep = "dstep"
 
 
-class Form(str, Enum):
-    html = "html"
-    markdown = "markdown"
-    json = "json"
+Form = Literal["html", "markdown", "json"]
+SUFFIXES: dict[Form, str] = {"html": ".html", "markdown": ".md", "json": ".json"}
 
 
 @app.command()
@@ -38,15 +38,16 @@ def report(
     from dance_tvm.reporting.page import html, markdown, write_text
 
     measured = read_results(results)
-    suffixes = {Form.html: ".html", Form.markdown: ".md", Form.json: ".json"}
-    by_suffix = {suffix: name for name, suffix in suffixes.items()}
-    chosen = form or by_suffix.get(out.suffix if out else "", Form.html)
+    by_suffix = {suffix: name for name, suffix in SUFFIXES.items()}
+    chosen = form or by_suffix.get(out.suffix if out else "", "html")
     papers = [name.value for name in paper or []]
-    if chosen is Form.html:
+    if chosen == "html":
         text = html(measured, papers, tuning or [])
+    elif chosen == "markdown":
+        text = markdown(measured, papers)
     else:
-        text = markdown(measured, papers) if chosen is Form.markdown else measured.model_dump_json(indent=1) + "\n"
-    path = out or results.with_suffix(suffixes[chosen])
+        text = measured.model_dump_json(indent=1) + "\n"
+    path = out or results.with_suffix(SUFFIXES[chosen])
     write_text(path, text)
     typer.echo(path)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from dance_tvm.cli import application, start
 from dance_tvm.errors import DanceError
+from dance_tvm.files import written_whole
 from dance_tvm.options import PLACES, AsJson
 
 if TYPE_CHECKING:
@@ -82,17 +82,10 @@ def read_inputs(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 
 def write_outputs(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays by name as ``.npz``, whole or not at all. Raises DanceError where that fails."""
-    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with zipfile.ZipFile(beside, "w") as archive:
-            for name, array in arrays.items():  # as np.savez does, which takes no output called "file"
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
-        beside.replace(path)
-    except OSError as error:
-        raise DanceError(f"{path} cannot be written ({error.strerror}): choose another --outputs") from None
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_whole(path, "--outputs") as beside, zipfile.ZipFile(beside, "w") as archive:
+        for name, array in arrays.items():  # as np.savez does, which takes no output called "file"
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
 def _read_archive(path: Path) -> dict[str, np.ndarray]:

@@ -126,11 +126,6 @@ class Target(_Facts):
             object.__setattr__(self, "tuning_log", self.name)
 
     @property
-    def is_host(self) -> bool:
-        """Whether it was detected from this machine, so that what is built for it runs here."""
-        return self.name == "host"
-
-    @property
     def peak_gflops(self) -> float:
         """GFLOP/s of the GPU, else of the fastest ``threads`` cores at their highest clock."""
         if self.gpu is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dance_tvm.errors import DanceError
+from dance_tvm.files import written_whole
 
 SCHEMA_VERSION = 1
 
@@ -223,14 +223,8 @@ class Results(_Strict):
 
 def write_results(path: Path, results: Results) -> None:
     """Write JSON whole or not at all. Raises DanceError where that fails."""
-    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with written_whole(path, "--out") as beside:
         beside.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise DanceError(f"{path} cannot be written ({error.strerror}): choose another --out") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_results(path: Path) -> Results:

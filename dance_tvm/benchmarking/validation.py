@@ -6,7 +6,7 @@ import numpy as np
 
 from dance_tvm.artifact import Artifact
 from dance_tvm.benchmarking.results import Validation
-from dance_tvm.compiler import TOLERANCE, random_inputs
+from dance_tvm.compiler import random_inputs, worst_output
 from dance_tvm.device import KernelTime, LoadedNetwork
 from dance_tvm.errors import DanceError
 
@@ -19,22 +19,17 @@ def validate(artifact: Artifact, network: LoadedNetwork, device: str) -> Validat
     reference = artifact.reference()
     inputs = random_inputs(artifact.manifest.inputs)
     found = network.run(inputs)
-    worst, allowed = 0.0, TOLERANCE
     expected = {name.partition(":")[2]: array for name, array in reference.items() if name.startswith("output:")}
     if not expected:
         return Validation(status="not stored")
-    for name, want in expected.items():
-        bound = TOLERANCE * max(1.0, float(np.abs(want).max(initial=0.0)))
-        difference = float(np.abs(found[name].astype("float64") - want).max(initial=0.0))
-        if not difference <= bound:  # also where it is not a number
-            where = _first_divergence(artifact, network, reference.get("kernels"))
-            raise DanceError(
-                f"{artifact.path} computes something else on {device} than its source: output {name} differs by "
-                f"{difference:.3g} (allowed {bound:.3g}){where}; no latency is told of a wrong result"
-            )
-        if difference / bound >= worst / allowed:
-            worst, allowed = difference, bound
-    return Validation(status="passed", difference=worst, allowed=allowed)
+    name, difference, allowed = worst_output(found, expected)
+    if difference > allowed:
+        where = _first_divergence(artifact, network, reference.get("kernels"))
+        raise DanceError(
+            f"{artifact.path} computes something else on {device} than its source: output {name} differs by "
+            f"{difference:.3g} (allowed {allowed:.3g}){where}; no latency is told of a wrong result"
+        )
+    return Validation(status="passed", difference=difference, allowed=allowed)
 
 
 def _first_divergence(artifact: Artifact, network: LoadedNetwork, stored: np.ndarray | None) -> str:

@@ -28,7 +28,6 @@ from dance_tvm.device.placement import compute_device, gpu_failures_explained
 from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange, merge_kernels
 from dance_tvm.errors import DanceError
 
-CALL_TIMEOUT_S = 600.0
 UPLOAD_CHUNK = 256 << 10
 _BIG_CORES_FIRST = 1  # TVM's affinity mode for devices that cannot be told their CPUs one by one
 _Result = TypeVar("_Result")

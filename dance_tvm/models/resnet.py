@@ -233,6 +233,7 @@ def last_frame(x: Tensor, count: int) -> Tensor:
 
 
 def zeros_like(history: History) -> History:
+    """A history of the same shapes that holds nothing: what a stream starts from."""
     blocks = tuple(BlockHistory(*(None if t is None else torch.zeros_like(t) for t in kept)) for kept in history.blocks)
     return History(blocks, torch.zeros_like(history.scores), torch.zeros_like(history.frames))
 
@@ -251,10 +252,12 @@ def _consensus(scores: Tensor, count: int, history: History | None) -> tuple[Ten
 
 
 def resnet18(num_classes: int = 400, temporal: Temporal = "tsn", in_channels: int = 3) -> VideoResNet:
+    """ResNet-18 on clips (N, C, T, H, W), a 2D network frame by frame."""
     return VideoResNet(BasicBlock, (2, 2, 2, 2), temporal=temporal, num_classes=num_classes, in_channels=in_channels)
 
 
 def resnet50(num_classes: int = 400, temporal: Temporal = "tsn", in_channels: int = 3) -> VideoResNet:
+    """ResNet-50 on clips (N, C, T, H, W), a 2D network frame by frame."""
     return VideoResNet(Bottleneck, (3, 4, 6, 3), temporal=temporal, num_classes=num_classes, in_channels=in_channels)
 
 
@@ -274,24 +277,30 @@ def resnet_mini(
 
 
 def resnet18_tsm(num_classes: int = 400, in_channels: int = 3) -> VideoResNet:
+    """ResNet-18 whose channels shift both ways in time (TSM)."""
     return resnet18(num_classes, "tsm", in_channels)
 
 
 def resnet18_tsm_online(num_classes: int = 400, in_channels: int = 3) -> VideoResNet:
+    """ResNet-18 whose channels shift from the past alone."""
     return resnet18(num_classes, "tsm-online", in_channels)
 
 
 def resnet50_tsm(num_classes: int = 400, in_channels: int = 3) -> VideoResNet:
+    """ResNet-50 whose channels shift both ways in time (TSM)."""
     return resnet50(num_classes, "tsm", in_channels)
 
 
 def resnet50_tsm_online(num_classes: int = 400, in_channels: int = 3) -> VideoResNet:
+    """ResNet-50 whose channels shift from the past alone."""
     return resnet50(num_classes, "tsm-online", in_channels)
 
 
 def resnet_mini_tsn(num_classes: int = 8, in_channels: int = 1) -> VideoResNet:
+    """As ``resnet_mini``, frames apart and scores averaged (TSN)."""
     return resnet_mini(num_classes, "tsn", in_channels)
 
 
 def resnet_mini_tsm(num_classes: int = 8, in_channels: int = 1) -> VideoResNet:
+    """As ``resnet_mini``, channels shifting both ways (TSM)."""
     return resnet_mini(num_classes, "tsm", in_channels)

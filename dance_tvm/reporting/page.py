@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from dance_tvm.benchmarking.results import Device, Measured, Results
 from dance_tvm.errors import DanceError
+from dance_tvm.files import written_whole
 from dance_tvm.reporting.papers import beside, name_of
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -69,14 +69,8 @@ def markdown(results: Results, papers: Sequence[str] = ()) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises DanceError where that fails."""
-    beside_it = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with written_whole(path, "--out") as beside_it:
         beside_it.write_text(text, encoding="utf-8")
-        beside_it.replace(path)
-    except OSError as error:
-        raise DanceError(f"{path} cannot be written ({error.strerror}): choose another --out") from None
-    finally:
-        beside_it.unlink(missing_ok=True)
 
 
 def title_of(results: Results) -> str:

@@ -8,6 +8,8 @@ from tvm.s_tir import dlight
 
 from dance_tvm.errors import DanceError
 
+from .graph import is_scheduled
+
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleRestForGpu")
 class ScheduleRestForGpu:
@@ -18,12 +20,8 @@ class ScheduleRestForGpu:
         rules = [dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()]
         mod = dlight.ApplyDefaultSchedule(*rules)(mod)
         for name, func in mod.functions_items():
-            if isinstance(func, tirx.PrimFunc) and not _is_bound(func):
+            if isinstance(func, tirx.PrimFunc) and not is_scheduled(func):
                 raise DanceError(
                     f"{name.name_hint} has no GPU schedule: build this network for a CPU target, or export it without"
                 )
         return mod
-
-
-def _is_bound(func: tirx.PrimFunc) -> bool:
-    return func.attrs is not None and bool(func.attrs.get("tirx.is_scheduled", False))

@@ -10,7 +10,7 @@ from tvm import relax, tirx
 
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.gpu.channel_plan import plan_channels
-from dance_tvm.schedules.gpu.conv3d_direct import FEW_ROWS, DirectConv, LinearConv, conv3d_direct, linear
+from dance_tvm.schedules.gpu.conv3d_direct import DirectConv, LinearConv, conv3d_direct, is_few_rows, linear
 from dance_tvm.schedules.gpu.conv3d_gather import BlockConv, conv3d_gather
 from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv, conv3d_kgs, plan_columns
 from dance_tvm.schedules.gpu.mask_window import grow
@@ -143,10 +143,10 @@ class GpuLowering(Lowering):
         self, site: Site, alive: Live, wanted: Live, samples: int, groups: KernelGroups | None
     ) -> tuple[type[BlockConv], BlockTile]:
         """The kind of kernel and its tile."""
-        window, rows = site.window, site.window.positions_out // samples
+        window = site.window
         self.tuned = ""
-        if groups is None and window.taps == 1 and site.groups == 1 and rows <= FEW_ROWS and window.size == window.out:
-            return LinearConv, BlockTile(rows, 0, 0, 0, 0)
+        if groups is None and is_few_rows(window, site.groups, samples):
+            return LinearConv, BlockTile(window.positions_out // samples, 0, 0, 0, 0)
         if site.groups > 1 and site.channels_out // site.groups < FEW_CHANNELS:
             return DirectConv, BlockTile(32, 0, 0, 0, 0)
         workload = self.workloads[site.start.name] = self._workload(site, alive, wanted)

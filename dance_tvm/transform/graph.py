@@ -7,9 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 Shape = tuple[int, ...]
+
+
+def is_scheduled(func: tirx.PrimFunc) -> bool:
+    """Whether ``func`` has its schedule, so that no pass puts another one on it."""
+    return func.attrs is not None and bool(func.attrs.get("tirx.is_scheduled", False))
 
 
 @dataclass

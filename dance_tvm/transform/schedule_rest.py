@@ -10,6 +10,8 @@ from tvm import s_tir, tirx
 
 from dance_tvm.schedules.transpose import LINE, Transpose, transpose
 
+from .graph import is_scheduled
+
 #: Functions with less work than this run on one thread: waking the others costs more.
 PARALLEL_ELEMENTS = 16384
 
@@ -24,7 +26,7 @@ class ScheduleRest:
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Schedule each function; one that TVM's primitives refuse stays as it was."""
         for name, func in list(mod.functions_items()):
-            if isinstance(func, tirx.PrimFunc) and not _is_scheduled(func):
+            if isinstance(func, tirx.PrimFunc) and not is_scheduled(func):
                 mod[name] = self._scheduled(func, name.name_hint).with_attr("tirx.is_scheduled", True)
         return mod
 
@@ -127,7 +129,3 @@ def _bare(func: tirx.PrimFunc) -> tirx.PrimFunc:
     parts = (block.init, block.alloc_buffers, block.match_buffers, block.annotations)
     bare = s_tir.SBlock(block.iter_vars, block.reads, block.writes, block.name_hint, block.body.body, *parts)
     return func.with_body(s_tir.SBlockRealize(func.body.iter_values, func.body.predicate, bare))
-
-
-def _is_scheduled(func: tirx.PrimFunc) -> bool:
-    return func.attrs is not None and bool(func.attrs.get("tirx.is_scheduled", False))

@@ -12,6 +12,7 @@ import numpy as np
 from tvm import tirx
 
 from ..emit import Expr, ceil_div, kernel, let, number, serial, store, when
+from ..geometry import Window
 from .conv3d_gather import Arguments, BlockConv, short
 from .emit import BLOCK, barrier, integer, launch, pick, read, registers, shared
 
@@ -165,8 +166,7 @@ def _finish_row(
     args.finish(total[0], target * conv.channels_out + channel, channel, 1)
 
 
-def is_few_rows(conv: BlockConv) -> bool:
-    """Whether :func:`linear` can compute it: one tap, no groups, few rows in one tile."""
-    window = conv.window
-    rows = window.positions_out // conv.plan.samples
-    return window.taps == 1 and conv.groups == 1 and rows <= FEW_ROWS and window.size == window.out
+def is_few_rows(window: Window, groups: int, samples: int) -> bool:
+    """Whether :func:`linear` can compute it: one tap, one convolution group, few rows of each sample."""
+    few = window.positions_out // samples <= FEW_ROWS
+    return few and window.taps == 1 and groups == 1 and window.size == window.out

@@ -78,10 +78,12 @@ def site_is_first(graph: fx.GraphModule, site: Site) -> bool:
 
 
 def node_named(graph: fx.GraphModule, name: str) -> fx.Node:
+    """The node of that name. Raises StopIteration where there is none."""
     return next(node for node in graph.graph.nodes if node.name == name)
 
 
 def module_of(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that the node calls; None for functions, methods and inputs."""
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
