@@ -32,6 +32,7 @@ from dance_tvm.device_code import embed_device_code
 from dance_tvm.errors import DanceError
 from dance_tvm.host import needed_flags
 from dance_tvm.linker import shared_library_linker
+from dance_tvm.random_inputs import random_inputs
 from dance_tvm.target import Target, load_target
 from dance_tvm.transform.pipeline import Lowered, Options, lower
 from dance_tvm.tuning.advice import tuned_tiles
@@ -241,20 +242,6 @@ def check_kernels(
     tolerance = HALF_TOLERANCE if manifest.options.get("dtype") == "float16" else TOLERANCE
     named = {tensor.name: array for tensor, array in zip(manifest.outputs, found, strict=True)}
     return _compare(manifest, named, expected, f"{session.name} over OpenCL, the kernels alone", tolerance)
-
-
-def random_inputs(specs: list[Tensor], seed: int = 0) -> dict[str, np.ndarray]:
-    """Input of the right shapes and types, the same for the same seed: normal floats, bytes, small integers."""
-    generator = np.random.default_rng(seed)
-    return {spec.name: _random(generator, spec) for spec in specs}
-
-
-def _random(generator: np.random.Generator, spec: Tensor) -> np.ndarray:
-    dtype = np.dtype(spec.dtype)
-    if dtype.kind == "f":
-        return generator.standard_normal(spec.shape, dtype=np.float32).astype(dtype)
-    top = {"b": 2, "u": 256}.get(dtype.kind, 10)
-    return generator.integers(0, top, spec.shape).astype(dtype)
 
 
 def _import(model: Any, weights: str | Path | None, example_inputs: Any) -> Imported:

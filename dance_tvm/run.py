@@ -17,6 +17,7 @@ from dance_tvm.cli import application, start
 from dance_tvm.errors import DanceError
 from dance_tvm.files import written_whole
 from dance_tvm.options import PLACES, AsJson
+from dance_tvm.random_inputs import random_inputs
 
 if TYPE_CHECKING:
     from dance_tvm.artifact import Manifest
@@ -37,7 +38,7 @@ def run(
     from dance_tvm.artifact import load_artifact
 
     verified = load_artifact(artifact)
-    arrays = read_inputs(inputs, verified.manifest) if inputs else _random(verified.manifest)
+    arrays = read_inputs(inputs, verified.manifest) if inputs else random_inputs(verified.manifest.inputs)
     if outputs is not None:
         _require_file(outputs)
     from dance_tvm.device import open_device
@@ -101,12 +102,6 @@ def _read_archive(path: Path) -> dict[str, np.ndarray]:
         raise DanceError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DanceError(f"{path} is not an .npz or .npy file of plain arrays: {error}") from None
-
-
-def _random(manifest: Manifest) -> dict[str, np.ndarray]:
-    from dance_tvm.compiler import random_inputs
-
-    return random_inputs(manifest.inputs)
 
 
 def _require_file(path: Path) -> None:

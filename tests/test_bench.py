@@ -22,9 +22,9 @@ from dance_tvm.benchmarking.layers import ran
 from dance_tvm.benchmarking.measure import Contender, in_turns, single_stream
 from dance_tvm.benchmarking.results import read_results, write_results
 from dance_tvm.benchmarking.validation import validate
-from dance_tvm.compiler import random_inputs
 from dance_tvm.device import open_device, serve
 from dance_tvm.errors import DanceError, DanceWarning
+from dance_tvm.random_inputs import random_inputs
 from dance_tvm.target import Energy, load_target
 
 

@@ -20,7 +20,7 @@ from tvm import relax
 from dance_tvm import models
 from dance_tvm.errors import DanceError
 from dance_tvm.frontend import import_model, interpreter, torch_conversions
-from dance_tvm.frontend.check import random_arrays
+from dance_tvm.random_inputs import random_inputs
 
 torch.manual_seed(0)
 CLIPS = torch.randn(2, 8, 6, 10, 10)
@@ -190,7 +190,7 @@ def test_operators_agree_with_their_source(name):
             layer.running_mean.normal_()
             layer.running_var.uniform_(0.5, 2)
     imported = import_model(network, example_inputs=(CLIPS,), check=False)
-    arrays = random_arrays(imported.inputs)
+    arrays = random_inputs(imported.inputs)
     expected = imported.reference(arrays)
     found = interpreter.outputs(imported.mod, {imported.mod["main"].params[0].name: arrays["x"]})
     assert len(found) == len(expected) == len(imported.outputs)
@@ -283,7 +283,7 @@ def test_tvm_computes_what_the_interpreter_does():
         nn.GroupNorm(2, 8),
     )
     imported = import_model(network, example_inputs=(CLIPS,))
-    arrays = random_arrays(imported.inputs)
+    arrays = random_inputs(imported.inputs)
     machine = relax.VirtualMachine(tvm.compile(imported.mod, tvm.target.Target({"kind": "llvm"})), tvm.cpu())
     found = machine["main"](*[tvm.runtime.tensor(array) for array in arrays.values()])
     for ours, expected in zip(found, imported.reference(arrays).values(), strict=True):
@@ -371,7 +371,7 @@ def test_weights_replace_those_of_a_program(exported, tmp_path):
         {name: tensor.detach() * 2 for name, tensor in program.state_dict.items()}, tmp_path / "twice.safetensors"
     )
     after = import_model(exported, weights=tmp_path / "twice.safetensors")
-    arrays = random_arrays(before.inputs)
+    arrays = random_inputs(before.inputs)
     assert after.source_sha256 != before.source_sha256
     assert not np.allclose(*(next(iter(imported.reference(arrays).values())) for imported in (before, after)))
 

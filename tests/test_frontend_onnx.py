@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from dance_tvm import models
 from dance_tvm.errors import DanceError
 from dance_tvm.frontend import import_model, interpreter, onnx_graph
-from dance_tvm.frontend.check import random_arrays
+from dance_tvm.random_inputs import random_inputs
 
 
 def export(network, x, path):
@@ -110,14 +110,14 @@ def test_shapes_computed_in_the_graph_are_folded(tmp_path):
     ]
     imported = import_model(_save(tmp_path / "flat.onnx", nodes, out=("a", "b"), weights=weights))
     assert imported.outputs[0].shape == (1, 6)
-    arrays = random_arrays(imported.inputs)
+    arrays = random_inputs(imported.inputs)
     assert np.array_equal(imported.reference(arrays)["y"], arrays["x"].reshape(1, 6))
 
 
 def test_a_file_too_new_for_onnx_runtime_is_checked_all_the_same(tmp_path):
     path = _save(tmp_path / "new.onnx", [helper.make_node("Relu", ["x"], ["y"])], ir=onnx.IR_VERSION)
     imported = import_model(path)
-    arrays = random_arrays(imported.inputs)
+    arrays = random_inputs(imported.inputs)
     assert np.array_equal(imported.reference(arrays)["y"], np.maximum(arrays["x"], 0))
 
 

@@ -41,9 +41,9 @@ from dance_tvm.benchmarking.results import (
 )
 from dance_tvm.benchmarking.statistics import judge, paired_ratio, unpaired_ratio
 from dance_tvm.benchmarking.validation import validate
-from dance_tvm.compiler import random_inputs
 from dance_tvm.device import DeviceSession, open_device
 from dance_tvm.errors import DanceError
+from dance_tvm.random_inputs import random_inputs
 from dance_tvm.target import Target, load_target
 
 CLIP_RUNS = 5

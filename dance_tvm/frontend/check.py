@@ -10,24 +10,10 @@ import tvm
 
 from dance_tvm.errors import DanceError
 from dance_tvm.frontend import interpreter
-from dance_tvm.frontend.interface import Arrays, TensorSpec
+from dance_tvm.frontend.interface import Arrays
 
 # Rounding apart, import changes nothing: this much of the largest value, over hundreds of layers, is rounding.
 TOLERANCE = 1e-4
-
-
-def random_arrays(specs: list[TensorSpec], seed: int = 0) -> Arrays:
-    """Normal floats, bytes 0..255, small integers, by the specs' dtypes."""
-    generator = np.random.default_rng(seed)
-    arrays = {}
-    for spec in specs:
-        dtype = np.dtype(spec.dtype)
-        if dtype.kind == "f":
-            arrays[spec.name] = generator.standard_normal(spec.shape, dtype=np.float32).astype(dtype)
-        else:
-            top = {"b": 2, "u": 256}.get(dtype.kind, 10)
-            arrays[spec.name] = generator.integers(0, top, spec.shape).astype(dtype)
-    return arrays
 
 
 def difference(found: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndarray) -> float:

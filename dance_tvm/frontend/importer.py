@@ -15,11 +15,12 @@ from torch.utils import _pytree as pytree
 
 from dance_tvm import models
 from dance_tvm.errors import DanceError
-from dance_tvm.frontend.check import check_import, random_arrays
+from dance_tvm.frontend.check import check_import
 from dance_tvm.frontend.files import load_program, load_weights, require_file
 from dance_tvm.frontend.interface import Arrays, Imported, TensorSpec, usual_meaning
 from dance_tvm.frontend.torch_program import decompose, describe, first_line, import_program, require_static
 from dance_tvm.hashing import file_sha256
+from dance_tvm.random_inputs import random_inputs
 
 Weights = str | Path | Mapping[str, torch.Tensor]
 
@@ -132,7 +133,7 @@ def _import_exported(
         return {spec.name: value.numpy() for spec, value in zip(outputs, results, strict=True)}
 
     if check:
-        arrays = random_arrays(inputs)
+        arrays = random_inputs(inputs)
         check_import(mod, arrays, reference(arrays), lambda: _intermediates(decomposed, nodes, arrays))
     digest = sha256 or file_sha256(path) if path else sha256 or _program_sha256(program)
     return Imported(mod, name, digest, inputs, outputs, reference)

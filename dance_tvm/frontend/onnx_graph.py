@@ -22,10 +22,11 @@ from tvm import relax
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_convert_map, get_constant
 
 from dance_tvm.errors import DanceError
-from dance_tvm.frontend.check import check_import, random_arrays
+from dance_tvm.frontend.check import check_import
 from dance_tvm.frontend.interface import Arrays, Imported, TensorSpec, usual_meaning
 from dance_tvm.frontend.names import NamingBuilder
 from dance_tvm.frontend.torch_program import first_line
+from dance_tvm.random_inputs import random_inputs
 
 OLDEST_OPSET = 17
 
@@ -51,7 +52,7 @@ def import_onnx(path: Path, *, check: bool = True) -> Imported:
         for index, (spec, kind) in enumerate(zip(outputs, mod["main"].ret_ty.fields, strict=True))
     ]
     if check:
-        arrays = random_arrays(inputs)
+        arrays = random_inputs(inputs)
         check_import(mod, arrays, source.run(arrays), lambda: importer.compare_with(source, arrays))
     return Imported(mod, path.stem, _sha256(path), inputs, outputs, source.run)
 
