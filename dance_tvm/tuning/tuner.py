@@ -277,10 +277,11 @@ class Tuner:
             (decisions, self._lanes.submit(self._measure, task, instance, path, build, all_built))
             for decisions, instance, path, build in builds
         ]
-        for *_, build in builds:
-            with suppress(Exception):
-                build.exception(BUILD_TIMEOUT_S) if self.farm.is_here else None
-        all_built.set()
+        if self.farm.is_here:
+            for *_, build in builds:
+                with suppress(Exception):
+                    build.exception(BUILD_TIMEOUT_S)
+            all_built.set()
         return measured
 
     def _measure(
