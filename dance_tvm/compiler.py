@@ -234,7 +234,7 @@ def check_kernels(
         return Check(status="not run", reason=reason)
     try:
         session = OpenCLSession(optimise=False, emulate_half=True)
-        found = OpenCLNetwork(session, lowered).run(inputs)
+        found = OpenCLNetwork(session, lowered).run(list(inputs.values()))
     except DanceError as error:
         if insist:
             raise

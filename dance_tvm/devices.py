@@ -90,9 +90,10 @@ def phone(
     port: Annotated[int, typer.Option(help="Port of the phone's server.")] = 9090,
 ) -> None:
     """Push TVM's C++ server onto a phone on a cable, forward its ports, start it and keep it until Ctrl-C."""
+    from dance_tvm.device import address_of
     from dance_tvm.device.adb import Adb
 
-    host, tracker_port = _address(tracker)
+    host, tracker_port = address_of(tracker, "--tracker")
     if host not in ("127.0.0.1", "localhost"):
         raise DanceError(f"a phone on a cable reaches this machine alone: start the tracker here, not on {host}")
     adb = Adb(serial)
@@ -104,9 +105,10 @@ def phone(
 
 def look(tracker: str, probe: bool = False) -> tuple[list[Server], dict[str, int]]:
     """The tracker's servers, each tried, and how many requests wait by key."""
+    from dance_tvm.device import address_of
     from dance_tvm.device.tracker import tracker_summary
 
-    host, port = _address(tracker)
+    host, port = address_of(tracker, "--tracker")
     try:
         summary = tracker_summary(host, port, timeout=5)
     except OSError as error:
@@ -146,13 +148,6 @@ def _probe(host: str, port: int, free: dict[str, int]) -> dict[str, dict]:
         health = ", ".join(word for word in [*words, f"{heat:.0f} °C" if heat else ""] if word)
         told[address] = {"state": "free", "health": health}
     return told
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit():
-        raise DanceError(f"--tracker must be HOST:PORT, not {text!r}")
-    return host, int(port)
 
 
 def _table(tracker: str, servers: list[Server], waiting: dict[str, int]) -> Table:

@@ -178,14 +178,13 @@ def adb() -> Finding:
 
 def tracker_answers(address: str) -> Finding:
     """The tracker that the user named."""
+    from dance_tvm.device import address_of
     from dance_tvm.device.tracker import tracker_summary
 
-    host, _, port = address.rpartition(":")
-    mend = f"python -m tvm.exec.rpc_tracker --host {host or '127.0.0.1'} --port {port or 9190}"
+    host, port = address_of(address, "--tracker")
+    mend = f"python -m tvm.exec.rpc_tracker --host {host} --port {port}"
     try:
-        summary = tracker_summary(host, int(port), timeout=5)
-    except ValueError:
-        raise DanceError(f"--tracker must be HOST:PORT, not {address!r}") from None
+        summary = tracker_summary(host, port, timeout=5)
     except (OSError, DanceError) as error:
         return Finding("tracker", "broken", f"{address} does not answer: {error}", mend)
     keys = sorted(info["key"].removeprefix("server:") for info in summary["server_info"])

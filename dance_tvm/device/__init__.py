@@ -7,7 +7,15 @@ import time
 from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork
 from dance_tvm.errors import DanceError
 
-__all__ = ["DeviceSession", "KernelTime", "LoadedNetwork", "emulator_available", "open_device", "prepare_emulator"]
+__all__ = [
+    "DeviceSession",
+    "KernelTime",
+    "LoadedNetwork",
+    "address_of",
+    "emulator_available",
+    "open_device",
+    "prepare_emulator",
+]
 
 
 def open_device(spec: str, *, timeout: float = 60, call_timeout: float = 600) -> DeviceSession:
@@ -28,7 +36,7 @@ def open_device(spec: str, *, timeout: float = 60, call_timeout: float = 600) ->
 
     kind, _, rest = spec.partition("://")
     if kind == "rpc":
-        host, port = _address(spec, rest)
+        host, port = address_of(rest, f"device {spec!r}")
         return RemoteSession(Connection(spec, host, port, "", timeout, call_timeout))
     if kind == "tracker":
         from dance_tvm.device.tracker import request_device
@@ -36,7 +44,7 @@ def open_device(spec: str, *, timeout: float = 60, call_timeout: float = 600) ->
         address, _, key = rest.partition("/")
         if not key:
             raise DanceError(f"device {spec!r} lacks the key: write tracker://HOST:PORT/KEY")
-        host, port = _address(spec, address)
+        host, port = address_of(address, f"device {spec!r}")
         deadline = time.monotonic() + timeout
         found = request_device(host, port, key, timeout)
         return RemoteSession(Connection(spec, *found, max(5.0, deadline - time.monotonic()), call_timeout))
@@ -57,8 +65,9 @@ def prepare_emulator(progress=print) -> None:
     prepare(progress)
 
 
-def _address(spec: str, text: str) -> tuple[str, int]:
+def address_of(text: str, what: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT. Raises DanceError, which calls it `what`, for anything else."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise DanceError(f"device {spec!r} must name HOST:PORT")
+        raise DanceError(f"{what} must name HOST:PORT, not {text!r}")
     return host.strip("[]"), int(port)

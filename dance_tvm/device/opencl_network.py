@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,14 +55,10 @@ class OpenCLNetwork:
         self._weights = [self._value(array) for array in lowered.weights.values()]
         self._constants: dict[int, _Value] = {}
 
-    def run(self, inputs: list[np.ndarray] | Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Outputs in order, for inputs in the order of the network's parameters (or by their names)."""
-        values: dict[Any, Any] = {}
-        params = list(self.main.params)
-        if isinstance(inputs, Mapping):
-            inputs = list(inputs.values())
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Outputs in order, for inputs in the order of the network's parameters."""
         given = [self._value(array) for array in inputs] + self._weights
-        values.update(zip(params, given, strict=True))
+        values: dict[Any, Any] = dict(zip(self.main.params, given, strict=True))
         body = self.main.body
         for block in body.blocks:
             for binding in block.bindings:

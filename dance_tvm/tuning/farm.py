@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dance_tvm.device import processes
+from dance_tvm.device import address_of, processes
 from dance_tvm.device.instruction_counter import InstructionCounter
 from dance_tvm.device.remote import Connection, RemoteSession
 from dance_tvm.device.tracker import request_device, tracker_summary
@@ -111,8 +111,6 @@ class Farm:
         return any(spec in ("local", "emulator") for spec in self.specs)
 
     def _open(self, spec: str) -> _Place:
-        from dance_tvm.device import _address
-
         if spec == "local":
             self.lanes += 1
             server, port = processes.start_server()
@@ -130,11 +128,11 @@ class Farm:
         kind, _, rest = spec.partition("://")
         if kind == "rpc":
             self.lanes += 1
-            return _Place(spec, *_address(spec, rest))
+            return _Place(spec, *address_of(rest, f"device {spec!r}"))
         address, _, key = rest.partition("/")
         if kind != "tracker" or not key:
             raise DanceError(f"unknown device {spec!r}: local, emulator, rpc://HOST:PORT or tracker://HOST:PORT/KEY")
-        host, port = _address(spec, address)
+        host, port = address_of(address, f"device {spec!r}")
         self.lanes += self._count(spec, host, port, key)
         return _Place(spec, host, port, key)
 
