@@ -8,7 +8,7 @@ python -m dance_tvm.train --method aap --init ava/model.safetensors --target-mac
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, field_validator
@@ -16,14 +16,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from dance_tvm.sparsity.dance.adaptors import Adaptor
-from dance_tvm.sparsity.dance.controller import AXES, Controller, Prune
+from dance_tvm.sparsity.dance.controller import AXES, Axis, Controller, Prune
 from dance_tvm.sparsity.dance.macs import MacCounter
 from dance_tvm.sparsity.dance.sites import Site, insert, module_of, node_named, trace
 from dance_tvm.sparsity.data import Batch
 from dance_tvm.sparsity.teacher import Teacher
 from dance_tvm.sparsity.training import Context, Method
 
-_AXIS_NAMES = ("frames", "channels", "positions")
 _SUPPLEMENT_WEIGHTS = (1 / 3, 2 / 3, 1 / 3)
 
 
@@ -104,7 +103,7 @@ class AAP(Method):
 
     class Options(Method.Options):
         target_macs: float = Field(0.5, gt=0, description="share of the dense MACs (0.5, 50%), or a count (120M)")
-        axes: tuple[Literal["frames", "channels", "positions"], ...] = ("frames", "channels", "positions")
+        axes: tuple[Axis, ...] = AXES
         group: int = Field(8, ge=1, description="channels that are decided together")
         grid: int = Field(8, ge=1, description="tiles along each edge at full resolution")
         compute: float = Field(2.0, ge=0, description="weight of the compute term")
@@ -207,7 +206,7 @@ class AAP(Method):
         decisions = self._controller.decisions
         count = self._counter.count(decisions, len(batch.clips))
         values = {"macs": count.executed, "share": count.executed / count.dense}
-        for axis, name in enumerate(_AXIS_NAMES):
+        for axis, name in enumerate(AXES):
             masks = [mask for mask in (site[axis] for site in decisions) if mask is not None]
             if masks:
                 values[f"kept_{name}"] = torch.stack([mask.flatten(1).mean(1) for mask in masks]).mean(0)

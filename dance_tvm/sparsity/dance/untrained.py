@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
-from dance_tvm.sparsity.dance.controller import AXES
+from dance_tvm.sparsity.dance.controller import AXES, Axis
 from dance_tvm.sparsity.dance.method import controller_of
 
 
@@ -60,7 +60,7 @@ class _Shift:
         head.bias.sub_(border)
 
 
-def _heads(controller: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    named = {"frames": "frame_heads", "channels": "channel_heads", "positions": "position_heads"}
+def _heads(controller: nn.Module) -> list[tuple[Axis, nn.ModuleList]]:
+    named: dict[Axis, str] = {"frames": "frame_heads", "channels": "channel_heads", "positions": "position_heads"}
     children = dict(controller.named_children())
     return [(axis, cast(nn.ModuleList, children[name])) for axis, name in named.items() if name in children]
