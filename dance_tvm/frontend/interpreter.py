@@ -455,7 +455,8 @@ def _matmul(args: list[Value], attrs: Any) -> torch.Tensor:
     return y.to(_dtype(attrs.out_dtype)) if attrs.out_dtype not in (None, "", "void") else y
 
 
-def _integer_divide(a: Value, b: Value) -> torch.Tensor:
+def _divide(a: Value, b: Value) -> torch.Tensor:
+    """Floats as they are, integers towards zero, as Relax does."""
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
@@ -506,7 +507,7 @@ _BINARY: dict[str, Callable[..., torch.Tensor]] = {
     "bitwise_and": lambda a, b: _through_int64(torch.bitwise_and, a, b),
     "bitwise_or": lambda a, b: _through_int64(torch.bitwise_or, a, b),
     "bitwise_xor": lambda a, b: _through_int64(torch.bitwise_xor, a, b),
-    "divide": _integer_divide,
+    "divide": _divide,
     "equal": torch.eq,
     "floor_divide": torch.floor_divide,
     "floor_mod": torch.remainder,
