@@ -4,8 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from dance_tvm.errors import DanceError
+from dance_tvm.sparsity.rt3d import measure
+from dance_tvm.target import load_target
 from dance_tvm.transform.group_choice import (
     GroupMeasurement,
     SynthesisedLayer,
@@ -16,7 +19,13 @@ from dance_tvm.transform.group_choice import (
     read_log,
     write_log,
 )
-from dance_tvm.transform.kernel_groups import CANDIDATES, choose_kernel_groups, find_kernel_groups, lane_cost
+from dance_tvm.transform.kernel_groups import (
+    CANDIDATES,
+    choose_kernel_groups,
+    find_kernel_groups,
+    fitting_groups,
+    lane_cost,
+)
 
 LAYER = SynthesisedLayer(32, 32, (3, 3, 3), (4, 8, 8))
 
@@ -84,3 +93,17 @@ def test_what_was_measured_decides_the_group_of_a_build():
 def test_a_device_on_which_no_group_pays_builds_dense():
     slow = dict.fromkeys(CANDIDATES, 4.0)
     assert choose_kernel_groups(LAYER.weight(8, 4, 3.0), cost=measured_cost(measured(slow), 8)).scheme == "dense"
+
+
+def test_the_command_measures_the_groups_that_fit_the_machine(tmp_path, monkeypatch):
+    layer = SynthesisedLayer(8, 16, (1, 1, 1), (1, 4, 4))
+    monkeypatch.setattr(measure, "SYNTHESISED", (layer,))
+    monkeypatch.setattr(measure, "log_path", lambda target: tmp_path / "log.jsonl")
+    lanes = load_target("host").vector.floats
+    found = CliRunner().invoke(measure.app, ["--layers", "1", "--repeats", "1", "--threads", "1"])
+    assert found.exit_code == 0, found.output
+    timed = {(line.gm, line.gn) for line in read_log(tmp_path / "log.jsonl") if line.scheme == "kgs"}
+    assert timed == set(fitting_groups(lanes))
+    refused = CliRunner().invoke(measure.app, ["--layers", "1", "--group", f"{lanes + 1}x4"])
+    assert refused.exit_code == 2
+    assert f"Groups of {lanes + 1}x4 do not fit" in refused.output

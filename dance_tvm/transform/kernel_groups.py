@@ -234,6 +234,11 @@ def choose_kernel_groups(
     return best
 
 
+def fitting_groups(lanes: int) -> list[tuple[int, int]]:
+    """The candidates whose filters fill vectors of ``lanes`` floats; at the least groups of one vector."""
+    return [(gm, gn) for gm, gn in CANDIDATES if gm % lanes == 0] or [(lanes, gn) for gn in GROUP_CHANNELS]
+
+
 def _listed_singly(groups: KernelGroups) -> KernelGroups:
     """Filter sparsity in groups of one channel: zero channels lie singly, and one live channel keeps its group."""
     if groups.scheme != "filter" or groups.gn == 1:

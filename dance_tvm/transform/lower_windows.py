@@ -33,7 +33,7 @@ from dance_tvm.schedules.workload import POOL, TYPICAL_DENSITY, Workload
 
 from .carries import Chain, find_chains
 from .graph import Graph, Shape, dtype_of, shape_of, substitute, variables
-from .kernel_groups import CANDIDATES, KernelGroups, choose_kernel_groups, lane_cost
+from .kernel_groups import KernelGroups, choose_kernel_groups, fitting_groups, lane_cost
 from .layers import LayerInfo
 from .liveness import Liveness
 from .masks import Both, Either, Expression, Factor, Grown, Live
@@ -331,8 +331,7 @@ class Lowering:
     def _group_options(self, _site: Site) -> tuple[list[tuple[int, int]], Callable[[KernelGroups], float]]:
         """Sizes of kernel groups that kernels can take, and what groups cost."""
         lanes = self.machine.vector_floats
-        fitting = [(gm, gn) for gm, gn in CANDIDATES if gm % lanes == 0] or [(lanes, gn) for gn in (8, 4, 1)]
-        return fitting, self.group_cost or lane_cost(lanes)
+        return fitting_groups(lanes), self.group_cost or lane_cost(lanes)
 
     def _stored(self, value: relax.Expr, shape: Shape) -> relax.Expr:
         """``value`` as kernels read it: stored as ``dtype``, seen as ``shape``."""

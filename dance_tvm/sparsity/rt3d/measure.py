@@ -33,7 +33,7 @@ from dance_tvm.transform.group_choice import (
     measure_groups,
     write_log,
 )
-from dance_tvm.transform.kernel_groups import CANDIDATES, only_group
+from dance_tvm.transform.kernel_groups import fitting_groups, only_group
 
 if TYPE_CHECKING:
     from dance_tvm.device import DeviceSession
@@ -58,7 +58,7 @@ def main(
         machine = load_target(target)
         found = measure_on(
             machine, device, threads=threads, rate=rate, repeats=repeats, layers=SYNTHESISED[:layers],
-            candidates=[_group(text) for text in group] if group else CANDIDATES,
+            candidates=[_group(text) for text in group] if group else None,
         )  # fmt: skip
         write_log(log_path(machine), found)
     except DanceError as error:
@@ -88,12 +88,20 @@ def measure_on(
     rate: float = 3.0,
     repeats: int = 10,
     layers: Sequence[SynthesisedLayer] = SYNTHESISED,
-    candidates: Iterable[tuple[int, int]] = CANDIDATES,
+    candidates: Iterable[tuple[int, int]] | None = None,
 ) -> list[GroupMeasurement]:
-    """Measurements of ``layers`` in ``candidates`` on a device, ready for the target's log.
+    """Measurements of ``layers`` in ``candidates`` (all that fit, by default) on a device, ready for the target's log.
 
-    Raises DanceError where the device cannot be reached or runs no code for the target.
+    Raises DanceError where the device cannot be reached or runs no code for the target, and for groups whose filters
+    do not fill its vectors.
     """
+    lanes = 1 if target.gpu else target.vector.floats
+    candidates = tuple(candidates or fitting_groups(lanes))
+    for gm, gn in candidates:
+        if gm % lanes:
+            raise DanceError(
+                f"Groups of {gm}x{gn} do not fit {target.name}: its vectors take {lanes} filters, or multiples of that."
+            )
     from dance_tvm.device import open_device
 
     used = threads or target.threads
