@@ -59,12 +59,11 @@ _SHORT: dict[str, Any] = {"data": "motion-digits,train=1024,test=512", "epochs":
 _CONTROL: dict[str, Any] = {**_AAP, "lr": 5e-4}
 _AAP_OPTIONS = {"target_macs": 0.47, "ramp": 0.5, "backbone_rate": 0.5}
 #: TransNetV2's budgets, each trained on from the one before, in two dozen steps each: hence the high rates. Batches are
-#: single windows, so batch norm stays as it is, and the backbone nearly so: at a rate of 1 it loses half of the cuts
-#: while nothing is pruned yet. Positions alone: a network that looks for cuts must see every frame.
+#: single windows, so the backbone stays nearly as it is: at a rate of 1 it loses half of the cuts while nothing is
+#: pruned yet. Positions alone: a network that looks for cuts must see every frame.
 BUDGETS = (0.8, 0.65, 0.5)
 _BUDGET_OPTIONS = {
     "axes": ("positions",), "backbone_rate": 0.02, "controller_rate": 300.0, "threshold_rate": 800.0, "distill": 0.0,
-    "keep_norm": True
 }  # fmt: skip
 _FIRST_BUDGET_OPTIONS = {"ramp": 0.8}
 _NEXT_BUDGET_OPTIONS = {"ramp": 0.0}
@@ -179,7 +178,7 @@ def _curves(path: Path) -> list[dict[str, float]]:
 def accuracy(runs: Runs = Path("runs/dance"), threads: Threads = 1) -> None:
     """Every run of the recipe that is there, on the same held-out clips, which no run has chosen its epoch by."""
     torch.set_num_threads(threads)
-    clips: Subset[Any] = Subset(MotionDigits(CHOOSING + JUDGING, held_out=True), range(CHOOSING, CHOOSING + JUDGING))  # type: ignore[arg-type]
+    clips: Subset[Any] = Subset(MotionDigits(CHOOSING + JUDGING, held_out=True), range(CHOOSING, CHOOSING + JUDGING))
     rows = []
     for name, recipe in RECIPE.items():
         path = runs / name / training.MODEL
@@ -241,7 +240,7 @@ def _evaluate(network: Any, clips: Any) -> tuple[np.ndarray, np.ndarray, float, 
     """Correct (clips,), executed MACs (clips,), dense MACs, and the mean kept share of frames, channels, positions."""
     counter = MacCounter(network)
     correct, executed, kept = [], [], []
-    for batch, labels in DataLoader(clips, 32):  # type: ignore[arg-type]
+    for batch, labels in DataLoader(clips, 32):
         correct.append((network(batch).argmax(1) == labels).numpy())
         masks = _decisions(network)
         executed.append(counter.count(masks, len(batch)).executed.expand(len(batch)).numpy())
@@ -360,7 +359,7 @@ class Timed(NamedTuple):
 
 def _exactness(network: nn.Module, compiled: Any, name: str, clips: Sequence[Tensor]) -> str:
     """Compares logits and MACs of the compiled network with the masked PyTorch network's, clip by clip."""
-    counter = MacCounter(network)  # type: ignore[arg-type]
+    counter = MacCounter(network)
     largest, scale, same_class = 0.0, 0.0, 0
     same_macs: int | None = 0
     for clip in clips:

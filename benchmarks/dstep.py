@@ -169,7 +169,7 @@ def collect(runs: Runs = Path("runs/dstep")) -> None:
     for model, name in DENSE.items():
         if (runs / name / CARD).exists():
             card = json.loads((runs / name / CARD).read_text())
-            macs = flops.dense_macs(models.create(model), tuple(card["clip_shape"])).total  # type: ignore[arg-type]
+            macs = flops.dense_macs(models.create(model), tuple(card["clip_shape"])).total
             found["dense"][model] = {"accuracy": card["metrics"]["accuracy"], "macs": macs}
     if (runs / CONTROL / CARD).exists():
         found["control"] = json.loads((runs / CONTROL / CARD).read_text())["metrics"]["accuracy"]
@@ -247,7 +247,7 @@ def ablation(write: Write = False) -> None:
 def shares(write: Write = False) -> None:
     """Each block's decisions in the network of target 0.6, over held-out clips."""
     found = _results()["dstep"]["full-0.6"]["layers"]
-    names = [name for name, _ in models.create("resnet-mini").residual_blocks()]  # type: ignore[operator]
+    names = [name for name, _ in models.create("resnet-mini").residual_blocks()]
     rows = [
         (name, *(f"{share:.2f}" for share in (one["compute"], one["reuse"], 1 - one["compute"] - one["reuse"])),
          f"{one['tiles']:.2f}")

@@ -1,6 +1,6 @@
 """The tables of RT3D for this compiler, written into docs/rt3d.md: one command each.
 
-    python -m benchmarks.rt3d table1     algorithm x scheme x rate: accuracy on motion digits
+    python -m benchmarks.rt3d table1     algorithm x scheme x rate: accuracy on motion digits, agreement of TransNetV2
     python -m benchmarks.rt3d build      compile what table2 times
     python -m benchmarks.rt3d table2     latency, dense and sparse, against peers
     python -m benchmarks.rt3d table3     vanilla against KGS at equal accuracy
@@ -229,7 +229,7 @@ def build(
             macs = count_macs(pruned, *inputs)
             facts: dict[str, Any] = {"dense_macs": macs, "macs": macs}
             if scheme:
-                facts["macs"] = prune_to_rate(pruned, inputs, scheme, NETWORKS[name], *group).macs  # type: ignore[arg-type]
+                facts["macs"] = prune_to_rate(pruned, inputs, scheme, NETWORKS[name], *group).macs
             artifact = _built(folder, pruned, inputs, threads, conv)
             facts["kernels"] = dict(Counter(layer.kernel.split("_f32")[0] for layer in artifact.manifest.layers))
             write_atomically(folder / "pruned.json", json.dumps(facts).encode())
@@ -385,7 +385,7 @@ def layer(
     weights: dict[str, np.ndarray | None] = {"dense": None, "dense-direct": None}
     for share in SPARSITIES:
         for scheme in ("vanilla", "kgs"):
-            weights[f"{scheme} {share:.3f}"] = LAYER.weight(*group, 1 / (1 - share), scheme)  # type: ignore[arg-type]
+            weights[f"{scheme} {share:.3f}"] = LAYER.weight(*group, 1 / (1 - share), scheme)
     built = {}
     for key, weight in weights.items():
         folder = artifacts / key.replace(" ", "-")

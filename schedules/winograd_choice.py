@@ -127,7 +127,7 @@ def options(conv: GatherConv, machine: Machine) -> Iterator[WinogradConv]:
             tile = (min(m_t, window.out[0]), *(min(m, window.out[a]) if window.kernel[a] > 1 else 1 for a in (1, 2)))
             transformed = tile[0] > 1 or window.kernel[1:] != (1, 1)
             if transformed and all(tile[axis] > 1 or window.kernel[axis] == 1 for axis in (1, 2)):
-                yield from _chunked(conv, machine, tile)  # type: ignore[arg-type]
+                yield from _chunked(conv, machine, tile)  # type: ignore[arg-type]  # a product of three tuples has three
 
 
 def _chunked(conv: GatherConv, machine: Machine, m: Triple) -> Iterator[WinogradConv]:

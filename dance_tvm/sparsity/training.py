@@ -203,7 +203,7 @@ class Logits(nn.Module):
 
     def forward(self, clips: Tensor) -> Any:
         if hasattr(self.network, "logits"):
-            return self.network.logits(clips)  # type: ignore[operator]
+            return self.network.logits(clips)  # type: ignore[operator]  # a Module's attributes are untyped
         return self.network(clips)
 
 
@@ -308,7 +308,7 @@ class Settings(BaseModel):
             "seed",
             "init",
         }
-        return json.loads(json.dumps(self.model_dump(include=same)))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(self.model_dump(include=same)))
 
 
 @dataclass
@@ -486,7 +486,7 @@ class _Trainer:
         with Progress(*columns, console=self._console) as progress:
             for epoch in range(len(self._history), epochs):
                 bar = progress.add_task(f"epoch {epoch + 1}/{epochs}", total=len(self._loader))
-                row = self._epoch(epoch, lambda bar=bar: progress.advance(bar))  # type: ignore[misc]
+                row = self._epoch(epoch, lambda bar=bar: progress.advance(bar))  # type: ignore[misc]  # bound now
                 self._keep(epoch, row)
                 progress.update(bar, description=f"epoch {epoch + 1}/{epochs}  {_told(row)}")
         return self._finish()
