@@ -145,7 +145,10 @@ class Runner:
 
     def _compact(self, x: tvm.runtime.Tensor, listed: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
         y = tensor(np.zeros(x.shape, "float32"))
-        built = build(compact_channels(self.conv.window, self.conv.channels_in, 1, False), self.tvm_target)
+        built = build(
+            compact_channels(self.conv.window, self.conv.channels_in, 1, False, self.conv.tile.vector_floats),
+            self.tvm_target,
+        )
         self.compact_call = (built, [x, listed, y])
         built["compact_channels"](x, listed, y)
         return y

@@ -1,7 +1,8 @@
-"""Max and average pooling, channels innermost, over the frames that are read."""
+"""Max and average pooling, channels innermost, over the frames and positions that are alive."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,7 @@ from .emit import (
     when,
 )
 from .geometry import Window
+from .row_plan import mask_shapes
 
 #: The least float32: what a maximum starts from.
 LOWEST = -3.4028234663852886e38
@@ -33,7 +35,8 @@ LOWEST = -3.4028234663852886e38
 class Pool:
     """One pooling kernel. ``in_frames``/``out_frames`` say which masks are given, as in the row plan.
 
-    A dead input frame holds nothing and counts as zeros; an output frame that nobody reads is set to zero if
+    ``in_positions``: how many clips and frames the mask of input positions tells apart, None where there is none. What
+    is dead of the input is not read and counts as zeros; an output frame that nobody reads is set to zero if
     ``zero_dead``, else left alone. ``count_padding``: the average divides by the whole window, padding included.
     ``vectors`` vectors of channels are reduced at once, in registers.
     """
@@ -47,6 +50,16 @@ class Pool:
     out_frames: bool = False
     zero_dead: bool = True
     vectors: int = 1
+    in_positions: tuple[int, int] | None = None
+
+    @property
+    def masks(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the float32 masks, in the order of the kernel's parameters; nonzero means alive."""
+        window = self.window
+        shapes = mask_shapes(window, self.in_frames, self.out_frames, None)
+        if self.in_positions is not None:
+            shapes["in_positions"] = (*self.in_positions, *window.size[1:])
+        return shapes
 
     @property
     def name(self) -> str:
@@ -65,15 +78,15 @@ def default_vectors(channels: int, vector_floats: int) -> int:
 
 
 def pool3d(pool: Pool) -> tirx.PrimFunc:
-    """Emit the kernel: x (N, T, H, W, C), in_frames (N, T), out_frames (N, T) where given, y (N, T, H, W, C)."""
+    """Emit the kernel: x (N, T, H, W, C), the masks, y (N, T, H, W, C)."""
     window = pool.window
     out_t, out_h, _ = window.out
     with kernel(pool.name) as built:
         x = argument("x", (window.batch, *window.size, pool.channels))
-        in_frames = argument("in_frames", (window.batch, window.size[0])) if pool.in_frames else None
-        out_frames = argument("out_frames", (window.batch, out_t)) if pool.out_frames else None
+        masks = {name: argument(name, shape) for name, shape in pool.masks.items()}
+        out_frames = masks.get("out_frames")
         y = argument("y", (window.batch, *window.out, pool.channels))
-        emitter = _Emitter(pool, flat(x), in_frames, flat(y))
+        emitter = _Emitter(pool, flat(x), masks, flat(y))
         with parallel(window.batch * out_t * out_h) as line:
             clip = let(tirx.floordiv(line, out_t * out_h))
             frame = let(tirx.floormod(tirx.floordiv(line, out_h), out_t))
@@ -91,9 +104,10 @@ def pool3d(pool: Pool) -> tirx.PrimFunc:
 
 
 class _Emitter:
-    def __init__(self, pool: Pool, x: tirx.Buffer, in_frames: tirx.Buffer | None, y: tirx.Buffer) -> None:
+    def __init__(self, pool: Pool, x: tirx.Buffer, masks: Mapping[str, tirx.Buffer], y: tirx.Buffer) -> None:
         self.pool, self.window = pool, pool.window
-        self.x, self.in_frames, self.y = x, in_frames, y
+        self.x, self.y = x, y
+        self.in_frames, self.in_positions = masks.get("in_frames"), masks.get("in_positions")
 
     def _target(self, clip: Expr, frame: Expr, row: Expr) -> Expr:
         out_t, out_h, out_w = self.window.out
@@ -153,18 +167,27 @@ class _Emitter:
         with serial(frames[2] - frames[1]) as f:
             source_frame = let(frames[0] + (frames[1] + f) * window.dilation[0])
 
-            def read_frame() -> None:
-                with serial(rows[2] - rows[1]) as r, serial(columns[2] - columns[1]) as c:
-                    source_row = rows[0] + (rows[1] + r) * window.dilation[1]
-                    source_column = columns[0] + (columns[1] + c) * window.dilation[2]
-                    position = ((clip * size_t + source_frame) * size_h + source_row) * size_w + source_column
-                    source = let(position * pool.channels + channel)
-                    for v, buffer in enumerate(acc):
-                        self._combine(buffer, self.x[lanes(source + v * count, count)], count)
-
             def read_zeros() -> None:
                 for buffer in acc:
                     self._combine(buffer, number(0.0, count), count)
+
+            def read_frame() -> None:
+                with serial(rows[2] - rows[1]) as r, serial(columns[2] - columns[1]) as c:
+                    source_row = let(rows[0] + (rows[1] + r) * window.dilation[1])
+                    source_column = let(columns[0] + (columns[1] + c) * window.dilation[2])
+                    position = ((clip * size_t + source_frame) * size_h + source_row) * size_w + source_column
+                    source = let(position * pool.channels + channel)
+
+                    def read_position() -> None:
+                        for v, buffer in enumerate(acc):
+                            self._combine(buffer, self.x[lanes(source + v * count, count)], count)
+
+                    if self.in_positions is None or pool.in_positions is None:
+                        read_position()
+                    else:
+                        clips, told = pool.in_positions
+                        at = (clip if clips > 1 else 0, source_frame if told > 1 else 0, source_row, source_column)
+                        choose(self.in_positions[at] != number(0.0), read_position, read_zeros)
 
             if self.in_frames is None:
                 read_frame()

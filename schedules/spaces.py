@@ -403,6 +403,7 @@ class PoolSpace:
             out_frames="out_frames" in lists,
             zero_dead=False,
             vectors=decisions["vectors"],
+            in_positions=(work.window.batch, 1) if "in_positions" in lists else None,
         )
 
 

@@ -77,5 +77,10 @@ def draw_masks(draw: st.DrawFn, case: Case) -> None:
     case.in_frames = mask(case.batch, case.size[0])
     case.out_frames = mask(case.batch, out[0])
     case.positions = mask(draw(st.sampled_from([1, case.batch])), draw(st.sampled_from([1, out[0]])), *out[1:])
-    case.live_in = mask(case.batch, case.channels_in)
-    case.live_out = mask(case.batch, case.channels_out)
+
+    def channels(count: int) -> np.ndarray | None:
+        run = draw(st.sampled_from([1, 4, 8]))  # where vectors of channels live or die together, weights are not copied
+        alive = mask(case.batch, -(-count // run))
+        return None if alive is None else alive.repeat(run, axis=1)[:, :count]
+
+    case.live_in, case.live_out = channels(case.channels_in), channels(case.channels_out)

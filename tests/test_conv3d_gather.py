@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
-from convolutions import Case, channel_list, compiled, draw_masks, tensor
+from convolutions import SMALL_TILE, Case, channel_list, compiled, draw_masks, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -112,7 +112,7 @@ def run(case: GatherCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         args += [tensor(conv.pack_weights(weight)), tensor(conv.pack_bias(bias)), tensor(plan.tap_entries), *lists]
         if case.live_in is not None:
             args.append(channel_list(case.live_in, conv.depth))
-            args[0] = compacted(plan, args[0], args[-1], mask_args)
+            args[0] = compacted(plan, args[0], args[-1], mask_args, case.tile.vector_floats)
         if case.live_out is not None:
             args.append(channel_list(case.live_out, case.channels_out))
     else:
@@ -138,13 +138,14 @@ def run(case: GatherCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def compacted(
-    plan: RowPlan, x: tvm.runtime.Tensor, listed: tvm.runtime.Tensor, masks: list[tvm.runtime.Tensor]
+    plan: RowPlan, x: tvm.runtime.Tensor, listed: tvm.runtime.Tensor, masks: list[tvm.runtime.Tensor], floats: int
 ) -> tvm.runtime.Tensor:
     """``x`` with its live channels side by side; what the copy leaves alone is NaN."""
     channels = int(x.shape[-1])
     frames = masks[:1] if plan.dynamic_taps else []
     y = tensor(np.full(x.shape, np.nan, "float32"))
-    compiled(compact_channels(plan.window, channels, plan.samples, plan.dynamic_taps))(x, listed, *frames, y)
+    kernel = compact_channels(plan.window, channels, plan.samples, plan.dynamic_taps, floats)
+    compiled(kernel)(x, listed, *frames, y)
     return y
 
 
@@ -325,3 +326,34 @@ def test_a_last_panel_that_is_not_full_stores_its_channels_alone(last: list[int]
     live = np.zeros((1, 16), bool)
     live[0, [*range(8), *last]] = True
     check(GatherCase(channels_out=16, live_out=live))
+
+
+#: Live input channels in whole vectors of four, in vectors but for one channel, all of an odd number, none; tiles that
+#: load single channels and vectors of them, and sums cut where no vector ends.
+IN_VECTORS = [
+    GatherCase(channels_in=16, live_in=np.array([[0, 1, 0, 1]], bool).repeat(4, axis=1)),
+    GatherCase(
+        batch=2,
+        channels_in=16,
+        channels_out=16,
+        tile=Tile(4, 2, 4, 4, 3, 3, depth_block=6),
+        live_in=np.array([[1, 0, 1, 1], [0, 1, 0, 0]], bool).repeat(4, axis=1),
+        live_out=np.array([[1, 1, 0, 1], [0, 0, 0, 1]], bool).repeat(4, axis=1),
+    ),
+    GatherCase(
+        channels_in=12,
+        tile=replace(SMALL_TILE, depth_block=3),
+        live_in=np.array([[0, 1, 1]], bool).repeat(4, axis=1),
+        live_out=np.array([[1, 0, 1, 1, 0, 1, 1]], bool),
+    ),
+    GatherCase(channels_in=8, live_in=np.array([[1, 1, 1, 1, 0, 0, 1, 0]], bool)),
+    GatherCase(channels_in=8, live_in=np.array([[0, 1, 1, 1, 1, 0, 0, 0]], bool)),
+    GatherCase(channels_in=7, live_in=np.ones((1, 7), bool)),
+    GatherCase(channels_in=8, live_in=np.zeros((1, 8), bool)),
+]
+
+
+@pytest.mark.parametrize("case", IN_VECTORS, ids=range(len(IN_VECTORS)))
+def test_whole_vectors_of_input_channels(case: GatherCase) -> None:
+    """Their weights are read where they are, those of dead channels between them being skipped."""
+    check(case)

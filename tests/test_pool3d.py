@@ -1,4 +1,4 @@
-"""Pools equal PyTorch's for any window, masks and number of vectors; nothing of a dead frame is read."""
+"""Pools equal PyTorch's for any window, masks and number of vectors; nothing dead is read."""
 
 from __future__ import annotations
 
@@ -15,23 +15,30 @@ from dance_tvm.schedules.spaces import POOLED_VECTORS, PoolSpace
 from dance_tvm.schedules.tiles import Machine
 from dance_tvm.schedules.workload import POOL, Workload
 
+#: Boolean masks by name, as ``Pool.masks`` has them; True is alive.
+Masks = dict[str, np.ndarray]
 
-def run(pool: Pool, x: np.ndarray, in_frames: np.ndarray | None, out_frames: np.ndarray | None) -> np.ndarray:
-    """The kernel's output over NaN; dead input frames hold NaN too."""
-    masks = [mask.astype("float32") for mask in (in_frames, out_frames) if mask is not None]
-    given = x.copy()
-    if in_frames is not None:
-        given[~in_frames] = np.nan
+
+def run(pool: Pool, x: np.ndarray, masks: Masks) -> np.ndarray:
+    """The kernel's output over NaN; dead input frames and positions hold NaN too."""
+    given = filled(x, masks, np.nan)
     y = tensor(np.full((pool.window.batch, *pool.window.out, pool.channels), np.nan, "float32"))
-    compiled(pool3d(pool))(tensor(given), *map(tensor, masks), y)
+    compiled(pool3d(pool))(tensor(given), *(tensor(masks[name].astype("float32")) for name in pool.masks), y)
     return y.numpy()
 
 
-def expected(pool: Pool, x: np.ndarray, in_frames: np.ndarray | None) -> np.ndarray:
-    alive = x.copy()
-    if in_frames is not None:
-        alive[~in_frames] = 0
-    data = torch.from_numpy(alive).permute(0, 4, 1, 2, 3)
+def filled(x: np.ndarray, masks: Masks, value: float) -> np.ndarray:
+    """``x`` (N, T, H, W, C) with ``value`` wherever it is dead."""
+    given = x.copy()
+    if "in_frames" in masks:
+        given[~masks["in_frames"]] = value
+    if "in_positions" in masks:
+        given[np.broadcast_to(~masks["in_positions"], x.shape[:-1])] = value
+    return given
+
+
+def expected(pool: Pool, x: np.ndarray, masks: Masks) -> np.ndarray:
+    data = torch.from_numpy(filled(x, masks, 0)).permute(0, 4, 1, 2, 3)
     sizes = (list(pool.window.kernel), list(pool.window.stride), list(pool.window.padding))
     if pool.kind == "max":
         found = torch.nn.functional.max_pool3d(data, *sizes)
@@ -41,7 +48,7 @@ def expected(pool: Pool, x: np.ndarray, in_frames: np.ndarray | None) -> np.ndar
 
 
 @st.composite
-def pools(draw: st.DrawFn) -> tuple[Pool, np.ndarray, np.ndarray | None, np.ndarray | None]:
+def pools(draw: st.DrawFn) -> tuple[Pool, np.ndarray, Masks]:
     kernel = draw(st.sampled_from([(1, 2, 2), (2, 2, 2), (3, 3, 3), (1, 3, 3), (4, 5, 6)]))
     stride = draw(st.sampled_from([kernel, (1, 1, 1), (1, 2, 2)]))
     padding = draw(st.sampled_from([(0, 0, 0), tuple(extent // 2 for extent in kernel)]))
@@ -49,10 +56,8 @@ def pools(draw: st.DrawFn) -> tuple[Pool, np.ndarray, np.ndarray | None, np.ndar
     axes = zip(size, kernel, stride, padding, strict=True)
     out = tuple((extent + 2 * pad - taps) // step + 1 for extent, taps, step, pad in axes)
     window = Window(draw(st.integers(1, 2)), size, out, kernel, stride, padding)
-    masks = [draw(st.sampled_from([None, 0.0, 0.5, 1.0])) for _ in range(2)]
-    rng = np.random.default_rng(draw(st.integers(0, 999)))
-    shapes = ((window.batch, size[0]), (window.batch, out[0]))
-    alive = [None if share is None else rng.random(shape) < share for shape, share in zip(shapes, masks, strict=True)]
+    told = (draw(st.sampled_from([1, window.batch])), draw(st.sampled_from([1, size[0]])))
+    pool_masks = [draw(st.booleans()) for _ in range(3)]
     channels = draw(st.integers(1, 40))
     pool = Pool(
         window,
@@ -60,21 +65,24 @@ def pools(draw: st.DrawFn) -> tuple[Pool, np.ndarray, np.ndarray | None, np.ndar
         draw(st.sampled_from(["max", "avg"])),
         draw(st.sampled_from([4, 8])),
         count_padding=draw(st.booleans()),
-        in_frames=alive[0] is not None,
-        out_frames=alive[1] is not None,
+        in_frames=pool_masks[0],
+        out_frames=pool_masks[1],
+        in_positions=told if pool_masks[2] else None,
         zero_dead=draw(st.booleans()),
         vectors=draw(st.sampled_from(POOLED_VECTORS)),
     )
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    alive = {name: rng.random(shape) < draw(st.sampled_from([0.0, 0.5, 1.0])) for name, shape in pool.masks.items()}
     x = rng.integers(-9, 10, (window.batch, *size, channels)).astype("float32")
-    return pool, x, alive[0], alive[1]
+    return pool, x, alive
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(pools())
 def test_pools_equal_pytorch(case) -> None:
-    pool, x, in_frames, out_frames = case
-    found, wanted = run(pool, x, in_frames, out_frames), expected(pool, x, in_frames)
-    read = np.ones(wanted.shape[:2], bool) if out_frames is None else out_frames
+    pool, x, masks = case
+    found, wanted = run(pool, x, masks), expected(pool, x, masks)
+    read = masks.get("out_frames", np.ones(wanted.shape[:2], bool))
     if pool.kind == "max":
         np.testing.assert_array_equal(found[read], wanted[read])
     else:  # sums of small integers are exact, and the one division is rounded alike up to the last bit
@@ -86,7 +94,7 @@ def test_pools_equal_pytorch(case) -> None:
 def test_a_maximum_of_very_small_numbers_is_one_of_them() -> None:
     window = Window(1, (2, 2, 2), (1, 1, 1), (2, 2, 2), (2, 2, 2))
     x = np.full((1, 2, 2, 2, 9), -3e38, "float32")
-    assert np.all(run(Pool(window, 9, "max", 4), x, None, None) == np.float32(-3e38))
+    assert np.all(run(Pool(window, 9, "max", 4), x, {}) == np.float32(-3e38))
     assert np.float32(LOWEST) == np.finfo("float32").min
 
 

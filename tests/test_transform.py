@@ -167,6 +167,41 @@ def test_several_readers(axis: str, share: bool) -> None:
         np.testing.assert_array_equal(outputs(machine, x, mask)[0], network(x, mask).numpy())
 
 
+class Watched(nn.Module):
+    """A mask between an activation that another reads whole, as a controller does, and the pool behind it."""
+
+    def __init__(self, pool: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.pool, self.second = nn.Conv3d(4, 8, 3, padding=1), pool, second
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.relu(self.first(x))
+        return self.second(self.pool(x * (mask > 0).to(x.dtype))), x.sum(dim=(2, 3, 4))
+
+
+@pytest.mark.parametrize("axis", SHAPES)
+@pytest.mark.parametrize("pool", [nn.MaxPool3d(2), nn.AvgPool3d((1, 2, 2)), nn.MaxPool3d(3, 1, 1)], ids=str)
+def test_a_pool_masks_what_it_reads(axis: str, pool: nn.Module) -> None:
+    network = integers(Watched(pool, nn.Conv3d(8, 6, 3, padding=1)))
+    x = torch.randint(-3, 4, (2, 4, 4, 6, 5)).float()
+    for mask in masks(SHAPES[axis]):
+        lowered, machine = compile_network(network, x, mask)
+        assert not any("multiply" in gvar.name_hint for gvar in lowered.mod.get_global_vars())
+        with torch.no_grad():
+            for found, wanted in zip(outputs(machine, x, mask), network(x, mask), strict=True):
+                np.testing.assert_array_equal(found, wanted.numpy())
+
+
+def test_channels_that_a_pools_reader_looks_at_are_masked_before_it() -> None:
+    grouped = integers(Watched(nn.MaxPool3d(2), nn.Conv3d(8, 8, 3, padding=1, groups=8)))
+    x = torch.randint(-3, 4, (2, 4, 4, 6, 5)).float()
+    mask = masks(SHAPES["channels"])[0]
+    _, machine = compile_network(grouped, x, mask)
+    with torch.no_grad():
+        for found, wanted in zip(outputs(machine, x, mask), grouped(x, mask), strict=True):
+            np.testing.assert_array_equal(found, wanted.numpy())
+
+
 class Bias(nn.Module):
     """A bias between the mask and the reader: zeros do not survive it."""
 

@@ -87,7 +87,7 @@ class LowerWindows:
         lists = None
         if isinstance(self.machine, Machine):
             lists = SampleLists(self.machine, self.threads, self.convolution)
-        sites = Sites.of(graph, liveness, lists)
+        sites = Sites.of(graph, liveness, lists, pools_skip=isinstance(self.machine, Machine))
         chains = find_chains(graph, liveness, sites) if isinstance(self.machine, Machine) else []
         lowering = self.lowering(
             mod,
@@ -310,7 +310,7 @@ class Lowering:
 
     def _pool_kernel(self, layer: str, fields: dict[str, Any]) -> tuple[str, tvm.tirx.PrimFunc]:
         """Name and kernel of the pool called ``layer``."""
-        lists = tuple(axis for axis in ("in_frames", "out_frames") if fields[axis])
+        lists = tuple(axis for axis in ("in_frames", "out_frames", "in_positions") if fields.get(axis))
         channels = fields["channels"]
         workload = Workload(
             fields["window"],
@@ -401,7 +401,7 @@ class Lowering:
         frames = alive.frames if plan.dynamic_taps else None
         key = ("compact", site.data, alive.channels, frames, samples)
         if key not in self.planned:
-            func = compact_channels(window, site.channels_in, samples, frames is not None)
+            func = compact_channels(window, site.channels_in, samples, frames is not None, self.machine.vector_floats)
             args = [data, *self._channels(alive.channels, samples, site.channels_in)]
             args += self._frames(frames, window.batch, window.size[0])
             self.planned[key] = [self._kernel(func, args, [shape_of(data)], "float32")]
@@ -611,10 +611,16 @@ class Lowering:
             "out_frames": wanted.frames is not None,
             "zero_dead": self.sites.needs_zeros(var),
         }
+        read = alive.positions if source in self.sites.aliases else None  # else they are stored as zeros
+        if read is not None:
+            fields["in_positions"] = read.shape[:2]
         name, func = self._pool_kernel(var.name, fields)
         data = self._stored(self._emit(source), (window.batch, *window.size, channels))
         masks = self._frames(alive.frames, window.batch, window.size[0])
         masks += self._frames(wanted.frames, window.batch, window.out[0])
+        if read is not None:
+            lines = (*read.shape[:2], *window.size[1:])
+            masks.append(self._mask(read, lines, (*lines, 1)))
         result = self._kernel(func, [data, *masks], [(window.batch, *window.out, channels)], self.dtype)
         skips = [f"output {axis}" for axis in wanted.axes if axis == "frames"]
         self.layers.append(LayerInfo(name=var.name, kind="pool3d", kernel=name, macs=0, skips=skips, tuned=self.tuned))

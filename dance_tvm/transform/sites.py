@@ -82,13 +82,15 @@ class Sites:
     inside: set[relax.Var] = field(default_factory=set)
     aliases: dict[relax.Var, relax.Var] = field(default_factory=dict)
     by_start: dict[relax.Var, Site] = field(default_factory=dict)
+    #: Whether pools leave out dead positions of their input themselves.
+    pools_skip: bool = False
     #: What chains over frames begin with, and their bindings: their kernel reads it under masks of its own.
     chained: dict[relax.Var, set[relax.Var]] = field(default_factory=dict)
 
     @staticmethod
-    def of(graph: Graph, liveness: Liveness, lists: Lists | None = None) -> Sites:
+    def of(graph: Graph, liveness: Liveness, lists: Lists | None = None, *, pools_skip: bool = False) -> Sites:
         """Find every site, extended as far as its kernel can carry on; ``lists`` decides what each lists."""
-        sites = Sites(graph, liveness)
+        sites = Sites(graph, liveness, pools_skip=pools_skip)
         for var in graph.order:
             site = _start(graph, var)
             if site is not None:
@@ -168,7 +170,7 @@ class Sites:
     # -- who reads ---------------------------------------------------------------------------------------------------
 
     def _find_aliases(self) -> None:
-        """Multiplies by masks that convolutions apply themselves, by not reading."""
+        """Multiplies by masks that kernels apply themselves, by not reading."""
         graph = self.graph
         for var in reversed(graph.order):
             if graph.op(var) != "multiply" or var in self.inside or var in self.by_end or var in graph.outputs:
@@ -190,6 +192,12 @@ class Sites:
     def _skips(self, reader: relax.Var, var: relax.Var, mask: Live) -> bool:
         if reader in self.aliases:
             return all(self._skips(after, reader, mask) for after in self.graph.readers[reader])
+        if self.pools_skip and self.graph.op(reader) in POOLS and window_of(self.graph, reader) is not None:
+            beyond = Live(channels=mask.channels)  # a pool's own channels are dead where its input's are
+            return mask.channels is None or (
+                reader not in self.graph.outputs
+                and all(self._skips(after, reader, beyond) for after in self.graph.readers[reader])
+            )
         site = self.by_start.get(reader)
         if site is None or not site.data.same_as(var) or site.groups > 1:
             return False

@@ -32,7 +32,6 @@ from dance_tvm.schedules.gpu.conv3d_gather import BlockConv
 from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
 from dance_tvm.schedules.gpu.emit import each_element, read, write
 from dance_tvm.schedules.pool3d import Pool, pool3d
-from dance_tvm.schedules.row_plan import mask_shapes
 from dance_tvm.schedules.winograd import WinogradConv, conv3d_winograd, mask_arguments
 from dance_tvm.schedules.winograd_plan import LISTS, plan_winograd
 from dance_tvm.schedules.workload import Workload
@@ -121,7 +120,7 @@ class Instance:
         """A mask for each list, of the workload's density, at least one element alive; the same at every call."""
         kernel = self.kernel
         if isinstance(kernel, Pool):
-            shapes = mask_shapes(kernel.window, kernel.in_frames, kernel.out_frames, None)
+            shapes = dict(kernel.masks)
         else:
             shapes = dict(kernel.plan.masks)
             shapes.update({name: (self.workload.samples, channels) for name, channels in self.channel_lists()})
