@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from dance_tvm.sparsity.dance.controller import AXES, Masks
 from dance_tvm.sparsity.dance.macs import MacCounter
 from dance_tvm.sparsity.dance.method import AAP, controller_of, parse_amount, prune
 from dance_tvm.sparsity.dance.sites import trace
+from dance_tvm.sparsity.dance.start import leave_out_least, refit
 from dance_tvm.sparsity.dance.trained import SHIPPED, load
 from dance_tvm.sparsity.dance.untrained import keep_at_random
 from dance_tvm.sparsity.data import Batch, MotionDigits, Splits
-from dance_tvm.sparsity.training import Distillation, Logits, Settings
+from dance_tvm.sparsity.training import Classification, Distillation, Logits, Settings
 from dance_tvm.sparsity.video import FrameWindows
 from dance_tvm.target import load_target
 from dance_tvm.train import run
@@ -289,6 +291,103 @@ def test_onnx_carries_the_decisions_to_the_kernels(tmp_path: Path) -> None:
     skipped = [layer.skips for layer in layers.values() if layer.kind == "conv3d" and layer.skips]
     assert len(skipped) == 2, "both convolutions behind the first"
     assert {"output frames", "output positions", "output channels"} <= set(skipped[0])
+
+
+# ---- where training starts ----
+
+
+class Echo(nn.Module):
+    """The second convolution's later eight channels repeat its first eight, so the third can do without them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1 = nn.Conv3d(1, 8, 3, padding=1)
+        self.conv2 = nn.Conv3d(8, 16, (1, 3, 3), stride=(1, 2, 1), padding=(0, 1, 1))
+        self.conv3 = nn.Conv3d(16, 8, (3, 1, 1), stride=(2, 1, 1), dilation=(2, 1, 1), padding="valid")
+        self.fc = nn.Linear(8, 3)
+        with torch.no_grad():
+            for parameter in self.conv2.parameters():
+                parameter[8:] = 2 * parameter[:8].flip(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv3(F.relu(self.conv2(F.relu(self.conv1(x))))))
+        scores: Tensor = self.fc(x.mean((2, 3, 4)))
+        return scores
+
+
+def keeping(graph: torch.fx.GraphModule, kept: list[list[int]]) -> torch.fx.GraphModule:
+    """Sets the controller so that every clip keeps these channel groups (1 or 0) of each site."""
+    controller_of(graph).start_channels([torch.tensor(groups).float() * 2 - 1 for groups in kept])
+    return graph.eval()
+
+
+def test_fitted_weights_do_without_channels_that_others_tell() -> None:
+    graph = keeping(prune(Echo(), SHAPE, axes=["channels"]), [[1], [1, 0], [1]])
+    dense = Echo().eval()
+    clips, others = torch.rand(2, 6, *SHAPE)
+    with torch.no_grad():
+        lost = float((graph(others) - dense(others)).abs().max())
+        refit(graph, clips)
+        left = float((graph(others) - dense(others)).abs().max())
+    assert lost > 0.01
+    assert left < 0.02 * lost
+    for name in ("conv1.weight", "conv2.weight"):
+        assert torch.equal(graph.state_dict()[name], dense.state_dict()[name]), "nothing pruned is read here"
+
+
+def test_fitting_moves_batch_norm_by_what_the_mean_still_differs() -> None:
+    network = Three()
+    network.conv2 = nn.Sequential(nn.Conv3d(8, 12, 3, padding=1, bias=False), nn.BatchNorm3d(12))
+    dense = copy.deepcopy(network).eval()
+    graph = keeping(prune(network, SHAPE, axes=["channels"], group=4), [[1, 0], [1, 0, 1], [1, 1]])
+    clips = torch.rand(6, *SHAPE)
+    seen: list[Tensor] = []
+    for model in (dense, graph):
+        model.get_submodule("conv2.1").register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        refit(graph, clips)
+        seen.clear()
+        dense(clips)
+        graph(clips)
+    torch.testing.assert_close(seen[0].mean((0, 2, 3, 4)), seen[1].mean((0, 2, 3, 4)), rtol=0, atol=1e-5)
+    assert not graph.training
+
+
+def test_what_matters_least_for_its_work_is_left_out_first() -> None:
+    network = Three()
+    with torch.no_grad():
+        network.conv2.weight[:, :4] *= 1e-3  # the second convolution hardly reads the first group
+        network.conv3.weight[:, 8:] *= 1e-3
+    graph = prune(network, SHAPE, axes=["channels"], group=4)
+    torch.manual_seed(0)
+    clips = torch.rand(4, *SHAPE)
+    leave_out_least(graph, clips, Classification().probe, target=0.55, floor=0.3)
+    with torch.no_grad():
+        graph.eval()(clips)
+    decisions = controller_of(graph).decisions
+    first, second, _ = (site.channels[0, ::4, 0, 0, 0].tolist() for site in decisions if site.channels is not None)
+    assert first == [0, 1]
+    assert second[2] == 0
+    count = MacCounter(graph).count(decisions, len(clips))
+    assert 0.3 < float(count.executed.mean() / count.dense) <= 0.55
+    assert all(torch.equal(mask[0], mask[1]) for site in decisions for mask in site if mask is not None)
+
+
+def test_no_site_falls_below_its_floor() -> None:
+    graph = prune(Three(), SHAPE, axes=["channels"], group=4)
+    leave_out_least(graph, torch.rand(2, *SHAPE), Classification().probe, target=0.01, floor=0.6)
+    with torch.no_grad():
+        graph.eval()(torch.rand(1, *SHAPE))
+    kept = [int(site.channels[0].sum()) // 4 for site in controller_of(graph).decisions if site.channels is not None]
+    assert kept == [1, 2, 1]
+
+
+def test_the_start_needs_channels() -> None:
+    with pytest.raises(DanceError, match="add them to axes"):
+        AAP(start=4, axes="positions")
+    with pytest.raises(DanceError, match="set start as well"):
+        AAP(refit=4)
 
 
 # ---- training ----

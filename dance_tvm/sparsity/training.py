@@ -83,6 +83,7 @@ class Context:
     seed: int
     device: torch.device
     train: Clips
+    task: Task
 
 
 class Method:
@@ -168,6 +169,8 @@ class Task(Protocol):
     """What the outputs are compared with: `loss` a scalar, `score` values of each clip (N,); larger `key` is better.
 
     Where it `imitates`, the network trains as it is used: without dropout, with the batch norm it came with.
+    `probe` is a random mixture of the outputs, each as important as to the loss: the mean square of its gradient says
+    how much the outputs change.
     """
 
     key: str
@@ -176,6 +179,8 @@ class Task(Protocol):
     def loss(self, outputs: Any, batch: Batch) -> Tensor: ...
 
     def score(self, outputs: Any, batch: Batch) -> dict[str, Tensor]: ...
+
+    def probe(self, outputs: Any) -> Tensor: ...
 
 
 class Classification:
@@ -192,6 +197,9 @@ class Classification:
             "accuracy": (outputs.argmax(1) == batch.labels).float(),
             "task": functional.cross_entropy(outputs, batch.labels, reduction="none"),
         }
+
+    def probe(self, outputs: Tensor) -> Tensor:
+        return (torch.randn_like(outputs) * outputs).sum()
 
 
 class Logits(nn.Module):
@@ -262,13 +270,29 @@ class Distillation:
             "missed": (~found & real).float().sum(1),
         }
 
+    def probe(self, outputs: Any) -> Tensor:
+        sequences = [tensor.float() for tensor in sequences_of_logits(outputs)]
+        weights = (_weights(tensor.detach().sigmoid()) for tensor in sequences)
+        return torch.stack(
+            [
+                (torch.randn_like(tensor) * weight.sqrt() * tensor).sum()
+                for tensor, weight in zip(sequences, weights, strict=True)
+            ]
+        ).sum()
+
 
 def _balanced(ours: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || ours) of binary entries, two logits of one shape; see `Distillation` for their weights."""
     said = teacher.sigmoid()
-    weight = said / said.sum().clamp(min=1) + (1 - said) / (1 - said).sum().clamp(min=1)
     distance = functional.binary_cross_entropy_with_logits(ours, said, reduction="none")
-    return (weight * (distance - functional.binary_cross_entropy_with_logits(teacher, said, reduction="none"))).sum()
+    return (
+        _weights(said) * (distance - functional.binary_cross_entropy_with_logits(teacher, said, reduction="none"))
+    ).sum()
+
+
+def _weights(said: Tensor) -> Tensor:
+    """Weights of entries by the probabilities `said` of them: those of boundaries sum to one, as those of the rest."""
+    return said / said.sum().clamp(min=1) + (1 - said) / (1 - said).sum().clamp(min=1)
 
 
 # ---- settings and run ------------------------------------------------------------------------------------------
@@ -470,6 +494,7 @@ class _Trainer:
             seed=settings.seed,
             device=self._device,
             train=train,
+            task=self._task,
         )
 
     def _wrap(self, network: nn.Module) -> nn.Module:

@@ -46,6 +46,7 @@ class Controller(nn.Module):
     ) -> None:
         super().__init__()
         self.axes = tuple(axes)
+        self._sites, self._group = tuple(sites), group
         self.theta = nn.Parameter(torch.tensor(math.log(_FIRST_THRESHOLD / (1 - _FIRST_THRESHOLD))))
         channels, frames, height, width = sites[0].shape
         self._tile = (max(1, height // grid), max(1, width // grid))
@@ -58,13 +59,10 @@ class Controller(nn.Module):
             self.frame_heads = nn.ModuleList(_head(nn.Conv2d(hidden, 1, 1)) for _ in sites)
         if "channels" in axes:
             self.channel_stem = nn.Linear(2 * statistics, 2 * hidden)
-            groups = (math.ceil(site.shape[0] / group) for site in sites)
-            self.channel_heads = nn.ModuleList(_head(nn.Linear(2 * hidden, count)) for count in groups)
+            self.channel_heads = nn.ModuleList(_head(nn.Linear(2 * hidden, count)) for count in self.groups)
         if "positions" in axes:
             self.position_stem = nn.Conv2d(2 * statistics, hidden, 3, padding=1)
             self.position_heads = nn.ModuleList(_head(nn.Conv2d(hidden, 1, 1)) for _ in sites)
-        self._sites = tuple(sites)
-        self._group = group
         self.decisions: list[Masks] = []
         self.scores: list[Masks] = []
 
@@ -119,14 +117,32 @@ class Controller(nn.Module):
             scores.append(head(pooled).sigmoid()[:, 0])
         return scores
 
+    @property
+    def groups(self) -> list[int]:
+        """How many groups of channels each site has."""
+        return [math.ceil(site.shape[0] / self._group) for site in self._sites]
+
+    def masks_of_groups(self, site: int, groups: Tensor) -> Masks:
+        """The masks that leave the channel groups (groups,) of ones or True to every clip, and all else as it is."""
+        return Masks(None, self._of_channels(groups.to(self.theta.dtype)[None], self._sites[site]), None)
+
+    @torch.no_grad()
+    def start_channels(self, above: Sequence[Tensor]) -> None:
+        """Starts every clip with the same channel scores: logits `above` (groups,) the threshold, site by site."""
+        for head, logits in zip(self.channel_heads, above, strict=True):
+            assert isinstance(head, nn.Linear)
+            head.weight.zero_()
+            head.bias.copy_(self.theta + logits)
+
+    def _of_channels(self, kept: Tensor, site: Site) -> Tensor:
+        return _repeated(kept, 1, self._group, site.shape[0])[..., None, None, None]
+
     def _decide(self, scores: Masks, site: Site) -> Masks:
-        channels, frames, height, width = site.shape
+        _, frames, height, width = site.shape
         kept = Masks(*(None if score is None else self._keep(score) for score in scores))
         return Masks(
             None if kept.frames is None else _fitted(kept.frames, 1, frames)[:, None, :, None, None],
-            None
-            if kept.channels is None
-            else _repeated(kept.channels, 1, self._group, channels)[..., None, None, None],
+            None if kept.channels is None else self._of_channels(kept.channels, site),
             None if kept.positions is None else _fitted(_fitted(kept.positions, 1, height), 2, width)[:, None, None],
         )
 
@@ -142,17 +158,21 @@ class Prune(nn.Module):
     """Multiplies an activation by its site's masks.
 
     With `watching` set, `activity` keeps what the last call saw before masking: the mean activation of each frame
-    (N, T), channel (N, C) and position (N, H, W), without gradients.
+    (N, T), channel (N, C) and position (N, H, W), without gradients. With `hinted` set, `seen` keeps the activation
+    itself, with them.
     """
 
     activity: tuple[Tensor, Tensor, Tensor]
+    seen: Tensor
 
     def __init__(self, index: int) -> None:
         super().__init__()
         self._index = index
-        self.watching = False
+        self.watching = self.hinted = False
 
     def forward(self, x: Tensor, decisions: list[Masks]) -> Tensor:
+        if self.hinted and self.training:
+            self.seen = x
         if self.watching:
             seen = x.detach()
             self.activity = (seen.mean(dim=(1, 3, 4)), seen.mean(dim=(2, 3, 4)), seen.mean(dim=(1, 2)))

@@ -7,11 +7,12 @@ python -m dance_tvm.train --method aap --init ava/model.safetensors --target-mac
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -19,7 +20,8 @@ from dance_tvm.sparsity.dance.adaptors import Adaptor
 from dance_tvm.sparsity.dance.controller import AXES, Axis, Controller, Prune
 from dance_tvm.sparsity.dance.macs import MacCounter
 from dance_tvm.sparsity.dance.sites import Site, insert, module_of, node_named, trace
-from dance_tvm.sparsity.data import Batch
+from dance_tvm.sparsity.dance.start import leave_out_least, refit
+from dance_tvm.sparsity.data import Batch, Clips
 from dance_tvm.sparsity.teacher import Teacher
 from dance_tvm.sparsity.training import Context, Method
 
@@ -97,6 +99,8 @@ class AAP(Method):
     time. The compute term pulls both ways: a network that has pruned itself dead gets no other gradient to recover.
     With `distill` the network it starts from, dense, is its teacher: weight * KL(teacher || pruned) joins the loss.
     With `freeze` the backbone rests for that last share of the epochs, batch norm statistics included.
+    With `hint` what the pruned network keeps of each site is drawn to the dense network's activations.
+    With `start` the budget is met before the first step, by channels alone (see `dance/start.py`); `ramp` should be 0.
     """
 
     name: ClassVar[str] = "aap"
@@ -110,12 +114,16 @@ class AAP(Method):
         guide: float = Field(1.0, ge=0, description="weight of the guide at the start")
         ramp: float = Field(0.5, ge=0, le=1)
         distill: float = Field(1.0, ge=0, description="weight of the distance from the dense network's scores")
+        hint: float = Field(0.0, ge=0, description="weight of the distance from the dense network's activations")
         momentum: float = Field(0.02, gt=0, le=1, description="of batch norm's running averages")
         keep_norm: bool = Field(False, description="leave the backbone's batch norm as it came, for small batches")
         freeze: float = Field(0.0, ge=0, le=1, description="last share of the epochs with the backbone frozen")
         backbone_rate: float = Field(0.3, gt=0, description="learning rate of the backbone, times --lr")
         controller_rate: float = Field(3.0, gt=0, description="learning rate of the controller, times --lr")
         threshold_rate: float = Field(10.0, gt=0, description="learning rate of theta, times --lr")
+        start: int = Field(0, ge=0, description="training clips that rank channel groups, to leave out at once")
+        floor: float = Field(0.4, ge=0, le=1, description="share of each site's channel groups that `start` leaves")
+        refit: int = Field(0, ge=0, description="training clips to which `start` fits the weights by least squares")
 
         @field_validator("target_macs", mode="before")
         @classmethod
@@ -127,14 +135,25 @@ class AAP(Method):
         def _parse_axes(cls, value: Any) -> Any:
             return tuple(value.split("+")) if isinstance(value, str) else value
 
+        @model_validator(mode="after")
+        def _check_start(self) -> AAP.Options:
+            if self.start and "channels" not in self.axes:
+                raise ValueError("start leaves out channels: add them to axes or leave start out")
+            if self.refit and not self.start:
+                raise ValueError("refit fits weights to what start leaves: set start as well")
+            return self
+
     options: Options
 
     def prepare(self, network: nn.Module, context: Context) -> nn.Module:
         options = self.options
         self._teacher = Teacher(network, context)
+        self._dense = _Activations(network, context) if options.hint > 0 else None
         graph = prune(network, context.clip_shape, axes=options.axes, group=options.group, grid=options.grid)
         self._controller = controller_of(graph)
         self._prunes = [module for module in graph.modules() if isinstance(module, Prune)]
+        for module in self._prunes:
+            module.hinted = options.hint > 0
         self._norms = [m for m in graph.modules() if isinstance(m, nn.BatchNorm3d) and m is not self._controller.norm]
         for module in (*self._norms, self._controller.norm):
             module.momentum = options.momentum
@@ -142,6 +161,12 @@ class AAP(Method):
         self._epochs, self._steps, self._step = context.epochs, context.steps_per_epoch, 0
         dense = self._counter.count([], 1).dense
         self._target = options.target_macs if options.target_macs <= 1 else options.target_macs / dense
+        if options.start:
+            graph.to(context.device)
+            clips = _evenly(context.train, options.start).to(context.device)
+            leave_out_least(graph, clips, context.task.probe, target=self._target, floor=options.floor)
+            if options.refit:
+                refit(graph, _evenly(context.train, options.refit).to(context.device), seed=context.seed)
         return graph
 
     def parameters(self, network: nn.Module) -> Iterable[Any]:
@@ -188,6 +213,8 @@ class AAP(Method):
             terms["guide"] = self._guide_weight() * self._guide()
         if self.options.distill > 0 and isinstance(outputs, Tensor):
             terms["distill"] = self.options.distill * self._teacher.distance(outputs, batch)
+        if self._dense:
+            terms["hint"] = self.options.hint * self._distance_of_activations(self._dense(batch.clips))
         return terms
 
     def stepped(self, network: nn.Module) -> None:
@@ -200,6 +227,17 @@ class AAP(Method):
             for score, activity in zip(scores, module.activity, strict=True):
                 if score is not None:
                     distances.append(functional.mse_loss(score, _relative(activity, score)))
+        return torch.stack(distances).mean()
+
+    def _distance_of_activations(self, dense: list[Tensor]) -> Tensor:
+        """Mean square of what each site's kept activations (N, C, T, H, W) lack of the dense ones, relative to those."""
+        distances = []
+        for truth, module in zip(dense, self._prunes, strict=True):
+            kept = truth.new_ones(())
+            for mask in module.decided(self._controller.decisions):
+                kept = kept if mask is None else kept * mask.detach()
+            lacking = ((module.seen - truth).square() * kept).sum()
+            distances.append(lacking / (truth.square() * kept).sum().clamp(min=1e-12))
         return torch.stack(distances).mean()
 
     def evaluate(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:
@@ -230,6 +268,30 @@ class AAP(Method):
             "theta": float(self._controller.threshold.detach()),
             "dance": {"axes": list(self.options.axes), "group": self.options.group, "grid": self.options.grid},
         }
+
+
+class _Activations:
+    """The activations of each site (N, C, T, H, W) in `network` as it stands, before anything is inserted into it."""
+
+    def __init__(self, network: nn.Module, context: Context) -> None:
+        graph, sites = trace(copy.deepcopy(network), context.clip_shape)
+        self._graph = graph.eval().requires_grad_(False).to(context.device)
+        self._sites = [site.node for site in sites]
+
+    @torch.no_grad()
+    def __call__(self, clips: Tensor) -> list[Tensor]:
+        found: dict[str, Tensor] = {}
+        sites = self._sites
+
+        class Noting(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                value = super().run_node(n)
+                if n.name in sites:
+                    found[n.name] = value
+                return value
+
+        Noting(self._graph).run(clips)
+        return [found[name] for name in sites]
 
 
 def prune(
@@ -266,6 +328,12 @@ def parse_amount(value: Any) -> Any:
     units = {"%": 0.01, "k": 1e3, "M": 1e6, "G": 1e9}
     unit = units.get(value[-1:])
     return float(value[:-1]) * unit if unit else float(value)
+
+
+def _evenly(clips: Clips, count: int) -> Tensor:
+    """`count` of the clips, or all where there are fewer, evenly chosen: (count, …)."""
+    count = min(count, len(clips))
+    return torch.stack([clips[place * len(clips) // count][0] for place in range(count)])
 
 
 def _relative(activity: Tensor, score: Tensor) -> Tensor:
