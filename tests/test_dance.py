@@ -29,7 +29,7 @@ from dance_tvm.sparsity.dance.start import leave_out_least, refit
 from dance_tvm.sparsity.dance.trained import SHIPPED, load
 from dance_tvm.sparsity.dance.untrained import keep_at_random
 from dance_tvm.sparsity.data import Batch, MotionDigits, Splits
-from dance_tvm.sparsity.training import Classification, Distillation, Logits, Settings
+from dance_tvm.sparsity.training import Classification, Context, Distillation, Logits, Settings
 from dance_tvm.sparsity.video import FrameWindows
 from dance_tvm.target import load_target
 from dance_tvm.train import run
@@ -388,6 +388,43 @@ def test_the_start_needs_channels() -> None:
         AAP(start=4, axes="positions")
     with pytest.raises(DanceError, match="set start as well"):
         AAP(refit=4)
+
+
+def test_training_starts_at_its_budget_and_is_drawn_to_the_dense_activations(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher, student = (Logits(models.create("transnetv2", filters=4)) for _ in range(2))
+    frames = np.random.default_rng(0).integers(0, 256, (40, 27, 48, 3), np.uint8)
+    splits = Splits("frames", FrameWindows([frames[:32]], 8, 8), FrameWindows([frames[32:]], 8, 8), "distillation")
+    options = {
+        "target_macs": 0.6, "axes": "channels", "group": 4, "ramp": 0.0,
+        "start": 2, "floor": 0.3, "refit": 4, "hint": 1.0,
+    }  # fmt: skip
+    settings = Settings(method="aap", model="transnetv2", data="frames", epochs=4, batch=2, lr=1e-4, options=options)
+    result = training.train(settings, student, splits, tmp_path, task=Distillation(teacher))
+    assert all(0.3 < row["share"] <= 0.62 for row in result.history)
+    assert result.history[-1]["loss/hint"] < result.history[0]["loss/hint"]
+    tensors, card = checkpoint.read_checkpoint(tmp_path / "model.safetensors")
+    again = prune(Logits(models.create("transnetv2", filters=4)), (8, 27, 48, 3), **card["dance"]).eval()
+    checkpoint.load_weights(again, checkpoint.without_prefix("network", tensors), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(splits.held_out[0][0][None])[0], result.network(splits.held_out[0][0][None])[0])
+
+
+def test_an_unpruned_network_lacks_nothing_of_the_dense_activations() -> None:
+    method = AAP(hint=1.0, guide=0.0)
+    network = Three().eval()
+    clips = torch.rand(2, *SHAPE)
+    data = MotionDigits(8, size=16, frames=8)
+    context = Context("three", SHAPE, 3, 1, 4, 2, 0, torch.device("cpu"), data, Classification())
+    graph = method.prepare(network, context).train()
+    method.epoch_started(graph, 0)
+    for norm in (graph.get_submodule("bn1"),):
+        norm.eval()
+    batch = Batch(clips, torch.zeros(2, dtype=torch.long), torch.arange(2))
+    assert float(method.losses(graph, graph(clips), batch)["hint"]) == 0
+    with torch.no_grad():
+        graph.get_submodule("conv2").weight.mul_(1.1)
+    assert float(method.losses(graph, graph(clips), batch)["hint"]) > 1e-4
 
 
 # ---- training ----

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -152,8 +152,8 @@ class AAP(Method):
         graph = prune(network, context.clip_shape, axes=options.axes, group=options.group, grid=options.grid)
         self._controller = controller_of(graph)
         self._prunes = [module for module in graph.modules() if isinstance(module, Prune)]
-        for module in self._prunes:
-            module.hinted = options.hint > 0
+        for site in self._prunes:
+            site.hinted = options.hint > 0
         self._norms = [m for m in graph.modules() if isinstance(m, nn.BatchNorm3d) and m is not self._controller.norm]
         for module in (*self._norms, self._controller.norm):
             module.momentum = options.momentum
@@ -214,7 +214,7 @@ class AAP(Method):
         if self.options.distill > 0 and isinstance(outputs, Tensor):
             terms["distill"] = self.options.distill * self._teacher.distance(outputs, batch)
         if self._dense:
-            terms["hint"] = self.options.hint * self._distance_of_activations(self._dense(batch.clips))
+            terms["hint"] = self.options.hint * self._distance_of_activations(self._dense.of(batch.clips))
         return terms
 
     def stepped(self, network: nn.Module) -> None:
@@ -230,7 +230,7 @@ class AAP(Method):
         return torch.stack(distances).mean()
 
     def _distance_of_activations(self, dense: list[Tensor]) -> Tensor:
-        """Mean square of what each site's kept activations (N, C, T, H, W) lack of the dense ones, relative to those."""
+        """What each site's kept activations lack of the `dense` ones (N, C, T, H, W), squared, relative to those."""
         distances = []
         for truth, module in zip(dense, self._prunes, strict=True):
             kept = truth.new_ones(())
@@ -270,28 +270,25 @@ class AAP(Method):
         }
 
 
-class _Activations:
-    """The activations of each site (N, C, T, H, W) in `network` as it stands, before anything is inserted into it."""
+class _Activations(fx.Interpreter):
+    """The activations of each site in `network` as it stands, before anything is inserted into it."""
 
     def __init__(self, network: nn.Module, context: Context) -> None:
         graph, sites = trace(copy.deepcopy(network), context.clip_shape)
-        self._graph = graph.eval().requires_grad_(False).to(context.device)
-        self._sites = [site.node for site in sites]
+        super().__init__(graph.eval().requires_grad_(False).to(context.device))
+        self._found: dict[str, Tensor | None] = dict.fromkeys(site.node for site in sites)
 
     @torch.no_grad()
-    def __call__(self, clips: Tensor) -> list[Tensor]:
-        found: dict[str, Tensor] = {}
-        sites = self._sites
+    def of(self, clips: Tensor) -> list[Tensor]:
+        """(N, C, T, H, W) for each site, in their order."""
+        self.run(clips)
+        return [cast(Tensor, activation) for activation in self._found.values()]
 
-        class Noting(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                value = super().run_node(n)
-                if n.name in sites:
-                    found[n.name] = value
-                return value
-
-        Noting(self._graph).run(clips)
-        return [found[name] for name in sites]
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._found:
+            self._found[n.name] = value
+        return value
 
 
 def prune(

@@ -161,7 +161,7 @@ class _LeastSquares:
         samples, _, *sides = outputs.shape
         columns = conv.weight[0].numel()
         places = samples * math.prod(sides)
-        rows = torch.randperm(places, generator=generator)[: max(10_000, 4 * columns)].to(inputs.device)
+        rows = torch.randperm(places, generator=generator)[: max(10_000, 20 * columns)].to(inputs.device)
         self._at = torch.unravel_index(rows, (samples, *sides))
         self._rows = _windows(conv, inputs, self._at)
         self._mean = self._rows.mean(0) if conv.bias is not None else torch.zeros_like(self._rows[0])
