@@ -341,6 +341,9 @@ def test_a_guessed_scale_is_told(sparse, videos, clips, recwarn):
     assert "give --clips an .npz" in note
     assert [str(warning.message) for warning in recwarn.list if warning.category is DanceWarning] == [note]
     assert "0 to 255 is a guess" in doubt_of_scale(videos, taking(sparse.manifest, "clips", "c3d-mine"))
+    for data_set in ("ucf101:/data/UCF-101", "hmdb51:/data/hmdb51,split=2"):
+        assert "0 to 255 is a guess" in doubt_of_scale(data_set, taking(sparse.manifest, "clips", "c3d-mine"))
+    assert not doubt_of_scale("motion-digits,test=8", taking(sparse.manifest, "clips", "c3d-mine"))
     assert not doubt_of_scale(str(clips), sparse.manifest)
 
 

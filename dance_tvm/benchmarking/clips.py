@@ -14,6 +14,8 @@ from dance_tvm.artifact import Manifest, Tensor
 from dance_tvm.errors import DanceError, DanceWarning
 
 VIDEOS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v"}
+#: Data sets of real videos, whose scale follows from the network's name as well.
+VIDEO_SETS = ("ucf101:", "hmdb51:")
 MOST_CLIPS = 100
 # What the meaning of an input says of its scale (dance_tvm.models); an exported graph's says neither.
 UP_TO_ONE, AS_TRAINED = "values 0 to 1", "normalised as in training"
@@ -46,7 +48,7 @@ def doubt_of_scale(spec: str, manifest: Manifest) -> str:
     """One sentence where the artifact does not say in which scale it takes the frames of videos; else empty."""
     tensor = manifest.inputs[0]
     said = tensor.dtype == "uint8" or UP_TO_ONE in tensor.meaning or AS_TRAINED in tensor.meaning
-    if said or not _holds_videos(Path(spec)):
+    if said or not (_holds_videos(Path(spec)) or spec.startswith(VIDEO_SETS)):
         return ""
     guess = "0 to 255" if _takes_pixels(manifest.name) else "ImageNet's scale"
     return (
