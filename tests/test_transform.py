@@ -202,6 +202,42 @@ def test_channels_that_a_pools_reader_looks_at_are_masked_before_it() -> None:
             np.testing.assert_array_equal(found, wanted.numpy())
 
 
+class Concatenated(nn.Module):
+    """Two convolutions side by side; a mask of channels on both together or on the second alone, then a third."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv3d(4, 3, 3, padding=1), nn.Conv3d(4, 5, 1)
+        self.last, self.together = nn.Conv3d(8, 6, 3, padding=1), together
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        alive = (mask > 0).to(x.dtype)
+        if self.together:
+            return self.last(torch.relu(torch.cat([self.left(x), self.right(x)], 1)) * alive)
+        return self.last(torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x)) * alive], 1))
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_channels_pass_through_a_concatenation(together: bool) -> None:
+    network = integers(Concatenated(together))
+    x = torch.randint(-3, 4, (2, 4, 4, 6, 5)).float()
+    width = 8 if together else 5
+    for mask in masks((2, width, 1, 1, 1)):
+        lowered, machine = compile_network(network, x, mask)
+        with torch.no_grad():
+            np.testing.assert_array_equal(outputs(machine, x, mask)[0], network(x, mask).numpy())
+        left, right, last = (executed(machine, x, mask).get(layer, 0) for layer in range(3))
+        assert len(lowered.layers) == 3
+        positions = 4 * 6 * 5
+        pairs = 10 * 16 * 13  # of position and tap, padding left out
+        alive = (mask[:, :, 0, 0, 0] > 0).numpy()
+        kept_left = alive[:, :3].sum() if together else 6
+        kept_right = alive[:, 3:].sum() if together else alive.sum()
+        assert left == pairs * 4 * kept_left
+        assert right == positions * 4 * kept_right
+        assert last == pairs * 6 * (kept_left + kept_right)
+
+
 class Bias(nn.Module):
     """A bias between the mask and the reader: zeros do not survive it."""
 

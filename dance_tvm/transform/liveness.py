@@ -6,12 +6,13 @@ need not be computed. Both are supersets: an unknown operator is alive everywher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tvm import relax
 
 from .graph import Graph, constant, is_tensor, shape_of
-from .masks import EVERYWHERE, Live, Masks
+from .masks import EVERYWHERE, Live, Masks, Part, joined
 from .windows import CONVOLUTIONS, POOLS, window_of
 
 #: Operators of one argument that turn zero into zero.
@@ -99,11 +100,15 @@ class Liveness:
         return float(low.value) <= 0 <= float(high.value)
 
     def _alive_concat(self, items: relax.Expr) -> Live:
-        fields = self.graph.value[items].fields if isinstance(items, relax.Var) else items.fields
+        fields = self._parts(items)
         union = self.alive_in(fields[0])
         for item in fields[1:]:
             union = union | self.alive_in(item)
-        return Live(union.frames, union.positions)
+        channels = joined([(self.alive_in(item).channels, shape_of(item)[-1]) for item in fields])
+        return Live(union.frames, union.positions, channels)
+
+    def _parts(self, items: relax.Expr) -> Sequence[relax.Expr]:
+        return self.graph.value[items].fields if isinstance(items, relax.Var) else items.fields
 
     # -- backward --------------------------------------------------------------------------------------------------
 
@@ -146,8 +151,20 @@ class Liveness:
                 return replace(through, channels=done.channels)
             return replace(through & alive, channels=alive.channels)
         if name == "concat" and int(graph.call(reader).attrs.axis) in (-1, len(shape_of(reader)) - 1):
-            return Live(wanted.frames, wanted.positions)
+            return self._looks_at_part(wanted, self._parts(args[0]), var)
         return EVERYWHERE
+
+    def _looks_at_part(self, wanted: Live, parts: Sequence[relax.Expr], var: relax.Expr) -> Live:
+        """Where a concatenation of ``parts``, of which ``wanted`` is read, looks at ``var``."""
+        begin, union = 0, None
+        for part in parts:
+            end = begin + shape_of(part)[-1]
+            if part.same_as(var):
+                channels = None if wanted.channels is None else Part(wanted.channels, begin, end)
+                looks = replace(wanted, channels=channels)
+                union = looks if union is None else union | looks
+            begin = end
+        return union or EVERYWHERE
 
 
 def computed(wanted: Live, known: frozenset[relax.Var]) -> Live:

@@ -36,7 +36,7 @@ from .graph import Graph, Shape, dtype_of, shape_of, substitute, variables
 from .kernel_groups import KernelGroups, choose_kernel_groups, fitting_groups, lane_cost
 from .layers import LayerInfo
 from .liveness import Liveness
-from .masks import Both, Either, Expression, Factor, Grown, Live
+from .masks import Both, Either, Expression, Factor, Grown, Joined, Live, Part
 from .sample_lists import SampleLists, positions_of_input
 from .sites import Site, Sites
 from .windows import POOLS, window_of, zero_padded
@@ -244,10 +244,23 @@ class Lowering:
             func = self._grow(expression.window, field4, expression.forward)
             grown = self._kernel(func, [inner], [expression.shape[:4]], "float32")
             return emit(relax.op.reshape(grown, list(expression.shape)))
+        if isinstance(expression, Part):
+            inner = self._field(expression.inner)
+            return emit(relax.op.strided_slice(inner, [4], [expression.begin], [expression.end]))
+        if isinstance(expression, Joined):
+            return emit(relax.op.concat([self._channel_field(*part, expression) for part in expression.parts], 4))
         left, right = self._field(expression.left), self._field(expression.right)
         union = isinstance(expression, Either)
         assert isinstance(expression, Both)
         return emit((relax.op.maximum if union else relax.op.multiply)(left, right))
+
+    def _channel_field(self, part: Expression | None, channels: int, whole: Joined) -> relax.Expr:
+        """One part of ``whole``, of which None leaves all channels, as ``whole`` varies but for its channels."""
+        shape = (*whole.shape[:-1], channels)
+        if part is None:
+            return relax.const(np.ones(shape, "float32"))
+        value = self._field(part)
+        return value if part.shape == shape else self.builder.emit(relax.op.broadcast_to(value, list(shape)))
 
     def _mask(self, expression: Expression, shape: Shape, full: Shape) -> relax.Expr:
         """The mask broadcast to ``full`` (N, T, H, W, C) and seen as ``shape``."""

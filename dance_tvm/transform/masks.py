@@ -7,6 +7,7 @@ as a small float32 tensor only if a kernel asks for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -72,7 +73,44 @@ class Grown:
         return self.inner.leaves()
 
 
-Expression = Factor | Both | Grown
+@dataclass(frozen=True)
+class Part:
+    """The channels ``begin`` to ``end`` of a mask: what it says of one part of a concatenation."""
+
+    inner: Expression
+    begin: int
+    end: int
+
+    @property
+    def shape(self) -> Shape:
+        """That of the whole but for the channels."""
+        return (*self.inner.shape[:-1], self.end - self.begin)
+
+    def leaves(self) -> frozenset[relax.Var]:
+        """Network tensors that the expression reads."""
+        return self.inner.leaves()
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Masks of channels side by side, as of the parts of a concatenation: each with its number of channels, None where
+    all of them may be alive."""
+
+    parts: tuple[tuple[Expression | None, int], ...]
+
+    @cached_property
+    def shape(self) -> Shape:
+        """That of the largest part, all channels together."""
+        shapes = [part.shape for part, _ in self.parts if part is not None]
+        extents = (max(extent) for extent in zip(*(shape[:-1] for shape in shapes), strict=True))
+        return (*extents, sum(channels for _, channels in self.parts))
+
+    def leaves(self) -> frozenset[relax.Var]:
+        """Network tensors that the expression reads."""
+        return frozenset[relax.Var]().union(*(part.leaves() for part, _ in self.parts if part is not None))
+
+
+Expression = Factor | Both | Grown | Part | Joined
 
 
 def both(left: Expression | None, right: Expression | None) -> Expression | None:
@@ -89,6 +127,11 @@ def either(left: Expression | None, right: Expression | None) -> Expression | No
     return left if left == right else Either(left, right)
 
 
+def joined(parts: Sequence[tuple[Expression | None, int]]) -> Expression | None:
+    """Masks of channels side by side, each with its number of channels; None is everything."""
+    return None if all(part is None for part, _ in parts) else Joined(tuple(parts))
+
+
 def early(expression: Expression | None, known: frozenset[relax.Var] | set[relax.Var]) -> Expression | None:
     """The smallest superset of ``expression`` that reads only tensors in ``known``."""
     if expression is None or expression.leaves() <= known:
@@ -97,9 +140,11 @@ def early(expression: Expression | None, known: frozenset[relax.Var] | set[relax
         return either(early(expression.left, known), early(expression.right, known))
     if isinstance(expression, Both):
         return both(early(expression.left, known), early(expression.right, known))
-    if isinstance(expression, Grown):
+    if isinstance(expression, Grown | Part):
         inner = early(expression.inner, known)
         return None if inner is None else replace(expression, inner=inner)
+    if isinstance(expression, Joined):
+        return joined([(early(part, known), channels) for part, channels in expression.parts])
     return None
 
 
