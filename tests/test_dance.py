@@ -242,6 +242,11 @@ def test_nominal_macs_are_the_published_ones_and_the_controller_costs_under_one_
     assert 0 < small.controller < 0.01 * small.dense
 
 
+def test_a_linear_layer_counts_for_each_row_that_it_maps() -> None:
+    graph, _ = trace(Logits(models.create("transnetv2")).eval(), (50, 27, 48, 3))
+    assert MacCounter(graph).count([], 1).linear == 50 * ((256 * 3 * 6 + 256) * 1024 + 2 * 1024)  # by frames
+
+
 def test_random_masks_keep_the_share_asked_for() -> None:
     graph = keep_at_random(prune(Three(), SHAPE), torch.rand(8, *SHAPE), {"frames": 0.5, "channels": 1.0}, seed=7)
     with torch.no_grad():

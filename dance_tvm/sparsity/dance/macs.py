@@ -77,9 +77,9 @@ class MacCounter:
         self._nodes = [node for node in graph.graph.nodes if _is_activation(node)]
         self._convolutions = [node for node in self._nodes if isinstance(module_of(graph, node), nn.Conv3d)]
         self._linear = sum(
-            float(module.in_features * module.out_features)
-            for module in (module_of(graph, node) for node in graph.graph.nodes)
-            if isinstance(module, nn.Linear)
+            float(module.in_features * node.meta["tensor_meta"].shape.numel())
+            for node in graph.graph.nodes
+            if isinstance(module := module_of(graph, node), nn.Linear)
         )
         self._controller = controller_macs(graph)
 
