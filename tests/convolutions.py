@@ -79,7 +79,7 @@ def draw_masks(draw: st.DrawFn, case: Case) -> None:
     case.positions = mask(draw(st.sampled_from([1, case.batch])), draw(st.sampled_from([1, out[0]])), *out[1:])
 
     def channels(count: int) -> np.ndarray | None:
-        run = draw(st.sampled_from([1, 4, 8]))  # where vectors of channels live or die together, weights are not copied
+        run = draw(st.sampled_from([1, 4, 8]))  # vectors of channels that live or die together are moved whole
         alive = mask(case.batch, -(-count // run))
         return None if alive is None else alive.repeat(run, axis=1)[:, :count]
 

@@ -355,5 +355,5 @@ IN_VECTORS = [
 
 @pytest.mark.parametrize("case", IN_VECTORS, ids=range(len(IN_VECTORS)))
 def test_whole_vectors_of_input_channels(case: GatherCase) -> None:
-    """Their weights are read where they are, those of dead channels between them being skipped."""
+    """They are brought side by side by the vector; single ones among them, one by one."""
     check(case)

@@ -403,10 +403,14 @@ class Lowering:
             masks["positions"] = [self._mask(wanted.positions, shape, (*shape, 1))]
         read = alive.positions if isinstance(plan, RowPlan) and plan.in_positions is not None else None
         if read is not None:
-            lines = (*read.shape[:2], *window.size[1:])
-            masks["in_positions"] = [self._mask(read, lines, (*lines, 1))]
+            masks["in_positions"] = [self._positions_of_input(read, window)]
         identity = (in_frames, wanted.frames, wanted.positions, read)
         return masks, self._rows(plan, [mask for given in masks.values() for mask in given], identity)
+
+    def _positions_of_input(self, alive: Expression, window: Window) -> relax.Expr:
+        """A mask of positions that ``window`` reads: (clips or 1, frames or 1, H, W)."""
+        lines = (*alive.shape[:2], *window.size[1:])
+        return self._mask(alive, lines, (*lines, 1))
 
     def _compact(self, site: Site, data: relax.Expr, alive: Live, plan: RowPlan) -> relax.Expr:
         """The site's input with its live channels side by side."""
@@ -632,8 +636,7 @@ class Lowering:
         masks = self._frames(alive.frames, window.batch, window.size[0])
         masks += self._frames(wanted.frames, window.batch, window.out[0])
         if read is not None:
-            lines = (*read.shape[:2], *window.size[1:])
-            masks.append(self._mask(read, lines, (*lines, 1)))
+            masks.append(self._positions_of_input(read, window))
         result = self._kernel(func, [data, *masks], [(window.batch, *window.out, channels)], self.dtype)
         skips = [f"output {axis}" for axis in wanted.axes if axis == "frames"]
         self.layers.append(LayerInfo(name=var.name, kind="pool3d", kernel=name, macs=0, skips=skips, tuned=self.tuned))
