@@ -23,8 +23,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dance_tvm.hashing import file_sha256
-from dance_tvm.host import _cpuinfo
+from dance_tvm.core.hashing import file_sha256
+from dance_tvm.machines.host import _cpuinfo
 
 SECONDS, GIBIBYTES = 60, 4  # what the largest network of the zoo may take for a phone
 TIMEOUT_S = 900

@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, Subset
 
 from dance_tvm import models, train
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity import checkpoint, training
 from dance_tvm.sparsity.dance import trained
 from dance_tvm.sparsity.dance.controller import Masks
@@ -268,9 +268,9 @@ def exactness(
     threads: Threads = 1,
 ) -> None:
     """Builds the pruned network and its dense twin, and compares the former with PyTorch on every held-out clip."""
-    from dance_tvm.compiler import build_network
+    from dance_tvm.compiler.build import build_network
+    from dance_tvm.compiler.pipeline import Options
     from dance_tvm.device import open_device
-    from dance_tvm.transform.pipeline import Options
 
     torch.set_num_threads(threads)
     network, card = trained.load(model or trained.SHIPPED)
@@ -303,7 +303,7 @@ def latency(
     layers_of: Annotated[int, typer.Option(min=0, help="clip whose layers are told")] = 0,
 ) -> None:
     """The four artifacts of `exactness`, timed in turns clip by clip; wants a machine with nothing else to do."""
-    from dance_tvm.artifact import load_artifact
+    from dance_tvm.artifact.folder import load_artifact
     from dance_tvm.benchmarking.measure import Contender, in_turns
     from dance_tvm.device import open_device
 
@@ -500,6 +500,6 @@ def _save(figure: Any, name: str) -> None:
 
 
 if __name__ == "__main__":
-    from dance_tvm.cli import start
+    from dance_tvm.core.cli import start
 
     start(app, "python -m benchmarks.dance")

@@ -28,7 +28,7 @@ import torch
 import typer
 
 from dance_tvm import models
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.models.fetch import Wheel
 from dance_tvm.models.resnet import VideoResNet
 from dance_tvm.sparsity.checkpoint import write_atomically
@@ -390,10 +390,10 @@ def _streamed(
     length: int,
 ) -> tuple[Any, ...]:
     """Cells of one row: the stream against PyTorch over all frames, and against the compiled clip of the first ones."""
-    from dance_tvm.artifact import load_artifact
-    from dance_tvm.compiler import build_network
+    from dance_tvm.artifact.folder import load_artifact
+    from dance_tvm.compiler.build import build_network
     from dance_tvm.device import open_device
-    from dance_tvm.stream import StreamSession
+    from dance_tvm.device.stream import StreamSession
 
     built = {}
     for form, path in files.items():
@@ -440,7 +440,7 @@ def speed_build(
     artifacts: Artifacts = Path("artifacts/dstep-speed"),
 ) -> None:
     """Compiles the networks of the speed table: dense, random policies, tiles alone, one frame streamed."""
-    from dance_tvm.compiler import build_network
+    from dance_tvm.compiler.build import build_network
 
     shape = (models.entry(model).input_shape[0], frames, size, size)
     facts = []
@@ -463,7 +463,7 @@ def speed(
     write: Write = False,
 ) -> None:
     """Latency of what `speed-build` compiled, in turns, on this machine."""
-    from dance_tvm.artifact import load_artifact
+    from dance_tvm.artifact.folder import load_artifact
     from dance_tvm.device import open_device
 
     if not (artifacts / "cases.json").exists():
@@ -551,9 +551,9 @@ def _reuse_seconds(frames: int, edge: int, channels: int, rounds: int, threads: 
 
     import tvm
 
-    from dance_tvm.schedules.carry_frames import Carry, carry_frames
+    from dance_tvm.machines.target import load_target
+    from dance_tvm.schedules.cpu.carry_frames import Carry, carry_frames
     from dance_tvm.schedules.emit import argument, flat, kernel, lanes, let, parallel, serial, store
-    from dance_tvm.target import load_target
 
     target = load_target("host")
     floats, line = target.vector.floats, edge * channels

@@ -21,10 +21,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from dance_tvm.compiler import build_network
+from dance_tvm.compiler.build import build_network
+from dance_tvm.compiler.pipeline import Options
 from dance_tvm.device import prepare_emulator
 from dance_tvm.device.emulator import prepare
-from dance_tvm.transform.pipeline import Options
 
 from .emulated_peers import PEERS, EmulatedPeers
 from .instructions import instructions

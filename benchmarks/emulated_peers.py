@@ -12,8 +12,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device.emulator import GLIBC_2_36, PYTHON, python_command
-from dance_tvm.errors import DanceError
 from dance_tvm.models.fetch import cache_folder
 
 from .instructions import count_calls

@@ -26,12 +26,12 @@ from rich.table import Table
 from torch import fx, nn
 
 from dance_tvm import models
-from dance_tvm.artifact import load_artifact
-from dance_tvm.compiler import build_network
+from dance_tvm.artifact.folder import load_artifact
+from dance_tvm.compiler.build import build_network
+from dance_tvm.compiler.pipeline import Options
 from dance_tvm.device import open_device
 from dance_tvm.device.session import LoadedNetwork
-from dance_tvm.host import _cpuinfo
-from dance_tvm.transform.pipeline import Options
+from dance_tvm.machines.host import _cpuinfo
 
 from .efficiency import keep
 

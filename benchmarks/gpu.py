@@ -26,11 +26,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dance_tvm.cli import plain_errors
+from dance_tvm.artifact.device_code import assemble, compile_ptx
+from dance_tvm.core.cli import plain_errors
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device.launches import device_code
-from dance_tvm.device_code import assemble, compile_ptx
-from dance_tvm.errors import DanceError
-from dance_tvm.target import Gpu, Target, load_target
+from dance_tvm.machines.target import Gpu, Target, load_target
 
 from .kernels import C3D, R2PLUS1D, Layer, Masks
 
@@ -146,8 +146,8 @@ def network_kernels(network: str, target: Target, imported: dict[str, Any]) -> d
     """All kernels of a dense network; ``imported`` keeps networks from one target to the next."""
     from tvm import tirx
 
+    from dance_tvm.compiler.pipeline import Options, lower
     from dance_tvm.frontend import import_model
-    from dance_tvm.transform.pipeline import Options, lower
 
     if network not in imported:
         imported[network] = import_model(network, check=False)
@@ -158,12 +158,12 @@ def network_kernels(network: str, target: Target, imported: dict[str, Any]) -> d
 
 def sparse_kernels(layer: Layer, target: Target) -> dict[str, dict[str, Any]]:
     """Kernels of a layer by what thins it."""
+    from dance_tvm.compiler.pipeline import gpu_of
     from dance_tvm.schedules.gpu.channel_plan import plan_channels
     from dance_tvm.schedules.gpu.conv3d_gather import conv3d_gather
     from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv, conv3d_kgs, plan_columns
     from dance_tvm.schedules.gpu.row_plan import plan_rows
     from dance_tvm.schedules.gpu.tiles import default_tile
-    from dance_tvm.transform.pipeline import gpu_of
 
     some = np.ones((1, *layer.window.out[1:]), bool)
     inputs, outputs = np.ones(layer.channels_in, bool), np.ones(layer.channels_out, bool)
@@ -264,10 +264,10 @@ def occupancy(gpu: Gpu, threads: int, registers: int, shared: int) -> float:
 
 def block_conv(layer: Layer, target: Target, masks: Masks) -> Any:
     """The kernel of a layer with the default tile of ``target`` and the lists that ``masks`` ask for."""
+    from dance_tvm.compiler.pipeline import gpu_of
     from dance_tvm.schedules.gpu.conv3d_gather import BlockConv
     from dance_tvm.schedules.gpu.row_plan import block_plan
     from dance_tvm.schedules.gpu.tiles import default_tile
-    from dance_tvm.transform.pipeline import gpu_of
 
     gpu = gpu_of(target)
     if gpu is None:
@@ -349,7 +349,7 @@ class LayerOnGpu:
     """A layer's kernels on a device: its planners, and the convolution on random data."""
 
     def __init__(self, layer: Layer, target: Target, device: Device, masks: Masks | None = None) -> None:
-        from dance_tvm.schedules.channel_plan import channel_list_shape
+        from dance_tvm.schedules.cpu.channel_plan import channel_list_shape
         from dance_tvm.schedules.gpu.channel_plan import plan_channels
         from dance_tvm.schedules.gpu.conv3d_gather import conv3d_gather
         from dance_tvm.schedules.gpu.row_plan import plan_rows

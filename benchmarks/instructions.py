@@ -19,12 +19,12 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from dance_tvm.artifact import Artifact, load_artifact
+from dance_tvm.artifact.folder import Artifact, load_artifact
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.device import prepare_emulator
 from dance_tvm.device.emulator import prepare, python_command
 from dance_tvm.device.instruction_counter import InstructionCounter
-from dance_tvm.errors import DanceError
-from dance_tvm.random_inputs import random_inputs
 
 TIMEOUT_S = 3600
 CALLS = 3

@@ -16,12 +16,12 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from dance_tvm.artifact import load_artifact
+from dance_tvm.artifact.folder import load_artifact
 from dance_tvm.benchmarking.measure import Contender
 from dance_tvm.benchmarking.statistics import paired_ratio
+from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.device import open_device
 from dance_tvm.device.local import LocalNetwork
-from dance_tvm.random_inputs import random_inputs
 
 ROUNDS = 60
 

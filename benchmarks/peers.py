@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 
 if TYPE_CHECKING:
     # Every engine's process reads this file: only those that need PyTorch are to load it.
@@ -71,7 +71,7 @@ def _input(case: Case) -> np.ndarray:
 
 
 def _ours(case: Case, threads: int) -> Run:
-    from dance_tvm.compiler import build_network
+    from dance_tvm.compiler.build import build_network
     from dance_tvm.device import open_device
 
     built = build_network(

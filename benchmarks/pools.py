@@ -14,11 +14,11 @@ from pathlib import Path
 
 import typer
 
+from dance_tvm.compiler.pipeline import machine_of
+from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.cpu.spaces import PoolSpace
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.schedules.spaces import PoolSpace
 from dance_tvm.schedules.workload import POOL, Workload
-from dance_tvm.target import load_target
-from dance_tvm.transform.pipeline import machine_of
 from dance_tvm.tuning.farm import Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
 

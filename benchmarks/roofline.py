@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dance_tvm.host import _cpuinfo
-from dance_tvm.target import load_target
+from dance_tvm.machines.host import _cpuinfo
+from dance_tvm.machines.target import load_target
 
 from .kernels import C3D, R2PLUS1D, Layer, Peak, Runner
 

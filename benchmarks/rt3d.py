@@ -30,19 +30,19 @@ import typer
 from torch import nn
 
 from dance_tvm import models, train
-from dance_tvm.artifact import Artifact, load_artifact
+from dance_tvm.artifact.folder import Artifact, load_artifact
 from dance_tvm.benchmarking.measure import Contender, in_turns
-from dance_tvm.compiler import build_network
+from dance_tvm.compiler.build import build_network
+from dance_tvm.compiler.pipeline import Options
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device import KernelTime, LoadedNetwork, open_device
-from dance_tvm.errors import DanceError
+from dance_tvm.lowering.group_choice import SynthesisedLayer
+from dance_tvm.lowering.kernel_groups import only_group
 from dance_tvm.models.macs import count as count_macs
 from dance_tvm.sparsity.checkpoint import load_weights, read_weights, write_atomically
 from dance_tvm.sparsity.rt3d.measure import _one_convolution
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
 from dance_tvm.sparsity.training import CARD, MODEL, Logits
-from dance_tvm.transform.group_choice import SynthesisedLayer
-from dance_tvm.transform.kernel_groups import only_group
-from dance_tvm.transform.pipeline import Options
 
 from .agreement import Agreement, Judge
 from .peers import Case as PeerCase

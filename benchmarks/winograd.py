@@ -17,13 +17,13 @@ import typer
 from kernels import C3D, R2PLUS1D, Layer, Peak, Runner, build, tensor
 from tvm import tirx
 
-from dance_tvm.schedules import winograd
-from dance_tvm.schedules.tiles import default_tile
-from dance_tvm.schedules.winograd import WinogradConv, conv3d_winograd
-from dance_tvm.schedules.winograd_choice import choose, winograd_seconds
-from dance_tvm.schedules.winograd_plan import LISTS, WinogradPlan, plan_winograd
-from dance_tvm.target import Target, load_target
-from dance_tvm.transform.pipeline import machine_of
+from dance_tvm.compiler.pipeline import machine_of
+from dance_tvm.machines.target import Target, load_target
+from dance_tvm.schedules.cpu import winograd
+from dance_tvm.schedules.cpu.tiles import default_tile
+from dance_tvm.schedules.cpu.winograd import WinogradConv, conv3d_winograd
+from dance_tvm.schedules.cpu.winograd_choice import choose, winograd_seconds
+from dance_tvm.schedules.cpu.winograd_plan import LISTS, WinogradPlan, plan_winograd
 
 
 @dataclass

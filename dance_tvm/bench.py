@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dance_tvm.cli import application, start
-from dance_tvm.errors import DanceError
-from dance_tvm.options import AsJson, Devices
+from dance_tvm.core.cli import application, start
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.options import AsJson, Devices
 
 if TYPE_CHECKING:
     from dance_tvm.benchmarking.results import Measured, Profile, Results

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from dance_tvm.cli import application, start
-from dance_tvm.options import AsJson, Model, TargetName, Threads
+from dance_tvm.core.cli import application, start
+from dance_tvm.core.options import AsJson, Model, TargetName, Threads
 
 if TYPE_CHECKING:
-    from dance_tvm.compiler import Built
+    from dance_tvm.compiler.build import Built
 
 # Built when no --model is given: it needs no network and no file.
 DEFAULT_MODEL = "dance-c3d-mini"
@@ -55,12 +55,12 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Compile a trained network into a verified artifact: one folder that a device can run."""
-    from dance_tvm.target import load_target
+    from dance_tvm.machines.target import load_target
 
     machine = load_target(target)  # told before the second that importing the compiler takes
     with _Progress(Console(stderr=True), quiet=as_json) as progress:
-        from dance_tvm.compiler import build_network
-        from dance_tvm.transform.pipeline import Options
+        from dance_tvm.compiler.build import build_network
+        from dance_tvm.compiler.pipeline import Options
 
         options = Options(
             threads=threads or machine.threads,

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from dance_tvm.cli import application, start
-from dance_tvm.errors import DanceError
-from dance_tvm.options import AsJson
+from dance_tvm.core.cli import application, start
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.options import AsJson
 
 TRACKER = "127.0.0.1:9190"
 PROBE_TIMEOUT_S = 5.0

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dance_tvm.cli import application, start
-from dance_tvm.errors import DanceError
-from dance_tvm.options import AsJson
+from dance_tvm.core.cli import application, start
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.options import AsJson
 
 # The pair that is known to work; newer ffi releases crash in tvm.ir.save_json.
 TVM = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
@@ -122,7 +122,7 @@ def compile_and_run() -> Finding:
 
 def linker() -> Finding:
     """The linker makes shared libraries for both architectures."""
-    from dance_tvm.linker import link_shared
+    from dance_tvm.artifact.linker import link_shared
 
     with tempfile.TemporaryDirectory() as folder:
         nothing = Path(folder) / "nothing.ld"

@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dance_tvm.cli import application, start
-from dance_tvm.errors import DanceError
-from dance_tvm.options import AsJson
-from dance_tvm.schedules.spaces import SPACES
+from dance_tvm.core.cli import application, start
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.options import AsJson
+from dance_tvm.schedules.cpu.spaces import SPACES
 from dance_tvm.schedules.workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Workload
 from dance_tvm.tuning.records import LOGS, Log, Record, parse_loosely, rewrite
 

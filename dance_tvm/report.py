@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dance_tvm.cli import application, start
+from dance_tvm.core.cli import application, start
 
 app = application()
 

@@ -13,14 +13,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dance_tvm.cli import application, start
-from dance_tvm.errors import DanceError
-from dance_tvm.files import written_whole
-from dance_tvm.options import PLACES, AsJson
-from dance_tvm.random_inputs import random_inputs
+from dance_tvm.core.cli import application, start
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.files import written_whole
+from dance_tvm.core.options import PLACES, AsJson
+from dance_tvm.core.random_inputs import random_inputs
 
 if TYPE_CHECKING:
-    from dance_tvm.artifact import Manifest
+    from dance_tvm.artifact.folder import Manifest
 
 app = application()
 
@@ -35,7 +35,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run an artifact on a device: the arrays of an .npz file in, the network's outputs out."""
-    from dance_tvm.artifact import load_artifact
+    from dance_tvm.artifact.folder import load_artifact
 
     verified = load_artifact(artifact)
     arrays = read_inputs(inputs, verified.manifest) if inputs else random_inputs(verified.manifest.inputs)

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dance_tvm.cli import application, start
-from dance_tvm.options import AsJson
-from dance_tvm.target import Target, all_targets, load_target
+from dance_tvm.core.cli import application, start
+from dance_tvm.core.options import AsJson
+from dance_tvm.machines.target import Target, all_targets, load_target
 
 app = application()
 

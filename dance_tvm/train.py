@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dance_tvm.cli import application, start
-from dance_tvm.errors import DanceError
+from dance_tvm.core.cli import application, start
+from dance_tvm.core.errors import DanceError
 
 app = application()
 

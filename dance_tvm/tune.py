@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from dance_tvm.cli import application, start
-from dance_tvm.errors import DanceError
-from dance_tvm.options import AsJson, Devices, Model, TargetName, Threads
+from dance_tvm.core.cli import application, start
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.options import AsJson, Devices, Model, TargetName, Threads
 
 if TYPE_CHECKING:
     from dance_tvm.schedules.workload import Workload
@@ -56,9 +56,9 @@ def tune(
         raise DanceError("--density must lie between 0 and 1, 1 included")
     if plot is not None and find_spec("plotly") is None:
         raise DanceError("--plot needs plotly: install it with `pip install plotly`")
-    from dance_tvm.host import available_cores
-    from dance_tvm.target import load_target
-    from dance_tvm.transform.pipeline import gpu_of, machine_of
+    from dance_tvm.compiler.pipeline import gpu_of, machine_of
+    from dance_tvm.machines.host import available_cores
+    from dance_tvm.machines.target import load_target
     from dance_tvm.tuning.farm import Farm
     from dance_tvm.tuning.libraries import require_gpu
     from dance_tvm.tuning.tuner import Plan, Tuner

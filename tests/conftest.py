@@ -54,8 +54,8 @@ def weighty_artifact(tmp_path_factory):
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory) -> Iterator[Server]:
     """A tracker with one emulated aarch64 device, for the whole session; skips with the reason if there is none."""
+    from dance_tvm.core.errors import DanceError
     from dance_tvm.device import emulator as device
-    from dance_tvm.errors import DanceError
 
     if reason := device.why_not():
         pytest.skip(f"no emulated device: {reason}")

@@ -9,8 +9,8 @@ import numpy as np
 import tvm
 from hypothesis import strategies as st
 
-from dance_tvm.schedules.channel_plan import plan_channels
-from dance_tvm.schedules.conv3d_gather import Tile
+from dance_tvm.schedules.cpu.channel_plan import plan_channels
+from dance_tvm.schedules.cpu.conv3d_gather import Tile
 from dance_tvm.schedules.geometry import Window
 
 TARGET = tvm.target.Target({"kind": "llvm", "num-cores": 2})

@@ -10,10 +10,10 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dance_tvm.artifact import RUNTIME_VERSIONS, Artifact, BuiltFor, Check, Manifest, Tensor, write_artifact
-from dance_tvm.linker import shared_library_linker
-from dance_tvm.target import load_target
-from dance_tvm.transform.pipeline import Lowered, Options, lower
+from dance_tvm.artifact.folder import RUNTIME_VERSIONS, Artifact, BuiltFor, Check, Manifest, Tensor, write_artifact
+from dance_tvm.artifact.linker import shared_library_linker
+from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.machines.target import load_target
 
 CONSTANT = np.arange(12, dtype="float32").reshape(3, 4)
 

@@ -11,11 +11,11 @@ import pytest
 import tvm
 from tvm import relax
 
-from dance_tvm import artifact as artifacts
-from dance_tvm.artifact import BuiltFor, Check, Manifest, Tensor, load_artifact, write_artifact
-from dance_tvm.errors import DanceError
-from dance_tvm.linker import shared_library_linker
-from dance_tvm.target import load_target
+from dance_tvm.artifact import folder as artifacts
+from dance_tvm.artifact.folder import BuiltFor, Check, Manifest, Tensor, load_artifact, write_artifact
+from dance_tvm.artifact.linker import shared_library_linker
+from dance_tvm.core.errors import DanceError
+from dance_tvm.machines.target import load_target
 
 FILES = ["manifest.json", "model.so", "reference.safetensors", "weights.safetensors"]
 WEIGHT = np.arange(6, dtype="float32").reshape(2, 3)

@@ -14,7 +14,7 @@ from devices import video_artifact
 from typer.testing import CliRunner
 
 from dance_tvm import bench, models
-from dance_tvm.artifact import REFERENCE, _describe, _write_manifest, load_artifact
+from dance_tvm.artifact.folder import REFERENCE, _describe, _write_manifest, load_artifact
 from dance_tvm.benchmarking import sensing, statistics
 from dance_tvm.benchmarking.campaign import Plan, run
 from dance_tvm.benchmarking.clips import AS_TRAINED, UP_TO_ONE, doubt_of_scale, frames_of, load_clips
@@ -22,10 +22,10 @@ from dance_tvm.benchmarking.layers import ran
 from dance_tvm.benchmarking.measure import Contender, in_turns, single_stream
 from dance_tvm.benchmarking.results import read_results, write_results
 from dance_tvm.benchmarking.validation import validate
+from dance_tvm.core.errors import DanceError, DanceWarning
+from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.device import open_device, serve
-from dance_tvm.errors import DanceError, DanceWarning
-from dance_tvm.random_inputs import random_inputs
-from dance_tvm.target import Energy, load_target
+from dance_tvm.machines.target import Energy, load_target
 
 
 @pytest.fixture(scope="module")

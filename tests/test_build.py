@@ -18,12 +18,14 @@ import pytest
 import torch
 from torch import nn
 
-from dance_tvm import build, compiler, linker, models, run
-from dance_tvm.artifact import load_artifact
-from dance_tvm.cli import start
-from dance_tvm.compiler import build_network
-from dance_tvm.errors import DanceError
-from dance_tvm.transform.pipeline import Options
+from dance_tvm import build, models, run
+from dance_tvm.artifact import linker
+from dance_tvm.artifact.folder import load_artifact
+from dance_tvm.compiler import build as compiler
+from dance_tvm.compiler.build import build_network
+from dance_tvm.compiler.pipeline import Options
+from dance_tvm.core.cli import start
+from dance_tvm.core.errors import DanceError
 
 
 class Tiny(nn.Module):

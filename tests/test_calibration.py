@@ -10,11 +10,11 @@ import torch
 from test_tuning import record
 from torch import nn
 
-from dance_tvm.compiler import build_network
-from dance_tvm.errors import DanceError
+from dance_tvm.compiler.build import build_network
+from dance_tvm.compiler.pipeline import Options
+from dance_tvm.core.errors import DanceError
+from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.workload import GATHER, POOL
-from dance_tvm.target import load_target
-from dance_tvm.transform.pipeline import Options
 from dance_tvm.tuning import records
 from dance_tvm.tuning.calibration import kept_shares
 from dance_tvm.tuning.records import append, log_path

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from convolutions import compiled, tensor
 
-from dance_tvm.schedules.carry_frames import Carry, carry_frames
+from dance_tvm.schedules.cpu.carry_frames import Carry, carry_frames
 
 BOTH = ("positions", "channels")
 SHAPE = {"frames": 4, "count": 2, "height": 3, "width": 5, "channels": 11, "vector_floats": 4}

@@ -12,13 +12,13 @@ import time
 import pytest
 import typer
 
-from dance_tvm.cli import COMMANDS, plain_errors, start
-from dance_tvm.errors import DanceError
+from dance_tvm.core.cli import COMMANDS, plain_errors, start
+from dance_tvm.core.errors import DanceError
 
 
 def command(*arguments, **options):
     return subprocess.run(
-        [sys.executable, "-m", "dance_tvm.cli", *arguments], capture_output=True, text=True, timeout=120, **options
+        [sys.executable, "-m", "dance_tvm.core.cli", *arguments], capture_output=True, text=True, timeout=120, **options
     )
 
 
@@ -27,7 +27,7 @@ def test_help_is_quick_and_lists_the_commands():
     assert done.returncode == 0
     assert {"build", "run", "targets"} <= set(done.stdout.split())
     loaded = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "dance_tvm.cli", "--help"],
+        [sys.executable, "-X", "importtime", "-m", "dance_tvm.core.cli", "--help"],
         capture_output=True,
         text=True,
         timeout=60,
@@ -74,8 +74,8 @@ def test_targets_as_json_has_every_fact():
 def test_a_warning_of_ours_is_one_line():
     program = """
 import typer, warnings
-from dance_tvm.cli import start
-from dance_tvm.errors import DanceWarning
+from dance_tvm.core.cli import start
+from dance_tvm.core.errors import DanceWarning
 app = typer.Typer(add_completion=False)
 @app.command()
 def main():

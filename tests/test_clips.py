@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.models import transnetv2
 from dance_tvm.sparsity.data import MOTIONS, MotionDigits, load_data
 from dance_tvm.sparsity.video import FrameWindows, Preprocessing, VideoClips, read_video

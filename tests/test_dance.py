@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from dance_tvm import models
 from dance_tvm.build import DEFAULT_MODEL
-from dance_tvm.compiler import build_network
+from dance_tvm.compiler.build import build_network
+from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device import open_device
-from dance_tvm.errors import DanceError
 from dance_tvm.frontend import import_model
+from dance_tvm.machines.target import load_target
 from dance_tvm.sparsity import checkpoint, training
 from dance_tvm.sparsity.dance.adaptors import AdaptorSpatial, AdaptorTemporal
 from dance_tvm.sparsity.dance.controller import AXES, Masks
@@ -31,9 +33,7 @@ from dance_tvm.sparsity.dance.untrained import keep_at_random
 from dance_tvm.sparsity.data import Batch, MotionDigits, Splits
 from dance_tvm.sparsity.training import Classification, Context, Distillation, Logits, Settings
 from dance_tvm.sparsity.video import FrameWindows
-from dance_tvm.target import load_target
 from dance_tvm.train import run
-from dance_tvm.transform.pipeline import Options, lower
 
 SHAPE = (1, 8, 16, 16)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dance_tvm import models
-from dance_tvm.compiler import build_network
+from dance_tvm.compiler.build import build_network
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device import open_device
-from dance_tvm.errors import DanceError
 from dance_tvm.models import transnetv2
 from examples import demo
 

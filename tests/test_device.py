@@ -16,10 +16,10 @@ import psutil
 import pytest
 from devices import CONSTANT, matmul_artifact, matmul_case
 
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device import open_device, processes, serve
 from dance_tvm.device.remote import RemoteSession
 from dance_tvm.device.serve import PROTOCOL, Store
-from dance_tvm.errors import DanceError
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dance_tvm import devices
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device import adb, open_device, processes
-from dance_tvm.errors import DanceError
 
 # Plays a phone: logs what it is told, prints sensors, and keeps "the server" running until it is ended.
 FAKE_ADB = """#!{python}

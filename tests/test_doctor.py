@@ -36,7 +36,7 @@ def test_a_crashing_tvm_is_told_not_suffered(monkeypatch, tmp_path):
 def test_wrong_versions_missing_linker_and_ndk(monkeypatch):
     monkeypatch.setattr(doctor, "version", lambda name: "0.1.15.post2")
     assert doctor.versions().state == "broken"
-    monkeypatch.setattr("dance_tvm.linker.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("dance_tvm.artifact.linker.importlib.util.find_spec", lambda name: None)
     assert doctor.linker().mend == "pip install ziglang"
     monkeypatch.setenv("TVM_NDK_CC", "/nowhere/clang")
     assert doctor.ndk().mend == "unset TVM_NDK_CC"

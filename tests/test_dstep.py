@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dance_tvm import train
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.models.resnet import BasicBlock, VideoResNet, resnet18, resnet50, resnet_mini
 from dance_tvm.sparsity.dstep import flops, losses
 from dance_tvm.sparsity.dstep.method import DSTEP, load_trained

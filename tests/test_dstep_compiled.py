@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from dance_tvm.compiler import build_network
+from dance_tvm.compiler.build import build_network
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device import open_device
-from dance_tvm.errors import DanceError
+from dance_tvm.device.stream import StreamSession
 from dance_tvm.models.resnet import BasicBlock, VideoResNet
 from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet, Stream
 from dance_tvm.sparsity.dstep.random_policies import Mix, example_clip, with_mix
-from dance_tvm.stream import StreamSession
 
 FRAMES, SIZE, CHANNELS = 4, 16, 16
 EYE = (

@@ -18,9 +18,9 @@ from torch import nn
 from tvm import relax
 
 from dance_tvm import models
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend import import_model, interpreter, torch_conversions
-from dance_tvm.random_inputs import random_inputs
 
 torch.manual_seed(0)
 CLIPS = torch.randn(2, 8, 6, 10, 10)

@@ -17,9 +17,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from dance_tvm import models
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend import import_model, interpreter, onnx_graph
-from dance_tvm.random_inputs import random_inputs
 
 
 def export(network, x, path):

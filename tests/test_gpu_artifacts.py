@@ -13,19 +13,21 @@ import pytest
 import torch
 from torch import nn
 
-from dance_tvm import compiler, device_code, gpu
-from dance_tvm.artifact import Artifact, load_artifact
+from dance_tvm.artifact import device_code
+from dance_tvm.artifact.folder import Artifact, load_artifact
 from dance_tvm.build import DEFAULT_MODEL
 from dance_tvm.build import app as build_command
-from dance_tvm.cli import start
-from dance_tvm.compiler import build_network
+from dance_tvm.compiler import build as compiler
+from dance_tvm.compiler.build import build_network
+from dance_tvm.compiler.pipeline import Options
+from dance_tvm.core.cli import start
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device import open_device
 from dance_tvm.device.opencl import DeviceCode as OpenCLCode
 from dance_tvm.device.opencl import Launch, OpenCLSession, Plan
 from dance_tvm.device.placement import compute_device, gpu_failures_explained
-from dance_tvm.errors import DanceError
-from dance_tvm.target import load_target
-from dance_tvm.transform.pipeline import Options
+from dance_tvm.machines import gpu
+from dance_tvm.machines.target import load_target
 
 HAS_WHEELS = find_spec("nvidia") is not None
 HAS_OPENCL = find_spec("pyopencl") is not None and find_spec("pocl_binary_distribution") is not None

@@ -12,13 +12,13 @@ pytest.importorskip("benchmarks.gpu", reason="benchmarks are not part of an inst
 
 from benchmarks import gpu as benchmark
 from benchmarks.kernels import Layer, Masks
-from dance_tvm.errors import DanceError
+from dance_tvm.compiler.pipeline import gpu_of
+from dance_tvm.core.errors import DanceError
+from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.cpu.spaces import Advice
 from dance_tvm.schedules.gpu.spaces import BlockSpace, choose_block_tile, decisions_of
 from dance_tvm.schedules.gpu.tiles import BlockTile
-from dance_tvm.schedules.spaces import Advice
 from dance_tvm.schedules.workload import Workload
-from dance_tvm.target import load_target
-from dance_tvm.transform.pipeline import gpu_of
 
 TINY = Layer("tiny", 8, 16, (3, 6, 6))
 

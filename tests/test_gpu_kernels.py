@@ -15,10 +15,13 @@ import tvm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device.opencl import OpenCLSession
 from dance_tvm.device.opencl_network import run_function
-from dance_tvm.errors import DanceError
-from dance_tvm.schedules.channel_plan import channel_list_shape
+from dance_tvm.lowering.kernel_groups import find_kernel_groups
+from dance_tvm.schedules.cpu.channel_plan import channel_list_shape
+from dance_tvm.schedules.cpu.mask_window import grow_backward, grow_forward, grown_shape
+from dance_tvm.schedules.cpu.row_plan import plan_rows as plan_rows_on_cpu
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.gpu.channel_plan import plan_channels
 from dance_tvm.schedules.gpu.conv3d_direct import DirectConv, LinearConv, conv3d_direct, is_few_rows, linear
@@ -28,9 +31,6 @@ from dance_tvm.schedules.gpu.mask_window import grow
 from dance_tvm.schedules.gpu.pool3d import BlockPool, pool3d
 from dance_tvm.schedules.gpu.row_plan import block_plan, plan_rows
 from dance_tvm.schedules.gpu.tiles import BlockTile
-from dance_tvm.schedules.mask_window import grow_backward, grow_forward, grown_shape
-from dance_tvm.schedules.row_plan import plan_rows as plan_rows_on_cpu
-from dance_tvm.transform.kernel_groups import find_kernel_groups
 
 CPU = tvm.target.Target({"kind": "llvm"})
 NEVER = -(2**31)

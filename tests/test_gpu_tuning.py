@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from dance_tvm.cli import start
-from dance_tvm.compiler import build_network
+from dance_tvm.compiler.build import build_network
+from dance_tvm.compiler.pipeline import Options, gpu_of
+from dance_tvm.core.cli import start
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device.opencl import DeviceCode, Launch, Plan
-from dance_tvm.errors import DanceError
-from dance_tvm.gpu import opencl_devices
+from dance_tvm.machines.gpu import opencl_devices
+from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.cpu.spaces import Advice
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
 from dance_tvm.schedules.gpu.spaces import BlockSpace, decisions_of, space_of
 from dance_tvm.schedules.gpu.tiles import BlockTile, default_tile, is_whole
-from dance_tvm.schedules.spaces import Advice
 from dance_tvm.schedules.workload import GATHER, Workload
-from dance_tvm.target import load_target
-from dance_tvm.transform.pipeline import Options, gpu_of
 from dance_tvm.tune import app as tune_command
 from dance_tvm.tuning import tuner
 from dance_tvm.tuning.advice import tuned_tiles

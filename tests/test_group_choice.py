@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from dance_tvm.errors import DanceError
-from dance_tvm.sparsity.rt3d import measure
-from dance_tvm.target import load_target
-from dance_tvm.transform.group_choice import (
+from dance_tvm.core.errors import DanceError
+from dance_tvm.lowering.group_choice import (
     GroupMeasurement,
     SynthesisedLayer,
     best_group,
@@ -19,13 +17,15 @@ from dance_tvm.transform.group_choice import (
     read_log,
     write_log,
 )
-from dance_tvm.transform.kernel_groups import (
+from dance_tvm.lowering.kernel_groups import (
     CANDIDATES,
     choose_kernel_groups,
     find_kernel_groups,
     fitting_groups,
     lane_cost,
 )
+from dance_tvm.machines.target import load_target
+from dance_tvm.sparsity.rt3d import measure
 
 LAYER = SynthesisedLayer(32, 32, (3, 3, 3), (4, 8, 8))
 

@@ -12,11 +12,11 @@ from torch import nn
 from tvm import relax, tirx
 from tvm.relax.frontend.torch import from_exported_program
 
+from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.cpu.winograd_choice import _tiles_filled
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.schedules.winograd_choice import _tiles_filled
-from dance_tvm.target import load_target
 from dance_tvm.transform import join_small
-from dance_tvm.transform.pipeline import Lowered, Options, lower
 from tests.test_transform import integers, outputs
 
 
@@ -127,7 +127,7 @@ def test_lists_that_no_mask_thins_are_planned_when_compiled() -> None:
 
 
 def test_long_lists_are_planned_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dance_tvm.transform import lower_windows
+    from dance_tvm.lowering import lower_windows
 
     monkeypatch.setattr(lower_windows, "MOST_CONSTANT_LISTS", 0)
     monkeypatch.setattr(join_small, "SMALL_ELEMENTS", -1)

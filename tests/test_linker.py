@@ -13,9 +13,9 @@ import pytest
 import tvm
 from tvm import relax
 
-from dance_tvm import linker
-from dance_tvm.errors import DanceError
-from dance_tvm.target import load_target
+from dance_tvm.artifact import linker
+from dance_tvm.core.errors import DanceError
+from dance_tvm.machines.target import load_target
 
 
 def exponential() -> tvm.IRModule:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dance_tvm import models
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.models import fetch, macs, transnetv2
 from dance_tvm.models.checkpoints import rename
 

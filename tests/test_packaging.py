@@ -30,7 +30,7 @@ SKIPPED = (
 USE = """
 from pathlib import Path
 import dance_tvm, dance_tvm.schedules
-from dance_tvm.target import load_target
+from dance_tvm.machines.target import load_target
 assert load_target("snapdragon").clusters[0].mcpu == "cortex-x2"
 package = Path(dance_tvm.__file__).parent
 for folder in ("schedules", "targets", "tuning_logs"):
@@ -128,5 +128,5 @@ def test_the_wheel_is_typed_and_holds_nothing_that_is_not_the_package(wheel):
 
 def test_the_wheel_is_the_same_compiler_as_the_checkout(with_wheel, checkout, tmp_path):
     """Artifacts tell by this hash which compiler made them."""
-    code = "from dance_tvm.versions import versions; print(versions()['sources'])"
+    code = "from dance_tvm.core.versions import versions; print(versions()['sources'])"
     assert call(with_wheel, "-c", code, cwd=tmp_path) == call(with_wheel, "-c", code, cwd=checkout)

@@ -9,10 +9,10 @@ from convolutions import compiled, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dance_tvm.schedules.cpu.pool3d import LOWEST, Pool, pool3d
+from dance_tvm.schedules.cpu.spaces import POOLED_VECTORS, PoolSpace
+from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.schedules.pool3d import LOWEST, Pool, pool3d
-from dance_tvm.schedules.spaces import POOLED_VECTORS, PoolSpace
-from dance_tvm.schedules.tiles import Machine
 from dance_tvm.schedules.workload import POOL, Workload
 
 #: Boolean masks by name, as ``Pool.masks`` has them; True is alive.

@@ -17,8 +17,8 @@ import psutil
 import pytest
 from devices import matmul_artifact, matmul_case
 
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device import open_device, processes
-from dance_tvm.errors import DanceError
 
 SLOW_LINK = 50_000  # bytes a second
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dance_tvm import report
 from dance_tvm.benchmarking.campaign import Plan, run
 from dance_tvm.benchmarking.results import read_results, write_results
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.reporting import liveness, page
 from dance_tvm.reporting.papers import PAPERS, beside
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dance_tvm import models
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.models.macs import count
 from dance_tvm.models.resnet import BasicBlock, VideoResNet, resnet18, resnet50, resnet_mini
 from dance_tvm.sparsity.dstep.network import Stream

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dance_tvm.compiler import build_network
+from dance_tvm.compiler.build import build_network
 from dance_tvm.device import open_device
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from dance_tvm import models, train
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
+from dance_tvm.lowering.kernel_groups import find_kernel_groups
 from dance_tvm.sparsity.checkpoint import read_weights
 from dance_tvm.sparsity.rt3d.importance import importance
 from dance_tvm.sparsity.rt3d.penalty import Penalty
 from dance_tvm.sparsity.rt3d.pruning import find_layers, layer_rms
 from dance_tvm.sparsity.rt3d.schemes import Scheme
-from dance_tvm.transform.kernel_groups import find_kernel_groups
 
 SMALL = "motion-digits,train=32,test=16,size=24,frames=8"
 
@@ -142,9 +142,9 @@ def test_a_wrong_option_is_told_with_those_that_exist(tmp_path):
 
 
 def test_the_group_measured_on_the_target_is_trained_with(tmp_path, monkeypatch):
+    from dance_tvm.lowering import group_choice
+    from dance_tvm.machines.target import load_target
     from dance_tvm.sparsity.rt3d import method
-    from dance_tvm.target import load_target
-    from dance_tvm.transform import group_choice
 
     monkeypatch.setattr(group_choice, "LOGS", tmp_path)
     assert method.measured_group("snapdragon") == method.DEFAULT_GROUP

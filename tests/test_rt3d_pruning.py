@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dance_tvm import models
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
+from dance_tvm.lowering.kernel_groups import find_kernel_groups
 from dance_tvm.models.macs import count
 from dance_tvm.sparsity.rt3d.masks import add_mask, bake_masks, set_mask
 from dance_tvm.sparsity.rt3d.pruning import FLOOR, find_layers, magnitude, prune_to_rate, select, weight_masks
 from dance_tvm.sparsity.rt3d.schemes import SCHEMES, Scheme
-from dance_tvm.transform.kernel_groups import find_kernel_groups
 
 KERNELS = [(1, 1, 1), (3, 1, 1), (1, 3, 3), (2, 3, 3), (3, 3), (5,)]
 

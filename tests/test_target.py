@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dance_tvm import host
-from dance_tvm.errors import DanceError
-from dance_tvm.target import TARGETS, all_targets, load_target
+from dance_tvm.core.errors import DanceError
+from dance_tvm.machines import host
+from dance_tvm.machines.target import TARGETS, all_targets, load_target
 
 CUSTOM = """
 name = "board"

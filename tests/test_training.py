@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity import checkpoint, training
 from dance_tvm.sparsity.data import Splits
 from dance_tvm.sparsity.training import Settings

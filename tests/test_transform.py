@@ -10,8 +10,8 @@ from torch import nn
 from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 
-from dance_tvm.target import load_target
-from dance_tvm.transform.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.machines.target import load_target
 
 
 def integers(module: nn.Module, seed: int = 0) -> nn.Module:

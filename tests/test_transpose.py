@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm import relax
 
-from dance_tvm.schedules.transpose import LINE, Transpose, transpose
+from dance_tvm.schedules.cpu.transpose import LINE, Transpose, transpose
 from dance_tvm.transform.schedule_rest import ScheduleRest
 
 

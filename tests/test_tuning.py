@@ -11,11 +11,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dance_tvm.compiler import build_network
-from dance_tvm.errors import DanceError
-from dance_tvm.schedules.conv3d_gather import GatherConv
-from dance_tvm.schedules.geometry import Window
-from dance_tvm.schedules.spaces import (
+from dance_tvm.compiler.build import build_network
+from dance_tvm.compiler.pipeline import Options
+from dance_tvm.core.errors import DanceError
+from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
+from dance_tvm.schedules.cpu.spaces import (
     SPACES,
     Advice,
     GatherSpace,
@@ -23,12 +24,11 @@ from dance_tvm.schedules.spaces import (
     choose_kernel,
     choose_tile,
 )
-from dance_tvm.schedules.tiles import Machine, default_tile
-from dance_tvm.schedules.winograd import WinogradConv
-from dance_tvm.schedules.winograd_choice import best
+from dance_tvm.schedules.cpu.tiles import Machine, default_tile
+from dance_tvm.schedules.cpu.winograd import WinogradConv
+from dance_tvm.schedules.cpu.winograd_choice import best
+from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.workload import WINOGRAD, Workload
-from dance_tvm.target import load_target
-from dance_tvm.transform.pipeline import Options
 from dance_tvm.tuning import records
 from dance_tvm.tuning.advice import TunedTiles, tuned_tiles
 from dance_tvm.tuning.records import Log, append, log_path, new_record, parse_loosely

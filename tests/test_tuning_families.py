@@ -11,17 +11,17 @@ import torch
 from test_tuning import AVX2, NEON, Told, record, workload
 from torch import nn
 
-from dance_tvm.cli import start
-from dance_tvm.compiler import build_network
-from dance_tvm.schedules.conv3d_kgs import KernelGroupConv, kernel_group_tile
+from dance_tvm.compiler.build import build_network
+from dance_tvm.compiler.pipeline import Options, machine_of
+from dance_tvm.core.cli import start
+from dance_tvm.lowering.kernel_groups import only_group
+from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv, kernel_group_tile
+from dance_tvm.schedules.cpu.spaces import SPACES, KernelGroupSpace, choose_kernel
+from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.schedules.spaces import SPACES, KernelGroupSpace, choose_kernel
-from dance_tvm.schedules.winograd import WinogradConv
 from dance_tvm.schedules.workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Workload
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
-from dance_tvm.target import load_target
-from dance_tvm.transform.kernel_groups import only_group
-from dance_tvm.transform.pipeline import Options, machine_of
 from dance_tvm.tune import app as tune_command
 from dance_tvm.tuning import records, search, tuner
 from dance_tvm.tuning.calibration import density_of

@@ -14,14 +14,14 @@ import psutil
 import pytest
 from test_tuning import workload
 
+from dance_tvm.compiler.pipeline import machine_of
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device import emulator, processes
 from dance_tvm.device.tracker import tracker_summary
-from dance_tvm.errors import DanceError
+from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.cpu.spaces import SPACES, GatherSpace
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.schedules.spaces import SPACES, GatherSpace
 from dance_tvm.schedules.workload import KERNEL_GROUPS, LISTS, POOL, WINOGRAD, Workload
-from dance_tvm.target import load_target
-from dance_tvm.transform.pipeline import machine_of
 from dance_tvm.tuning import search
 from dance_tvm.tuning.advice import tuned_tiles
 from dance_tvm.tuning.farm import Farm

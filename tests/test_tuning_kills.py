@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from test_tuning import record, workload
 
-from dance_tvm.target import load_target
-from dance_tvm.transform.pipeline import machine_of
+from dance_tvm.compiler.pipeline import machine_of
+from dance_tvm.machines.target import load_target
 from dance_tvm.tuning import search, tuner
 from dance_tvm.tuning.records import Log, append, log_path
 from dance_tvm.tuning.workloads import Layer

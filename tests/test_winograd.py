@@ -11,10 +11,10 @@ from convolutions import Case, channel_list, compiled, draw_masks, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dance_tvm.schedules.conv3d_gather import Tile
-from dance_tvm.schedules.winograd import WinogradConv, conv3d_winograd, mask_arguments
-from dance_tvm.schedules.winograd_plan import LISTS, WinogradPlan, plan_winograd
-from dance_tvm.schedules.winograd_transforms import POINTS, matrices, transform_weights
+from dance_tvm.schedules.cpu.conv3d_gather import Tile
+from dance_tvm.schedules.cpu.winograd import WinogradConv, conv3d_winograd, mask_arguments
+from dance_tvm.schedules.cpu.winograd_plan import LISTS, WinogradPlan, plan_winograd
+from dance_tvm.schedules.cpu.winograd_transforms import POINTS, matrices, transform_weights
 
 TILE = Tile(mr=3, vectors=2, vector_floats=4, step=1, block_tiles=4, segment_taps=2, depth_block=4)
 #: Largest error of the largest output, by the largest m of a tile; at most 2 is exact on small integers.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 
-from dance_tvm.artifact import LIBRARY, Artifact, load_artifact
+from dance_tvm.artifact.folder import LIBRARY, Artifact, load_artifact
 from dance_tvm.benchmarking import sensing
 from dance_tvm.benchmarking.clips import (
     MOST_CLIPS,
@@ -41,10 +41,10 @@ from dance_tvm.benchmarking.results import (
 )
 from dance_tvm.benchmarking.statistics import judge, paired_ratio, unpaired_ratio
 from dance_tvm.benchmarking.validation import validate
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.device import DeviceSession, open_device
-from dance_tvm.errors import DanceError
-from dance_tvm.random_inputs import random_inputs
-from dance_tvm.target import Target, load_target
+from dance_tvm.machines.target import Target, load_target
 
 CLIP_RUNS = 5
 ENERGY_RUNS = 5

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dance_tvm.artifact import Manifest, Tensor
-from dance_tvm.errors import DanceError, DanceWarning
+from dance_tvm.artifact.folder import Manifest, Tensor
+from dance_tvm.core.errors import DanceError, DanceWarning
 
 VIDEOS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v"}
 #: Data sets of real videos, whose scale follows from the network's name as well.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dance_tvm.artifact import Manifest
+from dance_tvm.artifact.folder import Manifest
 from dance_tvm.benchmarking.results import Layer, Profile
 from dance_tvm.device import KernelTime
 

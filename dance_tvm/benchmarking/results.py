@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dance_tvm.errors import DanceError
-from dance_tvm.files import written_whole
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.files import written_whole
 
 SCHEMA_VERSION = 1
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from dance_tvm.benchmarking.results import Energy, Latency
 from dance_tvm.benchmarking.statistics import SLOWED
-from dance_tvm.errors import DanceError
-from dance_tvm.target import Energy as Coefficients
-from dance_tvm.target import Target
+from dance_tvm.core.errors import DanceError
+from dance_tvm.machines.target import Energy as Coefficients
+from dance_tvm.machines.target import Target
 
 RAPL_WRAP_UJ = 2**32  # the counter of older processors begins again there
 COOL_DEGREES = 2.0

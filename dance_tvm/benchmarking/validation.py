@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from dance_tvm.artifact import Artifact
+from dance_tvm.artifact.folder import Artifact
 from dance_tvm.benchmarking.results import Validation
-from dance_tvm.compiler import worst_output
+from dance_tvm.compiler.build import worst_output
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.device import KernelTime, LoadedNetwork
-from dance_tvm.errors import DanceError
-from dance_tvm.random_inputs import random_inputs
 
 # Means of a kernel's values differ less between processors than single values do; wrong code is far beyond this.
 MEAN_TOLERANCE = 1e-3

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork
-from dance_tvm.errors import DanceError
 
 __all__ = [
     "DeviceSession",

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 
 COMMAND_TIMEOUT_S = 60
 PUSH_TIMEOUT_S = 600

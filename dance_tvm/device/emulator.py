@@ -19,10 +19,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device import processes
 from dance_tvm.device.remote import Connection, RemoteSession
 from dance_tvm.device.tracker import request_device
-from dance_tvm.errors import DanceError
 
 KEY = "emulated-aarch64"
 START_TIMEOUT_S = 300.0  # about 10 s on an idle machine, many times that on a loaded one

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 
 COMPILE_TIMEOUT_S = 120
 

@@ -12,12 +12,12 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dance_tvm.artifact import Artifact
+from dance_tvm.artifact.folder import Artifact
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device import serve
 from dance_tvm.device.placement import compute_device, gpu_failures_explained
 from dance_tvm.device.processes import THREADS_BY_ENVIRONMENT
 from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange, merge_kernels
-from dance_tvm.errors import DanceError
 
 
 class LocalNetwork(LoadedNetwork):

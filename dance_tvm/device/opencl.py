@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dance_tvm.errors import DanceError
-from dance_tvm.gpu import opencl_devices, pyopencl
+from dance_tvm.core.errors import DanceError
+from dance_tvm.machines.gpu import opencl_devices, pyopencl
 
 _HALF_PRAGMA = "#pragma OPENCL EXTENSION cl_khr_fp16 : enable"
 

@@ -10,12 +10,12 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device.launches import device_code, opencl_target
 from dance_tvm.device.opencl import OpenCLSession
-from dance_tvm.errors import DanceError
 
 if TYPE_CHECKING:
-    from dance_tvm.transform.pipeline import Lowered
+    from dance_tvm.compiler.pipeline import Lowered
 
 
 def run_function(

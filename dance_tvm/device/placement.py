@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dance_tvm.artifact import Manifest
-from dance_tvm.errors import DanceError
-from dance_tvm.gpu import cuda_of_ptx
+from dance_tvm.artifact.folder import Manifest
+from dance_tvm.core.errors import DanceError
+from dance_tvm.machines.gpu import cuda_of_ptx
 
 
 def compute_device(manifest: Manifest, make: Callable[[str, int], Any], where: str) -> Any:

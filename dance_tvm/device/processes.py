@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 
 STOP_TIMEOUT_S = 10
 #: By these a user tells TVM's pool how many threads it has.

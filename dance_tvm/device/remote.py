@@ -23,10 +23,10 @@ import numpy as np
 import tvm
 from tvm import relax, rpc
 
-from dance_tvm.artifact import WEIGHTS, Artifact
+from dance_tvm.artifact.folder import WEIGHTS, Artifact
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device.placement import compute_device, gpu_failures_explained
 from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange, merge_kernels
-from dance_tvm.errors import DanceError
 
 UPLOAD_CHUNK = 256 << 10
 _BIG_CORES_FIRST = 1  # TVM's affinity mode for devices that cannot be told their CPUs one by one

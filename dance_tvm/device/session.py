@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dance_tvm.artifact import Artifact, Manifest
-from dance_tvm.errors import DanceError
+from dance_tvm.artifact.folder import Artifact, Manifest
+from dance_tvm.core.errors import DanceError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from tvm.rpc import base
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 
 _RETRY_S = 0.5
 

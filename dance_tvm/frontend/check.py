@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import tvm
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.frontend import interpreter
 from dance_tvm.frontend.interface import Arrays
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 
 # What a program in a .pt2 file may call: tensor operators, and picking parts of their results.
 _KNOWN_TARGETS = re.compile(r"torch\.ops\.aten\.\w+\.\w+|_operator\.getitem")

@@ -14,13 +14,13 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from dance_tvm import models
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.hashing import file_sha256
+from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend.check import check_import
 from dance_tvm.frontend.files import load_program, load_weights, require_file
 from dance_tvm.frontend.interface import Arrays, Imported, TensorSpec, usual_meaning
 from dance_tvm.frontend.torch_program import decompose, describe, first_line, import_program, require_static
-from dance_tvm.hashing import file_sha256
-from dance_tvm.random_inputs import random_inputs
 
 Weights = str | Path | Mapping[str, torch.Tensor]
 

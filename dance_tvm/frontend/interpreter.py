@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import tvm
 from tvm import relax
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 
 Value = Any  # a tensor, a tuple of values, a shape (tuple of int), a scalar, or a dtype's name
 Kernel = Callable[[list[Value], Any], Value]

@@ -21,12 +21,12 @@ import tvm
 from tvm import relax
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_convert_map, get_constant
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend.check import check_import
 from dance_tvm.frontend.interface import Arrays, Imported, TensorSpec, usual_meaning
 from dance_tvm.frontend.names import NamingBuilder
 from dance_tvm.frontend.torch_program import first_line
-from dance_tvm.random_inputs import random_inputs
 
 OLDEST_OPSET = 17
 

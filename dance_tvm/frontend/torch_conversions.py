@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from tvm import relax
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 
 Importer = Any  # TVM's BaseFXGraphImporter: env maps nodes to Relax values, block_builder emits them
 Conversion = Callable[[fx.Node, Importer], Any]

@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind
 from tvm import relax
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.frontend.names import NamingBuilder
 from dance_tvm.frontend.torch_conversions import CONVERSIONS
 

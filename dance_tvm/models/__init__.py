@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dance_tvm.errors import DanceError
-from dance_tvm.hashing import file_sha256
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.hashing import file_sha256
 
 _DOWNLOAD_SECONDS = 600
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.models.checkpoints import Rules
 from dance_tvm.models.layers import seed_weights
 

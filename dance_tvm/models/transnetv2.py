@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.models.checkpoints import Rules
 from dance_tvm.models.fetch import Wheel, unpack
 from dance_tvm.models.layers import seed_weights

@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from dance_tvm.benchmarking.results import Device, Layer, Measured, Pair, Results
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.reporting.papers import name_of
 
 # Colours that are told apart in both themes and by colour-blind readers (Okabe and Ito).

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dance_tvm.benchmarking.results import Device, Measured, Results
-from dance_tvm.errors import DanceError
-from dance_tvm.files import written_whole
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.files import written_whole
 from dance_tvm.reporting.papers import beside, name_of
 
 TEMPLATE = Path(__file__).with_name("page.html")

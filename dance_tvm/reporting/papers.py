@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dance_tvm.benchmarking.results import Device, Measured, Results
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 
 CPU_2022, JETSON = "Snapdragon 8 Gen 1 CPU", "Jetson Nano GPU"
 CPU_2020, GPU_2020 = "Snapdragon 865 CPU, 8 threads", "Snapdragon 865 GPU"

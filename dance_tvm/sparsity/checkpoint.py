@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 
 _HEADER_KEY = "dance_tvm"
 

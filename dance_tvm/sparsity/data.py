@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity import checkpoint
 from dance_tvm.sparsity.data import Batch, Clips, Splits
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity.data import Splits
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -6,7 +6,7 @@ import tvm
 from tvm import tirx
 from tvm.s_tir import dlight
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 
 from .graph import is_scheduled
 

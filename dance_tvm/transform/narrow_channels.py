@@ -17,9 +17,10 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax
 
+from dance_tvm.liveness.relax_graph import ELEMENTWISE, PAIRWISE
+from dance_tvm.lowering.kernel_groups import choose_kernel_groups
+
 from .graph import Graph, constant, emit, is_tensor, rewrite, shape_of, value_of
-from .kernel_groups import choose_kernel_groups
-from .liveness import ELEMENTWISE, PAIRWISE
 
 CONVOLUTIONS = ("nn.conv2d", "nn.conv3d")
 #: Operators that leave each channel to itself; those with values of their own by channel are left out.

@@ -8,7 +8,7 @@ from contextlib import suppress
 import tvm
 from tvm import s_tir, tirx
 
-from dance_tvm.schedules.transpose import LINE, Transpose, transpose
+from dance_tvm.schedules.cpu.transpose import LINE, Transpose, transpose
 
 from .graph import is_scheduled
 

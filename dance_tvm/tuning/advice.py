@@ -7,13 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dance_tvm.errors import DanceError
-from dance_tvm.schedules.spaces import SPACES, Advice
+from dance_tvm.core.errors import DanceError
+from dance_tvm.schedules.cpu.spaces import SPACES, Advice
 from dance_tvm.schedules.workload import Workload
 from dance_tvm.tuning.records import Log, Record, log_path
 
 if TYPE_CHECKING:
-    from dance_tvm.target import Target
+    from dance_tvm.machines.target import Target
 
 #: Layers further apart than this (see ``Workload.distance``) tell nothing about each other's tiles: those of layers 1.5
 #: to 2.9 away took 1.08 of the defaults' time, up to 2.2 (``benchmarks.transfer``). Within it lie the same channels on

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.schedules.workload import Workload
 
 #: Clips that are looked at.
@@ -26,9 +26,9 @@ def kept_shares(model: str | Path | Any, clips: str, weights: Path | None = None
     """
     from dance_tvm.benchmarking.clips import load_clips
     from dance_tvm.benchmarking.layers import profile
-    from dance_tvm.compiler import build_network
+    from dance_tvm.compiler.build import build_network
+    from dance_tvm.compiler.pipeline import Options
     from dance_tvm.device import open_device
-    from dance_tvm.transform.pipeline import Options
 
     with tempfile.TemporaryDirectory(prefix="dance_tvm_calibrate_") as folder:
         options = Options(conv="direct")

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device import address_of, processes
 from dance_tvm.device.instruction_counter import InstructionCounter
 from dance_tvm.device.remote import Connection, RemoteSession
 from dance_tvm.device.tracker import request_device, tracker_summary
-from dance_tvm.errors import DanceError
 
 #: Failures in a row after which a device is dropped.
 STRIKES = 3

@@ -18,11 +18,14 @@ import numpy as np
 import tvm
 from tvm import tirx
 
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device.remote import RemoteSession
-from dance_tvm.errors import DanceError
-from dance_tvm.schedules import channel_plan, conv3d_gather, conv3d_kgs, row_plan
-from dance_tvm.schedules.conv3d_gather import GatherConv
-from dance_tvm.schedules.conv3d_kgs import KernelGroupConv, balanced_order
+from dance_tvm.schedules.cpu import channel_plan, conv3d_gather, conv3d_kgs, row_plan
+from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
+from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv, balanced_order
+from dance_tvm.schedules.cpu.pool3d import Pool, pool3d
+from dance_tvm.schedules.cpu.winograd import WinogradConv, conv3d_winograd, mask_arguments
+from dance_tvm.schedules.cpu.winograd_plan import LISTS, plan_winograd
 from dance_tvm.schedules.emit import FLOAT, INT, Expr, argument, flat, kernel, let, parallel, serial, store, when
 from dance_tvm.schedules.gpu import channel_plan as gpu_channel_plan
 from dance_tvm.schedules.gpu import conv3d_gather as gpu_conv3d_gather
@@ -31,15 +34,12 @@ from dance_tvm.schedules.gpu import row_plan as gpu_row_plan
 from dance_tvm.schedules.gpu.conv3d_gather import BlockConv
 from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
 from dance_tvm.schedules.gpu.emit import each_element, read, write
-from dance_tvm.schedules.pool3d import Pool, pool3d
-from dance_tvm.schedules.winograd import WinogradConv, conv3d_winograd, mask_arguments
-from dance_tvm.schedules.winograd_plan import LISTS, plan_winograd
 from dance_tvm.schedules.workload import Workload
 from dance_tvm.tuning.farm import CountedSession
 from dance_tvm.tuning.libraries import Library, device_code_of, open_library
 
 if TYPE_CHECKING:
-    from dance_tvm.target import Target
+    from dance_tvm.machines.target import Target
 
 KERNEL, DIGEST = "conv", "digest"
 #: Activations under which small integers stay exact.
@@ -160,10 +160,10 @@ def _row_planner(conv: Conv) -> tirx.PrimFunc:
 
 def build_instance(instance: Instance, target: Target, path: Path) -> None:
     """Compile and link the library of ``instance`` for ``target``; for OpenCL, its device code beside it as well."""
-    from dance_tvm.compiler import host_code_of
+    from dance_tvm.artifact.device_code import embed_device_code
+    from dance_tvm.artifact.linker import shared_library_linker
+    from dance_tvm.compiler.build import host_code_of
     from dance_tvm.device.launches import device_code
-    from dance_tvm.device_code import embed_device_code
-    from dance_tvm.linker import shared_library_linker
 
     module, tvm_target = instance.module(), target.tvm_target(instance.workload.threads)
     with tvm_target, tvm.transform.PassContext(config=host_code_of(target)):

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import tvm
 
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device.remote import RemoteSession
-from dance_tvm.errors import DanceError
 from dance_tvm.tuning.farm import DeviceLostError, Farm
 
 

@@ -25,8 +25,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dance_tvm.errors import DanceError
-from dance_tvm.schedules.spaces import Decisions
+from dance_tvm.core.errors import DanceError
+from dance_tvm.schedules.cpu.spaces import Decisions
 from dance_tvm.schedules.workload import GATHER, Workload
 
 VERSION = 1

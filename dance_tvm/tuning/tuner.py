@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device.serve import end_with_parent_process
-from dance_tvm.errors import DanceError
+from dance_tvm.schedules.cpu.spaces import Decisions, Space
+from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.gpu.spaces import space_of
 from dance_tvm.schedules.gpu.tiles import Gpu
-from dance_tvm.schedules.spaces import Decisions, Space
-from dance_tvm.schedules.tiles import Machine
 from dance_tvm.tuning.advice import TunedTiles
 from dance_tvm.tuning.farm import DeviceLostError, Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
@@ -35,7 +35,7 @@ from dance_tvm.tuning.records import Log, append, log_path, new_record, require_
 from dance_tvm.tuning.workloads import Layer
 
 if TYPE_CHECKING:
-    from dance_tvm.target import Target
+    from dance_tvm.machines.target import Target
 
 BATCH = 8
 #: Trials of the nearest records that a layer starts with, besides the defaults.

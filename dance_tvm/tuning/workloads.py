@@ -8,16 +8,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dance_tvm.errors import DanceError
-from dance_tvm.schedules.conv3d_gather import GatherConv
-from dance_tvm.schedules.spaces import SPACES, WORTH_TRYING, WinogradSpace
-from dance_tvm.schedules.winograd_choice import direct_seconds, why_not, winograd_seconds
+from dance_tvm.core.errors import DanceError
+from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
+from dance_tvm.schedules.cpu.spaces import SPACES, WORTH_TRYING, WinogradSpace
+from dance_tvm.schedules.cpu.winograd_choice import direct_seconds, why_not, winograd_seconds
 from dance_tvm.schedules.workload import KERNEL_GROUPS, LISTS, POOL, TYPICAL_DENSITY, WINOGRAD, Workload
 from dance_tvm.tuning.calibration import density_of, kept_shares
 
 if TYPE_CHECKING:
-    from dance_tvm.schedules.tiles import Machine
-    from dance_tvm.target import Target
+    from dance_tvm.machines.target import Target
+    from dance_tvm.schedules.cpu.tiles import Machine
 
 #: What the title of a layer adds for families whose layers may be tuned as another one too.
 KINDS = {WINOGRAD: " winograd", KERNEL_GROUPS: " kernel groups"}
@@ -62,8 +62,8 @@ def layers_of(
     ``conv``: direct or Winograd kernels alone, or each of the two that a build may choose once it has been tuned.
     Raises DanceError where nothing is left to tune.
     """
+    from dance_tvm.compiler.pipeline import Options, gpu_of, lower, machine_of
     from dance_tvm.frontend import import_model
-    from dance_tvm.transform.pipeline import Options, gpu_of, lower, machine_of
 
     imported = import_model(model, weights=weights, check=False)
     workloads = lower(imported.mod, target, Options(threads=threads or target.threads)).workloads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tvm import tirx
 
-from ..channel_plan import channel_list_shape
+from ..cpu.channel_plan import channel_list_shape
 from ..emit import INT, argument, kernel, number, store, when
 from .emit import BLOCK, compact, launch
 

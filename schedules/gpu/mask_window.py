@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tvm import tirx
 
+from ..cpu.mask_window import Field, grown_shape
 from ..emit import Expr, argument, kernel, let, number, serial, store, when
 from ..geometry import Window
-from ..mask_window import Field, grown_shape
 from .emit import each_element, registers
 
 

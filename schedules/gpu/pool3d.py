@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
+from ..cpu.pool3d import LOWEST, Pool
 from ..emit import FLOAT, Expr, argument, choose, flat, kernel, let, number, serial, store, when
-from ..pool3d import LOWEST, Pool
 from .conv3d_gather import short
 from .emit import each_element, read, registers, write
 

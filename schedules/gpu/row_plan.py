@@ -19,9 +19,9 @@ from functools import cached_property
 import numpy as np
 from tvm import tirx
 
+from ..cpu.row_plan import RowPlan, classify_frame
 from ..emit import INT, Expr, argument, ceil_div, kernel, let, number, serial, store, when
 from ..geometry import Window
-from ..row_plan import RowPlan, classify_frame
 from .emit import BLOCK, barrier, compact, exclusive_scan, integer, launch, registers, shared
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+from ..cpu.spaces import SPACES, Decisions, Space, TuningLog, decide
+from ..cpu.tiles import Machine
 from ..geometry import Window
-from ..spaces import SPACES, Decisions, Space, TuningLog, decide
-from ..tiles import Machine
 from ..workload import KERNEL_GROUPS, Workload
 from .conv3d_gather import BlockConv
 from .conv3d_kgs import GroupConv

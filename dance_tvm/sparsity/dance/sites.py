@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 
 _RELU_CALLS = (functional.relu, torch.relu, functional.relu_)
 _BETWEEN_CALLS = (torch.add, operator.add, operator.iadd, torch.cat, torch.concat)

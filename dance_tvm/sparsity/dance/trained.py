@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from dance_tvm import models
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity import checkpoint
 from dance_tvm.sparsity.dance.method import prune
 

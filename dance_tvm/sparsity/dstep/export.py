@@ -16,7 +16,7 @@ import torch
 import typer
 from rich.console import Console
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity.checkpoint import write_atomically
 from dance_tvm.sparsity.dstep.method import load_trained
 from dance_tvm.sparsity.dstep.network import DStepResNet, Stream

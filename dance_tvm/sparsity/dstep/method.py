@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dance_tvm import models
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.models.resnet import VideoResNet
 from dance_tvm.sparsity import checkpoint
 from dance_tvm.sparsity.data import Batch

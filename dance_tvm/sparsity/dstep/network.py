@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.models.resnet import Block, BlockHistory, History, VideoResNet, delayed, last_frame, zeros_like
 from dance_tvm.sparsity.dstep.policy import Decision, SpatialPolicy, TemporalPolicy
 

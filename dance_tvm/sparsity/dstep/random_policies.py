@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.models.resnet import VideoResNet
 from dance_tvm.sparsity.dstep import flops
 from dance_tvm.sparsity.dstep.network import BlockPolicy, DStepOptions, DStepResNet

@@ -20,9 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from dance_tvm.errors import DanceError
-from dance_tvm.target import Target, load_target
-from dance_tvm.transform.group_choice import (
+from dance_tvm.core.errors import DanceError
+from dance_tvm.lowering.group_choice import (
     SYNTHESISED,
     GroupMeasurement,
     Measure,
@@ -33,7 +32,8 @@ from dance_tvm.transform.group_choice import (
     measure_groups,
     write_log,
 )
-from dance_tvm.transform.kernel_groups import fitting_groups, only_group
+from dance_tvm.lowering.kernel_groups import fitting_groups, only_group
+from dance_tvm.machines.target import Target, load_target
 
 if TYPE_CHECKING:
     from dance_tvm.device import DeviceSession
@@ -115,8 +115,8 @@ def measure_on(
 
 def timed_build(session: DeviceSession, target: Target, threads: int, folder: Path, repeats: int) -> Measure:
     """A ``Measure`` that builds each layer into ``folder`` and takes the median of ``repeats`` runs on ``session``."""
-    from dance_tvm.compiler import build_network
-    from dance_tvm.transform.pipeline import Options
+    from dance_tvm.compiler.build import build_network
+    from dance_tvm.compiler.pipeline import Options
 
     # Direct on both sides: a build weighs the groups against Winograd's algorithm layer by layer.
     options = Options(threads=threads, conv="direct")

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 from dance_tvm.models.macs import count_layers
 from dance_tvm.sparsity.rt3d.schemes import Scheme, SchemeName
 

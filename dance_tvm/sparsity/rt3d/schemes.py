@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dance_tvm.errors import DanceError
+from dance_tvm.core.errors import DanceError
 
 SchemeName = Literal["filter", "vanilla", "kgs"]
 SCHEMES: tuple[SchemeName, ...] = ("filter", "vanilla", "kgs")

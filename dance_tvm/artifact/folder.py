@@ -1,0 +1,377 @@
+"""The artifact: one folder with ``model.so``, ``manifest.json`` and, for large networks, ``weights.safetensors``.
+
+Nothing of a folder is used before all of it is verified: the manifest by its own seal, every other file by the hash
+that the manifest gives, the library by its architecture, and the versions that the generated code depends on. The
+hashes tell damage and mix-ups; they are no signature, so an artifact from a stranger is still a stranger's program.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from dance_tvm.artifact.layers import LayerInfo
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.hashing import file_sha256
+from dance_tvm.machines.host import cpu_flags
+
+SCHEMA_VERSION = 2
+LIBRARY, WEIGHTS, MANIFEST = "model.so", "weights.safetensors", "manifest.json"
+REFERENCE = "reference.safetensors"
+
+# The compiled code calls TVM's runtime by its binary interface, which changes between releases.
+RUNTIME_VERSIONS = ("apache-tvm", "apache-tvm-ffi")
+
+_ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
+_SAME_MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}
+_PARTIAL = ".partial-"
+_LITTLE_SPACE = 64 * 1024
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_Result = TypeVar("_Result")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Tensor(_Strict):
+    """One input or output of the network."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    meaning: str
+
+
+class BuiltFor(_Strict):
+    """The target as the code generator saw it; ``cpu_features`` are those that a processor must have."""
+
+    name: str
+    machine: str
+    tuning_log: str
+    fingerprint: str
+    tvm: dict[str, Any]
+    host: dict[str, Any] | None
+    threads: int
+    cpu_features: list[str] = []
+
+
+class Check(_Strict):
+    """What came of running the built network against its source; differences are absolute, the allowed one too."""
+
+    status: Literal["passed", "not run"]
+    device: str = ""
+    difference: float | None = None
+    allowed: float | None = None
+    reason: str = ""
+
+
+class DeviceCode(_Strict):
+    """A GPU's code inside the library: PTX, or source that ``note`` says where is compiled."""
+
+    format: Literal["ptx", "cuda", "opencl"]
+    architecture: str
+    version: str
+    note: str
+
+
+class File(_Strict):
+    """Hash and size of one file of the folder."""
+
+    sha256: str
+    bytes: int
+
+
+class Manifest(_Strict):
+    """All that is known of an artifact; ``parameters`` are the weights that the network takes after its inputs.
+
+    ``memory_peak_bytes`` are the weights and the planned storage of activations during one call.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    source_sha256: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    parameters: list[str] = []
+    target: BuiltFor
+    options: dict[str, Any] = {}
+    versions: dict[str, str]
+    layers: list[LayerInfo] = []
+    device_code: DeviceCode | None = None
+    memory_peak_bytes: int
+    check: Check
+    files: dict[str, File] = {}
+    seal: str = ""
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the dense network in one call."""
+        return sum(layer.macs for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified folder."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def library(self) -> Path:
+        """The compiled network: a shared library that TVM's runtime loads."""
+        return self.path / LIBRARY
+
+    def weights(self) -> list[np.ndarray]:
+        """The arguments of ``main`` after the inputs, in order; empty where the library holds the weights."""
+        if not self.manifest.parameters:
+            return []
+        arrays = load_file(self.path / WEIGHTS)
+        return [arrays[name] for name in self.manifest.parameters]
+
+    def reference(self) -> dict[str, np.ndarray]:
+        """What the source network answers to the reference input, as ``output:NAME``, and ``kernels``: mean and mean
+        size of what each kernel call wrote when the build was checked, (calls, 2). Empty where nothing was stored."""
+        return load_file(self.path / REFERENCE) if REFERENCE in self.manifest.files else {}
+
+    def require_machine(self, machine: str) -> None:
+        """Raise DanceError unless the library is for ``machine`` (``x86_64``, ``aarch64`` or as uname says it)."""
+        built = self.manifest.target
+        if _SAME_MACHINE.get(machine.lower(), machine.lower()) != built.machine:
+            raise DanceError(
+                f"{self.path} is built for {built.name} ({built.machine}) and this device is {machine}: "
+                f"rebuild it with --target, or choose another --device"
+            )
+
+    def require_this_machine(self) -> None:
+        """Raise DanceError unless this machine has the architecture and the instructions that the code uses."""
+        self.require_machine(platform.machine())
+        present = cpu_flags()
+        missing = sorted(set(self.manifest.target.cpu_features) - present)
+        if present and missing:
+            raise DanceError(
+                f"{self.path} uses instructions that this processor lacks ({', '.join(missing)}): "
+                f"rebuild it here with --target host"
+            )
+
+
+def load_artifact(path: str | Path) -> Artifact:
+    """Verify the folder and describe it; nothing is mapped into memory.
+
+    Raises DanceError that names the file that is missing, damaged, foreign or of another version.
+    """
+    folder = Path(path)
+    manifest = _read_manifest(folder)
+    for name, expected in manifest.files.items():
+        if Path(name).name != name:
+            raise DanceError(f"{folder / MANIFEST} names {name!r}, which is not a file name in the folder")
+        _verify_file(folder / name, expected)
+    machine = _elf_machine(folder / LIBRARY)
+    if machine != manifest.target.machine:
+        raise DanceError(f"{folder / LIBRARY} is for {machine}, but its manifest says {manifest.target.machine}")
+    if manifest.parameters:
+        _verify_weight_names(folder / WEIGHTS, manifest.parameters)
+    for package in RUNTIME_VERSIONS:
+        if manifest.versions.get(package) != version(package):
+            raise DanceError(
+                f"{folder} was built with {package} {manifest.versions.get(package)} and {version(package)} is "
+                f"installed: rebuild it, or install that version"
+            )
+    return Artifact(folder, manifest)
+
+
+def write_artifact(
+    out: str | Path,
+    export_library: Callable[[Path], None],
+    weights: Mapping[str, np.ndarray],
+    manifest: Manifest,
+    check: Callable[[Artifact], Check] | None = None,
+    reference: Mapping[str, np.ndarray] | None = None,
+) -> Artifact:
+    """Write the folder beside ``out``, check it there, then rename it: what stands at ``out`` is always whole.
+
+    ``export_library`` writes the shared library to the path it is given. ``reference`` is read after the check, which
+    may fill it: what a device's answers are compared with later. Raises DanceError where ``out`` cannot be written or
+    holds something that is not an artifact.
+    """
+    with staged(out) as folder:
+        export_library(folder / LIBRARY)
+        if weights:
+            save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, folder / WEIGHTS)
+        names = [LIBRARY] + ([WEIGHTS] if weights else [])
+        manifest = manifest.model_copy(
+            update={"files": {name: _describe(folder / name) for name in names}, "parameters": list(weights)}
+        )
+        _write_manifest(folder, manifest)
+        if check is not None:
+            manifest = manifest.model_copy(update={"check": check(load_artifact(folder))})
+        if reference:
+            save_file({name: np.ascontiguousarray(array) for name, array in reference.items()}, folder / REFERENCE)
+            manifest = manifest.model_copy(
+                update={"files": {**manifest.files, REFERENCE: _describe(folder / REFERENCE)}}
+            )
+        _write_manifest(folder, manifest)
+        for path in folder.iterdir():
+            path.chmod(0o644)  # whatever each writer chose
+    return load_artifact(out)
+
+
+@contextmanager
+def staged(out: str | Path) -> Iterator[Path]:
+    """A new folder beside ``out`` that takes its place when the block ends well, and vanishes when it does not."""
+    target = Path(os.path.abspath(out))
+    prefix = f".{target.name}{_PARTIAL}"
+    folder = _writing(target, lambda: _prepare(target, prefix))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        _writing(target, lambda: _take_place(folder, target))
+    except DanceError:
+        if shutil.disk_usage(folder).free < _LITTLE_SPACE:  # lld dies of a signal when the disk fills up
+            raise _unwritable(target, OSError(errno.ENOSPC, "")) from None
+        raise
+    except OSError as error:
+        raise (_unwritable(target, error) if error.errno in _DISK_FULL else error) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_writable(out: str | Path) -> None:
+    """Raise DanceError unless an artifact can be written at ``out``; leaves nothing there."""
+    target = Path(os.path.abspath(out))
+    made = [folder for folder in target.parents if not folder.exists()]
+    _writing(target, lambda: _prepare(target, f".{target.name}{_PARTIAL}").rmdir())
+    for folder in made:
+        folder.rmdir()
+
+
+def _prepare(target: Path, prefix: str) -> Path:
+    if target.exists() and not (target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))):
+        raise DanceError(f"{target} is there and is not an artifact: choose another --out, or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f"{prefix}*"):
+        owner = leftover.name.removeprefix(prefix).split("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(leftover, ignore_errors=True)  # of a build that was killed
+    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=target.parent))
+
+
+def _take_place(folder: Path, target: Path) -> None:
+    """Rename ``folder`` to ``target``; what stood there is moved into ``folder``'s parent first, then removed."""
+    old = folder.with_name(f"{folder.name}-old")
+    try:
+        if target.exists():
+            target.rename(old)
+        folder.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _writing(target: Path, action: Callable[[], _Result]) -> _Result:
+    try:
+        return action()
+    except OSError as error:
+        raise _unwritable(target, error) from None
+
+
+def _unwritable(target: Path, error: OSError) -> DanceError:
+    if error.errno in _DISK_FULL:
+        return DanceError(f"no space left to write {target}: free some, or choose another --out")
+    return DanceError(f"{target} cannot be written ({error.strerror or error}): choose another --out")
+
+
+def _describe(path: Path) -> File:
+    return File(sha256=file_sha256(path), bytes=path.stat().st_size)
+
+
+def _verify_file(path: Path, expected: File) -> None:
+    try:
+        found = _describe(path)
+    except OSError as error:
+        raise DanceError(f"{path} cannot be read ({error.strerror}): build the artifact again") from None
+    if found != expected:
+        raise DanceError(f"{path} is damaged: its SHA-256 is not the manifest's; build the artifact again")
+
+
+def _verify_weight_names(path: Path, parameters: list[str]) -> None:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "np") as weights:
+            missing = set(parameters) - set(weights.keys())
+    except SafetensorError as error:
+        raise DanceError(f"{path} is not a safetensors file: {error}") from None
+    if missing:
+        raise DanceError(f"{path} lacks the weights {', '.join(sorted(missing)[:4])}: build the artifact again")
+
+
+def _elf_machine(path: Path) -> str:
+    """The architecture in a 64-bit little-endian ELF header."""
+    with path.open("rb") as stream:
+        head = stream.read(20)
+    if len(head) < 20 or head[:6] != b"\x7fELF\x02\x01":
+        raise DanceError(f"{path} is not a 64-bit shared library")
+    (machine,) = struct.unpack_from("<H", head, 18)
+    return _ELF_MACHINES.get(machine, f"ELF machine {machine}")
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    path = folder / f"{MANIFEST}.new"
+    path.write_bytes(_serialise(manifest.model_copy(update={"seal": _seal(manifest)})))
+    path.replace(folder / MANIFEST)
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise DanceError(f"{folder} holds no {MANIFEST}: it is not an artifact of dance-tvm build") from None
+    except OSError as error:
+        raise DanceError(f"{path} cannot be read: {error.strerror}") from None
+    damaged = DanceError(f"{path} is damaged: its seal does not fit; build the artifact again")
+    try:
+        facts = json.loads(raw)
+        schema = facts["schema_version"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise damaged from None
+    if schema != SCHEMA_VERSION:
+        raise DanceError(f"{path} has schema version {schema}; this dance-tvm reads {SCHEMA_VERSION}: rebuild it")
+    try:
+        manifest = Manifest.model_validate(facts)
+    except ValidationError:
+        raise damaged from None
+    # The bytes must be the canonical ones, so that not even a changed space goes unseen.
+    if manifest.seal != _seal(manifest) or _serialise(manifest) != raw:
+        raise damaged
+    if LIBRARY not in manifest.files or (manifest.parameters and WEIGHTS not in manifest.files):
+        raise DanceError(f"{path} does not name every file that the network needs: build the artifact again")
+    return manifest
+
+
+def _serialise(manifest: Manifest) -> bytes:
+    return (json.dumps(manifest.model_dump(), indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
+
+
+def _seal(manifest: Manifest) -> str:
+    return hashlib.sha256(_serialise(manifest.model_copy(update={"seal": ""}))).hexdigest()

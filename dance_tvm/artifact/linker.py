@@ -1,0 +1,133 @@
+"""Link TVM's object files into a shared library, for any ELF target and without a system compiler or an NDK.
+
+The linker is LLVM's lld out of the `ziglang` wheel. The same objects give the same bytes: no build id, no symbol
+table with paths, no time stamps. With `TVM_NDK_CC` set, Android targets are linked by that compiler instead.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dance_tvm.core.errors import DanceError
+from dance_tvm.machines.target import Target
+
+LINK_TIMEOUT_S = 300
+
+# Android 15 devices may use 16 KiB pages; a library aligned to them loads on 4 KiB systems too.
+PAGE_SIZE = 16384
+
+_EMULATION = {"x86_64": "elf_x86_64", "aarch64": "aarch64linux", "arm64": "aarch64linux"}
+
+
+def target_triple(target: Target) -> str:
+    """The LLVM triple of the code that runs on the target's CPU: its `mtriple`, else this machine's.
+
+    For a GPU target the triple is that of its `host` part.
+    """
+    for part in (target.tvm, target.tvm.get("host"), target.host):
+        if isinstance(part, dict) and part.get("mtriple"):
+            return str(part["mtriple"])
+    return host_triple()
+
+
+def host_triple() -> str:
+    """The triple of this machine."""
+    return f"{platform.machine()}-linux-gnu"
+
+
+def lld_command() -> list[str]:
+    """The command that starts lld. Raises DanceError where the ziglang wheel is not installed."""
+    if importlib.util.find_spec("ziglang") is None:
+        raise DanceError("There is no linker: install the ziglang package with `pip install ziglang`.")
+    return [sys.executable, "-m", "ziglang", "ld.lld"]
+
+
+def link_shared(
+    output: str | Path,
+    objects: Sequence[str | Path],
+    triple: str,
+    needed: Sequence[str] = (),
+    page_size: int = PAGE_SIZE,
+) -> None:
+    """Link object files into the shared library `output` for `triple`, e.g. `aarch64-linux-android`.
+
+    `needed` are the sonames that the device's loader must bring in (DT_NEEDED); `page_size` is in bytes.
+    Raises DanceError where the architecture is unknown, no linker is there, or linking fails.
+    """
+    ndk = os.environ.get("TVM_NDK_CC")
+    inputs = [str(path) for path in objects]
+    if ndk and "android" in triple:
+        flags = ["-shared", "-fPIC", "-lm", "-s", "-Wl,--build-id=none", f"-Wl,-z,max-page-size={page_size}"]
+        _run([*shlex.split(ndk), "-o", str(output), *inputs, *flags], tool="TVM_NDK_CC")
+        return
+    with tempfile.TemporaryDirectory(prefix="dance_tvm_link_") as folder:
+        linker = [*lld_command(), "-m", _emulation(triple)]
+        stubs = _stub_libraries(linker, Path(folder), needed)
+        flags = ["-shared", "--strip-all", "--build-id=none", "--hash-style=both", "-z", f"max-page-size={page_size}"]
+        _run([*linker, *flags, "-o", str(output), *inputs, *stubs], tool="lld")
+
+
+@dataclass(frozen=True)
+class SharedLibraryLinker:
+    """An `fcompile` for TVM's `export_library` that links for `target` by its `link` facts."""
+
+    target: Target
+    output_format: ClassVar = "so"
+    object_format: ClassVar = "o"
+
+    def get_target_triple(self) -> str:
+        """The LLVM triple that TVM compiles what it adds itself for."""
+        return target_triple(self.target)
+
+    def __call__(self, output: str, objects: list[str] | str, options: Any = None, **_unused: Any) -> None:
+        del options  # compiler flags of TVM's default fcompile: there is no compiler here
+        inputs = [objects] if isinstance(objects, str) else objects
+        link = self.target.link
+        link_shared(output, inputs, self.get_target_triple(), link.needed, link.page_size)
+
+
+def shared_library_linker(target: Target) -> SharedLibraryLinker:
+    """What links for `target`, to be given to `export_library`."""
+    return SharedLibraryLinker(target)
+
+
+def _emulation(triple: str) -> str:
+    machine = triple.split("-")[0]
+    if machine not in _EMULATION:
+        raise DanceError(f"Cannot link for {triple}: known architectures are {', '.join(sorted(_EMULATION))}.")
+    return _EMULATION[machine]
+
+
+def _stub_libraries(linker: list[str], folder: Path, names: Sequence[str]) -> list[str]:
+    """Empty libraries that carry only a name: linked against, they become DT_NEEDED entries.
+
+    Android's loader looks for symbols in the named libraries alone, never in those already loaded.
+    """
+    nothing = folder / "nothing.ld"
+    nothing.write_text("")
+    paths = [str(folder / name) for name in names]
+    for name, path in zip(names, paths, strict=True):
+        _run([*linker, "-shared", "-soname", name, "-o", path, str(nothing)], tool="lld")
+    return paths
+
+
+def _run(command: list[str], tool: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LINK_TIMEOUT_S)
+    except FileNotFoundError:
+        raise DanceError(f"{tool} names a program that does not exist: {command[0]}.") from None
+    except subprocess.TimeoutExpired:
+        raise DanceError(f"Linking with {tool} did not end within {LINK_TIMEOUT_S} s.") from None
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise DanceError(f"Linking with {tool} failed: {said[0] if said else f'exit code {done.returncode}'}.")

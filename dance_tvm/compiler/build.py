@@ -1,0 +1,416 @@
+"""From a trained network to a verified artifact: import, lower, compile, link, check, write."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm.target import codegen
+
+from dance_tvm.artifact.device_code import embed_device_code
+from dance_tvm.artifact.folder import (
+    Artifact,
+    BuiltFor,
+    Check,
+    Manifest,
+    Tensor,
+    load_artifact,
+    require_writable,
+    write_artifact,
+)
+from dance_tvm.artifact.linker import shared_library_linker
+from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.random_inputs import random_inputs
+from dance_tvm.core.versions import versions
+from dance_tvm.machines.host import needed_flags
+from dance_tvm.machines.target import Target, load_target
+from dance_tvm.tuning.advice import tuned_tiles
+
+if TYPE_CHECKING:
+    import torch
+
+    from dance_tvm.frontend import Imported
+
+# Largest difference allowed between the built network and its source, relative to the largest value of the output
+# (at least 1, so that probabilities are held to it absolutely).
+TOLERANCE = 1e-4
+# The same where activations and weights are stored in half precision.
+HALF_TOLERANCE = 2e-2
+
+# Multiply-accumulates that an emulated processor does in a few seconds; larger networks are checked there on request.
+EMULATED_MACS = 2_000_000_000
+
+# The same for the kernels of a GPU on a processor, through OpenCL.
+INTERPRETED_MACS = 500_000_000
+
+
+@dataclass(frozen=True)
+class Built:
+    """An artifact and what it cost: seconds by phase and the largest resident memory of this process in bytes."""
+
+    artifact: Artifact
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+
+
+@dataclass
+class _Clock:
+    """Tells the listener of each phase and keeps its seconds."""
+
+    listener: Callable[[str], None] | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    _phase: str = ""
+    _since: float = 0.0
+
+    def start(self, phase: str) -> None:
+        now = time.perf_counter()
+        if self._phase:
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+        if self.listener and phase:
+            self.listener(phase)
+
+
+def build_network(
+    model: str | Path | torch.nn.Module | torch.export.ExportedProgram | Imported,
+    out: str | Path,
+    *,
+    target: str | Path | Target = "host",
+    weights: str | Path | None = None,
+    example_inputs: tuple[torch.Tensor, ...] | None = None,
+    threads: int | None = None,
+    check: bool | None = None,
+    options: Options | None = None,
+    debug_dump: str | Path | None = None,
+    logs_from: str | Path | None = None,
+    reuse: bool = False,
+    on_phase: Callable[[str], None] | None = None,
+) -> Built:
+    """Compile ``model`` for ``target`` into the artifact folder ``out``.
+
+    ``model`` is a name of the zoo, a ``.pt2`` or ``.onnx`` file, a network in memory (with ``example_inputs``), or one
+    that was imported before. ``check`` runs the built network against its source, on this machine or on the emulated
+    device; None does so unless that would take long. Tile sizes come from the target's tuning logs, or from those of
+    the target ``logs_from``. With ``reuse`` an intact artifact at ``out`` that the same network, target, options and
+    versions made is kept as it is. Raises DanceError for bad input, with nothing left behind.
+    """
+    machine = target if isinstance(target, Target) else load_target(target)
+    chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
+    chosen = replace(chosen, debug_dump=_dump_folder(debug_dump)) if debug_dump else chosen
+    source = load_target(logs_from) if logs_from else None
+    if chosen.tuning is None:
+        chosen = replace(chosen, tuning=tuned_tiles(machine, logs_from=source))
+    require_writable(out)  # told before any work is done
+    clock = _Clock(on_phase)
+
+    clock.start("import")
+    imported = _import(model, weights, example_inputs)
+    _dump(chosen.debug_dump, "imported", imported.mod)
+    manifest = _manifest(imported, machine, chosen, source)
+    if reuse and (standing := _made_of(out, manifest)):
+        clock.start("")
+        return Built(standing, clock.seconds, _peak_memory())
+    lowered = lower(imported.mod, machine, chosen, clock.start)
+    clock.start("compile")
+    executable, manifest.memory_peak_bytes = _compile(lowered, machine, chosen)
+    manifest.layers = lowered.layers
+    clock.start("generate and link code")
+
+    reference: dict[str, np.ndarray] = {}
+
+    def check_there(artifact: Artifact) -> Check:
+        clock.start("check")
+        insist = check is True
+        if machine.gpu:
+            return check_kernels(artifact, lowered, imported, insist=insist, reference=reference)
+        return check_artifact(artifact, imported, insist=insist, on_phase=clock.start, reference=reference)
+
+    linker = shared_library_linker(machine)
+    packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
+    artifact = write_artifact(
+        out,
+        lambda path: executable.export_library(str(path), fcompile=linker, **packing),
+        lowered.weights,
+        manifest,
+        check_there if check is not False else None,
+        reference,
+    )
+    clock.start("")
+    return Built(artifact, clock.seconds, _peak_memory())
+
+
+def _made_of(out: str | Path, manifest: Manifest) -> Artifact | None:
+    """The intact artifact at ``out`` if it was made of what ``manifest`` tells before anything is compiled."""
+    try:
+        standing = load_artifact(out)
+    except DanceError:
+        return None
+    told = ("name", "source_sha256", "inputs", "outputs", "target", "options", "versions")
+    same = all(getattr(standing.manifest, key) == getattr(manifest, key) for key in told)
+    return standing if same else None
+
+
+def _peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def check_artifact(
+    artifact: Artifact,
+    imported: Imported,
+    *,
+    insist: bool = False,
+    on_phase: Callable[[str], None] | None = None,
+    reference: dict[str, np.ndarray] | None = None,
+) -> Check:
+    """Run the artifact where its code runs, and its source here, on the same random input.
+
+    ``reference`` is filled with what a device's answers can be compared with later. Raises DanceError if they differ;
+    a device that is not there is recorded, and raised only with ``insist``.
+    """
+    from dance_tvm.device import emulator_available, open_device, prepare_emulator
+
+    spec, reason = _device_for(artifact.manifest, insist)
+    if spec == "emulator":
+        reason = emulator_available() or ""
+    inputs = random_inputs(artifact.manifest.inputs)
+    expected = imported.reference(inputs)
+    stored = {} if reference is None else reference
+    stored.update({f"output:{name}": np.asarray(array) for name, array in expected.items()})
+    if reason and insist:
+        raise DanceError(f"the build cannot be checked: {reason}; leave --check out to build without")
+    if reason:
+        return Check(status="not run", device=spec, reason=reason)
+    try:
+        if spec == "emulator":
+            prepare_emulator(on_phase or (lambda _sentence: None))
+        with open_device(spec) as device:
+            network = device.load(artifact)
+            found = network.run(inputs)
+            calls = network.kernels(inputs, repeats=0)
+    except DanceError as error:
+        if insist or spec == "local":
+            raise
+        return Check(status="not run", device=spec, reason=str(error))
+    check = _compare(artifact.manifest, found, expected, spec, TOLERANCE)
+    stored["kernels"] = np.array([[call.mean or 0.0, call.mean_size or 0.0] for call in calls])
+    return check
+
+
+def check_kernels(
+    artifact: Artifact,
+    lowered: Lowered,
+    imported: Imported,
+    *,
+    insist: bool = False,
+    reference: dict[str, np.ndarray] | None = None,
+) -> Check:
+    """Run the kernels of a network for a GPU, built for OpenCL, on this machine, and its source, on the same input.
+
+    The library itself needs its GPU; this shows that schedules and lists are right. Raises as ``check_artifact`` does.
+    """
+    from dance_tvm.device.opencl import OpenCLSession
+    from dance_tvm.device.opencl_network import OpenCLNetwork
+
+    manifest = artifact.manifest
+    inputs = random_inputs(manifest.inputs)
+    expected = imported.reference(inputs)
+    stored = {} if reference is None else reference
+    stored.update({f"output:{name}": np.asarray(array) for name, array in expected.items()})
+    if manifest.macs > INTERPRETED_MACS and not insist:
+        reason = f"{manifest.macs / 1e9:.1f} G multiply-accumulates take long on a processor: give --check"
+        return Check(status="not run", reason=reason)
+    try:
+        session = OpenCLSession(optimise=False, emulate_half=True)
+        found = OpenCLNetwork(session, lowered).run(list(inputs.values()))
+    except DanceError as error:
+        if insist:
+            raise
+        return Check(status="not run", reason=str(error))
+    tolerance = HALF_TOLERANCE if manifest.options.get("dtype") == "float16" else TOLERANCE
+    named = {tensor.name: array for tensor, array in zip(manifest.outputs, found, strict=True)}
+    return _compare(manifest, named, expected, f"{session.name} over OpenCL, the kernels alone", tolerance)
+
+
+def _import(model: Any, weights: str | Path | None, example_inputs: Any) -> Imported:
+    from dance_tvm.frontend import Imported, import_model
+
+    if isinstance(model, Imported):
+        return model
+    return import_model(model, weights=weights, example_inputs=example_inputs)
+
+
+def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, int]:
+    """The executable, and the bytes of all weights and planned activations."""
+    target = machine.tvm_target(options.threads)
+    planned: list[tvm.IRModule] = []
+    base = _gpu_pipeline(target) if machine.gpu else relax.get_pipeline("default_build")
+
+    @tvm.transform.module_pass(opt_level=0, name="PlanAndRemember")
+    def pipeline(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
+        planned.append(base(module))
+        return planned[-1]
+
+    with tvm.transform.PassContext(config=host_code_of(machine)):
+        executable = relax.build(lowered.mod, target, relax_pipeline=pipeline)
+    _dump(options.debug_dump, "planned", planned[0])
+    weights = _constant_bytes(lowered.mod) + sum(array.nbytes for array in lowered.weights.values())
+    return executable, weights + _planned_storage(planned[0])
+
+
+def host_code_of(machine: Target) -> dict[str, Any]:
+    """TVM's configuration for the functions that launch kernels of a GPU: they leave their arguments unchecked.
+
+    The virtual machine checks what it is given; behind it, types and shapes are the compiler's own, and the checks
+    would be most of what LLVM compiles.
+    """
+    return {"tirx.disable_assert": machine.gpu is not None}
+
+
+def _gpu_pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
+    """From kernels to the virtual machine; TVM's own pipeline for GPUs would schedule and fold once more."""
+    from tvm.relax.backend import gpu_generic
+
+    return tvm.transform.Sequential(gpu_generic.dataflow_lower_passes(target) + gpu_generic.finalize_passes(target))
+
+
+def _constant_bytes(mod: tvm.IRModule) -> int:
+    """Bytes of the constants inside ``main``."""
+    total = 0
+
+    def visit(node: Any) -> None:
+        nonlocal total
+        if isinstance(node, tvm.ir.GenericConst):
+            total += node.value.numpy().nbytes
+
+    relax.analysis.post_order_visit(mod["main"], visit)
+    return total
+
+
+def _planned_storage(mod: tvm.IRModule) -> int:
+    """Bytes of all storages of static size that ``main`` allocates."""
+    total = 0
+
+    def visit(node: Any) -> None:
+        nonlocal total
+        if isinstance(node, relax.Call) and getattr(node.op, "name", "") == "relax.vm.alloc_storage":
+            sizes = node.args[0]
+            if isinstance(sizes, relax.ShapeExpr):
+                with suppress(TypeError):  # a symbolic size is not known before the call
+                    total += int(np.prod([int(size) for size in sizes.values]))
+
+    relax.analysis.post_order_visit(mod["main"], visit)
+    return total
+
+
+def _manifest(imported: Imported, machine: Target, options: Options, logs_from: Target | None) -> Manifest:
+    """All that is known before anything is compiled."""
+    target = machine.tvm_target(options.threads)
+    chosen: dict[str, str] = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}
+    if options.dtype != "float32":
+        chosen["dtype"] = options.dtype
+    if logs_from is not None:
+        chosen["logs_from"] = logs_from.name
+    return Manifest(
+        name=imported.name,
+        source_sha256=imported.source_sha256,
+        inputs=[_tensor(spec) for spec in imported.inputs],
+        outputs=[_tensor(spec) for spec in imported.outputs],
+        target=BuiltFor(
+            name=machine.name,
+            machine=machine.link.machine,
+            tuning_log=machine.tuning_log,
+            fingerprint=machine.fingerprint,
+            tvm=machine.tvm,
+            host=machine.host,
+            threads=options.threads,
+            cpu_features=needed_flags(target),
+        ),
+        options=chosen,
+        versions={**versions(), "llvm": str(codegen.llvm_version_major())},
+        memory_peak_bytes=0,
+        check=Check(status="not run", reason="not asked for"),
+    )
+
+
+def _tensor(spec: Any) -> Tensor:
+    return Tensor(name=spec.name, shape=list(spec.shape), dtype=str(spec.dtype), meaning=spec.meaning)
+
+
+def _device_for(manifest: Manifest, insist: bool) -> tuple[str, str]:
+    """Where to check: a device's name and nothing, or nothing and the reason."""
+    target = manifest.target
+    kind = target.tvm["kind"]
+    if kind != "llvm":
+        return "", f"no device here runs {kind} code"
+    if target.machine == platform.machine() and not target.tvm.get("mtriple", "").endswith("android"):
+        return "local", ""
+    if target.machine != "aarch64":
+        return "", f"no device here runs {target.machine} code"
+    if manifest.macs > EMULATED_MACS and not insist:
+        return "", f"{manifest.macs / 1e9:.1f} G multiply-accumulates take long on an emulated device: give --check"
+    return "emulator", ""
+
+
+def _compare(
+    manifest: Manifest,
+    found: dict[str, np.ndarray],
+    expected: dict[str, np.ndarray],
+    device: str,
+    tolerance: float,
+) -> Check:
+    name, difference, allowed = worst_output(found, expected, tolerance)
+    if difference > allowed:
+        raise DanceError(
+            f"{manifest.name} as built for {manifest.target.name} differs from its source: output {name} by "
+            f"{difference:.3g} (allowed {allowed:.3g}); nothing was written, --debug-dump DIR shows each phase"
+        )
+    return Check(status="passed", device=device, difference=difference, allowed=allowed)
+
+
+def worst_output(
+    found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], tolerance: float = TOLERANCE
+) -> tuple[str, float, float]:
+    """The output that differs most of what it may: its name, its largest difference, and the largest allowed one.
+
+    Allowed is ``tolerance`` times the output's largest value (at least 1). What has another shape, or is not a number,
+    differs by infinity.
+    """
+    worst = "", 0.0, tolerance
+    for name, array in expected.items():
+        got, want = np.asarray(found[name], dtype=np.float64), np.asarray(array, dtype=np.float64)
+        allowed = tolerance * max(1.0, float(np.abs(want).max(initial=0.0)))
+        difference = float(np.abs(got - want).max(initial=0.0)) if got.shape == want.shape else math.inf
+        difference = math.inf if math.isnan(difference) else difference
+        if difference / allowed >= worst[1] / worst[2]:
+            worst = name, difference, allowed
+    return worst
+
+
+def _dump_folder(folder: str | Path) -> Path:
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DanceError(f"--debug-dump {path} cannot be made: {error.strerror}") from None
+    return path
+
+
+def _dump(folder: Path | None, name: str, mod: tvm.IRModule) -> None:
+    if folder is not None:
+        path = folder / f"{name}.py"
+        beside = path.with_suffix(f".new-{os.getpid()}")
+        beside.write_text(mod.script(show_meta=False), encoding="utf-8")
+        beside.replace(path)

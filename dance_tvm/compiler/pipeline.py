@@ -1,0 +1,168 @@
+"""The compiler's order of passes, read in one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from dance_tvm.artifact.layers import LayerInfo
+from dance_tvm.core.errors import DanceError
+from dance_tvm.lowering.gpu_windows import GpuLowering
+from dance_tvm.lowering.group_choice import group_cost
+from dance_tvm.lowering.lower_windows import LowerWindows
+from dance_tvm.schedules.cpu.spaces import TuningLog
+from dance_tvm.schedules.cpu.tiles import Machine, excess_cycles
+from dance_tvm.schedules.gpu.tiles import Gpu
+from dance_tvm.schedules.workload import Workload
+from dance_tvm.transform.channels_last import ChannelsLast
+from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
+from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
+from dance_tvm.transform.join_small import JoinSmall
+from dance_tvm.transform.lift_weights import LiftWeights
+from dance_tvm.transform.narrow_channels import NarrowChannels
+from dance_tvm.transform.schedule_rest import ScheduleRest
+
+if TYPE_CHECKING:
+    from dance_tvm.machines.target import Target
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a build may choose."""
+
+    threads: int = 1
+    numerics: Literal["fast", "exact"] = "fast"
+    conv: Literal["auto", "direct", "winograd"] = "auto"
+    sparsity: Literal["auto", "off"] = "auto"
+    debug_dump: Path | None = None
+    tuning: TuningLog | None = None
+    device_code: Literal["compiled", "source"] = "compiled"
+    dtype: Literal["float32", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A module ready for ``tvm.compile``, the decisions taken, and the weights lifted out of it (by parameter name).
+
+    ``workloads``: what the sizes of a layer's kernel were chosen for, by the layer's name; layers whose kernels have
+    nothing to choose are not there.
+    """
+
+    mod: tvm.IRModule
+    layers: list[LayerInfo] = field(default_factory=list)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    workloads: dict[str, Workload] = field(default_factory=dict)
+
+
+def lower(
+    mod: tvm.IRModule, target: Target, options: Options, on_phase: Callable[[str], None] | None = None
+) -> Lowered:
+    """Turn an imported Relax module into one whose every operator has a kernel for ``target``."""
+    machine, gpu = machine_of(target), gpu_of(target)
+    if options.dtype != "float32" and not (target.gpu and target.gpu.fp16):
+        raise DanceError(
+            f"{target.name} cannot store half precision: leave --dtype out, or name a GPU target with fp16"
+        )
+    lower_windows = LowerWindows(
+        gpu or machine,
+        sparsity=options.sparsity == "auto",
+        threads=options.threads,
+        tuning=options.tuning,
+        convolution="direct" if options.numerics == "exact" else options.conv,
+        lowering=partial(GpuLowering, dtype=options.dtype) if gpu else None,
+        group_cost=group_cost(target, options.threads, partial(excess_cycles, machine)),
+    )
+    lift_weights = LiftWeights()
+    narrow = [NarrowChannels()] if options.sparsity == "auto" else []
+    phases: list[tuple[str, list[tvm.transform.Pass]]] = [
+        (
+            "simplify",
+            [
+                relax.transform.CanonicalizeBindings(),
+                relax.transform.FoldConstant(),
+                relax.transform.DeadCodeElimination(),
+            ],
+        ),
+        ("fold batch norm", [FoldBatchNorm(), *narrow]),
+        (
+            "channels last",
+            [ChannelsLast(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
+        ),
+        ("sparse kernels", [lower_windows]),
+        (
+            "other operators",
+            [
+                relax.transform.DecomposeOpsForInference(),
+                relax.transform.LegalizeOps(),
+                relax.transform.AnnotateTIROpPattern(),
+                relax.transform.FuseOps(),
+                relax.transform.FuseTIR(),
+                relax.transform.DeadCodeElimination(),
+                ScheduleRestForGpu() if gpu else ScheduleRest(machine.vector_floats, options.threads),
+                *([] if gpu else [JoinSmall()]),
+            ],
+        ),
+        ("lift weights", [lift_weights]),
+    ]
+    with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
+        for number, (phase, passes) in enumerate(phases):
+            if on_phase:
+                on_phase(phase)
+            for each in passes:
+                mod = each(mod)
+            if options.debug_dump is not None:
+                _dump(mod, options.debug_dump, number, phase)
+    told = narrow[0].told if narrow else {}
+    layers = [_with_reason(layer, told.get(layer.name, "")) for layer in lower_windows.layers]
+    return Lowered(mod, layers, lift_weights.weights, lower_windows.workloads)
+
+
+def _with_reason(layer: LayerInfo, reason: str) -> LayerInfo:
+    """``layer`` with one more thing that was decided about it."""
+    joined = "; ".join(part for part in (reason, layer.reason) if part)
+    return layer.model_copy(update={"reason": joined})
+
+
+def machine_of(target: Target) -> Machine:
+    """What tile sizes follow from, read off the target."""
+    arm = "aarch64" in str(target.tvm.get("mtriple", "")) or (target.host is None and "neon" in str(target.tvm))
+    cores = [core.max_ghz * core.fma_per_cycle for core in target.clusters]
+    return Machine(
+        target.vector.floats,
+        target.vector.registers,
+        target.caches.l1d,
+        target.caches.l2,
+        broadcast_loads=not arm,
+        l3=target.caches.l3,
+        gflops=2 * target.vector.floats * max(cores),
+        memory_gb_per_s=target.memory_gb_per_s,
+    )
+
+
+def gpu_of(target: Target) -> Gpu | None:
+    """What tiles of a GPU follow from, read off the target; None for a CPU."""
+    facts = target.gpu
+    if facts is None:
+        return None
+    return Gpu(
+        facts.units,
+        facts.warp,
+        facts.unit_threads,
+        facts.block_threads,
+        facts.registers,
+        facts.block_registers,
+        facts.shared,
+        facts.block_shared,
+    )
+
+
+def _dump(mod: tvm.IRModule, folder: Path, number: int, phase: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{number}-{phase.replace(' ', '-')}.py").write_text(mod.script(show_meta=False), encoding="utf-8")

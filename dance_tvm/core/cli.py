@@ -1,0 +1,140 @@
+"""The ``dance-tvm`` command: a table of commands, each a module of its own that is imported only when called."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+import typer
+
+from dance_tvm.core.errors import DanceError, DanceWarning
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+# name: (module, what it does). A module offers ``app``, a typer.Typer; one that is not there is not listed.
+COMMANDS = {
+    "build": ("dance_tvm.build", "Compile a trained network into a verified artifact."),
+    "run": ("dance_tvm.run", "Run an artifact on a device: arrays in, arrays out."),
+    "targets": ("dance_tvm.show_targets", "List the machines that networks can be built for."),
+    "train": ("dance_tvm.train", "Train or prune a sparse network."),
+    "tune": ("dance_tvm.tune", "Search the fastest kernels for a network on a real device."),
+    "logs": ("dance_tvm.logs", "Check, merge and show tuning logs."),
+    "bench": ("dance_tvm.bench", "Time an artifact on a device, by clip and by layer."),
+    "report": ("dance_tvm.report", "Turn measurements into a page to look at."),
+    "device": ("dance_tvm.devices", "List and watch the devices of a tracker."),
+    "doctor": ("dance_tvm.doctor", "Say what works on this machine, and what mends the rest."),
+}
+
+
+def main() -> NoReturn:
+    """Entry point of the console script."""
+    start(_table_of_commands(), "dance-tvm")
+
+
+def application(**options: Any) -> typer.Typer:
+    """What a command's module offers as ``app``: ``start`` tells its errors, so typer leaves them alone."""
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, **options)
+
+
+def start(app: typer.Typer, name: str, arguments: list[str] | None = None) -> NoReturn:
+    """Run a command to its end: bad input is one sentence and exit code 2, Ctrl-C is exit code 130.
+
+    Where our own warnings come from in the code is left out of what is printed.
+    """
+    located = warnings.formatwarning
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any, **context: Any) -> str:
+        own = issubclass(category, DanceWarning)
+        return f"warning: {message}\n" if own else located(message, category, *where, **context)
+
+    warnings.formatwarning = shown
+    with plain_errors():
+        app(args=arguments, prog_name=name)
+    sys.exit(0)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn what the user can mend into one sentence and an exit code, and a request to end into a clean unwinding."""
+    previous = signal.signal(signal.SIGTERM, _terminated)
+    asked_to_stop = False
+
+    def interrupt(_number: int, _frame: Any) -> NoReturn:
+        nonlocal asked_to_stop
+        asked_to_stop = True
+        raise KeyboardInterrupt
+
+    at_ctrl_c = signal.getsignal(signal.SIGINT)
+    if at_ctrl_c is signal.default_int_handler:  # a command started in the background may be told to ignore it
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except DanceError as error:
+        _fail(str(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # how typer ends on Ctrl-C, without a word
+            _fail("interrupted", INTERRUPTED)
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(f"no space left on the disk ({error.filename or 'writing'}): free some and try again", BAD_INPUT)
+    except Exception:
+        if asked_to_stop:  # a library's threads give a KeyboardInterrupt back as an error of their own
+            _fail("interrupted", INTERRUPTED)
+        raise
+    finally:
+        signal.signal(signal.SIGINT, at_ctrl_c)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _terminated(number: int, _frame: Any) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def _table_of_commands() -> typer.Typer:
+    summary = "Trained, sparse 3D CNNs compiled to small, fast, verified artifacts."
+    app = application(help=summary, no_args_is_help=True)
+    app.callback()(_options)
+    # Every word after the command's name is the command's own, --help too.
+    context = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    for name, (module, summary) in COMMANDS.items():
+        if find_spec(module) is not None:
+            app.command(name, help=summary, context_settings=context, add_help_option=False)(_forward(name, module))
+    return app
+
+
+def _forward(name: str, module: str) -> Callable[[typer.Context], None]:
+    def command(context: typer.Context) -> None:
+        importlib.import_module(module).app(args=context.args, prog_name=f"dance-tvm {name}")
+
+    return command
+
+
+def _options(
+    version: bool = typer.Option(False, "--version", help="Print the version and end.", is_eager=True),
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"dance-tvm {installed('dance-tvm')}")
+        raise typer.Exit
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Live streams: a network built in its streaming form, one frame a call, its state kept between calls.
+
+Such a network takes a frame and state tensors and gives scores and the next state, in the same order and of the same
+shapes (`dance_tvm.sparsity.dstep.network.Stream` is one). The state lives in the session, not in the loaded network,
+so several sessions may share one; its tensors stay on the device from frame to frame.
+
+    with open_device("local") as device:
+        session = StreamSession(device.load(load_artifact("artifacts/resnet18-stream")))
+        for frame in frames:
+            scores = session.step(frame)      # of the frames so far
+        session.reset()                       # the next frame is a first one again
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dance_tvm.core.errors import DanceError
+from dance_tvm.device.session import LoadedNetwork
+
+
+class StreamSession:
+    """One stream through `network`; before the first frame its state is zero.
+
+    Raises DanceError where the network is not of the streaming form: its outputs after the first must have the shapes
+    and types of its inputs after the first.
+    """
+
+    def __init__(self, network: LoadedNetwork) -> None:
+        self._network = network
+        inputs, outputs = network.manifest.inputs, network.manifest.outputs
+        kinds = [[(tensor.shape, tensor.dtype) for tensor in side[1:]] for side in (inputs, outputs)]
+        if len(inputs) < 2 or kinds[0] != kinds[1]:
+            raise DanceError(
+                f"{network.manifest.name} is no streaming network: its outputs after the first are not its "
+                "next state; build the network's streaming form"
+            )
+        self._frame, *self._state_in = inputs
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every frame seen."""
+        self._state: list[Any] = [np.zeros(tensor.shape, tensor.dtype) for tensor in self._state_in]
+
+    def step(self, frame: np.ndarray) -> np.ndarray:
+        """The network's first output after one more frame, which has the shape of the network's first input.
+
+        Raises DanceError for another shape; the state is then as it was.
+        """
+        if list(frame.shape) != list(self._frame.shape):
+            raise DanceError(f"a frame of this stream has shape {tuple(self._frame.shape)}, not {frame.shape}")
+        state = {tensor.name: value for tensor, value in zip(self._state_in, self._state, strict=True)}
+        scores, self._state = self._network.step({self._frame.name: frame, **state})
+        return scores

@@ -1,0 +1,1 @@
+"""What is zero, and what nobody reads."""

@@ -1,0 +1,89 @@
+"""Which lists pay: those of channels where every sample of a batch has its own, and those of positions of the input.
+
+Lists of channels that differ between the samples (D-STEP's frames, clips of a batch) split a layer into one run a
+sample, each of which packs the weights of its channels and streams them again. With few positions a sample that costs
+more than the skipped multiply-adds; then the layer runs over the whole batch and masks do their work elsewhere.
+
+Dead positions of the input remove taps from the positions that would read them, in direct kernels alone: Winograd's
+tiles read through all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+from dance_tvm.liveness.masks import Live
+from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
+from dance_tvm.schedules.cpu.row_plan import MOST_DYNAMIC_POSITION_TAPS, RowPlan
+from dance_tvm.schedules.cpu.tiles import Machine, default_tile
+from dance_tvm.schedules.cpu.winograd_choice import axis_densities, best, direct_seconds, why_not, winograd_seconds
+
+from .sites import Site, SiteLists
+
+#: Lists must be predicted to take at most this share of the time without them, in the mean over the masks that are
+#: expected (``winograd_choice.ASSUMED_LEFT``); with masks that leave everything they cost a little.
+WORTH_LISTING = 0.92
+
+
+@dataclass(frozen=True)
+class SampleLists:
+    """Decides for a machine and a number of threads; ``convolution`` is auto, direct or winograd."""
+
+    machine: Machine
+    threads: int
+    convolution: str
+
+    def __call__(self, site: Site, alive: Live, wanted: Live) -> SiteLists:
+        """Which of the lists that masks allow the site walks."""
+        window = site.window
+        there = SiteLists(
+            alive.channels is not None, wanted.channels is not None, positions_of_input(site, alive) is not None
+        )
+        if site.groups > 1 or site.linear:
+            return SiteLists(there.inputs, there.outputs, False)
+        shared = window.batch == 1  # one sample's lists of channels cost nothing but themselves
+        channels = [(there.inputs, there.outputs)]
+        if not shared:
+            channels = list(product({False, there.inputs}, {False, there.outputs}))
+        plain = SiteLists(*channels[0] if shared else (False, False), False)
+        options = [SiteLists(*listed, skips) for listed in channels for skips in {False, there.positions}]
+        if options == [plain]:
+            return plain
+        seconds = {lists: self._seconds(site, alive, wanted, lists) for lists in options}
+        fastest = min(seconds, key=lambda lists: seconds[lists])
+        return fastest if seconds[fastest] < WORTH_LISTING * seconds[plain] else plain
+
+    def _seconds(self, site: Site, alive: Live, wanted: Live, lists: SiteLists) -> float:
+        """Predicted time of the faster of the direct and the Winograd kernel."""
+        window, machine = site.window, self.machine
+        tile = default_tile(machine, window, site.channels_in, site.channels_out)
+        plan = RowPlan(
+            window,
+            tile.mr,
+            tile.block_tiles,
+            tile.segment_taps,
+            window.batch if lists.inputs or lists.outputs else 1,
+            alive.frames is not None,
+            wanted.frames is not None,
+            None if wanted.positions is None else (wanted.positions.shape[0], wanted.positions.shape[1]),
+            positions_of_input(site, alive) if lists.positions else None,
+        )
+        conv = GatherConv(window, site.channels_in, site.channels_out, 1, tile, plan, lists.inputs, lists.outputs)
+        # All axes that masks thin, whichever of them the kernel makes use of: they leave the expected share together.
+        axes = (alive.channels, alive.frames, positions_of_input(site, alive), *vars(wanted).values())
+        densities = axis_densities(axes)
+        direct = direct_seconds(conv, machine, self.threads, densities)
+        if self.convolution == "direct" or why_not(conv):
+            return direct
+        found = best(conv, machine, self.threads, densities)
+        return min(direct, winograd_seconds(found, machine, self.threads, densities)) if found else direct
+
+
+def positions_of_input(site: Site, alive: Live) -> tuple[int, int] | None:
+    """How many clips and frames the mask of the input's positions tells apart; None where no kernel can use it."""
+    window = site.window
+    whole_frames = (window.kernel[0], window.stride[0], window.padding[0]) == (1, 1, 0)
+    if alive.positions is None or not whole_frames or window.taps > MOST_DYNAMIC_POSITION_TAPS:
+        return None
+    return alive.positions.shape[0], alive.positions.shape[1]

@@ -1,0 +1,268 @@
+"""Where a sparse kernel goes: a convolution, linear layer or pool with everything that is fused behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from tvm import relax
+
+from dance_tvm.liveness.masks import EVERYWHERE, Live
+from dance_tvm.liveness.relax_graph import Liveness
+from dance_tvm.schedules.cpu.row_plan import MOST_DYNAMIC_FRAME_TAPS
+from dance_tvm.schedules.geometry import Window
+from dance_tvm.transform.graph import Graph, constant, dtype_of, is_tensor, shape_of
+
+from .windows import CONVOLUTIONS, POOLS, window_of
+
+#: Relax operators that a kernel applies before it stores, by the name the schedules use.
+FUSED_ACTIVATIONS = {"nn.relu": "relu", "sigmoid": "sigmoid", "nn.silu": "silu", "nn.relu6": "relu6"}
+
+
+class SiteLists(NamedTuple):
+    """Which lists a kernel walks where masks allow them: live input and output channels, and living input positions."""
+
+    inputs: bool = True
+    outputs: bool = True
+    positions: bool = False
+
+
+@dataclass
+class Site:
+    """A convolution or linear layer: ``end`` is the last binding that its kernel replaces."""
+
+    start: relax.Var
+    end: relax.Var
+    data: relax.Var
+    weight: np.ndarray  # (C_out, C_in / groups, KT, KH, KW)
+    window: Window
+    groups: int = 1
+    bias: np.ndarray | None = None
+    residual: relax.Var | None = None
+    activation: str = ""
+    absorbed: list[relax.Var] = field(default_factory=list)
+    masked: bool = False
+    lists: SiteLists = field(default_factory=SiteLists)
+    unlisted: list[str] = field(default_factory=list)
+
+    @property
+    def linear(self) -> bool:
+        """Whether it came from a matrix product."""
+        return self.weight.ndim == 2
+
+    @property
+    def channels_out(self) -> int:
+        """Output channels."""
+        return int(self.weight.shape[0])
+
+    @property
+    def channels_in(self) -> int:
+        """Input channels."""
+        return int(self.weight.shape[1]) * self.groups
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the dense layer, padding included, as papers count them."""
+        return self.window.positions_out * self.window.taps * self.channels_out * int(self.weight.shape[1])
+
+
+#: Which lists a site walks, its input alive and its output wanted there.
+Lists = Callable[[Site, Live, Live], SiteLists]
+
+
+@dataclass
+class Sites:
+    """All sites of a graph, and which bindings they replace."""
+
+    graph: Graph
+    liveness: Liveness
+    by_end: dict[relax.Var, Site] = field(default_factory=dict)
+    inside: set[relax.Var] = field(default_factory=set)
+    aliases: dict[relax.Var, relax.Var] = field(default_factory=dict)
+    by_start: dict[relax.Var, Site] = field(default_factory=dict)
+    #: Whether pools leave out dead positions of their input themselves.
+    pools_skip: bool = False
+    #: What chains over frames begin with, and their bindings: their kernel reads it under masks of its own.
+    chained: dict[relax.Var, set[relax.Var]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(graph: Graph, liveness: Liveness, lists: Lists | None = None, *, pools_skip: bool = False) -> Sites:
+        """Find every site, extended as far as its kernel can carry on; ``lists`` decides what each lists."""
+        sites = Sites(graph, liveness, pools_skip=pools_skip)
+        for var in graph.order:
+            site = _start(graph, var)
+            if site is not None:
+                sites.by_start[site.start] = site
+                if lists is not None:
+                    alive, wanted = sites.alive(site), sites.wanted(site)
+                    site.lists = lists(site, alive, wanted)
+                    listed = {"input": (alive, site.lists.inputs), "output": (wanted, site.lists.outputs)}
+                    site.unlisted = [side for side, (live, on) in listed.items() if live.channels and not on]
+                sites._extend(site)
+                sites.by_end[site.end] = site
+                sites.inside.update([site.start, *site.absorbed])
+                sites.inside.discard(site.end)
+        sites._find_aliases()
+        return sites
+
+    # -- extension -------------------------------------------------------------------------------------------------
+
+    def _extend(self, site: Site) -> None:
+        graph = self.graph
+        while (reader := graph.only_reader(site.end)) is not None and self._absorb(site, reader):
+            site.absorbed.append(reader)
+            site.end = reader
+
+    def _absorb(self, site: Site, reader: relax.Var) -> bool:
+        """Take ``reader`` into the kernel if it can be."""
+        graph = self.graph
+        name = graph.op(reader)
+        if not name or not is_tensor(reader) or shape_of(reader) != shape_of(site.end):
+            return False
+        if reader in self.inside or reader in self.by_end:  # another site's: one that adds a shortcut's convolution
+            return False
+        if name == "multiply":
+            return self._absorb_mask(site, reader)
+        if site.activation or site.masked:
+            return False
+        if name in FUSED_ACTIVATIONS:
+            site.activation = FUSED_ACTIVATIONS[name]
+            return True
+        if name == "add":
+            return self._absorb_add(site, reader)
+        return False
+
+    def _absorb_add(self, site: Site, reader: relax.Var) -> bool:
+        left, right = self.graph.call(reader).args
+        other = right if left.same_as(site.end) else left
+        value = constant(other)
+        if value is not None:
+            per_channel = value.size == 1 or (value.size == site.channels_out and value.shape[-1] == value.size)
+            if not per_channel or site.residual is not None:
+                return False
+            added = np.broadcast_to(value.reshape(-1), (site.channels_out,)).astype("float64")
+            site.bias = added + (0 if site.bias is None else site.bias)
+            return True
+        whole = is_tensor(other) and shape_of(other) == shape_of(reader) and dtype_of(other) == "float32"
+        if not whole or site.residual is not None or other.same_as(site.end) or site.linear:
+            return False
+        if site.start in self.liveness.before and other not in self.liveness.before[site.start]:
+            return False
+        site.residual = other
+        return True
+
+    def _absorb_mask(self, site: Site, reader: relax.Var) -> bool:
+        left, right = self.graph.call(reader).args
+        other = right if left.same_as(site.end) else left
+        if not isinstance(other, relax.Var) or site.linear or shape_of(other) == shape_of(reader):
+            return False
+        mask = self.liveness.mask(other, reader)
+        known = self.liveness.before[site.start]
+        if mask is None or mask.early(known) != mask:
+            return False
+        if mask.channels is not None and (site.groups > 1 or not site.lists.outputs):
+            return False
+        site.masked = True
+        return True
+
+    # -- who reads ---------------------------------------------------------------------------------------------------
+
+    def _find_aliases(self) -> None:
+        """Multiplies by masks that kernels apply themselves, by not reading."""
+        graph = self.graph
+        for var in reversed(graph.order):
+            if graph.op(var) != "multiply" or var in self.inside or var in self.by_end or var in graph.outputs:
+                continue
+            source, mask = self._masked_source(var)
+            if source is None or mask is None:
+                continue
+            if all(self._skips(reader, var, mask) for reader in graph.readers[var]):
+                self.aliases[var] = source
+
+    def _masked_source(self, var: relax.Var) -> tuple[relax.Var | None, Live | None]:
+        for data, other in (self.graph.call(var).args, list(self.graph.call(var).args)[::-1]):
+            if isinstance(data, relax.Var) and is_tensor(data) and shape_of(data) == shape_of(var):
+                mask = self.liveness.mask(other, var) if shape_of(other) != shape_of(var) else None
+                if mask is not None:
+                    return data, mask
+        return None, None
+
+    def _skips(self, reader: relax.Var, var: relax.Var, mask: Live) -> bool:
+        if reader in self.aliases:
+            return all(self._skips(after, reader, mask) for after in self.graph.readers[reader])
+        if self.pools_skip and self.graph.op(reader) in POOLS and window_of(self.graph, reader) is not None:
+            beyond = Live(channels=mask.channels)  # a pool's own channels are dead where its input's are
+            return mask.channels is None or (
+                reader not in self.graph.outputs
+                and all(self._skips(after, reader, beyond) for after in self.graph.readers[reader])
+            )
+        site = self.by_start.get(reader)
+        if site is None or not site.data.same_as(var) or site.groups > 1:
+            return False
+        if mask.channels is not None and not site.lists.inputs:
+            return False
+        if mask.positions is not None and not site.lists.positions:
+            return False
+        return mask.frames is None or site.window.kernel[0] <= MOST_DYNAMIC_FRAME_TAPS
+
+    def needs_zeros(self, var: relax.Var) -> bool:
+        """Whether some reader of ``var`` looks at elements that were left out, and must find zeros there."""
+        if var in self.graph.outputs:
+            return True
+        return any(not self._careful(reader, var) for reader in self.graph.readers[var])
+
+    def needs_zero_positions(self, var: relax.Var) -> bool:
+        """The same for positions that were left out in frames that were not, which convolutions read as zeros."""
+        return var in self.graph.outputs or not self.chained.get(var, set()).issuperset(self.graph.readers[var])
+
+    def _careful(self, reader: relax.Var, var: relax.Var) -> bool:
+        """Whether ``reader`` only looks where ``var`` is alive and read."""
+        name = self.graph.op(reader)
+        if reader in self.aliases or reader in self.chained.get(var, ()):
+            return True
+        if name in CONVOLUTIONS:
+            dynamic = shape_of(self.graph.call(reader).args[1])[2] <= MOST_DYNAMIC_FRAME_TAPS
+            grouped = int(self.graph.call(reader).attrs.groups) > 1
+            if reader in self.by_start and not self.by_start[reader].lists.inputs:
+                return False
+            return self.graph.call(reader).args[0].same_as(var) and dynamic and not grouped
+        return name in POOLS and window_of(self.graph, reader) is not None and not self.needs_zeros(reader)
+
+    def wanted(self, site: Site) -> Live:
+        """What the site's kernel computes."""
+        if site.linear:
+            return EVERYWHERE
+        live = self.liveness.read[site.start].early(self.liveness.before[site.start])
+        return live if site.groups == 1 and site.lists.outputs else Live(live.frames, live.positions)
+
+    def alive(self, site: Site) -> Live:
+        """What the site's kernel knows to be zero of its input."""
+        if site.linear:
+            return EVERYWHERE
+        live = self.liveness.alive_in(site.data)
+        return live if site.lists.inputs else Live(live.frames, live.positions)
+
+
+def _start(graph: Graph, var: relax.Var) -> Site | None:
+    """The site that begins at ``var``, if it is a convolution or matrix product with constant float32 weights."""
+    name = graph.op(var)
+    if name not in CONVOLUTIONS and name != "matmul":
+        return None
+    call = graph.call(var)
+    data, weight = call.args[0], constant(call.args[1])
+    if weight is None or weight.dtype != np.float32 or not isinstance(data, relax.Var) or not is_tensor(data):
+        return None
+    if dtype_of(data) != "float32":
+        return None
+    if name == "matmul":
+        if weight.ndim != 2 or len(shape_of(data)) < 2:
+            return None
+        rows = int(np.prod(shape_of(data)[:-1]))
+        return Site(var, var, data, weight.T, Window(rows, (1, 1, 1), (1, 1, 1), (1, 1, 1)))
+    window = window_of(graph, var)
+    if window is None:
+        return None
+    full = weight.reshape(*weight.shape[:2], *window.kernel)
+    return Site(var, var, data, full, window, int(call.attrs.groups))

@@ -1,0 +1,1 @@
+"""Facts about machines: targets (TOML), this host, GPUs."""

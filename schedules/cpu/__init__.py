@@ -1,0 +1,1 @@
+"""Kernels of processors: TIR with channels innermost, and their tuning spaces."""

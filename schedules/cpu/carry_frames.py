@@ -1,0 +1,126 @@
+"""What a frame takes over from the one before: ``y[t] = x[t] + y[t - 1]``, each under masks, in one pass (D-STEP's
+equation 1).
+
+A value is read where its masks keep it and counts as zero elsewhere, whatever lies there: the kernel that wrote ``x``
+need not clear what it left out. The running value of a line of positions stays in the first-level cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm import tirx
+
+from ..emit import Expr, argument, choose, flat, kernel, lanes, let, number, parallel, scratch, serial, splat, store
+
+
+@dataclass(frozen=True)
+class Carry:
+    """``frames`` frames of ``count`` clips, (frames · count, height, width, channels), frame-major.
+
+    Of ``fresh`` (x), ``taken`` (y of the frame before) and ``kept`` (what is stored of y), each names the masks that it
+    is under: "positions" (frames · count, height, width) and "channels" (frames · count, channels). ``before``: a value
+    of the frame before the first one is given, else there is none.
+    """
+
+    frames: int
+    count: int
+    height: int
+    width: int
+    channels: int
+    vector_floats: int
+    fresh: tuple[str, ...]
+    taken: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+    before: bool = False
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as docs/kernels.md decodes it."""
+        return f"carry_frames_f32_v{self.vector_floats}"
+
+    @property
+    def masks(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """Shapes of the float32 masks by what they are of and their axis, in the order of the parameters."""
+        total = self.frames * self.count
+        shapes = {"positions": (total, self.height, self.width), "channels": (total, self.channels)}
+        named = {"fresh": self.fresh, "taken": self.taken, "kept": self.kept}
+        return {(of, axis): shapes[axis] for of, axes in named.items() for axis in axes}
+
+
+def carry_frames(carry: Carry) -> tirx.PrimFunc:
+    """Emit the kernel: x, the masks, where asked for before (count, height, width, channels), and y."""
+    shape = (carry.frames * carry.count, carry.height, carry.width, carry.channels)
+    with kernel(carry.name) as built:
+        x = argument("x", shape)
+        masks = {key: argument("_".join(key), extents) for key, extents in carry.masks.items()}
+        before = argument("before", (carry.count, *shape[1:])) if carry.before else None
+        y = argument("y", shape)
+        emitter = _Emitter(carry, flat(x), masks, flat(y))
+        with parallel(carry.count * carry.height) as line:
+            emitter.line(line, None if before is None else flat(before))
+    return built.func
+
+
+class _Emitter:
+    def __init__(self, carry: Carry, x: tirx.Buffer, masks: dict[tuple[str, str], tirx.Buffer], y: tirx.Buffer) -> None:
+        self.carry, self.x, self.masks, self.y = carry, x, masks, y
+
+    def line(self, line: Expr, before: tirx.Buffer | None) -> None:
+        """One line of positions of one clip, frame after frame."""
+        carry = self.carry
+        floats = carry.width * carry.channels
+        running = scratch((floats,))
+
+        def begin(at: Expr, count: int) -> None:
+            value = number(0.0, count) if before is None else before[lanes(line * floats + at, count)]
+            store(running, value, lanes(at, count))
+
+        self._each_vector(floats, begin)
+        clip, row = let(tirx.floordiv(line, carry.height)), let(tirx.floormod(line, carry.height))
+        with serial(carry.frames) as t, serial(carry.width) as column:
+            frame = let(t * carry.count + clip)
+            target = let(((frame * carry.height + row) * carry.width + column) * carry.channels)
+            self._position((frame, row, column), let(column * carry.channels), target, running)
+
+    def _each_vector(self, floats: int, visit: Callable[[Expr, int], None]) -> None:
+        """Call ``visit(first, lanes)`` over ``floats`` values: whole vectors, then the rest one by one."""
+        size = self.carry.vector_floats
+        whole = floats // size
+        if whole:
+            with serial(whole) as vector:
+                visit(let(vector * size), size)
+        if floats % size:
+            with serial(floats % size) as rest:
+                visit(let(whole * size + rest), 1)
+
+    def _position(self, at: tuple[Expr, Expr, Expr], here: Expr, target: Expr, running: tirx.Buffer) -> None:
+        """All channels of one position of one frame; ``here`` and ``target`` are its places in the line and in y."""
+        alive = {of: let(mask[at]) for (of, axis), mask in self.masks.items() if axis == "positions"}
+
+        def merge(channel: Expr, count: int) -> None:
+            def under(of: str, value: Expr) -> Expr:
+                """``value`` where the masks of ``of`` keep it, else zero."""
+                mask = splat(alive[of], count) if of in alive else number(1.0, count)
+                if (of, "channels") in self.masks:
+                    mask = mask * self.masks[of, "channels"][at[0], lanes(channel, count)]
+                return tirx.Select(mask != number(0.0, count), value, number(0.0, count))
+
+            fresh = under("fresh", self.x[lanes(target + channel, count)])
+            value = let(fresh + under("taken", running[lanes(here + channel, count)]))
+            store(running, value, lanes(here + channel, count))
+            store(self.y, under("kept", value), lanes(target + channel, count))
+
+        def clear(channel: Expr, count: int) -> None:
+            store(running, number(0.0, count), lanes(here + channel, count))
+            store(self.y, number(0.0, count), lanes(target + channel, count))
+
+        if {"fresh", "taken"} <= alive.keys():
+            some = alive["fresh"] + alive["taken"] != number(0.0)
+            choose(some, lambda: self._each_channel(merge), lambda: self._each_channel(clear))
+        else:
+            self._each_channel(merge)
+
+    def _each_channel(self, visit: Callable[[Expr, int], None]) -> None:
+        self._each_vector(self.carry.channels, visit)

@@ -1,0 +1,385 @@
+"""The gathered convolution: an implicit GEMM that walks index lists (`docs/kernels.md`).
+
+``Y[row_out, oc] = act(bias[oc] + Σ X[row_in + offset(tap), channel] · W[oc, tap, channel] + residual[row_out, oc])``
+over the segments of a :class:`~.row_plan.RowPlan` and a list of live input channels. A tile of ``mr`` rows × ``nr``
+output channels is accumulated in registers; its partial sums wait in a block-sized buffer between segments, so that
+the weights of one segment are reused from the first-level cache by every tile of the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+
+from ..convolution import Convolution
+from ..emit import (
+    ACTIVATIONS,
+    INT,
+    Expr,
+    argument,
+    big,
+    ceil_div,
+    choose,
+    flat,
+    kernel,
+    lane,
+    lanes,
+    let,
+    parallel,
+    scratch,
+    serial,
+    splat,
+    store,
+    when,
+)
+from .channel_plan import channel_list_shape
+from .dead_outputs import zero_dead
+from .panel_weights import PanelWeights, WeightPanel, are_consecutive
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile sizes of one kernel.
+
+    ``mr`` rows × ``vectors`` vectors of ``vector_floats`` lanes are accumulated in registers; ``step`` input channels
+    are loaded as one vector per row (1 where single values are broadcast from memory); ``block_tiles`` tiles share
+    their pass over the weights; ``segment_taps`` taps of ``depth_block`` input channels are accumulated before partial
+    sums are put back. Threads share out panels of output channels first where ``panels_outer``, else blocks of rows.
+    """
+
+    mr: int
+    vectors: int
+    vector_floats: int
+    step: int
+    block_tiles: int
+    segment_taps: int
+    depth_block: int = 1 << 30
+    panels_outer: bool = False
+
+    @property
+    def nr(self) -> int:
+        """Output channels of one tile."""
+        return self.vectors * self.vector_floats
+
+
+@dataclass(frozen=True)
+class GatherConv(Convolution):
+    """A convolution for the tiles of a CPU.
+
+    With ``live_in`` the input holds the live channels alone, side by side (:mod:`~.compact_channels`). With either list
+    of channels, the weights of a block are gathered into a panel before they are used.
+    """
+
+    tile: Tile
+
+    @property
+    def compact_in(self) -> bool:
+        """Whether the kernel takes its input compacted to the live channels."""
+        return self.live_in
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as docs/kernels.md decodes it."""
+        step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
+        return f"conv3d_gather{self.marks}_f32_mr{self.tile.mr}_nr{self.tile.nr}{step}"
+
+    @property
+    def bias_size(self) -> int:
+        """Length of the packed bias."""
+        return self.channels_out if self.live_out else self.panels * self.tile.nr
+
+    def pack_bias(self, bias: np.ndarray) -> np.ndarray:
+        """Pad the bias of each group to whole panels."""
+        if self.live_out:
+            return np.ascontiguousarray(bias, "float32")
+        padded = np.zeros((self.groups, self.bias_size // self.groups), "float32")
+        padded[:, : self.group_out] = bias.reshape(self.groups, self.group_out)
+        return padded.reshape(-1)
+
+
+def conv3d_gather(conv: GatherConv) -> tirx.PrimFunc:
+    """Emit the kernel.
+
+    Parameters in order: x (N, T, H, W, C_in), compacted where ``compact_in`` says so, weights, bias, tap entries
+    (entries, 2), the five lists of the row plan, then where asked for: in_channels and out_channels
+    (:mod:`~.channel_plan`), out_frames, positions (masks, for ``zero_dead``), residual, and y (N, T, H, W, C_out).
+    """
+    with kernel(conv.name) as built:
+        GatherEmitter(conv).emit()
+    return built.func
+
+
+class GatherEmitter:
+    """The kernel's parts, from its signature down to the multiply-add."""
+
+    def __init__(self, conv: GatherConv) -> None:
+        self.conv = conv
+        self.tile = conv.tile
+        #: Whether a panel is any ``nr`` live output channels, or ``nr`` consecutive ones.
+        self.listed_panels = conv.live_out
+        self.in_channels: Any = None
+        self.out_channels: Any = None
+
+    def emit(self) -> None:
+        conv = self.conv
+        self._declare()
+        if conv.zero_dead:
+            zero_dead(conv, self.masks, self.y)
+        with serial(conv.plan.samples) as sample:
+            blocks = let(self.counts[sample, 0])
+            panels = self.panel_weights.live_panels(sample, conv.panels)
+            with parallel(blocks * panels) as task:
+                if self.tile.panels_outer:
+                    panel, block = let(tirx.floordiv(task, blocks)), let(tirx.floormod(task, blocks))
+                else:
+                    block, panel = let(tirx.floordiv(task, panels)), let(tirx.floormod(task, panels))
+                self._block(sample, block, panel)
+
+    def _declare(self) -> None:
+        conv, plan = self.conv, self.conv.plan
+        window = conv.window
+        x = argument("x", (window.batch, *window.size, conv.channels_in))
+        weights = argument("weights", conv.weight_shape)
+        self.bias = argument("bias", (conv.bias_size,))
+        self.taps = argument("tap_entries", plan.tap_entries.shape, INT)
+        shapes = plan.shapes
+        self.rows_in = argument("rows_in", shapes["rows_in"], INT)
+        self.rows_out = argument("rows_out", shapes["rows_out"], INT)
+        self.segments = argument("segments", shapes["segments"], INT)
+        self.blocks = argument("blocks", shapes["blocks"], INT)
+        self.counts = argument("counts", shapes["counts"], INT)
+        self._declare_lists()
+        if conv.zero_dead:
+            needed = {"out_frames", "positions"}
+            self.masks = {key: argument(key, shape) for key, shape in plan.masks.items() if key in needed}
+        out_shape = (window.batch, *window.out, conv.channels_out)
+        residual = argument("residual", out_shape) if conv.residual else None
+        y = argument("y", out_shape)
+        self.x, self.weights, self.y = flat(x), flat(weights), flat(y)
+        lists = (self.in_channels, self.out_channels)
+        self.panel_weights = PanelWeights(self.weights, self.tile, window.taps, conv.depth, *lists)
+        self.residual = flat(residual) if residual is not None else None
+
+    def _declare_lists(self) -> None:
+        """Parameters between the row plan and the masks: the channel lists."""
+        conv, samples = self.conv, self.conv.plan.samples
+        if conv.live_in:
+            self.in_channels = argument("in_channels", channel_list_shape(samples, conv.depth), INT)
+        if conv.live_out:
+            self.out_channels = argument("out_channels", channel_list_shape(samples, conv.channels_out), INT)
+
+    def _block(self, sample: Expr, block: Expr, panel: Expr) -> None:
+        """All segments of one block for one panel of output channels."""
+        tile = self.tile
+        partial = scratch((tile.block_tiles * tile.mr * tile.nr,))
+        first_tile = let(block * tile.block_tiles)
+        tiles = let(tirx.min(tile.block_tiles, self.counts[sample, 1] - first_tile))
+        self._start_from_bias(sample, panel, partial, tiles)
+
+        def multiply(weights: WeightPanel) -> None:
+            begin = let(self.blocks[sample, block])
+            end = let(self.blocks[sample, block + 1])
+            with serial(end - begin) as index:
+                segment = let(begin + index)
+                tap, last_tap, low, high = (let(self.segments[sample, segment, field]) for field in range(4))
+                weights.prepare(tap, last_tap)
+                with self._depth_blocks(sample) as channels, serial(high - low) as offset:
+                    current = let(low + offset)
+                    place = let((current - first_tile) * (tile.mr * tile.nr))
+                    self._tile(sample, panel, current, place, partial, (tap, last_tap), channels, weights)
+
+        panels = self.panel_weights
+        panels.use(sample, panel, big(0), lambda: panels.gather(sample, panel, big(0), self.taps), multiply)
+        self._store_block(sample, panel, first_tile, tiles, partial)
+
+    @contextmanager
+    def _depth_blocks(self, sample: Expr) -> Iterator[tuple[Expr, Expr]]:
+        """Loop over blocks of live input channels: (first, count). One block needs no loop."""
+        live, most = self.panel_weights.live_in(sample), self.tile.depth_block
+        if self.conv.depth <= most:
+            yield 0, live
+            return
+        with serial(ceil_div(live, most)) as block:
+            first = let(block * most)
+            yield first, let(tirx.min(live - first, most))
+
+    def _start_from_bias(self, sample: Expr, panel: Expr, partial: tirx.Buffer, tiles: Expr) -> None:
+        tile = self.tile
+        if self.listed_panels:
+            bias = scratch((tile.nr,))
+            for index, channel in enumerate(self.panel_weights.columns(sample, panel)):
+                store(bias, self.bias[channel], index)
+            values = [let(bias[lanes(v * tile.vector_floats, tile.vector_floats)]) for v in range(tile.vectors)]
+        else:
+            start = panel * tile.nr
+            values = [
+                let(self.bias[lanes(start + v * tile.vector_floats, tile.vector_floats)]) for v in range(tile.vectors)
+            ]
+        with serial(tiles * tile.mr) as row:
+            for v, value in enumerate(values):
+                store(partial, value, lanes(row * tile.nr + v * tile.vector_floats, tile.vector_floats))
+
+    def _tile(
+        self,
+        sample: Expr,
+        panel: Expr,
+        current: Expr,
+        place: Expr,
+        partial: tirx.Buffer,
+        taps: tuple[Expr, Expr],
+        channels: tuple[Expr, Expr],
+        weights: WeightPanel,
+    ) -> None:
+        """Accumulate the segment's taps over one tile."""
+        tile = self.tile
+        tap, last_tap = taps
+        count = tile.vector_floats
+        acc = [[scratch((count,)) for _ in range(tile.vectors)] for _ in range(tile.mr)]
+        rows = [let(self.rows_in[sample, current, r]) for r in range(tile.mr)]
+        self._each_vector(lambda r, v, at: store(acc[r][v], partial[lanes(place + at, count)], lanes(0, count)))
+        stride, start = self._input_layout(sample, panel)
+        with serial(last_tap - tap) as offset:
+            entry = let(tap + offset)
+            shift = let(self.taps[entry, 1])
+            sources = [let(big((row + shift) * stride + start)) for row in rows]
+            self._multiply(sources, weights.at(self.taps[entry, 0]), channels, acc)
+        self._each_vector(lambda r, v, at: store(partial, acc[r][v][lanes(0, count)], lanes(place + at, count)))
+
+    def _input_layout(self, sample: Expr, panel: Expr) -> tuple[Expr, Expr]:
+        """Floats from one input position to the next, and where the first one read lies."""
+        conv = self.conv
+        if conv.compact_in:
+            live = self.panel_weights.live_in(sample)
+            positions = conv.window.positions_in // conv.plan.samples
+            return live, let(sample * positions * (conv.channels_in - live))
+        if conv.groups == 1:
+            return conv.channels_in, 0
+        return conv.channels_in, let(tirx.floordiv(panel, conv.panels // conv.groups) * conv.depth)
+
+    def _each_vector(self, visit: Callable[[int, int, int], None]) -> None:
+        for r in range(self.tile.mr):
+            for v in range(self.tile.vectors):
+                visit(r, v, r * self.tile.nr + v * self.tile.vector_floats)
+
+    def _multiply(
+        self,
+        sources: list[Expr],
+        weights: WeightPanel,
+        channels: tuple[Expr, Expr],
+        acc: list[list[tirx.Buffer]],
+    ) -> None:
+        """``acc[r] += x[r, channel] · w[channel]`` over ``channels`` (first, count)."""
+        tile = self.tile
+        first, count = channels
+        if isinstance(count, int) and count <= 4:
+            for k in range(count):
+                self._multiply_one(sources, weights, k, k * tile.nr, acc)
+            return
+        whole = let(tirx.floordiv(count, tile.step)) if tile.step > 1 else 0
+        if tile.step > 1:
+            with serial(whole) as chunk:
+                self._multiply_step(sources, weights, let(big(first + chunk * tile.step)), tile.step, acc)
+        if tile.step == 1 or not isinstance(count, int) or count % tile.step:
+            with serial(count - whole * tile.step) as k:
+                channel = big(first + whole * tile.step + k)
+                self._multiply_one(sources, weights, channel, channel * tile.nr, acc)
+
+    def _multiply_one(
+        self,
+        sources: list[Expr],
+        weights: WeightPanel,
+        channel: Expr,
+        weight_at: Expr,
+        acc: list[list[tirx.Buffer]],
+    ) -> None:
+        count = self.tile.vector_floats
+        w = [let(weights.weights[lanes(start + weight_at, count)]) for start in weights.starts]
+        for r, source in enumerate(sources):
+            x = let(splat(self.x[source + channel], count))
+            for v in range(self.tile.vectors):
+                store(acc[r][v], acc[r][v][lanes(0, count)] + x * w[v], lanes(0, count))
+
+    def _multiply_step(
+        self,
+        sources: list[Expr],
+        weights: WeightPanel,
+        channel: Expr,
+        step: int,
+        acc: list[list[tirx.Buffer]],
+    ) -> None:
+        """``step`` channels at once: one vector load a row, then a multiply by each of its lanes."""
+        count = self.tile.vector_floats
+        xs = [let(self.x[lanes(source + channel, step)]) for source in sources]
+        for k in range(step):
+            row = (channel + k) * self.tile.nr
+            w = [let(weights.weights[lanes(start + row, count)]) for start in weights.starts]
+            for r, x in enumerate(xs):
+                for v in range(self.tile.vectors):
+                    product = splat(lane(x, k), count) * w[v]
+                    store(acc[r][v], acc[r][v][lanes(0, count)] + product, lanes(0, count))
+
+    def _store_block(self, sample: Expr, panel: Expr, first_tile: Expr, tiles: Expr, partial: tirx.Buffer) -> None:
+        """Residual, activation, and the scatter to the output rows and channels."""
+        conv, tile = self.conv, self.tile
+        per_group = conv.panels // conv.groups
+        group = 0 if conv.groups == 1 else tirx.floordiv(panel, per_group)
+        within = panel if conv.groups == 1 else tirx.floormod(panel, per_group)
+        columns: list[Expr] = []
+        if self.listed_panels:
+            columns = [let(channel) for channel in self.panel_weights.columns(sample, panel)]
+            consecutive = let(are_consecutive(columns))
+            live = let(self.out_channels[sample, 0] - panel * tile.nr)
+        start = let(group * conv.group_out + within * tile.nr)
+        valid = let(conv.group_out - within * tile.nr)
+        with serial(tiles) as index, serial(tile.mr) as r:
+            target = let(self.rows_out[sample, first_tile + index, r] * conv.channels_out)
+            source = let((index * tile.mr + r) * tile.nr)
+
+            def scatter(source: Expr = source, target: Expr = target) -> None:
+                for at, column in enumerate(columns):
+                    with when(at < live):  # in place, what lies past the end is not the last channel's
+                        self._finish(partial, source + at, target + column, column, 1)
+
+            def write(source: Expr = source, target: Expr = target) -> None:
+                for v in range(tile.vectors):
+                    at = v * tile.vector_floats
+                    self._finish(partial, source + at, target + columns[0] + at, columns[0] + at, tile.vector_floats)
+
+            if self.listed_panels:
+                choose(consecutive, write, scatter)
+            else:
+                self._store_vectors(partial, source, target, start, valid)
+
+    def _store_vectors(self, partial: tirx.Buffer, source: Expr, target: Expr, start: Expr, valid: Expr) -> None:
+        """Store the panel's vectors, lane by lane where the output channels end inside one."""
+        tile, conv = self.tile, self.conv
+        for v in range(tile.vectors):
+            at = v * tile.vector_floats
+
+            def whole(at: int = at) -> None:
+                self._finish(partial, source + at, target + start + at, start + at, tile.vector_floats)
+
+            def part(at: int = at) -> None:
+                with serial(tirx.max(valid - at, 0)) as index:
+                    self._finish(partial, source + at + index, target + start + at + index, start + at + index, 1)
+
+            if conv.group_out % tile.nr == 0:
+                whole()
+            else:
+                choose(valid >= at + tile.vector_floats, whole, part)
+
+    def _finish(self, partial: tirx.Buffer, source: Expr, target: Expr, channel: Expr, count: int) -> None:
+        value = partial[lanes(source, count)]
+        if self.residual is not None:
+            value = value + self.residual[lanes(target, count)]
+        value = ACTIVATIONS[self.conv.activation](value, count)
+        store(self.y, self._finished(value, channel, count), lanes(target, count))
+
+    def _finished(self, value: Expr, channel: Expr, count: int) -> Expr:
+        """What is stored for output channels ``channel …``."""
+        return value

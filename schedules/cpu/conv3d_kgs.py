@@ -1,0 +1,277 @@
+"""Convolution with kernel-group structured (KGS) sparsity, RT3D section 3, along the lists of the row plan.
+
+A kernel group is ``gm`` filters; its weights are stored column by column, and a column is one (tap, input channel)
+that any of its filters uses. Each column is listed by how far its input lies from the window's first tap, so the
+columns of consecutive taps are one list that one loop walks: the loops over taps and over input channels of the
+gathered convolution become a single one. Vanilla and filter sparsity are the cases where those lists are long or empty.
+A mask of live input channels thins the lists once per clip (:func:`plan_columns`); the kernel does not change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from tvm import tirx
+
+from ..emit import INT, Expr, argument, big, kernel, lane, lanes, let, number, scratch, serial, splat, store, when
+from ..geometry import Window
+from .conv3d_gather import GatherConv, GatherEmitter, Tile
+from .panel_weights import WeightPanel
+from .tiles import Machine, default_tile
+
+
+@dataclass(frozen=True)
+class KernelGroupConv(GatherConv):
+    """As :class:`GatherConv`, with ``tile.nr`` = gm filters in a group and ``columns`` columns over all groups.
+
+    ``run``: how many columns always come together, of consecutive input channels; one list entry stands for all of
+    them. It is 1 where ``live_in`` thins the columns one by one. ``live_out``: a mask (samples, C_out) of live output
+    channels is given; groups without any are skipped, and dead channels of other groups are stored as zeros.
+    """
+
+    columns: int = 0
+    run: int = 1
+
+    @property
+    def compact_in(self) -> bool:
+        """Dead channels are left out of the column lists; the input stays as it is."""
+        return False
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as docs/kernels.md decodes it."""
+        step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
+        return f"conv3d_kgs{self.marks}_f32_mr{self.tile.mr}_gm{self.tile.nr}{step}"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(columns, gm); a layer without any column keeps one run that no list names."""
+        return (max(self.run, self.columns), self.tile.nr)
+
+    @property
+    def column_samples(self) -> int:
+        """Column lists given: one for each sample where input channels die at run time, else one."""
+        return self.plan.samples if self.live_in else 1
+
+    @property
+    def entries(self) -> int:
+        """List entries, each for ``run`` columns; an empty list keeps one that nothing names."""
+        return max(1, self.columns // self.run)
+
+    @property
+    def column_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the int32 lists: where each group and tap begins, and what is known of each entry.
+
+        That is how far its input lies from the first channel of the window's first tap, and, where ``live_in`` thins
+        the list, where its weights are.
+        """
+        return {
+            "column_starts": (self.column_samples, self.panels, self.window.taps + 1),
+            "columns": (self.column_samples, 2 if self.live_in else 1, self.entries),
+        }
+
+    @property
+    def bias_size(self) -> int:
+        """Length of the packed bias."""
+        return self.panels * self.tile.nr
+
+    def pack_bias(self, bias: np.ndarray) -> np.ndarray:
+        """Pad the bias to whole groups."""
+        return np.concatenate([bias, np.zeros(self.bias_size - len(bias))]).astype("float32")
+
+    def static_starts(self, column_ptr: np.ndarray) -> np.ndarray:
+        """The ``column_starts`` list of the weights, from where the columns of each group and tap begin."""
+        return (column_ptr[None] // self.run).astype(INT)
+
+    def static_columns(self, columns: np.ndarray, column_ptr: np.ndarray) -> np.ndarray:
+        """The ``columns`` list of the weights, from the input channel of each column and where each tap begins."""
+        taps = np.tile(np.arange(self.window.taps), len(column_ptr)).repeat(np.diff(column_ptr, axis=1).reshape(-1))
+        offsets = np.array([self.window.offset(tap) for tap in range(self.window.taps)], "int64")
+        listed = np.zeros((1, 2 if self.live_in else 1, self.entries), INT)
+        listed[0, 0, : self.columns // self.run] = (offsets[taps] * self.channels_in + columns)[:: self.run]
+        if self.live_in:
+            listed[0, 1, : self.columns] = np.arange(self.columns) * self.tile.nr
+        return listed
+
+    @cached_property
+    def tap_runs(self) -> np.ndarray:
+        """int32 (2, entries + 1): for each tap entry its run of consecutive taps, and where each run begins."""
+        taps = self.plan.tap_entries[:, 0]
+        begins = np.flatnonzero(np.concatenate([[True], np.diff(taps) != 1]))
+        table = np.full((2, len(taps) + 1), len(taps), INT)
+        table[0, :-1] = np.repeat(np.arange(len(begins)), np.diff([*begins, len(taps)]))
+        table[1, : len(begins)] = begins
+        return table
+
+
+#: General registers that may point to rows: on x86 the other six of sixteen hold the stack, the list and its end, the
+#: weights, the entry and the index; with more rows than these, pointers are reloaded in the innermost loop.
+X86_ROW_POINTERS = 10
+
+
+def kernel_group_tile(
+    machine: Machine, window: Window, channels: tuple[int, int], per_tap: int, gm: int, run: int
+) -> Tile:
+    """The tile of a convolution whose groups of ``gm`` filters keep ``per_tap`` columns a tap in runs of ``run``.
+
+    ``channels``: in and out. Weights take the cache of what is left of them, but rows are read in whole cache lines,
+    so as many of them share a block as if no column had gone.
+    """
+    most_rows = X86_ROW_POINTERS if machine.broadcast_loads else 16
+    depth, filters = channels
+    tile = default_tile(machine, window, per_tap, filters, gm, most_rows)
+    block_tiles = default_tile(machine, window, depth, filters, gm, most_rows).block_tiles
+    step = tile.step if run % tile.step == 0 else 1
+    return replace(tile, depth_block=1 << 30, step=step, block_tiles=block_tiles)
+
+
+def balanced_order(columns_per_group: np.ndarray, threads: int) -> np.ndarray:
+    """Groups in an order that gives ``threads`` equal consecutive shares of about equal numbers of columns.
+
+    Threads take equal counts of consecutive tasks. The longest groups are dealt out first, back and forth.
+    """
+    longest_first = np.argsort(-columns_per_group, kind="stable")
+    shares: list[list[int]] = [[] for _ in range(threads)]
+    for turn, group in enumerate(longest_first):
+        lap, place = divmod(turn, threads)
+        shares[place if lap % 2 == 0 else threads - 1 - place].append(int(group))
+    return np.array([group for share in shares for group in share], INT)
+
+
+def plan_columns(conv: KernelGroupConv, name: str = "plan_columns") -> tirx.PrimFunc:
+    """Thin the column lists by a mask of live input channels.
+
+    Parameters: mask (samples, C_in) float32, column_starts (1, groups, taps + 1) and columns (1, 2, columns) of the
+    weights, then the two lists of each sample, filled. A place modulo C_in is its channel.
+    """
+    samples, panels, entries = conv.plan.samples, conv.panels, conv.window.taps + 1
+    with kernel(name) as built:
+        mask = argument("mask", (samples, conv.channels_in))
+        starts = argument("starts", (1, panels, entries), INT)
+        static = argument("static", (1, 2, conv.entries), INT)
+        out_starts, out_columns = (argument(key, shape, INT) for key, shape in conv.column_shapes.items())
+        used = scratch((1,), INT)
+        with serial(samples) as sample:
+            with serial(out_columns.shape[2]) as index:
+                store(out_columns, tirx.IntImm(INT, 0), sample, 0, index)
+                store(out_columns, tirx.IntImm(INT, 0), sample, 1, index)
+            store(used, tirx.IntImm(INT, 0), 0)
+            with serial(panels) as panel:
+                store(out_starts, used[0], sample, panel, 0)
+                with serial(entries - 1) as tap:
+                    begin = let(starts[0, panel, tap])
+                    with serial(starts[0, panel, tap + 1] - begin) as offset:
+                        column = let(begin + offset)
+                        place = let(static[0, 0, column])
+                        with when(mask[sample, tirx.floormod(place, conv.channels_in)] != number(0.0)):
+                            slot = let(used[0])
+                            store(out_columns, place, sample, 0, slot)
+                            store(out_columns, static[0, 1, column], sample, 1, slot)
+                            store(used, slot + 1, 0)
+                    store(out_starts, used[0], sample, panel, tap + 1)
+    return built.func
+
+
+def conv3d_kgs(conv: KernelGroupConv) -> tirx.PrimFunc:
+    """Emit the kernel.
+
+    Parameters in order: x (N, T, H, W, C_in), weights (columns, gm), bias, tap entries, the five lists of the row
+    plan, column_starts, columns, group order (groups,), tap runs, then where asked for: out_mask (samples, C_out),
+    out_frames, positions (masks, for ``zero_dead``), residual, and y (N, T, H, W, C_out).
+    """
+    with kernel(conv.name) as built:
+        KernelGroupEmitter(conv).emit()
+    return built.func
+
+
+class KernelGroupEmitter(GatherEmitter):
+    """The gathered kernel with columns in the place of channels."""
+
+    conv: KernelGroupConv
+
+    def __init__(self, conv: KernelGroupConv) -> None:
+        super().__init__(conv)
+        self.listed_panels = False
+
+    def _declare_lists(self) -> None:
+        conv = self.conv
+        shapes = conv.column_shapes
+        self.column_starts = argument("column_starts", shapes["column_starts"], INT)
+        self.columns = argument("columns", shapes["columns"], INT)
+        self.order = argument("group_order", (conv.panels,), INT)
+        self.tap_runs = argument("tap_runs", conv.tap_runs.shape, INT)
+        if conv.live_out:
+            self.out_mask = argument("out_mask", (conv.plan.samples, conv.channels_out))
+
+    def _block(self, sample: Expr, block: Expr, panel: Expr) -> None:
+        group = let(self.order[panel])
+        if not self.conv.live_out:
+            super()._block(sample, block, group)
+            return
+        alive = scratch((1,))
+        store(alive, number(0.0), 0)
+        with serial(tirx.min(self.tile.nr, self.conv.channels_out - group * self.tile.nr)) as index:
+            store(alive, tirx.max(alive[0], self.out_mask[sample, group * self.tile.nr + index]), 0)
+        with when(alive[0] != number(0.0)):
+            self.sample = sample
+            super()._block(sample, block, group)
+
+    def _tile(
+        self,
+        sample: Expr,
+        panel: Expr,
+        current: Expr,
+        place: Expr,
+        partial: tirx.Buffer,
+        taps: tuple[Expr, Expr],
+        channels: tuple[Expr, Expr],
+        weights: WeightPanel,
+    ) -> None:
+        """Accumulate the segment's taps over one tile, one loop for each run of consecutive taps."""
+        tile, count = self.tile, self.tile.vector_floats
+        acc = [[scratch((count,)) for _ in range(tile.vectors)] for _ in range(tile.mr)]
+        rows = [let(big(self.rows_in[sample, current, r]) * self.conv.channels_in) for r in range(tile.mr)]
+        self._each_vector(lambda r, v, at: store(acc[r][v], partial[lanes(place + at, count)], lanes(0, count)))
+        first, end = taps
+        first_run = let(self.tap_runs[0, first])
+        with serial(self.tap_runs[0, end - 1] + 1 - first_run) as index:
+            run = let(first_run + index)
+            begin = let(tirx.max(self.tap_runs[1, run], first))
+            last = let(tirx.min(self.tap_runs[1, run + 1], end) - 1)
+            self._run(sample, panel, self.taps[begin, 0], self.taps[last, 0], rows, acc)
+        self._each_vector(lambda r, v, at: store(partial, acc[r][v][lanes(0, count)], lanes(place + at, count)))
+
+    def _run(
+        self, sample: Expr, panel: Expr, first: Expr, last: Expr, rows: list[Expr], acc: list[list[tirx.Buffer]]
+    ) -> None:
+        """Accumulate the columns of the taps ``first`` to ``last``."""
+        conv = self.conv
+        of_sample = sample if conv.column_samples > 1 else 0
+        begin = let(self.column_starts[of_sample, panel, first])
+        with serial(self.column_starts[of_sample, panel, last + 1] - begin) as step:
+            entry = let(begin + step)
+            source = let(big(self.columns[of_sample, 0, entry]))
+            at = self.columns[of_sample, 1, entry] if conv.live_in else entry * (conv.run * conv.tile.nr)
+            weights = let(big(at))
+            for chunk in range(0, conv.run, self.tile.step):
+                self._multiply_columns(rows, source + chunk, weights + chunk * self.tile.nr, acc)
+
+    def _multiply_columns(self, rows: list[Expr], source: Expr, weights: Expr, acc: list[list[tirx.Buffer]]) -> None:
+        """``tile.step`` columns of consecutive channels: one load a row, then a multiply by each of its lanes."""
+        tile, count = self.tile, self.tile.vector_floats
+        xs = [let(self.x[lanes(row + source, tile.step)]) for row in rows] if tile.step > 1 else []
+        for k in range(tile.step):
+            at = weights + k * tile.nr
+            w = [let(self.weights[lanes(at + v * count, count)]) for v in range(tile.vectors)]
+            for r, row in enumerate(rows):
+                x = lane(xs[r], k) if xs else self.x[row + source]
+                spread = let(splat(x, count))
+                for v in range(tile.vectors):
+                    store(acc[r][v], acc[r][v][lanes(0, count)] + spread * w[v], lanes(0, count))
+
+    def _finished(self, value: Expr, channel: Expr, count: int) -> Expr:
+        if not self.conv.live_out:
+            return value
+        return value * self.out_mask[self.sample, lanes(channel, count)]

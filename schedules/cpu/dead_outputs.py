@@ -1,0 +1,61 @@
+"""Zeros where a convolution for a CPU computes nothing but a reader may look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from tvm import tirx
+
+from ..emit import Expr, choose, lanes, number, parallel, serial, store, when
+
+if TYPE_CHECKING:
+    from .conv3d_gather import GatherConv
+    from .winograd import WinogradConv
+
+
+def zero_dead(conv: GatherConv | WinogradConv, masks: Mapping[str, tirx.Buffer], y: tirx.Buffer) -> None:
+    """Clear what ``conv.zero_dead`` asks for of ``y``, (N, T, H, W, C_out) as one dimension.
+
+    ``masks``, where given: ``out_frames`` (N, T) and ``positions`` in the shape that the plan's ``positions`` tells.
+    """
+    window, everything = conv.window, conv.zero_dead == "all"
+    area = window.out[1] * window.out[2]
+    with parallel(window.batch * window.out[0]) as frame:
+        clip, out_frame = tirx.floordiv(frame, window.out[0]), tirx.floormod(frame, window.out[0])
+
+        def clear(position: Expr) -> None:
+            _clear(y, (frame * area + position) * conv.channels_out, conv.channels_out, conv.tile.vector_floats)
+
+        def clear_dead_positions() -> None:
+            if "positions" not in masks:
+                return
+            samples, frames = conv.plan.positions or (1, 1)
+            with serial(window.out[1]) as row, serial(window.out[2]) as column:
+                at = (clip if samples > 1 else 0, out_frame if frames > 1 else 0, row, column)
+                with when(masks["positions"][at] == number(0.0)):
+                    clear(row * window.out[2] + column)
+
+        def clear_frame() -> None:
+            with serial(area) as position:
+                clear(position)
+
+        if everything and conv.live_out:
+            clear_frame()
+        elif "out_frames" in masks:
+            alive = masks["out_frames"][clip, out_frame] != number(0.0)
+            if everything:
+                choose(alive, clear_dead_positions, clear_frame)
+            else:
+                with when(alive):
+                    clear_dead_positions()
+        else:
+            clear_dead_positions()
+
+
+def _clear(buffer: tirx.Buffer, start: Expr, length: int, vector_floats: int) -> None:
+    whole = length // vector_floats
+    with serial(whole) as v:
+        store(buffer, number(0.0, vector_floats), lanes(start + v * vector_floats, vector_floats))
+    for index in range(whole * vector_floats, length):
+        store(buffer, number(0.0), start + index)

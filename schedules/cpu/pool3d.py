@@ -1,0 +1,206 @@
+"""Max and average pooling, channels innermost, over the frames and positions that are alive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from tvm import tirx
+
+from ..emit import (
+    Expr,
+    argument,
+    choose,
+    flat,
+    kernel,
+    lanes,
+    let,
+    number,
+    parallel,
+    scratch,
+    serial,
+    splat,
+    store,
+    when,
+)
+from ..geometry import Window
+from .row_plan import mask_shapes
+
+#: The least float32: what a maximum starts from.
+LOWEST = -3.4028234663852886e38
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One pooling kernel. ``in_frames``/``out_frames`` say which masks are given, as in the row plan.
+
+    ``in_positions``: how many clips and frames the mask of input positions tells apart, None where there is none. What
+    is dead of the input is not read and counts as zeros; an output frame that nobody reads is set to zero if
+    ``zero_dead``, else left alone. ``count_padding``: the average divides by the whole window, padding included.
+    ``vectors`` vectors of channels are reduced at once, in registers.
+    """
+
+    window: Window
+    channels: int
+    kind: Literal["max", "avg"]
+    vector_floats: int
+    count_padding: bool = False
+    in_frames: bool = False
+    out_frames: bool = False
+    zero_dead: bool = True
+    vectors: int = 1
+    in_positions: tuple[int, int] | None = None
+
+    @property
+    def masks(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the float32 masks, in the order of the kernel's parameters; nonzero means alive."""
+        window = self.window
+        shapes = mask_shapes(window, self.in_frames, self.out_frames, None)
+        if self.in_positions is not None:
+            shapes["in_positions"] = (*self.in_positions, *window.size[1:])
+        return shapes
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as docs/kernels.md decodes it."""
+        return f"pool3d_{self.kind}_f32_v{self.vectors * self.vector_floats}"
+
+
+#: Vectors of channels that hide the latency of their loads from one another: ``benchmarks.pools`` has four at 0.28 to
+#: 1.05 of the time of one, and eight ahead of them over whole clips alone.
+HIDING_VECTORS = 4
+
+
+def default_vectors(channels: int, vector_floats: int) -> int:
+    """Vectors of channels that a pool reduces at once without a record."""
+    return max(1, min(HIDING_VECTORS, channels // vector_floats))
+
+
+def pool3d(pool: Pool) -> tirx.PrimFunc:
+    """Emit the kernel: x (N, T, H, W, C), the masks, y (N, T, H, W, C)."""
+    window = pool.window
+    out_t, out_h, _ = window.out
+    with kernel(pool.name) as built:
+        x = argument("x", (window.batch, *window.size, pool.channels))
+        masks = {name: argument(name, shape) for name, shape in pool.masks.items()}
+        out_frames = masks.get("out_frames")
+        y = argument("y", (window.batch, *window.out, pool.channels))
+        emitter = _Emitter(pool, flat(x), masks, flat(y))
+        with parallel(window.batch * out_t * out_h) as line:
+            clip = let(tirx.floordiv(line, out_t * out_h))
+            frame = let(tirx.floormod(tirx.floordiv(line, out_h), out_t))
+            row = let(tirx.floormod(line, out_h))
+            if out_frames is None:
+                emitter.line(clip, frame, row)
+            else:
+                alive = out_frames[clip, frame] != number(0.0)
+                if pool.zero_dead:
+                    choose(alive, lambda: emitter.line(clip, frame, row), lambda: emitter.clear(clip, frame, row))
+                else:
+                    with when(alive):
+                        emitter.line(clip, frame, row)
+    return built.func
+
+
+class _Emitter:
+    def __init__(self, pool: Pool, x: tirx.Buffer, masks: Mapping[str, tirx.Buffer], y: tirx.Buffer) -> None:
+        self.pool, self.window = pool, pool.window
+        self.x, self.y = x, y
+        self.in_frames, self.in_positions = masks.get("in_frames"), masks.get("in_positions")
+
+    def _target(self, clip: Expr, frame: Expr, row: Expr) -> Expr:
+        out_t, out_h, out_w = self.window.out
+        return ((clip * out_t + frame) * out_h + row) * out_w * self.pool.channels
+
+    def clear(self, clip: Expr, frame: Expr, row: Expr) -> None:
+        """Zeros for one line of output positions."""
+        target = let(self._target(clip, frame, row))
+        with serial(self.window.out[2] * self.pool.channels) as index:
+            store(self.y, number(0.0), target + index)
+
+    def _bounds(self, axis: int, index: Expr) -> tuple[Expr, Expr, Expr]:
+        """First coordinate of the window, and the taps that lie inside the clip: begin, end."""
+        window = self.window
+        start = let(index * window.stride[axis] - window.padding[axis])
+        if window.classes[axis] == (tuple(range(window.kernel[axis])),):
+            return start, 0, window.kernel[axis]
+        step = window.dilation[axis]
+        begin = let(tirx.max(0, tirx.floordiv(step - 1 - start, step)))
+        end = let(tirx.min(window.kernel[axis], tirx.floordiv(window.size[axis] - start + step - 1, step)))
+        return start, begin, end
+
+    def line(self, clip: Expr, frame: Expr, row: Expr) -> None:
+        """One line of output positions."""
+        pool, window = self.pool, self.window
+        target = let(self._target(clip, frame, row))
+        frames, rows = self._bounds(0, frame), self._bounds(1, row)
+        with serial(window.out[2]) as column:
+            columns = self._bounds(2, column)
+            place = let(target + column * pool.channels)
+            done = 0
+            # As many channels as one pass takes, then single vectors, then what does not fill one.
+            for vectors, count in ((pool.vectors, pool.vector_floats), (1, pool.vector_floats), (1, 1)):
+                width = vectors * count
+                passes = (pool.channels - done) // width
+                with serial(passes) as index:
+                    self._window(clip, frames, rows, columns, place, done + index * width, vectors, count)
+                done += passes * width
+
+    def _window(
+        self,
+        clip: Expr,
+        frames: tuple[Expr, Expr, Expr],
+        rows: tuple[Expr, Expr, Expr],
+        columns: tuple[Expr, Expr, Expr],
+        place: Expr,
+        channel: Expr,
+        vectors: int,
+        count: int,
+    ) -> None:
+        """One output position, ``vectors`` × ``count`` channels from ``channel`` on."""
+        pool, window = self.pool, self.window
+        size_t, size_h, size_w = window.size
+        acc = [scratch((count,)) for _ in range(vectors)]
+        for buffer in acc:
+            store(buffer, number(0.0 if pool.kind == "avg" else LOWEST, count), lanes(0, count))
+        with serial(frames[2] - frames[1]) as f:
+            source_frame = let(frames[0] + (frames[1] + f) * window.dilation[0])
+
+            def read_zeros() -> None:
+                for buffer in acc:
+                    self._combine(buffer, number(0.0, count), count)
+
+            def read_frame() -> None:
+                with serial(rows[2] - rows[1]) as r, serial(columns[2] - columns[1]) as c:
+                    source_row = let(rows[0] + (rows[1] + r) * window.dilation[1])
+                    source_column = let(columns[0] + (columns[1] + c) * window.dilation[2])
+                    position = ((clip * size_t + source_frame) * size_h + source_row) * size_w + source_column
+                    source = let(position * pool.channels + channel)
+
+                    def read_position() -> None:
+                        for v, buffer in enumerate(acc):
+                            self._combine(buffer, self.x[lanes(source + v * count, count)], count)
+
+                    if self.in_positions is None or pool.in_positions is None:
+                        read_position()
+                    else:
+                        clips, told = pool.in_positions
+                        at = (clip if clips > 1 else 0, source_frame if told > 1 else 0, source_row, source_column)
+                        choose(self.in_positions[at] != number(0.0), read_position, read_zeros)
+
+            if self.in_frames is None:
+                read_frame()
+            else:
+                choose(self.in_frames[clip, source_frame] != number(0.0), read_frame, read_zeros)
+        for v, buffer in enumerate(acc):
+            result = buffer[lanes(0, count)]
+            if pool.kind == "avg":
+                pairs = (frames[2] - frames[1]) * (rows[2] - rows[1]) * (columns[2] - columns[1])
+                taps: Expr = tirx.IntImm("int32", window.taps) if pool.count_padding else pairs
+                result = result / splat(tirx.Cast("float32", taps), count)
+            store(self.y, result, lanes(place + channel + v * count, count))
+
+    def _combine(self, acc: tirx.Buffer, value: Expr, count: int) -> None:
+        now = acc[lanes(0, count)]
+        store(acc, tirx.max(now, value) if self.pool.kind == "max" else now + value, lanes(0, count))

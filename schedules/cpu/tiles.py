@@ -1,0 +1,126 @@
+"""Default tile sizes, from the register file and the caches of the target."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+from ..geometry import Window
+from .conv3d_gather import Tile
+
+#: Share of the first-level cache that a segment's weights may take; rows of the input and partial sums need the rest.
+WEIGHTS_SHARE_OF_L1 = 0.5
+#: Share of the second-level cache that the input rows of one block may take.
+ROWS_SHARE_OF_L2 = 0.4
+#: The same where a block gathers its weights first: more rows share the gathering, though some come from further away.
+GATHERING_ROWS_SHARE_OF_L2 = 1.0
+#: Cycles that one fused multiply-add takes until its result can be added to again, times two a cycle.
+CHAINS_TO_HIDE_LATENCY = 8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The facts that tile sizes and choices of kernels follow from; cache sizes in bytes."""
+
+    vector_floats: int
+    registers: int
+    l1d: int
+    l2: int
+    broadcast_loads: bool  #: single values are broadcast from memory at no cost (x86); else lanes of a vector are used
+    l3: int = 0  #: shared by the cores
+    gflops: float = 50.0  #: peak of one core
+    memory_gb_per_s: float = 10.0
+
+
+def candidates(machine: Machine) -> list[tuple[int, int, int]]:
+    """Every (rows, vectors, step) whose accumulators, weights and inputs fit in the registers."""
+    found = []
+    for vectors in range(1, 9):
+        for rows in range(1, 17):
+            if machine.broadcast_loads:
+                step, inputs = 1, 1
+            else:
+                step, inputs = machine.vector_floats, rows
+            weights = vectors if rows > 1 else 1
+            if rows * vectors + weights + inputs <= machine.registers:
+                found.append((rows, vectors, step))
+    return found
+
+
+def predicted_cycles(machine: Machine, rows: int, panel: int, tile: tuple[int, int, int]) -> float:
+    """Cycles per (channel, tap) to compute ``rows`` × ``panel`` output channels with ``tile``, padding included."""
+    return -(-rows // tile[0]) * _panel_cycles(machine, panel, tile)
+
+
+def window_cycles(machine: Machine, window: Window, panel: int, tile: tuple[int, int, int]) -> float:
+    """Cycles per channel to compute all positions of ``window`` × ``panel`` output channels with ``tile``."""
+    return tap_tiles(window, tile[0]) * _panel_cycles(machine, panel, tile)
+
+
+@lru_cache(maxsize=1024)
+def tap_tiles(window: Window, mr: int, share: float = 1.0) -> float:
+    """Pairs of register tile and tap: rows that read other taps, as at edges, fill tiles of their own.
+
+    ``share`` of the rows of each class are computed together.
+    """
+    counted = [Counter(window.live_taps(axis, index) for index in range(window.out[axis])) for axis in range(3)]
+    pairs = 0.0
+    for classes in product(*(axis.items() for axis in counted)):
+        rows = window.batch * share * math.prod(size for _, size in classes)
+        pairs += math.ceil(rows / mr) * math.prod(len(live) for live, _ in classes)
+    return pairs
+
+
+def excess_cycles(machine: Machine, vectors: int) -> float:
+    """Cycles that tiles of so many ``vectors`` take at the least, over those of their multiply-adds alone."""
+    tiles = [tile for tile in candidates(machine) if tile[1] == vectors]
+    return min(
+        (_panel_cycles(machine, vectors * machine.vector_floats, tile) / (tile[0] * vectors / 2) for tile in tiles),
+        default=1.0,
+    )
+
+
+def _panel_cycles(machine: Machine, panel: int, tile: tuple[int, int, int]) -> float:
+    """Cycles per (channel, tap) of one tile of rows and all its tiles of ``panel`` output channels."""
+    mr, vectors, step = tile
+    multiply = mr * vectors / 2
+    loads = (mr / step + vectors) / 2
+    latency = CHAINS_TO_HIDE_LATENCY / 2
+    # Loads run beside the multiplies but are not free; those of weights come from further away than those of rows.
+    panels = -(-panel // (vectors * machine.vector_floats))
+    return panels * (max(multiply, loads, latency) + 0.1 * mr / step + 0.35 * vectors)
+
+
+def default_tile(
+    machine: Machine,
+    window: Window,
+    depth: int,
+    group_out: int,
+    nr: int | None = None,
+    most_rows: int = 16,
+    gathers: bool = False,
+) -> Tile:
+    """The tile with the fewest predicted cycles, its blocks sized to the caches.
+
+    ``depth`` is how many input channels (or columns of a kernel group) one tap uses; ``nr`` fixes the output channels
+    of a tile, as kernel groups do, and ``most_rows`` bounds its rows. ``gathers``: channel lists are given, so that
+    every block gathers its weights.
+    """
+    fitting = [tile for tile in candidates(machine) if tile[0] <= most_rows]
+    options = [tile for tile in fitting if nr is None or tile[1] * machine.vector_floats == nr]
+    mr, vectors, step = min(options, key=lambda tile: window_cycles(machine, window, group_out, tile))
+    nr = vectors * machine.vector_floats
+    depth_block = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (4 * nr) // step * step)
+    block_depth = min(depth, depth_block)
+    segment_taps = max(1, min(window.taps, depth_block // block_depth))
+    share = GATHERING_ROWS_SHARE_OF_L2 if gathers else ROWS_SHARE_OF_L2
+    rows = max(mr, int(share * machine.l2) // (4 * block_depth))
+    block_tiles = min(max(8, rows // mr), 128, -(-window.positions_out // mr) + 8)
+    if depth < step:
+        step = 1
+    # Weights that stay in the second-level cache are read again for each block, so that its rows are read but once.
+    outer = 4 * window.taps * depth * group_out > machine.l2
+    return Tile(mr, vectors, machine.vector_floats, step, block_tiles, segment_taps, depth_block, panels_outer=outer)

@@ -1,0 +1,352 @@
+"""From masks to the lists that a Winograd kernel walks: which tiles are transformed, multiplied and stored.
+
+The output is cut into tiles of ``m`` positions on each axis. All tiles at one place of one clip, over its frames, are
+a *column*; columns in which something is read fill *chunks*, whose transformed inputs and products stay in cache. In
+the transformed domain what is left is a convolution over frames alone: a row (frame, column) reads the rows of the
+same column in the frames of its live taps. Rows of a chunk with the same taps form a *run* of register tiles.
+
+=========  ================================  ==================================================================
+list       shape                             content
+=========  ================================  ==================================================================
+columns    (chunks, columns)                 clip · places + place
+inputs     (chunks, source_rows)             rows to transform: frame · columns + index of the column
+rows_in    (chunks, tiles, mr)               source row of the first tap, per row
+rows_out   (chunks, tiles, mr)               frame · columns + index of the column; -1 where the last row repeats
+runs       (chunks, classes, 4)              first tap entry, last + 1, first tile, last tile + 1
+counts     (chunks + 1, 4)                   inputs, tiles, runs, sample; the last row: chunks
+pairs      (samples, 1)                      pairs of row and tap, for counting; the kernel does not take it
+=========  ================================  ==================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from tvm import tirx
+
+from ..emit import INT, Expr, argument, kernel, let, number, scratch, serial, store, when
+from ..geometry import Triple, Window, triple
+from .row_plan import MOST_DYNAMIC_FRAME_TAPS, mask_shapes
+
+#: The lists that the kernel takes.
+LISTS = ("columns", "inputs", "rows_in", "rows_out", "runs", "counts")
+
+
+@dataclass(frozen=True)
+class WinogradPlan:
+    """How the tiles of ``window`` are listed; ``m`` is the tile of outputs, 1 on axes that are not transformed.
+
+    Space is transformed unless its kernel is 1 × 1; frames are transformed where ``m[0] > 1``. Otherwise ``window`` may
+    have any stride and dilation over frames. ``samples`` and the masks are those of :class:`~.row_plan.RowPlan`.
+    """
+
+    window: Window
+    m: Triple
+    mr: int
+    columns: int
+    samples: int = 1
+    in_frames: bool = False
+    out_frames: bool = False
+    positions: tuple[int, int] | None = None
+
+    @property
+    def transformed(self) -> tuple[bool, bool, bool]:
+        """Which axes are transformed."""
+        return (self.m[0] > 1, self.window.kernel[1] > 1, self.window.kernel[2] > 1)
+
+    @property
+    def alpha(self) -> Triple:
+        """Inputs that one tile reads on each axis; 1 where the axis is not transformed."""
+        kernel = self.window.kernel
+        return triple(m + k - 1 if on else 1 for m, k, on in zip(self.m, kernel, self.transformed, strict=True))
+
+    @property
+    def xi(self) -> int:
+        """Products per tile: elements of one transformed tile."""
+        return self.alpha[0] * self.alpha[1] * self.alpha[2]
+
+    @cached_property
+    def tiles(self) -> Triple:
+        """Output tiles on each axis."""
+        return triple(-(-extent // m) for extent, m in zip(self.window.out, self.m, strict=True))
+
+    @property
+    def places(self) -> int:
+        """Columns of one clip."""
+        return self.tiles[1] * self.tiles[2]
+
+    @property
+    def source_frames(self) -> int:
+        """Frames of the transformed input: of the clip, or tiles of frames where those are transformed."""
+        return self.tiles[0] if self.transformed[0] else self.window.size[0]
+
+    @property
+    def taps(self) -> int:
+        """Products summed over frames: the kernel's depth where frames are not transformed."""
+        return 1 if self.transformed[0] else self.window.kernel[0]
+
+    def live_taps(self, frame: int) -> tuple[int, ...]:
+        """Taps of an output frame that lie inside the clip."""
+        return (0,) if self.transformed[0] else self.window.live_taps(0, frame)
+
+    @property
+    def dynamic_taps(self) -> bool:
+        """Whether dead input frames remove taps."""
+        return self.in_frames and self.taps <= MOST_DYNAMIC_FRAME_TAPS
+
+    @cached_property
+    def tap_sets(self) -> list[tuple[int, ...]]:
+        """Live taps of each class: every subset where frames die at run time, else those that padding leaves."""
+        if not self.dynamic_taps:
+            return list(dict.fromkeys(self.live_taps(frame) for frame in range(self.tiles[0])))
+        return [tuple(tap for tap in range(self.taps) if bits >> tap & 1) for bits in range(1 << self.taps)]
+
+    @cached_property
+    def tap_starts(self) -> list[int]:
+        """Where each class begins in ``tap_entries``."""
+        return [int(start) for start in np.cumsum([0, *(len(taps) for taps in self.tap_sets)])]
+
+    @cached_property
+    def tap_entries(self) -> np.ndarray:
+        """int32 (entries, 2): tap and its offset in source rows, class after class."""
+        step = self.columns * self.window.dilation[0]
+        entries = [(tap, tap * step) for taps in self.tap_sets for tap in taps]
+        return np.array(entries or [(0, 0)], "int32")
+
+    @property
+    def source_rows(self) -> int:
+        """Rows of transformed input that a chunk has room for."""
+        return self.source_frames * self.columns
+
+    @cached_property
+    def tiles_capacity(self) -> int:
+        """Register tiles of one chunk in the worst case: every class may end in one that is not full."""
+        rows = self.tiles[0] * self.columns
+        return (rows + min(len(self.tap_sets), rows) * (self.mr - 1)) // self.mr
+
+    @cached_property
+    def chunks(self) -> int:
+        """Chunks when nothing is left out; clips do not share one where each has channel lists of its own."""
+        batch = self.window.batch
+        return self.samples * -(-(batch // self.samples) * self.places // self.columns)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the int32 lists, in the order of the planner's outputs."""
+        return {
+            "columns": (self.chunks, self.columns),
+            "inputs": (self.chunks, self.source_rows),
+            "rows_in": (self.chunks, self.tiles_capacity, self.mr),
+            "rows_out": (self.chunks, self.tiles_capacity, self.mr),
+            "runs": (self.chunks, len(self.tap_sets), 4),
+            "counts": (self.chunks + 1, 4),
+            "pairs": (self.samples, 1),
+        }
+
+    @property
+    def masks(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the float32 masks that the planner takes."""
+        return mask_shapes(self.window, self.in_frames, self.out_frames, self.positions)
+
+    @property
+    def tables(self) -> dict[str, np.ndarray]:
+        """The constant int32 table that the planner takes after the masks: the static class of each output frame."""
+        if self.dynamic_taps:
+            return {"frame_class": np.zeros(self.tiles[0], "int32")}
+        classes = [self.tap_sets.index(self.live_taps(frame)) for frame in range(self.tiles[0])]
+        return {"frame_class": np.array(classes, "int32")}
+
+
+def plan_winograd(plan: WinogradPlan, name: str = "plan_winograd") -> tirx.PrimFunc:
+    """The planner: masks and the table in, the seven lists out."""
+    with kernel(name) as built:
+        masks = {key: argument(key, shape) for key, shape in plan.masks.items()}
+        frame_class = argument("frame_class", (plan.tiles[0],), INT)
+        lists = {key: argument(key, shape, INT) for key, shape in plan.shapes.items()}
+        _Planner(plan, masks, frame_class, lists).emit()
+    return built.func
+
+
+def _zero() -> Expr:
+    return tirx.IntImm(INT, 0)
+
+
+class _Planner:
+    """Three passes: the class of every row, columns into chunks, rows of a chunk into tiles."""
+
+    def __init__(
+        self,
+        plan: WinogradPlan,
+        masks: dict[str, tirx.Buffer],
+        frame_class: tirx.Buffer,
+        lists: dict[str, tirx.Buffer],
+    ) -> None:
+        self.plan, self.masks, self.frame_class, self.lists = plan, masks, frame_class, lists
+        self.frames = plan.tiles[0]
+
+    def emit(self) -> None:
+        plan = self.plan
+        self.row_class = scratch((plan.window.batch * plan.places, self.frames), INT)
+        self.in_chunk = scratch((plan.chunks,), INT)
+        with serial(plan.window.batch) as clip, serial(plan.places) as place:
+            column = let(clip * plan.places + place)
+            with serial(self.frames) as frame:
+                store(self.row_class, self._class_of(clip, place, frame), column, frame)
+        with serial(plan.samples) as sample:
+            store(self.lists["pairs"], _zero(), sample, 0)
+        self._fill_chunks()
+        with serial(self.lists["counts"][plan.chunks, 0]) as chunk:
+            self._list_rows(chunk)
+
+    # -- the class of a row ------------------------------------------------------------------------------------------
+
+    def _class_of(self, clip: Expr, place: Expr, frame: Expr) -> Expr:
+        """The tap class of output row (frame, place), or -1 where nobody reads it."""
+        plan = self.plan
+        index: Expr = self.frame_class[frame]
+        if plan.dynamic_taps:
+            index = self._live_tap_bits(clip, frame)
+        alive = let(self._is_read(clip, place, frame))
+        return tirx.Select(alive, index, tirx.IntImm(INT, -1))
+
+    def _live_tap_bits(self, clip: Expr, frame: Expr) -> Expr:
+        plan, window = self.plan, self.plan.window
+        if plan.transformed[0]:
+            start = frame * plan.m[0] - window.padding[0]
+            alive = [self._frame_alive(clip, start + offset) for offset in range(plan.alpha[0])]
+            return tirx.if_then_else(tirx.any(*alive), 1, 0)
+        bits: Expr = _zero()
+        for tap in range(plan.taps):
+            source = frame * window.stride[0] + (tap * window.dilation[0] - window.padding[0])
+            bits = bits + tirx.if_then_else(self._frame_alive(clip, source), 1 << tap, 0)
+        return bits
+
+    def _frame_alive(self, clip: Expr, frame: Expr) -> Expr:
+        last = self.plan.window.size[0] - 1
+        safe = tirx.max(tirx.min(frame, last), 0)
+        return tirx.all(frame >= 0, frame <= last, self.masks["in_frames"][clip, safe] != number(0.0))
+
+    def _is_read(self, clip: Expr, place: Expr, frame: Expr) -> Expr:
+        """Whether some position of some frame of the tile is read."""
+        plan, window = self.plan, self.plan.window
+        if not plan.out_frames and plan.positions is None:
+            return tirx.IntImm("bool", 1)
+        found = scratch((1,), INT)
+        store(found, _zero(), 0)
+        row, column = let(tirx.floordiv(place, plan.tiles[2])), let(tirx.floormod(place, plan.tiles[2]))
+        with serial(plan.m[0]) as within:
+            at_frame = let(frame * plan.m[0] + within)
+            safe = tirx.min(at_frame, window.out[0] - 1)
+            alive: Expr = at_frame < window.out[0]
+            if plan.out_frames:
+                alive = tirx.all(alive, self.masks["out_frames"][clip, safe] != number(0.0))
+            with when(alive):
+                if plan.positions is None:
+                    store(found, tirx.IntImm(INT, 1), 0)
+                else:
+                    self._search_positions(clip, safe, row, column, found)
+        return found[0] != 0
+
+    def _search_positions(self, clip: Expr, frame: Expr, row: Expr, column: Expr, found: tirx.Buffer) -> None:
+        plan, window = self.plan, self.plan.window
+        assert plan.positions is not None
+        at = (clip if plan.positions[0] > 1 else 0, frame if plan.positions[1] > 1 else 0)
+        with serial(plan.m[1]) as i, serial(plan.m[2]) as j:
+            h = tirx.min(row * plan.m[1] + i, window.out[1] - 1)
+            w = tirx.min(column * plan.m[2] + j, window.out[2] - 1)
+            place = (*at, h, w)
+            with when(self.masks["positions"][place] != number(0.0)):
+                store(found, tirx.IntImm(INT, 1), 0)
+
+    # -- chunks ------------------------------------------------------------------------------------------------------
+
+    def _fill_chunks(self) -> None:
+        """List the columns that hold a row; a chunk ends when it is full, or with its clip where samples differ."""
+        plan, counts = self.plan, self.lists["counts"]
+        state = scratch((2,), INT)  # chunk, columns in it
+        store(state, _zero(), 0)
+        store(state, _zero(), 1)
+
+        def close(sample: Expr) -> None:
+            store(self.in_chunk, state[1], state[0])
+            store(counts, sample, state[0], 3)
+            store(state, state[0] + 1, 0)
+            store(state, _zero(), 1)
+
+        alive = scratch((1,), INT)
+        per_sample = plan.window.batch // plan.samples * plan.places
+        with serial(plan.samples) as sample:
+            with serial(per_sample) as index:
+                column = let(sample * per_sample + index)
+                store(alive, _zero(), 0)
+                with serial(self.frames) as frame, when(self.row_class[column, frame] >= 0):
+                    store(alive, tirx.IntImm(INT, 1), 0)
+                with when(alive[0] != 0):
+                    store(self.lists["columns"], column, state[0], state[1])
+                    store(state, state[1] + 1, 1)
+                    with when(state[1] == plan.columns):
+                        close(sample)
+            with when(state[1] > 0):
+                close(sample)
+        store(counts, state[0], plan.chunks, 0)
+
+    # -- rows of a chunk ---------------------------------------------------------------------------------------------
+
+    def _list_rows(self, chunk: Expr) -> None:
+        plan, counts = self.plan, self.lists["counts"]
+        needed = scratch((plan.source_rows,), INT)
+        with serial(plan.source_rows) as row:
+            store(needed, _zero(), row)
+        state = scratch((2,), INT)  # rows so far, padded to whole tiles; runs
+        store(state, _zero(), 0)
+        store(state, _zero(), 1)
+        present = let(self.in_chunk[chunk])
+        for index, taps in enumerate(plan.tap_sets):
+            self._list_class(chunk, present, index, taps, needed, state)
+        store(counts, tirx.floordiv(state[0], plan.mr), chunk, 1)
+        store(counts, state[1], chunk, 2)
+        store(state, _zero(), 0)
+        with serial(plan.source_rows) as row, when(needed[row] != 0):
+            store(self.lists["inputs"], row, chunk, state[0])
+            store(state, state[0] + 1, 0)
+        store(counts, state[0], chunk, 0)
+
+    def _list_class(
+        self, chunk: Expr, present: Expr, index: int, taps: tuple[int, ...], needed: tirx.Buffer, state: tirx.Buffer
+    ) -> None:
+        plan, window = self.plan, self.plan.window
+        first = let(state[0])
+        stride, padding = (1, 0) if plan.transformed[0] else (window.stride[0], window.padding[0])
+        with serial(self.frames) as frame, serial(present) as local:
+            column = let(self.lists["columns"][chunk, local])
+            with when(self.row_class[column, frame] == index):
+                source = let((frame * stride - padding) * plan.columns + local)
+                self._store_row(chunk, let(state[0]), source, frame * plan.columns + local)
+                store(state, state[0] + 1, 0)
+                for tap in taps:
+                    shift = tap * window.dilation[0] * plan.columns
+                    store(needed, tirx.IntImm(INT, 1), source + shift)
+        used = let(state[0])
+        with when(used > first):
+            sample, pairs = let(self.lists["counts"][chunk, 3]), self.lists["pairs"]
+            store(pairs, pairs[sample, 0] + (used - first) * len(taps), sample, 0)
+            end = let(tirx.floordiv(used + (plan.mr - 1), plan.mr) * plan.mr)
+            slot = (chunk, *self._slot(used - 1))
+            last = let(self.lists["rows_in"][slot])
+            with serial(end - used) as missing:
+                self._store_row(chunk, let(used + missing), last, tirx.IntImm(INT, -1))
+            store(state, end, 0)
+            run = (plan.tap_starts[index], plan.tap_starts[index + 1])
+            fields = (*run, tirx.floordiv(first, plan.mr), tirx.floordiv(end, plan.mr))
+            for field, value in enumerate(fields):
+                store(self.lists["runs"], value if field > 1 else tirx.IntImm(INT, value), chunk, state[1], field)
+            store(state, state[1] + 1, 1)
+
+    def _slot(self, row: Expr) -> tuple[Expr, Expr]:
+        return tirx.floordiv(row, self.plan.mr), tirx.floormod(row, self.plan.mr)
+
+    def _store_row(self, chunk: Expr, slot: Expr, source: Expr, target: Expr) -> None:
+        store(self.lists["rows_in"], source, chunk, *self._slot(slot))
+        store(self.lists["rows_out"], target, chunk, *self._slot(slot))
