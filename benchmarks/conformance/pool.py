@@ -1,0 +1,168 @@
+"""Run the cases of a suite in child processes that live long, die alone and are given only so much time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+Status = Literal["right", "refused", "wrong", "traceback", "crash", "timeout"]
+STATUSES: tuple[Status, ...] = ("right", "refused", "wrong", "traceback", "crash", "timeout")
+
+# A process that has built many networks is given up for a fresh one: LLVM and TVM keep memory.
+CASES_OF_A_PROCESS = 100
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case: its operator, how it ended, and the sentence, difference or exception that it ended with.
+
+    ``builds`` tells whether an artifact was written and run, or the case was only imported.
+    """
+
+    case: str
+    operator: str
+    status: Status
+    message: str = ""
+    seconds: float = 0.0
+
+
+# A suite's module offers this as ``attempt``: it raises DanceError for a refusal, AssertionError for wrong numbers.
+Attempt = Callable[[str, Path, bool], None]
+
+
+def run_suite(
+    suite: str, cases: Sequence[tuple[str, str]], *, build: bool = True, processes: int = 1, timeout: float = 120
+) -> list[Outcome]:
+    """Run ``cases``, pairs of a case and its operator, of the module ``suite``; ``build`` False stops at the import."""
+    queue, done = list(enumerate(cases))[::-1], {}
+    started = time.monotonic()
+
+    def work(_number: int) -> None:
+        child: _Child | None = None
+        while queue:
+            with contextlib.suppress(IndexError):
+                index, (case, operator) = queue.pop()
+                if child is None or child.cases >= CASES_OF_A_PROCESS:
+                    child = _replaced(child, suite)
+                since = time.monotonic()
+                status, message = child.run(case, build, timeout)
+                if status in ("crash", "timeout"):
+                    child = _replaced(child, suite)
+                done[index] = Outcome(case, operator, status, message, round(time.monotonic() - since, 2))
+                _report(done[index], len(done), len(cases), time.monotonic() - started)
+        if child is not None:
+            child.end()
+
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(work, range(processes)))
+    return [done[index] for index in sorted(done)]
+
+
+def _report(outcome: Outcome, count: int, total: int, seconds: float) -> None:
+    if outcome.status != "right" or count % 100 == 0 or count == total:
+        print(
+            f"[{count}/{total} {seconds:.0f} s] {outcome.status:9} {outcome.case}: {outcome.message[:300]}", flush=True
+        )
+
+
+class _Child:
+    """A process that runs one case after another."""
+
+    def __init__(self, suite: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, suite), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.cases = 0
+
+    def run(self, case: str, build: bool, timeout: float) -> tuple[Status, str]:
+        self.cases += 1
+        try:
+            # The first case waits for the imports too.
+            self._connection.send((case, build))
+            if not self._connection.poll(timeout + (120 if self.cases == 1 else 0)):
+                return "timeout", f"not done after {timeout:g} s"
+            return self._connection.recv()
+        except (EOFError, ConnectionError, BrokenPipeError):
+            self._process.join(10)
+            return "crash", f"the process ended with code {self._process.exitcode}"
+
+    def end(self) -> None:
+        self._connection.close()
+        self._process.kill()
+        self._process.join()
+
+
+def _replaced(child: _Child | None, suite: str) -> _Child:
+    if child is not None:
+        child.end()
+    return _Child(suite)
+
+
+def _serve(connection: Connection, suite: str) -> None:
+    from dance_tvm.core.errors import DanceError
+
+    os.nice(10)
+    attempt: Attempt = import_module(suite).attempt
+    while True:
+        try:
+            case, build = connection.recv()
+        except EOFError:
+            return
+        status: Status = "right"
+        message = ""
+        try:
+            with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
+                attempt(case, Path(folder), build)
+        except DanceError as problem:
+            status, message = "refused", str(problem)
+        except AssertionError as problem:
+            status, message = "wrong", str(problem)
+        except Exception as problem:
+            status, message = "traceback", f"{type(problem).__name__}: {problem}"[:1000]
+        connection.send((status, message))
+
+
+def require_equal(found: Any, wanted: Any, relative: float, absolute: float) -> None:
+    """Raise AssertionError where shapes, dtypes, places of NaN and infinity, or values differ."""
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    assert found.shape == wanted.shape, f"shape {found.shape} in place of {wanted.shape}"
+    assert found.dtype == wanted.dtype, f"dtype {found.dtype} in place of {wanted.dtype}"
+    a, b = found.astype(np.float64), wanted.astype(np.float64)
+    close = np.isclose(a, b, rtol=relative, atol=absolute, equal_nan=True)
+    if not close.all():
+        place = tuple(int(i) for i in np.argwhere(~close)[0])
+        raise AssertionError(f"{(~close).sum()} of {close.size} values differ: {a[place]} for {b[place]} at {place}")
+
+
+def summary(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    """How many cases ended in each way."""
+    return {status: sum(outcome.status == status for outcome in outcomes) for status in STATUSES}
+
+
+def write_results(path: Path, suite: str, outcomes: Sequence[Outcome], packages: Sequence[str]) -> None:
+    """Every case with its end, sorted, so that two runs can be compared line by line."""
+    cases = [
+        {key: value for key, value in asdict(outcome).items() if key != "seconds" and value}
+        for outcome in sorted(outcomes, key=lambda outcome: outcome.case)
+    ]
+    facts = {"suite": suite, "versions": {name: version(name) for name in packages}, "summary": summary(outcomes)}
+    lines = ",\n".join(f"  {json.dumps(case)}" for case in cases)
+    head = json.dumps(facts, indent=1)[:-2]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{head},\n "cases": [\n{lines}\n ]\n}}\n', encoding="utf-8")
