@@ -16,12 +16,14 @@ from dance_tvm.core.cli import application, start
 from dance_tvm.core.options import AsJson, Model, TargetName, Threads
 
 if TYPE_CHECKING:
+    from dance_tvm.artifact.folder import Check, OutputCheck
     from dance_tvm.compiler.build import Built
 
 # Built when no --model is given: it needs no network and no file.
 DEFAULT_MODEL = "dance-c3d-mini"
 
 _SHOWN_LAYERS = 12
+_SHOWN_OUTPUTS = 8
 
 app = application()
 
@@ -36,6 +38,9 @@ def build(
     check: Annotated[
         bool | None,
         typer.Option(help="Run the result against its source.", show_default="unless it would take long"),
+    ] = None,
+    check_inputs: Annotated[
+        list[Path] | None, typer.Option(help="Real inputs (.npz) that the check takes beside its own; repeatable.")
     ] = None,
     numerics: Annotated[
         Literal["fast", "exact"], typer.Option(help="exact keeps the order of sums of the source.")
@@ -76,6 +81,7 @@ def build(
             target=machine,
             weights=weights,
             check=check,
+            check_inputs=check_inputs or (),
             options=options,
             debug_dump=debug_dump,
             logs_from=logs_from,
@@ -133,18 +139,38 @@ def _print(console: Console, built: Built) -> None:
         console.print(table)
         if len(manifest.layers) > len(heavy):
             console.print(f"The {len(heavy)} heaviest of {len(manifest.layers)} layers; the manifest lists all.")
-    check = manifest.check
-    if check.status == "passed":
-        said = f"passed on {check.device}: largest difference {check.difference:.2g}, allowed {check.allowed:.2g}"
-    else:
-        said = f"not run: {check.reason}"
     size = sum(file.bytes for file in manifest.files.values())
-    console.print(f"check      {said}", highlight=False)
+    _print_check(console, manifest.check)
     console.print(f"memory     {manifest.memory_peak_bytes / 2**20:.1f} MiB in a call", highlight=False)
     console.print(
         f"build      {sum(built.seconds.values()):.1f} s, {built.peak_memory_bytes / 2**30:.2f} GiB", highlight=False
     )
     console.print(f"artifact   {built.artifact.path} ({size / 2**20:.1f} MiB)", highlight=False)
+
+
+def _print_check(console: Console, check: Check) -> None:
+    if check.status != "passed":
+        console.print(f"check      not run: {check.reason}", highlight=False)
+        return
+    console.print(f"check      passed on {check.device}; shares of each output's largest value:", highlight=False)
+    for output in _nearest(check.outputs):
+        told = f"{output.output} on the {output.input} input: {output.difference:.1g}, allowed {output.allowed:.1g}"
+        if output.error is not None:
+            told += f"; from float64 {output.error:.1g}, the source itself {output.source_error:.1g}"
+        console.print(f"           {told}", highlight=False)
+    for name, why in check.refused.items():
+        console.print(f"           the source takes no {name} input: {why}", highlight=False)
+    if check.uniform:
+        told = f"{len(check.uniform)} of {check.masks} masks were on everywhere or off everywhere in all inputs"
+        console.print(f"           {told}: name real ones with --check-inputs", highlight=False)
+
+
+def _nearest(outputs: list[OutputCheck]) -> list[OutputCheck]:
+    """Of each output, the input where it came closest to failing."""
+    nearest: dict[str, OutputCheck] = {}
+    for output in sorted(outputs, key=lambda output: -output.difference):
+        nearest.setdefault(output.output, output)
+    return list(nearest.values())[:_SHOWN_OUTPUTS]
 
 
 if __name__ == "__main__":

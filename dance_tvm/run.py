@@ -16,6 +16,7 @@ from rich.table import Table
 from dance_tvm.core.cli import application, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import written_whole
+from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.options import PLACES, AsJson
 from dance_tvm.core.random_inputs import random_inputs
 
@@ -38,7 +39,8 @@ def run(
     from dance_tvm.artifact.folder import load_artifact
 
     verified = load_artifact(artifact)
-    arrays = read_inputs(inputs, verified.manifest) if inputs else random_inputs(verified.manifest.inputs)
+    manifest = verified.manifest
+    arrays = read_inputs(inputs, manifest.inputs, manifest.name) if inputs else random_inputs(manifest.inputs)
     if outputs is not None:
         _require_file(outputs)
     from dance_tvm.device import open_device
@@ -56,52 +58,12 @@ def run(
         _print(results, verified.manifest, "random input" if inputs is None else str(inputs))
 
 
-def read_inputs(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """The arrays of an ``.npz`` file, by the manifest's input names; a single input may have any name.
-
-    Raises DanceError where the file is no such archive or an array does not fit.
-    """
-    arrays = _read_archive(path)
-    wanted = {tensor.name: tensor for tensor in manifest.inputs}
-    if len(wanted) == 1 and len(arrays) == 1:
-        arrays = dict(zip(wanted, arrays.values(), strict=True))
-    missing, unexpected = sorted(set(wanted) - set(arrays)), sorted(set(arrays) - set(wanted))
-    if missing or unexpected:
-        problem = " and ".join(
-            f"{kind} {', '.join(names)}" for kind, names in (("lacks", missing), ("has unknown", unexpected)) if names
-        )
-        raise DanceError(f"{path} {problem}: {manifest.name} takes {', '.join(wanted)}")
-    for name, tensor in wanted.items():
-        array = arrays[name]
-        if list(array.shape) != tensor.shape or str(array.dtype) != tensor.dtype:
-            raise DanceError(
-                f"{path}: {name} must be {tensor.dtype} of shape {tuple(tensor.shape)}, "
-                f"not {array.dtype} of shape {array.shape}"
-            )
-    return arrays
-
-
 def write_outputs(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays by name as ``.npz``, whole or not at all. Raises DanceError where that fails."""
     with written_whole(path, "--outputs") as beside, zipfile.ZipFile(beside, "w") as archive:
         for name, array in arrays.items():  # as np.savez does, which takes no output called "file"
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
-
-
-def _read_archive(path: Path) -> dict[str, np.ndarray]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {path.stem: loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except FileNotFoundError:
-        raise DanceError(f"there is no input file {path}") from None
-    except OSError as error:
-        raise DanceError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DanceError(f"{path} is not an .npz or .npy file of plain arrays: {error}") from None
 
 
 def _require_file(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -23,15 +23,96 @@ class Spec(Protocol):
     def dtype(self) -> str:
         """NumPy's name of its type."""
 
+    @property
+    def range(self) -> Sequence[float] | None:
+        """Its least and greatest value, where they are known: of an index, what it may pick from."""
 
-def random_inputs(specs: Iterable[Spec], seed: int = 0) -> dict[str, np.ndarray]:
-    """Arrays by input name: normal floats, bytes 0 to 255, integers 0 to 9, truth values."""
+
+#: ``normal``: floats of mean 0 and deviation 1. ``offset``: of mean 100 and deviation 1, or evenly from the declared
+#: range. ``varied``: blocks of frames, rows and columns that differ in size and offset, zeros among them. ``picture``:
+#: a few bright blocks on zeros, 0 to 1.
+#: Whole numbers lie in their range, else bytes in 0 to 255, others in 0 to 9.
+Kind = Literal["normal", "offset", "varied", "picture"]
+
+#: A block of a varied input keeps its size and offset over at most this much of an axis.
+_BLOCKS = 4
+
+
+def random_inputs(
+    specs: Iterable[Spec], seed: int = 0, kind: Kind = "normal", scale: float = 1.0
+) -> dict[str, np.ndarray]:
+    """Arrays by input name; ``scale`` is that of varied floats and pictures."""
     generator = np.random.default_rng(seed)
-    return {spec.name: _random(generator, tuple(spec.shape), np.dtype(spec.dtype)) for spec in specs}
+    return {spec.name: _DRAWN[kind](generator, spec, scale) for spec in specs}
 
 
-def _random(generator: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _normal(generator: np.random.Generator, spec: Spec, _scale: float) -> np.ndarray:
+    dtype = np.dtype(spec.dtype)
     if dtype.kind == "f":
-        return generator.standard_normal(shape, dtype=np.float32).astype(dtype)
-    top = {"b": 2, "u": 256}.get(dtype.kind, 10)
-    return generator.integers(0, top, shape).astype(dtype)
+        return generator.standard_normal(tuple(spec.shape), dtype=np.float32).astype(dtype)
+    low, high = _whole_range(spec)
+    return generator.integers(low, high + 1, tuple(spec.shape)).astype(dtype)
+
+
+def _offset(generator: np.random.Generator, spec: Spec, scale: float) -> np.ndarray:
+    dtype = np.dtype(spec.dtype)
+    if dtype.kind != "f":
+        return _normal(generator, spec, scale)
+    if spec.range is not None:
+        return generator.uniform(spec.range[0], spec.range[1], tuple(spec.shape)).astype(dtype)
+    return (100 + generator.standard_normal(tuple(spec.shape), dtype=np.float32)).astype(dtype)
+
+
+def _varied(generator: np.random.Generator, spec: Spec, scale: float) -> np.ndarray:
+    dtype, shape = np.dtype(spec.dtype), tuple(spec.shape)
+    if dtype.kind not in "fu" or not shape:
+        return _normal(generator, spec, scale)
+    sizes = _in_blocks(generator, shape, [0.0, 0.1, 1.0, 3.0])
+    values = sizes * (generator.standard_normal(shape, dtype=np.float32) + _in_blocks(generator, shape, [-2, 0, 0, 2]))
+    if dtype.kind == "f":
+        return (scale * values).astype(dtype)
+    low, high = _whole_range(spec)
+    return np.clip(np.rint((low + high) / 2 + (high - low) / 6 * values), low, high).astype(dtype)
+
+
+def _picture(generator: np.random.Generator, spec: Spec, scale: float) -> np.ndarray:
+    dtype, shape = np.dtype(spec.dtype), tuple(spec.shape)
+    if dtype.kind not in "fu" or not shape:
+        return _normal(generator, spec, scale)
+    values = _in_blocks(generator, shape, [0.0, 0.0, 0.0, 1.0]) * generator.uniform(0.5, 1.0, shape)
+    if dtype.kind == "f":
+        return (scale * values).astype(dtype)
+    low, high = _whole_range(spec)
+    return np.rint(low + (high - low) * values).astype(dtype)
+
+
+def crossed_inputs(
+    generator: np.random.Generator, one: dict[str, np.ndarray], other: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Blocks of one and of the other; floats may be a mixture of both instead."""
+    mixture = generator.uniform()
+    crossed = {}
+    for name, array in one.items():
+        if array.dtype.kind == "f" and mixture < 0.5:
+            crossed[name] = ((0.5 + mixture) * array + (0.5 - mixture) * other[name]).astype(array.dtype)
+        else:
+            crossed[name] = np.where(_in_blocks(generator, array.shape, [False, True]), array, other[name])
+    return crossed
+
+
+def _in_blocks(generator: np.random.Generator, shape: tuple[int, ...], values: Sequence[float]) -> np.ndarray:
+    """One of ``values`` for every block of ``shape``."""
+    blocks = generator.choice(values, tuple(min(extent, _BLOCKS) for extent in shape))
+    for axis, extent in enumerate(shape):
+        blocks = np.take(blocks, np.arange(extent) * min(extent, _BLOCKS) // extent, axis)
+    return blocks
+
+
+def _whole_range(spec: Spec) -> tuple[int, int]:
+    """Least and greatest value of an input of whole numbers or truth values."""
+    if spec.range is not None:
+        return int(spec.range[0]), int(spec.range[1])
+    return 0, {"b": 1, "u": 255}.get(np.dtype(spec.dtype).kind, 9)
+
+
+_DRAWN = {"normal": _normal, "offset": _offset, "varied": _varied, "picture": _picture}

@@ -13,12 +13,16 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output: its name, shape, NumPy dtype, and what it holds in a few words."""
+    """An input or output: its name, shape, NumPy dtype, and what it holds in a few words.
+
+    ``range`` is an input's least and greatest value where they are known; of an index, what it may pick from.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     meaning: str
+    range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
