@@ -241,7 +241,7 @@ def write_artifact(
     with staged(out) as folder:
         export_library(folder / LIBRARY)
         if weights:
-            save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, folder / WEIGHTS)
+            save_file({name: np.asarray(array, order="C") for name, array in weights.items()}, folder / WEIGHTS)
         names = [LIBRARY] + ([WEIGHTS] if weights else [])
         manifest = manifest.model_copy(
             update={"files": {name: _describe(folder / name) for name in names}, "parameters": list(weights)}
@@ -274,7 +274,7 @@ def _finish(
     if check is not None:
         manifest = manifest.model_copy(update={"check": check(load_artifact(folder))})
     if reference:
-        save_file({name: np.ascontiguousarray(array) for name, array in reference.items()}, folder / REFERENCE)
+        save_file({name: np.asarray(array, order="C") for name, array in reference.items()}, folder / REFERENCE)
         manifest = manifest.model_copy(update={"files": {**manifest.files, REFERENCE: _describe(folder / REFERENCE)}})
     _write_manifest(folder, manifest)
     for path in folder.iterdir():

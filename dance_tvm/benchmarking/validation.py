@@ -6,7 +6,7 @@ import numpy as np
 
 from dance_tvm.artifact.folder import Artifact
 from dance_tvm.benchmarking.results import Validation
-from dance_tvm.core.agreement import HALF_TOLERANCE, TOLERANCE, difference
+from dance_tvm.core.agreement import HALF_TOLERANCE, TOLERANCE, allowed_of, difference
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.device import KernelTime, LoadedNetwork
@@ -24,7 +24,7 @@ def validate(artifact: Artifact, network: LoadedNetwork, device: str) -> Validat
     if not expected:
         return Validation(status="not stored")
     differences = {name: difference(found[name], array) for name, array in expected.items()}
-    allowed = _allowed(artifact)
+    allowed = _allowed(artifact, expected)
     name = max(differences, key=lambda name: differences[name] - allowed[name])
     if differences[name] > allowed[name]:
         where = _first_divergence(artifact, network, reference.get("kernels"))
@@ -36,12 +36,12 @@ def validate(artifact: Artifact, network: LoadedNetwork, device: str) -> Validat
     return Validation(status="passed", difference=differences[name], allowed=allowed[name])
 
 
-def _allowed(artifact: Artifact) -> dict[str, float]:
+def _allowed(artifact: Artifact, expected: dict[str, np.ndarray]) -> dict[str, float]:
     """By output, what the check of the build allowed on the input that was stored, or what checks allow."""
     manifest = artifact.manifest
     usual = HALF_TOLERANCE if manifest.options.get("dtype") == "float16" else TOLERANCE
     told = {output.output: output.allowed for output in manifest.check.outputs if output.input == "normal"}
-    return {tensor.name: max(told.get(tensor.name, usual), usual) for tensor in manifest.outputs}
+    return {name: max(told.get(name, 0.0), allowed_of(array, usual)) for name, array in expected.items()}
 
 
 def _first_divergence(artifact: Artifact, network: LoadedNetwork, stored: np.ndarray | None) -> str:

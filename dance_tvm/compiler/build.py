@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,6 +79,7 @@ def build_network(
     target: str | Path | Target = "host",
     weights: str | Path | None = None,
     example_inputs: tuple[torch.Tensor, ...] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
     threads: int | None = None,
     check: bool | None = None,
     check_inputs: Sequence[str | Path] = (),
@@ -91,12 +92,12 @@ def build_network(
     """Compile ``model`` for ``target`` into the artifact folder ``out``.
 
     ``model`` is a name of the zoo, a ``.pt2`` or ``.onnx`` file, a network in memory (with ``example_inputs``), or one
-    that was imported before. ``check`` runs the built network against its source, on this machine or on the emulated
-    device; None does so unless that would take long. ``check_inputs`` are ``.npz`` files of real inputs, which the
-    check takes beside its own. Tile sizes come from the target's tuning logs, or from those of the target
-    ``logs_from``. With ``reuse`` an intact artifact at ``out`` that the same network, target, options and versions made
-    is kept as it is; it is checked if it was not, or on fewer inputs. Raises DanceError for bad input, with nothing
-    left behind.
+    that was imported before; ``shapes`` fix what its inputs leave open. ``check`` runs the built network against its
+    source, on this machine or on the emulated device; None does so unless that would take long. ``check_inputs`` are
+    ``.npz`` files of real inputs, which the check takes beside its own. Tile sizes come from the target's tuning logs,
+    or from those of the target ``logs_from``. With ``reuse`` an intact artifact at ``out`` that the same network,
+    target, options and versions made is kept as it is; it is checked if it was not, or on fewer inputs. Raises
+    DanceError for bad input, with nothing left behind.
     """
     machine = target if isinstance(target, Target) else load_target(target)
     chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
@@ -108,7 +109,7 @@ def build_network(
     clock = _Clock(on_phase)
 
     clock.start("import")
-    imported = _import(model, weights, example_inputs)
+    imported = _import(model, weights, example_inputs, shapes)
     _dump(chosen.debug_dump, "imported", imported.mod)
     manifest = _manifest(imported, machine, chosen, source)
     from dance_tvm.compiler.check import check_artifact, check_kernels, was_checked  # PyTorch is loaded by now
@@ -174,12 +175,12 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _import(model: Any, weights: str | Path | None, example_inputs: Any) -> Imported:
+def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any) -> Imported:
     from dance_tvm.frontend import Imported, import_model
 
     if isinstance(model, Imported):
         return model
-    return import_model(model, weights=weights, example_inputs=example_inputs)
+    return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes)
 
 
 def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, int]:

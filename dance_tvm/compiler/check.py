@@ -10,7 +10,7 @@ import numpy as np
 
 from dance_tvm.artifact.folder import Artifact, Check, Manifest, OutputCheck
 from dance_tvm.compiler.check_inputs import USUAL, CheckInputs, check_inputs
-from dance_tvm.core.agreement import HALF_TOLERANCE, TOLERANCE, difference
+from dance_tvm.core.agreement import HALF_TOLERANCE, TOLERANCE, allowed_of, difference
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend.rounding import MULTIPLE, Rounding
@@ -178,12 +178,11 @@ def _judge(tried: CheckInputs, name: str, found: Arrays, tolerance: float) -> li
     rounding = Rounding(tried.imported.mod, arguments)
     outputs = []
     for index, (output, expected) in enumerate(tried.answers[name].items()):
-        whole = np.asarray(expected).dtype.kind in "biu"
         told = OutputCheck(
             output=output,
             input=name,
             difference=difference(found[output], expected),
-            allowed=0.0 if whole else tolerance,
+            allowed=allowed_of(expected, tolerance),
         )
         if told.difference > DOUBT * told.allowed:
             told.error = difference(found[output], rounding.float64[index])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 
 #: Largest difference allowed between what was built and its source, as a share of the output's largest value.
@@ -13,6 +14,15 @@ HALF_TOLERANCE = 2e-2
 
 #: Scale of an output whose values are all smaller, zeros among them; below it float32 has no full precision left.
 LEAST_SCALE = 1e-30
+
+
+def allowed_of(expected: np.ndarray, tolerance: float = TOLERANCE) -> float:
+    """The ``difference`` allowed from ``expected``: of whole numbers and truth values none, of floats kept with
+    less than single precision one step more."""
+    kind = np.asarray(expected).dtype
+    if kind.kind in "biu":
+        return 0.0
+    return tolerance + (float(ml_dtypes.finfo(kind).eps) if kind.itemsize < 4 else 0.0)
 
 
 def scale_of(expected: np.ndarray) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
+import ml_dtypes
 import numpy as np
 
 
@@ -34,6 +35,9 @@ class Spec(Protocol):
 #: Whole numbers lie in their range, else bytes in 0 to 255, others in 0 to 9.
 Kind = Literal["normal", "offset", "varied", "picture"]
 
+#: NumPy's kinds of floats, bfloat16 among them.
+_FLOATS = "fV"
+
 #: A block of a varied input keeps its size and offset over at most this much of an axis.
 _BLOCKS = 4
 
@@ -47,40 +51,40 @@ def random_inputs(
 
 
 def _normal(generator: np.random.Generator, spec: Spec, _scale: float) -> np.ndarray:
-    dtype = np.dtype(spec.dtype)
-    if dtype.kind == "f":
-        return generator.standard_normal(tuple(spec.shape), dtype=np.float32).astype(dtype)
+    dtype = dtype_of(spec.dtype)
+    if dtype.kind in _FLOATS:
+        return np.asarray(generator.standard_normal(tuple(spec.shape), dtype=np.float32)).astype(dtype)
     low, high = _whole_range(spec)
     return generator.integers(low, high + 1, tuple(spec.shape)).astype(dtype)
 
 
 def _offset(generator: np.random.Generator, spec: Spec, scale: float) -> np.ndarray:
-    dtype = np.dtype(spec.dtype)
-    if dtype.kind != "f":
+    dtype = dtype_of(spec.dtype)
+    if dtype.kind not in _FLOATS:
         return _normal(generator, spec, scale)
     if spec.range is not None:
-        return generator.uniform(spec.range[0], spec.range[1], tuple(spec.shape)).astype(dtype)
-    return (100 + generator.standard_normal(tuple(spec.shape), dtype=np.float32)).astype(dtype)
+        return np.asarray(generator.uniform(spec.range[0], spec.range[1], tuple(spec.shape))).astype(dtype)
+    return np.asarray(100 + generator.standard_normal(tuple(spec.shape), dtype=np.float32)).astype(dtype)
 
 
 def _varied(generator: np.random.Generator, spec: Spec, scale: float) -> np.ndarray:
-    dtype, shape = np.dtype(spec.dtype), tuple(spec.shape)
-    if dtype.kind not in "fu" or not shape:
+    dtype, shape = dtype_of(spec.dtype), tuple(spec.shape)
+    if dtype.kind not in _FLOATS + "u" or not shape:
         return _normal(generator, spec, scale)
     sizes = _in_blocks(generator, shape, [0.0, 0.1, 1.0, 3.0])
     values = sizes * (generator.standard_normal(shape, dtype=np.float32) + _in_blocks(generator, shape, [-2, 0, 0, 2]))
-    if dtype.kind == "f":
+    if dtype.kind in _FLOATS:
         return (scale * values).astype(dtype)
     low, high = _whole_range(spec)
     return np.clip(np.rint((low + high) / 2 + (high - low) / 6 * values), low, high).astype(dtype)
 
 
 def _picture(generator: np.random.Generator, spec: Spec, scale: float) -> np.ndarray:
-    dtype, shape = np.dtype(spec.dtype), tuple(spec.shape)
-    if dtype.kind not in "fu" or not shape:
+    dtype, shape = dtype_of(spec.dtype), tuple(spec.shape)
+    if dtype.kind not in _FLOATS + "u" or not shape:
         return _normal(generator, spec, scale)
     values = _in_blocks(generator, shape, [0.0, 0.0, 0.0, 1.0]) * generator.uniform(0.5, 1.0, shape)
-    if dtype.kind == "f":
+    if dtype.kind in _FLOATS:
         return (scale * values).astype(dtype)
     low, high = _whole_range(spec)
     return np.rint(low + (high - low) * values).astype(dtype)
@@ -93,7 +97,7 @@ def crossed_inputs(
     mixture = generator.uniform()
     crossed = {}
     for name, array in one.items():
-        if array.dtype.kind == "f" and mixture < 0.5:
+        if array.dtype.kind in _FLOATS and mixture < 0.5:
             crossed[name] = ((0.5 + mixture) * array + (0.5 - mixture) * other[name]).astype(array.dtype)
         else:
             crossed[name] = np.where(_in_blocks(generator, array.shape, [False, True]), array, other[name])
@@ -112,7 +116,12 @@ def _whole_range(spec: Spec) -> tuple[int, int]:
     """Least and greatest value of an input of whole numbers or truth values."""
     if spec.range is not None:
         return int(spec.range[0]), int(spec.range[1])
-    return 0, {"b": 1, "u": 255}.get(np.dtype(spec.dtype).kind, 9)
+    return 0, {"b": 1, "u": 255}.get(dtype_of(spec.dtype).kind, 9)
 
 
 _DRAWN = {"normal": _normal, "offset": _offset, "varied": _varied, "picture": _picture}
+
+
+def dtype_of(name: str) -> np.dtype:
+    """NumPy's type of this name; ``bfloat16`` is a type of the ml_dtypes package, which TVM brings along."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 import tvm
 
-from dance_tvm.core.agreement import TOLERANCE, difference
+from dance_tvm.core.agreement import TOLERANCE, allowed_of, difference
 from dance_tvm.core.errors import DanceError
 from dance_tvm.frontend import interpreter
-from dance_tvm.frontend.interface import Arrays
+from dance_tvm.frontend.interface import Arrays, array_of
 from dance_tvm.frontend.rounding import MULTIPLE, Rounding
 
 
@@ -27,16 +27,19 @@ def check_import(
     """
     arguments = {param.name: array for param, array in zip(mod["main"].params, inputs.values(), strict=True)}
     rounding = Rounding(mod, arguments)
-    apart = [difference(found, wanted) for found, wanted in zip(rounding.float32, expected.values(), strict=True)]
-    if max(apart) <= TOLERANCE or all(
-        found <= max(TOLERANCE, MULTIPLE * own) for found, own in zip(apart, rounding.errors, strict=True)
-    ):
+    wanted = list(expected.values())
+    apart = [difference(found, value) for found, value in zip(rounding.float32, wanted, strict=True)]
+    allowed = [allowed_of(value) for value in wanted]
+    if all(found <= bound for found, bound in zip(apart, allowed, strict=True)):
+        return
+    bounds = [max(bound, MULTIPLE * own) for bound, own in zip(allowed, rounding.errors, strict=True)]
+    if all(found <= bound for found, bound in zip(apart, bounds, strict=True)):
         return
     values = intermediates()
     for name, value in interpreter.trace(mod, arguments):
         if name in values and isinstance(value, torch.Tensor):
             layer, reference = values[name]
-            if (off := difference(value.numpy(), reference.numpy())) > TOLERANCE:
+            if (off := difference(array_of(value), array_of(reference))) > TOLERANCE:
                 raise DanceError(
                     f"The imported network differs from its source: first at layer {layer!r}, by {off:.1e} of its "
                     "largest value; please report this operator."

@@ -19,6 +19,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.frontend.interface import tensor_of
 
 Value = Any  # a tensor, a tuple of values, a shape (tuple of int), a scalar, or a dtype's name
 Kernel = Callable[[list[Value], Any], Value]
@@ -129,7 +130,7 @@ def _last_uses(bindings: list[Any], result: relax.Expr) -> dict[int, list[relax.
 
 
 def _tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
-    return _as_computed(array if isinstance(array, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(array)))
+    return _as_computed(array if isinstance(array, torch.Tensor) else tensor_of(array))
 
 
 def _as_computed(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import tvm
 
 from dance_tvm.core.agreement import difference
 from dance_tvm.frontend import interpreter
+from dance_tvm.frontend.interface import array_of
 
 #: A right program may differ from the source by so many times the source's own rounding: sums in another order, and
 #: Winograd's transforms, which round several times for each product.
@@ -52,4 +53,4 @@ class Rounding:
         return reach
 
     def _outputs(self, *, wide: bool = False, noise: torch.Generator | None = None) -> list[np.ndarray]:
-        return [value.numpy() for value in interpreter.outputs(self._mod, self._inputs, wide=wide, noise=noise)]
+        return [array_of(value) for value in interpreter.outputs(self._mod, self._inputs, wide=wide, noise=noise)]
