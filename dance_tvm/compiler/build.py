@@ -111,7 +111,7 @@ def build_network(
     chosen = replace(chosen, debug_dump=_dump_folder(debug_dump)) if debug_dump else chosen
     source = load_target(logs_from) if logs_from else None
     if chosen.tuning is None:
-        chosen = replace(chosen, tuning=tuned_tiles(machine, logs_from=source))
+        chosen = replace(chosen, tuning=tuned_tiles(machine, options.logs if options else None, source))
     require_writable(out)  # told before any work is done
     clock = _Clock(on_phase)
 
