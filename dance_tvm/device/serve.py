@@ -225,7 +225,7 @@ def _work(symbol: str, tensors: list) -> tuple[dict[str, Any], np.ndarray, np.nd
     lists = iter(tensor.numpy() for tensor in channel_lists)
     channels_in, channels_out = float(tensors[0].shape[-1]), float(shape[-1])
     if family == KERNEL_GROUPS:
-        macs = _kernel_group_macs(rows_by_tap, tensors[1], *channel_lists[:2])
+        macs = _kernel_group_macs(rows_by_tap, tensors[1], *channel_lists[:2], shape[-1])
         kept_in = kept_out = channels = None
     else:
         depth = int(tensors[1].shape[-2])
@@ -293,12 +293,14 @@ def _winograd_rows(symbol: str, tensors: list, shape: list[int]) -> tuple[np.nda
     return by_tap, enlarged, tensors[10:12]
 
 
-def _kernel_group_macs(rows_by_tap: np.ndarray, weights: Any, starts: Any, columns: Any) -> int:
+def _kernel_group_macs(rows_by_tap: np.ndarray, weights: Any, starts: Any, columns: Any, filters: int) -> int:
     """column_starts (samples or 1, groups, taps + 1): a group's entries of a tap, each for a run of columns, and each
-    column for as many filters as one group has."""
-    entries = np.diff(starts.numpy().astype("int64"), axis=2).sum(1)  # (samples or 1, taps)
-    run = int(weights.shape[0]) // int(columns.shape[-1])
-    return int((rows_by_tap * entries[:, : rows_by_tap.shape[1]]).sum()) * run * int(weights.shape[-1])
+    column for as many filters as one group has, the last one what is left of them."""
+    entries = np.diff(starts.numpy().astype("int64"), axis=2)[..., : rows_by_tap.shape[1]]
+    run, wide = int(weights.shape[0]) // int(columns.shape[-1]), int(weights.shape[-1])
+    of_group = np.clip(filters - wide * np.arange(entries.shape[1]), 0, wide)
+    by_tap = (entries * of_group[:, None]).sum(1)  # (samples or 1, taps)
+    return run * int((rows_by_tap * by_tap).sum())
 
 
 def _tile_of(symbol: str) -> list[int]:
