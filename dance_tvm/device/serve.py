@@ -225,7 +225,8 @@ def _work(symbol: str, tensors: list) -> tuple[dict[str, Any], np.ndarray, np.nd
     lists = iter(tensor.numpy() for tensor in channel_lists)
     channels_in, channels_out = float(tensors[0].shape[-1]), float(shape[-1])
     if family == KERNEL_GROUPS:
-        macs = _kernel_group_macs(rows_by_tap, tensors[1], *channel_lists[:2], shape[-1])
+        starts, columns = channel_lists[:2]
+        macs = _kernel_group_macs(rows_by_tap, tensors[1], starts, columns, shape[-1])
         kept_in = kept_out = channels = None
     else:
         depth = int(tensors[1].shape[-2])
