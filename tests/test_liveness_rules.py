@@ -250,9 +250,9 @@ def test_masks_are_masks(name: str, example: Example) -> None:
     if values is Values.BITS:
         assert inside(example.apply(*anything), Values.BITS)
         assert not example.apply(*anything).double().isnan().any()
-    if values is Values.UNIT:
+    if values in (Values.UNIT, Values.CUT):
         assert inside(example.apply(*anything), Values.UNIT)
-    if values in (Values.AS_OPERANDS, Values.AS_BRANCHES):
+    if values in (Values.AS_OPERANDS, Values.AS_BRANCHES, Values.CUT):
         for numbers, kind in ((BITS, Values.BITS), (UNIT, Values.UNIT)):
             assert inside(example.apply(*every(numbers, example.operands)), kind)
     if values is Values.ROUNDED:

@@ -63,6 +63,7 @@ class Values(Enum):
     AS_OPERANDS = "as the operands"
     AS_BRANCHES = "as both branches"
     ROUNDED = "0 or 1 of operands from 0 to 1"
+    CUT = "from 0 to 1, and 0 or 1 of 0 and 1"
 
 
 @dataclass(frozen=True)
@@ -197,10 +198,15 @@ RULES: dict[str, Rule] = {
         When("low ≤ 0 ≤ high", _clips(0, 0), Zeros.FIRST, Zeros.UNKNOWN),
         Reads.SAME,
         When(
-            "low ≤ 0, 1 ≤ high",
-            _clips(0, 1),
-            Values.AS_OPERANDS,
-            When("0 ≤ low, high ≤ 1", _clips_into_unit, Values.UNIT, Values.ANY),
+            "from 0 to 1",
+            lambda operation: _clips(0, 1)(operation) and _clips_into_unit(operation),
+            Values.CUT,
+            When(
+                "low ≤ 0, 1 ≤ high",
+                _clips(0, 1),
+                Values.AS_OPERANDS,
+                When("0 ≤ low, high ≤ 1", _clips_into_unit, Values.UNIT, Values.ANY),
+            ),
         ),
         "a number inside the bounds stays, one outside becomes the bound",
     ),
@@ -367,6 +373,8 @@ def values_of(operation: Operation, operands: Sequence[Callable[[], Values]]) ->
     said = answer(rule.values, operation) if rule else Values.ANY
     if said is Values.ROUNDED:
         return Values.BITS if _worst(operands[:1]) is not Values.ANY else Values.ANY
+    if said is Values.CUT:
+        return Values.BITS if _worst(operands[:1]) is Values.BITS else Values.UNIT
     if said is Values.AS_BRANCHES:
         return _worst(operands[1:])
     if said is Values.AS_OPERANDS:
