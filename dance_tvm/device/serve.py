@@ -271,11 +271,13 @@ def _winograd_rows(symbol: str, tensors: list, shape: list[int]) -> tuple[np.nda
 
 def _kernel_group_macs(rows_by_tap: np.ndarray, tensors: list) -> int:
     """column_starts (samples or 1, groups, taps + 1): a group's entries of a tap, each for a run of columns, and each
-    column for as many filters as one group has."""
-    entries = np.diff(tensors[9].numpy().astype("int64"), axis=2).sum(1)  # (samples or 1, taps)
+    column for as many filters as the group has; the last one's lanes beyond the output's channels compute nothing."""
+    entries = np.diff(tensors[9].numpy().astype("int64"), axis=2)  # (samples or 1, groups, taps)
     weights, listed = tensors[1].shape, tensors[10].shape
-    run = int(weights[0]) // int(listed[-1])
-    return int((rows_by_tap * entries[:, : rows_by_tap.shape[1]]).sum()) * run * int(weights[-1])
+    run, lanes = int(weights[0]) // int(listed[-1]), int(weights[-1])
+    filters = np.clip(int(tensors[-1].shape[-1]) - lanes * np.arange(entries.shape[1]), 0, lanes)
+    per_tap = np.einsum("sgt,g->st", entries, filters)
+    return int((rows_by_tap * per_tap[:, : rows_by_tap.shape[1]]).sum()) * run
 
 
 def _tile_of(symbol: str) -> list[int]:
