@@ -1,7 +1,7 @@
 """The network's ``main`` as a table for the C interface: one arena with offsets, kernels in the order of their calls.
 
-After TVM's memory planning ``main`` is a straight line of allocations, aliases and calls of kernels. ``program_of`` reads
-it once; ``Program.source`` prints it as the C that `interface/runtime.c` walks. Nothing is allocated in a call.
+After TVM's memory planning ``main`` is a straight line of allocations, aliases and calls of kernels. ``program_of``
+reads it once; ``Program.source`` prints it as the C that `interface/runtime.c` walks. Nothing is allocated in a call.
 """
 
 from __future__ import annotations
@@ -301,11 +301,12 @@ class _Printer:
 
     def _program(self, arguments: int) -> str:
         program, names = self.program, self.names
+        outputs = f"outputs, output_tensors, {len(program.outputs)}"
         return (
             '__attribute__((visibility("hidden"))) const dance_program dance_the_program = {\n'
             f"    {_quoted(names.description)}, {names.threads}, {program.arena_bytes}u, dance_constants,\n"
             f"    tensors, {len(self._tensors)}, arguments, {arguments}, steps, {len(program.steps)},\n"
-            f"    weights, {len(program.weights)}, inputs, {len(program.inputs)}, outputs, output_tensors, {len(program.outputs)}}};"
+            f"    weights, {len(program.weights)}, inputs, {len(program.inputs)}, {outputs}}};"
         )
 
     def _tensor(self, view: View) -> str:

@@ -45,6 +45,7 @@ class Options:
     tuning: TuningLog | None = None
     device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16"] = "float32"
+    interface: Literal["tvm", "c"] = "tvm"
 
 
 @dataclass(frozen=True)

@@ -268,10 +268,13 @@ static int give_workspace(int device, int id, void *memory) {
   return 0;
 }
 
-/* Hidden: kernels of this library find it here, whatever else is loaded. */
+extern void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message) __attribute__((weak));
+
+/* Hidden: kernels of this library find it here, whatever else is loaded. Outside a model's call it is TVM's virtual
+ * machine that runs them, and that is told. */
 HIDDEN void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
-  (void)kind;
   say(last_error, sizeof last_error, (const char *const *)parts, count < 0 ? 0 : (size_t)count);
+  if (!here.of && TVMFFIErrorSetRaisedFromCStr) TVMFFIErrorSetRaisedFromCStr(kind, last_error);
 }
 
 extern void *__TVMBackendAllocWorkspace __attribute__((weak));
