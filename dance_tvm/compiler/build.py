@@ -116,7 +116,7 @@ def build_network(
     chosen = replace(chosen, debug_dump=_dump_folder(debug_dump)) if debug_dump else chosen
     source = load_target(logs_from) if logs_from else None
     if chosen.tuning is None:
-        chosen = replace(chosen, tuning=tuned_tiles(machine, logs_from=source))
+        chosen = replace(chosen, tuning=tuned_tiles(machine, options.logs if options else None, source))
     if chosen.interface == "c" and machine.gpu:
         raise DanceError(f"{machine.name} is a GPU, which --interface c cannot run yet: leave it out")
     require_writable(out)  # told before any work is done
