@@ -47,6 +47,7 @@ class Options:
     logs: Path | None = None
     device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16"] = "float32"
+    interface: Literal["tvm", "c"] = "tvm"
 
 
 @dataclass(frozen=True)
