@@ -25,6 +25,7 @@ from dance_tvm.transform.channels_last import ChannelsLast
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
 from dance_tvm.transform.join_small import JoinSmall
+from dance_tvm.transform.keep_nan import KEEP_NAN
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.schedule_rest import ScheduleRest
@@ -100,7 +101,7 @@ def lower(
             "other operators",
             [
                 relax.transform.DecomposeOpsForInference(),
-                relax.transform.LegalizeOps(),
+                relax.transform.LegalizeOps(KEEP_NAN),
                 relax.transform.AnnotateTIROpPattern(),
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),
