@@ -6,8 +6,9 @@ import math
 import os
 import platform
 import resource
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ import tvm
 from tvm import relax
 from tvm.target import codegen
 
+from dance_tvm.artifact.c_interface import compile_interface
+from dance_tvm.artifact.c_program import Names, program_of
 from dance_tvm.artifact.device_code import embed_device_code
 from dance_tvm.artifact.folder import (
     Artifact,
@@ -90,6 +93,7 @@ def build_network(
     target: str | Path | Target = "host",
     weights: str | Path | None = None,
     example_inputs: tuple[torch.Tensor, ...] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
     threads: int | None = None,
     check: bool | None = None,
     options: Options | None = None,
@@ -101,22 +105,25 @@ def build_network(
     """Compile ``model`` for ``target`` into the artifact folder ``out``.
 
     ``model`` is a name of the zoo, a ``.pt2`` or ``.onnx`` file, a network in memory (with ``example_inputs``), or one
-    that was imported before. ``check`` runs the built network against its source, on this machine or on the emulated
-    device; None does so unless that would take long. Tile sizes come from the target's tuning logs, or from those of
-    the target ``logs_from``. With ``reuse`` an intact artifact at ``out`` that the same network, target, options and
-    versions made is kept as it is. Raises DanceError for bad input, with nothing left behind.
+    that was imported before; ``shapes`` fix what its inputs leave open. ``check`` runs the built network against its
+    source, on this machine or on the emulated device; None does so unless that would take long. Tile sizes come from
+    the target's tuning logs, or from those of the target ``logs_from``. With ``reuse`` an intact artifact at ``out``
+    that the same network, target, options and versions made is kept as it is. Raises DanceError for bad input, with
+    nothing left behind.
     """
     machine = target if isinstance(target, Target) else load_target(target)
     chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
     chosen = replace(chosen, debug_dump=_dump_folder(debug_dump)) if debug_dump else chosen
     source = load_target(logs_from) if logs_from else None
     if chosen.tuning is None:
-        chosen = replace(chosen, tuning=tuned_tiles(machine, logs_from=source))
+        chosen = replace(chosen, tuning=tuned_tiles(machine, options.logs if options else None, source))
+    if chosen.interface == "c" and machine.gpu:
+        raise DanceError(f"{machine.name} is a GPU, which --interface c cannot run yet: leave it out")
     require_writable(out)  # told before any work is done
     clock = _Clock(on_phase)
 
     clock.start("import")
-    imported = _import(model, weights, example_inputs)
+    imported = _import(model, weights, example_inputs, shapes)
     _dump(chosen.debug_dump, "imported", imported.mod)
     manifest = _manifest(imported, machine, chosen, source)
     if reuse and (standing := _made_of(out, manifest)):
@@ -124,7 +131,8 @@ def build_network(
         return Built(standing, clock.seconds, _peak_memory())
     lowered = lower(imported.mod, machine, chosen, clock.start)
     clock.start("compile")
-    executable, manifest.memory_peak_bytes = _compile(lowered, machine, chosen)
+    executable, planned = _compile(lowered, machine, chosen)
+    manifest.memory_peak_bytes = _memory(lowered, planned)
     manifest.layers = lowered.layers
     clock.start("generate and link code")
 
@@ -137,16 +145,19 @@ def build_network(
             return check_kernels(artifact, lowered, imported, insist=insist, reference=reference)
         return check_artifact(artifact, imported, insist=insist, on_phase=clock.start, reference=reference)
 
-    linker = shared_library_linker(machine)
     packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
-    artifact = write_artifact(
-        out,
-        lambda path: executable.export_library(str(path), fcompile=linker, **packing),
-        lowered.weights,
-        manifest,
-        check_there if check is not False else None,
-        reference,
-    )
+    with tempfile.TemporaryDirectory(prefix="dance_tvm_interface_") as folder:
+        in_c = chosen.interface == "c"
+        also = _interface(planned, lowered, manifest, machine, Path(folder)) if in_c else []
+        linker = shared_library_linker(machine, also)
+        artifact = write_artifact(
+            out,
+            lambda path: executable.export_library(str(path), fcompile=linker, **packing),
+            lowered.weights,
+            manifest,
+            check_there if check is not False else None,
+            reference,
+        )
     clock.start("")
     return Built(artifact, clock.seconds, _peak_memory())
 
@@ -244,16 +255,16 @@ def check_kernels(
     return _compare(manifest, named, expected, f"{session.name} over OpenCL, the kernels alone", tolerance)
 
 
-def _import(model: Any, weights: str | Path | None, example_inputs: Any) -> Imported:
+def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any) -> Imported:
     from dance_tvm.frontend import Imported, import_model
 
     if isinstance(model, Imported):
         return model
-    return import_model(model, weights=weights, example_inputs=example_inputs)
+    return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes)
 
 
-def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, int]:
-    """The executable, and the bytes of all weights and planned activations."""
+def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, tvm.IRModule]:
+    """The executable, and the module whose memory is planned."""
     target = machine.tvm_target(options.threads)
     planned: list[tvm.IRModule] = []
     base = _gpu_pipeline(target) if machine.gpu else relax.get_pipeline("default_build")
@@ -266,8 +277,26 @@ def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax
     with tvm.transform.PassContext(config=host_code_of(machine)):
         executable = relax.build(lowered.mod, target, relax_pipeline=pipeline)
     _dump(options.debug_dump, "planned", planned[0])
+    return executable, planned[0]
+
+
+def _memory(lowered: Lowered, planned: tvm.IRModule) -> int:
+    """Bytes of all weights and planned activations."""
     weights = _constant_bytes(lowered.mod) + sum(array.nbytes for array in lowered.weights.values())
-    return executable, weights + _planned_storage(planned[0])
+    return weights + _planned_storage(planned)
+
+
+def _interface(planned: tvm.IRModule, lowered: Lowered, manifest: Manifest, machine: Target, folder: Path) -> list[str]:
+    """Object files in ``folder`` with the C interface of the network."""
+    description = f"{manifest.name} for {machine.name}, dance_tvm {manifest.versions['dance-tvm']}"
+    names = Names(
+        [tensor.name for tensor in manifest.inputs],
+        [tensor.name for tensor in manifest.outputs],
+        list(lowered.weights),
+        description,
+        manifest.target.threads,
+    )
+    return compile_interface(program_of(planned, len(lowered.weights)), names, machine, folder)
 
 
 def host_code_of(machine: Target) -> dict[str, Any]:
@@ -319,6 +348,8 @@ def _manifest(imported: Imported, machine: Target, options: Options, logs_from: 
     """All that is known before anything is compiled."""
     target = machine.tvm_target(options.threads)
     chosen: dict[str, str] = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}
+    if options.interface != "tvm":
+        chosen["interface"] = options.interface
     if options.dtype != "float32":
         chosen["dtype"] = options.dtype
     if logs_from is not None:
@@ -346,7 +377,9 @@ def _manifest(imported: Imported, machine: Target, options: Options, logs_from: 
 
 
 def _tensor(spec: Any) -> Tensor:
-    return Tensor(name=spec.name, shape=list(spec.shape), dtype=str(spec.dtype), meaning=spec.meaning)
+    return Tensor(
+        name=spec.name, shape=list(spec.shape), dtype=str(spec.dtype), meaning=spec.meaning, largest=spec.largest
+    )
 
 
 def _device_for(manifest: Manifest, insist: bool) -> tuple[str, str]:

@@ -22,6 +22,7 @@ INTERRUPTED = 130
 # name: (module, what it does). A module offers ``app``, a typer.Typer; one that is not there is not listed.
 COMMANDS = {
     "build": ("dance_tvm.build", "Compile a trained network into a verified artifact."),
+    "pack": ("dance_tvm.pack", "Lay an artifact out as a C folder, an Android module, or a wheel."),
     "run": ("dance_tvm.run", "Run an artifact on a device: arrays in, arrays out."),
     "targets": ("dance_tvm.show_targets", "List the machines that networks can be built for."),
     "train": ("dance_tvm.train", "Train or prune a sparse network."),
@@ -42,6 +43,11 @@ def main() -> NoReturn:
 def application(**options: Any) -> typer.Typer:
     """What a command's module offers as ``app``: ``start`` tells its errors, so typer leaves them alone."""
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False, **options)
+
+
+def examples(*lines: str) -> str:
+    """What a command's help ends with: lines to copy."""
+    return "\n\n".join(["Examples:", *lines])
 
 
 def start(app: typer.Typer, name: str, arguments: list[str] | None = None) -> NoReturn:
@@ -126,14 +132,20 @@ def _forward(name: str, module: str) -> Callable[[typer.Context], None]:
     return command
 
 
-def _options(
-    version: bool = typer.Option(False, "--version", help="Print the version and end.", is_eager=True),
-) -> None:
-    if version:
-        from importlib.metadata import version as installed
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
 
-        typer.echo(f"dance-tvm {installed('dance-tvm')}")
+        typer.echo(f"dance-tvm {version('dance-tvm')}")
         raise typer.Exit
+
+
+def _options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and end.", is_eager=True, callback=_print_version
+    ),
+) -> None:
+    """Options before a command's name."""
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,29 +13,14 @@ from torch import fx
 from tvm import relax
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.frontend.torch_indexing import INDEXING, gather_along
+from dance_tvm.frontend.torch_resampling import RESAMPLING
+from dance_tvm.frontend.torch_values import Conversion, Importer, arguments, cast, constant, dtype_of, name_of, shape_of
 
-Importer = Any  # TVM's BaseFXGraphImporter: env maps nodes to Relax values, block_builder emits them
-Conversion = Callable[[fx.Node, Importer], Any]
 Operator = Callable[..., relax.Expr]
 
-
-def _shape(value: relax.Expr) -> list[int]:
-    return [int(extent) for extent in value.ty.shape]
-
-
-def _dtype(value: relax.Expr) -> str:
-    return str(value.ty.dtype.dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _cast(importer: Importer, value: Any, dtype: str) -> relax.Expr:
-    """``value``, a tensor or a Python number, as a tensor of ``dtype``."""
-    if not isinstance(value, relax.Expr):
-        return relax.const(value, dtype)
-    return value if _dtype(value) == dtype else importer.block_builder.emit(relax.op.astype(value, dtype))
+# Each takes an operator or two of its own.
+_MOST_CELLS = 512
 
 
 # --- arithmetic with PyTorch's promotion of types ---
@@ -46,9 +32,9 @@ def _operands(node: fx.Node, importer: Importer) -> tuple[relax.Expr, relax.Expr
     common = torch.result_type(*sources)
     if "div.Tensor" in str(node.target) and len(node.kwargs) == 0 and not common.is_floating_point:
         common = torch.get_default_dtype()
-    dtype = _name(common)
+    dtype = name_of(common)
     a, b = importer.retrieve_args(node)[:2]
-    return _cast(importer, a, dtype), _cast(importer, b, dtype), dtype
+    return cast(importer, a, dtype), cast(importer, b, dtype), dtype
 
 
 def _binary(operator: Operator, on_bool: Operator | None = None) -> Conversion:
@@ -69,24 +55,24 @@ def _divide_rounded(node: fx.Node, importer: Importer) -> relax.Expr:
     if mode == "floor":
         return emit(relax.op.floor_divide(a, b))
     if mode is None:
-        return emit(relax.op.divide(_cast(importer, a, "float32"), _cast(importer, b, "float32")))
+        return emit(relax.op.divide(cast(importer, a, "float32"), cast(importer, b, "float32")))
     quotient = emit(relax.op.divide(a, b))
     return quotient if "int" in dtype else emit(relax.op.trunc(quotient))
 
 
 def _not(node: fx.Node, importer: Importer) -> relax.Expr:
     value = importer.env[node.args[0]]
-    operator = relax.op.logical_not if _dtype(value) == "bool" else relax.op.bitwise_not
+    operator = relax.op.logical_not if dtype_of(value) == "bool" else relax.op.bitwise_not
     return importer.block_builder.emit(operator(value))
 
 
 def _logical_not(node: fx.Node, importer: Importer) -> relax.Expr:
-    return importer.block_builder.emit(relax.op.logical_not(_cast(importer, importer.env[node.args[0]], "bool")))
+    return importer.block_builder.emit(relax.op.logical_not(cast(importer, importer.env[node.args[0]], "bool")))
 
 
 def _logical(operator: Operator) -> Conversion:
     def convert(node: fx.Node, importer: Importer) -> relax.Expr:
-        a, b = (_cast(importer, value, "bool") for value in importer.retrieve_args(node))
+        a, b = (cast(importer, value, "bool") for value in importer.retrieve_args(node))
         return importer.block_builder.emit(operator(a, b))
 
     return convert
@@ -94,15 +80,15 @@ def _logical(operator: Operator) -> Conversion:
 
 def _where(node: fx.Node, importer: Importer) -> relax.Expr:
     condition, a, b = importer.retrieve_args(node)
-    dtype = _name(node.meta["val"].dtype)
-    chosen = relax.op.where(_cast(importer, condition, "bool"), _cast(importer, a, dtype), _cast(importer, b, dtype))
+    dtype = name_of(node.meta["val"].dtype)
+    chosen = relax.op.where(cast(importer, condition, "bool"), cast(importer, a, dtype), cast(importer, b, dtype))
     return importer.block_builder.emit(chosen)
 
 
 def _shift(operator: Operator) -> Conversion:
     def convert(node: fx.Node, importer: Importer) -> relax.Expr:
         value, amount = importer.retrieve_args(node)
-        return importer.block_builder.emit(operator(value, _cast(importer, amount, _dtype(value))))
+        return importer.block_builder.emit(operator(value, cast(importer, amount, dtype_of(value))))
 
     return convert
 
@@ -123,7 +109,9 @@ def _reduction(operator: Operator) -> Conversion:
         keep = bool(rest[1]) if len(rest) > 1 else bool(node.kwargs.get("keepdim", False))
         expected = node.meta["val"]
         if isinstance(expected, torch.Tensor):
-            value = _cast(importer, value, _name(expected.dtype))
+            value = cast(importer, value, name_of(expected.dtype))
+        if not shape_of(value):
+            return value
         return importer.block_builder.emit(operator(value, axes, keep))
 
     return convert
@@ -133,21 +121,23 @@ def _any(node: fx.Node, importer: Importer) -> relax.Expr:
     value, *rest = importer.retrieve_args(node)
     axes = _axes(rest[0]) if rest else None
     keep = bool(rest[1]) if len(rest) > 1 else False
-    hits = _cast(importer, _cast(importer, value, "bool"), "int32")
+    if not shape_of(value):
+        return cast(importer, value, "bool")
+    hits = cast(importer, cast(importer, value, "bool"), "int32")
     found = importer.block_builder.emit(relax.op.max(hits, axes, keep))
-    return _cast(importer, found, "bool")
+    return cast(importer, found, "bool")
 
 
 def _variance_of(node: fx.Node, importer: Importer) -> tuple[relax.Expr, relax.Expr]:
     """Variance with PyTorch's correction, and mean."""
     value, *rest = importer.retrieve_args(node)
-    axes = _axes(rest[0] if rest else None) or list(range(len(_shape(value))))
+    axes = _axes(rest[0] if rest else None) or list(range(len(shape_of(value))))
     given: Any = node.kwargs.get("correction")
     correction = 1 if given is None else int(given)
     keep = bool(node.kwargs.get("keepdim", False))
     emit = importer.block_builder.emit
-    count = math.prod(_shape(value)[axis] for axis in axes)
-    scale = relax.const(count / max(0, count - correction) if count > correction else math.inf, _dtype(value))
+    count = math.prod(shape_of(value)[axis] for axis in axes)
+    scale = relax.const(count / max(0, count - correction) if count > correction else math.inf, dtype_of(value))
     variance = emit(relax.op.multiply(emit(relax.op.variance(value, axes, keep)), scale))
     return variance, emit(relax.op.mean(value, axes, keep))
 
@@ -164,10 +154,34 @@ def _variance_and_mean(node: fx.Node, importer: Importer) -> relax.Expr:
     return importer.block_builder.emit(relax.Tuple(list(_variance_of(node, importer))))
 
 
+def _argument_of(operator: Operator) -> Conversion:
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        given = arguments(node)
+        x, axis, keep = importer.env[node.args[0]], given.get("dim"), bool(given.get("keepdim", False))
+        if not shape_of(x):
+            return relax.const(0, "int64")
+        return importer.block_builder.emit(operator(x, axis, keep))
+
+    return convert
+
+
+def _bucketize(node: fx.Node, importer: Importer) -> relax.Expr:
+    """How many boundaries lie below each value; NaN lies above all."""
+    given = arguments(node)
+    emit, dtype = importer.block_builder.emit, name_of(node.meta["val"].dtype)
+    x, bounds = importer.retrieve_args(node)[:2]
+    x = cast(importer, x, dtype_of(bounds))
+    beyond = relax.op.greater if given.get("right") else relax.op.greater_equal
+    above = emit(beyond(bounds, emit(relax.op.expand_dims(x, len(shape_of(x))))))
+    return emit(relax.op.sum(cast(importer, emit(relax.op.logical_not(above)), dtype), [-1]))
+
+
 def _extreme_with_index(value_of: Operator, index_of: Operator) -> Conversion:
     def convert(node: fx.Node, importer: Importer) -> relax.Expr:
         value, axis, *rest = importer.retrieve_args(node)
         keep, emit = bool(rest and rest[0]), importer.block_builder.emit
+        if not shape_of(value):
+            return emit(relax.Tuple([value, relax.const(0, "int64")]))
         return emit(relax.Tuple([emit(value_of(value, [axis], keep)), emit(index_of(value, axis, keep))]))
 
     return convert
@@ -188,11 +202,11 @@ _CONVOLUTIONS: dict[int, Operator] = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv
 def _convolution(node: fx.Node, importer: Importer) -> relax.Expr:
     """Any convolution; a transposed one as an ordinary one over its input spread out by zeros, weights flipped."""
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = importer.retrieve_args(node)
-    rank = len(_shape(x)) - 2
+    rank = len(shape_of(x)) - 2
     stride, padding, dilation = (_spread(item, rank) for item in (stride, padding, dilation))
     before, after = padding, padding
     if transposed:
-        kernel = _shape(weight)[2:]
+        kernel = shape_of(weight)[2:]
         weight = _turned_weight(node, importer, groups)
         x = _spread_by_zeros(importer, x, stride)
         reach = [dilation[axis] * (kernel[axis] - 1) - padding[axis] for axis in range(rank)]
@@ -224,11 +238,23 @@ def _turned_weight(node: fx.Node, importer: Importer, groups: int) -> relax.Expr
     """A transposed convolution's weight (in, out / groups, ...) as an ordinary one's (out, in / groups, ...)."""
     weight = importer.parameter(node.args[1])
     if weight is None:
-        raise DanceError("the weight of a transposed convolution must be a parameter of the network")
+        return _turned_at_run_time(importer, importer.env[node.args[1]], groups)
     inputs, outputs, *kernel = weight.shape
     grouped = weight.reshape(groups, inputs // groups, outputs, *kernel).transpose(1, 2)
     turned = grouped.reshape(groups * outputs, inputs // groups, *kernel).flip(tuple(range(2, weight.ndim)))
-    return relax.const(np.ascontiguousarray(turned.numpy()))
+    return constant(np.ascontiguousarray(turned.numpy()))
+
+
+def _turned_at_run_time(importer: Importer, weight: relax.Expr, groups: int) -> relax.Expr:
+    emit = importer.block_builder.emit
+    inputs, outputs, *kernel = shape_of(weight)
+    rest = list(range(3, 3 + len(kernel)))
+    grouped = emit(relax.op.reshape(weight, [groups, inputs // groups, outputs, *kernel]))
+    turned = emit(relax.op.permute_dims(grouped, [0, 2, 1, *rest]))
+    turned = emit(relax.op.reshape(turned, [groups * outputs, inputs // groups, *kernel]))
+    for axis in range(2, 2 + len(kernel)):
+        turned = emit(relax.op.flip(turned, axis))
+    return turned
 
 
 def _spread_by_zeros(importer: Importer, x: relax.Expr, stride: list[int]) -> relax.Expr:
@@ -237,7 +263,7 @@ def _spread_by_zeros(importer: Importer, x: relax.Expr, stride: list[int]) -> re
     for axis, step in enumerate(stride, start=2):
         if step == 1:
             continue
-        shape = _shape(x)
+        shape = shape_of(x)
         x = emit(relax.op.expand_dims(x, axis + 1))
         width = [0] * (2 * len(shape) + 2)
         width[2 * axis + 3] = step - 1
@@ -250,7 +276,7 @@ def _crop_negative(
     importer: Importer, x: relax.Expr, before: list[int], after: list[int]
 ) -> tuple[relax.Expr, list[int], list[int]]:
     """Padding cannot be negative in Relax: cut instead."""
-    shape = _shape(x)[2:]
+    shape = shape_of(x)[2:]
     axes = [axis for axis in range(len(before)) if before[axis] < 0 or after[axis] < 0]
     if axes:
         begin = [max(0, -before[axis]) for axis in axes]
@@ -280,14 +306,12 @@ def _argument(node: fx.Node, importer: Importer, index: int, name: str, default:
 def _overhang(x: relax.Expr, output: torch.Tensor, span: list[int], stride: list[int], padding: list[int]) -> list[int]:
     """How far the last window of each axis reaches past the padded input: what ceil_mode adds, often nothing."""
     rank = len(span)
-    inputs, outputs = _shape(x)[-rank:], output.shape[-rank:]
+    inputs, outputs = shape_of(x)[-rank:], output.shape[-rank:]
     return [max(0, (outputs[i] - 1) * stride[i] + span[i] - inputs[i] - 2 * padding[i]) for i in range(rank)]
 
 
 def _max_pool(rank: int, *, with_indices: bool) -> Conversion:
     def convert(node: fx.Node, importer: Importer) -> relax.Expr:
-        if with_indices and any(user.args[1] == 1 and user.users for user in node.users):
-            raise DanceError("the indices that max pooling can return are not supported")
         x = importer.env[node.args[0]]
         size = _spread(node.args[1], rank)
         stride = _spread(_argument(node, importer, 2, "stride", size), rank)
@@ -298,9 +322,41 @@ def _max_pool(rank: int, *, with_indices: bool) -> Conversion:
         after = [a + b for a, b in zip(padding, _overhang(x, output, span, stride, padding), strict=True)]
         pooled = _MAX_POOLS[rank](x, size, stride, [*padding, *after], dilation, layout=_LAYOUTS[rank][0])
         pooled = importer.block_builder.emit(pooled)
-        return importer.block_builder.emit(relax.Tuple([pooled, pooled])) if with_indices else pooled
+        if not with_indices:
+            return pooled
+        places = pooled  # nobody reads them
+        if any(user.args[1] == 1 and user.users for user in node.users):
+            places = _places_of_maxima(importer, x, rank, [padding, after, stride, dilation, size], output)
+        return importer.block_builder.emit(relax.Tuple([pooled, places]))
 
     return convert
+
+
+def _places_of_maxima(
+    importer: Importer, x: relax.Expr, rank: int, window: list[list[int]], output: torch.Tensor
+) -> relax.Expr:
+    """The flat position of each window's largest value, the first of equal ones: tap by tap."""
+    padding, after, stride, dilation, size = window
+    emit, extents, dtype = importer.block_builder.emit, shape_of(x)[-rank:], dtype_of(x)
+    lead = len(shape_of(x)) - rank
+    width = [0, 0] * lead + [amount for pair in zip(padding, after, strict=True) for amount in pair]
+    lowest = -math.inf if "float" in dtype else torch.iinfo(getattr(torch, dtype)).min
+    x = emit(relax.op.nn.pad(x, width, pad_value=lowest)) if any(width) else x
+    grid = np.pad(np.arange(math.prod(extents)).reshape(extents), [*zip(padding, after, strict=True)])
+    best, places = None, None
+    for tap in product(*map(range, size)):
+        begin = [tap[i] * dilation[i] for i in range(rank)]
+        end = [begin[i] + (output.shape[lead + i] - 1) * stride[i] + 1 for i in range(rank)]
+        value = emit(relax.op.strided_slice(x, list(range(lead, lead + rank)), begin, end, stride))
+        here = grid[tuple(slice(begin[i], end[i], stride[i]) for i in range(rank))]
+        at = constant(np.ascontiguousarray(here, np.int64).reshape([1] * lead + list(here.shape)))
+        if best is None:
+            best, places = value, emit(relax.op.broadcast_to(at, list(output.shape)))
+            continue
+        larger = emit(relax.op.greater(value, best))
+        best, places = emit(relax.op.where(larger, value, best)), emit(relax.op.where(larger, at, places))
+    assert places is not None
+    return places
 
 
 def _avg_pool(rank: int) -> Conversion:
@@ -329,7 +385,7 @@ def _avg_pool(rank: int) -> Conversion:
         )
         if divisor is None:
             return pooled
-        return emit(relax.op.multiply(pooled, relax.const(math.prod(size) / divisor, _dtype(pooled))))
+        return emit(relax.op.multiply(pooled, relax.const(math.prod(size) / divisor, dtype_of(pooled))))
 
     return convert
 
@@ -338,11 +394,12 @@ def _adaptive_max_pool(rank: int) -> Conversion:
     """Axis by axis: the largest of each stretch, the stretches as PyTorch cuts them."""
 
     def convert(node: fx.Node, importer: Importer) -> relax.Expr:
-        if any(user.args[1] == 1 and user.users for user in node.users):
-            raise DanceError("the indices that max pooling can return are not supported")
         emit, x = importer.block_builder.emit, importer.env[node.args[0]]
-        for axis, parts in enumerate(node.meta["val"][0].shape[-rank:], start=2):
-            extent = _shape(x)[axis]
+        if any(user.args[1] == 1 and user.users for user in node.users):
+            return _adaptive_max_with_places(importer, x, node.meta["val"][0].shape[-rank:])
+        lead = len(shape_of(x)) - rank
+        for axis, parts in enumerate(node.meta["val"][0].shape[-rank:], start=lead):
+            extent = shape_of(x)[axis]
             cuts = [(i * extent // parts, -((i + 1) * extent // -parts)) for i in range(parts)]
             slices = [emit(relax.op.strided_slice(x, [axis], [low], [high])) for low, high in cuts]
             largest = [emit(relax.op.max(piece, [axis], True)) for piece in slices]
@@ -352,11 +409,32 @@ def _adaptive_max_pool(rank: int) -> Conversion:
     return convert
 
 
+def _adaptive_max_with_places(importer: Importer, x: relax.Expr, cells: tuple[int, ...]) -> relax.Expr:
+    """Each cell's largest value and its flat position, cell by cell."""
+    emit, shape, rank = importer.block_builder.emit, shape_of(x), len(cells)
+    if math.prod(cells) > _MOST_CELLS:
+        raise DanceError(f"the indices of adaptive max pooling to more than {_MOST_CELLS} cells are not supported")
+    lead, extents = shape[:-rank], shape[-rank:]
+    grid = np.arange(math.prod(extents)).reshape(extents)
+    values, places = [], []
+    for cell in product(*map(range, cells)):
+        low = [i * extent // parts for i, extent, parts in zip(cell, extents, cells, strict=True)]
+        high = [-((i + 1) * extent // -parts) for i, extent, parts in zip(cell, extents, cells, strict=True)]
+        piece = emit(relax.op.strided_slice(x, list(range(len(lead), len(shape))), low, high))
+        line = emit(relax.op.reshape(piece, [*lead, -1]))
+        best = emit(relax.op.argmax(line, len(lead), True))
+        here = grid[tuple(map(slice, low, high))].reshape(-1).astype(np.int64)
+        values.append(emit(relax.op.max(line, [len(lead)], True)))
+        places.append(emit(relax.op.take(constant(here), best, 0)))
+    joined = [emit(relax.op.concat(parts, len(lead))) if len(parts) > 1 else parts[0] for parts in (values, places)]
+    return emit(relax.Tuple([emit(relax.op.reshape(each, [*lead, *cells])) for each in joined]))
+
+
 def _elu(node: fx.Node, importer: Importer) -> relax.Expr:
     """``scale * x`` above zero, ``scale * alpha * (exp(input_scale * x) - 1)`` below (SELU and CELU too)."""
     x, *factors = importer.retrieve_args(node)
     alpha, scale, input_scale = [*factors, 1.0, 1.0, 1.0][:3] if factors else (1.0, 1.0, 1.0)
-    emit, dtype = importer.block_builder.emit, _dtype(x)
+    emit, dtype = importer.block_builder.emit, dtype_of(x)
     below = emit(relax.op.minimum(x, relax.const(0.0, dtype)))
     below = below if input_scale == 1 else emit(relax.op.multiply(below, relax.const(input_scale, dtype)))
     below = emit(relax.op.subtract(emit(relax.op.exp(below)), relax.const(1.0, dtype)))
@@ -366,85 +444,117 @@ def _elu(node: fx.Node, importer: Importer) -> relax.Expr:
     return emit(relax.op.add(above, below))
 
 
-def _upsample_nearest(node: fx.Node, importer: Importer) -> relax.Expr:
-    """Repeat rows, columns and frames as PyTorch's ``nearest`` does: output i reads input floor(i * in / out)."""
+def _norm_without_statistics(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Batch norm by the batch's own mean and variance, as instance norm is exported."""
+    given = arguments(node)
+    x, emit = importer.env[node.args[0]], importer.block_builder.emit
+    batch, channels, *extents = shape_of(x)
+    weight, bias = (importer.env[given[name]] if given.get(name) is not None else None for name in ("weight", "bias"))
+    weight = constant(np.ones(channels, "float32")) if weight is None else weight
+    bias = constant(np.zeros(channels, "float32")) if bias is None else bias
+    axes = [*([0] if batch > 1 else []), *range(2, 2 + len(extents))]
+    y = emit(relax.op.nn.instance_norm(x, weight, bias, 1, axes, given["eps"]))
+    if any(user.args[1] != 0 and user.users for user in node.users):
+        raise DanceError("the mean and deviation that it returns are not supported")
+    return emit(relax.Tuple([y, weight, bias]))
+
+
+# --- activations and arithmetic that Relax lacks ---
+
+
+def _clamp(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Both bounds numbers: one clip. Else a maximum and a minimum, in the type that PyTorch gives the result."""
+    given = arguments(node)
+    dtype, emit = name_of(node.meta["val"].dtype), importer.block_builder.emit
+    x = cast(importer, importer.env[node.args[0]], dtype)
+    low, high = bounds = given.get("min"), given.get("max")
+    if "float" in dtype and isinstance(low, (int, float)) and isinstance(high, (int, float)):
+        return emit(relax.op.clip(x, float(min(low, high)), float(high)))
+    for bound, operator in zip(bounds, (relax.op.maximum, relax.op.minimum), strict=True):
+        if bound is not None:
+            bound = importer.env[bound] if isinstance(bound, fx.Node) else bound
+            x = emit(operator(x, cast(importer, bound, dtype)))
+    return x
+
+
+def _composed(compute: Callable[..., relax.Expr]) -> Conversion:
+    """An elementwise operator as a formula over Relax's: ``compute(emit, number, *tensors)``."""
+
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        dtype = name_of(node.meta["val"].dtype)
+        operands = [cast(importer, value, dtype) for value in importer.retrieve_args(node)]
+
+        def number(value: float) -> relax.Expr:
+            return relax.const(value, dtype)
+
+        return compute(importer.block_builder.emit, number, *operands)
+
+    return convert
+
+
+def _erfc(emit: Any, number: Any, x: relax.Expr) -> relax.Expr:
+    return emit(relax.op.subtract(number(1), emit(relax.op.erf(x))))
+
+
+def _exp2(emit: Any, number: Any, x: relax.Expr) -> relax.Expr:
+    return emit(relax.op.exp(emit(relax.op.multiply(x, number(math.log(2))))))
+
+
+def _hypot(emit: Any, number: Any, a: relax.Expr, b: relax.Expr) -> relax.Expr:
+    squares = [emit(relax.op.multiply(value, value)) for value in (a, b)]
+    return emit(relax.op.sqrt(emit(relax.op.add(*squares))))
+
+
+def _copysign(emit: Any, number: Any, a: relax.Expr, b: relax.Expr) -> relax.Expr:
+    size = emit(relax.op.abs(a))
+    # Of the two zeros only the reciprocal tells the sign.
+    tells = emit(relax.op.where(emit(relax.op.equal(b, number(0))), emit(relax.op.divide(number(1), b)), b))
+    return emit(relax.op.where(emit(relax.op.less(tells, number(0))), emit(relax.op.negative(size)), size))
+
+
+def _number_preferred(operator: Operator) -> Callable[..., relax.Expr]:
+    """The larger or smaller of two, where one is NaN the other."""
+
+    def compute(emit: Any, number: Any, a: relax.Expr, b: relax.Expr) -> relax.Expr:
+        either = emit(operator(a, b))
+        either = emit(relax.op.where(emit(relax.op.isnan(b)), a, either))
+        return emit(relax.op.where(emit(relax.op.isnan(a)), b, either))
+
+    return compute
+
+
+def _batch_product_summed(node: fx.Node, importer: Importer) -> relax.Expr:
+    """``beta * x + alpha * sum over the batch of a @ b``."""
+    given, emit = arguments(node), importer.block_builder.emit
+    x, a, b = (importer.env[node.args[i]] for i in range(3))
+    total = emit(relax.op.sum(emit(relax.op.matmul(a, b)), [0]))
+    for name, at in (("alpha", 1), ("beta", 0)):
+        factor = given.get(name, 1)
+        if factor != 1:
+            scale = relax.const(factor, dtype_of(x))
+            total, x = (emit(relax.op.multiply(total, scale)), x) if at else (total, emit(relax.op.multiply(x, scale)))
+    return emit(relax.op.add(x, total)) if given.get("beta", 1) != 0 else total
+
+
+def _trilinear(node: fx.Node, importer: Importer) -> relax.Expr:
+    """The product of three tensors, each with axes of one put in, summed over some axes: a bilinear layer."""
+    given, emit, result = arguments(node), importer.block_builder.emit, None
+    for index in (1, 2, 3):
+        value, axes = importer.env[given[f"i{index}"]], list(given[f"expand{index}"])
+        value = emit(relax.op.expand_dims(value, axes)) if axes else value
+        result = value if result is None else emit(relax.op.multiply(result, value))
+    return emit(relax.op.sum(result, list(given["sumdim"])))
+
+
+def _sort(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Values and their places, equal ones in the order in which they stood."""
+    given, emit = arguments(node), importer.block_builder.emit
     x = importer.env[node.args[0]]
-    for axis, extent in enumerate(node.meta["val"].shape[2:], start=2):
-        before = _shape(x)[axis]
-        if extent != before:
-            source = relax.const(np.arange(extent) * before // extent, "int64")
-            x = importer.block_builder.emit(relax.op.take(x, source, axis))
-    return x
-
-
-# --- indexing ---
-
-
-def _scatter_add(node: fx.Node, importer: Importer) -> relax.Expr:
-    data, axis, index, source = importer.retrieve_args(node)
-    return importer.block_builder.emit(relax.op.scatter_elements(data, index, source, axis=axis, reduction="add"))
-
-
-def _index(node: fx.Node, importer: Importer) -> relax.Expr:
-    """``x[:, i, :, j]`` by tensors of positions: axis by axis where they do not interact, else by flat position."""
-    x, indices = importer.retrieve_args(node)
-    axes = [axis for axis, index in enumerate(indices) if index is not None]
-    chosen = [indices[axis] for axis in axes]
-    if any(_dtype(index) in ("bool", "uint8") for index in chosen):
-        raise DanceError("indexing by a mask gives a shape that depends on values: multiply by the mask instead")
-    chosen = [_not_negative(importer, index, _shape(x)[axis]) for axis, index in zip(axes, chosen, strict=True)]
-    together = axes == list(range(axes[0], axes[0] + len(axes)))
-    shape = list(np.broadcast_shapes(*(tuple(_shape(index)) for index in chosen)))
-    if together and _is_grid(chosen, shape):
-        return _take_grid(importer, x, axes, chosen)
-    return _take_flat(importer, x, axes, chosen, shape, axes[0] if together else 0)
-
-
-def _not_negative(importer: Importer, index: relax.Expr, extent: int) -> relax.Expr:
-    emit, dtype = importer.block_builder.emit, _dtype(index)
-    negative = emit(relax.op.less(index, relax.const(0, dtype)))
-    wrapped = emit(relax.op.add(index, relax.const(extent, dtype)))
-    return emit(relax.op.where(negative, wrapped, index))
-
-
-def _is_grid(indices: Sequence[relax.Expr], shape: list[int]) -> bool:
-    """Whether the n-th index varies along the n-th axis of the result alone."""
-    if len(indices) != len(shape):
-        return False
-    for position, index in enumerate(indices):
-        aligned = [1] * (len(shape) - len(_shape(index))) + _shape(index)
-        if any(extent != 1 for axis, extent in enumerate(aligned) if axis != position):
-            return False
-    return True
-
-
-def _take_grid(importer: Importer, x: relax.Expr, axes: list[int], indices: list[relax.Expr]) -> relax.Expr:
-    emit = importer.block_builder.emit
-    for axis, index in zip(axes, indices, strict=True):
-        line = index if len(_shape(index)) == 1 else emit(relax.op.reshape(index, [-1]))
-        x = emit(relax.op.take(x, line, axis))
-    return x
-
-
-def _take_flat(
-    importer: Importer, x: relax.Expr, axes: list[int], indices: list[relax.Expr], shape: list[int], at: int
-) -> relax.Expr:
-    """Bring the indexed axes to the front, take by their flat position, and put the result's axes at ``at``."""
-    emit, extents = importer.block_builder.emit, _shape(x)
-    rest = [axis for axis in range(len(extents)) if axis not in axes]
-    if axes + rest != list(range(len(extents))):
-        x = emit(relax.op.permute_dims(x, axes + rest))
-    x = emit(relax.op.reshape(x, [-1, *(extents[axis] for axis in rest)]))
-    flat = indices[0]
-    for axis, index in zip(axes[1:], indices[1:], strict=True):
-        flat = emit(relax.op.multiply(flat, relax.const(extents[axis], _dtype(flat))))
-        flat = emit(relax.op.add(flat, _cast(importer, index, _dtype(flat))))
-    flat = emit(relax.op.broadcast_to(flat, shape))
-    taken = emit(relax.op.take(x, flat, 0))
-    before = rest[:at]
-    order = [len(shape) + i for i in range(len(before))] + list(range(len(shape)))
-    order += [len(shape) + i for i in range(len(before), len(rest))]
-    return taken if order == sorted(order) else emit(relax.op.permute_dims(taken, order))
+    if not shape_of(x):
+        return emit(relax.Tuple([x, relax.const(0, "int64")]))
+    axis = given.get("dim", -1)
+    places = emit(relax.op.argsort(x, axis, bool(given.get("descending", False)), "int64"))
+    return emit(relax.Tuple([gather_along(importer, x, axis, places), places]))
 
 
 def _arithmetic() -> dict[str, Conversion]:
@@ -498,6 +608,11 @@ CONVERSIONS: dict[str, Conversion] = {
     "sum.dim_IntList": _reduction(relax.op.sum),
     "prod.default": _reduction(relax.op.prod),
     "prod.dim_int": _reduction(relax.op.prod),
+    "mean.default": _reduction(relax.op.mean),
+    "mean.dim": _reduction(relax.op.mean),
+    "argmax.default": _argument_of(relax.op.argmax),
+    "argmin.default": _argument_of(relax.op.argmin),
+    "bucketize.Tensor": _bucketize,
     "max.default": _reduction(relax.op.max),
     "min.default": _reduction(relax.op.min),
     "any.default": _any,
@@ -514,8 +629,24 @@ CONVERSIONS: dict[str, Conversion] = {
     **{f"avg_pool{rank}d.default": _avg_pool(rank) for rank in (1, 2, 3)},
     **{f"adaptive_max_pool{rank}d.default": _adaptive_max_pool(rank) for rank in (2, 3)},
     "elu.default": _elu,
-    **{f"upsample_nearest{rank}d.{form}": _upsample_nearest for rank in (1, 2, 3) for form in ("default", "vec")},
-    "scatter_add.default": _scatter_add,
-    "index.Tensor": _index,
-    "_unsafe_index.Tensor": _index,
+    "_native_batch_norm_legit.no_stats": _norm_without_statistics,
+    "clamp.default": _clamp,
+    "clamp.Tensor": _clamp,
+    "clamp_min.default": _clamp,
+    "clamp_min.Tensor": _clamp,
+    "clamp_max.default": _clamp,
+    "clamp_max.Tensor": _clamp,
+    "erfc.default": _composed(_erfc),
+    "exp2.default": _composed(_exp2),
+    "hypot.default": _composed(_hypot),
+    "copysign.Tensor": _composed(_copysign),
+    "copysign.Scalar": _composed(_copysign),
+    "fmax.default": _composed(_number_preferred(relax.op.maximum)),
+    "fmin.default": _composed(_number_preferred(relax.op.minimum)),
+    "addbmm.default": _batch_product_summed,
+    "_trilinear.default": _trilinear,
+    "sort.default": _sort,
+    "sort.stable": _sort,
+    **RESAMPLING,
+    **INDEXING,
 }
