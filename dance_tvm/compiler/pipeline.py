@@ -13,7 +13,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.artifact.layers import LayerInfo
-from dance_tvm.core.errors import DanceError
+from dance_tvm.compiler.requests import require_buildable
 from dance_tvm.lowering.gpu_windows import GpuLowering
 from dance_tvm.lowering.lower_windows import LowerWindows
 from dance_tvm.schedules.cpu.spaces import TuningLog
@@ -70,10 +70,7 @@ def lower(
 ) -> Lowered:
     """Turn an imported Relax module into one whose every operator has a kernel for ``target``."""
     machine, gpu = machine_of(target), gpu_of(target)
-    if options.dtype != "float32" and not (target.gpu and target.gpu.fp16):
-        raise DanceError(
-            f"{target.name} cannot store half precision: leave --dtype out, or name a GPU target with fp16"
-        )
+    require_buildable(target, options.dtype, options.interface)
     lower_windows = LowerWindows(
         gpu or machine,
         sparsity=options.sparsity == "auto",
