@@ -150,9 +150,17 @@ def _print(results: Results) -> None:
         how = "in turns" if verdict.interleaved else "at another time"
         what = "its library is identical, so the ratio is the machine's" if verdict.identical else f"measured {how}"
         typer.echo(
-            f"{verdict.device}: {verdict.artifact} is {verdict.verdict}: {verdict.ratio:.3f} of the baseline's time "
+            f"{verdict.device}: {verdict.artifact} is {_VERDICTS[verdict.verdict]}: {verdict.ratio:.3f} of its time "
             f"(95% between {verdict.low:.3f} and {verdict.high:.3f}, {what})"
         )
+
+
+_VERDICTS = {
+    "faster": "faster than the baseline",
+    "same": "as fast as the baseline",
+    "slower": "slower than the baseline",
+    "undecided": "not told apart from the baseline",
+}
 
 
 def _print_summary(spec: str, measured: list[Measured]) -> None:

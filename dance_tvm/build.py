@@ -87,6 +87,9 @@ def build(
     requests.require_weights(weights)
     if logs is not None and not logs.is_dir():
         raise DanceError(f"there is no folder of tuning logs {logs}: `dance-tvm tune --logs` makes one")
+    if machine.tuning_log == "host-x86-64-sse":
+        said = "this processor has no AVX2: kernels for it use SSE, which nobody has measured; --target names others"
+        warnings.warn(said, DanceWarning, stacklevel=2)
     if requests.is_untrained(model, weights):
         said = f"{model} is built with random weights: give trained ones with --weights, or train it first"
         warnings.warn(said, DanceWarning, stacklevel=2)
