@@ -88,6 +88,7 @@ def build(
     shapes = dict(map(_shape, shape or []))
     machine = load_target(target)
     requests.require_buildable(machine, dtype, interface)
+    requests.require_agreement(numerics, conv)
     requests.require_model(model)
     requests.require_weights(weights)
     if logs is not None and not logs.is_dir():

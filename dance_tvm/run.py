@@ -65,6 +65,8 @@ def run(
     from dance_tvm.artifact.folder import load_artifact
 
     verified = load_artifact(artifact)
+    if device == "local":
+        verified.require_this_machine()  # told before the seconds that opening a device takes
     with Progress(as_json, json_lines) as progress:
         windows = _windows(verified.manifest, inputs, video or frames, stride, preprocess)
         from dance_tvm.device import open_device

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from devices import CONSTANT, matmul_case, video_artifact
+from devices import CONSTANT, matmul_artifact, matmul_case, video_artifact
 from typer.testing import CliRunner
 
 from dance_tvm import build, cache, completion, logs, run, show, stream, train, tune
@@ -64,6 +64,7 @@ def command(*words: str, **options) -> subprocess.CompletedProcess[str]:
         (["build", "--model", "c3d-maxi"], 2),
         (["build", "--model", "/nowhere/net.onnx"], 2),
         (["build", "--weights", "/nowhere/net.safetensors"], 2),
+        (["build", "--numerics", "exact", "--conv", "winograd"], 2),
         (["tune", "--target", "snapdragon", "--device", "local"], 2),
         (["tune", "--plot", "search.png"], 2),
         (["train", "--model", "c3d-maxi"], 2),
@@ -153,6 +154,23 @@ def test_a_device_that_is_not_the_target_is_not_measured_on():
     if load_target("host").link.machine != "aarch64":
         with pytest.raises(DanceError, match="aarch64 processor, which host is not"):
             tune.require_devices_of(load_target("host"), ["emulator"])
+
+
+def test_a_server_that_is_not_the_target_is_not_measured_on(tmp_path):
+    from dance_tvm.device import processes
+    from dance_tvm.tuning.farm import Farm
+    from dance_tvm.tuning.libraries import require_processor
+
+    server, port = processes.start_server(store=tmp_path / "store")
+    try:
+        with Farm([f"rpc://127.0.0.1:{port}"]) as farm:
+            require_processor(farm, load_target("host"))
+            here = load_target("host")
+            link = here.link.model_copy(update={"machine": "riscv64"})
+            with pytest.raises(DanceError, match="machine and host is riscv64: give a --device"):
+                require_processor(farm, here.model_copy(update={"link": link}))
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize(("left", "said"), [("card.json", "a finished run"), ("checkpoint.safetensors", "not finish")])
@@ -408,6 +426,15 @@ def test_the_emulated_device_moves_with_the_cache(tmp_path, monkeypatch):
 
 
 # -- artifacts --------------------------------------------------------------------------------------------------------
+
+
+def test_an_artifact_is_looked_at_without_tvm(host_artifact, tmp_path):
+    shown = command("show", str(host_artifact.path))
+    assert (shown.returncode, shown.heavy) == (0, [])
+    foreign = matmul_artifact(tmp_path / "foreign", "aarch64-linux" if host.platform.machine() == "x86_64" else "cuda")
+    refused = command("run", str(foreign.path))
+    assert (refused.returncode, refused.heavy) == (2, [])
+    assert "this device is" in refused.said
 
 
 def test_an_artifact_is_shown(tmp_path):

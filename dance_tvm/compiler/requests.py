@@ -32,6 +32,12 @@ def require_weights(weights: Path | None) -> None:
         raise DanceError(f"there is no file of weights {weights}: check the path")
 
 
+def require_agreement(numerics: str, conv: str) -> None:
+    """Raise DanceError for options that contradict one another."""
+    if numerics == "exact" and conv == "winograd":
+        raise DanceError("--numerics exact keeps the order of sums, which --conv winograd changes: leave one out")
+
+
 def require_buildable(target: Target, dtype: str = "float32", interface: str = "tvm") -> None:
     """Raise DanceError where no code can be made for the target, or not with these options."""
     kind = target.tvm.get("kind")
