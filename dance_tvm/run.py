@@ -98,8 +98,8 @@ def _windows(
         return [(str(inputs), read_inputs(inputs, manifest))]
     if video is None:
         return [("random input", random_inputs(manifest.inputs))]
+    from dance_tvm.artifact.preprocess import read_preprocess
     from dance_tvm.benchmarking.clips import windows_of
-    from dance_tvm.benchmarking.preprocess import read_preprocess
 
     return windows_of(video, manifest, stride, read_preprocess(preprocess) if preprocess else None)
 

@@ -17,13 +17,17 @@ from devices import CONSTANT, matmul_case, video_artifact
 from typer.testing import CliRunner
 
 from dance_tvm import build, cache, completion, logs, run, show, stream, train, tune
+from dance_tvm.artifact.folder import load_artifact
+from dance_tvm.artifact.preprocess import read_preprocess
+from dance_tvm.benchmarking.clips import doubt_of_scale, windows_of
 from dance_tvm.benchmarking.results import Results, write_results
-from dance_tvm.compiler.requests import default_out, is_untrained, require_buildable
+from dance_tvm.compiler.requests import default_out, is_untrained, known_preprocess, require_buildable
 from dance_tvm.core import cli, printing, verbosity
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.progress import Progress
 from dance_tvm.machines import host
 from dance_tvm.machines.target import load_target
+from dance_tvm.models import names
 from dance_tvm.sparsity.training import METHODS
 from dance_tvm.tuning.records import append, log_path, new_record, parse_loosely
 
@@ -455,9 +459,6 @@ def film(tmp_path_factory) -> Path:
 
 
 def test_a_video_runs_window_by_window_as_it_is_to_be_prepared(film, tmp_path):
-    from dance_tvm.benchmarking.clips import windows_of
-    from dance_tvm.benchmarking.preprocess import read_preprocess
-
     artifact = video_artifact(tmp_path / "video", dynamic=False)
     prepare = tmp_path / "preprocess.toml"
     prepare.write_text("resize = [24, 24]\nmean = [0.5, 0.5, 0.5]\ndeviation = [0.25, 0.25, 0.25]\nevery = 2\n")
@@ -482,6 +483,24 @@ def test_a_video_runs_window_by_window_as_it_is_to_be_prepared(film, tmp_path):
     prepare.write_text("resise = [24, 24]\n")
     with pytest.raises(DanceError, match="its fields are resize, divisor"):
         read_preprocess(prepare)
+
+
+def test_an_artifact_says_how_its_videos_are_prepared(small_network, tmp_path):
+    prepare, out = tmp_path / "preprocess.toml", tmp_path / "out"
+    prepare.write_text("divisor = 1.0\nmean = [9.0]\nevery = 3\n")
+    words = ["--model", str(small_network), "--out", str(out), "--threads", "1", "--no-check"]
+    assert CliRunner().invoke(build.app, words).exit_code == 0
+    assert load_artifact(out).manifest.preprocess is None
+    assert CliRunner().invoke(build.app, [*words, "--preprocess", str(prepare)]).exit_code == 0
+    manifest = load_artifact(out).manifest
+    assert manifest.preprocess == read_preprocess(prepare)
+    assert "every 3" in CliRunner().invoke(show.app, [str(out)]).stdout
+    assert not doubt_of_scale("film.mkv", manifest)
+    for name in names():
+        found = known_preprocess(name)
+        assert found is None or len(found.mean) in (1, 3)
+    assert known_preprocess("c3d").divisor == 1
+    assert known_preprocess("c3d.pt2") is None
 
 
 def test_a_network_that_is_no_stream_is_refused_by_stream(host_artifact):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.core.errors import DanceError
 from dance_tvm.machines.target import Target
 from dance_tvm.models import registry
@@ -52,6 +53,14 @@ def require_buildable(target: Target, dtype: str = "float32", interface: str = "
         )
     if interface == "c" and target.gpu:
         raise DanceError(f"{target.name} is a GPU, which --interface c cannot run yet: leave it out")
+
+
+def known_preprocess(model: object) -> Preprocess | None:
+    """How frames of a video become the input of a network of the zoo; None where it is not known."""
+    if not isinstance(model, (str, Path)) or Path(model).suffix:
+        return None
+    fields = registry.entry(str(model)).preprocess
+    return Preprocess.model_validate(fields) if fields else None
 
 
 def is_untrained(model: str, weights: Path | None) -> bool:
