@@ -29,11 +29,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from dance_tvm.artifact.layers import LayerInfo
+from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.machines.host import cpu_flags
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_SHOWN_OUTPUTS = 8  # in words; the manifest lists all
+
 LIBRARY, WEIGHTS, MANIFEST = "model.so", "weights.safetensors", "manifest.json"
 REFERENCE = "reference.safetensors"
 
@@ -110,6 +113,29 @@ class Check(_Strict):
     refused: dict[str, str] = {}
     reason: str = ""
 
+    def lines(self) -> list[str]:
+        """The same in words: how near each output came to failing, and what the check could not see."""
+        if self.status != "passed":
+            return [f"not run: {self.reason}"]
+        lines = [f"passed on {self.device}; shares of each output's largest value:"]
+        for output in self._nearest():
+            line = f"{output.output} on the {output.input} input: {output.difference:.1g}, allowed {output.allowed:.1g}"
+            if output.error is not None:
+                line += f"; from float64 {output.error:.1g}, the source itself {output.source_error:.1g}"
+            lines.append(line)
+        lines += [f"the source takes no {name} input: {why}" for name, why in self.refused.items()]
+        if self.uniform:
+            always = f"{len(self.uniform)} of {self.masks} masks were on everywhere or off everywhere in all inputs"
+            lines.append(f"{always}: name real ones with --check-inputs")
+        return lines
+
+    def _nearest(self) -> list[OutputCheck]:
+        """Of each output, the input where it came closest to failing."""
+        nearest: dict[str, OutputCheck] = {}
+        for output in sorted(self.outputs, key=lambda output: -output.difference):
+            nearest.setdefault(output.output, output)
+        return list(nearest.values())[:_SHOWN_OUTPUTS]
+
 
 class DeviceCode(_Strict):
     """A GPU's code inside the library: PTX, or source that ``note`` says where is compiled."""
@@ -128,7 +154,8 @@ class File(_Strict):
 
 
 class Manifest(_Strict):
-    """All that is known of an artifact; ``parameters`` are the weights that the network takes after its inputs.
+    """All that is known of an artifact; ``parameters`` are the weights that the network takes after its inputs, and
+    ``preprocess`` tells how frames of a video become its input, where that is known.
 
     ``memory_peak_bytes`` are the weights and the planned storage of activations during one call.
     """
@@ -139,6 +166,7 @@ class Manifest(_Strict):
     inputs: list[Tensor]
     outputs: list[Tensor]
     parameters: list[str] = []
+    preprocess: Preprocess | None = None
     target: BuiltFor
     options: dict[str, Any] = {}
     versions: dict[str, str]

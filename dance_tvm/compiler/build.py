@@ -32,7 +32,9 @@ from dance_tvm.artifact.folder import (
     write_artifact,
 )
 from dance_tvm.artifact.linker import shared_library_linker
+from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.requests import known_preprocess, require_buildable
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.core.input_files import read_inputs
@@ -40,6 +42,7 @@ from dance_tvm.core.versions import versions
 from dance_tvm.machines.host import needed_flags
 from dance_tvm.machines.target import Target, load_target
 from dance_tvm.tuning.advice import tuned_tiles
+from dance_tvm.tuning.places import digest_of_logs
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +93,7 @@ def build_network(
     debug_dump: str | Path | None = None,
     logs_from: str | Path | None = None,
     reuse: bool = False,
+    preprocess: Preprocess | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> Built:
     """Compile ``model`` for ``target`` into the artifact folder ``out``.
@@ -99,8 +103,9 @@ def build_network(
     source, on this machine or on the emulated device; None does so unless that would take long. ``check_inputs`` are
     ``.npz`` files of real inputs, which the check takes beside its own. Tile sizes come from the target's tuning logs,
     or from those of the target ``logs_from``. With ``reuse`` an intact artifact at ``out`` that the same network,
-    target, options and versions made is kept as it is; it is checked if it was not, or on fewer inputs. Raises
-    DanceError for bad input, with nothing left behind.
+    target, options and versions made is kept as it is; it is checked if it was not, or on fewer inputs. ``preprocess``
+    tells how frames of videos become the input, for the manifest. Raises DanceError for bad input, with nothing left
+    behind.
     """
     machine = target if isinstance(target, Target) else load_target(target)
     chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
@@ -108,8 +113,7 @@ def build_network(
     source = load_target(logs_from) if logs_from else None
     if chosen.tuning is None:
         chosen = replace(chosen, tuning=tuned_tiles(machine, options.logs if options else None, source))
-    if chosen.interface == "c" and machine.gpu:
-        raise DanceError(f"{machine.name} is a GPU, which --interface c cannot run yet: leave it out")
+    require_buildable(machine, chosen.dtype, chosen.interface)
     require_writable(out)  # told before any work is done
     clock = _Clock(on_phase)
 
@@ -117,6 +121,7 @@ def build_network(
     imported = _import(model, weights, example_inputs, shapes)
     _dump(chosen.debug_dump, "imported", imported.mod)
     manifest = _manifest(imported, machine, chosen, source)
+    manifest.preprocess = preprocess or known_preprocess(model)
     from dance_tvm.compiler.check import check_artifact, check_kernels, was_checked  # PyTorch is loaded by now
 
     given = _given(check_inputs, imported)
@@ -174,7 +179,7 @@ def _made_of(out: str | Path, manifest: Manifest) -> Artifact | None:
         standing = load_artifact(out)
     except DanceError:
         return None
-    told = ("name", "source_sha256", "inputs", "outputs", "target", "options", "versions")
+    told = ("name", "preprocess", "source_sha256", "inputs", "outputs", "target", "options", "versions")
     same = all(getattr(standing.manifest, key) == getattr(manifest, key) for key in told)
     return standing if same else None
 
@@ -281,6 +286,10 @@ def _manifest(imported: Imported, machine: Target, options: Options, logs_from: 
         chosen["interface"] = options.interface
     if options.dtype != "float32":
         chosen["dtype"] = options.dtype
+    if options.device_code != "compiled":
+        chosen["device_code"] = options.device_code
+    if digest := digest_of_logs(logs_from or machine, options.logs):
+        chosen["tuning_logs"] = digest
     if logs_from is not None:
         chosen["logs_from"] = logs_from.name
     return Manifest(

@@ -14,7 +14,8 @@ from tvm import relax
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import Kind, crossed_inputs, random_inputs
 from dance_tvm.frontend.interpreter import Part
-from dance_tvm.liveness.masks import Masks
+from dance_tvm.liveness.analysis import Masks
+from dance_tvm.liveness.relax_graph import RelaxView
 from dance_tvm.transform.graph import Graph, is_tensor, shape_of, variables
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _tries(graph: Graph, masks: list[relax.Var]) -> int:
 
 def computed_masks(graph: Graph) -> list[relax.Var]:
     """Masks that depend on the input: tensors of zeros and ones with a reader that has other values."""
-    masks, depends = Masks(graph), set(graph.params)
+    masks, depends = Masks(RelaxView(graph)), set(graph.params)
     for var in graph.order:
         if not depends.isdisjoint(variables(graph.value[var])):
             depends.add(var)

@@ -17,7 +17,7 @@ def read_inputs(path: Path, specs: Sequence[Spec], network: str) -> dict[str, np
 
     Raises DanceError where the file is no such archive or an array does not fit.
     """
-    arrays = _read_archive(path)
+    arrays = read_archive(path)
     wanted = {spec.name: spec for spec in specs}
     if len(wanted) == 1 and len(arrays) == 1:
         arrays = dict(zip(wanted, arrays.values(), strict=True))
@@ -37,7 +37,8 @@ def read_inputs(path: Path, specs: Sequence[Spec], network: str) -> dict[str, np
     return {name: arrays[name] for name in wanted}
 
 
-def _read_archive(path: Path) -> dict[str, np.ndarray]:
+def read_archive(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz`` or ``.npy`` file by name. Raises DanceError where it is no such file."""
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
