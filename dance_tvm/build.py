@@ -121,7 +121,7 @@ def build(
             place,
             target=machine,
             weights=weights,
-            shapes=shapes,
+            shapes=shapes or None,
             check=check,
             options=options,
             debug_dump=debug_dump,
