@@ -124,7 +124,7 @@ def build(
             place,
             target=machine,
             weights=weights,
-            shapes=shapes,
+            shapes=shapes or None,
             check=check,
             check_inputs=check_inputs or (),
             options=options,
