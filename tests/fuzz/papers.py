@@ -7,13 +7,13 @@ from typing import Any
 
 from .program import Program, Step
 
-SHARE = 0.05
+SHARE = 0.04
 
 
 def whole_network(rng: Random, seed: int, options: dict[str, Any]) -> Program:
     """D-STEP by clip or as a stream, or a network pruned by DANCE's controller or scaled by its adaptors."""
     options.pop("target", None), options.pop("dtype", None)
-    form = rng.choice((_dstep_clip, _dstep_clip, _dstep_stream, _dance, _dance, _adaptors))
+    form = rng.choice((_dstep_clip,) * 3 + (_dance,) * 3 + (_adaptors, _dstep_stream))
     inputs, step = form(rng)
     return Program(seed, inputs, [step], [len(inputs)], options)
 
