@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,26 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="the first seed; the clock's unless given")
     parser.add_argument("--count", type=int, help="how many seeds")
     parser.add_argument("--minutes", type=float, help="how long")
-    parser.add_argument("--replay", type=int, help="this seed alone")
+    parser.add_argument("--replay", help="this seed or this script alone")
     parser.add_argument("--log", type=Path, help="a line of JSON for each program is appended here")
     parser.add_argument("--findings", type=Path, help="a folder for the scripts that repeat what failed")
     parser.add_argument("--no-reduce", action="store_true", help="print failing programs as they are")
     options = parser.parse_args()
-    if options.replay is not None:
-        seeds = range(options.replay, options.replay + 1)
+    return Run(options).over(_programs(options))
+
+
+def _programs(options: argparse.Namespace) -> Iterator[Program]:
+    if options.replay is not None and options.replay.endswith(".py"):
+        yield Program.from_json(Path(options.replay).read_text("utf-8").splitlines()[-1].lstrip("# "))
+    elif options.replay is not None:
+        yield generate(int(options.replay))
     else:
         first = int(time.time()) if options.seed is None else options.seed
-        seeds = range(first, first + (options.count or (1 << 30 if options.minutes else 100)))
-    return Run(options).over(seeds)
+        yield from map(generate, range(first, first + (options.count or (1 << 30 if options.minutes else 100))))
 
 
 class Run:
-    """Tries seeds, each different program once, and keeps count."""
+    """Tries programs, each different one once, and keeps count."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -50,14 +56,14 @@ class Run:
         self.seen = _seen(options.log)
         self.worker = Worker()
 
-    def over(self, seeds: range) -> int:
+    def over(self, programs: Iterator[Program]) -> int:
         """0 if nothing failed, else 1."""
         end = time.monotonic() + 60 * self.options.minutes if self.options.minutes else float("inf")
         try:
-            for seed in seeds:
+            for program in programs:
                 if time.monotonic() > end:
                     break
-                self._try(seed)
+                self._try(program)
         except KeyboardInterrupt:
             pass
         finally:
@@ -65,8 +71,7 @@ class Run:
         print(f"{self.kinds.total()} different programs: " + ", ".join(f"{n} {kind}" for kind, n in self.kinds.items()))
         return int(any(Verdict(kind).is_fault for kind in self.kinds))
 
-    def _try(self, seed: int) -> None:
-        program = generate(seed)
+    def _try(self, program: Program) -> None:
         if program.digest in self.seen:
             return
         self.seen.add(program.digest)
