@@ -20,6 +20,7 @@ from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine, excess_cycles
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.workload import Workload
+from dance_tvm.transform.boolean_logic import BooleanLogic
 from dance_tvm.transform.channels_last import ChannelsLast
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
@@ -88,6 +89,7 @@ def lower(
             "simplify",
             [
                 relax.transform.CanonicalizeBindings(),
+                BooleanLogic(),
                 relax.transform.FoldConstant(),
                 relax.transform.DeadCodeElimination(),
             ],
