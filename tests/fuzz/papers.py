@@ -43,7 +43,7 @@ def _clip_shape(rng: Random) -> list[int]:
 
 def _dstep_clip(rng: Random) -> tuple[list[list[int]], Step]:
     shape = _clip_shape(rng)
-    temporal = rng.choice(("tsm", "tsm-online", "none"))
+    temporal = rng.choice(("tsm", "tsm-online", "tsn"))
     return [shape], Step("dstep", [0], ["{y} = {l}({x})"], _dstep(rng, temporal, shape))
 
 
@@ -106,7 +106,7 @@ def _adaptors(rng: Random) -> tuple[list[list[int]], Step]:
     n, c, t, h, w = _clip_shape(rng)
     init = [
         "from dance_tvm.sparsity.dance.adaptors import Adaptor",
-        f"{{l}} = nn.Sequential(nn.Conv3d({c}, 8, 3, padding=1), Adaptor(8, {t}, {h}, {w}), nn.Conv3d(8, 4, 3))",
+        f"{{l}} = nn.Sequential(nn.Conv3d({c}, 8, 3, padding=1), Adaptor(8, {t}, {h}, {w}), nn.Conv3d(8, 4, 1))",
         "for parameter in {l}[1].parameters(): parameter.data.normal_().round_()",
     ]
     return [[n, c, t, h, w]], Step("adaptors", [0], ["{y} = {l}({x})"], init)

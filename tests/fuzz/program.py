@@ -112,6 +112,9 @@ class Writer:
     def add(self, step: Step) -> Tensor:
         """The step's result. Raises what PyTorch raises where the step does not fit its sources."""
         name, number = f"v{len(self.names)}", len(self.names)
+        for left in (f"l{number}", f"l{number}b"):  # of a step that did not fit
+            if hasattr(self._holder, left):
+                delattr(self._holder, left)
         first = self.values[self.names[step.sources[0]]]
         shape = tuple(first.shape)
         words: dict[str, Any] = {"y": name, "l": f"self.l{number}", "s": shape, "c": shape[min(1, len(shape) - 1)]}
