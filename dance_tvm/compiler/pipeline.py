@@ -16,6 +16,7 @@ from dance_tvm.artifact.layers import LayerInfo
 from dance_tvm.core.errors import DanceError
 from dance_tvm.lowering.gpu_windows import GpuLowering
 from dance_tvm.lowering.group_choice import group_cost
+from dance_tvm.lowering.lower_norms import LowerNorms
 from dance_tvm.lowering.lower_windows import LowerWindows
 from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine, excess_cycles
@@ -27,6 +28,7 @@ from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
 from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
+from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 
 if TYPE_CHECKING:
@@ -90,12 +92,13 @@ def lower(
                 relax.transform.DeadCodeElimination(),
             ],
         ),
-        ("fold batch norm", [FoldBatchNorm(), *narrow]),
+        ("fold batch norm", [NormsByClip(), FoldBatchNorm(), *narrow]),
         (
             "channels last",
             [ChannelsLast(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
         ),
         ("sparse kernels", [lower_windows]),
+        ("norms", [LowerNorms(gpu or machine, options.threads)]),
         (
             "other operators",
             [

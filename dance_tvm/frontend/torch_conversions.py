@@ -221,14 +221,19 @@ def _convolution(node: fx.Node, importer: Importer) -> relax.Expr:
 
 
 def _turned_weight(node: fx.Node, importer: Importer, groups: int) -> relax.Expr:
-    """A transposed convolution's weight (in, out / groups, ...) as an ordinary one's (out, in / groups, ...)."""
-    weight = importer.parameter(node.args[1])
-    if weight is None:
-        raise DanceError("the weight of a transposed convolution must be a parameter of the network")
-    inputs, outputs, *kernel = weight.shape
-    grouped = weight.reshape(groups, inputs // groups, outputs, *kernel).transpose(1, 2)
-    turned = grouped.reshape(groups * outputs, inputs // groups, *kernel).flip(tuple(range(2, weight.ndim)))
-    return relax.const(np.ascontiguousarray(turned.numpy()))
+    """A transposed convolution's weight (in, out / groups, ...) as an ordinary one's (out, in / groups, ...).
+
+    Weights that are computed from parameters, as those of weight norm and of pruning, become constants later.
+    """
+    emit, op = importer.block_builder.emit, relax.op
+    weight = importer.env[node.args[1]]
+    inputs, outputs, *kernel = _shape(weight)
+    grouped = emit(op.reshape(weight, [groups, inputs // groups, outputs, *kernel]))
+    turned = emit(op.permute_dims(grouped, [0, 2, 1, *range(3, 3 + len(kernel))]))
+    turned = emit(op.reshape(turned, [groups * outputs, inputs // groups, *kernel]))
+    for axis in range(2, 2 + len(kernel)):
+        turned = emit(op.flip(turned, axis))
+    return turned
 
 
 def _spread_by_zeros(importer: Importer, x: relax.Expr, stride: list[int]) -> relax.Expr:
