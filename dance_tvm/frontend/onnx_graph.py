@@ -9,7 +9,7 @@ import ast
 import contextlib
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_conver
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend.check import check_import
-from dance_tvm.frontend.interface import Arrays, Imported, TensorSpec, usual_meaning
+from dance_tvm.frontend.interface import Arrays, Imported, TensorSpec, require_shape, usual_meaning
 from dance_tvm.frontend.names import NamingBuilder
 from dance_tvm.frontend.torch_program import first_line
 
@@ -33,13 +33,14 @@ OLDEST_OPSET = 17
 _CELLS = ("RNN", "GRU", "LSTM")  # one operator for a whole recurrent layer
 
 
-def import_onnx(path: Path, *, check: bool = True) -> Imported:
+def import_onnx(path: Path, *, check: bool = True, shapes: Mapping[str, Sequence[int]] | None = None) -> Imported:
     """Import an ``.onnx`` file of opset 17 or later with fixed shapes; external data may lie beside it.
 
     Raises DanceError for damaged files, older opsets, dynamic shapes, unsupported operators (named, with their layer)
     and, with ``check``, for results that differ from the source's.
     """
     model = _load(path)
+    _fix_shapes(model.graph, shapes or {})
     inputs = [_spec(value, is_input=True) for value in _true_inputs(model.graph)]
     source = _Source(path, model)
     importer = _Importer(_opset(model, path))
@@ -82,6 +83,15 @@ def _true_inputs(graph: Any) -> list[Any]:
     """Inputs that are not weights (old files list both)."""
     weights = {tensor.name for tensor in graph.initializer}
     return [value for value in graph.input if value.name not in weights]
+
+
+def _fix_shapes(graph: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Write ``shapes`` into the inputs that leave dimensions open."""
+    values = {value.name: value.type.tensor_type.shape.dim for value in _true_inputs(graph)}
+    declared = {name: [dim.dim_value or dim.dim_param or "?" for dim in dims] for name, dims in values.items()}
+    for name, shape in require_shape(declared, shapes).items():
+        for dim, extent in zip(values[name], shape, strict=True):
+            dim.dim_value = extent
 
 
 def _spec(value: Any, *, is_input: bool) -> TensorSpec:
