@@ -30,6 +30,7 @@ from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
+from dance_tvm.transform.whole_pools import WholePools
 
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
@@ -92,7 +93,7 @@ def lower(
                 relax.transform.DeadCodeElimination(),
             ],
         ),
-        ("fold batch norm", [NormsByClip(), FoldBatchNorm(), *narrow]),
+        ("fold batch norm", [WholePools(), NormsByClip(), FoldBatchNorm(), *narrow]),
         (
             "channels last",
             [ChannelsLast(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],

@@ -236,7 +236,7 @@ def _turned_weight(node: fx.Node, importer: Importer, groups: int) -> relax.Expr
     """
     emit, op = importer.block_builder.emit, relax.op
     weight = importer.env[node.args[1]]
-    inputs, outputs, *kernel = _shape(weight)
+    inputs, outputs, *kernel = shape_of(weight)
     grouped = emit(op.reshape(weight, [groups, inputs // groups, outputs, *kernel]))
     turned = emit(op.permute_dims(grouped, [0, 2, 1, *range(3, 3 + len(kernel))]))
     turned = emit(op.reshape(turned, [groups * outputs, inputs // groups, *kernel]))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,16 +21,13 @@ from dance_tvm.schedules.gpu import reduce as gpu_reduce
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.transform.graph import Graph, Shape, constant, dtype_of, is_tensor, rewrite, shape_of, substitute
 
+from .norm_forms import Span, folded, form_of, runs_of, seen_as, without
 from .sites import FUSED_ACTIVATIONS
 
 #: Reductions that have kernels here, by the name of the Relax operator.
 REDUCTIONS = {"mean": "mean", "sum": "sum", "variance": "variance", "std": "std"}
 NORMS = ("nn.instance_norm", "nn.group_norm", "nn.layer_norm", "nn.rms_norm")
 SOFTMAXES = ("nn.softmax", "nn.log_softmax")
-#: Elements of one line from which on several threads share it.
-LONG_LINE = 1 << 17
-#: Lanes as which such a line is seen.
-LINE_LANES = 64
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerNorms")
@@ -89,7 +85,9 @@ class _Lowering:
             return site
         while not site.activation and (reader := self.graph.only_reader(site.end)) is not None:
             name = self.graph.op(reader)
-            if not name or not is_tensor(reader) or shape_of(reader) != shape_of(var) or reader in self.inside:
+            if reader in self.inside or reader in self.ends:  # another norm's: the sum of two
+                break
+            if not name or not is_tensor(reader) or shape_of(reader) != shape_of(var):
                 break
             if name in FUSED_ACTIVATIONS:
                 site.activation = FUSED_ACTIVATIONS[name]
@@ -104,8 +102,6 @@ class _Lowering:
         other = right if left.same_as(site.end) else left
         whole = isinstance(other, relax.Var) and is_tensor(other) and not other.same_as(site.end)
         if not whole or shape_of(other) != shape_of(reader) or dtype_of(other) != "float32":
-            return False
-        if other in self.ends or other in self.inside:  # a second norm that ends in the same sum
             return False
         site.residual = other
         return True
@@ -157,24 +153,31 @@ class _Lowering:
         """``data`` reduced over ``axes`` (None: all), one run of adjacent axes after the other, from the last on."""
         shape = shape_of(data)
         reduced = set(range(len(shape))) if axes is None else {int(axis) % len(shape) for axis in axes}
-        runs = _runs(shape, reduced)
+        runs = runs_of(shape, reduced)
         spans = [span for span in runs if span.reduced]
         if len(spans) > 1 and (kind in ("variance", "std") or squared):
             order = [*(axis for axis in range(len(shape)) if axis not in reduced), *sorted(reduced)]
             moved = builder.emit(relax.op.permute_dims(data, order))
             last = list(range(len(shape) - len(reduced), len(shape)))
             value = self.reduce(builder, moved, last, kind, False, squared)
-            return builder.emit(relax.op.reshape(value, _without(shape, reduced, keepdims)))
+            return builder.emit(relax.op.reshape(value, without(shape, reduced, keepdims)))
         if not spans:  # axes of extent 1 alone
-            spans = [_Span(True, len(shape), 1)]
+            spans = [Span(True, len(shape), 1)]
         for span in reversed(spans):
             final = span is spans[0]
-            out = _without(shape, reduced, keepdims) if final else _folded(shape_of(data), span)
+            out = without(shape, reduced, keepdims) if final else folded(shape_of(data), span)
             now = shape_of(data)
             outer, inner = math.prod(now[: span.first]), math.prod(now[span.first + span.axes :])
             spec = Reduction(
-                now, out, outer, math.prod(now[span.first : span.first + span.axes]), inner, kind,  # type: ignore[arg-type]
-                self.machine.vector_floats if isinstance(self.machine, Machine) else 1, self.threads, squared,
+                now,
+                out,
+                outer,
+                math.prod(now[span.first : span.first + span.axes]),
+                inner,
+                kind,  # type: ignore[arg-type]
+                self.machine.vector_floats if isinstance(self.machine, Machine) else 1,
+                self.threads,
+                squared,
             )
             emitted = moments if isinstance(self.machine, Machine) else gpu_reduce
             data = _call(builder, emitted.reduce_middle(spec), [data], out)
@@ -189,7 +192,7 @@ class _Lowering:
         spec, scales = plan
         residual = [] if site.residual is None else [substitute(site.residual, new)]
         data, shape = call.args[0], shape_of(call.args[0])
-        spec = spec(residual=bool(residual), activation=site.activation)
+        spec = replace(spec, residual=bool(residual), activation=site.activation)
         return _call(builder, norm(spec), [data, *map(relax.const, scales), *residual], shape)
 
     def _softmax(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -206,7 +209,7 @@ class _Lowering:
         """A norm as mean, difference, mean of squares and product, each its own operator."""
         emit, op, attrs = builder.emit, relax.op, call.attrs
         data, shape = call.args[0], shape_of(call.args[0])
-        form = _form(call)
+        form = form_of(call)
         if form.split is not None:
             data = emit(op.reshape(data, list(form.split)))
         if form.centred:
@@ -224,66 +227,6 @@ class _Lowering:
         return result
 
 
-# -- shapes ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Adjacent axes that are all reduced, or all kept."""
-
-    reduced: bool
-    first: int
-    axes: int
-
-
-def _runs(shape: Shape, reduced: set[int]) -> list[_Span]:
-    """The axes as alternating runs; an axis of extent 1 belongs to the run that it stands in."""
-    real = [axis for axis in range(len(shape)) if shape[axis] != 1]
-    runs = []
-    for is_reduced, axes in groupby(real, key=lambda axis: axis in reduced):
-        members = list(axes)
-        runs.append(_Span(is_reduced, members[0], members[-1] - members[0] + 1))
-    return runs
-
-
-def _without(shape: Shape, reduced: set[int], keepdims: bool) -> Shape:
-    if keepdims:
-        return tuple(1 if axis in reduced else extent for axis, extent in enumerate(shape))
-    return tuple(extent for axis, extent in enumerate(shape) if axis not in reduced)
-
-
-def _folded(shape: Shape, span: _Span) -> Shape:
-    return tuple(1 if span.first <= axis < span.first + span.axes else extent for axis, extent in enumerate(shape))
-
-
-@dataclass(frozen=True)
-class _Form:
-    """A norm's axes: over which of ``split`` (the data's shape where None) it goes, and how gamma and beta broadcast."""
-
-    axes: list[int]
-    affine: Shape
-    split: Shape | None = None
-    centred: bool = True
-
-
-def _form(call: relax.Call) -> _Form:
-    name, attrs = call.op.name.removeprefix("relax."), call.attrs
-    shape = shape_of(call.args[0])
-    rank = len(shape)
-    axes = sorted(int(axis) % rank for axis in attrs.axes)
-    if name in ("nn.layer_norm", "nn.rms_norm"):
-        affine = tuple(extent if axis in axes else 1 for axis, extent in enumerate(shape))
-        return _Form(axes, affine, centred=name == "nn.layer_norm")
-    channel = int(attrs.channel_axis) % rank
-    affine = tuple(extent if axis == channel else 1 for axis, extent in enumerate(shape))
-    if name == "nn.instance_norm":
-        return _Form(axes, affine)
-    groups = int(attrs.num_groups)
-    split = (*shape[:channel], groups, shape[channel] // groups, *shape[channel + 1 :])
-    moved = [channel + 1, *(axis + (axis > channel) for axis in axes if axis != channel)]
-    return _Form(sorted(moved), affine, split)
-
-
 def _scale_and_shift(call: relax.Call) -> list[tuple[Callable[..., relax.Expr], relax.Expr]]:
     """What is done to the normalised values: multiply by gamma, add beta, where the norm has them."""
     operators = [relax.op.multiply, relax.op.add]
@@ -291,86 +234,38 @@ def _scale_and_shift(call: relax.Call) -> list[tuple[Callable[..., relax.Expr], 
     return [(op, values) for op, values, has in zip(operators, call.args[1:], flags, strict=False) if has]
 
 
-def _plan(
-    call: relax.Call, machine: Machine | Gpu, threads: int
-) -> tuple[Callable[..., Norm], list[np.ndarray]] | None:
+def _plan(call: relax.Call, machine: Machine | Gpu, threads: int) -> tuple[Norm, list[np.ndarray]] | None:
     """The one kernel that does this norm, and gamma and beta as it reads them; None where there is none."""
     if not isinstance(machine, Machine):
         return None
-    form, shape = _form(call), shape_of(call.args[0])
+    form, shape = form_of(call), shape_of(call.args[0])
     given = {operator: constant(values) for operator, values in _scale_and_shift(call)}
     if any(value is None for value in given.values()):
         return None
     size = math.prod(form.affine)
     gamma, beta = given.get(relax.op.multiply, np.ones(size)), given.get(relax.op.add, np.zeros(size))
-    assert gamma is not None and beta is not None
+    assert gamma is not None
+    assert beta is not None
     scales = [np.ascontiguousarray(value, "float32").reshape(-1) for value in (gamma, beta)]
     if (scales[0] == 1).all() and not scales[1].any():
         scales = []
-    seen = _seen(form, shape, threads, scales)
+    seen = seen_as(form, shape, threads, size if scales else 0)
     if seen is None:
         return None
-    sizes, affine = seen
-
-    def spec(**more: Any) -> Norm:
-        return Norm(
-            shape, *sizes, float(call.attrs.epsilon), machine.vector_floats, threads, affine,
-            len(scales[0]) if scales else 0, form.centred, **more,
-        )
-
+    spec = Norm(
+        shape,
+        seen.outer,
+        seen.rows,
+        seen.lanes,
+        seen.group,
+        float(call.attrs.epsilon),
+        machine.vector_floats,
+        threads,
+        seen.affine,
+        size if scales else 0,
+        form.centred,
+    )
     return spec, scales
-
-
-def _seen(
-    form: _Form, shape: Shape, threads: int, scales: Sequence[np.ndarray]
-) -> tuple[tuple[int, int, int, int], str] | None:
-    """As which (outer, rows, lanes, group) the kernel sees the data, and how gamma and beta lie."""
-    split = form.split or shape
-    kinds = [(span.reduced, math.prod(split[span.first : span.first + span.axes])) for span in _runs(split, set(form.axes))]
-    if not kinds:
-        return None
-    if not kinds[0][0]:
-        outer, kinds = kinds[0][1], kinds[1:]
-    else:
-        outer = 1
-    pattern = "".join("K" if not reduced else "R" for reduced, _ in kinds)
-    extents = [extent for _, extent in kinds]
-    last = len(shape) - 1
-    if pattern == "R":
-        affine = "" if not scales else _line_affine(form, shape, outer, extents[0])
-        if affine is None:
-            return None
-        long = extents[0] >= LONG_LINE and outer < threads and extents[0] % LINE_LANES == 0
-        if long and not scales:
-            return (outer, extents[0] // LINE_LANES, LINE_LANES, LINE_LANES), ""
-        return (outer, 1, extents[0], extents[0]), affine
-    by_lane = not scales or form.affine[last] == scales[0].size
-    if pattern == "RK" and by_lane:
-        return (outer, extents[0], extents[1], 1), "lanes" if scales else ""
-    if pattern == "RKR" and by_lane:
-        return (outer, extents[0], extents[1] * extents[2], extents[2]), "lanes" if scales else ""
-    return None
-
-
-def _line_affine(form: _Form, shape: Shape, outer: int, length: int) -> str | None:
-    """Whether gamma goes along a line, or by lines; None where it does neither."""
-    size = math.prod(form.affine)
-    if size == 1:
-        return "lines"
-    if size == length and all(extent == 1 or axis >= len(shape) - _trailing(shape, length) for axis, extent in enumerate(form.affine)):
-        return "lanes"
-    kept = [axis for axis, extent in enumerate(form.affine) if extent != 1]
-    by_line = len(kept) == 1 and math.prod(shape[: kept[0] + 1]) == outer
-    return "lines" if by_line else None
-
-
-def _trailing(shape: Shape, length: int) -> int:
-    """How many last axes make up ``length`` elements."""
-    count, product = 0, 1
-    while product < length:
-        count += 1
-        product *= shape[-count]
-    return count
 
 
 def _call(builder: relax.BlockBuilder, func: tvm.tirx.PrimFunc, args: list[relax.Expr], shape: Shape) -> relax.Expr:

@@ -13,8 +13,9 @@ CLIP_NORMS = ("nn.instance_norm", "nn.batch_norm")
 
 @tvm.transform.module_pass(opt_level=0, name="NormsByClip")
 class NormsByClip:
-    """``reshape(norm(reshape(x, (1, N·C, …)), gamma N times over, …), (N, C, …))`` is a norm of ``x`` itself, and a batch
-    norm in training is an instance norm over the clips too."""
+    """``reshape(norm(reshape(x, (1, N·C, …)), gamma N times over, …), (N, C, …))`` is a norm of ``x`` itself.
+
+    A batch norm by the batch's own statistics is an instance norm over the clips too."""
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -46,9 +47,7 @@ def _training(graph: Graph, var: relax.Var) -> relax.Call | None:
     return call if call.attrs.training else None
 
 
-def _norm_of_view(
-    graph: Graph, var: relax.Var
-) -> tuple[relax.Call, relax.Expr, list[np.ndarray], list[int]] | None:
+def _norm_of_view(graph: Graph, var: relax.Var) -> tuple[relax.Call, relax.Expr, list[np.ndarray], list[int]] | None:
     """For a view back of a norm of a view: the norm, what is normalised, parameters by channel, and axes."""
     shape, inner = shape_of(var), graph.call(var).args[0]
     if len(shape) < 3:
@@ -57,7 +56,7 @@ def _norm_of_view(
     if isinstance(value, relax.TupleGetItem) and value.index == 0:
         value = graph.value.get(value.tuple_value)
     name = "" if value is None else graph.op(value)
-    if name not in CLIP_NORMS or (name == "nn.batch_norm" and value.attrs.training):
+    if value is None or name not in CLIP_NORMS or (name == "nn.batch_norm" and value.attrs.training):
         return None
     channel = int(value.attrs.axis if name == "nn.batch_norm" else value.attrs.channel_axis)
     view = value.args[0]
@@ -86,7 +85,7 @@ def _norm(
     builder: relax.BlockBuilder, call: relax.Call, data: relax.Expr, scales: list[relax.Expr], axes: list[int]
 ) -> relax.Expr:
     if len(scales) == 2:
-        return _instance_norm(data, *scales, 1, axes, call)
+        return _instance_norm(data, scales[0], scales[1], 1, axes, call)
     fields = {"axis": 1, "epsilon": float(call.attrs.epsilon), "training": False}
     flags = {key: bool(getattr(call.attrs, key)) for key in ("center", "scale")}
     return relax.TupleGetItem(builder.emit(relax.op.nn.batch_norm(data, *scales, **fields, **flags)), 0)

@@ -92,7 +92,7 @@ class _Emitter:
     ) -> None:
         self.spec = spec
         self.x, self.residual, self.y = x, residual, y
-        self.gamma, self.beta = affine or (None, None)
+        self.gamma, self.beta = affine or [x, x]  # unread where there are none
 
     # -- line by line ------------------------------------------------------------------------------------------------
 
@@ -233,9 +233,7 @@ class _Emitter:
             store(total, total[0] + moments(let(first + member))[index], 0)
         return let(total[0])
 
-    def _pooled(
-        self, clip: Expr, first: Expr, moments: Callable[[Expr], tuple[Expr, Expr]]
-    ) -> tuple[Expr, Expr, Expr]:
+    def _pooled(self, clip: Expr, first: Expr, moments: Callable[[Expr], tuple[Expr, Expr]]) -> tuple[Expr, Expr, Expr]:
         """Moments of a whole group about its first lane's pivot, from those of its lanes about pivots of their own."""
         spec = self.spec
         top = let(clip * (spec.rows * spec.lanes))

@@ -58,9 +58,7 @@ def _result(reduction: Reduction, total: _Total) -> Expr:
 class _Total:
     """The sum over what is reduced of a function of each element, the same for all threads of a lane."""
 
-    def __init__(
-        self, reduction: Reduction, x: tirx.Buffer, top: Expr, part: Expr, thread: Expr, across: int
-    ) -> None:
+    def __init__(self, reduction: Reduction, x: tirx.Buffer, top: Expr, part: Expr, thread: Expr, across: int) -> None:
         self.reduction, self.x, self.top, self.part, self.thread = reduction, x, top, part, thread
         self.across, self.parts = across, BLOCK // across
         self.memory = shared((BLOCK,))
@@ -82,7 +80,9 @@ class _Total:
         with serial(turns) as turn:
             half = let(tirx.shift_right(integer(self.parts // 2), turn))
             with when(self.part < half):
-                store(self.memory, self.memory[self.thread] + self.memory[self.thread + half * self.across], self.thread)
+                store(
+                    self.memory, self.memory[self.thread] + self.memory[self.thread + half * self.across], self.thread
+                )
             barrier()
         result = registers((1,))
         store(result, self.memory[tirx.truncmod(self.thread, self.across)], 0)
