@@ -15,7 +15,6 @@ from tvm import relax
 from dance_tvm.artifact.layers import LayerInfo
 from dance_tvm.core.errors import DanceError
 from dance_tvm.lowering.gpu_windows import GpuLowering
-from dance_tvm.lowering.group_choice import group_cost
 from dance_tvm.lowering.lower_norms import LowerNorms
 from dance_tvm.lowering.lower_windows import LowerWindows
 from dance_tvm.schedules.cpu.spaces import TuningLog
@@ -31,6 +30,7 @@ from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.whole_pools import WholePools
+from dance_tvm.tuning.group_logs import group_cost
 
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """What a build may choose."""
+    """What a build may choose. ``logs``: the folder of tuning logs to use alone, in place of the usual ones."""
 
     threads: int = 1
     numerics: Literal["fast", "exact"] = "fast"
@@ -46,8 +46,10 @@ class Options:
     sparsity: Literal["auto", "off"] = "auto"
     debug_dump: Path | None = None
     tuning: TuningLog | None = None
+    logs: Path | None = None
     device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16"] = "float32"
+    interface: Literal["tvm", "c"] = "tvm"
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def lower(
         tuning=options.tuning,
         convolution="direct" if options.numerics == "exact" else options.conv,
         lowering=partial(GpuLowering, dtype=options.dtype) if gpu else None,
-        group_cost=group_cost(target, options.threads, partial(excess_cycles, machine)),
+        group_cost=group_cost(target, options.threads, partial(excess_cycles, machine), options.logs),
     )
     lift_weights = LiftWeights()
     narrow = [NarrowChannels()] if options.sparsity == "auto" else []
