@@ -31,7 +31,7 @@ def same_as_pytorch(network: nn.Module, *inputs: torch.Tensor) -> list[str]:
 
 
 class AddedBefore(nn.Module):
-    """Convolutions, each with something added to it before its batch norm: every extent is 6, so shapes tell nothing."""
+    """Convolutions with something added before a batch norm; every extent is 6, so that sizes tell nothing."""
 
     SHAPES = ((6,), (6, 1), (6, 1, 1), (1, 6, 1, 1), (6, 1, 1, 1), (1, 1, 6, 6), (6, 6, 6), (1,), ())
 
