@@ -21,19 +21,23 @@ class ShortNames:
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rename in ``mod``."""
-        renamed = {name: name for name, _ in mod.functions_items()}
+        renamed: dict[tvm.ir.GlobalVar, tvm.ir.GlobalVar] = {}
         for name, func in mod.functions_items():
             if isinstance(func, tirx.PrimFunc) and len(name.name_hint) > LONGEST:
                 renamed[name] = tvm.ir.GlobalVar(short_name(name.name_hint))
                 relax.expr._update_type(renamed[name], name.ty)
+        if not renamed:
+            return mod
         caller = _Caller(renamed)
         functions = {}
         for name, func in mod.functions_items():
             if isinstance(func, relax.Function):
                 functions[name] = caller.visit_expr(func)
-            else:
+            elif name in renamed and "global_symbol" in (func.attrs or {}):
                 functions[renamed[name]] = func.with_attr("global_symbol", renamed[name].name_hint)
-        return tvm.IRModule(functions, mod.attrs) if any(old is not new for old, new in renamed.items()) else mod
+            else:
+                functions[renamed.get(name, name)] = func
+        return tvm.IRModule(functions, mod.attrs)
 
 
 @relax.expr_functor.mutator
@@ -45,7 +49,7 @@ class _Caller(relax.PyExprMutator):
         self.renamed = renamed
 
     def visit_global_var_(self, op: tvm.ir.GlobalVar) -> tvm.ir.GlobalVar:
-        return self.renamed[op]
+        return self.renamed.get(op, op)
 
 
 def short_name(name: str) -> str:
