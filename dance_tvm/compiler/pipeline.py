@@ -29,6 +29,7 @@ from dance_tvm.transform.keep_nan import KEEP_NAN
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.schedule_rest import ScheduleRest
+from dance_tvm.transform.short_names import ShortNames
 from dance_tvm.tuning.group_logs import group_cost
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def lower(
                 relax.transform.AnnotateTIROpPattern(),
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),
+                ShortNames(),
                 relax.transform.DeadCodeElimination(),
                 ScheduleRestForGpu() if gpu else ScheduleRest(machine.vector_floats, options.threads),
                 *([] if gpu else [JoinSmall()]),
