@@ -31,6 +31,7 @@ def import_model(
     weights: Weights | None = None,
     example_inputs: Sequence[torch.Tensor] | None = None,
     check: bool = True,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Imported:
     """Import a zoo network by name, a ``.pt2`` or ``.onnx`` file, a module (with ``example_inputs``), or a program.
 
@@ -46,11 +47,15 @@ def import_model(
             return _import_module(model, type(model).__name__, weights, example_inputs, check)
         if isinstance(model, torch.export.ExportedProgram):
             return _import_exported(model, "program", _program_sha256(model), weights, check)
-        return _import_named(str(model), weights, example_inputs, check)
+        return _import_named(str(model), weights, example_inputs, check, shapes)
 
 
 def _import_named(
-    model: str, weights: Weights | None, example_inputs: Sequence[torch.Tensor] | None, check: bool
+    model: str,
+    weights: Weights | None,
+    example_inputs: Sequence[torch.Tensor] | None,
+    check: bool,
+    shapes: Mapping[str, Sequence[int]] | None,
 ) -> Imported:
     path = Path(model)
     if path.suffix == ".onnx":
@@ -61,7 +66,7 @@ def _import_named(
         if weights is not None:
             raise DanceError("An ONNX file carries its weights: leave --weights out, or export the network again.")
         require_file(path, "model")
-        return import_onnx(path, check=check)
+        return import_onnx(path, check=check, shapes=shapes)
     if path.suffix == ".pt2":
         return _import_exported(load_program(path), path.stem, None, weights, check, path)
     if path.suffix in (".pt", ".pth", ".bin", ".pkl", ".pickle"):

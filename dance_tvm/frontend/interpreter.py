@@ -18,6 +18,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.frontend.compiled_call import compiled_call
 
 Value = Any  # a tensor, a tuple of values, a shape (tuple of int), a scalar, or a dtype's name
 Kernel = Callable[[list[Value], Any], Value]
@@ -26,7 +27,7 @@ Kernel = Callable[[list[Value], Any], Value]
 def evaluate(mod: tvm.IRModule, inputs: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
     """The value of every variable of ``main``, by its name, for ``inputs`` by parameter name; keeps all in memory.
 
-    Raises DanceError for operators that it has no PyTorch counterpart for (``call_tir`` among them).
+    What PyTorch has no counterpart of is compiled by TVM, one call at a time.
     """
     return {name: value for name, value in trace(mod, inputs) if isinstance(value, torch.Tensor)}
 
@@ -54,12 +55,12 @@ def trace(mod: tvm.IRModule, inputs: Mapping[str, np.ndarray | torch.Tensor]) ->
     with torch.inference_mode():
         for step, binding in enumerate(bindings):
             expression = binding.value
-            value = _evaluate(expression, values)
+            value = _evaluate(expression, values, mod)
             values[binding.var] = value
             yield binding.var.name, value
             for var in last_use.get(step, ()):
                 values.pop(var, None)
-        yield "return", _evaluate(function.body.body, values)
+        yield "return", _evaluate(function.body.body, values, mod)
 
 
 def _last_uses(bindings: list[Any], result: relax.Expr) -> dict[int, list[relax.Var]]:
@@ -81,24 +82,26 @@ def _tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
     return array if isinstance(array, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _evaluate(expression: Any, values: Mapping[relax.Var, Value]) -> Value:
+def _evaluate(expression: Any, values: Mapping[relax.Var, Value], mod: tvm.IRModule) -> Value:
     if isinstance(expression, relax.Var):
         return values[expression]
     if isinstance(expression, tvm.ir.expr.GenericConst):
         # A copy: TVM's arrays may be read-only, PyTorch's never are.
         return torch.from_numpy(expression.value.numpy().copy())
     if isinstance(expression, relax.Tuple):
-        return tuple(_evaluate(field, values) for field in expression.fields)
+        return tuple(_evaluate(field, values, mod) for field in expression.fields)
     if isinstance(expression, relax.TupleGetItem):
-        return _evaluate(expression.tuple_value, values)[expression.index]
+        return _evaluate(expression.tuple_value, values, mod)[expression.index]
     if isinstance(expression, relax.ShapeExpr):
         return tuple(int(extent) for extent in expression.values)
     if isinstance(expression, relax.Call):
         name = getattr(expression.op, "name", str(expression.op))
+        arguments = [
+            None if isinstance(argument, tvm.ir.GlobalVar) else _evaluate(argument, values, mod)
+            for argument in expression.args
+        ]
         kernel = _KERNELS.get(name)
-        if kernel is None:
-            raise DanceError(f"The interpreter has no PyTorch counterpart of {name}.")
-        return kernel([_evaluate(argument, values) for argument in expression.args], expression.attrs)
+        return kernel(arguments, expression.attrs) if kernel else compiled_call(mod, expression, arguments)
     if isinstance(expression, (tvm.tirx.IntImm, tvm.tirx.FloatImm)):
         return expression.value
     if isinstance(expression, tvm.ir.StringImm):

@@ -1,0 +1,196 @@
+"""Read ONNX files: the model, what goes in and comes out, and the file itself run as the source that imports must equal.
+
+ONNX Runtime runs the file, or ONNX's own reference, slowly, where that cannot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from dance_tvm.core.errors import DanceError
+from dance_tvm.frontend.interface import Arrays, TensorSpec, usual_meaning
+from dance_tvm.frontend.torch_program import first_line
+
+OLDEST_OPSET = 7
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def load(path: Path) -> Any:
+    """The model, its sparse weights made dense. Raises DanceError for damaged and foreign files."""
+    try:
+        model = onnx.load(str(path))
+        if all(_has_shape(value) for value in model.graph.output):  # the checker wants what every reader infers
+            onnx.checker.check_model(str(path))
+    except FileNotFoundError as problem:
+        raise DanceError(f"{path} keeps its weights in another file, which is missing: {problem}") from None
+    except Exception as problem:
+        raise DanceError(f"{path} is not an ONNX model, or is damaged: {first_line(problem)[:200]}") from None
+    if not model.graph.output:
+        raise DanceError(f"{path} is not an ONNX model, or is damaged: its graph returns nothing.")
+    for sparse in model.graph.sparse_initializer:
+        model.graph.initializer.append(numpy_helper.from_array(dense(sparse), sparse.values.name))
+    del model.graph.sparse_initializer[:]
+    return model
+
+
+def opsets_of(model: Any, path: Path) -> dict[str, int]:
+    """Versions of the operator sets by domain ('' is ONNX's own)."""
+    versions = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
+    version = versions.setdefault("", 1 if len(versions) == 0 else OLDEST_OPSET)
+    if version < OLDEST_OPSET:
+        raise DanceError(f"{path} has opset {version}: export the network with opset {OLDEST_OPSET} or later.")
+    newest = onnx.defs.onnx_opset_version()
+    if version > newest:
+        raise DanceError(
+            f"{path} has opset {version} and the installed onnx package knows {newest}: install a newer one, or "
+            "export the network with an older opset."
+        )
+    return versions
+
+
+def true_inputs(graph: Any) -> list[Any]:
+    """Inputs that are not weights (old files list both)."""
+    weights = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in weights]
+
+
+def input_spec(value: Any, shapes: Shapes) -> TensorSpec:
+    """What an input is; ``shapes`` fixes what the file leaves open. Raises DanceError where it stays open."""
+    _require_tensor(value)
+    name, dims = value.name, list(value.type.tensor_type.shape.dim)
+    if name in shapes:
+        shape = tuple(int(extent) for extent in shapes[name])
+        fixed = [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
+        fits = len(dims) == len(shape) and all(
+            a is None or a == b for a, b in zip(fixed, shape, strict=True)
+        )
+        if _has_shape(value) and not fits:
+            raise DanceError(f"Input {name!r} has the shape ({_told(dims)}), which {shape} does not fit.")
+    elif not _has_shape(value) or not all(dim.HasField("dim_value") for dim in dims):
+        told = _told(dims) if _has_shape(value) else "of any rank"
+        example = "x".join(str(dim.dim_value or 1) for dim in dims) or "1x3x16x112x112"
+        raise DanceError(
+            f"Input {name!r} has a dynamic shape ({told}): fix it with --shape {name}={example}, one artifact for each."
+        )
+    else:
+        shape = tuple(dim.dim_value for dim in dims)
+    dtype = dtype_name(value)
+    return TensorSpec(name, shape, dtype, usual_meaning(shape, dtype))
+
+
+def dtype_name(value: Any) -> str:
+    """The dtype of an input or output. Raises DanceError for types that no array has, as strings."""
+    _require_tensor(value)
+    kind = value.type.tensor_type.elem_type
+    name = onnx.TensorProto.DataType.Name(kind).lower() if kind else "of no type"
+    dtype = {"float": "float32", "double": "float64"}.get(name, name)
+    if dtype not in _DTYPES:
+        raise DanceError(f"{value.name!r} of the network holds {name}s: export it with numbers in and out.")
+    return dtype
+
+
+_DTYPES = {
+    *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+    *("float16", "bfloat16", "float32", "float64", "bool"),
+}
+
+
+def _require_tensor(value: Any) -> None:
+    if not value.type.HasField("tensor_type"):
+        raise DanceError(f"{value.name!r} of the network is not a tensor: export it with tensors in and out.")
+
+
+def _has_shape(value: Any) -> bool:
+    return not value.type.HasField("tensor_type") or value.type.tensor_type.HasField("shape")
+
+
+def _told(dims: Sequence[Any]) -> str:
+    return ", ".join(dim.dim_param or (str(dim.dim_value) if dim.HasField("dim_value") else "?") for dim in dims)
+
+
+def dense(sparse: Any) -> np.ndarray:
+    """A sparse tensor with its zeros."""
+    values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+    array = np.zeros(tuple(sparse.dims), values.dtype)
+    if places.ndim == 1:
+        array.reshape(-1)[places] = values
+    else:
+        array[tuple(places.T)] = values
+    return array
+
+
+def sha256(path: Path) -> str:
+    """The file's bytes, and those of the weights that it keeps elsewhere."""
+    digest = hashlib.sha256(path.read_bytes())
+    weights = onnx.load(str(path), load_external_data=False).graph.initializer
+    files = {entry.value for tensor in weights for entry in tensor.external_data if entry.key == "location"}
+    for name in sorted(files):
+        digest.update((path.parent / name).read_bytes())
+    return digest.hexdigest()
+
+
+class Source:
+    """The ONNX file itself as a function."""
+
+    def __init__(self, path: Path, model: Any) -> None:
+        self.path, self.model = path, model
+        self.names = [value.name for value in model.graph.output]
+        self._runner: Any = None
+
+    def run(self, arrays: Arrays) -> Arrays:
+        """Outputs by name. Raises DanceError where nothing here can run the file."""
+        if self._runner is not None:
+            return self._named(self._runner.run(self.names, arrays))
+        problems = []
+        for opened in (_in_onnx_runtime, _in_reference):
+            try:
+                runner = opened(self.model, str(self.path))
+                results = self._named(runner.run(self.names, arrays))
+            except Exception as problem:
+                problems.append(first_line(problem))
+                continue
+            self._runner = runner
+            return results
+        raise DanceError(
+            f"{self.path} can be run neither by ONNX Runtime nor by ONNX's reference, so nothing tells whether its "
+            f"import is right: {problems[0][:200]}"
+        )
+
+    def run_all(self, arrays: Arrays) -> Arrays:
+        """Every value that the graph computes."""
+        everything = onnx.ModelProto()
+        everything.CopyFrom(self.model)
+        names = [name for node in everything.graph.node for name in node.output if name]
+        known = set(self.names)
+        everything.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+        try:
+            runner = _in_onnx_runtime(everything, everything.SerializeToString())
+        except Exception:
+            runner = _in_reference(everything, "")
+        return dict(zip(names, runner.run(names, arrays), strict=True))
+
+    def _named(self, results: Sequence[Any]) -> Arrays:
+        return {name: np.asarray(result) for name, result in zip(self.names, results, strict=True)}
+
+
+def _in_onnx_runtime(model: Any, source: str | bytes) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def _in_reference(model: Any, _source: str | bytes) -> Any:
+    from onnx.reference import ReferenceEvaluator
+
+    return ReferenceEvaluator(model)
