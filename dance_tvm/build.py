@@ -13,6 +13,7 @@ from rich.status import Status
 from rich.table import Table
 
 from dance_tvm.core.cli import application, start
+from dance_tvm.core.errors import DanceError
 from dance_tvm.core.options import AsJson, Model, TargetName, Threads
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ def build(
     model: Model = DEFAULT_MODEL,
     weights: Annotated[Path | None, typer.Option(help="Trained weights: .safetensors, or a state dict.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="artifacts/MODEL-TARGET")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="An open input's shape, clip=1x3x16x112x112; repeatable.")
+    ] = None,
     threads: Threads = None,
     check: Annotated[
         bool | None,
@@ -57,6 +61,7 @@ def build(
     """Compile a trained network into a verified artifact: one folder that a device can run."""
     from dance_tvm.machines.target import load_target
 
+    shapes = dict(map(_shape, shape or []))
     machine = load_target(target)  # told before the second that importing the compiler takes
     with _Progress(Console(stderr=True), quiet=as_json) as progress:
         from dance_tvm.compiler.build import build_network
@@ -75,6 +80,7 @@ def build(
             out or Path("artifacts") / f"{Path(model).stem}-{machine.name}",
             target=machine,
             weights=weights,
+            shapes=shapes,
             check=check,
             options=options,
             debug_dump=debug_dump,
@@ -85,6 +91,15 @@ def build(
         typer.echo(json.dumps(_facts(built), indent=2))
     else:
         _print(Console(), built)
+
+
+def _shape(given: str) -> tuple[str, tuple[int, ...]]:
+    """``("clip", (1, 3, 16))`` for ``clip=1x3x16``."""
+    name, _, extents = given.rpartition("=")
+    parts = extents.replace(",", "x").split("x")
+    if not name or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise DanceError(f"--shape {given} is not the name of an input and its extents, as in clip=1x3x16x112x112")
+    return name, tuple(int(part) for part in parts)
 
 
 class _Progress:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import tvm
 from torch import nn
+from torch.nn import functional
 from tvm import relax, tirx
 from tvm.relax.frontend.torch import from_exported_program
 
@@ -82,6 +84,109 @@ def test_small_operators_become_few_calls_and_change_nothing(monkeypatch: pytest
         found = outputs(compiled, clip)[0]
         np.testing.assert_array_equal(found, outputs(before, clip)[0])
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def swapped(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2)
+
+
+def rolled(x: torch.Tensor) -> torch.Tensor:
+    return torch.roll(x, (1, -1), (1, 2))
+
+
+def padded(x: torch.Tensor) -> torch.Tensor:
+    return functional.pad(x, (1, 2, 1, 0))
+
+
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """Every other channel, and a constant added: operators without a kernel of their own."""
+    return x[:, ::2] + 1
+
+
+WIDE, LARGEST = nn.AvgPool3d(3, 1, 1), nn.MaxPool3d(3, 1, 1)
+FLAT, PEAKS = nn.AvgPool2d((3, 2), 1), nn.MaxPool2d(2, 1)
+LINE, PEAK = nn.AvgPool1d(3, 1, 1), nn.MaxPool1d(2, 1)
+#: Small operators behind one another, by the rank of what they take; each kind is a chain of kernels that see tensors
+#: as one dimension, or such a kernel between operators that do not.
+CHAINS = {
+    (2, 6, 4, 6, 5): [
+        [LARGEST, LARGEST],
+        [WIDE, WIDE, WIDE, LARGEST],
+        [rolled, WIDE],
+        [swapped, nn.MaxPool3d(2, 1), swapped, WIDE],
+        [padded, nn.AvgPool3d(2), LARGEST],
+        [LARGEST, shifted, LARGEST, rolled],
+        [torch.sigmoid, nn.AvgPool3d((1, 2, 3), 1), torch.abs, LARGEST, padded],
+    ],
+    (3, 6, 7, 5): [
+        [FLAT, FLAT],
+        [PEAKS, PEAKS, PEAKS],
+        [swapped, PEAKS],
+        [padded, FLAT, rolled, PEAKS],
+        [shifted, FLAT],
+    ],
+    (2, 8, 9): [[LINE, LINE], [PEAK, PEAK, LINE], [swapped, PEAK], [rolled, LINE, shifted, PEAK]],
+}
+
+
+class SideBySide(nn.Module):
+    """Each chain applied to the same input."""
+
+    def __init__(self, chains: list[list[Callable[[torch.Tensor], torch.Tensor]]]) -> None:
+        super().__init__()
+        self.chains = chains
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = []
+        for chain in self.chains:
+            y = x
+            for step in chain:
+                y = step(y)
+            found.append(y)
+        return tuple(found)
+
+
+def hidden_reads(low: Lowered) -> list[str]:
+    """Local memory of functions that they access through views, which TVM's reuse of memory overlooks."""
+    found = []
+    for _, func in low.mod.functions_items():
+        if isinstance(func, tirx.PrimFunc):
+            script = func.script()
+            viewed = re.findall(r"decl_buffer\(.*data=(\w+)\.data", script)
+            found += [name for name in viewed if f" {name} = T." in script]
+    return found
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", list(CHAINS), ids=lambda shape: f"rank {len(shape)}")
+def test_joined_kernels_keep_what_is_still_read(shape: tuple[int, ...], threads: int) -> None:
+    network = SideBySide(CHAINS[shape]).eval()
+    x = torch.randint(-9, 10, shape).float()
+    low = lowered(network, x, threads)
+    assert any(name.startswith("small") for name in calls(low))
+    assert not hidden_reads(low)
+    machine = machine_of(low, threads)
+    poisoned = torch.full_like(x, torch.nan)
+    for clip in (poisoned, x, poisoned, x.flip(0)):  # what one call leaves in memory, the next must not read
+        found = outputs(machine, clip)
+        if not clip.isnan().any():
+            for one, wanted in zip(found, network(clip), strict=True):
+                np.testing.assert_allclose(one, wanted.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_lists_and_masks_outlive_the_kernels_that_make_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planners joined with their readers: every list of a planner is a result of the joined function, read or not."""
+    from dance_tvm.lowering import lower_windows
+
+    monkeypatch.setattr(lower_windows, "MOST_CONSTANT_LISTS", 0)
+    network, some = integers(Decides()), clips(2)
+    low = lowered(network, some[0])
+    assert not hidden_reads(low)
+    machine = machine_of(low)
+    outputs(machine, torch.full_like(some[0], torch.nan))
+    for clip in some:
+        with torch.no_grad():
+            np.testing.assert_allclose(outputs(machine, clip)[0], network(clip).numpy(), rtol=1e-5)
 
 
 def test_groups_are_no_longer_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+import tvm
 from convolutions import Case, channel_list, compiled, draw_masks, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
+from tvm import relax
+from tvm.relax.frontend.torch import from_exported_program
 
-from dance_tvm.schedules.cpu.conv3d_gather import Tile
+from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.cpu.conv3d_gather import GatherConv, Tile
+from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.winograd import WinogradConv, conv3d_winograd, mask_arguments
+from dance_tvm.schedules.cpu.winograd_choice import why_not
 from dance_tvm.schedules.cpu.winograd_plan import LISTS, WinogradPlan, plan_winograd
 from dance_tvm.schedules.cpu.winograd_transforms import POINTS, matrices, transform_weights
+from tests.test_transform import outputs
 
 TILE = Tile(mr=3, vectors=2, vector_floats=4, step=1, block_tiles=4, segment_taps=2, depth_block=4)
 #: Largest error of the largest output, by the largest m of a tile; at most 2 is exact on small integers.
@@ -210,6 +220,83 @@ def masked_cases(draw: st.DrawFn) -> WinogradCase:
 @given(masked_cases())
 def test_masked_equals_pytorch_on_the_masked_input(case: WinogradCase) -> None:
     check(case)
+
+
+#: Stride and dilation of axes that cannot be transformed are free.
+FREE = list(product((1, 2, 3), (1, 2)))
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> WinogradCase:
+    """Any window that a Winograd kernel may be chosen for, with one of the tiles it may be given."""
+
+    def axis(kernels: tuple[int, ...]) -> tuple[int, int, int]:
+        taps = draw(st.sampled_from(kernels))
+        return (taps, 1, 1) if taps == 3 else (1, *draw(st.sampled_from(FREE)))
+
+    frames = draw(st.sampled_from([(taps, *free) for taps in (1, 3) for free in FREE]))
+    rows = axis((1, 3))
+    columns = axis((1, 3) if rows[0] == 3 or frames == (3, 1, 1) else (3,))
+    kernel, stride, dilation = zip(frames, rows, columns, strict=True)
+    tiles = [2 if taps == (3, 1, 1) else 1 for taps in (rows, columns)]
+    only_frames = max(tiles) == 1
+    case = WinogradCase(
+        size=(draw(st.integers(5, 6)), draw(st.integers(3, 7)), draw(st.integers(3, 6))),
+        channels_in=draw(st.integers(1, 5)),
+        channels_out=draw(st.integers(1, 6)),
+        kernel=kernel,
+        stride=stride,
+        dilation=dilation,
+        padding=tuple(draw(st.integers(0, 1)) for _ in range(3)),
+        seed=draw(st.integers(0, 99)),
+        m=(2 if only_frames or (frames == (3, 1, 1) and draw(st.booleans())) else 1, *tiles),
+        columns=draw(st.integers(1, 30)),
+    )
+    if draw(st.booleans()):
+        draw_masks(draw, case)
+    return case
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(windows())
+def test_axes_that_are_not_transformed_have_any_stride_and_padding(case: WinogradCase) -> None:
+    assert not why_not(gathered(case))
+    check(case)
+
+
+def gathered(case: WinogradCase) -> GatherConv:
+    """The direct kernel of the same convolution."""
+    plan = RowPlan(case.window, TILE.mr, TILE.block_tiles, TILE.segment_taps)
+    return GatherConv(case.window, case.channels_in, case.channels_out, 1, plan=plan, tile=TILE)
+
+
+def test_a_window_is_refused_unless_its_transformed_axes_are_three_long_and_dense() -> None:
+    axis = list(product((1, 2, 3, 5), (1, 2), (1, 2)))  # kernel, stride, dilation
+    for frames, rows, columns in product(axis, repeat=3):
+        kernel, stride, dilation = zip(frames, rows, columns, strict=True)
+        case = WinogradCase(size=(9, 9, 9), kernel=kernel, stride=stride, dilation=dilation, padding=(1, 0, 1))
+        whole = [taps in ((3, 1, 1), (1, *taps[1:])) for taps in (rows, columns)]
+        some = (3, 1, 1) in (frames, rows, columns)
+        assert (not why_not(gathered(case))) == (all(whole) and some), (frames, rows, columns)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [((3, 1, 1), (1, 1, 2), (0, 1, 0)), ((1, 3, 1), (2, 1, 2), (1, 0, 0)), ((3, 1, 3), (1, 3, 1), (1, 1, 1))],
+)
+def test_a_factorised_convolution_is_right_whatever_kernel_is_chosen(kernel, stride, padding) -> None:
+    conv = nn.Conv3d(16, 16, kernel, stride=stride, padding=padding)
+    with torch.no_grad():
+        for parameter in conv.parameters():
+            parameter.copy_(torch.randint(-2, 3, parameter.shape).float())
+    x = torch.randint(-3, 4, (1, 16, 6, 9, 11)).float()
+    mod = from_exported_program(torch.export.export(conv.eval(), (x,)))
+    low = lower(mod, load_target("host"), Options(conv="winograd"))
+    assert "winograd" in low.layers[0].kernel
+    executable = tvm.compile(low.mod, target=load_target("host").tvm_target(1))
+    found = outputs(relax.VirtualMachine(executable, tvm.cpu()), x)[0]
+    wanted = conv.double()(x.double()).detach().numpy()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
 
 
 def alive(channels: int, *runs: tuple[int, int]) -> np.ndarray:

@@ -19,19 +19,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-Status = Literal["right", "refused", "wrong", "traceback", "crash", "timeout"]
-STATUSES: tuple[Status, ...] = ("right", "refused", "wrong", "traceback", "crash", "timeout")
+Status = Literal["right", "refused", "wrong", "traceback", "crash", "timeout", "skipped"]
+STATUSES: tuple[Status, ...] = ("right", "refused", "wrong", "traceback", "crash", "timeout", "skipped")
 
 # A process that has built many networks is given up for a fresh one: LLVM and TVM keep memory.
 CASES_OF_A_PROCESS = 100
 
 
+class SkippedError(Exception):
+    """The case is none: the suite's own tools do not take it."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case: its operator, how it ended, and the sentence, difference or exception that it ended with.
-
-    ``builds`` tells whether an artifact was written and run, or the case was only imported.
-    """
+    """What became of a case: its operator, how it ended, and the sentence, difference or exception it ended with."""
 
     case: str
     operator: str
@@ -73,7 +74,7 @@ def run_suite(
 
 
 def _report(outcome: Outcome, count: int, total: int, seconds: float) -> None:
-    if outcome.status != "right" or count % 100 == 0 or count == total:
+    if outcome.status not in ("right", "skipped") or count % 100 == 0 or count == total:
         print(
             f"[{count}/{total} {seconds:.0f} s] {outcome.status:9} {outcome.case}: {outcome.message[:300]}", flush=True
         )
@@ -131,6 +132,8 @@ def _serve(connection: Connection, suite: str) -> None:
                 attempt(case, Path(folder), build)
         except DanceError as problem:
             status, message = "refused", str(problem)
+        except SkippedError as problem:
+            status, message = "skipped", str(problem)
         except AssertionError as problem:
             status, message = "wrong", str(problem)
         except Exception as problem:

@@ -53,12 +53,13 @@ class _Strict(BaseModel):
 
 
 class Tensor(_Strict):
-    """One input or output of the network."""
+    """One input or output of the network; ``largest`` is the largest value that an index among the inputs may have."""
 
     name: str
     shape: list[int]
     dtype: str
     meaning: str
+    largest: int | None = None
 
 
 class BuiltFor(_Strict):
@@ -215,7 +216,7 @@ def write_artifact(
     with staged(out) as folder:
         export_library(folder / LIBRARY)
         if weights:
-            save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, folder / WEIGHTS)
+            save_file({name: np.asarray(array, order="C") for name, array in weights.items()}, folder / WEIGHTS)
         names = [LIBRARY] + ([WEIGHTS] if weights else [])
         manifest = manifest.model_copy(
             update={"files": {name: _describe(folder / name) for name in names}, "parameters": list(weights)}
@@ -224,7 +225,7 @@ def write_artifact(
         if check is not None:
             manifest = manifest.model_copy(update={"check": check(load_artifact(folder))})
         if reference:
-            save_file({name: np.ascontiguousarray(array) for name, array in reference.items()}, folder / REFERENCE)
+            save_file({name: np.asarray(array, order="C") for name, array in reference.items()}, folder / REFERENCE)
             manifest = manifest.model_copy(
                 update={"files": {**manifest.files, REFERENCE: _describe(folder / REFERENCE)}}
             )

@@ -7,7 +7,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,6 +90,7 @@ def build_network(
     target: str | Path | Target = "host",
     weights: str | Path | None = None,
     example_inputs: tuple[torch.Tensor, ...] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
     threads: int | None = None,
     check: bool | None = None,
     options: Options | None = None,
@@ -101,10 +102,11 @@ def build_network(
     """Compile ``model`` for ``target`` into the artifact folder ``out``.
 
     ``model`` is a name of the zoo, a ``.pt2`` or ``.onnx`` file, a network in memory (with ``example_inputs``), or one
-    that was imported before. ``check`` runs the built network against its source, on this machine or on the emulated
-    device; None does so unless that would take long. Tile sizes come from the target's tuning logs, or from those of
-    the target ``logs_from``. With ``reuse`` an intact artifact at ``out`` that the same network, target, options and
-    versions made is kept as it is. Raises DanceError for bad input, with nothing left behind.
+    that was imported before; ``shapes`` fix what its inputs leave open. ``check`` runs the built network against its
+    source, on this machine or on the emulated device; None does so unless that would take long. Tile sizes come from
+    the target's tuning logs, or from those of the target ``logs_from``. With ``reuse`` an intact artifact at ``out``
+    that the same network, target, options and versions made is kept as it is. Raises DanceError for bad input, with
+    nothing left behind.
     """
     machine = target if isinstance(target, Target) else load_target(target)
     chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
@@ -116,7 +118,7 @@ def build_network(
     clock = _Clock(on_phase)
 
     clock.start("import")
-    imported = _import(model, weights, example_inputs)
+    imported = _import(model, weights, example_inputs, shapes)
     _dump(chosen.debug_dump, "imported", imported.mod)
     manifest = _manifest(imported, machine, chosen, source)
     if reuse and (standing := _made_of(out, manifest)):
@@ -244,12 +246,12 @@ def check_kernels(
     return _compare(manifest, named, expected, f"{session.name} over OpenCL, the kernels alone", tolerance)
 
 
-def _import(model: Any, weights: str | Path | None, example_inputs: Any) -> Imported:
+def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any) -> Imported:
     from dance_tvm.frontend import Imported, import_model
 
     if isinstance(model, Imported):
         return model
-    return import_model(model, weights=weights, example_inputs=example_inputs)
+    return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes)
 
 
 def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, int]:
@@ -346,7 +348,9 @@ def _manifest(imported: Imported, machine: Target, options: Options, logs_from: 
 
 
 def _tensor(spec: Any) -> Tensor:
-    return Tensor(name=spec.name, shape=list(spec.shape), dtype=str(spec.dtype), meaning=spec.meaning)
+    return Tensor(
+        name=spec.name, shape=list(spec.shape), dtype=str(spec.dtype), meaning=spec.meaning, largest=spec.largest
+    )
 
 
 def _device_for(manifest: Manifest, insist: bool) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+import ml_dtypes
 import numpy as np
 
 
@@ -23,15 +24,27 @@ class Spec(Protocol):
     def dtype(self) -> str:
         """NumPy's name of its type."""
 
+    @property
+    def largest(self) -> int | None:
+        """The largest value that an integer input takes: an index has a range. None where nothing is known."""
+
 
 def random_inputs(specs: Iterable[Spec], seed: int = 0) -> dict[str, np.ndarray]:
-    """Arrays by input name: normal floats, bytes 0 to 255, integers 0 to 9, truth values."""
+    """Arrays by input name: normal floats, bytes 0 to 255, integers 0 to 9 or to their largest value, truth values."""
     generator = np.random.default_rng(seed)
-    return {spec.name: _random(generator, tuple(spec.shape), np.dtype(spec.dtype)) for spec in specs}
+    return {spec.name: _random(generator, spec) for spec in specs}
 
 
-def _random(generator: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    if dtype.kind == "f":
-        return generator.standard_normal(shape, dtype=np.float32).astype(dtype)
-    top = {"b": 2, "u": 256}.get(dtype.kind, 10)
-    return generator.integers(0, top, shape).astype(dtype)
+def _random(generator: np.random.Generator, spec: Spec) -> np.ndarray:
+    shape, dtype = tuple(spec.shape), dtype_of(spec.dtype)
+    if spec.dtype == "bool":
+        return generator.integers(0, 2, shape).astype(bool)
+    if dtype.kind in "iu":
+        largest = {"u": 255, "i": 9}[dtype.kind] if spec.largest is None else spec.largest
+        return generator.integers(0, largest, shape, endpoint=True).astype(dtype)
+    return np.asarray(generator.standard_normal(shape, dtype=np.float32)).astype(dtype)
+
+
+def dtype_of(name: str) -> np.dtype:
+    """NumPy's type of this name; ``bfloat16`` is a type of the ml_dtypes package, which TVM brings along."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)

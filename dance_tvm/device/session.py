@@ -120,4 +120,5 @@ def arrange(manifest: Manifest, inputs: Mapping[str, Any]) -> list[Any]:
                 f"not {array.dtype} of shape {array.shape}"
             )
     values = [inputs[name] for name in names]
-    return [np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value for value in values]
+    # np.ascontiguousarray would give a scalar an axis.
+    return [np.asarray(value, order="C") if isinstance(value, np.ndarray) else value for value in values]

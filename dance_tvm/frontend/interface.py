@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
+import torch
 import tvm
+
+from dance_tvm.core.errors import DanceError
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output: its name, shape, NumPy dtype, and what it holds in a few words."""
+    """An input or output: its name, shape, NumPy dtype, and what it holds in a few words.
+
+    ``largest`` is the largest value that the network takes where that is not any: of an index, say.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     meaning: str
+    largest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,51 @@ class Imported:
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     reference: Callable[[Arrays], Arrays]
+
+
+def tensor_of(array: np.ndarray) -> torch.Tensor:
+    """``array`` as PyTorch's tensor; PyTorch does not know NumPy's bfloat16."""
+    array = np.asarray(array, order="C")
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def array_of(value: torch.Tensor | bool | int | float) -> np.ndarray:
+    """A tensor or number as NumPy's array."""
+    tensor = torch.as_tensor(value).detach().resolve_conj().resolve_neg()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def require_shape(
+    declared: Mapping[str, Sequence[int | str]], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each input: ``declared``, its open dimensions (names) as ``shapes`` gives them.
+
+    Raises DanceError for an unknown input, for a shape that does not fit, and where an open one is not given.
+    """
+    unknown = sorted(set(shapes) - set(declared))
+    if unknown:
+        raise DanceError(f"The network has no input {unknown[0]!r}: it takes {', '.join(declared)}.")
+    chosen = {}
+    for name, dims in declared.items():
+        given = tuple(shapes.get(name, [n for n in dims if isinstance(n, int)]))
+        told = ", ".join(map(str, dims))
+        if len(given) == len(dims) and all(
+            isinstance(n, str) or n == extent for n, extent in zip(dims, given, strict=True)
+        ):
+            chosen[name] = given
+        elif name in shapes:
+            raise DanceError(f"Input {name!r} has the shape ({told}), which {'x'.join(map(str, given))} does not fit.")
+        else:
+            example = "x".join(str(n) if isinstance(n, int) else "1" for n in dims)
+            raise DanceError(
+                f"Input {name!r} has a dynamic shape ({told}): fix it with --shape {name}={example} "
+                f"(import_model: shapes={{{name!r}: ...}}), one artifact for each shape."
+            )
+    return chosen
 
 
 def usual_meaning(shape: tuple[int, ...], dtype: str) -> str:

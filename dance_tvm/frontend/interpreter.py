@@ -19,6 +19,7 @@ from tvm import relax
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.frontend.compiled_call import compiled_call
+from dance_tvm.frontend.interface import tensor_of
 
 Value = Any  # a tensor, a tuple of values, a shape (tuple of int), a scalar, or a dtype's name
 Kernel = Callable[[list[Value], Any], Value]
@@ -79,7 +80,7 @@ def _last_uses(bindings: list[Any], result: relax.Expr) -> dict[int, list[relax.
 
 
 def _tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
-    return array if isinstance(array, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(array))
+    return array if isinstance(array, torch.Tensor) else tensor_of(array)
 
 
 def _evaluate(expression: Any, values: Mapping[relax.Var, Value], mod: tvm.IRModule) -> Value:

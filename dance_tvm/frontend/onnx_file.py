@@ -15,10 +15,10 @@ import onnx
 from onnx import numpy_helper
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.frontend.interface import Arrays, TensorSpec, usual_meaning
+from dance_tvm.frontend.interface import Arrays, TensorSpec, require_shape, usual_meaning
 from dance_tvm.frontend.torch_program import first_line
 
-OLDEST_OPSET = 7
+OLDEST_OPSET = 6
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -62,28 +62,21 @@ def true_inputs(graph: Any) -> list[Any]:
     return [value for value in graph.input if value.name not in weights]
 
 
-def input_spec(value: Any, shapes: Shapes) -> TensorSpec:
-    """What an input is; ``shapes`` fixes what the file leaves open. Raises DanceError where it stays open."""
-    _require_tensor(value)
-    name, dims = value.name, list(value.type.tensor_type.shape.dim)
-    if name in shapes:
-        shape = tuple(int(extent) for extent in shapes[name])
-        fixed = [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
-        fits = len(dims) == len(shape) and all(
-            a is None or a == b for a, b in zip(fixed, shape, strict=True)
-        )
-        if _has_shape(value) and not fits:
-            raise DanceError(f"Input {name!r} has the shape ({_told(dims)}), which {shape} does not fit.")
-    elif not _has_shape(value) or not all(dim.HasField("dim_value") for dim in dims):
-        told = _told(dims) if _has_shape(value) else "of any rank"
-        example = "x".join(str(dim.dim_value or 1) for dim in dims) or "1x3x16x112x112"
-        raise DanceError(
-            f"Input {name!r} has a dynamic shape ({told}): fix it with --shape {name}={example}, one artifact for each."
-        )
-    else:
-        shape = tuple(dim.dim_value for dim in dims)
-    dtype = dtype_name(value)
-    return TensorSpec(name, shape, dtype, usual_meaning(shape, dtype))
+def input_specs(graph: Any, shapes: Shapes) -> list[TensorSpec]:
+    """What the network takes; ``shapes`` fixes what the file leaves open. Raises DanceError where it stays open."""
+    values = true_inputs(graph)
+    dtypes = {value.name: dtype_name(value) for value in values}
+    declared = {value.name: _dims(value, shapes) for value in values}
+    fixed = require_shape(declared, shapes)
+    return [TensorSpec(name, shape, dtypes[name], usual_meaning(shape, dtypes[name])) for name, shape in fixed.items()]
+
+
+def _dims(value: Any, shapes: Shapes) -> list[int | str]:
+    """The dimensions of an input, names where they are open."""
+    if not _has_shape(value):
+        return [f"dim_{at}" for at in range(len(shapes.get(value.name, range(5))))]
+    dims = enumerate(value.type.tensor_type.shape.dim)
+    return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"dim_{at}" for at, dim in dims]
 
 
 def dtype_name(value: Any) -> str:
@@ -110,10 +103,6 @@ def _require_tensor(value: Any) -> None:
 
 def _has_shape(value: Any) -> bool:
     return not value.type.HasField("tensor_type") or value.type.tensor_type.HasField("shape")
-
-
-def _told(dims: Sequence[Any]) -> str:
-    return ", ".join(dim.dim_param or (str(dim.dim_value) if dim.HasField("dim_value") else "?") for dim in dims)
 
 
 def dense(sparse: Any) -> np.ndarray:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,10 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend import onnx_conversions, onnx_file
 from dance_tvm.frontend.check import check_import
-from dance_tvm.frontend.interface import Arrays, Imported, TensorSpec
+from dance_tvm.frontend.interface import Arrays, Imported, TensorSpec, tensor_of
 from dance_tvm.frontend.names import NamingBuilder
 from dance_tvm.frontend.onnx_conversions import Operator, Unsupported
+from dance_tvm.frontend.ranges import with_ranges
 
 _CELLS = ("RNN", "GRU", "LSTM")  # one operator for a whole recurrent layer
 
@@ -63,11 +63,7 @@ def import_onnx(path: Path, *, check: bool = True, shapes: onnx_file.Shapes | No
     """
     model = onnx_file.load(path)
     opsets = onnx_file.opsets_of(model, path)
-    given = onnx_file.true_inputs(model.graph)
-    unknown = sorted(set(shapes or {}) - {value.name for value in given})
-    if unknown:
-        raise DanceError(f"{path} has no input {unknown[0]!r}: its inputs are {', '.join(v.name for v in given)}.")
-    inputs = [onnx_file.input_spec(value, shapes or {}) for value in given]
+    inputs = onnx_file.input_specs(model.graph, shapes or {})
     source = onnx_file.Source(path, model)
     importer = _Importer(opsets, model.functions)
     mod = importer.run(model.graph, inputs)
@@ -75,6 +71,7 @@ def import_onnx(path: Path, *, check: bool = True, shapes: onnx_file.Shapes | No
         TensorSpec(value.name, tuple(int(n) for n in kind.shape), str(kind.dtype.dtype), f"output {index} of the network")
         for index, (value, kind) in enumerate(zip(model.graph.output, mod["main"].ret_ty.fields, strict=True))
     ]
+    inputs = with_ranges(inputs, source.run)
     if check:
         arrays = random_inputs(inputs)
         check_import(mod, arrays, source.run(arrays), lambda: importer.compare_with(source, arrays))
@@ -104,10 +101,16 @@ class _Importer(ONNXGraphImporter):
                 for var in inputs:
                     self.bb.enter(var.name, only=False)
                     self._nodes[var.name] = self._as_computed(var)
-                self._walk(graph)
-                results = [self._result(value) for value in graph.output]
+                results, problem = [], None
+                try:
+                    self._walk(graph)
+                    results = [self._result(value) for value in graph.output]
+                except DanceError as refusal:
+                    problem = refusal  # TVM's builder wants to be left in order
                 returned = self.bb.emit_output(relax.Tuple(results))
             self.bb.emit_func_output(returned)
+        if problem is not None:
+            raise problem
         mod = relax.transform.CanonicalizeBindings()(self.bb.get())
         return relax.transform.DeadCodeElimination()(mod)
 
@@ -115,14 +118,15 @@ class _Importer(ONNXGraphImporter):
         """For each variable that holds a value of the graph: its layer, and the source's value."""
         values = source.run_all(arrays)
         return {
-            var.name: (self._layers.get(name, name), torch.as_tensor(_without_other_floats(values[name])))
+            var.name: (self._layers.get(name, name), tensor_of(_without_other_floats(values[name])))
             for name, var in self._nodes.items()
             if isinstance(var, relax.Var) and isinstance(values.get(name), np.ndarray)
         }
 
     def constant(self, array: Any) -> relax.Expr:
         """``array`` as an expression."""
-        return relax.const(_without_other_floats(np.asarray(array)))
+        array = _without_other_floats(np.asarray(array))
+        return relax.const(array, str(array.dtype))  # without a type, a single integer would become an int32
 
     def _as_computed(self, value: relax.Expr) -> relax.Expr:
         """``value`` in the type that is computed in."""
@@ -165,7 +169,7 @@ class _Importer(ONNXGraphImporter):
         """``value``, as a constant where it holds nothing: there is nothing to compute."""
         if isinstance(value, relax.Var) and isinstance(value.ty, relax.TensorType):
             shape = [int(extent) for extent in value.ty.shape]
-            return relax.const(np.empty(shape, str(value.ty.dtype.dtype))) if 0 in shape else value
+            return relax.const(np.empty(shape, str(value.ty.dtype.dtype)), str(value.ty.dtype.dtype)) if 0 in shape else value
         return value
 
     def _values(self, node: Any) -> Sequence[Value]:
@@ -197,7 +201,12 @@ class _Importer(ONNXGraphImporter):
             opset = onnx.defs.onnx_opset_version()
         operator = Operator(self, kind, inputs, attributes, len(node.output), opset)
         if (conversion := onnx_conversions.CONVERSIONS.get(kind)) is not None:
-            return self._emitted(conversion(operator))
+            try:
+                return self._emitted(conversion(operator))
+            except (Unsupported, DanceError):
+                raise
+            except Exception as problem:
+                raise Unsupported(f"is not supported in this form ({operator.described()})") from problem
         body = self._definition(node, inputs)
         if kind not in _get_convert_map() or (body is not None and kind in onnx_conversions.BY_DEFINITION):
             if body is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,29 +12,10 @@ from torch import fx
 from tvm import relax
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.frontend.torch_indexing import INDEXING
+from dance_tvm.frontend.torch_values import Conversion, Importer, arguments, cast, dtype_of, name_of, shape_of
 
-Importer = Any  # TVM's BaseFXGraphImporter: env maps nodes to Relax values, block_builder emits them
-Conversion = Callable[[fx.Node, Importer], Any]
 Operator = Callable[..., relax.Expr]
-
-
-def _shape(value: relax.Expr) -> list[int]:
-    return [int(extent) for extent in value.ty.shape]
-
-
-def _dtype(value: relax.Expr) -> str:
-    return str(value.ty.dtype.dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _cast(importer: Importer, value: Any, dtype: str) -> relax.Expr:
-    """``value``, a tensor or a Python number, as a tensor of ``dtype``."""
-    if not isinstance(value, relax.Expr):
-        return relax.const(value, dtype)
-    return value if _dtype(value) == dtype else importer.block_builder.emit(relax.op.astype(value, dtype))
 
 
 # --- arithmetic with PyTorch's promotion of types ---
@@ -46,9 +27,9 @@ def _operands(node: fx.Node, importer: Importer) -> tuple[relax.Expr, relax.Expr
     common = torch.result_type(*sources)
     if "div.Tensor" in str(node.target) and len(node.kwargs) == 0 and not common.is_floating_point:
         common = torch.get_default_dtype()
-    dtype = _name(common)
+    dtype = name_of(common)
     a, b = importer.retrieve_args(node)[:2]
-    return _cast(importer, a, dtype), _cast(importer, b, dtype), dtype
+    return cast(importer, a, dtype), cast(importer, b, dtype), dtype
 
 
 def _binary(operator: Operator, on_bool: Operator | None = None) -> Conversion:
@@ -69,24 +50,24 @@ def _divide_rounded(node: fx.Node, importer: Importer) -> relax.Expr:
     if mode == "floor":
         return emit(relax.op.floor_divide(a, b))
     if mode is None:
-        return emit(relax.op.divide(_cast(importer, a, "float32"), _cast(importer, b, "float32")))
+        return emit(relax.op.divide(cast(importer, a, "float32"), cast(importer, b, "float32")))
     quotient = emit(relax.op.divide(a, b))
     return quotient if "int" in dtype else emit(relax.op.trunc(quotient))
 
 
 def _not(node: fx.Node, importer: Importer) -> relax.Expr:
     value = importer.env[node.args[0]]
-    operator = relax.op.logical_not if _dtype(value) == "bool" else relax.op.bitwise_not
+    operator = relax.op.logical_not if dtype_of(value) == "bool" else relax.op.bitwise_not
     return importer.block_builder.emit(operator(value))
 
 
 def _logical_not(node: fx.Node, importer: Importer) -> relax.Expr:
-    return importer.block_builder.emit(relax.op.logical_not(_cast(importer, importer.env[node.args[0]], "bool")))
+    return importer.block_builder.emit(relax.op.logical_not(cast(importer, importer.env[node.args[0]], "bool")))
 
 
 def _logical(operator: Operator) -> Conversion:
     def convert(node: fx.Node, importer: Importer) -> relax.Expr:
-        a, b = (_cast(importer, value, "bool") for value in importer.retrieve_args(node))
+        a, b = (cast(importer, value, "bool") for value in importer.retrieve_args(node))
         return importer.block_builder.emit(operator(a, b))
 
     return convert
@@ -94,15 +75,15 @@ def _logical(operator: Operator) -> Conversion:
 
 def _where(node: fx.Node, importer: Importer) -> relax.Expr:
     condition, a, b = importer.retrieve_args(node)
-    dtype = _name(node.meta["val"].dtype)
-    chosen = relax.op.where(_cast(importer, condition, "bool"), _cast(importer, a, dtype), _cast(importer, b, dtype))
+    dtype = name_of(node.meta["val"].dtype)
+    chosen = relax.op.where(cast(importer, condition, "bool"), cast(importer, a, dtype), cast(importer, b, dtype))
     return importer.block_builder.emit(chosen)
 
 
 def _shift(operator: Operator) -> Conversion:
     def convert(node: fx.Node, importer: Importer) -> relax.Expr:
         value, amount = importer.retrieve_args(node)
-        return importer.block_builder.emit(operator(value, _cast(importer, amount, _dtype(value))))
+        return importer.block_builder.emit(operator(value, cast(importer, amount, dtype_of(value))))
 
     return convert
 
@@ -123,7 +104,9 @@ def _reduction(operator: Operator) -> Conversion:
         keep = bool(rest[1]) if len(rest) > 1 else bool(node.kwargs.get("keepdim", False))
         expected = node.meta["val"]
         if isinstance(expected, torch.Tensor):
-            value = _cast(importer, value, _name(expected.dtype))
+            value = cast(importer, value, name_of(expected.dtype))
+        if not shape_of(value):
+            return value
         return importer.block_builder.emit(operator(value, axes, keep))
 
     return convert
@@ -133,21 +116,23 @@ def _any(node: fx.Node, importer: Importer) -> relax.Expr:
     value, *rest = importer.retrieve_args(node)
     axes = _axes(rest[0]) if rest else None
     keep = bool(rest[1]) if len(rest) > 1 else False
-    hits = _cast(importer, _cast(importer, value, "bool"), "int32")
+    if not shape_of(value):
+        return cast(importer, value, "bool")
+    hits = cast(importer, cast(importer, value, "bool"), "int32")
     found = importer.block_builder.emit(relax.op.max(hits, axes, keep))
-    return _cast(importer, found, "bool")
+    return cast(importer, found, "bool")
 
 
 def _variance_of(node: fx.Node, importer: Importer) -> tuple[relax.Expr, relax.Expr]:
     """Variance with PyTorch's correction, and mean."""
     value, *rest = importer.retrieve_args(node)
-    axes = _axes(rest[0] if rest else None) or list(range(len(_shape(value))))
+    axes = _axes(rest[0] if rest else None) or list(range(len(shape_of(value))))
     given: Any = node.kwargs.get("correction")
     correction = 1 if given is None else int(given)
     keep = bool(node.kwargs.get("keepdim", False))
     emit = importer.block_builder.emit
-    count = math.prod(_shape(value)[axis] for axis in axes)
-    scale = relax.const(count / max(0, count - correction) if count > correction else math.inf, _dtype(value))
+    count = math.prod(shape_of(value)[axis] for axis in axes)
+    scale = relax.const(count / max(0, count - correction) if count > correction else math.inf, dtype_of(value))
     variance = emit(relax.op.multiply(emit(relax.op.variance(value, axes, keep)), scale))
     return variance, emit(relax.op.mean(value, axes, keep))
 
@@ -164,10 +149,34 @@ def _variance_and_mean(node: fx.Node, importer: Importer) -> relax.Expr:
     return importer.block_builder.emit(relax.Tuple(list(_variance_of(node, importer))))
 
 
+def _argument_of(operator: Operator) -> Conversion:
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        given = arguments(node)
+        x, axis, keep = importer.env[node.args[0]], given.get("dim"), bool(given.get("keepdim", False))
+        if not shape_of(x):
+            return relax.const(0, "int64")
+        return importer.block_builder.emit(operator(x, axis, keep))
+
+    return convert
+
+
+def _bucketize(node: fx.Node, importer: Importer) -> relax.Expr:
+    """How many boundaries lie below each value; NaN lies above all."""
+    given = arguments(node)
+    emit, dtype = importer.block_builder.emit, name_of(node.meta["val"].dtype)
+    x, bounds = importer.retrieve_args(node)[:2]
+    x = cast(importer, x, dtype_of(bounds))
+    beyond = relax.op.greater if given.get("right") else relax.op.greater_equal
+    above = emit(beyond(bounds, emit(relax.op.expand_dims(x, len(shape_of(x))))))
+    return emit(relax.op.sum(cast(importer, emit(relax.op.logical_not(above)), dtype), [-1]))
+
+
 def _extreme_with_index(value_of: Operator, index_of: Operator) -> Conversion:
     def convert(node: fx.Node, importer: Importer) -> relax.Expr:
         value, axis, *rest = importer.retrieve_args(node)
         keep, emit = bool(rest and rest[0]), importer.block_builder.emit
+        if not shape_of(value):
+            return emit(relax.Tuple([value, relax.const(0, "int64")]))
         return emit(relax.Tuple([emit(value_of(value, [axis], keep)), emit(index_of(value, axis, keep))]))
 
     return convert
@@ -188,11 +197,11 @@ _CONVOLUTIONS: dict[int, Operator] = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv
 def _convolution(node: fx.Node, importer: Importer) -> relax.Expr:
     """Any convolution; a transposed one as an ordinary one over its input spread out by zeros, weights flipped."""
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = importer.retrieve_args(node)
-    rank = len(_shape(x)) - 2
+    rank = len(shape_of(x)) - 2
     stride, padding, dilation = (_spread(item, rank) for item in (stride, padding, dilation))
     before, after = padding, padding
     if transposed:
-        kernel = _shape(weight)[2:]
+        kernel = shape_of(weight)[2:]
         weight = _turned_weight(node, importer, groups)
         x = _spread_by_zeros(importer, x, stride)
         reach = [dilation[axis] * (kernel[axis] - 1) - padding[axis] for axis in range(rank)]
@@ -237,7 +246,7 @@ def _spread_by_zeros(importer: Importer, x: relax.Expr, stride: list[int]) -> re
     for axis, step in enumerate(stride, start=2):
         if step == 1:
             continue
-        shape = _shape(x)
+        shape = shape_of(x)
         x = emit(relax.op.expand_dims(x, axis + 1))
         width = [0] * (2 * len(shape) + 2)
         width[2 * axis + 3] = step - 1
@@ -250,7 +259,7 @@ def _crop_negative(
     importer: Importer, x: relax.Expr, before: list[int], after: list[int]
 ) -> tuple[relax.Expr, list[int], list[int]]:
     """Padding cannot be negative in Relax: cut instead."""
-    shape = _shape(x)[2:]
+    shape = shape_of(x)[2:]
     axes = [axis for axis in range(len(before)) if before[axis] < 0 or after[axis] < 0]
     if axes:
         begin = [max(0, -before[axis]) for axis in axes]
@@ -280,7 +289,7 @@ def _argument(node: fx.Node, importer: Importer, index: int, name: str, default:
 def _overhang(x: relax.Expr, output: torch.Tensor, span: list[int], stride: list[int], padding: list[int]) -> list[int]:
     """How far the last window of each axis reaches past the padded input: what ceil_mode adds, often nothing."""
     rank = len(span)
-    inputs, outputs = _shape(x)[-rank:], output.shape[-rank:]
+    inputs, outputs = shape_of(x)[-rank:], output.shape[-rank:]
     return [max(0, (outputs[i] - 1) * stride[i] + span[i] - inputs[i] - 2 * padding[i]) for i in range(rank)]
 
 
@@ -329,7 +338,7 @@ def _avg_pool(rank: int) -> Conversion:
         )
         if divisor is None:
             return pooled
-        return emit(relax.op.multiply(pooled, relax.const(math.prod(size) / divisor, _dtype(pooled))))
+        return emit(relax.op.multiply(pooled, relax.const(math.prod(size) / divisor, dtype_of(pooled))))
 
     return convert
 
@@ -342,7 +351,7 @@ def _adaptive_max_pool(rank: int) -> Conversion:
             raise DanceError("the indices that max pooling can return are not supported")
         emit, x = importer.block_builder.emit, importer.env[node.args[0]]
         for axis, parts in enumerate(node.meta["val"][0].shape[-rank:], start=2):
-            extent = _shape(x)[axis]
+            extent = shape_of(x)[axis]
             cuts = [(i * extent // parts, -((i + 1) * extent // -parts)) for i in range(parts)]
             slices = [emit(relax.op.strided_slice(x, [axis], [low], [high])) for low, high in cuts]
             largest = [emit(relax.op.max(piece, [axis], True)) for piece in slices]
@@ -356,7 +365,7 @@ def _elu(node: fx.Node, importer: Importer) -> relax.Expr:
     """``scale * x`` above zero, ``scale * alpha * (exp(input_scale * x) - 1)`` below (SELU and CELU too)."""
     x, *factors = importer.retrieve_args(node)
     alpha, scale, input_scale = [*factors, 1.0, 1.0, 1.0][:3] if factors else (1.0, 1.0, 1.0)
-    emit, dtype = importer.block_builder.emit, _dtype(x)
+    emit, dtype = importer.block_builder.emit, dtype_of(x)
     below = emit(relax.op.minimum(x, relax.const(0.0, dtype)))
     below = below if input_scale == 1 else emit(relax.op.multiply(below, relax.const(input_scale, dtype)))
     below = emit(relax.op.subtract(emit(relax.op.exp(below)), relax.const(1.0, dtype)))
@@ -370,81 +379,11 @@ def _upsample_nearest(node: fx.Node, importer: Importer) -> relax.Expr:
     """Repeat rows, columns and frames as PyTorch's ``nearest`` does: output i reads input floor(i * in / out)."""
     x = importer.env[node.args[0]]
     for axis, extent in enumerate(node.meta["val"].shape[2:], start=2):
-        before = _shape(x)[axis]
+        before = shape_of(x)[axis]
         if extent != before:
             source = relax.const(np.arange(extent) * before // extent, "int64")
             x = importer.block_builder.emit(relax.op.take(x, source, axis))
     return x
-
-
-# --- indexing ---
-
-
-def _scatter_add(node: fx.Node, importer: Importer) -> relax.Expr:
-    data, axis, index, source = importer.retrieve_args(node)
-    return importer.block_builder.emit(relax.op.scatter_elements(data, index, source, axis=axis, reduction="add"))
-
-
-def _index(node: fx.Node, importer: Importer) -> relax.Expr:
-    """``x[:, i, :, j]`` by tensors of positions: axis by axis where they do not interact, else by flat position."""
-    x, indices = importer.retrieve_args(node)
-    axes = [axis for axis, index in enumerate(indices) if index is not None]
-    chosen = [indices[axis] for axis in axes]
-    if any(_dtype(index) in ("bool", "uint8") for index in chosen):
-        raise DanceError("indexing by a mask gives a shape that depends on values: multiply by the mask instead")
-    chosen = [_not_negative(importer, index, _shape(x)[axis]) for axis, index in zip(axes, chosen, strict=True)]
-    together = axes == list(range(axes[0], axes[0] + len(axes)))
-    shape = list(np.broadcast_shapes(*(tuple(_shape(index)) for index in chosen)))
-    if together and _is_grid(chosen, shape):
-        return _take_grid(importer, x, axes, chosen)
-    return _take_flat(importer, x, axes, chosen, shape, axes[0] if together else 0)
-
-
-def _not_negative(importer: Importer, index: relax.Expr, extent: int) -> relax.Expr:
-    emit, dtype = importer.block_builder.emit, _dtype(index)
-    negative = emit(relax.op.less(index, relax.const(0, dtype)))
-    wrapped = emit(relax.op.add(index, relax.const(extent, dtype)))
-    return emit(relax.op.where(negative, wrapped, index))
-
-
-def _is_grid(indices: Sequence[relax.Expr], shape: list[int]) -> bool:
-    """Whether the n-th index varies along the n-th axis of the result alone."""
-    if len(indices) != len(shape):
-        return False
-    for position, index in enumerate(indices):
-        aligned = [1] * (len(shape) - len(_shape(index))) + _shape(index)
-        if any(extent != 1 for axis, extent in enumerate(aligned) if axis != position):
-            return False
-    return True
-
-
-def _take_grid(importer: Importer, x: relax.Expr, axes: list[int], indices: list[relax.Expr]) -> relax.Expr:
-    emit = importer.block_builder.emit
-    for axis, index in zip(axes, indices, strict=True):
-        line = index if len(_shape(index)) == 1 else emit(relax.op.reshape(index, [-1]))
-        x = emit(relax.op.take(x, line, axis))
-    return x
-
-
-def _take_flat(
-    importer: Importer, x: relax.Expr, axes: list[int], indices: list[relax.Expr], shape: list[int], at: int
-) -> relax.Expr:
-    """Bring the indexed axes to the front, take by their flat position, and put the result's axes at ``at``."""
-    emit, extents = importer.block_builder.emit, _shape(x)
-    rest = [axis for axis in range(len(extents)) if axis not in axes]
-    if axes + rest != list(range(len(extents))):
-        x = emit(relax.op.permute_dims(x, axes + rest))
-    x = emit(relax.op.reshape(x, [-1, *(extents[axis] for axis in rest)]))
-    flat = indices[0]
-    for axis, index in zip(axes[1:], indices[1:], strict=True):
-        flat = emit(relax.op.multiply(flat, relax.const(extents[axis], _dtype(flat))))
-        flat = emit(relax.op.add(flat, _cast(importer, index, _dtype(flat))))
-    flat = emit(relax.op.broadcast_to(flat, shape))
-    taken = emit(relax.op.take(x, flat, 0))
-    before = rest[:at]
-    order = [len(shape) + i for i in range(len(before))] + list(range(len(shape)))
-    order += [len(shape) + i for i in range(len(before), len(rest))]
-    return taken if order == sorted(order) else emit(relax.op.permute_dims(taken, order))
 
 
 def _arithmetic() -> dict[str, Conversion]:
@@ -498,6 +437,11 @@ CONVERSIONS: dict[str, Conversion] = {
     "sum.dim_IntList": _reduction(relax.op.sum),
     "prod.default": _reduction(relax.op.prod),
     "prod.dim_int": _reduction(relax.op.prod),
+    "mean.default": _reduction(relax.op.mean),
+    "mean.dim": _reduction(relax.op.mean),
+    "argmax.default": _argument_of(relax.op.argmax),
+    "argmin.default": _argument_of(relax.op.argmin),
+    "bucketize.Tensor": _bucketize,
     "max.default": _reduction(relax.op.max),
     "min.default": _reduction(relax.op.min),
     "any.default": _any,
@@ -515,7 +459,5 @@ CONVERSIONS: dict[str, Conversion] = {
     **{f"adaptive_max_pool{rank}d.default": _adaptive_max_pool(rank) for rank in (2, 3)},
     "elu.default": _elu,
     **{f"upsample_nearest{rank}d.{form}": _upsample_nearest for rank in (1, 2, 3) for form in ("default", "vec")},
-    "scatter_add.default": _scatter_add,
-    "index.Tensor": _index,
-    "_unsafe_index.Tensor": _index,
+    **INDEXING,
 }

@@ -2,68 +2,133 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 import tvm
 from torch import fx
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from tvm import relax
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.frontend.interface import TensorSpec, array_of
 from dance_tvm.frontend.names import NamingBuilder
 from dance_tvm.frontend.torch_conversions import CONVERSIONS
+from dance_tvm.frontend.torch_graph import compute_in_float32, fold_constants
 
+# What core ATen takes apart and a conversion of ours does better.
+_KEPT = (torch.ops.aten.select_scatter.default, torch.ops.aten.diagonal_scatter.default)
+
+# Each round of decompositions may bring up operators that want one themselves.
+_ROUNDS = 4
+
+# Conversions of TVM's that are none: random numbers drawn once and for all.
+_UNTRUSTED = ("randn", "rand", "exponential", "bernoulli")
 _MAIN_ATEN = ("convolution", "mm", "norm", "pool", "matmul", "linear", "softmax", "upsample")
 
 
-def import_program(program: torch.export.ExportedProgram) -> tuple[tvm.IRModule, dict[str, fx.Node]]:
+@dataclass(frozen=True)
+class Decomposed:
+    """A program in core ATen operators that computes in float32; ``declared`` are the types that this replaced.
+
+    ``constants`` are the values of nodes that depend on no input.
+    """
+
+    program: torch.export.ExportedProgram
+    declared: set[torch.dtype]
+    constants: dict[str, torch.Tensor]
+
+
+def import_program(
+    decomposed: Decomposed, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> tuple[tvm.IRModule, dict[str, fx.Node]]:
     """The program as a Relax module, and for each of its variables' names the node of ``program`` it holds.
 
-    ``program`` must be decomposed and static (see ``decompose``). Raises DanceError that names the operator and the
-    layer where a conversion is missing.
+    ``inputs`` and ``outputs`` tell the types that the module takes and gives. Raises DanceError that names the
+    operator and the layer where a conversion is missing.
     """
-    importer = _Importer(program)
-    mod = importer.from_exported_program(
-        program,
-        keep_params_as_input=False,
-        unwrap_unit_return_tuple=False,
-        no_bind_return_tuple=False,
-        custom_convert_map=CONVERSIONS,
-    )
+    importer = _Importer(decomposed)
+    mod = importer.module(inputs, outputs)
     mod = relax.transform.DeadCodeElimination()(relax.transform.CanonicalizeBindings()(mod))
     return mod, {var.name: node for node, var in importer.env.items() if isinstance(var, relax.Var)}
 
 
-def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """``program`` in core ATen operators. Raises DanceError where its shapes are dynamic or it is not for inference."""
-    require_static(program)
+def decompose(program: torch.export.ExportedProgram) -> Decomposed:
+    """``program`` in core ATen operators. Raises DanceError where it keeps state or cannot be decomposed."""
     if any(spec.kind is InputKind.CUSTOM_OBJ for spec in program.graph_signature.input_specs):
         raise DanceError("The network holds custom objects, which cannot be compiled: export it without them.")
     try:
-        program = program.run_decompositions()
+        table = torch.export.default_decompositions()
+        for target in _KEPT:
+            table.pop(target, None)
+        program = program.run_decompositions(table)
+        # What neither TVM nor we convert often has a decomposition that core ATen leaves alone.
+        for _ in range(_ROUNDS):
+            further = _further_decompositions(program)
+            if not further:
+                break
+            program = program.run_decompositions(further)
     except Exception as problem:
         raise DanceError(f"PyTorch cannot decompose the exported program: {first_line(problem)}") from problem
+    _require_stateless(program)
     # Run-time assertions have no result and would keep the whole function from being a dataflow graph.
     for node in reversed(program.graph.nodes):
         if "aten._assert" in str(node.target) and not node.users:
             program.graph.erase_node(node)
-    return program
+    declared = compute_in_float32(program)
+    return Decomposed(program, declared, fold_constants(program))
 
 
-def require_static(program: torch.export.ExportedProgram) -> None:
-    """Raise DanceError where an input's shape is symbolic."""
-    for node in program.graph.nodes:
-        value = node.meta.get("val") if node.op == "placeholder" else None
-        if isinstance(value, torch.Tensor) and any(isinstance(extent, torch.SymInt) for extent in value.shape):
-            shape = ", ".join(str(extent) for extent in value.shape)
-            raise DanceError(
-                f"Input {node.name!r} has a dynamic shape ({shape}): export the network with fixed shapes, "
-                "one artifact for each."
-            )
+def _further_decompositions(program: torch.export.ExportedProgram) -> dict[Any, Callable[..., Any]]:
+    """PyTorch's own decompositions of the operators in ``program`` that nothing here converts."""
+    from torch._decomp import decomposition_table
+
+    unknown = {node.target for node in program.graph.nodes if node.op == "call_function" and not _is_known(node)}
+    return {target: decomposition_table[target] for target in unknown if target in decomposition_table}
+
+
+def _require_stateless(program: torch.export.ExportedProgram) -> None:
+    changed = [s.target for s in program.graph_signature.output_specs if s.kind is OutputKind.BUFFER_MUTATION]
+    if changed:
+        raise DanceError(
+            f"The network keeps state: its forward changes the buffer {changed[0]!r}. Export it with the state as an "
+            "input and the next state as an output, as docs/dstep.md does for streams."
+        )
+
+
+def require_inference(program: torch.export.ExportedProgram) -> None:
+    """Raise DanceError, naming the layer, where ``program`` was exported in training mode and that changes it."""
+    for graph in (program.graph_module, *program.graph_module.modules()):
+        if not isinstance(graph, fx.GraphModule):
+            continue
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and _is_training(node):
+                raise DanceError(
+                    f"The layer {describe(node)!r} ({_operator(node)}) is in training mode: call .eval() on the "
+                    "network and export it again."
+                )
+
+
+def _is_training(node: fx.Node) -> bool:
+    """Whether the operator does something else in training, and does it here."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return False
+    names = [argument.name for argument in schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    operator = _operator(node)
+    if operator.endswith("dropout"):
+        return given.get("train") is not False and given.get("p", 0.5) != 0
+    if operator == "instance_norm":
+        return given.get("use_input_stats") is True and given.get("running_mean") is not None
+    if operator.endswith("batch_norm") or "batch_norm_legit" in operator:
+        return given.get("training") is True and given.get("running_mean") is not None
+    return operator.startswith("rrelu") and given.get("training") is True
 
 
 def layer_of(node: fx.Node) -> tuple[str, bool]:
@@ -93,54 +158,88 @@ def first_line(problem: BaseException) -> str:
     return lines[0] if lines else type(problem).__name__
 
 
+def _is_known(node: fx.Node) -> bool:
+    name = _name_of(node.target)
+    return name in CONVERSIONS or (name in _known_to_tvm() and not name.startswith(_UNTRUSTED))
+
+
+@functools.cache
+def _known_to_tvm() -> frozenset[str]:
+    return frozenset(ExportedProgramImporter().convert_map)
+
+
 class _Importer(ExportedProgramImporter):
     """TVM's importer, told which layer each node belongs to."""
 
     env: dict[fx.Node, Any]
 
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
+    def __init__(self, decomposed: Decomposed) -> None:
         super().__init__()
-        self._tensors = _parameters(program)
+        self.block_builder = NamingBuilder()
+        self._program, self._constants = decomposed.program, decomposed.constants
 
     def parameter(self, node: Any) -> torch.Tensor | None:
-        """The value of a weight, buffer or constant; None for what is computed."""
-        return self._tensors.get(node.name)
+        """The value of a weight, buffer, constant or what is computed of these; None for what an input decides."""
+        return self._constants.get(node.name)
 
-    @property
-    def block_builder(self) -> NamingBuilder:
-        return self._naming_builder
+    def module(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> tvm.IRModule:
+        """The program's graph as a module whose ``main`` takes and gives tensors of the declared types."""
+        nodes = list(self._program.graph.nodes)
+        self._require_known(nodes)
+        params = {spec.name: relax.Var(spec.name, relax.TensorType(spec.shape, spec.dtype)) for spec in inputs}
+        with self.block_builder.function("main", params=list(params.values())):
+            with self.block_builder.dataflow():
+                results = self.block_builder.emit_output(relax.Tuple(self._translate(nodes, params, outputs)))
+            self.block_builder.emit_func_output(results)
+        return self.block_builder.get()
 
-    @block_builder.setter
-    def block_builder(self, plain: relax.BlockBuilder | None) -> None:
-        # TVM makes a fresh builder for each program; ours takes its place.
-        self._naming_builder = NamingBuilder()
-
-    def _check_unsupported_func_type(self, nodes: list[fx.Node]) -> None:
+    def _require_known(self, nodes: list[fx.Node]) -> None:
         for node in nodes:
-            if node.op == "call_function" and _name_of(node.target) not in self.convert_map:
+            if node.op == "call_function" and node.name not in self._constants and not _is_known(node):
                 raise DanceError(f"The operator {node.target} of layer {describe(node)!r} is not supported.")
 
-    def _translate_fx_graph(
-        self, graph_module: Any, nodes: Any, inputs_vars: dict[str, Any], custom_ops: set[str] | None = None
-    ) -> tuple[Any, ...]:
-        names = _names(list(nodes))
+    def _translate(
+        self, nodes: list[fx.Node], params: Mapping[str, relax.Var], outputs: Sequence[TensorSpec]
+    ) -> list[relax.Expr]:
+        names = _names(nodes)
         for node in nodes:
-            if node.op == "placeholder":
-                self.env[node] = inputs_vars[node.name]
-            elif node.op == "get_attr":
-                self.env[node] = getattr(graph_module, node.target)
+            if (value := self._constants.get(node.name)) is not None:
+                self.env[node] = relax.const(array_of(value)) if node.users else None
+            elif node.op == "placeholder":
+                self.env[node] = self._input(node, params)
             elif node.op == "output":
-                return self._flatten_output_args(self.retrieve_args(node)[0])
+                return self._results(node, outputs)
             else:
-                self.env[node] = self._convert(node, names[node], custom_ops or set())
+                self.env[node] = self._convert(node, names[node])
         raise DanceError("The exported program returns nothing.")
 
-    def _convert(self, node: fx.Node, name: tuple[str, bool], custom_ops: set[str]) -> Any:
+    def _input(self, node: fx.Node, params: Mapping[str, relax.Var]) -> relax.Expr | None:
+        if node.name not in params:
+            return None  # fixed when the network was exported
+        self.block_builder.enter(node.name, only=False)
+        return self._in_type(params[node.name], self._convert_data_type(node.meta["val"].dtype))
+
+    def _results(self, node: fx.Node, outputs: Sequence[TensorSpec]) -> list[relax.Expr]:
+        """What the user gets, in the types that the network declares: no next states, no None."""
+        kinds = [spec.kind for spec in self._program.graph_signature.output_specs]
+        given = zip(self.retrieve_args(node)[0], kinds, strict=True)
+        tensors = [value for value, kind in given if kind is OutputKind.USER_OUTPUT and value is not None]
+        self.block_builder.enter("output", only=False)
+        return [
+            self._in_type(value if isinstance(value, relax.Expr) else relax.const(array_of(value)), spec.dtype)
+            for value, spec in zip(tensors, outputs, strict=True)
+        ]
+
+    def _in_type(self, value: relax.Expr, dtype: str) -> relax.Expr:
+        same = str(value.ty.dtype.dtype) == dtype
+        return value if same else self.block_builder.emit(relax.op.astype(value, dtype))
+
+    def _convert(self, node: fx.Node, name: tuple[str, bool]) -> Any:
         operator = _name_of(node.target)
-        convert: Callable[..., Any] = self.convert_map[operator]
         self.block_builder.enter(name[0], only=name[1])
         try:
-            value = convert(node, self) if operator in custom_ops else convert(node)
+            ours = CONVERSIONS.get(operator)
+            value = ours(node, self) if ours else self.convert_map[operator](node)
         except DanceError as problem:
             raise DanceError(f"The operator {node.target} of layer {describe(node)!r}: {problem}") from None
         except Exception as problem:
@@ -165,15 +264,7 @@ class _Importer(ExportedProgramImporter):
                 f"The operator {node.target} of layer {describe(node)!r} is not supported in this form: "
                 f"it would be imported with shape {shape} in place of {tuple(expected.shape)}."
             )
-        dtype = self._convert_data_type(expected.dtype, self.env)
-        return value if str(value.ty.dtype.dtype) == dtype else self.block_builder.emit(relax.op.astype(value, dtype))
-
-
-def _parameters(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
-    """Weights, buffers and constants by the name of their placeholder."""
-    named = {**dict(program.named_parameters()), **dict(program.named_buffers()), **program.constants}
-    signature = program.graph_signature.input_specs
-    return {spec.arg.name: named[spec.target].detach() for spec in signature if spec.target in named}
+        return self._in_type(value, self._convert_data_type(expected.dtype))
 
 
 def _names(nodes: list[fx.Node]) -> dict[fx.Node, tuple[str, bool]]:

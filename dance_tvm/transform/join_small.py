@@ -12,6 +12,8 @@ import math
 import tvm
 from tvm import relax, s_tir, tirx
 
+from dance_tvm.schedules.emit import OPAQUE
+
 from .graph import Graph, is_tensor, substitute, variables
 
 #: A call that reads and writes at most so many elements is small: that much takes about as long as calling it.
@@ -105,18 +107,52 @@ class _Joining:
             self.new[var] = self.builder.emit(substitute(self.graph.value[var], self.new), name_hint=var.name)
 
     def _emit_joined(self, group: list[relax.Var]) -> None:
+        group = self._with_every_result(group)
         members = set(group)
         given = [read for var in group for read in _reads(self.graph.value[var]) if read not in members]
         given = list(dict.fromkeys(given))
-        left = [var for var in group if is_tensor(var) and self._is_read_outside(var, members)]
+        left = [var for var in group if is_tensor(var) and self._is_left(var, members)]
         callee = self._function(group, given, left)
         call = self.builder.emit(relax.Call(callee, [substitute(read, self.new) for read in given]), name_hint="small")
         for index, var in enumerate(left):
             one = len(left) == 1
             self.new[var] = call if one else self.builder.emit(relax.TupleGetItem(call, index), name_hint=var.name)
 
-    def _is_read_outside(self, var: relax.Var, members: set[relax.Var]) -> bool:
-        return var in self.graph.outputs or any(reader not in members for reader in self.graph.readers[var])
+    def _with_every_result(self, group: list[relax.Var]) -> list[relax.Var]:
+        """``group``, and a name for each result of a kernel written by hand that nobody reads."""
+        named = []
+        for var in group:
+            named.append(var)
+            if isinstance(var.ty, relax.TupleType) and self._is_opaque(var):
+                read = {self.graph.value[reader].index for reader in self.graph.readers[var]}
+                for index, kind in enumerate(var.ty.fields):
+                    if index not in read:
+                        unread = relax.DataflowVar("unread", kind)
+                        self.graph.value[unread] = relax.TupleGetItem(var, index)
+                        self.graph.readers[unread] = []
+                        named.append(unread)
+        return named
+
+    def _is_left(self, var: relax.Var, members: set[relax.Var]) -> bool:
+        """Whether ``var`` becomes a result of the joined function rather than memory of its own.
+
+        Kernels written by hand see whole tensors as one dimension, and TVM overlooks what is read or written through
+        such a view: it would give the memory to another tensor too soon, or cut it down to what it sees being read.
+        """
+        readers = self.graph.readers[var]
+        if var in self.graph.outputs or any(reader not in members for reader in readers):
+            return True
+        return any(map(self._is_opaque, [self._call(var), *(reader for reader in readers if self._is_call(reader))]))
+
+    def _call(self, var: relax.Var) -> relax.Var:
+        """The binding of the call that ``var`` is a result of."""
+        value = self.graph.value[var]
+        return value.tuple_value if isinstance(value, relax.TupleGetItem) else var
+
+    def _is_opaque(self, var: relax.Var) -> bool:
+        """Whether ``var`` calls a kernel written by hand."""
+        attrs = self.builder.get()[self.graph.value[var].args[0]].attrs
+        return bool(attrs and int(attrs.get("op_pattern", 0)) == OPAQUE)
 
     def _function(self, group: list[relax.Var], given: list[relax.Expr], left: list[relax.Var]) -> tvm.ir.GlobalVar:
         """The group as a function of what it is given, which FuseTIR makes one kernel of."""

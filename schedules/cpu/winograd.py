@@ -279,10 +279,7 @@ class _Emitter:
         column = let(self.columns[chunk, local])
         clip, place = let(tirx.floordiv(column, plan.places)), let(tirx.floormod(column, plan.places))
         tile = (frame, let(tirx.floordiv(place, plan.tiles[2])), let(tirx.floormod(place, plan.tiles[2])))
-        starts = [
-            let(index * m - pad) if on else index
-            for index, m, pad, on in zip(tile, plan.m, window.padding, plan.transformed, strict=True)
-        ]
+        starts = [self._first_input(axis, tile[axis]) for axis in range(3)]
         axes = [axis for axis in range(3) if plan.transformed[axis]]
         waiting = scratch((plan.xi * self.tile.vector_floats,))
         target = let(big(row) * conv.channels_in)
@@ -296,8 +293,8 @@ class _Emitter:
                 at = [start + offset for start, offset in zip(starts, place, strict=True)]
                 inside = [
                     tirx.all(at[axis] >= 0, at[axis] < window.size[axis])
-                    for axis in axes
-                    if axis > 0 and self._may_leave(axis, place[axis])
+                    for axis in (1, 2)
+                    if self._may_leave(axis, place[axis])
                 ]
                 if readable is not None:
                     inside.append(readable[place[0]] != 0)
@@ -336,12 +333,18 @@ class _Emitter:
         alive = self.masks["out_frames"][clip, tirx.max(tirx.min(frame, last), 0)] != number(0.0)
         return tirx.all(frame >= 0, frame <= last, alive)
 
+    def _first_input(self, axis: int, index: Expr) -> Expr:
+        """Where along ``axis`` a tile of inputs begins. Frames that are not transformed are listed as they lie."""
+        if axis == 0 and not self.plan.transformed[0]:
+            return index
+        return let(index * self.plan.input_step(axis) - self.window.padding[axis])
+
     def _may_leave(self, axis: int, offset: Expr) -> bool:
         """Whether some tile's input at ``offset`` along ``axis`` lies outside the clip."""
         plan, window = self.plan, self.window
         if not isinstance(offset, int):
             return True
-        last = (plan.tiles[axis] - 1) * plan.m[axis] - window.padding[axis] + offset
+        last = (plan.tiles[axis] - 1) * plan.input_step(axis) - window.padding[axis] + offset
         return offset < window.padding[axis] or last >= window.size[axis]
 
     def _along_axes(

@@ -38,8 +38,9 @@ LISTS = ("columns", "inputs", "rows_in", "rows_out", "runs", "counts")
 class WinogradPlan:
     """How the tiles of ``window`` are listed; ``m`` is the tile of outputs, 1 on axes that are not transformed.
 
-    Space is transformed unless its kernel is 1 × 1; frames are transformed where ``m[0] > 1``. Otherwise ``window`` may
-    have any stride and dilation over frames. ``samples`` and the masks are those of :class:`~.row_plan.RowPlan`.
+    Height and width are transformed where the kernel is 3 long, and may have any stride where it is 1 long; frames are
+    transformed where ``m[0] > 1``, and may have any kernel, stride and dilation otherwise. ``samples`` and the masks
+    are those of :class:`~.row_plan.RowPlan`.
     """
 
     window: Window
@@ -61,6 +62,10 @@ class WinogradPlan:
         """Inputs that one tile reads on each axis; 1 where the axis is not transformed."""
         kernel = self.window.kernel
         return triple(m + k - 1 if on else 1 for m, k, on in zip(self.m, kernel, self.transformed, strict=True))
+
+    def input_step(self, axis: int) -> int:
+        """Inputs from where one tile begins along ``axis`` to where the next one does."""
+        return self.m[axis] if self.transformed[axis] else self.window.stride[axis]
 
     @property
     def xi(self) -> int:
