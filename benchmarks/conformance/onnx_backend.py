@@ -5,7 +5,7 @@
 The cases are those of the node, pytorch-operator, pytorch-converted and simple suites that a network for inference may
 hold. The suites pass everything as an input; what shapes are computed from (axes, pads, sizes, ...) is a constant
 here, as in networks, and so are dynamic shapes what the case's data say. Results agree within 1e-3 of a value and 1e-5
-(quantized ones within one step), with NaN and infinities in the same places.
+(half precision within four of its steps, quantized values within one), with NaN and infinities in the same places.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
@@ -90,10 +91,14 @@ def _chosen(name: str, model: Any) -> bool:
     return standard and not _LEFT_OUT_CASES.match(name) and any(kind in _FLOATS for kind in types)
 
 
-def _operator(name: str, model: Any) -> str:
-    """The operator that a case is about; an expanded one is of the operator that was taken apart."""
-    origin = _database().get(re.sub(r"_expanded(_ver\d+)?$", "", name))
-    nodes = (_model(origin) if origin else model).graph.node
+def _origin(name: str) -> Any:
+    """A case, or the one of which it is the operator taken apart."""
+    return _database().get(re.sub(r"_expanded(_ver\d+)?$", "", name)) or _database()[name]
+
+
+def _operator(name: str) -> str:
+    """The operator that a case is about."""
+    nodes = _model(_origin(name)).graph.node
     return next((node.op_type for node in nodes if node.op_type != "Constant"), "Constant")
 
 
@@ -101,8 +106,8 @@ def cases(pattern: str) -> list[tuple[str, str]]:
     """Pairs of a case and its operator."""
     listed = []
     for name, case in _database().items():
-        if re.search(pattern, name) and _chosen(name, model := _model(case)):
-            listed.append((name, _operator(name, model)))
+        if re.search(pattern, name) and _chosen(name, _model(case)):
+            listed.append((name, _operator(name)))
     return listed
 
 
@@ -121,10 +126,10 @@ def _arrays(case: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return read("input"), read("output")
 
 
-def _as_in_a_network(model: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """``model`` with what decides shapes as constants of the values in ``arrays``."""
+def _as_in_a_network(model: Any, origin: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """``model`` with what decides shapes in ``origin`` as constants of the values in ``arrays``."""
     model, decided = _copy(model), set()
-    for node in _nodes(model.graph):
+    for node in _nodes(origin.graph):
         places = _CONSTANTS.get(node.op_type, ())
         decided.update(name for place, name in enumerate(node.input) if place in places and name in arrays)
     if len(decided) == len(arrays):  # nothing else comes in: they are the data
@@ -149,7 +154,7 @@ def attempt(case: str, folder: Path, build: bool) -> None:
     inputs, wanted = _arrays(entry)
     original = _model(entry)
     given = dict(zip((value.name for value in _inputs(original.graph)), inputs, strict=False))
-    model = _as_in_a_network(original, given)
+    model = _as_in_a_network(original, _model(_origin(case)), given)
     path = folder / "case.onnx"
     onnx.save(model, path)
     arrays = {value.name: given[value.name] for value in _inputs(model.graph)}
@@ -163,7 +168,18 @@ def attempt(case: str, folder: Path, build: bool) -> None:
     assert len(found) == len(wanted), f"{len(found)} outputs in place of {len(wanted)}"
     steps = any(node.op_type.startswith(("Q", "DynamicQ")) for node in model.graph.node)
     for array, value in zip(found.values(), wanted, strict=True):
-        require_equal(array, value, RELATIVE, 1.0 if steps and value.dtype.kind in "iu" else ABSOLUTE)
+        relative, absolute = _tolerance(value, steps)
+        require_equal(array, value, relative, absolute)
+
+
+def _tolerance(value: np.ndarray, steps: bool) -> tuple[float, float]:
+    """Relative and absolute; four steps of a half-precision type, one of a quantized one."""
+    if steps and value.dtype.kind in "iu":
+        return 0.0, 1.0
+    if str(value.dtype) in ("float16", "bfloat16"):
+        step = float(ml_dtypes.finfo(value.dtype).eps)
+        return 4 * step, step
+    return RELATIVE, ABSOLUTE
 
 
 def main() -> int:

@@ -130,6 +130,8 @@ def _reshape(op: Operator) -> Any:
     if -1 in target:
         rest = math.prod(extent for extent in target if extent != -1)
         target[target.index(-1)] = math.prod(shape) // max(1, rest)
+    if 0 in target:
+        return op.constant(np.empty(target, dtype_of(x)))
     return relax.op.reshape(x, target)
 
 
@@ -285,7 +287,7 @@ def _space_to_depth(op: Operator) -> Any:
     x, size = op.input(0), op.flag("blocksize")
     n, c, h, w = shape_of(x)
     x = op.emit(relax.op.reshape(x, [n, c, h // size, size, w // size, size]))
-    x = op.emit(relax.op.permute_dims(x, [0, 3, 5, 1, 2, 4]))
+    x = op.emit(relax.op.permute_dims(x, [0, 1, 3, 5, 2, 4] if op.text("mode", "DCR") == "CRD" else [0, 3, 5, 1, 2, 4]))
     return relax.op.reshape(x, [n, c * size * size, h // size, w // size])
 
 
@@ -295,7 +297,9 @@ def _space_to_depth(op: Operator) -> Any:
 def _wrapped(op: Operator, indices: Any, extent: Any) -> Any:
     """Indices of which negative ones count from the end."""
     below = op.emit(relax.op.less(indices, op.like(0, indices)))
-    return op.emit(relax.op.where(below, op.emit(relax.op.add(indices, op.constant(extent, dtype_of(indices)))), indices))
+    return op.emit(
+        relax.op.where(below, op.emit(relax.op.add(indices, op.constant(extent, dtype_of(indices)))), indices)
+    )
 
 
 def _gather(op: Operator) -> Any:
@@ -409,6 +413,29 @@ def _tensor_scatter(op: Operator) -> Any:
 
 
 # Numbers
+
+
+def _cast(op: Operator) -> Any:
+    """Another type; other floats are computed in float32."""
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    dtype = str(tensor_dtype_to_np_dtype(op.flag("to")))
+    return _as_type(op, "float32" if dtype in ("float16", "bfloat16", "float64") else dtype)
+
+
+def _cast_like(op: Operator) -> Any:
+    return _as_type(op, dtype_of(op.input(1)))
+
+
+def _as_type(op: Operator, dtype: str) -> Any:
+    x = op.input(0)
+    if dtype == dtype_of(x):
+        return x
+    if (dtype not in ("float32", "bool") and not dtype.startswith(("int", "uint"))) or dtype.endswith(("int4", "int2")):
+        raise Unsupported(f"makes {dtype} of its input, in which nothing is computed")
+    if dtype == "bool":
+        return relax.op.not_equal(x, op.like(0, x))
+    return relax.op.astype(x, dtype)
 
 
 def _clip(op: Operator) -> Any:
@@ -873,9 +900,7 @@ def _max_unpool(op: Operator) -> Any:
     n, c, *extents = shape_of(x)
     kernel, rank = op.ints("kernel_shape"), len(extents)
     strides, pads = op.ints("strides", [1] * rank), op.ints("pads", [0] * (2 * rank))
-    natural = [
-        (extents[at] - 1) * strides[at] + kernel[at] - pads[at] - pads[rank + at] for at in range(rank)
-    ]
+    natural = [(extents[at] - 1) * strides[at] + kernel[at] - pads[at] - pads[rank + at] for at in range(rank)]
     zeros = op.constant(np.zeros(n * c * math.prod(natural), dtype_of(x)))
     flat = [op.emit(relax.op.reshape(part, [-1])) for part in (places, x)]
     y = op.emit(relax.op.reshape(op.emit(relax.op.scatter_elements(zeros, *flat, 0)), [n, c, *natural]))
@@ -917,11 +942,11 @@ def _batch_norm(op: Operator) -> Any:
     epsilon, rank = op.number("epsilon", 1e-5), len(shape_of(x))
     if not op.flag("training_mode"):
         if rank > 1:
-            return [relax.op.nn.batch_norm(x, scale, bias, mean, var, 1, epsilon)][0]
+            return relax.op.nn.batch_norm(x, scale, bias, mean, var, 1, epsilon, training=False)
         raise Unsupported("is not supported on vectors")
     axes = [axis for axis in range(rank) if axis != 1]
     own_mean, own_var = op.emit(relax.op.mean(x, axes)), op.emit(relax.op.variance(x, axes))
-    y = op.emit(relax.op.nn.batch_norm(x, scale, bias, own_mean, own_var, 1, epsilon))
+    y = op.emit(relax.op.nn.batch_norm(x, scale, bias, own_mean, own_var, 1, epsilon, training=False))
     momentum = op.number("momentum", 0.9)
     y = op.emit(relax.TupleGetItem(y, 0))
     kept = [
@@ -1124,16 +1149,22 @@ def _resized(
     if size == extent and scale == 1.0 and window is None:
         return x
     if mode == "nearest":
-        positions, outside = nearest_positions(
-            extent, size, scale, transform, op.text("nearest_mode", "round_prefer_floor"), window
-        )
+        usual = "floor" if op.kind == "Upsample" or op.opset < 11 else "round_prefer_floor"
+        positions, outside = nearest_positions(extent, size, scale, transform, op.text("nearest_mode", usual), window)
         picked = op.emit(relax.op.take(x, op.constant(positions), axis))
         if not outside.any():
             return picked
         mask = op.constant(outside.reshape([-1 if at == axis else 1 for at in range(rank)]))
         return op.emit(relax.op.where(mask, op.like(op.number("extrapolation_value", 0.0), x), picked))
     matrix, outside = interpolation_matrix(
-        extent, size, scale, mode, transform, window, op.number("cubic_coeff_a", -0.75), bool(op.flag("exclude_outside"))
+        extent,
+        size,
+        scale,
+        mode,
+        transform,
+        window,
+        op.number("cubic_coeff_a", -0.75),
+        bool(op.flag("exclude_outside")),
     )
     dtype = dtype_of(x)
     x = x if _is_float(x) else op.emit(relax.op.astype(x, "float32"))
@@ -1172,6 +1203,8 @@ CONVERSIONS: dict[str, Conversion] = {
     "ArgMin": _argument(relax.op.argmin),
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
+    "Cast": _cast,
+    "CastLike": _cast_like,
     "Celu": _celu,
     "CenterCropPad": _center_crop_pad,
     "Clip": _clip,

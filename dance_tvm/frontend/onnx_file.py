@@ -6,7 +6,8 @@ ONNX Runtime runs the file, or ONNX's own reference, slowly, where that cannot.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ from dance_tvm.frontend.torch_program import first_line
 
 OLDEST_OPSET = 6
 
+# Networks with more numbers, or more operators, take ONNX's reference long.
+SMALL, SMALL_NODES = 1 << 20, 256
+
 Shapes = Mapping[str, Sequence[int]]
+
+_HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
 def load(path: Path) -> Any:
@@ -127,59 +133,110 @@ def sha256(path: Path) -> str:
 
 
 class Source:
-    """The ONNX file itself as a function."""
+    """The ONNX file itself as a function; half precision is computed in float32, as the compiled network does."""
 
     def __init__(self, path: Path, model: Any) -> None:
-        self.path, self.model = path, model
+        self.path, self.model = path, in_float32(model)
         self.names = [value.name for value in model.graph.output]
+        kinds = [value.type.tensor_type.elem_type for value in model.graph.output]
+        self._half = [onnx.helper.tensor_dtype_to_np_dtype(kind) if kind in _HALF else None for kind in kinds]
+        self._given = str(path) if self.model is model else None
         self._runner: Any = None
+        self._openers = [_in_onnx_runtime, _in_reference]
 
     def run(self, arrays: Arrays) -> Arrays:
-        """Outputs by name. Raises DanceError where nothing here can run the file."""
-        if self._runner is not None:
-            return self._named(self._runner.run(self.names, arrays))
+        """Outputs by name. Raises DanceError where nothing here can run the file on these arrays."""
+        arrays = {name: _in_float32(array) for name, array in arrays.items()}
         problems = []
-        for opened in (_in_onnx_runtime, _in_reference):
+        for opened in [None] if self._runner is not None else self._openers:
             try:
-                runner = opened(self.model, str(self.path))
-                results = self._named(runner.run(self.names, arrays))
+                runner = self._runner if opened is None else opened(self.model, self._given)
+                results = runner.run(self.names, arrays)
             except Exception as problem:
                 problems.append(first_line(problem))
                 continue
             self._runner = runner
-            return results
+            return {
+                name: np.asarray(result) if half is None else np.asarray(result).astype(half)
+                for name, result, half in zip(self.names, results, self._half, strict=True)
+            }
         raise DanceError(
             f"{self.path} can be run neither by ONNX Runtime nor by ONNX's reference, so nothing tells whether its "
             f"import is right: {problems[0][:200]}"
         )
 
+    def as_the_standard_says(self) -> Source | None:
+        """The file run by ONNX's reference; None where that would take long, as its convolutions do."""
+        numbers = sum(math.prod(tensor.dims) for tensor in self.model.graph.initializer)
+        sizes = [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in true_inputs(self.model.graph)]
+        if numbers + sum(math.prod(size) for size in sizes) > SMALL or len(self.model.graph.node) > SMALL_NODES:
+            return None
+        source = Source(self.path, self.model)
+        source.names, source._half, source._openers = self.names, self._half, [_in_reference]
+        return source
+
     def run_all(self, arrays: Arrays) -> Arrays:
         """Every value that the graph computes."""
+        arrays = {name: _in_float32(array) for name, array in arrays.items()}
         everything = onnx.ModelProto()
         everything.CopyFrom(self.model)
         names = [name for node in everything.graph.node for name in node.output if name]
         known = set(self.names)
         everything.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
-        try:
-            runner = _in_onnx_runtime(everything, everything.SerializeToString())
-        except Exception:
-            runner = _in_reference(everything, "")
-        return dict(zip(names, runner.run(names, arrays), strict=True))
-
-    def _named(self, results: Sequence[Any]) -> Arrays:
-        return {name: np.asarray(result) for name, result in zip(self.names, results, strict=True)}
+        for opened in self._openers:
+            try:
+                return dict(zip(names, opened(everything, None).run(names, arrays), strict=True))
+            except Exception:
+                continue
+        return {}
 
 
-def _in_onnx_runtime(model: Any, source: str | bytes) -> Any:
+def in_float32(model: Any) -> Any:
+    """``model`` with float32 in place of half precision throughout; the same object where it holds none."""
+    if not any(message.elem_type in _HALF for message in _messages(model, onnx.TypeProto.Tensor)) and not any(
+        tensor.data_type in _HALF for tensor in _messages(model, onnx.TensorProto)
+    ):
+        return model
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    for kind in _messages(changed, onnx.TypeProto.Tensor):
+        if kind.elem_type in _HALF:
+            kind.elem_type = onnx.TensorProto.FLOAT
+    for tensor in _messages(changed, onnx.TensorProto):
+        if tensor.data_type in _HALF:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    for attribute in _messages(changed, onnx.AttributeProto):
+        if attribute.name in ("to", "dtype", "output_dtype", "stash_type") and attribute.i in _HALF:
+            attribute.i = onnx.TensorProto.FLOAT
+    return changed
+
+
+def _messages(message: Any, kind: type) -> Iterator[Any]:
+    """Every message of a kind inside of another."""
+    if isinstance(message, kind):
+        yield message
+    if isinstance(message, onnx.TensorProto):  # holds numbers, and many
+        return
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_MESSAGE:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                yield from _messages(part, kind)
+
+
+def _in_float32(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if str(array.dtype) in ("float16", "bfloat16") else array
+
+
+def _in_onnx_runtime(model: Any, path: str | None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(path or model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _in_reference(model: Any, _source: str | bytes) -> Any:
+def _in_reference(model: Any, _path: str | None) -> Any:
     from onnx.reference import ReferenceEvaluator
 
     return ReferenceEvaluator(model)
