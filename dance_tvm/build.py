@@ -55,6 +55,10 @@ def build(
         Literal["compiled", "source"],
         typer.Option(help="Of a CUDA target: PTX, or source that the device compiles."),
     ] = "compiled",
+    interface: Annotated[
+        Literal["tvm", "c"],
+        typer.Option(help="c adds a C interface to the library, which then runs without TVM (docs/c-interface.md)."),
+    ] = "tvm",
     debug_dump: Annotated[Path | None, typer.Option(help="Write the IR after every phase to this folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -74,6 +78,7 @@ def build(
             sparsity=sparsity,
             device_code=device_code,
             dtype=dtype,
+            interface=interface,
         )
         built = build_network(
             model,

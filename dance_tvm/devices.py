@@ -97,10 +97,11 @@ def phone(
     if host not in ("127.0.0.1", "localhost"):
         raise DanceError(f"a phone on a cable reaches this machine alone: start the tracker here, not on {host}")
     adb = Adb(serial)
-    with adb.server(folder, key, tracker_port, port) as process:
+    with adb.server(folder, key, tracker_port, port) as server:
         Console(stderr=True).print(f"phone {adb.serial} serves tracker://{tracker}/{key}; Ctrl-C ends it")
-        process.wait()
-    raise DanceError(f"the server on phone {adb.serial} ended: {adb.last_words(process)}")
+        server.process.wait()
+        last_words = server.last_words()
+    raise DanceError(f"the server on phone {adb.serial} ended: {last_words}")
 
 
 def look(tracker: str, probe: bool = False) -> tuple[list[Server], dict[str, int]]:

@@ -3,122 +3,185 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from dance_tvm.core.cli import application, start
+from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.options import AsJson
-from dance_tvm.schedules.cpu.spaces import SPACES
-from dance_tvm.schedules.workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Workload
-from dance_tvm.tuning.records import LOGS, Log, Record, parse_loosely, rewrite
+from dance_tvm.core.printing import print_table
 
-app = application(help="Check, merge and show tuning logs.")
+if TYPE_CHECKING:
+    from dance_tvm.schedules.workload import Workload
+    from dance_tvm.tuning.records import Record
 
-Files = Annotated[list[Path] | None, typer.Argument(help="Logs; all of the package's own unless given.")]
+app = application(help="Check, merge and show tuning logs.", no_args_is_help=True)
+
+Files = Annotated[
+    list[Path] | None, typer.Argument(help="Logs.", show_default="all of ./tuning_logs or your own, and the package's")
+]
 
 
-@app.command()
-def check(files: Files = None) -> None:
+@app.command(
+    epilog=examples(
+        "dance-tvm logs check",
+        "dance-tvm logs check tuning_logs/*.jsonl",
+    )
+)
+def check(files: Files = None, as_json: AsJson = False) -> None:
     """Parse every line; name each that is not a whole record of ours. Exit code 1 where there is one."""
-    bad = 0
+    from dance_tvm.tuning.records import Log
+
+    found: list[dict[str, Any]] = []
     for path in _files(files):
         log = Log.read(path)
         whole = sum(1 for _ in log.records())
-        for number, reason in sorted(log.problems):
-            typer.echo(f"{path}, line {number}: {reason}")
-        bad += len(log.problems)
-        typer.echo(f"{path}: {whole} records in {log.lines} lines")
-    raise typer.Exit(1 if bad else 0)
+        problems = [{"line": number, "reason": reason} for number, reason in sorted(log.problems)]
+        found.append({"log": str(path), "records": whole, "lines": log.lines, "problems": problems})
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        for one in found:
+            for problem in one["problems"]:
+                typer.echo(f"{one['log']}, line {problem['line']}: {problem['reason']}")
+            typer.echo(f"{one['log']}: {one['records']} records in {one['lines']} lines")
+    raise typer.Exit(1 if any(one["problems"] for one in found) else 0)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "dance-tvm logs merge tuning_logs/snapdragon.conv3d_gather.jsonl from-the-lab.jsonl",
+        "dance-tvm logs merge --best short.jsonl long.jsonl",
+    )
+)
 def merge(
     into: Annotated[Path, typer.Argument(help="The log to write; what it holds already is merged too.")],
     files: Annotated[list[Path], typer.Argument(help="Logs to merge.")],
     best: Annotated[bool, typer.Option("--best", help="Keep the newest verified record of each layer alone.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Merge logs into one: whole records, each once, in the order of their dates."""
-    records: dict[bytes, Record] = {}
-    for path in [into, *files]:
-        if path != into and not path.exists():
+    """Merge logs into one: whole records, each once, in the order of their dates. Lines that are none are named."""
+    from dance_tvm.tuning.records import rewrite
+
+    skipped: list[dict[str, str | int]] = []
+    kept: list[Record] = []
+
+    def merged(standing: bytes) -> list[Record]:
+        records: dict[bytes, Record] = {}
+        for path, content in [(into, standing), *((path, path.read_bytes()) for path in files if path != into)]:
+            for number, found in _parsed(content):
+                if isinstance(found, str):
+                    skipped.append({"log": str(path), "line": number, "reason": found})
+                else:
+                    records[found.line()] = found
+        kept.extend(sorted(records.values(), key=lambda record: record.date))
+        if best:
+            verified = (record for record in kept if record.status == "verified" and record.steady)
+            kept[:] = {(record.fingerprint, record.workload_id): record for record in verified}.values()
+        return kept
+
+    for path in files:
+        if not path.is_file():
             raise DanceError(f"there is no log {path}")
-        for raw in path.read_bytes().split(b"\n") if path.exists() else []:
-            record = parse_loosely(raw)
-            if record is not None:
-                records[record.line()] = record
-    kept = sorted(records.values(), key=lambda record: record.date)
-    if best:
-        newest = {(record.fingerprint, record.workload_id): record for record in kept if record.status == "verified"}
-        kept = list(newest.values())
-    rewrite(into, kept)
-    typer.echo(f"{into}: {len(kept)} records")
+    rewrite(into, merged)
+    for line in skipped:
+        print(f"{line['log']}, line {line['line']}: {line['reason']}; left out", file=sys.stderr)
+    if as_json:
+        typer.echo(json.dumps({"log": str(into), "records": len(kept), "left_out": skipped}, indent=2))
+    else:
+        typer.echo(f"{into}: {len(kept)} records{f', {len(skipped)} lines left out' if skipped else ''}")
 
 
-@app.command()
+def _parsed(content: bytes) -> Iterator[tuple[int, Record | str]]:
+    """Number and record of each line, or why it is none."""
+    from dance_tvm.tuning.records import parse_loosely
+
+    for number, raw in enumerate(content.split(b"\n"), 1):
+        if raw.strip():
+            yield number, parse_loosely(raw)
+
+
+@app.command(epilog=examples("dance-tvm logs best", "dance-tvm logs best --json"))
 def best(files: Files = None, as_json: AsJson = False) -> None:
     """The verified record of every layer, as builds use it."""
+    from dance_tvm.tuning.records import Log
+
     found = []
     for path in _files(files):
         log = Log.read(path)
         found += [record for fingerprint in sorted(log.fingerprints) for record in log.best(fingerprint).values()]
-    if as_json:
-        typer.echo(json.dumps([record.model_dump() for record in found], indent=2))
-    else:
-        _print(found)
+    _print(found, as_json)
 
 
-@app.command()
+@app.command(epilog=examples("dance-tvm logs show --last 5", "dance-tvm logs show --layer 8c1f7d2a90b3e645"))
 def show(
     files: Files = None,
     layer: Annotated[str, typer.Option(help="Only the workload with this identity.")] = "",
     last: Annotated[int, typer.Option(help="How many records to show.", min=1)] = 40,
+    as_json: AsJson = False,
 ) -> None:
     """The latest records, trials and failures too."""
+    from dance_tvm.tuning.records import Log
+
     found = [record for path in _files(files) for record in Log.read(path).records(workload=layer or None)]
-    _print(found[-last:])
+    _print(found[-last:], as_json)
 
 
 def _files(files: list[Path] | None) -> list[Path]:
+    from dance_tvm.schedules.workload import FAMILIES
+    from dance_tvm.tuning.places import log_folders
+
+    folders = log_folders()
     for path in files or []:
         if not path.is_file():
-            raise DanceError(f"there is no log {path}: `dance-tvm tune` writes them to {LOGS}")
-    found = files or sorted(path for family in SPACES for path in LOGS.glob(f"*.{family}.jsonl"))
+            raise DanceError(f"there is no log {path}: `dance-tvm tune` writes them to {folders[0]}")
+    found = files or sorted(
+        path for folder in folders for family in FAMILIES for path in folder.glob(f"*.{family}.jsonl")
+    )
     if not found:
-        raise DanceError(f"there are no tuning logs in {LOGS}: `dance-tvm tune` writes them")
+        raise DanceError(f"there are no tuning logs in {folders[0]}: `dance-tvm tune` writes them")
     return found
 
 
 #: What the description of a kernel adds for its family.
 _KINDS: dict[str, Callable[[Workload], str]] = {
-    GATHER: lambda work: "",
-    WINOGRAD: lambda work: " winograd",
-    KERNEL_GROUPS: lambda work: f" groups {work.group[0]}x{work.group[1]}, {work.kept:.0%} kept",
-    POOL: lambda work: f" {work.pooling} pool",
+    "conv3d_gather": lambda work: "",
+    "conv3d_winograd": lambda work: " winograd",
+    "conv3d_kgs": lambda work: f" groups {work.group[0]}x{work.group[1]}, {work.kept:.0%} kept",
+    "pool3d": lambda work: f" {work.pooling} pool",
 }
+#: What was counted: the head of its column, and by how much its figures are scaled.
+_UNITS = {"seconds": ("ms", 1e3), "emulated instructions": ("M instructions", 1e-6)}
 
 
-def _print(records: list[Record]) -> None:
-    table = Table("workload", "kernel", "density", "status", "ms", "spread", "default", "tile", "origin", "date")
-    for record in records:
-        work = record.shape
-        kernel, out = ("x".join(map(str, extents)) for extents in (work.window.kernel, work.window.out))
-        shape = f"{work.channels_in}>{work.channels_out} {kernel}{_KINDS[work.family](work)} @ {out}"
-        tile = " ".join(f"{name}={value}" for name, value in record.decisions.items())
-        scale = 1e3 if record.unit == "seconds" else 1e-6
-        default = f"{scale * record.default_seconds:.3f}" if record.default_seconds else ""
-        time = f"{scale * record.seconds:.3f}" if record.seconds else record.error
-        origin = record.origin if record.unit == "seconds" else f"{record.origin} (millions of {record.unit})"
-        table.add_row(
-            record.workload_id, shape, f"{work.density:g}", record.status, time, f"{record.spread:.0%}", default,
-            tile, origin, record.date[:10],
-        )  # fmt: skip
-    Console(width=200).print(table)
+def _print(records: list[Record], as_json: bool) -> None:
+    """One table for each thing that was counted: times and instructions do not compare."""
+    if as_json:
+        typer.echo(json.dumps([record.model_dump() for record in records], indent=2))
+        return
+    for unit, (head, scale) in _UNITS.items():
+        rows = [_row(record, scale) for record in records if record.unit == unit]
+        if rows:
+            heads = ["target", "workload", "kernel", "density", "status", head, "spread", "default", "tile"]
+            print_table([*heads, "origin", "date"], rows)
+
+
+def _row(record: Record, scale: float) -> list[str]:
+    work = record.shape
+    kernel, out = ("x".join(map(str, extents)) for extents in (work.window.kernel, work.window.out))
+    shape = f"{work.channels_in}>{work.channels_out} {kernel}{_KINDS[work.family](work)} @ {out}"
+    tile = " ".join(f"{name}={value}" for name, value in record.decisions.items())
+    default = f"{scale * record.default_seconds:.3f}" if record.default_seconds else "-"
+    time = f"{scale * record.seconds:.3f}" if record.seconds else "-"
+    status = f"{record.status}: {record.error}" if record.error else record.status
+    return [
+        record.target, record.workload_id, shape, f"{work.density:g}", status, time, f"{record.spread:.0%}", default,
+        tile, record.origin, record.date[:10],
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

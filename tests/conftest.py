@@ -35,6 +35,18 @@ class Server:
         return f"tracker://127.0.0.1:{self.tracker_port}/{self.key}"
 
 
+@pytest.fixture
+def own_logs(tmp_path, monkeypatch) -> Path:
+    """The empty folder of tuning logs of a project that is worked in, with none in the package."""
+    from dance_tvm.tuning import places
+
+    folder = tmp_path / places.IN_PROJECT
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(places, "SHIPPED", folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def host_artifact(tmp_path_factory):
     """A small network for this machine, its weights inside the library."""

@@ -15,7 +15,6 @@ from dance_tvm.compiler.pipeline import Options
 from dance_tvm.core.errors import DanceError
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.workload import GATHER, POOL
-from dance_tvm.tuning import records
 from dance_tvm.tuning.calibration import kept_shares
 from dance_tvm.tuning.records import append, log_path
 from dance_tvm.tuning.workloads import layers_of
@@ -75,8 +74,7 @@ def test_densities_of_clips_join_those_that_were_asked_for(network, tmp_path):
     assert found["first", GATHER] == {0.5, 0.75}
 
 
-def test_builds_follow_a_record_of_the_clips_density(network, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "LOGS", tmp_path)
+def test_builds_follow_a_record_of_the_clips_density(network, tmp_path, own_logs):
     layers = layers_of(str(network), HOST, threads=1, conv="direct", clips=clips(tmp_path, 6))
     thin = [layer.workload for layer in layers if layer.workload.lists and layer.workload.family == GATHER]
     assert {work.density for work in thin} == {0.75}

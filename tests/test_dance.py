@@ -505,7 +505,9 @@ def test_transnet_is_pruned_without_labels(tmp_path: Path) -> None:
     )
     result = training.train(settings, student, splits, tmp_path, task=Distillation(teacher))
     assert {"f1", "agreement", "difference", "share"} <= result.metrics.keys()
-    assert result.metrics["agreement"] > 0.9, "a controller that has hardly begun to prune changes little"
+    assert result.metrics["share"] > 0.95, "a controller that has hardly begun prunes little"
+    # Untrained networks call frames of noise by a hair: how many stay the same depends on the processor's rounding.
+    assert result.metrics["agreement"] > 0.5
 
 
 def test_distillation_weighs_boundaries_as_much_as_all_other_frames() -> None:

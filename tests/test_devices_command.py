@@ -28,7 +28,10 @@ if words == ["devices"]:
     print("List of devices attached")
     print(pathlib.Path({state!r}).read_text(), end="")
 elif "shell" in words and "tvm_rpc server" in words[-1]:
-    print("bind to 127.0.0.1", flush=True)
+    for number in range(20000):  # more than a pipe holds
+        print("bind to 127.0.0.1, try", number, flush=number == 0)
+    print("the phone's memory is full", flush=True)
+    pathlib.Path({log!r}).with_name("printed").touch()
     time.sleep(600)
 elif "shell" in words and "scaling_cur_freq" in words[-1]:
     print("khz cpu0 1800000\\nmax_khz cpu0 1800000\\ngovernor cpu0 schedutil\\nkhz cpu7 2995200\\nmax_khz cpu7 2995200")
@@ -63,12 +66,15 @@ def test_the_server_is_pushed_started_and_undone(phone, tmp_path):
     folder.mkdir()
     (folder / "tvm_rpc").write_text("program")
     (folder / "libtvm_runtime.so").write_text("library")
-    with adb.Adb("R3CT").server(folder, "galaxy", 9190, 9090) as process:
+    with adb.Adb("R3CT").server(folder, "galaxy", 9190, 9090) as server:
         deadline = time.monotonic() + 20
         while "tvm_rpc server" not in phone[0].read_text() and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert process.poll() is None
-    assert not psutil.pid_exists(process.pid)
+        assert server.process.poll() is None
+        while not phone[0].with_name("printed").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert server.last_words() == "the phone's memory is full"
+    assert not psutil.pid_exists(server.process.pid)
     said = phone[0].read_text().splitlines()
     assert said[2:5] == [
         f"-s R3CT push {folder}/libtvm_runtime.so {adb.FOLDER}/libtvm_runtime.so",

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.device import serve
 from dance_tvm.device.opencl import OpenCLSession
 from dance_tvm.device.opencl_network import run_function
 from dance_tvm.lowering.kernel_groups import find_kernel_groups
@@ -314,6 +315,42 @@ def test_kernel_groups_equal_pytorch(device, name):
         lists.append(case.live_out.astype("float32"))
     weights = conv.pack_columns(found.weights)
     compare(device, case, conv, conv3d_kgs(conv), data, weights, lists)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_kernels_clock_counts_what_the_lists_of_a_gpu_kept(dtype):
+    """Frames 1 to 3 of 6 are wanted, frame 0 is dead: 2 + 3 + 3 taps of 3 by 3; channels 3 of 8 and 4 of 12."""
+    in_frames, out_frames = np.arange(6) > 0, (np.arange(6) > 0) & (np.arange(6) < 4)
+    case = Case(
+        size=(6, 6, 6), padding=(1, 0, 0), in_frames=in_frames[None], out_frames=out_frames[None],
+        live_in=some((1, 8), 0.4, 4), live_out=some((1, 12), 0.4, 5),
+    )  # fmt: skip
+    conv = replace(case.conv(), dtype=dtype)
+    blank = np.ones((1, 6, 4, 4, 12), dtype)
+    lists = [*planned(conv, case.masks(conv)), listed(case.live_in), listed(case.live_out)]
+    args = [np.zeros(1), np.zeros(conv.weight_shape), np.zeros(1), conv.plan.tap_entries, *lists, blank]
+    calls = serve._looked_at(conv.name, [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in args])
+    work, kept_in, kept_out = calls["work"], int(case.live_in.sum()), int(case.live_out.sum())
+    assert work["macs"] == (2 + 3 + 3) * 9 * 16 * kept_in * kept_out
+    assert (work["frames"], work["positions"]) == (0.5, 0.5)
+    assert (work["channels_in"], work["channels_out"]) == (kept_in / 8, kept_out / 12)
+    assert calls["mean"] == 1
+
+
+def test_a_kernels_clock_counts_the_columns_of_kernel_groups_on_a_gpu():
+    """Two groups of 8 filters, of which one has kept 5 columns at each tap and the other one."""
+    case = Case(size=(3, 6, 6), channels_out=16, padding=(0, 0, 0), tile=BlockTile(64, 8, 8, 4, 4))
+    plain = case.conv()
+    weight = np.zeros((16, 8, 27), "float32")
+    weight[:8, :5], weight[8:, 7] = 1, 1
+    found = find_kernel_groups(weight.reshape(16, 8, 3, 3, 3), 8, 1)
+    fields = {field: getattr(plain, field) for field in plain.__dataclass_fields__}
+    conv = GroupConv(**fields, columns=len(found.columns))
+    columns = [found.column_ptr[None], conv.static_columns(found.columns, found.column_ptr)]
+    args = [np.zeros(1), conv.pack_columns(found.weights), np.zeros(1), conv.plan.tap_entries, *planned(conv, {})]
+    args += [*columns, np.ones((1, 1, 4, 4, 16), "float32")]
+    calls = serve._looked_at(conv.name, [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in args])
+    assert calls["work"]["macs"] == 16 * 27 * (5 + 1) * 8
 
 
 POOLS = {

@@ -26,7 +26,7 @@ from dance_tvm.schedules.gpu.spaces import BlockSpace, decisions_of, space_of
 from dance_tvm.schedules.gpu.tiles import BlockTile, default_tile, is_whole
 from dance_tvm.schedules.workload import GATHER, Workload
 from dance_tvm.tune import app as tune_command
-from dance_tvm.tuning import tuner
+from dance_tvm.tuning import records, tuner
 from dance_tvm.tuning.advice import tuned_tiles
 from dance_tvm.tuning.farm import Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
@@ -185,6 +185,7 @@ def test_every_tile_runs_over_opencl_and_tells_the_same(tmp_path, opencl_name, w
 
 def test_a_network_is_tuned_over_opencl_and_built_by_its_records(tmp_path, network, opencl_name, capsys, monkeypatch):
     monkeypatch.setattr(tuner, "DISTURBED", math.inf)  # a layer this small takes less time than its noise
+    monkeypatch.setattr(records, "MOST_SPREAD", math.inf)
     target = load_target("opencl")
     assert target.gpu.name == opencl_name
     command = ["--target", "opencl", "--device", "local", "--model", str(network), "--trials", "3"]

@@ -14,8 +14,6 @@ from dance_tvm.lowering.group_choice import (
     efficiencies,
     measure_groups,
     measured_cost,
-    read_log,
-    write_log,
 )
 from dance_tvm.lowering.kernel_groups import (
     CANDIDATES,
@@ -26,6 +24,7 @@ from dance_tvm.lowering.kernel_groups import (
 )
 from dance_tvm.machines.target import load_target
 from dance_tvm.sparsity.rt3d import measure
+from dance_tvm.tuning.group_logs import read_log, write_log
 
 LAYER = SynthesisedLayer(32, 32, (3, 3, 3), (4, 8, 8))
 

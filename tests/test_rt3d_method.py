@@ -141,12 +141,12 @@ def test_a_wrong_option_is_told_with_those_that_exist(tmp_path):
         run(tmp_path, {"scheme": "irregular"})
 
 
-def test_the_group_measured_on_the_target_is_trained_with(tmp_path, monkeypatch):
+def test_the_group_measured_on_the_target_is_trained_with(own_logs):
     from dance_tvm.lowering import group_choice
     from dance_tvm.machines.target import load_target
     from dance_tvm.sparsity.rt3d import method
+    from dance_tvm.tuning import group_logs
 
-    monkeypatch.setattr(group_choice, "LOGS", tmp_path)
     assert method.measured_group("snapdragon") == method.DEFAULT_GROUP
     phone = load_target("snapdragon")
     layer = group_choice.SynthesisedLayer(16, 16, (3, 3, 3), (2, 4, 4))
@@ -154,7 +154,7 @@ def test_the_group_measured_on_the_target_is_trained_with(tmp_path, monkeypatch)
         lambda layer, weight, group: 1.0 if group in (None, (4, 8)) else 2.0,
         fingerprint=phone.fingerprint, device="emulator", threads=1, layers=[layer],
     )  # fmt: skip
-    group_choice.write_log(group_choice.log_path(phone), found)
+    group_logs.write_log(group_logs.log_path(phone), found)
     assert method.measured_group("snapdragon") == (4, 8)
     with pytest.raises(DanceError, match="target"):
         method.measured_group("abacus")

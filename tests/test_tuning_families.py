@@ -175,9 +175,8 @@ def test_measurements_choose_between_kernel_groups_and_winograd():
 # -- tuning and building ----------------------------------------------------------------------------------------------
 
 
-def test_builds_follow_the_records_of_kernel_groups_and_pools(tmp_path, monkeypatch):
+def test_builds_follow_the_records_of_kernel_groups_and_pools(tmp_path, own_logs):
     """The records name sizes that no default would be, and stem from a network with other zeros."""
-    monkeypatch.setattr(records, "LOGS", tmp_path)
     options = Options(threads=1, conv="direct")
     with only_group(16, 4):
         found = families(Pruned(0), conv="direct")
@@ -196,10 +195,10 @@ def test_builds_follow_the_records_of_kernel_groups_and_pools(tmp_path, monkeypa
     assert built.artifact.manifest.check.status == "passed"
 
 
-def test_a_pruned_network_is_tuned_and_built_by_its_records(tmp_path, monkeypatch, capsys):
+def test_a_pruned_network_is_tuned_and_built_by_its_records(tmp_path, own_logs, monkeypatch, capsys):
     monkeypatch.setattr(tuner, "DISTURBED", math.inf)  # layers this small take less time than their noise
     monkeypatch.setattr(search, "POPULATION", 16)
-    monkeypatch.setattr(records, "LOGS", tmp_path)
+    monkeypatch.setattr(records, "MOST_SPREAD", math.inf)
     torch.export.save(torch.export.export(Pruned(0), CLIP), tmp_path / "pruned.pt2")
     command = ["--model", str(tmp_path / "pruned.pt2"), "--trials", "2", "--threads", "1", "--conv", "direct", "--json"]
     with only_group(16, 4), pytest.raises(SystemExit) as left:

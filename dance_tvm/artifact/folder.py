@@ -16,7 +16,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +44,7 @@ _ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
 _SAME_MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}
 _PARTIAL = ".partial-"
 _LITTLE_SPACE = 64 * 1024
+_ATTEMPTS = 10
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _Result = TypeVar("_Result")
 
@@ -238,9 +239,9 @@ def write_artifact(
 @contextmanager
 def staged(out: str | Path) -> Iterator[Path]:
     """A new folder beside ``out`` that takes its place when the block ends well, and vanishes when it does not."""
-    target = Path(os.path.abspath(out))
-    prefix = f".{target.name}{_PARTIAL}"
-    folder = _writing(target, lambda: _prepare(target, prefix))
+    target = _place(out)
+    made = [parent for parent in target.parents if not parent.exists()]
+    folder = _writing(target, lambda: _prepare(target))
     try:
         yield folder
         folder.chmod(0o755)
@@ -253,26 +254,60 @@ def staged(out: str | Path) -> Iterator[Path]:
         raise (_unwritable(target, error) if error.errno in _DISK_FULL else error) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # it holds the artifact, or what another build writes
+                parent.rmdir()
 
 
 def require_writable(out: str | Path) -> None:
     """Raise DanceError unless an artifact can be written at ``out``; leaves nothing there."""
-    target = Path(os.path.abspath(out))
-    made = [folder for folder in target.parents if not folder.exists()]
-    _writing(target, lambda: _prepare(target, f".{target.name}{_PARTIAL}").rmdir())
-    for folder in made:
-        folder.rmdir()
+    target = _place(out)
+    _require_free(target)
+
+    def try_it() -> None:
+        standing = next(parent for parent in target.parents if parent.exists())
+        Path(tempfile.mkdtemp(prefix=_prefix(target), dir=standing)).rmdir()
+
+    _writing(target, lambda: _again(try_it))
 
 
-def _prepare(target: Path, prefix: str) -> Path:
+def _again(action: Callable[[], _Result]) -> _Result:
+    """Repeat what needs a parent folder: a build that fails takes those that it made away, if they are empty."""
+    for _ in range(_ATTEMPTS):
+        with suppress(FileNotFoundError):
+            return action()
+    return action()
+
+
+def _place(out: str | Path) -> Path:
+    """Where the folder itself stands or will stand: a link to it, as to another disk, stays a link."""
+    return Path(os.path.realpath(out))
+
+
+def _prefix(target: Path) -> str:
+    """How the names of this process's unfinished folders for ``target`` begin."""
+    return f".{target.name}{_PARTIAL}{os.getpid()}-"
+
+
+def _require_free(target: Path) -> None:
     if target.exists() and not (target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))):
         raise DanceError(f"{target} is there and is not an artifact: choose another --out, or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _prepare(target: Path) -> Path:
+    """A new folder beside ``target``, after what killed builds left there is gone."""
+    _require_free(target)
+    prefix = f".{target.name}{_PARTIAL}"
     for leftover in target.parent.glob(f"{prefix}*"):
         owner = leftover.name.removeprefix(prefix).split("-")[0]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
             shutil.rmtree(leftover, ignore_errors=True)  # of a build that was killed
-    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=target.parent))
+
+    def make() -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+
+    return _again(make)
 
 
 def _take_place(folder: Path, target: Path) -> None:

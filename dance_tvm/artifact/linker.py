@@ -79,9 +79,10 @@ def link_shared(
 
 @dataclass(frozen=True)
 class SharedLibraryLinker:
-    """An `fcompile` for TVM's `export_library` that links for `target` by its `link` facts."""
+    """An `fcompile` for TVM's `export_library` that links for `target` by its `link` facts, `also` these objects."""
 
     target: Target
+    also: tuple[str, ...] = ()
     output_format: ClassVar = "so"
     object_format: ClassVar = "o"
 
@@ -93,12 +94,15 @@ class SharedLibraryLinker:
         del options  # compiler flags of TVM's default fcompile: there is no compiler here
         inputs = [objects] if isinstance(objects, str) else objects
         link = self.target.link
-        link_shared(output, inputs, self.get_target_triple(), link.needed, link.page_size)
+        needed = list(link.needed)
+        if self.also and "android" in self.get_target_triple():  # they need no TVM, but Android's libc by name
+            needed = ["libc.so", *(name for name in needed if name != "libtvm_ffi.so")]
+        link_shared(output, [*inputs, *self.also], self.get_target_triple(), needed, link.page_size)
 
 
-def shared_library_linker(target: Target) -> SharedLibraryLinker:
-    """What links for `target`, to be given to `export_library`."""
-    return SharedLibraryLinker(target)
+def shared_library_linker(target: Target, also: Sequence[str] = ()) -> SharedLibraryLinker:
+    """What links for `target`, to be given to `export_library`; `also`: object files beside TVM's."""
+    return SharedLibraryLinker(target, tuple(also))
 
 
 def _emulation(triple: str) -> str:

@@ -15,7 +15,6 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.machines.target import Energy as Coefficients
 from dance_tvm.machines.target import Target
 
-RAPL_WRAP_UJ = 2**32  # the counter of older processors begins again there
 COOL_DEGREES = 2.0
 MOST_COOL_DOWN_S = 120.0
 SLOW_CLOCK = 0.9
@@ -24,19 +23,29 @@ SLOW_CLOCK = 0.9
 def energy(
     before: dict[str, Any], after: dict[str, Any], watts: list[float], seconds: float, runs: int
 ) -> Energy | None:
-    """Joules of one run from the device's counters, or from its power readings; None where it has no sensor.
+    """Joules of one run from the device's counters, or from its power readings; None where neither tells.
 
     `before` and `after` are sensor readings around `runs` runs of one network alone, `seconds` long altogether;
     `watts` are the readings in between. What the whole package drew is counted, idle power too.
     """
     counters = set(before.get("microjoules", {})) & set(after.get("microjoules", {}))
     packages = [name for name in counters if name.startswith("package")] or list(counters)
-    if packages:
-        used = sum((after["microjoules"][name] - before["microjoules"][name]) % RAPL_WRAP_UJ for name in packages)
-        return Energy(kind="measured", source="RAPL counters of the processor package", joules=used * 1e-6 / runs)
+    used = [_counted(name, before, after) for name in packages]
+    if used and None not in used:
+        joules = sum(filter(None, used)) * 1e-6 / runs
+        return Energy(kind="measured", source="RAPL counters of the processor package", joules=joules)
     if watts:
         return Energy(kind="measured", source="power sensor, sampled", joules=float(np.mean(watts)) * seconds / runs)
     return None
+
+
+def _counted(name: str, before: dict[str, Any], after: dict[str, Any]) -> int | None:
+    """Microjoules that a counter counted; None where it began again and does not tell after how much it does."""
+    used = after["microjoules"][name] - before["microjoules"][name]
+    if used >= 0:
+        return used
+    most = after.get("most_microjoules", {}).get(name)
+    return None if most is None else used + most
 
 
 def estimate(coefficients: Coefficients, executed_macs: int, moved_bytes: int) -> Energy:

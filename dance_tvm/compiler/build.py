@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import resource
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +19,8 @@ import tvm
 from tvm import relax
 from tvm.target import codegen
 
+from dance_tvm.artifact.c_interface import compile_interface
+from dance_tvm.artifact.c_program import Names, program_of
 from dance_tvm.artifact.device_code import embed_device_code
 from dance_tvm.artifact.folder import (
     Artifact,
@@ -113,7 +116,9 @@ def build_network(
     chosen = replace(chosen, debug_dump=_dump_folder(debug_dump)) if debug_dump else chosen
     source = load_target(logs_from) if logs_from else None
     if chosen.tuning is None:
-        chosen = replace(chosen, tuning=tuned_tiles(machine, logs_from=source))
+        chosen = replace(chosen, tuning=tuned_tiles(machine, options.logs if options else None, source))
+    if chosen.interface == "c" and machine.gpu:
+        raise DanceError(f"{machine.name} is a GPU, which --interface c cannot run yet: leave it out")
     require_writable(out)  # told before any work is done
     clock = _Clock(on_phase)
 
@@ -126,7 +131,8 @@ def build_network(
         return Built(standing, clock.seconds, _peak_memory())
     lowered = lower(imported.mod, machine, chosen, clock.start)
     clock.start("compile")
-    executable, manifest.memory_peak_bytes = _compile(lowered, machine, chosen)
+    executable, planned = _compile(lowered, machine, chosen)
+    manifest.memory_peak_bytes = _memory(lowered, planned)
     manifest.layers = lowered.layers
     clock.start("generate and link code")
 
@@ -139,16 +145,19 @@ def build_network(
             return check_kernels(artifact, lowered, imported, insist=insist, reference=reference)
         return check_artifact(artifact, imported, insist=insist, on_phase=clock.start, reference=reference)
 
-    linker = shared_library_linker(machine)
     packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
-    artifact = write_artifact(
-        out,
-        lambda path: executable.export_library(str(path), fcompile=linker, **packing),
-        lowered.weights,
-        manifest,
-        check_there if check is not False else None,
-        reference,
-    )
+    with tempfile.TemporaryDirectory(prefix="dance_tvm_interface_") as folder:
+        in_c = chosen.interface == "c"
+        also = _interface(planned, lowered, manifest, machine, Path(folder)) if in_c else []
+        linker = shared_library_linker(machine, also)
+        artifact = write_artifact(
+            out,
+            lambda path: executable.export_library(str(path), fcompile=linker, **packing),
+            lowered.weights,
+            manifest,
+            check_there if check is not False else None,
+            reference,
+        )
     clock.start("")
     return Built(artifact, clock.seconds, _peak_memory())
 
@@ -254,8 +263,8 @@ def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes:
     return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes)
 
 
-def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, int]:
-    """The executable, and the bytes of all weights and planned activations."""
+def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, tvm.IRModule]:
+    """The executable, and the module whose memory is planned."""
     target = machine.tvm_target(options.threads)
     planned: list[tvm.IRModule] = []
     base = _gpu_pipeline(target) if machine.gpu else relax.get_pipeline("default_build")
@@ -268,8 +277,26 @@ def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax
     with tvm.transform.PassContext(config=host_code_of(machine)):
         executable = relax.build(lowered.mod, target, relax_pipeline=pipeline)
     _dump(options.debug_dump, "planned", planned[0])
+    return executable, planned[0]
+
+
+def _memory(lowered: Lowered, planned: tvm.IRModule) -> int:
+    """Bytes of all weights and planned activations."""
     weights = _constant_bytes(lowered.mod) + sum(array.nbytes for array in lowered.weights.values())
-    return executable, weights + _planned_storage(planned[0])
+    return weights + _planned_storage(planned)
+
+
+def _interface(planned: tvm.IRModule, lowered: Lowered, manifest: Manifest, machine: Target, folder: Path) -> list[str]:
+    """Object files in ``folder`` with the C interface of the network."""
+    description = f"{manifest.name} for {machine.name}, dance_tvm {manifest.versions['dance-tvm']}"
+    names = Names(
+        [tensor.name for tensor in manifest.inputs],
+        [tensor.name for tensor in manifest.outputs],
+        list(lowered.weights),
+        description,
+        manifest.target.threads,
+    )
+    return compile_interface(program_of(planned, len(lowered.weights)), names, machine, folder)
 
 
 def host_code_of(machine: Target) -> dict[str, Any]:
@@ -321,6 +348,8 @@ def _manifest(imported: Imported, machine: Target, options: Options, logs_from: 
     """All that is known before anything is compiled."""
     target = machine.tvm_target(options.threads)
     chosen: dict[str, str] = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}
+    if options.interface != "tvm":
+        chosen["interface"] = options.interface
     if options.dtype != "float32":
         chosen["dtype"] = options.dtype
     if logs_from is not None:

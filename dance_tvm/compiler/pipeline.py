@@ -15,12 +15,12 @@ from tvm import relax
 from dance_tvm.artifact.layers import LayerInfo
 from dance_tvm.core.errors import DanceError
 from dance_tvm.lowering.gpu_windows import GpuLowering
-from dance_tvm.lowering.group_choice import group_cost
 from dance_tvm.lowering.lower_windows import LowerWindows
 from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine, excess_cycles
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.workload import Workload
+from dance_tvm.transform.boolean_logic import BooleanLogic
 from dance_tvm.transform.channels_last import ChannelsLast
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
@@ -28,6 +28,7 @@ from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.schedule_rest import ScheduleRest
+from dance_tvm.tuning.group_logs import group_cost
 
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """What a build may choose."""
+    """What a build may choose. ``logs``: the folder of tuning logs to use alone, in place of the usual ones."""
 
     threads: int = 1
     numerics: Literal["fast", "exact"] = "fast"
@@ -43,8 +44,10 @@ class Options:
     sparsity: Literal["auto", "off"] = "auto"
     debug_dump: Path | None = None
     tuning: TuningLog | None = None
+    logs: Path | None = None
     device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16"] = "float32"
+    interface: Literal["tvm", "c"] = "tvm"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def lower(
         tuning=options.tuning,
         convolution="direct" if options.numerics == "exact" else options.conv,
         lowering=partial(GpuLowering, dtype=options.dtype) if gpu else None,
-        group_cost=group_cost(target, options.threads, partial(excess_cycles, machine)),
+        group_cost=group_cost(target, options.threads, partial(excess_cycles, machine), options.logs),
     )
     lift_weights = LiftWeights()
     narrow = [NarrowChannels()] if options.sparsity == "auto" else []
@@ -86,6 +89,7 @@ def lower(
             "simplify",
             [
                 relax.transform.CanonicalizeBindings(),
+                BooleanLogic(),
                 relax.transform.FoldConstant(),
                 relax.transform.DeadCodeElimination(),
             ],

@@ -44,6 +44,11 @@ def application(**options: Any) -> typer.Typer:
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False, **options)
 
 
+def examples(*lines: str) -> str:
+    """What a command's help ends with: lines to copy."""
+    return "\n\n".join(["Examples:", *lines])
+
+
 def start(app: typer.Typer, name: str, arguments: list[str] | None = None) -> NoReturn:
     """Run a command to its end: bad input is one sentence and exit code 2, Ctrl-C is exit code 130.
 
@@ -126,14 +131,20 @@ def _forward(name: str, module: str) -> Callable[[typer.Context], None]:
     return command
 
 
-def _options(
-    version: bool = typer.Option(False, "--version", help="Print the version and end.", is_eager=True),
-) -> None:
-    if version:
-        from importlib.metadata import version as installed
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
 
-        typer.echo(f"dance-tvm {installed('dance-tvm')}")
+        typer.echo(f"dance-tvm {version('dance-tvm')}")
         raise typer.Exit
+
+
+def _options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and end.", is_eager=True, callback=_print_version
+    ),
+) -> None:
+    """Options before a command's name."""
 
 
 if __name__ == "__main__":

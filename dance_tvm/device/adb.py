@@ -6,8 +6,11 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from dance_tvm.core.errors import DanceError
 
@@ -15,6 +18,7 @@ COMMAND_TIMEOUT_S = 60
 PUSH_TIMEOUT_S = 600
 FOLDER = "/data/local/tmp/dance_tvm"
 SERVER = "tvm_rpc"
+_LAST_BYTES = 4096
 
 # One shell command that prints `name value` a line; what cannot be read prints nothing.
 _SENSORS = (
@@ -27,6 +31,21 @@ _SENSORS = (
     " b=/sys/class/power_supply/battery; [ -r $b/current_now ] &&"
     " echo battery power $(cat $b/current_now) $(cat $b/voltage_now); true"
 )
+
+
+@dataclass(frozen=True)
+class PhoneServer:
+    """TVM's server as it runs on a phone, and what it has printed."""
+
+    process: subprocess.Popen
+    said: IO[bytes]
+
+    def last_words(self) -> str:
+        """The last line that the server printed."""
+        size = self.said.seek(0, os.SEEK_END)
+        self.said.seek(max(0, size - _LAST_BYTES))
+        lines = self.said.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit code {self.process.poll()}"
 
 
 class Adb:
@@ -62,7 +81,7 @@ class Adb:
         return found
 
     @contextlib.contextmanager
-    def server(self, folder: Path, key: str, tracker_port: int, port: int) -> Iterator[subprocess.Popen]:
+    def server(self, folder: Path, key: str, tracker_port: int, port: int) -> Iterator[PhoneServer]:
         """Push `folder`, start its `tvm_rpc` and register it with our tracker; all is undone at the end.
 
         The phone's server listens on its own 127.0.0.1, reached through the cable alone.
@@ -79,31 +98,24 @@ class Adb:
             f"cd {FOLDER} && LD_LIBRARY_PATH={FOLDER} ./{SERVER} server --host=127.0.0.1 --port={port} "
             f"--port-end={port + 1} --tracker=127.0.0.1:{tracker_port} --key={key} --custom-addr=127.0.0.1"
         )
-        process = subprocess.Popen(
-            self._command(["shell", command]),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            yield process
-        finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            for undo in (
-                ["shell", f"pkill {SERVER}"],
-                ["forward", "--remove", f"tcp:{port}"],
-                ["reverse", "--remove", f"tcp:{tracker_port}"],
-            ):
-                with contextlib.suppress(DanceError):
-                    self._run(undo)
-
-    def last_words(self, process: subprocess.Popen) -> str:
-        """The last line that the server printed."""
-        assert process.stdout is not None
-        lines = process.stdout.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"exit code {process.poll()}"
+        # What it prints goes to a file: a pipe that nobody reads fills up, and the server would wait for ever.
+        with tempfile.TemporaryFile() as said:
+            process = subprocess.Popen(
+                self._command(["shell", command]), stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT
+            )
+            try:
+                yield PhoneServer(process, said)
+            finally:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+                for undo in (
+                    ["shell", f"pkill {SERVER}"],
+                    ["forward", "--remove", f"tcp:{port}"],
+                    ["reverse", "--remove", f"tcp:{tracker_port}"],
+                ):
+                    with contextlib.suppress(DanceError):
+                        self._run(undo)
 
     def _choose(self, serial: str | None) -> str:
         lines = [line.split() for line in self._run(["devices"], plain=True).splitlines()[1:] if line.strip()]

@@ -14,6 +14,8 @@ import socket
 import stat
 import struct
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,9 @@ from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, a
 UPLOAD_CHUNK = 256 << 10
 _BIG_CORES_FIRST = 1  # TVM's affinity mode for devices that cannot be told their CPUs one by one
 _Result = TypeVar("_Result")
+
+#: Whose turn it is to connect, by server.
+_turns: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
 
 
 class Connection:
@@ -71,12 +76,30 @@ class Connection:
         self._sockets = []
 
     def _connect(self, address: str, port: int, key: str, timeout: float) -> Any:
+        """A session with the server. Its socket is TVM's, and is found as the only new one that leads there: so only
+        one thread at a time connects to a server, and those to others are told apart by where they lead."""
+        hosts = _hosts(address)
+        deadline = time.monotonic() + timeout
+        turn = _turns[min(hosts, default=address), port]
+        busy = DanceError(
+            f"{self.name} accepted no session within {timeout:g} s: it is busy with another one, or stopped"
+        )
+        if not turn.acquire(timeout=timeout):
+            raise busy
+        try:
+            return self._connect_alone(address, hosts, port, key, max(0.0, deadline - time.monotonic()), busy)
+        finally:
+            turn.release()
+
+    def _connect_alone(
+        self, address: str, hosts: set[str], port: int, key: str, timeout: float, busy: DanceError
+    ) -> Any:
         before = _open_sockets()
         expired = threading.Event()
 
         def give_up() -> None:
             expired.set()
-            for connection in _new_sockets(before, port):
+            for connection in _new_sockets(before, hosts, port):
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
                 connection.close()
@@ -88,13 +111,11 @@ class Connection:
             session = rpc.connect(address, port, key)
         except Exception as error:  # TVM raises many kinds here
             if expired.is_set():
-                raise DanceError(
-                    f"{self.name} accepted no session within {timeout:g} s: it is busy with another one, or stopped"
-                ) from None
+                raise busy from None
             raise DanceError(f"{self.name} cannot be reached: {_last_line(str(error))}") from None
         finally:
             watchdog.cancel()
-        self._sockets = _new_sockets(before, port)
+        self._sockets = _new_sockets(before, hosts, port)
         return session
 
     def _give_up_after(self, seconds: float) -> None:
@@ -364,24 +385,51 @@ def _open_sockets() -> dict[int, int]:
     return found
 
 
-def _new_sockets(before: dict[int, int], port: int) -> list[socket.socket]:
-    """Duplicates of the sockets opened since `before` that are connected to `port`, or on the way there."""
+def _new_sockets(before: dict[int, int], hosts: set[str], port: int) -> list[socket.socket]:
+    """Duplicates of the sockets opened since `before` that are connected to the server, or on the way there."""
     found = []
     for descriptor, inode in _open_sockets().items():
         if before.get(descriptor) == inode:
             continue
-        connection = socket.socket(fileno=os.dup(descriptor))
-        if _leads_to(connection, port):
-            found.append(connection)
-        else:
-            connection.close()
+        with contextlib.suppress(OSError):  # another thread has closed it by now
+            connection = socket.socket(fileno=os.dup(descriptor))
+            if _leads_to(connection, inode, hosts, port):
+                found.append(connection)
+            else:
+                connection.close()
     return found
 
 
-def _leads_to(connection: socket.socket, port: int) -> bool:
-    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+def _leads_to(connection: socket.socket, inode: int, hosts: set[str], port: int) -> bool:
+    if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
         return False
     try:
-        return connection.getpeername()[1] == port
+        host, its_port = connection.getpeername()[:2]
     except OSError:  # not connected yet
-        return not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        host, its_port = _on_the_way(inode)
+    return its_port == port and _plain(host) in hosts
+
+
+def _on_the_way(inode: int) -> tuple[str, int]:
+    """Where a socket leads that is not connected yet, as the kernel's table of connections has it; else nowhere."""
+    for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+                words = line.split()
+                if words[9] == str(inode):
+                    address, _, port = words[2].partition(":")
+                    numbers = struct.unpack(f">{len(address) // 8}I", bytes.fromhex(address))  # each in host order
+                    return socket.inet_ntop(family, struct.pack(f"={len(numbers)}I", *numbers)), int(port, 16)
+    return "", 0
+
+
+def _hosts(address: str) -> set[str]:
+    """The addresses that a name stands for; none where it stands for none, which connecting will tell."""
+    with contextlib.suppress(OSError):
+        return {_plain(str(found[4][0])) for found in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)}
+    return set()
+
+
+def _plain(host: str) -> str:
+    """An address of version 4 that is written as one of version 6, as itself; no zone."""
+    return host.partition("%")[0].removeprefix("::ffff:")

@@ -16,9 +16,11 @@ import logging
 import mmap
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
+import stat
 import struct
 import sys
 import tempfile
@@ -51,7 +53,8 @@ class Store:
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder = folder
         self.limit_bytes = limit_bytes
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_own(folder)
 
     def path(self, sha256: str) -> str:
         """Where the whole file stands (whether or not it is there)."""
@@ -101,6 +104,25 @@ class Store:
             if not path.name.startswith(keep):
                 excess -= path.stat().st_size
                 path.unlink()
+
+
+def require_own(folder: Path) -> None:
+    """Raise PermissionError unless the folder, and the link to it, are ours and only we may write: what lies in it is
+    loaded as a program."""
+    if {folder.lstat().st_uid, folder.stat().st_uid} != {os.geteuid()}:
+        raise PermissionError(f"the store {folder} belongs to another user: give --store a folder of your own")
+    if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"others may write to the store {folder}: `chmod go-w {folder}`, or give another --store")
+
+
+def default_store() -> Path:
+    """A folder in the user's cache, else, where there is no home, one in the folder for temporary files."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dance_tvm" / "store"
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.gettempdir()) / f"dance_tvm_store_{os.getuid()}"
+    return cache
 
 
 class Weights:
@@ -191,21 +213,23 @@ def _work(symbol: str, tensors: list) -> tuple[dict[str, Any], np.ndarray, np.nd
     """What a listed convolution executed, and which frames, positions and channels its lists kept.
 
     `share` is what was left of the dense layer's multiply-accumulates before padding is taken off; the arguments are
-    those that docs/kernels.md names: data (N, T, H, W, C), weights, bias, taps, lists, ..., output (N, T, H, W, C).
+    those that docs/kernels.md names: data (N, T, H, W, C), weights (..., depth, channels), bias, taps, lists, ...,
+    output (N, T, H, W, C).
     Also gives which positions (N, T, H, W) were computed, and which channels of them where a list tells.
     """
     family = next(family for family in LISTED if symbol.startswith(family))
-    marks = symbol[len(family) :].split("_f32")[0].split("_")[-1]
+    marks = re.split("_f(?:16|32)", symbol[len(family) :])[0].split("_")[-1]
     shape = [int(extent) for extent in tensors[-1].shape]
     read = _winograd_rows if family == WINOGRAD else _gathered_rows
     rows_by_tap, alive, channel_lists = read(symbol, tensors, shape)  # (samples, taps), (N, T, H, W)
     lists = iter(tensor.numpy() for tensor in channel_lists)
     channels_in, channels_out = float(tensors[0].shape[-1]), float(shape[-1])
     if family == KERNEL_GROUPS:
-        macs = _kernel_group_macs(rows_by_tap, tensors)
+        starts, columns = channel_lists[:2]
+        macs = _kernel_group_macs(rows_by_tap, tensors[1], starts, columns, shape[-1])
         kept_in = kept_out = channels = None
     else:
-        depth = int(tensors[1].shape[2 + (family == WINOGRAD)])  # of the packed weights
+        depth = int(tensors[1].shape[-2])
         live_in = next(lists)[:, 0] if "i" in marks else np.full(len(rows_by_tap), depth)
         listed = next(lists) if "o" in marks else None
         live_out = np.full(len(rows_by_tap), shape[-1]) if listed is None else listed[:, 0]
@@ -231,10 +255,11 @@ def _work(symbol: str, tensors: list) -> tuple[dict[str, Any], np.ndarray, np.nd
 def _gathered_rows(symbol: str, tensors: list, shape: list[int]) -> tuple[np.ndarray, np.ndarray, list]:
     """Rows that read each tap by sample, and the positions that were computed.
 
-    Lists: rows_in, rows_out (samples, tiles, mr), segments (samples, segments, 4), blocks, counts (samples, 4). The
-    last tile of a class repeats its last row.
+    Lists: rows_in, rows_out (samples, tiles, mr), segments (samples, segments, 4), blocks, on a GPU frame_slots
+    (samples, frames, 4), then counts (samples, 4). The last tile of a class repeats its last row.
     """
-    taps, rows_out, segments, blocks, counts = (tensors[index].numpy() for index in (3, 5, 6, 7, 8))
+    place = 9 if len(tensors[8].shape) == 3 else 8
+    taps, rows_out, segments, blocks, counts = (tensors[index].numpy() for index in (3, 5, 6, 7, place))
     by_tap = np.zeros((len(counts), int(taps[:, 0].max()) + 1), "int64")
     alive = np.zeros(int(np.prod(shape[:4])), bool)
     for sample, (count, tiles) in enumerate(counts[:, :2]):
@@ -243,7 +268,7 @@ def _gathered_rows(symbol: str, tensors: list, shape: list[int]) -> tuple[np.nda
         before = np.concatenate([[0], np.cumsum(1 + (np.diff(used, axis=1) != 0).sum(1))])
         for first, last, begin, end in segments[sample, : blocks[sample, count]]:
             np.add.at(by_tap[sample], taps[first:last, 0], before[end] - before[begin])
-    return by_tap, alive.reshape(shape[:4]), tensors[9:11]
+    return by_tap, alive.reshape(shape[:4]), tensors[place + 1 : place + 3]
 
 
 def _winograd_rows(symbol: str, tensors: list, shape: list[int]) -> tuple[np.ndarray, np.ndarray, list]:
@@ -269,13 +294,14 @@ def _winograd_rows(symbol: str, tensors: list, shape: list[int]) -> tuple[np.nda
     return by_tap, enlarged, tensors[10:12]
 
 
-def _kernel_group_macs(rows_by_tap: np.ndarray, tensors: list) -> int:
+def _kernel_group_macs(rows_by_tap: np.ndarray, weights: Any, starts: Any, columns: Any, filters: int) -> int:
     """column_starts (samples or 1, groups, taps + 1): a group's entries of a tap, each for a run of columns, and each
-    column for as many filters as one group has."""
-    entries = np.diff(tensors[9].numpy().astype("int64"), axis=2).sum(1)  # (samples or 1, taps)
-    weights, listed = tensors[1].shape, tensors[10].shape
-    run = int(weights[0]) // int(listed[-1])
-    return int((rows_by_tap * entries[:, : rows_by_tap.shape[1]]).sum()) * run * int(weights[-1])
+    column for as many filters as one group has, the last one what is left of them."""
+    entries = np.diff(starts.numpy().astype("int64"), axis=2)[..., : rows_by_tap.shape[1]]
+    run, wide = int(weights.shape[0]) // int(columns.shape[-1]), int(weights.shape[-1])
+    of_group = np.clip(filters - wide * np.arange(entries.shape[1]), 0, wide)
+    by_tap = (entries * of_group[:, None]).sum(1)  # (samples or 1, taps)
+    return run * int((rows_by_tap * by_tap).sum())
 
 
 def _tile_of(symbol: str) -> list[int]:
@@ -346,6 +372,7 @@ def sensors() -> str:
         "governor": {},
         "millidegrees": {},
         "microjoules": {},
+        "most_microjoules": {},
         "milliwatts": {},
     }
     for folder in sorted(cpus.glob("cpu[0-9]*/cpufreq")):
@@ -360,11 +387,22 @@ def sensors() -> str:
     for folder in sorted(Path("/sys/class/thermal").glob("thermal_zone*")):
         if (text := _read(folder / "temp")).lstrip("-").isdigit():
             state["millidegrees"][_read(folder / "type") or folder.name] = int(text)
-    for folder in sorted(Path("/sys/class/powercap").glob("intel-rapl:*")):
-        if folder.name.count(":") == 1 and (text := _read(folder / "energy_uj")).isdigit():
-            state["microjoules"][_read(folder / "name") or folder.name] = int(text)
+    state.update(_energy_counters(Path("/sys/class/powercap")))
     state["milliwatts"] = _rails(Path("/sys/class/hwmon"))
     return json.dumps(state)
+
+
+def _energy_counters(folder: Path) -> dict[str, dict[str, int]]:
+    """What each RAPL counter reads, and after how much it begins again, which differs between processors."""
+    state: dict[str, dict[str, int]] = {"microjoules": {}, "most_microjoules": {}}
+    for counter in sorted(folder.glob("intel-rapl:*")):
+        if counter.name.count(":") != 1:  # a part of a package, counted with it
+            continue
+        name = _read(counter / "name") or counter.name
+        for key, file in [("microjoules", "energy_uj"), ("most_microjoules", "max_energy_range_uj")]:
+            if (text := _read(counter / file)).isdigit():
+                state[key][name] = int(text)
+    return state
 
 
 def _rails(folder: Path) -> dict[str, float]:
@@ -470,7 +508,7 @@ def main() -> None:
     parser.add_argument("--tracker", help="HOST:PORT of a TVM RPC tracker to register with")
     parser.add_argument("--key", default="", help="the device's kind, by which a tracker finds it")
     parser.add_argument("--custom-addr", help="address to tell the tracker, where it differs from the one it sees")
-    parser.add_argument("--store", type=Path, help="folder for uploads (default: a folder of the user's in /tmp)")
+    parser.add_argument("--store", type=Path, help="folder for uploads (default: in the user's cache folder)")
     parser.add_argument("--store-limit", type=int, default=2 << 30, help="bytes of uploads to keep")
     parser.add_argument("--end-with-stdin", action="store_true", help="end when standard input closes")
     options = parser.parse_args()
@@ -480,8 +518,10 @@ def main() -> None:
         tracker = (host, int(port))
         if not options.key:
             parser.error("--tracker needs a --key")
-    default_store = Path(tempfile.gettempdir()) / f"dance_tvm_store_{os.getuid()}"
-    store = Store(options.store or default_store, options.store_limit)
+    try:
+        store = Store(options.store or default_store(), options.store_limit)
+    except OSError as error:
+        parser.error(str(error))
     os.register_at_fork(after_in_child=end_with_parent_process)
     load_runtime_extra()
     register(store)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tvm import relax, tirx
 
-from dance_tvm.liveness.masks import Expression, Live
+from dance_tvm.liveness.expressions import Expression, Live
 from dance_tvm.schedules.cpu.mask_window import Field
 from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.winograd_plan import WinogradPlan

@@ -1,33 +1,25 @@
 """Choose kernel-group sizes by measurement, as RT3D does: offline, on the device, with synthesised layers (section 3).
 
-Representative convolutions are pruned at random in every candidate group and timed by ``measure``; each result is one
-JSON line of the target's tuning log, next to the dense layer's. Two questions are answered from the log: which group
-to train with (``best_group``), and what a layer that somebody pruned will cost in each group (``measured_cost``).
+Representative convolutions are pruned at random in every candidate group and timed by ``measure``, next to the dense
+layer; ``tuning.group_logs`` keeps the results. Two questions are answered from them: which group to train with
+(``best_group``), and what a layer that somebody pruned will cost in each group (``measured_cost``).
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.lowering.kernel_groups import CANDIDATES, KernelGroups, lane_cost
 from dance_tvm.schedules.kernel_columns import random_columns
-
-if TYPE_CHECKING:
-    from dance_tvm.machines.target import Target
-
-LOGS = Path(__file__).parent.parent / "tuning_logs"
 
 # Groups this close to the fastest are equally fast: the smallest of them leaves pruning the most freedom.
 EQUALLY_FAST = 1.05
@@ -121,69 +113,6 @@ def measure_groups(
             seconds = measure(layer, layer.weight(gm, gn, rate), (gm, gn))
             found.append(GroupMeasurement(**about, scheme="kgs", gm=gm, gn=gn, rate=rate, seconds=seconds))
     return found
-
-
-def log_path(target: Target) -> Path:
-    """Where kernel-group measurements of the target are kept: JSON lines."""
-    return LOGS / f"{target.tuning_log}.kernel_groups.jsonl"
-
-
-def group_cost(
-    target: Target, threads: int, excess: Callable[[int], float] | None = None
-) -> Callable[[KernelGroups], float]:
-    """What a build for ``target`` asks ``choose_kernel_groups`` to minimise: measured where the log has it.
-
-    ``excess`` is that of ``lane_cost``.
-    """
-    return measured_cost(read_log(log_path(target), target.fingerprint, threads), target.vector.floats, excess)
-
-
-def write_log(path: Path, measurements: Iterable[GroupMeasurement]) -> None:
-    """Add measurements to the log, replacing older ones of the same layer, group, device and thread count.
-
-    Lines of other kinds stay as they are. Raises DanceError for a log that cannot be read.
-    """
-
-    def key(entry: GroupMeasurement) -> str:
-        return entry.model_dump_json(exclude={"seconds"})
-
-    merged = {key(entry): entry for entry in [*read_log(path), *measurements]}
-    lines = path.read_text().splitlines() if path.exists() else []
-    others = [line for line in lines if json.loads(line).get("kind") != "kernel_group"]
-    ours = [json.dumps(entry.model_dump()) for entry in merged.values()]
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text("".join(line + "\n" for line in [*others, *ours]))
-    os.replace(beside, path)
-
-
-def read_log(
-    path: Path, fingerprint: str | None = None, threads: int | None = None, device: str | None = None
-) -> list[GroupMeasurement]:
-    """The kernel-group lines of a log, other kinds skipped; none where the file is missing.
-
-    ``fingerprint``, ``threads`` and ``device`` keep only what was measured for that target, thread count or device.
-    Raises DanceError for a line that is not one of ours.
-    """
-    if not path.exists():
-        return []
-    found = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise TypeError("it is not an object")
-            if entry.get("kind") == "kernel_group":
-                found.append(GroupMeasurement(**entry))
-        except (ValueError, TypeError, ValidationError) as error:
-            raise DanceError(f"{path}, line {number} is not a measurement ({error}); delete the line.") from error
-    return [
-        entry
-        for entry in found
-        if (fingerprint is None or entry.fingerprint == fingerprint)
-        and (threads is None or entry.threads == threads)
-        and (device is None or entry.device == device)
-    ]
 
 
 def efficiencies(measurements: Iterable[GroupMeasurement]) -> dict[tuple[int, int], float]:

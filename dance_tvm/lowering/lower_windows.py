@@ -13,8 +13,9 @@ import tvm
 from tvm import relax
 
 from dance_tvm.artifact.layers import LayerInfo
-from dance_tvm.liveness.masks import Both, Either, Expression, Factor, Grown, Joined, Live, Part
-from dance_tvm.liveness.relax_graph import Liveness
+from dance_tvm.liveness.analysis import Liveness
+from dance_tvm.liveness.expressions import Both, Either, Expression, Factor, Grown, Joined, Live, Part, nodes
+from dance_tvm.liveness.relax_graph import liveness_of
 from dance_tvm.schedules.convolution import Convolution
 from dance_tvm.schedules.cpu.carry_frames import Carry, carry_frames
 from dance_tvm.schedules.cpu.channel_plan import channel_list_shape, plan_channels
@@ -83,7 +84,7 @@ class LowerWindows:
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
         graph = Graph.of(mod["main"])
-        liveness = Liveness.of(graph)
+        liveness = liveness_of(graph)
         lists = None
         if isinstance(self.machine, Machine):
             lists = SampleLists(self.machine, self.threads, self.convolution)
@@ -225,10 +226,10 @@ class Lowering:
 
     def _field(self, expression: Expression) -> relax.Expr:
         """``expression`` as a float32 tensor (N, T, H, W, C), extents 1 where it does not vary."""
-        key = ("field", expression)
-        if key not in self.planned:
-            self.planned[key] = [self._new_field(expression)]
-        return self.planned[key][0]
+        for node in nodes(expression, lambda node: ("field", node) not in self.planned):
+            if ("field", node) not in self.planned:
+                self.planned["field", node] = [self._new_field(node)]
+        return self.planned["field", expression][0]
 
     def _new_field(self, expression: Expression) -> relax.Expr:
         emit = self.builder.emit
@@ -249,9 +250,9 @@ class Lowering:
             return emit(relax.op.strided_slice(inner, [4], [expression.begin], [expression.end]))
         if isinstance(expression, Joined):
             return emit(relax.op.concat([self._channel_field(*part, expression) for part in expression.parts], 4))
+        assert isinstance(expression, Both | Either)
         left, right = self._field(expression.left), self._field(expression.right)
         union = isinstance(expression, Either)
-        assert isinstance(expression, Both)
         return emit((relax.op.maximum if union else relax.op.multiply)(left, right))
 
     def _channel_field(self, part: Expression | None, channels: int, whole: Joined) -> relax.Expr:
@@ -617,7 +618,7 @@ class Lowering:
         if "avg" in self.graph.op(var) and (padded := zero_padded(self.graph, source, window)) is not None:
             (source, window), count_padding = padded, True
         alive = self.liveness.alive_in(source)
-        wanted = self.liveness.read[var].early(self.liveness.before[var])
+        wanted = self.liveness.wanted(var)
         channels = shape_of(source)[-1]
         fields = {
             "window": window,

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
-from dance_tvm.liveness.masks import Live
+from dance_tvm.liveness.expressions import Live
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.row_plan import MOST_DYNAMIC_POSITION_TAPS, RowPlan
 from dance_tvm.schedules.cpu.tiles import Machine, default_tile

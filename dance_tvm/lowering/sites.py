@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from tvm import relax
 
-from dance_tvm.liveness.masks import EVERYWHERE, Live
-from dance_tvm.liveness.relax_graph import Liveness
+from dance_tvm.liveness.analysis import Liveness
+from dance_tvm.liveness.expressions import EVERYWHERE, Live
 from dance_tvm.schedules.cpu.row_plan import MOST_DYNAMIC_FRAME_TAPS
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.transform.graph import Graph, constant, dtype_of, is_tensor, shape_of
@@ -86,6 +86,7 @@ class Sites:
     pools_skip: bool = False
     #: What chains over frames begin with, and their bindings: their kernel reads it under masks of its own.
     chained: dict[relax.Var, set[relax.Var]] = field(default_factory=dict)
+    _zeroed: dict[relax.Var, bool] = field(default_factory=dict)
 
     @staticmethod
     def of(graph: Graph, liveness: Liveness, lists: Lists | None = None, *, pools_skip: bool = False) -> Sites:
@@ -209,9 +210,10 @@ class Sites:
 
     def needs_zeros(self, var: relax.Var) -> bool:
         """Whether some reader of ``var`` looks at elements that were left out, and must find zeros there."""
-        if var in self.graph.outputs:
-            return True
-        return any(not self._careful(reader, var) for reader in self.graph.readers[var])
+        if var not in self._zeroed:
+            outputs, readers = self.graph.outputs, self.graph.readers[var]
+            self._zeroed[var] = var in outputs or any(not self._careful(reader, var) for reader in readers)
+        return self._zeroed[var]
 
     def needs_zero_positions(self, var: relax.Var) -> bool:
         """The same for positions that were left out in frames that were not, which convolutions read as zeros."""
@@ -219,22 +221,22 @@ class Sites:
 
     def _careful(self, reader: relax.Var, var: relax.Var) -> bool:
         """Whether ``reader`` only looks where ``var`` is alive and read."""
-        name = self.graph.op(reader)
-        if reader in self.aliases or reader in self.chained.get(var, ()):
+        if reader in self.chained.get(var, ()):
             return True
-        if name in CONVOLUTIONS:
-            dynamic = shape_of(self.graph.call(reader).args[1])[2] <= MOST_DYNAMIC_FRAME_TAPS
-            grouped = int(self.graph.call(reader).attrs.groups) > 1
-            if reader in self.by_start and not self.by_start[reader].lists.inputs:
-                return False
-            return self.graph.call(reader).args[0].same_as(var) and dynamic and not grouped
-        return name in POOLS and window_of(self.graph, reader) is not None and not self.needs_zeros(reader)
+        if reader in self.aliases:  # its readers pass over what its mask leaves out, and must over the rest
+            return not self.needs_zeros(reader)
+        site = self.by_start.get(reader)
+        if site is not None:
+            dynamic = site.window.kernel[0] <= MOST_DYNAMIC_FRAME_TAPS
+            return site.data.same_as(var) and dynamic and site.lists.inputs and site.groups == 1 and not site.linear
+        pool = self.graph.op(reader) in POOLS and window_of(self.graph, reader) is not None
+        return pool and not self.needs_zeros(reader)
 
     def wanted(self, site: Site) -> Live:
         """What the site's kernel computes."""
         if site.linear:
             return EVERYWHERE
-        live = self.liveness.read[site.start].early(self.liveness.before[site.start])
+        live = self.liveness.wanted(site.start)
         return live if site.groups == 1 and site.lists.outputs else Live(live.frames, live.positions)
 
     def alive(self, site: Site) -> Live:

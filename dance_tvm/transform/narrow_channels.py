@@ -17,7 +17,7 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax
 
-from dance_tvm.liveness.relax_graph import ELEMENTWISE, PAIRWISE
+from dance_tvm.liveness.rules import ELEMENTWISE, PAIRWISE
 from dance_tvm.lowering.kernel_groups import choose_kernel_groups
 
 from .graph import Graph, constant, emit, is_tensor, rewrite, shape_of, value_of

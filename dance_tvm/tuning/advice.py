@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.schedules.cpu.spaces import SPACES, Advice
-from dance_tvm.schedules.workload import Workload
+from dance_tvm.schedules.cpu.spaces import Advice
+from dance_tvm.schedules.workload import FAMILIES, Workload
+from dance_tvm.tuning.places import log_folders
 from dance_tvm.tuning.records import Log, Record, log_path
 
 if TYPE_CHECKING:
@@ -50,12 +51,12 @@ class TunedTiles:
 
 
 def tuned_tiles(target: Target, folder: Path | None = None, logs_from: Target | None = None) -> TunedTiles:
-    """The logs of ``target`` in ``folder`` (the package's own unless given).
+    """The logs of ``target`` in ``folder`` alone, where given, else the user's own before those of the package.
 
     Records of ``logs_from`` are used in their place where it is given; each choice says so.
     """
     source = logs_from or target
-    logs = [Log.read(log_path(source, family, folder)) for family in SPACES]
+    logs = [Log.read(log_path(source, family, each)) for each in log_folders(folder) for family in FAMILIES]
     tiles = TunedTiles(source.fingerprint, logs)
     if logs_from is not None and logs_from.fingerprint != target.fingerprint:
         if not tiles.records:

@@ -26,12 +26,13 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.schedules.cpu.spaces import Decisions
-from dance_tvm.schedules.workload import GATHER, Workload
+from dance_tvm.schedules.workload import GATHER, Decisions, Workload
+from dance_tvm.tuning.places import own_logs
 
 VERSION = 1
-LOGS = Path(__file__).parent.parent / "tuning_logs"
 LOCK_TIMEOUT_S = 60.0
+#: Spread beyond which the times of a record say nothing: something else was running.
+MOST_SPREAD = 0.25
 #: The last byte of a whole line.
 _CLOSING = ord("}")
 _VERSIONS = ("dance-tvm", "apache-tvm", "apache-tvm-ffi")
@@ -76,8 +77,17 @@ class Record(BaseModel):
 
     @property
     def spread(self) -> float:
-        """Half of the range of the times, relative to their median."""
-        return (max(self.times) - min(self.times)) / 2 / self.seconds if self.times and self.seconds else 0.0
+        """Half of the range of the middle half of the times, relative to their median: a single run that something
+        else disturbed does not count."""
+        if len(self.times) < 2 or not self.seconds:
+            return 0.0
+        low, _, high = statistics.quantiles(self.times, n=4, method="inclusive")
+        return (high - low) / 2 / self.seconds
+
+    @property
+    def steady(self) -> bool:
+        """Whether the times agree well enough to be followed."""
+        return self.spread <= MOST_SPREAD
 
     @property
     def speed_up(self) -> float | None:
@@ -116,8 +126,8 @@ def _versions() -> dict[str, str]:
 
 
 def log_path(target: Any, family: str = GATHER, folder: Path | None = None) -> Path:
-    """The log of a target and kernel family."""
-    return (folder or LOGS) / f"{target.tuning_log}.{family}.jsonl"
+    """The log of a target and kernel family; the user's own unless ``folder`` is given."""
+    return (folder or own_logs()) / f"{target.tuning_log}.{family}.jsonl"
 
 
 class _Columns:
@@ -223,7 +233,7 @@ class Log:
                 yield record
 
     def best(self, fingerprint: str) -> dict[str, Record]:
-        """For each workload the newest verified record: it was chosen among all trials up to then.
+        """For each workload the newest verified record whose times agree: it was chosen among all trials up to then.
 
         Times of different days do not compare; lines are parsed only until the newest whole one.
         """
@@ -235,7 +245,7 @@ class Log:
                 continue
             begin, end = np.searchsorted(sorted_groups, (group, group + 1))
             whole = (self._parse(row) for row in by_group[begin:end][::-1].tolist())
-            record = next((record for record in whole if record is not None), None)
+            record = next((record for record in whole if record is not None and record.steady), None)
             if record is not None:
                 found[identity.decode()] = record
         return found
@@ -292,12 +302,12 @@ def _first_words(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def parse_loosely(raw: bytes) -> Record | None:
-    """A record whose fields may stand in any order; None for anything else."""
+def parse_loosely(raw: bytes) -> Record | str:
+    """A record whose fields may stand in any order; of anything else, why it is none."""
     try:
         return Record.model_validate_json(raw)
     except ValidationError:
-        return None
+        return _reason(raw)
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
@@ -321,10 +331,11 @@ def append(path: Path, records: Iterable[Record]) -> None:
     locked(path, write)
 
 
-def rewrite(path: Path, records: Iterable[Record]) -> None:
-    """Replace the log by these records: written beside, then renamed."""
+def rewrite(path: Path, change: Callable[[bytes], Iterable[Record]]) -> None:
+    """Replace the log by what ``change`` makes of it, while nobody else writes to it: written beside, then renamed."""
 
     def write() -> None:
+        records = change(path.read_bytes() if path.exists() else b"")
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         beside.write_bytes(b"".join(record.line() for record in records))
         os.replace(beside, path)

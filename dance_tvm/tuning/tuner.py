@@ -27,7 +27,7 @@ from dance_tvm.schedules.cpu.spaces import Decisions, Space
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.gpu.spaces import space_of
 from dance_tvm.schedules.gpu.tiles import Gpu
-from dance_tvm.tuning.advice import TunedTiles
+from dance_tvm.tuning.advice import tuned_tiles
 from dance_tvm.tuning.farm import DeviceLostError, Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
 from dance_tvm.tuning.libraries import device_code_of
@@ -118,7 +118,7 @@ class Tuner:
     ) -> None:
         from dance_tvm.tuning.search import new_cost_model
 
-        self.target, self.farm, self.plan = target, farm, plan
+        self.target, self.farm, self.plan, self.folder = target, farm, plan, folder
         #: What runs the kernels, as TVM calls it.
         self.kind = str(target.tvm["kind"])
         families = sorted({layer.workload.family for layer in layers})
@@ -142,7 +142,7 @@ class Tuner:
             for record in log.records(self.target.fingerprint, identity, ("trial", "failed")):
                 if task.space.allows(record.decisions):
                     task.note(record.decisions, record.seconds if record.status == "trial" else None)
-        self.advice = TunedTiles(self.target.fingerprint, list(logs.values()))
+        self.advice = tuned_tiles(self.target, self.folder)
         return [(self.paths[family].name, *problem) for family, log in logs.items() for problem in log.problems]
 
     def run(self) -> None:
@@ -398,9 +398,12 @@ class Tuner:
             )
             return
         rest = {"default_seconds": float(f"{slow:.4g}"), "trials": task.trials, "origin": origin, "unit": self.unit}
-        append(
-            self._log(task), [new_record(task.layer.workload, self.target, chosen, after, status="verified", **rest)]
-        )
+        record = new_record(task.layer.workload, self.target, chosen, after, status="verified", **rest)
+        if not record.steady:
+            said = f"the times differ too much ({record.spread:.0%} from their median)"
+            self.on_event(f"{task.layer.title}: {said}; to be verified by another run")
+            return
+        append(self._log(task), [record])
         task.before, task.after = slow, statistics.median(after)
         self.on_event(f"{task.layer.title}: {self.shown(slow)} before, {self.shown(task.after)} after")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..geometry import Triple, Window
 from ..kernel_columns import Columns, column_run
-from ..workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Workload
+from ..workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Decisions, Workload
 from .conv3d_gather import GatherConv, Tile
 from .conv3d_kgs import KernelGroupConv, kernel_group_tile
 from .pool3d import Pool, default_vectors
@@ -37,7 +37,6 @@ POOLED_VECTORS = (1, 2, 4, 8)
 #: Measured gain from which records turn a choice between direct and Winograd: the two were not measured in turns.
 WORTH_SWITCHING = 1.05
 
-Decisions = dict[str, int]
 #: What tiles each axis of a convolution's loops, outermost first: names of decisions, or sizes that are given.
 Loops = dict[str, tuple[str | int, ...]]
 

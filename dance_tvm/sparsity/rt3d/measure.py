@@ -28,12 +28,11 @@ from dance_tvm.lowering.group_choice import (
     SynthesisedLayer,
     best_group,
     efficiencies,
-    log_path,
     measure_groups,
-    write_log,
 )
 from dance_tvm.lowering.kernel_groups import fitting_groups, only_group
 from dance_tvm.machines.target import Target, load_target
+from dance_tvm.tuning.group_logs import log_path, write_log
 
 if TYPE_CHECKING:
     from dance_tvm.device import DeviceSession

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.lowering.group_choice import best_group, log_path, read_log
+from dance_tvm.lowering.group_choice import best_group
 from dance_tvm.machines.target import load_target
 from dance_tvm.sparsity.data import Batch
 from dance_tvm.sparsity.rt3d.importance import importance
@@ -40,6 +40,7 @@ from dance_tvm.sparsity.rt3d.pruning import (
 )
 from dance_tvm.sparsity.rt3d.schemes import Scheme, SchemeName
 from dance_tvm.sparsity.training import Context, Method
+from dance_tvm.tuning.group_logs import measurements_for
 
 # The paper's preference for SIMD of today's phones, where nothing was measured.
 DEFAULT_GROUP = (8, 4)
@@ -48,7 +49,7 @@ DEFAULT_GROUP = (8, 4)
 def measured_group(target: str) -> tuple[int, int]:
     """The group to prune in for a target, from its tuning log. Raises DanceError for an unknown target."""
     machine = load_target(target)
-    measurements = read_log(log_path(machine), machine.fingerprint)
+    measurements = measurements_for(machine)
     return best_group(measurements) if measurements else DEFAULT_GROUP
 
 

@@ -1,0 +1,365 @@
+"""The network's ``main`` as a table for the C interface: one arena with offsets, kernels in the order of their calls.
+
+After TVM's memory planning ``main`` is a straight line of allocations, aliases and calls of kernels. ``program_of``
+reads it once; ``Program.source`` prints it as the C that `interface/runtime.c` walks. Nothing is allocated in a call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+import tvm
+from tvm import relax, tirx
+
+from dance_tvm.core.errors import DanceError
+
+ALIGNMENT = 64
+#: What the runtime's `dance_kind` calls a type, by the beginning of its name.
+_KINDS = {"int": 0, "uint": 1, "float": 2, "bfloat": 4, "bool": 6}
+_SAFETENSORS = {
+    "float32": "F32",
+    "float64": "F64",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+_CHECKS = ("vm.builtin.check_tensor_info", "vm.builtin.match_shape")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: ``IN_ARENA`` (in storage ``index``), ``IN_CONSTANTS``, ``IN_INPUT`` or ``IN_WEIGHT``."""
+
+    where: str
+    index: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as a kernel is given it."""
+
+    place: Place
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole tensor."""
+        return math.prod(self.shape) * _bits(self.dtype) // 8
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a kernel: its symbol, and tensors or numbers."""
+
+    kernel: str
+    arguments: tuple[View | int | float, ...]
+
+
+@dataclass
+class Storage:
+    """A piece of the arena, in use from step ``first`` to step ``last``."""
+
+    bytes: int
+    first: int = -1
+    last: int = -1
+    offset: int = 0
+
+
+@dataclass
+class Program:
+    """``main`` as a table."""
+
+    steps: list[Step] = field(default_factory=list)
+    storages: list[Storage] = field(default_factory=list)
+    constants: bytearray = field(default_factory=bytearray)
+    inputs: list[View] = field(default_factory=list)
+    weights: list[View] = field(default_factory=list)
+    outputs: list[View] = field(default_factory=list)
+
+    @property
+    def arena_bytes(self) -> int:
+        """Memory for the activations of one call."""
+        return max((storage.offset + storage.bytes for storage in self.storages), default=0)
+
+    def source(self, names: Names) -> str:
+        """The program as C (`interface/program.h`)."""
+        return _Printer(self, names).text()
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the table calls things: inputs, outputs, weights in their file; a line that describes the build; threads."""
+
+    inputs: list[str]
+    outputs: list[str]
+    weights: list[str]
+    description: str
+    threads: int
+
+
+def program_of(mod: tvm.IRModule, weights: int = 0) -> Program:
+    """Read the planned ``main`` of ``mod``, whose last ``weights`` parameters are the weights lifted out of it.
+
+    Raises DanceError where ``main`` holds what the C interface cannot express: sizes known only in a call, or calls of
+    functions that stand outside the library.
+    """
+    return _Reader(mod, weights).program
+
+
+class _Reader:
+    """One walk over ``main``."""
+
+    def __init__(self, mod: tvm.IRModule, weights: int) -> None:
+        self.program = Program()
+        self._known: dict[Any, Any] = {}  # variable: View, Storage's index, or a tuple of such
+        self._placed: dict[bytes, int] = {}  # constants by hash
+        self._symbols = {
+            gvar: str(func.attrs["global_symbol"]) for gvar, func in mod.functions_items() if _is_kernel(func)
+        }
+        main = mod["main"]
+        border = len(main.params) - weights
+        for number, param in enumerate(main.params):
+            is_input = number < border
+            place = Place("IN_INPUT" if is_input else "IN_WEIGHT", number if is_input else number - border)
+            view = View(place, _extents(param.ty.shape), str(param.ty.dtype))
+            self._known[param] = view
+            (self.program.inputs if is_input else self.program.weights).append(view)
+        for block in main.body.blocks:
+            for binding in block.bindings:
+                self._known[binding.var] = self._value(binding.value)
+        result = self._value(main.body.body)
+        self.program.outputs = list(result) if isinstance(result, tuple) else [result]
+        for view in self.program.outputs:
+            self._use(view, len(self.program.steps))
+        _lay_out(self.program.storages)
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, relax.Var):
+            return self._known[value]
+        if isinstance(value, tvm.ir.GenericConst):
+            return self._constant(value.value.numpy())
+        if isinstance(value, relax.Tuple):
+            return tuple(self._value(each) for each in value.fields)
+        if isinstance(value, relax.TupleGetItem):
+            return self._value(value.tuple_value)[value.index]
+        if isinstance(value, tirx.IntImm):
+            return int(value.value)
+        if isinstance(value, tirx.FloatImm):
+            return float(value.value)
+        if isinstance(value, relax.Call):
+            return self._call(value)
+        return None  # an object that kernels are not given
+
+    def _call(self, call: relax.Call) -> Any:
+        name = getattr(call.op, "name", "")
+        if name == "relax.vm.alloc_storage":
+            self.program.storages.append(Storage(_extents(call.args[0])[0]))
+            return len(self.program.storages) - 1
+        if name == "relax.vm.alloc_tensor":
+            storage, offset, shape, dtype = call.args[:4]
+            place = Place("IN_ARENA", self._value(storage), int(offset.value))
+            return View(place, _extents(shape), str(dtype.value))
+        if name in ("relax.vm.kill_object", "relax.null_value"):
+            return None
+        if isinstance(call.op, tvm.ir.GlobalVar):
+            return self._kernel(self._symbols.get(call.op) or _refuse(call.op.name_hint), call.args)
+        if name == "relax.call_packed" or isinstance(call.op, relax.ExternFunc):
+            return self._packed(call)
+        return _refuse(name or str(call.op))
+
+    def _packed(self, call: relax.Call) -> Any:
+        name = str(call.op.global_symbol) if isinstance(call.op, relax.ExternFunc) else str(call.args[0].global_symbol)
+        arguments = call.args if isinstance(call.op, relax.ExternFunc) else call.args[1:]
+        if name in _CHECKS:
+            return None
+        if name == "vm.builtin.reshape":
+            view = self._value(arguments[0])
+            return View(view.place, _extents(arguments[1]), view.dtype)
+        return _refuse(name)
+
+    def _kernel(self, symbol: str, arguments: Any) -> None:
+        values = [self._value(argument) for argument in arguments]
+        flat = [each for value in values for each in (value if isinstance(value, tuple) else (value,))]
+        for value in flat:
+            if value is None:
+                _refuse(symbol)
+            self._use(value, len(self.program.steps))
+        self.program.steps.append(Step(symbol, tuple(flat)))
+
+    def _use(self, value: Any, step: int) -> None:
+        if isinstance(value, View) and value.place.where == "IN_ARENA":
+            storage = self.program.storages[value.place.index]
+            storage.first = step if storage.first < 0 else storage.first
+            storage.last = step
+
+    def _constant(self, array: np.ndarray) -> View:
+        data = np.ascontiguousarray(array).tobytes()
+        key = hashlib.sha256(data).digest()
+        if key not in self._placed:
+            self.program.constants.extend(b"\0" * (-len(self.program.constants) % ALIGNMENT))
+            self._placed[key] = len(self.program.constants)
+            self.program.constants.extend(data)
+        return View(Place("IN_CONSTANTS", 0, self._placed[key]), array.shape, str(array.dtype))
+
+
+def _is_kernel(func: Any) -> bool:
+    return isinstance(func, tirx.PrimFunc)
+
+
+def _refuse(what: str) -> NoReturn:
+    raise DanceError(f"the C interface cannot call {what}: build without --interface c")
+
+
+def _extents(shape: Any) -> tuple[int, ...]:
+    try:
+        return tuple(int(extent) for extent in shape.values)
+    except (AttributeError, TypeError):
+        raise DanceError(
+            "the C interface needs sizes that are known when compiled: build without --interface c"
+        ) from None
+
+
+def _bits(dtype: str) -> int:
+    return 8 if dtype == "bool" else int("".join(each for each in dtype if each.isdigit()))
+
+
+def _lay_out(storages: list[Storage]) -> None:
+    """Give each storage the lowest offset where no other one lies that is in use at the same time, large ones first."""
+    placed: list[Storage] = []
+    for storage in sorted((each for each in storages if each.first >= 0), key=lambda each: -each.bytes):
+        at = 0
+        for other in sorted(placed, key=lambda each: each.offset):
+            meets = other.first <= storage.last and storage.first <= other.last
+            if meets and at < other.offset + other.bytes and other.offset < at + storage.bytes:
+                end = other.offset + other.bytes
+                at = end + (-end % ALIGNMENT)
+        storage.offset = at
+        placed.append(storage)
+
+
+class _Printer:
+    """A program's tables as C."""
+
+    def __init__(self, program: Program, names: Names) -> None:
+        self.program, self.names = program, names
+        self._tensors: dict[View, int] = {}
+        self._shapes: dict[tuple[int, ...], str] = {}
+        for view in [
+            *program.inputs,
+            *program.outputs,
+            *(a for s in program.steps for a in s.arguments if isinstance(a, View)),
+        ]:
+            self._tensors.setdefault(view, len(self._tensors))
+        for view in self._tensors:
+            for extents in (view.shape, _strides(view.shape)):
+                self._shapes.setdefault(extents, f"shape_{len(self._shapes)}")
+
+    def text(self) -> str:
+        """The whole file."""
+        program, names = self.program, self.names
+        arguments = [each for step in program.steps for each in step.arguments]
+        kernels = dict.fromkeys(step.kernel for step in program.steps)
+        outputs = ", ".join(str(self._tensors[view]) for view in program.outputs)
+        parts = [
+            '#include "program.h"\n#include "constants.h"',
+            *(f"extern int __tvm_ffi_{kernel}(void *, const tvm_any *, int32_t, tvm_any *);" for kernel in kernels),
+            *(
+                f"static const int64_t {name}[] = {{{', '.join(map(str, shape)) or '0'}}};"
+                for shape, name in self._shapes.items()
+            ),
+            _table("program_tensor", "tensors", [self._tensor(view) for view in self._tensors]),
+            _table("program_argument", "arguments", [self._argument(each) for each in arguments]),
+            _table("program_step", "steps", self._steps()),
+            _table(
+                "program_weight",
+                "weights",
+                [self._weight(*each) for each in zip(names.weights, program.weights, strict=True)],
+            ),
+            _table(
+                "dance_tensor",
+                "inputs",
+                [self._named(*each) for each in zip(names.inputs, program.inputs, strict=True)],
+            ),
+            _table(
+                "dance_tensor",
+                "outputs",
+                [self._named(*each) for each in zip(names.outputs, program.outputs, strict=True)],
+            ),
+            f"static const int32_t output_tensors[] = {{{outputs}}};",
+            self._program(len(arguments)),
+        ]
+        return "\n".join(parts) + "\n"
+
+    def _program(self, arguments: int) -> str:
+        program, names = self.program, self.names
+        outputs = f"outputs, output_tensors, {len(program.outputs)}"
+        return (
+            '__attribute__((visibility("hidden"))) const dance_program dance_the_program = {\n'
+            f"    {_quoted(names.description)}, {names.threads}, {program.arena_bytes}u, dance_constants,\n"
+            f"    tensors, {len(self._tensors)}, arguments, {arguments}, steps, {len(program.steps)},\n"
+            f"    weights, {len(program.weights)}, inputs, {len(program.inputs)}, {outputs}}};"
+        )
+
+    def _tensor(self, view: View) -> str:
+        place = view.place
+        in_arena = place.where == "IN_ARENA"
+        offset = place.offset + (self.program.storages[place.index].offset if in_arena else 0)
+        index = 0 if in_arena else place.index
+        shape, strides = self._shapes[view.shape], self._shapes[_strides(view.shape)]
+        return (
+            f"{{{place.where}, {index}, {offset}, {view.bytes}u, {shape}, {strides}, {len(view.shape)}, "
+            f"{_kind(view.dtype)}, {_bits(view.dtype)}}}"
+        )
+
+    def _argument(self, value: View | int | float) -> str:
+        if isinstance(value, View):
+            return f"{{TENSOR, {self._tensors[value]}, 0, 0}}"
+        return f"{{INTEGER, 0, {value}, 0}}" if isinstance(value, int) else f"{{REAL, 0, 0, {value!r}}}"
+
+    def _steps(self) -> list[str]:
+        found, first = [], 0
+        for step in self.program.steps:
+            found.append(f"{{__tvm_ffi_{step.kernel}, {_quoted(step.kernel)}, {first}, {len(step.arguments)}}}")
+            first += len(step.arguments)
+        return found
+
+    def _weight(self, name: str, view: View) -> str:
+        return f"{{{_quoted(name)}, {_quoted(_SAFETENSORS[view.dtype])}, {view.bytes}u}}"
+
+    def _named(self, name: str, view: View) -> str:
+        shape = self._shapes[view.shape]
+        return (
+            f"{{{_quoted(name)}, {shape}, {len(view.shape)}, {_kind(view.dtype)}, {_bits(view.dtype)}, {view.bytes}u}}"
+        )
+
+
+def _table(kind: str, name: str, rows: list[str]) -> str:
+    body = "".join(f"    {row},\n" for row in rows) or "    {0},\n"
+    return f"static const {kind} {name}[] = {{\n{body}}};"
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _kind(dtype: str) -> int:
+    return _KINDS[dtype.rstrip("0123456789")]
+
+
+def _quoted(text: str) -> str:
+    escaped = "".join(
+        each
+        if each.isascii() and each.isprintable() and each not in '"\\?'
+        else "".join(f"\\{byte:03o}" for byte in each.encode())
+        for each in text
+    )
+    return f'"{escaped}"'

@@ -1,0 +1,184 @@
+/* dance_model.h: the C interface of every artifact, version 1.
+ *
+ * An artifact's model.so needs libc, libm and pthread alone. It exports one function, dance_model_api, which gives a
+ * table of functions; dance_model_open below finds it with dlopen. A model is created from the artifact's weights
+ * (where it has a file of them), runs with buffers of the caller's, and is destroyed.
+ *
+ *     const dance_api *api = dance_model_open("artifacts/mine/model.so", error, sizeof error);
+ *     dance_options options = {.size = sizeof options, .threads = 2, .weights_path = "artifacts/mine/weights.safetensors"};
+ *     dance_model *model = api->create(&options, error, sizeof error);
+ *     if (api->run(model, inputs, outputs) != DANCE_OK) puts(api->error(model));
+ *     api->destroy(model);
+ *
+ * Threads: a model runs one call at a time; calls of run, step, reset and destroy on one model must not overlap.
+ * Different models may run at once in different threads. Models made with options.share use one copy of the weights.
+ * cancel may be called from any thread while another runs the model.
+ *
+ * Buffers are dense, in the order of their shapes (C order). A buffer whose address is a multiple of 64 is read in
+ * place, another one is copied first.
+ *
+ * Stability: structures grow at their ends alone and begin with their size; a function's meaning never changes within
+ * a version; dance_model_api returns NULL for a version that the library does not have.
+ */
+#ifndef DANCE_MODEL_H
+#define DANCE_MODEL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DANCE_VERSION 1u
+
+typedef struct dance_model dance_model;
+
+enum {
+  DANCE_OK = 0,
+  DANCE_BAD_ARGUMENT = 1,
+  DANCE_NO_MEMORY = 2,
+  DANCE_BAD_WEIGHTS = 3,
+  DANCE_FAILED = 4,   /* a kernel refused; error() says why */
+  DANCE_CANCELLED = 5
+};
+
+typedef enum { DANCE_INT = 0, DANCE_UINT = 1, DANCE_FLOAT = 2, DANCE_BFLOAT = 4, DANCE_BOOL = 6 } dance_kind;
+
+typedef struct {
+  const char *name;
+  const int64_t *shape;
+  int32_t rank;
+  int32_t kind; /* a dance_kind */
+  int32_t bits; /* of one element */
+  size_t bytes; /* of the whole tensor */
+} dance_tensor;
+
+typedef struct {
+  size_t size;              /* sizeof(dance_options) */
+  int32_t threads;          /* of this model; 0: as the artifact was built for */
+  const char *weights_path; /* weights.safetensors, for an artifact that has it; or */
+  int weights_fd;           /* a descriptor (an Android asset's) with offset and length, where weights_length is not 0 */
+  int64_t weights_offset;
+  int64_t weights_length;
+  const void *weights;      /* or the file's bytes in memory, which must outlive the model */
+  size_t weights_bytes;
+  dance_model *share;       /* or another model of this library, whose weights are used; it may be destroyed first */
+  const int32_t *cpus;      /* the threads run on these CPUs; NULL: wherever the system puts them */
+  int32_t cpu_count;
+} dance_options;
+
+typedef struct {
+  const char *kernel;
+  int64_t calls;       /* since profile() was switched on */
+  int64_t nanoseconds; /* of all these calls */
+} dance_layer_time;
+
+typedef struct {
+  uint32_t version;
+  uint32_t size; /* sizeof(dance_api) of the library */
+  const char *(*describe)(void);                      /* name of the network, target and versions, one line */
+  int32_t (*inputs)(const dance_tensor **tensors);    /* their number, and where they stand */
+  int32_t (*outputs)(const dance_tensor **tensors);
+  dance_model *(*create)(const dance_options *options, char *error, size_t error_bytes); /* NULL: error says why */
+  int (*run)(dance_model *model, const void *const *inputs, void *const *outputs);
+  /* A streaming network (its outputs after the first are the next values of its inputs after the first): one frame. */
+  int (*step)(dance_model *model, const void *frame, void *output);
+  int (*reset)(dance_model *model);                   /* the stream's state becomes zero */
+  int (*profile)(dance_model *model, int on);         /* forget the times so far; keep them from here on if on is not 0 */
+  int32_t (*layers)(dance_model *model, const dance_layer_time **times); /* one per call of a kernel, in their order */
+  void (*cancel)(dance_model *model);                 /* the call under way ends with DANCE_CANCELLED soon */
+  const char *(*error)(const dance_model *model);     /* of the last call that did not end with DANCE_OK */
+  size_t (*memory)(const dance_model *model);         /* bytes that this model holds, weights that it shares left out */
+  void (*destroy)(dance_model *model);                /* NULL is allowed */
+} dance_api;
+
+const dance_api *dance_model_api(uint32_t version);
+
+#ifdef __cplusplus
+}
+#endif
+
+#if !defined(DANCE_MODEL_NO_OPEN)
+#include <dlfcn.h>
+#include <stdio.h>
+
+/* The functions of the model.so at `path`; NULL with a sentence in `error` where it cannot be loaded. */
+static inline const dance_api *dance_model_open(const char *path, char *error, size_t error_bytes) {
+  void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  const dance_api *(*get)(uint32_t) = NULL;
+  const dance_api *api = NULL;
+  if (!library) {
+    snprintf(error, error_bytes, "%s", dlerror());
+    return NULL;
+  }
+  *(void **)&get = dlsym(library, "dance_model_api");
+  if (get) api = get(DANCE_VERSION);
+  if (!api) {
+    snprintf(error, error_bytes, "%.300s has no C interface of version %u: build it with --interface c", path, DANCE_VERSION);
+    dlclose(library);
+  }
+  return api;
+}
+#endif
+
+#ifdef __cplusplus
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace dance {
+
+/* One model; throws std::runtime_error with the library's sentence. Moves, and is destroyed with its scope. */
+class Model {
+ public:
+  Model(const dance_api *api, const dance_options &options) : api_(api) {
+    char sentence[512] = "";
+    model_ = api_->create(&options, sentence, sizeof sentence);
+    if (!model_) throw std::runtime_error(sentence);
+  }
+  Model(Model &&other) noexcept : api_(other.api_), model_(std::exchange(other.model_, nullptr)) {}
+  Model &operator=(Model &&other) noexcept {
+    std::swap(api_, other.api_);
+    std::swap(model_, other.model_);
+    return *this;
+  }
+  Model(const Model &) = delete;
+  Model &operator=(const Model &) = delete;
+  ~Model() { api_->destroy(model_); }
+
+  std::vector<dance_tensor> inputs() const { return listed(api_->inputs); }
+  std::vector<dance_tensor> outputs() const { return listed(api_->outputs); }
+  void run(const std::vector<const void *> &inputs, const std::vector<void *> &outputs) {
+    require(api_->run(model_, inputs.data(), outputs.data()));
+  }
+  void step(const void *frame, void *output) { require(api_->step(model_, frame, output)); }
+  void reset() { require(api_->reset(model_)); }
+  void cancel() { api_->cancel(model_); }
+  dance_model *get() const { return model_; }
+
+ private:
+  static std::vector<dance_tensor> listed(int32_t (*list)(const dance_tensor **)) {
+    const dance_tensor *first = nullptr;
+    const int32_t count = list(&first);
+    return {first, first + count};
+  }
+  void require(int code) const {
+    if (code != DANCE_OK) throw std::runtime_error(api_->error(model_));
+  }
+  const dance_api *api_;
+  dance_model *model_;
+};
+
+inline const dance_api *open(const std::string &path) {
+  char sentence[512] = "";
+  const dance_api *api = dance_model_open(path.c_str(), sentence, sizeof sentence);
+  if (!api) throw std::runtime_error(sentence);
+  return api;
+}
+
+}  // namespace dance
+#endif
+
+#endif /* DANCE_MODEL_H */

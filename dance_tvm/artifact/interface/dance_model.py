@@ -1,0 +1,221 @@
+"""An artifact's C interface from Python with numpy alone: one file that can be copied to a server.
+
+    model = Model("artifacts/mine")
+    scores = model.run({"clip": clip})["scores"]
+
+`dance_model.h` says what each function promises. A model runs one call at a time; several may run at once in several
+threads, and share their weights (`Model(..., share=other)`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VERSION = 1
+_OK = 0
+_ERROR_BYTES = 512
+_NAMES = {0: "int", 1: "uint", 2: "float"}
+_BOOL = 6
+
+
+class ModelError(Exception):
+    """What the library said, in its words."""
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("rank", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("bytes", ctypes.c_size_t),
+    ]
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("threads", ctypes.c_int32),
+        ("weights_path", ctypes.c_char_p),
+        ("weights_fd", ctypes.c_int),
+        ("weights_offset", ctypes.c_int64),
+        ("weights_length", ctypes.c_int64),
+        ("weights", ctypes.c_void_p),
+        ("weights_bytes", ctypes.c_size_t),
+        ("share", ctypes.c_void_p),
+        ("cpus", ctypes.POINTER(ctypes.c_int32)),
+        ("cpu_count", ctypes.c_int32),
+    ]
+
+
+class _LayerTime(ctypes.Structure):
+    _fields_ = [("kernel", ctypes.c_char_p), ("calls", ctypes.c_int64), ("nanoseconds", ctypes.c_int64)]
+
+
+_LIST = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.POINTER(ctypes.POINTER(_Tensor)))
+_POINTERS = ctypes.POINTER(ctypes.c_void_p)
+
+
+class _Api(ctypes.Structure):
+    _fields_ = [
+        ("version", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("describe", ctypes.CFUNCTYPE(ctypes.c_char_p)),
+        ("inputs", _LIST),
+        ("outputs", _LIST),
+        ("create", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Options), ctypes.c_char_p, ctypes.c_size_t)),
+        ("run", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, _POINTERS, _POINTERS)),
+        ("step", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)),
+        ("reset", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)),
+        ("profile", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)),
+        ("layers", ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.POINTER(ctypes.POINTER(_LayerTime)))),
+        ("cancel", ctypes.CFUNCTYPE(None, ctypes.c_void_p)),
+        ("error", ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)),
+        ("memory", ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p)),
+        ("destroy", ctypes.CFUNCTYPE(None, ctypes.c_void_p)),
+    ]
+
+
+class Model:
+    """A model of the artifact in `folder`, ready to run on `threads` (None: as it was built for).
+
+    `cpus`: the processors its threads stay on. `share`: another model of the same artifact, whose weights it uses.
+    Raises ModelError where the folder has no library with a C interface, or its weights do not fit it. The folder's
+    hashes are not verified: `dance_tvm.load_artifact` does that.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        threads: int | None = None,
+        *,
+        cpus: list[int] | None = None,
+        share: Model | None = None,
+    ) -> None:
+        self._model: int | None = None
+        self._api = _api_of(Path(folder, "model.so"))
+        self.inputs = _listed(self._api.inputs)
+        self.outputs = _listed(self._api.outputs)
+        weights = Path(folder, "weights.safetensors")
+        # The library reads the CPUs when its threads start, which is within create or soon after.
+        self._cpus = (ctypes.c_int32 * len(cpus))(*cpus) if cpus else None
+        options = _Options(
+            size=ctypes.sizeof(_Options),
+            threads=threads or 0,
+            weights_path=os.fsencode(weights) if weights.exists() else None,
+            share=share._model if share else None,
+            cpus=self._cpus,
+            cpu_count=len(cpus or ()),
+        )
+        said = ctypes.create_string_buffer(_ERROR_BYTES)
+        self._model = self._api.create(ctypes.byref(options), said, _ERROR_BYTES)
+        if not self._model:
+            raise ModelError(said.value.decode(errors="replace"))
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name for inputs by name. Raises ModelError for a missing, unexpected or misshapen input."""
+        if set(inputs) != set(self.inputs):
+            raise ModelError(f"the inputs are {', '.join(self.inputs)}, not {', '.join(inputs) or 'none'}")
+        given = [_fitting(name, inputs[name], kind) for name, kind in self.inputs.items()]
+        results = {name: np.empty(shape, dtype) for name, (shape, dtype) in self.outputs.items()}
+        self._require(self._api.run(self._model, _addresses(given), _addresses(list(results.values()))))
+        return results
+
+    def step(self, frame: np.ndarray) -> np.ndarray:
+        """One frame of a stream, the network's first input: its first output; the state stays in the model."""
+        name, kind = next(iter(self.inputs.items()))
+        shape, dtype = next(iter(self.outputs.values()))
+        given, result = _fitting(name, frame, kind), np.empty(shape, dtype)
+        self._require(self._api.step(self._model, given.ctypes.data, result.ctypes.data))
+        return result
+
+    def reset(self) -> None:
+        """Forget every frame seen."""
+        self._require(self._api.reset(self._model))
+
+    def profile(self, on: bool = True) -> None:
+        """Forget the times of kernels, and take them from here on."""
+        self._require(self._api.profile(self._model, int(on)))
+
+    def layers(self) -> list[tuple[str, int, int]]:
+        """Kernel, calls and nanoseconds of each step, in the order of their calls."""
+        times = ctypes.POINTER(_LayerTime)()
+        count = self._api.layers(self._model, ctypes.byref(times))
+        return [(times[each].kernel.decode(), times[each].calls, times[each].nanoseconds) for each in range(count)]
+
+    def cancel(self) -> None:
+        """End the call under way in another thread, which raises ModelError there."""
+        self._api.cancel(self._model)
+
+    def memory(self) -> int:
+        """Bytes that the model holds; weights that it shares are left out."""
+        return int(self._api.memory(self._model))
+
+    def describe(self) -> str:
+        """The network, its target and versions, in one line."""
+        return self._api.describe().decode()
+
+    def close(self) -> None:
+        """Give memory and threads back; may be called twice."""
+        if self._model:
+            self._api.destroy(self._model)
+            self._model = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _require(self, code: int) -> None:
+        if code != _OK:
+            raise ModelError(self._api.error(self._model).decode(errors="replace"))
+
+
+def _api_of(library: Path) -> _Api:
+    try:
+        get = ctypes.CDLL(str(library)).dance_model_api
+    except OSError as error:
+        raise ModelError(f"{library} cannot be loaded: {error}") from None
+    except AttributeError:
+        raise ModelError(f"{library} has no C interface: build it with --interface c") from None
+    get.restype, get.argtypes = ctypes.POINTER(_Api), [ctypes.c_uint32]
+    found = get(VERSION)
+    if not found:
+        raise ModelError(f"{library} has no C interface of version {VERSION}: build it anew")
+    return found.contents
+
+
+def _listed(list_: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    first = ctypes.POINTER(_Tensor)()
+    tensors = [first[each] for each in range(list_(ctypes.byref(first)))]
+    return {each.name.decode(): (tuple(each.shape[: each.rank]), _dtype(each.kind, each.bits)) for each in tensors}
+
+
+def _dtype(kind: int, bits: int) -> np.dtype:
+    if kind == _BOOL:
+        return np.dtype(bool)
+    if kind not in _NAMES:
+        raise ModelError(f"this numpy interface has no type of kind {kind} and {bits} bits: use the C interface")
+    return np.dtype(f"{_NAMES[kind]}{bits}")
+
+
+def _fitting(name: str, array: np.ndarray, kind: tuple[tuple[int, ...], np.dtype]) -> np.ndarray:
+    shape, dtype = kind
+    if array.shape != shape or array.dtype != dtype:
+        raise ModelError(f"input {name} must be {dtype} of shape {shape}, not {array.dtype} of shape {array.shape}")
+    return np.ascontiguousarray(array)
+
+
+def _addresses(arrays: list[np.ndarray]) -> Any:
+    return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))

@@ -1,0 +1,82 @@
+"""What commands print: tables and sentences for whoever watches, plain lines for whatever reads.
+
+On a terminal a table has a frame, its texts fold where there is little room, and its figures never do. Elsewhere each
+row is one line, as wide as its cells are, whatever COLUMNS says.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: A text column of a table may become so narrow, and no narrower.
+_NARROWEST_TEXT = 12
+_FIGURE = re.compile(r"[-+~<>]?[.\d].*|-|")
+_STYLES = {"works": "green", "free": "green", "missing": "yellow", "busy": "yellow", "broken": "red", "lost": "red"}
+
+Rows = Sequence[Sequence[str]]
+
+
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = "") -> None:
+    """Print a table on standard output; columns of figures are set to the right."""
+    cells = [list(row) for row in rows]
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        console = Console()
+        if _least_width(heads, cells) <= console.width:
+            console.print(framed(heads, cells, title, caption))
+            return
+    print(plain(heads, cells, title, caption))
+
+
+def plain(heads: Sequence[str], rows: Rows, title: str = "", caption: str = "") -> str:
+    """A table of one line a row, its cells below one another."""
+    widths = [max(len(row[index]) for row in [heads, *rows]) for index in range(len(heads))]
+    right = [_is_of_figures(rows, index) for index in range(len(heads))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if figures else cell.ljust(width)
+            for cell, width, figures in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in [heads, *rows]
+    ]
+    return "\n".join([*([title] if title else []), *lines, *([caption] if caption else [])])
+
+
+def framed(heads: Sequence[str], rows: Rows, title: str = "", caption: str = "") -> Table:
+    """The same as a table of rich."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title) if title else None, caption=Text(caption) if caption else None)
+    for index, head in enumerate(heads):
+        if _is_of_figures(rows, index):
+            width = _width(heads, rows, index)
+            table.add_column(Text(head), justify="right", no_wrap=True, min_width=width)
+        else:
+            table.add_column(Text(head), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+    return table
+
+
+def _least_width(heads: Sequence[str], rows: Rows) -> int:
+    widths = [
+        _width(heads, rows, index) if _is_of_figures(rows, index) else min(_NARROWEST_TEXT, _width(heads, rows, index))
+        for index in range(len(heads))
+    ]
+    return sum(widths) + 3 * len(widths) + 1
+
+
+def _is_of_figures(rows: Rows, index: int) -> bool:
+    return bool(rows) and all(_FIGURE.fullmatch(row[index]) for row in rows)
+
+
+def _width(heads: Sequence[str], rows: Rows, index: int) -> int:
+    return max(len(row[index]) for row in [heads, *rows])

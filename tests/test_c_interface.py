@@ -1,0 +1,325 @@
+"""The C interface: the same answers as TVM's virtual machine, from C, C++ and numpy, without TVM in the process."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dance_tvm import DanceError, Options, build_network, open_device
+from dance_tvm.artifact.c_interface import HEADER, INTERFACE
+from dance_tvm.artifact.interface.dance_model import Model, ModelError
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+C = ["-std=c11", "-Wall", "-Wextra", "-pedantic", "-Werror", f"-I{INTERFACE}"]
+CPP = ["-std=c++17", "-Wall", "-Wextra", "-pedantic", "-Werror", f"-I{INTERFACE}"]
+LIBRARIES = ["-ldl", "-lm", "-lpthread"]
+
+needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="needs the system's C compiler")
+needs_cxx = pytest.mark.skipif(shutil.which("c++") is None, reason="needs the system's C++ compiler")
+
+
+class Masked(nn.Module):
+    """Two convolutions, the second under a mask that the first decides; two inputs, two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(3, 16, 3, padding=1)
+        self.second = nn.Conv3d(16, 16, 3, padding=1)
+        self.score = nn.Linear(16, 5)
+
+    def forward(self, clip: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = torch.relu(self.first(clip))
+        mask = (features.mean((2, 3, 4), keepdim=True) > 0.1).float()
+        features = torch.relu(self.second(features * mask))
+        return self.score(features.mean((2, 3, 4))) + shift, features
+
+
+class Counter(nn.Module):
+    """A stream: scores of the frames so far, and two states that change places."""
+
+    def forward(self, frame: torch.Tensor, total: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        now = total + frame
+        return now * 2 + last, now + 0 * last, total * 1
+
+
+def built(network: nn.Module, out: Path, *inputs: torch.Tensor, threads: int = 2, **options) -> Path:
+    settings = Options(interface="c", threads=threads, **options)
+    return build_network(network.eval(), out, example_inputs=inputs, options=settings, check=False).artifact.path
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    return built(Masked(), tmp_path_factory.mktemp("c") / "masked", torch.randn(1, 3, 4, 8, 8), torch.randn(1, 5))
+
+
+@pytest.fixture(scope="module")
+def call(masked) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Inputs, and what the virtual machine answers to them."""
+    from dance_tvm import load_artifact
+
+    artifact = load_artifact(masked)
+    rng = np.random.default_rng(1)
+    inputs = {each.name: rng.standard_normal(each.shape).astype(each.dtype) for each in artifact.manifest.inputs}
+    with open_device("local") as device:
+        return inputs, device.load(artifact).run(inputs)
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert list(found) == list(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_answers_are_those_of_the_virtual_machine_to_the_bit(masked, call, threads):
+    inputs, expected = call
+    with Model(masked, threads) as model:
+        for _ in range(3):
+            assert_same(model.run(inputs), expected)
+
+
+def test_inputs_at_any_address_are_taken(masked, call):
+    inputs, expected = call
+    moved = {}
+    for name, array in inputs.items():
+        room = np.empty(array.nbytes + 4, np.uint8)
+        moved[name] = room[4:].view(array.dtype).reshape(array.shape)
+        moved[name][...] = array
+    with Model(masked) as model:
+        assert_same(model.run(moved), expected)
+
+
+def test_models_run_at_once_in_several_threads_and_share(masked, call):
+    inputs, expected = call
+    found: list[dict[str, np.ndarray]] = []
+
+    def run(model: Model) -> None:
+        for _ in range(50):
+            found.append(model.run(inputs))
+
+    first = Model(masked, 2)
+    models = [first, *(Model(masked, 2, share=first) for _ in range(3))]
+    threads = [threading.Thread(target=run, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first.close()  # the others go on without it
+    assert_same(models[1].run(inputs), expected)
+    assert len(found) == 200
+    for each in found:
+        assert_same(each, expected)
+
+
+def test_a_model_leaves_nothing_behind(masked, call):
+    inputs, _ = call
+    status = Path("/proc/self/status")
+
+    def kept() -> tuple[int, int, int]:
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmRSS"].split()[0]), int(lines["Threads"]), len(list(Path("/proc/self/fd").iterdir()))
+
+    def once() -> None:
+        with Model(masked, 3) as model:
+            model.run(inputs)
+
+    for _ in range(50):
+        once()
+    memory, threads, files = kept()
+    for _ in range(300):
+        once()
+    after = kept()
+    assert after[1:] == (threads, files)
+    assert after[0] - memory < 2000, "kB of resident memory that 300 models left"
+
+
+def test_weights_beside_the_library_are_read_in_place_or_copied(tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(2100, 2100), nn.ReLU(), nn.Linear(2100, 3))
+    x = torch.randn(1, 2100)
+    folder = built(network, tmp_path / "large", x)
+    assert (folder / "weights.safetensors").exists()
+    with Model(folder) as model:
+        (found,) = model.run({next(iter(model.inputs)): x.numpy()}).values()
+    np.testing.assert_allclose(found, network(x).detach().numpy(), atol=1e-5)
+
+    data = (folder / "weights.safetensors").read_bytes()
+    rng = np.random.default_rng(0)
+    length = int.from_bytes(data[:8], "little")
+    for damaged in [b"", data[:4], data[:200], data[:-1], *(mutated(data, length, rng) for _ in range(40))]:
+        (folder / "weights.safetensors").write_bytes(damaged)
+        # The interface looks at names, types and sizes, so some changes pass; hashes are load_artifact's.
+        with contextlib.suppress(ModelError):
+            Model(folder).close()
+    for short in (b"", data[:200], data[:-1]):
+        (folder / "weights.safetensors").write_bytes(short)
+        with pytest.raises(ModelError, match="weights"):
+            Model(folder)
+    (folder / "weights.safetensors").unlink()
+    with pytest.raises(ModelError, match="give weights_path"):
+        Model(folder)
+
+
+def mutated(data: bytes, header: int, rng: np.random.Generator) -> bytes:
+    changed = bytearray(data)
+    for place in rng.integers(0, 8 + header, 3):
+        changed[place] = rng.integers(0, 256)
+    return bytes(changed)
+
+
+def test_a_stream_keeps_its_state(tmp_path):
+    frames = torch.arange(24.0).reshape(4, 1, 6)
+    folder = built(Counter(), tmp_path / "stream", *torch.zeros(3, 1, 6))
+    total, last = torch.zeros(1, 6), torch.zeros(1, 6)
+    with Model(folder) as model:
+        for _ in range(2):
+            for frame in frames:
+                expected, total, last = Counter()(frame, total, last)
+                np.testing.assert_array_equal(model.step(frame.numpy()), expected.numpy())
+            model.reset()
+            total, last = torch.zeros(1, 6), torch.zeros(1, 6)
+
+
+def test_what_is_no_stream_says_so(masked):
+    with Model(masked) as model, pytest.raises(ModelError, match="no streaming network"):
+        model.step(np.zeros((1, 3, 4, 8, 8), "float32"))
+
+
+def test_kernels_are_timed(masked, call):
+    with Model(masked) as model:
+        model.run(call[0])
+        model.profile()
+        for _ in range(3):
+            model.run(call[0])
+        layers = model.layers()
+    assert {calls for _, calls, _ in layers} == {3}
+    assert sum("conv3d" in kernel for kernel, _, _ in layers) >= 2
+    assert all(nanoseconds > 0 for _, _, nanoseconds in layers)
+
+
+def test_a_wrong_input_or_number_of_threads_is_refused_in_a_sentence(masked, call):
+    with Model(masked) as model:
+        with pytest.raises(ModelError, match="the inputs are"):
+            model.run({"video": call[0]["clip"]})
+        with pytest.raises(ModelError, match="must be float32 of shape"):
+            model.run({**call[0], "clip": np.zeros((1, 3, 4, 8, 9), "float32")})
+        assert_same(model.run(call[0]), call[1])
+    with pytest.raises(ModelError, match="1 to 64 threads"):
+        Model(masked, 65)
+
+
+def test_a_library_without_the_interface_is_refused_in_a_sentence(host_artifact):
+    with pytest.raises(ModelError, match="build it with --interface c"):
+        Model(host_artifact.path)
+
+
+def test_a_gpu_target_has_no_c_interface_yet(tmp_path):
+    with pytest.raises(DanceError, match="--interface c"):
+        build_network(
+            nn.Linear(4, 4),
+            tmp_path / "gpu",
+            target="cuda",
+            example_inputs=(torch.zeros(1, 4),),
+            options=Options(interface="c"),
+        )
+
+
+def compiled(command: str, flags: list[str], source: Path, output: Path) -> Path:
+    done = subprocess.run(
+        [command, "-O1", *flags, str(source), "-o", str(output), *LIBRARIES], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@needs_cc
+def test_the_c_example_gives_the_same_bytes(masked, call, tmp_path):
+    program = compiled("cc", [*C, "-D_DEFAULT_SOURCE"], EXAMPLES / "c/run_clip.c", tmp_path / "run_clip")
+    inputs, expected = call
+    (tmp_path / "in.bin").write_bytes(b"".join(array.tobytes() for array in inputs.values()) * 3)
+    done = subprocess.run([program, masked, tmp_path / "in.bin", tmp_path / "out.bin"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 calls" in done.stdout
+    assert (tmp_path / "out.bin").read_bytes() == b"".join(array.tobytes() for array in expected.values()) * 3
+    done = subprocess.run(
+        [program, tmp_path, tmp_path / "in.bin", tmp_path / "out.bin"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+
+
+@needs_cxx
+def test_the_cpp_example_runs(masked, tmp_path):
+    program = compiled("c++", CPP, EXAMPLES / "cpp/run_clip.cpp", tmp_path / "run_clip_cpp")
+    done = subprocess.run([program, masked], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+    done = subprocess.run([program, tmp_path], capture_output=True, text=True)
+    assert (done.returncode, done.stderr[:7]) == (2, "error: ")
+
+
+def test_numpy_alone_runs_an_artifact(masked, tmp_path):
+    shutil.copy(HEADER.with_name("dance_model.py"), tmp_path)
+    code = (
+        "import sys, numpy, dance_model\n"
+        f"model = dance_model.Model({str(masked)!r})\n"
+        "model.run({name: numpy.zeros(shape, kind) for name, (shape, kind) in model.inputs.items()})\n"
+        "print(sorted({'tvm', 'torch', 'dance_tvm'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_phones_library_names_what_it_needs(tmp_path):
+    settings = Options(interface="c")
+    network = nn.Linear(4, 4)
+    build_network(
+        network, tmp_path / "a", target="snapdragon", example_inputs=(torch.zeros(1, 4),), options=settings, check=False
+    )
+    shown = subprocess.run(["readelf", "-d", tmp_path / "a/model.so"], capture_output=True, text=True).stdout
+    assert "[libc.so]" in shown
+    assert "libtvm" not in shown
+
+
+def test_the_library_needs_nothing(masked):
+    shown = subprocess.run(["ldd", masked / "model.so"], capture_output=True, text=True).stdout
+    assert "statically linked" in shown or not set(shown.split()) & {
+        "libtvm_ffi.so",
+        "libtvm_runtime.so",
+        "libstdc++.so.6",
+    }
+
+
+@pytest.mark.device
+def test_an_emulated_board_gives_the_answers_of_pytorch_without_tvm(tmp_path):
+    """The C example, cross-compiled, on the emulated processor: no Python and no TVM there."""
+    from dance_tvm.device import emulator
+
+    if reason := emulator.why_not():
+        pytest.skip(f"no emulated device: {reason}")
+    torch.manual_seed(0)
+    network, inputs = Masked().eval(), (torch.randn(1, 3, 4, 8, 8), torch.randn(1, 5))
+    folder = tmp_path / "phone"
+    settings = Options(interface="c", threads=2)
+    build_network(network, folder, target="aarch64-linux", example_inputs=inputs, options=settings, check=False)
+    zig = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-gnu.2.17", "-D_DEFAULT_SOURCE"]
+    command = [*zig, *C, str(EXAMPLES / "c/run_clip.c"), "-o", str(tmp_path / "run_clip"), *LIBRARIES]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "in.bin").write_bytes(b"".join(each.numpy().tobytes() for each in inputs))
+    qemu, *settings = emulator.python_command(emulator.prepare())[:3]
+    run = [qemu, *settings, tmp_path / "run_clip", folder, tmp_path / "in.bin", tmp_path / "out.bin"]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = np.frombuffer((tmp_path / "out.bin").read_bytes(), "float32")
+    expected = np.concatenate([each.detach().numpy().ravel() for each in network(*inputs)])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
