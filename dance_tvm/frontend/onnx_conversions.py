@@ -1,4 +1,4 @@
-"""Operators of ONNX over Relax: where TVM's importer lacks them, emits loops, or reads them otherwise than the standard."""
+"""Operators of ONNX over Relax: where TVM's importer lacks them, emits loops, or departs from the standard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tvm import relax
 from dance_tvm.frontend.onnx_resize import interpolation_matrix, nearest_positions
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """What keeps an operator from being read, after its name, and what the user can do about it."""
 
     def __init__(self, reason: str, instead: str = "export the network to .pt2, or without it") -> None:
@@ -41,7 +41,7 @@ class Operator:
             return None
         known = self.importer.known(value)
         if known is None:
-            raise Unsupported(f"has {what} that depend on the input", "make them constants when exporting")
+            raise UnsupportedError(f"has {what} that depend on the input", "make them constants when exporting")
         return known
 
     def value(self, index: int) -> np.ndarray | None:
@@ -238,7 +238,7 @@ def _mirrored(op: Operator, x: Any, before: np.ndarray, after: np.ndarray, mode:
     shape = np.array(shape_of(x))
     names = {"edge": "replicate", "wrap": "circular", "reflect": "reflect"}
     if mode not in names:
-        raise Unsupported(f"is not supported with mode={mode!r}")
+        raise UnsupportedError(f"is not supported with mode={mode!r}")
     padded = [int(axis) for axis in np.flatnonzero(before | after)]
     small = all(0 <= n < shape[axis] for axis in padded for n in (before[axis], after[axis]))
     if not padded:
@@ -373,8 +373,6 @@ def _one_hot(op: Operator) -> Any:
     indices, depth, values = op.input(0), int(op.known(1, "a depth").item()), op.input(2)  # type: ignore[union-attr]
     rank = len(shape_of(indices)) + 1
     axis = op.flag("axis", -1) % rank
-    if _is_float(indices):
-        indices = op.emit(relax.op.astype(indices, "int64"))
     wrapped = op.emit(relax.op.expand_dims(_wrapped(op, indices, depth), axis))
     places = op.constant(np.arange(depth).reshape([-1 if at == axis else 1 for at in range(rank)]), dtype_of(indices))
     off, on = (op.emit(relax.op.take(values, op.constant(at, "int64"), 0)) for at in (0, 1))
@@ -432,7 +430,7 @@ def _as_type(op: Operator, dtype: str) -> Any:
     if dtype == dtype_of(x):
         return x
     if (dtype not in ("float32", "bool") and not dtype.startswith(("int", "uint"))) or dtype.endswith(("int4", "int2")):
-        raise Unsupported(f"makes {dtype} of its input, in which nothing is computed")
+        raise UnsupportedError(f"makes {dtype} of its input, in which nothing is computed")
     if dtype == "bool":
         return relax.op.not_equal(x, op.like(0, x))
     return relax.op.astype(x, dtype)
@@ -553,7 +551,7 @@ def _prelu(op: Operator) -> Any:
 def _dropout(op: Operator) -> Any:
     training = op.value(2)
     if op.input(2) is not None and (training is None or bool(training.item())):
-        raise Unsupported("is in training mode", "export the network for inference")
+        raise UnsupportedError("is in training mode", "export the network for inference")
     return [op.input(0), op.constant(np.ones(shape_of(op.input(0)), bool))]
 
 
@@ -713,7 +711,7 @@ def _conv(op: Operator) -> Any:
     x, weight, bias = op.input(0), op.input(1), op.input(2)
     rank = len(shape_of(x)) - 2
     if rank not in (1, 2, 3):
-        raise Unsupported(f"is not supported over {rank} axes")
+        raise UnsupportedError(f"is not supported over {rank} axes")
     strides, dilations, pads = _window(op, shape_of(x)[2:], shape_of(weight)[2:])
     function = (relax.op.nn.conv1d, relax.op.nn.conv2d, relax.op.nn.conv3d)[rank - 1]
     out_dtype = "int32" if dtype_of(x).startswith("int") else None
@@ -725,7 +723,7 @@ def _conv_transpose(op: Operator) -> Any:
     x, weight, bias = op.input(0), op.input(1), op.input(2)
     extents, rank = shape_of(x)[2:], len(shape_of(x)) - 2
     if rank not in (1, 2, 3):
-        raise Unsupported(f"is not supported over {rank} axes")
+        raise UnsupportedError(f"is not supported over {rank} axes")
     strides, dilations = op.ints("strides", [1] * rank), op.ints("dilations", [1] * rank)
     extra = op.ints("output_padding", [0] * rank)
     weight = _dilated(op, weight, dilations)
@@ -815,7 +813,7 @@ def _pool(op: Operator) -> _Pool:
 
 def _pooled(kind: str, rank: int) -> Callable[..., Any]:
     if rank not in (1, 2, 3):
-        raise Unsupported(f"is not supported over {rank} axes")
+        raise UnsupportedError(f"is not supported over {rank} axes")
     return getattr(relax.op.nn, f"{kind}_pool{rank}d")
 
 
@@ -943,7 +941,7 @@ def _batch_norm(op: Operator) -> Any:
     if not op.flag("training_mode"):
         if rank > 1:
             return relax.op.nn.batch_norm(x, scale, bias, mean, var, 1, epsilon, training=False)
-        raise Unsupported("is not supported on vectors")
+        raise UnsupportedError("is not supported on vectors")
     axes = [axis for axis in range(rank) if axis != 1]
     own_mean, own_var = op.emit(relax.op.mean(x, axes)), op.emit(relax.op.variance(x, axes))
     y = op.emit(relax.op.nn.batch_norm(x, scale, bias, own_mean, own_var, 1, epsilon, training=False))
@@ -1000,7 +998,7 @@ def _along(op: Operator, scale: Any, x: Any, axis: int) -> Any:
 
 def _range_of(dtype: str) -> tuple[int, int]:
     if not dtype.startswith(("int", "uint")):
-        raise Unsupported(f"is not supported with {dtype}", "quantize to int8, uint8, int16 or uint16")
+        raise UnsupportedError(f"is not supported with {dtype}", "quantize to int8, uint8, int16 or uint16")
     bits = int(dtype.removeprefix("u").removeprefix("int"))
     return (0, 2**bits - 1) if dtype.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
@@ -1105,16 +1103,16 @@ def _scales_and_sizes(
 ) -> tuple[list[float], list[int]]:
     if scales is not None and scales.size:
         return [float(scale) for scale in scales], [
-            int(math.floor(extent * float(scale) + 1e-6)) for extent, scale in zip(extents, scales, strict=True)
+            math.floor(extent * float(scale) + 1e-6) for extent, scale in zip(extents, scales, strict=True)
         ]
     if sizes is None:
-        raise Unsupported("has neither scales nor sizes", "export the network again")
+        raise UnsupportedError("has neither scales nor sizes", "export the network again")
     ratios = [int(size) / extent for size, extent in zip(sizes, extents, strict=True)]
     policy = op.text("keep_aspect_ratio_policy", "stretch")
     if policy == "stretch":
         return ratios, [int(size) for size in sizes]
     ratio = min(ratios) if policy == "not_larger" else max(ratios)
-    return [ratio] * len(extents), [int(math.floor(extent * ratio + 0.5)) for extent in extents]
+    return [ratio] * len(extents), [math.floor(extent * ratio + 0.5) for extent in extents]
 
 
 def _as_an_operator(
@@ -1183,7 +1181,7 @@ def _grid_sample(op: Operator) -> Any:
     rank = len(shape_of(x)) - 2
     method = {"linear": "bilinear", "cubic": "bicubic"}.get(name := op.text("mode", "linear"), name)
     if rank not in (2, 3) or (rank == 3 and method == "bicubic"):
-        raise Unsupported(f"is not supported with mode={name!r} over {rank} axes")
+        raise UnsupportedError(f"is not supported with mode={name!r} over {rank} axes")
     grid = op.emit(relax.op.permute_dims(grid, [0, rank + 1, *range(1, rank + 1)]))
     return relax.op.image.grid_sample(
         x,
@@ -1192,6 +1190,22 @@ def _grid_sample(op: Operator) -> Any:
         layout="NCHW" if rank == 2 else "NCDHW",
         padding_mode=op.text("padding_mode", "zeros"),
         align_corners=bool(op.flag("align_corners")),
+    )
+
+
+def _roi_align(op: Operator) -> Any:
+    x, boxes, batches = op.inputs
+    mode = op.text("mode", "avg")
+    if mode != "avg":
+        raise UnsupportedError(f"is not supported with mode={mode!r}", "use the mean")
+    batches = op.emit(relax.op.reshape(op.emit(relax.op.astype(batches, dtype_of(x))), [-1, 1]))
+    return relax.op.vision.roi_align(
+        x,
+        op.emit(relax.op.concat([batches, boxes], 1)),
+        (op.flag("output_height", 1), op.flag("output_width", 1)),
+        op.number("spatial_scale", 1.0),
+        op.flag("sampling_ratio"),
+        aligned=op.opset >= 16 and op.text("coordinate_transformation_mode", "half_pixel") == "half_pixel",
     )
 
 
@@ -1263,6 +1277,7 @@ CONVERSIONS: dict[str, Conversion] = {
     "Reshape": _reshape,
     "Resize": _resize,
     "ReverseSequence": _reverse_sequence,
+    "RoiAlign": _roi_align,
     "Scatter": _scatter_elements,
     "ScatterElements": _scatter_elements,
     "ScatterND": _scatter_nd,

@@ -1,4 +1,4 @@
-"""Read ONNX files: the model, what goes in and comes out, and the file itself run as the source that imports must equal.
+"""Read ONNX files: the model, what goes in and comes out, and the file itself as the source that imports equal.
 
 ONNX Runtime runs the file, or ONNX's own reference, slowly, where that cannot.
 """

@@ -25,11 +25,11 @@ from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_conver
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
-from dance_tvm.frontend import onnx_conversions, onnx_file
+from dance_tvm.frontend import interpreter, onnx_conversions, onnx_file
 from dance_tvm.frontend.check import check_import
 from dance_tvm.frontend.interface import Arrays, Imported, TensorSpec, tensor_of
 from dance_tvm.frontend.names import NamingBuilder
-from dance_tvm.frontend.onnx_conversions import Operator, Unsupported
+from dance_tvm.frontend.onnx_conversions import Operator, UnsupportedError
 from dance_tvm.frontend.ranges import with_ranges
 
 _CELLS = ("RNN", "GRU", "LSTM")  # one operator for a whole recurrent layer
@@ -42,6 +42,8 @@ MOST_ELEMENTS = 1 << 24
 
 # Computed in float32: what the kernels are made for. Inputs and outputs keep their types.
 _OTHER_FLOATS = ("float16", "bfloat16", "float64")
+
+_REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 
 # Attributes that later versions of an operator take as inputs: the last version that has them, and their order.
 _BECAME_INPUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -68,7 +70,7 @@ def import_onnx(path: Path, *, check: bool = True, shapes: onnx_file.Shapes | No
     opsets = onnx_file.opsets_of(model, path)
     inputs = onnx_file.input_specs(model.graph, shapes or {})
     source = onnx_file.Source(path, model)
-    importer = _Importer(opsets, model.functions)
+    importer = _Importer(opsets, source.model.functions)
     mod = importer.run(model.graph, inputs)
     outputs = [
         TensorSpec(
@@ -111,8 +113,8 @@ class _Importer(ONNXGraphImporter):
         self._weights: set[str] = set()
         self._within = ""  # the layer whose function or loop is being walked
 
-    def run(self, graph: Any, specs: Sequence[TensorSpec]) -> tvm.IRModule:
-        """The graph as a module whose ``main`` takes inputs as ``specs`` tells and returns a tuple."""
+    def run(self, graph: Any, specs: Sequence[TensorSpec], declared: Sequence[Any]) -> tvm.IRModule:
+        """The graph as a module whose ``main`` takes inputs as ``specs`` tells and returns a tuple as ``declared``."""
         self._weights = {tensor.name for tensor in graph.initializer}
         inputs = [relax.Var(spec.name, relax.TensorType(spec.shape, spec.dtype)) for spec in specs]
         with self.bb.function("main", params=inputs):
@@ -123,7 +125,7 @@ class _Importer(ONNXGraphImporter):
                 results, problem = [], None
                 try:
                     self._walk(graph)
-                    results = [self._result(value) for value in graph.output]
+                    results = [self._result(value) for value in declared]
                 except DanceError as refusal:
                     problem = refusal  # TVM's builder wants to be left in order
                 returned = self.bb.emit_output(relax.Tuple(results))
@@ -175,7 +177,7 @@ class _Importer(ONNXGraphImporter):
         self.bb.enter(layer, only=True)
         try:
             values = self._values(node)
-        except Unsupported as problem:
+        except UnsupportedError as problem:
             raise DanceError(f"The operator {node.op_type} of layer {layer!r} {problem}.") from problem
         if not self._within:
             self._layers.update(dict.fromkeys(node.output, layer))
@@ -199,7 +201,7 @@ class _Importer(ONNXGraphImporter):
         """What ``node`` computes, one value for each output."""
         missing = next((name for name in node.input if name and name not in self._nodes), None)
         if missing is not None:
-            raise Unsupported(f"reads {missing!r}, which nothing computes", "export the network again")
+            raise UnsupportedError(f"reads {missing!r}, which nothing computes", "export the network again")
         inputs = [self._nodes[name] if name else None for name in node.input]
         layer, self._within = self._within, self._within or layer_of(node, self._weights)
         try:
@@ -209,7 +211,7 @@ class _Importer(ONNXGraphImporter):
             if (function := self._functions.get((node.domain, node.op_type))) is not None:
                 return self._inside(function, node, inputs)
             if any(isinstance(value, list) for value in inputs):
-                raise Unsupported("is not supported on sequences of tensors")
+                raise UnsupportedError("is not supported on sequences of tensors")
         finally:
             self._within = layer
         if (folded := self._folded(node, inputs)) is not None:
@@ -219,7 +221,7 @@ class _Importer(ONNXGraphImporter):
     def _converted(self, node: Any, inputs: list[Value]) -> Sequence[Value]:
         kind, opset = node.op_type, self.opset
         if kind in _OF_ANY_SIZE:
-            raise Unsupported("has a result whose size depends on the input's values")
+            raise UnsupportedError("has a result whose size depends on the input's values")
         attributes = attributes_of(node)
         if opset < 7 and attributes.pop("broadcast", 0):
             inputs = self._as_broadcast(inputs, attributes.pop("axis", None))
@@ -230,14 +232,14 @@ class _Importer(ONNXGraphImporter):
         if (conversion := onnx_conversions.CONVERSIONS.get(kind)) is not None:
             try:
                 return self._emitted(conversion(operator))
-            except (Unsupported, DanceError):
+            except (UnsupportedError, DanceError):
                 raise
             except Exception as problem:
-                raise Unsupported(f"is not supported in this form ({operator.described()})") from problem
+                raise UnsupportedError(f"is not supported in this form ({operator.described()})") from problem
         body = self._definition(node, inputs)
         if kind not in _get_convert_map() or (body is not None and kind in onnx_conversions.BY_DEFINITION):
             if body is None:
-                raise Unsupported("is not supported", _instead(kind))
+                raise UnsupportedError("is not supported", _instead(kind))
             return self._inside(body, node, inputs, _defaults(node, self.opset))
         try:
             # TVM's importer prints what it fails on before it raises.
@@ -246,9 +248,9 @@ class _Importer(ONNXGraphImporter):
         except Exception as problem:
             if body is not None:
                 return self._inside(body, node, inputs, _defaults(node, self.opset))
-            raise Unsupported(f"is not supported in this form ({operator.described()})") from problem
+            raise UnsupportedError(f"is not supported in this form ({operator.described()})") from problem
         if len(found) < sum(map(bool, node.output)):
-            raise Unsupported(f"is not supported with {len(node.output)} outputs")
+            raise UnsupportedError(f"is not supported with {len(node.output)} outputs")
         return found
 
     def _as_broadcast(self, inputs: list[Value], axis: int | None) -> list[Value]:
@@ -277,9 +279,9 @@ class _Importer(ONNXGraphImporter):
         if isinstance(var.ty, relax.TupleType):
             return [self.bb.emit(relax.TupleGetItem(var, index)) for index in range(len(var.ty.fields))]
         if not isinstance(var.ty, relax.TensorType) or not isinstance(var.ty.shape, relax.ShapeExpr):
-            raise Unsupported("has a result whose shape depends on the input's values")
+            raise UnsupportedError("has a result whose shape depends on the input's values")
         if not all(isinstance(extent, (int, tvm.tirx.IntImm)) for extent in var.ty.shape):
-            raise Unsupported("has a result whose shape depends on the input's values")
+            raise UnsupportedError("has a result whose shape depends on the input's values")
         return [var]
 
     def known(self, value: Value) -> np.ndarray | None:
@@ -444,13 +446,13 @@ def _constant_node(importer: _Importer, node: Any, inputs: list[Value]) -> list[
     if attribute.name == "sparse_value":
         return [importer.constant(onnx_file.dense(value))]
     if attribute.name.startswith("value_string"):
-        raise Unsupported("holds text, which no tensor of a compiled network can")
+        raise UnsupportedError("holds text, which no tensor of a compiled network can")
     return [importer.constant(np.asarray(value, "float32" if attribute.name.startswith("value_float") else "int64"))]
 
 
 def _shape(importer: _Importer, node: Any, inputs: list[Value]) -> list[Value]:
     if isinstance(inputs[0], list):
-        raise Unsupported("is not supported on sequences of tensors")
+        raise UnsupportedError("is not supported on sequences of tensors")
     shape = np.array([int(extent) for extent in inputs[0].ty.shape], np.int64)
     attributes = attributes_of(node)
     return [importer.constant(shape[attributes.get("start", 0) : attributes.get("end", len(shape))])]
@@ -474,7 +476,7 @@ def _if(importer: _Importer, node: Any, inputs: list[Value]) -> list[Value]:
     for one, other in zip(*(importer.branch(attributes[name]) for name in ("then_branch", "else_branch")), strict=True):
         same = all(isinstance(value, relax.Expr) for value in (one, other)) and _like(one) == _like(other)
         if not same:
-            raise Unsupported("has branches whose results differ in shape or type and depends on the input")
+            raise UnsupportedError("has branches whose results differ in shape or type and depends on the input")
         chosen.append(importer.bb.emit(relax.op.where(inputs[0], one, other)))
     return chosen
 
@@ -488,23 +490,23 @@ def _loop(importer: _Importer, node: Any, inputs: list[Value]) -> list[Value]:
     body = attributes_of(node)["body"]
     count, condition = (None if value is None else importer.known(value) for value in inputs[:2])
     if any(known is None and value is not None for known, value in zip((count, condition), inputs[:2], strict=True)):
-        raise Unsupported("runs a number of rounds that depends on the input", "export the network with a fixed number")
+        raise UnsupportedError("runs a number of rounds that depends on the input", "export the network with a fixed number")
     carried, going, rounds = list(inputs[2:]), condition is None or bool(condition.item()), 0
     collected: list[list[Value]] = [[] for _ in range(len(body.output) - 1 - len(carried))]
     while going and (count is None or rounds < int(count.item())):
         if rounds == MOST_ROUNDS:
-            raise Unsupported(f"runs more than {MOST_ROUNDS} rounds", "export the network without the loop")
+            raise UnsupportedError(f"runs more than {MOST_ROUNDS} rounds", "export the network without the loop")
         index, again = importer.constant(np.array(rounds, np.int64)), importer.constant(np.array(True))
         goes_on, *results = importer.branch(body, [index, again, *carried])
         known = importer.known(goes_on)
         if known is None:
-            raise Unsupported("ends when the input says so", "export the network with a fixed number of rounds")
+            raise UnsupportedError("ends when the input says so", "export the network with a fixed number of rounds")
         going, rounds = bool(known.item()), rounds + 1
         carried = results[: len(carried)]
         for parts, part in zip(collected, results[len(carried) :], strict=True):
             parts.append(part)
     if rounds == 0 and collected:
-        raise Unsupported("collects the results of no rounds")
+        raise UnsupportedError("collects the results of no rounds")
     return [*carried, *(_stacked(importer, parts, 0) for parts in collected)]
 
 
@@ -516,16 +518,17 @@ def _stacked(importer: _Importer, parts: Sequence[Value], axis: int) -> relax.Ex
 def _scan(importer: _Importer, node: Any, inputs: list[Value]) -> list[Value]:
     """The rounds over the slices of the scanned inputs, one after another."""
     if importer.opset < 9:
-        raise Unsupported("is not supported in opset 8", "export the network with a later opset")
+        raise UnsupportedError("is not supported in opset 8", "export the network with a later opset")
     attributes = attributes_of(node)
     body, scanned = attributes["body"], attributes["num_scan_inputs"]
     carried, series = list(inputs[: len(inputs) - scanned]), inputs[len(inputs) - scanned :]
     collected: list[list[Value]] = [[] for _ in range(len(body.output) - len(carried))]
-    axes = [axis % len(x.ty.shape) for axis, x in zip(attributes.get("scan_input_axes", [0] * scanned), series)]
+    given = attributes.get("scan_input_axes", [0] * scanned)
+    axes = [axis % len(x.ty.shape) for axis, x in zip(given, series, strict=True)]
     backwards = attributes.get("scan_input_directions", [0] * scanned)
     rounds = int(series[0].ty.shape[axes[0]])
     if rounds > MOST_ROUNDS:
-        raise Unsupported(f"runs more than {MOST_ROUNDS} rounds", "export the network without the loop")
+        raise UnsupportedError(f"runs more than {MOST_ROUNDS} rounds", "export the network without the loop")
     for index in range(rounds):
         slices = [
             importer.bb.emit(relax.op.take(x, relax.const(rounds - 1 - index if back else index, "int64"), axis))
@@ -549,7 +552,7 @@ def _index(importer: _Importer, value: Value, otherwise: int) -> int:
         return otherwise
     known = importer.known(value)
     if known is None:
-        raise Unsupported("picks from a sequence by an index that depends on the input")
+        raise UnsupportedError("picks from a sequence by an index that depends on the input")
     return int(known.item())
 
 
@@ -576,7 +579,7 @@ def _split_to_sequence(importer: _Importer, node: Any, inputs: list[Value]) -> l
     extent = int(x.ty.shape[axis])
     split = importer.known(inputs[1]) if len(inputs) > 1 and inputs[1] is not None else np.array(1)
     if split is None:
-        raise Unsupported("splits into parts whose sizes depend on the input")
+        raise UnsupportedError("splits into parts whose sizes depend on the input")
     sizes = split.tolist() if split.ndim else onnx_conversions.equal_parts(extent, int(split.item()))
     ends = np.cumsum(sizes)
     parts = [

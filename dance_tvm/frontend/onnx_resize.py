@@ -37,7 +37,6 @@ def interpolation_matrix(
     widened = max(1.0, 1.0 / scale) if antialias else 1.0
     reach = (1.0 if mode == "linear" else 2.0) * widened
     kernel = _linear if mode == "linear" else lambda distance: _cubic(distance, cubic)
-    exclude_outside = exclude_outside or bool(antialias)
     matrix = np.zeros((size, extent))
     for row, centre in enumerate(at):
         taps = np.arange(int(np.floor(centre - reach)), int(np.ceil(centre + reach)) + 1)
