@@ -12,10 +12,10 @@ from tvm import relax
 from dance_tvm.core.errors import DanceError
 
 
-def compiled_call(mod: tvm.IRModule, call: relax.Call, arguments: Sequence[Any]) -> Any:
+def compiled_call(call: relax.Call, arguments: Sequence[Any]) -> Any:
     """What ``call`` makes of ``arguments``: tensors, tuples of tensors, or anything else where it is no tensor.
 
-    Functions that the call names are taken from ``mod``. Raises DanceError where TVM cannot compile it.
+    Tensors are taken in the types that ``call`` declares. Raises DanceError where TVM cannot compile it.
     """
     name = getattr(call.op, "name", str(call.op))
     params: list[relax.Var] = []
@@ -24,18 +24,18 @@ def compiled_call(mod: tvm.IRModule, call: relax.Call, arguments: Sequence[Any])
         for given, value in zip(call.args, arguments, strict=True)
     ]
     try:
-        builder = relax.BlockBuilder(mod)
+        builder = relax.BlockBuilder()
         with builder.function("evaluate", params=params):
-            made = relax.Call(call.op, operands, call.attrs, call.ty_args)
-            builder.emit_func_output(builder.emit(made))
-        alone = builder.get()
-        if "main" in {var.name_hint for var in alone.get_global_vars()}:
-            del alone["main"]
-        machine = relax.VirtualMachine(tvm.compile(alone, tvm.target.Target({"kind": "llvm"})), tvm.cpu())
+            builder.emit_func_output(builder.emit(relax.Call(call.op, operands, call.attrs, call.ty_args)))
+        target = tvm.target.Target({"kind": "llvm"})
+        machine = relax.VirtualMachine(tvm.compile(builder.get(), target), tvm.cpu())
     except Exception as problem:
-        raise DanceError(f"The operator {name} cannot be evaluated: TVM compiles it in no form.") from problem
-    tensors = [tvm.runtime.tensor(tensor.numpy()) for tensor in _flat(arguments)]
-    return _value(machine["evaluate"](*tensors))
+        raise DanceError(f"The interpreter has no counterpart of {name}, and TVM cannot compile it alone.") from problem
+    arrays = [
+        tensor.numpy().astype(str(param.ty.dtype.dtype), copy=False)
+        for tensor, param in zip(_flat(arguments), params, strict=True)
+    ]
+    return _value(machine["evaluate"](*map(tvm.runtime.tensor, arrays)))
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -28,7 +28,7 @@ Kernel = Callable[[list[Value], Any], Value]
 def evaluate(mod: tvm.IRModule, inputs: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
     """The value of every variable of ``main``, by its name, for ``inputs`` by parameter name; keeps all in memory.
 
-    What PyTorch has no counterpart of is compiled by TVM, one call at a time.
+    What PyTorch has no counterpart of is compiled by TVM, one call at a time. Raises DanceError for ``call_tir``.
     """
     return {name: value for name, value in trace(mod, inputs) if isinstance(value, torch.Tensor)}
 
@@ -56,12 +56,12 @@ def trace(mod: tvm.IRModule, inputs: Mapping[str, np.ndarray | torch.Tensor]) ->
     with torch.inference_mode():
         for step, binding in enumerate(bindings):
             expression = binding.value
-            value = _evaluate(expression, values, mod)
+            value = _evaluate(expression, values)
             values[binding.var] = value
             yield binding.var.name, value
             for var in last_use.get(step, ()):
                 values.pop(var, None)
-        yield "return", _evaluate(function.body.body, values, mod)
+        yield "return", _evaluate(function.body.body, values)
 
 
 def _last_uses(bindings: list[Any], result: relax.Expr) -> dict[int, list[relax.Var]]:
@@ -83,26 +83,23 @@ def _tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
     return array if isinstance(array, torch.Tensor) else tensor_of(array)
 
 
-def _evaluate(expression: Any, values: Mapping[relax.Var, Value], mod: tvm.IRModule) -> Value:
+def _evaluate(expression: Any, values: Mapping[relax.Var, Value]) -> Value:
     if isinstance(expression, relax.Var):
         return values[expression]
     if isinstance(expression, tvm.ir.expr.GenericConst):
         # A copy: TVM's arrays may be read-only, PyTorch's never are.
         return torch.from_numpy(expression.value.numpy().copy())
     if isinstance(expression, relax.Tuple):
-        return tuple(_evaluate(field, values, mod) for field in expression.fields)
+        return tuple(_evaluate(field, values) for field in expression.fields)
     if isinstance(expression, relax.TupleGetItem):
-        return _evaluate(expression.tuple_value, values, mod)[expression.index]
+        return _evaluate(expression.tuple_value, values)[expression.index]
     if isinstance(expression, relax.ShapeExpr):
         return tuple(int(extent) for extent in expression.values)
     if isinstance(expression, relax.Call):
         name = getattr(expression.op, "name", str(expression.op))
-        arguments = [
-            None if isinstance(argument, tvm.ir.GlobalVar) else _evaluate(argument, values, mod)
-            for argument in expression.args
-        ]
+        arguments = [_evaluate(argument, values) for argument in expression.args]
         kernel = _KERNELS.get(name)
-        return kernel(arguments, expression.attrs) if kernel else compiled_call(mod, expression, arguments)
+        return kernel(arguments, expression.attrs) if kernel else compiled_call(expression, arguments)
     if isinstance(expression, (tvm.tirx.IntImm, tvm.tirx.FloatImm)):
         return expression.value
     if isinstance(expression, tvm.ir.StringImm):

@@ -490,7 +490,9 @@ def _loop(importer: _Importer, node: Any, inputs: list[Value]) -> list[Value]:
     body = attributes_of(node)["body"]
     count, condition = (None if value is None else importer.known(value) for value in inputs[:2])
     if any(known is None and value is not None for known, value in zip((count, condition), inputs[:2], strict=True)):
-        raise UnsupportedError("runs a number of rounds that depends on the input", "export the network with a fixed number")
+        raise UnsupportedError(
+            "runs a number of rounds that depends on the input", "export the network with a fixed number"
+        )
     carried, going, rounds = list(inputs[2:]), condition is None or bool(condition.item()), 0
     collected: list[list[Value]] = [[] for _ in range(len(body.output) - 1 - len(carried))]
     while going and (count is None or rounds < int(count.item())):
