@@ -115,7 +115,7 @@ def _arrays(case: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Inputs and answers of the case's first data set."""
     if case.data_sets:
         inputs, outputs = case.data_sets[0]
-        return [np.asarray(array) for array in inputs], [np.asarray(array) for array in outputs]
+        return [_array(value) for value in inputs], [_array(value) for value in outputs]
     folder = Path(case.model_dir) / "test_data_set_0"
 
     def read(kind: str) -> list[np.ndarray]:
@@ -124,6 +124,10 @@ def _arrays(case: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
         return [numpy_helper.to_array(tensor) for tensor in tensors]
 
     return read("input"), read("output")
+
+
+def _array(value: Any) -> np.ndarray:
+    return numpy_helper.to_array(value) if isinstance(value, TensorProto) else np.asarray(value)
 
 
 def _as_in_a_network(model: Any, origin: Any, arrays: dict[str, np.ndarray]) -> Any:

@@ -538,12 +538,7 @@ def _leaky_relu(op: Operator) -> Any:
 
 
 def _prelu(op: Operator) -> Any:
-    """A slope for each channel as the operator of that; any other as where(x < 0, x * slope, x)."""
     x, slope = op.inputs
-    rank, extents = len(shape_of(x)), shape_of(slope)
-    wide = [at for at, extent in enumerate(extents) if extent != 1]
-    if len(wide) == 1 and (axis := wide[0] + rank - len(extents)) == 1:
-        return relax.op.nn.prelu(x, op.emit(relax.op.reshape(slope, [-1])), axis)
     below = op.emit(relax.op.less(x, op.like(0, x)))
     return relax.op.where(below, op.emit(relax.op.multiply(x, slope)), x)
 
@@ -556,8 +551,16 @@ def _dropout(op: Operator) -> Any:
 
 
 def _mod(op: Operator) -> Any:
+    """With the sign of the divisor, as Python has it; with that of the dividend where ``fmod``."""
     a, b = op.inputs
-    return relax.op.mod(a, b) if op.flag("fmod") else relax.op.floor_mod(a, b)
+    if op.flag("fmod"):
+        return relax.op.mod(a, b)
+    if not _is_float(a):
+        return relax.op.floor_mod(a, b)
+    rest, zero, emit = op.emit(relax.op.mod(a, b)), op.like(0, a), op.emit
+    opposite = emit(relax.op.not_equal(emit(relax.op.less(rest, zero)), emit(relax.op.less(b, zero))))
+    moved = emit(relax.op.logical_and(opposite, emit(relax.op.not_equal(rest, zero))))
+    return relax.op.where(moved, emit(relax.op.add(rest, b)), rest)
 
 
 def _pow(op: Operator) -> Any:
@@ -822,7 +825,10 @@ def _max_pool(op: Operator) -> Any:
     if op.outputs > 1:
         return _max_pool_with_places(op, x, pool)
     function = _pooled("max", len(pool.size))
-    return function(x, pool.size, pool.strides, pool.pads, pool.dilations)
+    if _is_float(x):
+        return function(x, pool.size, pool.strides, pool.pads, pool.dilations)
+    floats = op.emit(relax.op.astype(x, "float32"))  # which hold bytes exactly
+    return relax.op.astype(op.emit(function(floats, pool.size, pool.strides, pool.pads, pool.dilations)), dtype_of(x))
 
 
 def _max_pool_with_places(op: Operator, x: Any, pool: _Pool) -> Any:

@@ -14,7 +14,7 @@ ELEMENTWISE = {
     *("logical_and", "logical_or", "logical_xor", "logical_not", "where", "clip", "astype", "bitwise_and"),
     *("nn.relu", "nn.gelu", "nn.silu", "nn.leakyrelu", "nn.gelu_tanh", "nn.relu6", "nn.dropout", "sigmoid", "tanh"),
     *("exp", "log", "sqrt", "rsqrt", "abs", "negative", "round", "sign", "floor", "ceil", "square", "erf", "sin"),
-    *("cos", "isnan", "isinf", "isfinite", "trunc", "bitwise_or", "nn.prelu", "nn.softplus", "nn.selu", "atan"),
+    *("cos", "isnan", "isinf", "isfinite", "trunc", "bitwise_or", "nn.softplus", "nn.selu", "atan"),
 }
 REDUCTIONS = {"mean", "sum", "max", "min", "prod", "std", "variance"}
 WINDOWS = {
