@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dance_tvm.artifact.preprocess import read_preprocess
 from dance_tvm.compiler import requests
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError, DanceWarning
@@ -69,6 +70,10 @@ def build(
         Literal["tvm", "c"],
         typer.Option(help="c adds a C interface to the library, which then runs without TVM (docs/c-interface.md)."),
     ] = "tvm",
+    preprocess: Annotated[
+        Path | None,
+        typer.Option(help="How frames of videos become the input (.toml, docs/run.md).", show_default="the zoo's own"),
+    ] = None,
     reuse: Annotated[
         bool, typer.Option(help="Keep what --out holds where the same network, target, options and versions made it.")
     ] = True,
@@ -83,6 +88,7 @@ def build(
     shapes = dict(map(_shape, shape or []))
     machine = load_target(target)
     requests.require_buildable(machine, dtype, interface)
+    requests.require_agreement(numerics, conv)
     requests.require_model(model)
     requests.require_weights(weights)
     if logs is not None and not logs.is_dir():
@@ -93,6 +99,7 @@ def build(
     if requests.is_untrained(model, weights):
         said = f"{model} is built with random weights: give trained ones with --weights, or train it first"
         warnings.warn(said, DanceWarning, stacklevel=2)
+    prepare = read_preprocess(preprocess) if preprocess else None
     place = out or requests.default_out(model, machine)
     with Progress(as_json, json_lines) as progress:
         progress.phase("load the compiler")
@@ -119,6 +126,7 @@ def build(
             options=options,
             debug_dump=debug_dump,
             logs_from=logs_from,
+            preprocess=prepare,
             reuse=reuse and debug_dump is None,
             on_phase=progress.phase,
         )

@@ -65,6 +65,8 @@ def run(
     from dance_tvm.artifact.folder import load_artifact
 
     verified = load_artifact(artifact)
+    if device == "local":
+        verified.require_this_machine()  # told before the seconds that opening a device takes
     with Progress(as_json, json_lines) as progress:
         windows = _windows(verified.manifest, inputs, video or frames, stride, preprocess)
         from dance_tvm.device import open_device
@@ -98,8 +100,8 @@ def _windows(
         return [(str(inputs), read_inputs(inputs, manifest))]
     if video is None:
         return [("random input", random_inputs(manifest.inputs))]
+    from dance_tvm.artifact.preprocess import read_preprocess
     from dance_tvm.benchmarking.clips import windows_of
-    from dance_tvm.benchmarking.preprocess import read_preprocess
 
     return windows_of(video, manifest, stride, read_preprocess(preprocess) if preprocess else None)
 

@@ -64,6 +64,8 @@ def facts_of(found: Artifact) -> list[list[str]]:
     rows = [["MACs", f"{manifest.macs:,} in a call"], ["threads", str(target.threads)]]
     rows += [[f"file {name}", f"{file.bytes / 2**20:.2f} MiB"] for name, file in manifest.files.items()]
     rows.append(["memory", f"{manifest.memory_peak_bytes / 2**20:.1f} MiB in a call"])
+    if manifest.preprocess is not None:
+        rows.append(["videos", ", ".join(f"{key} {value}" for key, value in manifest.preprocess.model_dump().items())])
     rows.append(["check", said_of_check(manifest.check)])
     if manifest.device_code is not None:
         code = manifest.device_code

@@ -29,11 +29,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from dance_tvm.artifact.layers import LayerInfo
+from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.machines.host import cpu_flags
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 LIBRARY, WEIGHTS, MANIFEST = "model.so", "weights.safetensors", "manifest.json"
 REFERENCE = "reference.safetensors"
 
@@ -103,7 +104,8 @@ class File(_Strict):
 
 
 class Manifest(_Strict):
-    """All that is known of an artifact; ``parameters`` are the weights that the network takes after its inputs.
+    """All that is known of an artifact; ``parameters`` are the weights that the network takes after its inputs, and
+    ``preprocess`` tells how frames of a video become its input, where that is known.
 
     ``memory_peak_bytes`` are the weights and the planned storage of activations during one call.
     """
@@ -114,6 +116,7 @@ class Manifest(_Strict):
     inputs: list[Tensor]
     outputs: list[Tensor]
     parameters: list[str] = []
+    preprocess: Preprocess | None = None
     target: BuiltFor
     options: dict[str, Any] = {}
     versions: dict[str, str]

@@ -33,8 +33,9 @@ from dance_tvm.artifact.folder import (
     write_artifact,
 )
 from dance_tvm.artifact.linker import shared_library_linker
+from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.compiler.pipeline import Lowered, Options, lower
-from dance_tvm.compiler.requests import require_buildable
+from dance_tvm.compiler.requests import known_preprocess, require_buildable
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.core.versions import versions
@@ -102,6 +103,7 @@ def build_network(
     debug_dump: str | Path | None = None,
     logs_from: str | Path | None = None,
     reuse: bool = False,
+    preprocess: Preprocess | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> Built:
     """Compile ``model`` for ``target`` into the artifact folder ``out``.
@@ -110,8 +112,8 @@ def build_network(
     that was imported before; ``shapes`` fix what its inputs leave open. ``check`` runs the built network against its
     source, on this machine or on the emulated device; None does so unless that would take long. Tile sizes come from
     the target's tuning logs, or from those of the target ``logs_from``. With ``reuse`` an intact artifact at ``out``
-    that the same network, target, options and versions made is kept as it is. Raises DanceError for bad input, with
-    nothing left behind.
+    that the same network, target, options and versions made is kept as it is. ``preprocess`` tells how frames of videos
+    become the input, for the manifest. Raises DanceError for bad input, with nothing left behind.
     """
     machine = target if isinstance(target, Target) else load_target(target)
     chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
@@ -127,6 +129,7 @@ def build_network(
     imported = _import(model, weights, example_inputs, shapes)
     _dump(chosen.debug_dump, "imported", imported.mod)
     manifest = _manifest(imported, machine, chosen, source)
+    manifest.preprocess = preprocess or known_preprocess(model)
     if reuse and (standing := _made_of(out, manifest)):
         clock.start("")
         return Built(standing, clock.seconds, _peak_memory())
@@ -169,7 +172,7 @@ def _made_of(out: str | Path, manifest: Manifest) -> Artifact | None:
         standing = load_artifact(out)
     except DanceError:
         return None
-    told = ("name", "source_sha256", "inputs", "outputs", "target", "options", "versions")
+    told = ("name", "preprocess", "source_sha256", "inputs", "outputs", "target", "options", "versions")
     same = all(getattr(standing.manifest, key) == getattr(manifest, key) for key in told)
     return standing if same else None
 
