@@ -402,10 +402,17 @@ def _gather_nd(args: list[Value], attrs: Any) -> torch.Tensor:
 
 def _scatter_nd(args: list[Value], attrs: Any) -> torch.Tensor:
     x, indices, updates = args
-    if str(attrs.reduction) not in ("update", "add"):
-        raise DanceError(f"The interpreter has no scatter_nd with reduction {attrs.reduction}.")
+    mode = {"add": "sum", "mul": "prod", "min": "amin", "max": "amax"}.get(str(attrs.reduction))
     where = tuple(indices.long().unbind(-1))
-    return x.clone().index_put_(where, updates, accumulate=str(attrs.reduction) == "add")
+    if mode is None:
+        return x.clone().index_put_(where, updates)
+    depth = indices.shape[-1]
+    steps = [math.prod(x.shape[axis + 1 : depth]) for axis in range(depth)]
+    rows = sum(_wrapped(index, x.shape[axis]) * steps[axis] for axis, index in enumerate(where))
+    flat = x.reshape(math.prod(x.shape[:depth]), -1)
+    values = updates.reshape(-1, flat.shape[1])
+    rows = torch.as_tensor(rows).reshape(-1, 1).expand(values.shape)
+    return flat.scatter_reduce(0, rows, values, mode).reshape(x.shape)
 
 
 def _index_put(args: list[Value], attrs: Any) -> torch.Tensor:

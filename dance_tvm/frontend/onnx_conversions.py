@@ -44,6 +44,12 @@ class Operator:
             raise UnsupportedError(f"has {what} that depend on the input", "make them constants when exporting")
         return known
 
+    def required(self, index: int, what: str) -> np.ndarray:
+        """The value of an input that must be there and be known now."""
+        if (known := self.known(index, what)) is None:
+            raise UnsupportedError(f"lacks {what}", "export the network again")
+        return known
+
     def value(self, index: int) -> np.ndarray | None:
         """The value of an input if it is known now."""
         value = self.input(index)
@@ -123,7 +129,7 @@ def _shaped_like_axis(op: Operator, x: Any, rank: int, axis: int) -> Any:
 
 
 def _reshape(op: Operator) -> Any:
-    x, target = op.input(0), [int(n) for n in op.known(1, "a shape")]  # type: ignore[union-attr]
+    x, target = op.input(0), [int(n) for n in op.required(1, "a shape")]
     shape = shape_of(x)
     if not op.flag("allowzero"):
         target = [shape[at] if extent == 0 else extent for at, extent in enumerate(target)]
@@ -143,13 +149,13 @@ def _flatten(op: Operator) -> Any:
 
 
 def _expand(op: Operator) -> Any:
-    x, target = op.input(0), op.known(1, "a shape")
-    shape = np.broadcast_shapes(tuple(shape_of(x)), tuple(int(n) for n in target))  # type: ignore[union-attr]
+    x, target = op.input(0), op.required(1, "a shape")
+    shape = np.broadcast_shapes(tuple(shape_of(x)), tuple(int(n) for n in target))
     return relax.op.broadcast_to(x, shape)
 
 
 def _tile(op: Operator) -> Any:
-    return relax.op.tile(op.input(0), [int(n) for n in op.known(1, "repeats")])  # type: ignore[union-attr]
+    return relax.op.tile(op.input(0), [int(n) for n in op.required(1, "repeats")])
 
 
 def _squeeze(op: Operator) -> Any:
@@ -159,9 +165,9 @@ def _squeeze(op: Operator) -> Any:
 
 
 def _unsqueeze(op: Operator) -> Any:
-    shape, axes = shape_of(op.input(0)), op.known(1, "axes")
-    rank = len(shape) + axes.size  # type: ignore[union-attr]
-    added, rest = {int(axis) % rank for axis in axes.flat}, iter(shape)  # type: ignore[union-attr]
+    shape, axes = shape_of(op.input(0)), op.required(1, "axes")
+    rank = len(shape) + axes.size
+    added, rest = {int(axis) % rank for axis in axes.flat}, iter(shape)
     return relax.op.reshape(op.input(0), [1 if at in added else next(rest) for at in range(rank)])
 
 
@@ -187,11 +193,11 @@ def _split(op: Operator) -> list[Any]:
 def _slice(op: Operator) -> Any:
     x = op.input(0)
     shape = shape_of(x)
-    starts, ends = op.known(1, "starts"), op.known(2, "ends")
+    starts, ends = op.required(1, "starts"), op.required(2, "ends")
     axes, steps = op.known(3, "axes"), op.known(4, "steps")
-    axes = np.arange(starts.size) if axes is None else axes  # type: ignore[union-attr]
+    axes = np.arange(starts.size) if axes is None else axes
     steps = np.ones_like(starts) if steps is None else steps
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):  # type: ignore[arg-type]
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         positions = range(shape[axis])[slice(int(start), int(end), int(step))]
         at = int(axis) % len(shape)
         if len(positions) == shape[at] and step > 0:
@@ -210,10 +216,10 @@ def _pad(op: Operator) -> Any:
     """Padding as a graph operator; negative amounts cut."""
     x = op.input(0)
     shape = shape_of(x)
-    amounts, axes = op.known(1, "amounts"), op.known(3, "axes")
+    amounts, axes = op.required(1, "amounts"), op.known(3, "axes")
     axes = np.arange(len(shape)) if axes is None else axes
     before, after = np.zeros(len(shape), int), np.zeros(len(shape), int)
-    for axis, low, high in zip(axes, *np.split(amounts, 2), strict=True):  # type: ignore[arg-type]
+    for axis, low, high in zip(axes, *np.split(amounts, 2), strict=True):
         before[axis], after[axis] = low, high
     mode = op.text("mode", "constant")
     if mode != "constant":
@@ -255,9 +261,9 @@ def _mirrored(op: Operator, x: Any, before: np.ndarray, after: np.ndarray, mode:
 
 def _center_crop_pad(op: Operator) -> Any:
     x = op.input(0)
-    shape, wanted = shape_of(x), op.known(1, "a shape")
+    shape, wanted = shape_of(x), op.required(1, "a shape")
     axes = [axis % len(shape) for axis in op.ints("axes", range(len(shape)))]
-    for axis, extent in zip(axes, wanted, strict=True):  # type: ignore[arg-type]
+    for axis, extent in zip(axes, wanted, strict=True):
         spare = shape[axis] - int(extent)
         if spare > 0:
             x = op.emit(relax.op.strided_slice(x, [axis], [spare // 2], [spare // 2 + int(extent)]))
@@ -361,7 +367,7 @@ def _scatter_nd(op: Operator) -> Any:
 
 
 def _compress(op: Operator) -> Any:
-    x, chosen = op.input(0), np.flatnonzero(op.known(1, "a condition"))
+    x, chosen = op.input(0), np.flatnonzero(op.required(1, "a condition"))
     if "axis" not in op.attributes:
         x, axis = op.emit(relax.op.reshape(x, [-1])), 0
     else:
@@ -370,7 +376,7 @@ def _compress(op: Operator) -> Any:
 
 
 def _one_hot(op: Operator) -> Any:
-    indices, depth, values = op.input(0), int(op.known(1, "a depth").item()), op.input(2)  # type: ignore[union-attr]
+    indices, depth, values = op.input(0), int(op.required(1, "a depth").item()), op.input(2)
     rank = len(shape_of(indices)) + 1
     axis = op.flag("axis", -1) % rank
     wrapped = op.emit(relax.op.expand_dims(_wrapped(op, indices, depth), axis))
@@ -391,7 +397,7 @@ def _reverse_sequence(op: Operator) -> Any:
 
 
 def _top_k(op: Operator) -> Any:
-    k = int(op.known(1, "k").item())  # type: ignore[union-attr]
+    k = int(op.required(1, "k").item())
     x, axis = op.input(0), op.flag("axis", -1) % len(shape_of(op.input(0)))
     return relax.op.topk(x, k, axis, "both", bool(op.flag("largest", 1)), "int64")
 
@@ -478,7 +484,7 @@ def _is_inf(op: Operator) -> Any:
 
 def _scan_along(function: Callable[..., Any]) -> Conversion:
     def convert(op: Operator) -> Any:
-        x, axis = op.input(0), int(op.known(1, "an axis").item())  # type: ignore[union-attr]
+        x, axis = op.input(0), int(op.required(1, "an axis").item())
         axis %= len(shape_of(x))
         back = bool(op.flag("reverse"))
         x = op.emit(relax.op.flip(x, axis)) if back else x
@@ -539,6 +545,8 @@ def _leaky_relu(op: Operator) -> Any:
 
 def _prelu(op: Operator) -> Any:
     x, slope = op.inputs
+    if op.opset < 7:  # a slope for each channel, which later versions would have along the last axis
+        slope = _shaped_like_axis(op, slope, len(shape_of(x)), 1)
     below = op.emit(relax.op.less(x, op.like(0, x)))
     return relax.op.where(below, op.emit(relax.op.multiply(x, slope)), x)
 
@@ -758,7 +766,7 @@ def _kept(
         wanted = [n * stride for n, stride in zip(extents, strides, strict=True)]
     if wanted:
         total = [whole + more - size for whole, more, size in zip(full, extra, wanted, strict=True)]
-        pads = _shared_out(total, "SAME_LOWER" if automatic in ("SAME_LOWER",) else "SAME_UPPER")
+        pads = _shared_out(total, automatic)  # the odd one before, unless SAME_UPPER
         return [max(0, n) for n in pads[:rank]], wanted
     sizes = [
         whole + more - before - after
@@ -917,8 +925,8 @@ def _max_unpool(op: Operator) -> Any:
 def _col2im(op: Operator) -> Any:
     """Blocks laid out as columns, put back and summed where they overlap."""
     x = op.input(0)
-    image = [int(n) for n in op.known(1, "a shape")]  # type: ignore[union-attr]
-    block = [int(n) for n in op.known(2, "a shape")]  # type: ignore[union-attr]
+    image = [int(n) for n in op.required(1, "a shape")]
+    block = [int(n) for n in op.required(2, "a shape")]
     rank = len(image)
     strides, dilations, pads = _window(op, image, block)
     counts = [
@@ -1026,8 +1034,8 @@ def _quantize_linear(op: Operator) -> Any:
     wanted = str(tensor_dtype_to_np_dtype(kind)) if kind else "uint8"
     dtype = wanted if zero is None else dtype_of(zero)
     x = x if _is_float(x) else op.emit(relax.op.astype(x, "float32"))
-    spread = [None if part is None else _along(op, part, x, axis) for part in (scale, zero)]
-    return _quantized(op, x, *spread, dtype)
+    point = None if zero is None else _along(op, zero, x, axis)
+    return _quantized(op, x, _along(op, scale, x, axis), point, dtype)
 
 
 def _dequantized(op: Operator, x: Any, scale: Any, zero: Any, axis: int) -> Any:
@@ -1089,13 +1097,13 @@ def _resize(op: Operator) -> Any:
     shape = shape_of(x)
     axes = [axis % len(shape) for axis in op.ints("axes", range(len(shape)))]
     first = 1 if op.kind == "Upsample" or op.opset < 11 else 2
-    scales, sizes = op.known(first, "scales"), op.known(3, "sizes") if first == 2 else None
+    given, wanted = op.known(first, "scales"), op.known(3, "sizes") if first == 2 else None
     mode = op.text("mode", "nearest")
     transform = op.text("coordinate_transformation_mode", "half_pixel" if first == 2 else "asymmetric")
     roi = op.known(1, "a region") if first == 2 and transform == "tf_crop_and_resize" else None
     if op.flag("antialias") and mode != "nearest":
         transform = f"{transform}+antialias"
-    scales, sizes = _scales_and_sizes(op, [shape[axis] for axis in axes], scales, sizes)
+    scales, sizes = _scales_and_sizes(op, [shape[axis] for axis in axes], given, wanted)
     if (known := _as_an_operator(op, x, axes, sizes, scales, mode, transform)) is not None:
         return known
     for at, axis in enumerate(axes):

@@ -312,7 +312,7 @@ class _Importer(ONNXGraphImporter):
     def _definition(self, node: Any, inputs: list[Value]) -> Any:
         """The function in simpler operators that the standard gives for a node; None where it gives none."""
         try:
-            schema = onnx.defs.get_schema(node.op_type, self.opset, node.domain)
+            schema: Any = onnx.defs.get_schema(node.op_type, self.opset, node.domain)
         except onnx.defs.SchemaError:
             return None
         if schema.has_function:
