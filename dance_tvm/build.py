@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +17,6 @@ from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.options import AsJson, Model, TargetName, Threads
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import JsonLines, Progress
-from dance_tvm.show import said_of_check
 
 if TYPE_CHECKING:
     from dance_tvm.compiler.build import Built
@@ -48,6 +48,9 @@ def build(
     check: Annotated[
         bool | None,
         typer.Option(help="Run the result against its source.", show_default="unless it would take long"),
+    ] = None,
+    check_inputs: Annotated[
+        list[Path] | None, typer.Option(help="Real inputs (.npz) that the check takes beside its own; repeatable.")
     ] = None,
     numerics: Annotated[
         Literal["fast", "exact"], typer.Option(help="exact keeps the order of sums of the source.")
@@ -121,8 +124,9 @@ def build(
             place,
             target=machine,
             weights=weights,
-            shapes=shapes,
+            shapes=shapes or None,
             check=check,
+            check_inputs=check_inputs or (),
             options=options,
             debug_dump=debug_dump,
             logs_from=logs_from,
@@ -170,7 +174,8 @@ def _print(built: Built) -> None:
         if len(manifest.layers) > len(heavy):
             typer.echo(f"The {len(heavy)} heaviest of {len(manifest.layers)} layers; `dance-tvm show` lists all.")
     size = sum(file.bytes for file in manifest.files.values())
-    typer.echo(f"check      {said_of_check(manifest.check)}")
+    for head, line in zip_longest(["check"], manifest.check.lines(), fillvalue=""):
+        typer.echo(f"{head:<11}{line}")
     typer.echo(f"memory     {manifest.memory_peak_bytes / 2**20:.1f} MiB in a call")
     typer.echo(f"build      {sum(built.seconds.values()):.1f} s, {built.peak_memory_bytes / 2**30:.2f} GiB")
     kept = "" if "compile" in built.seconds else ", kept: nothing that it is made of has changed"
