@@ -13,8 +13,9 @@ import tvm
 from tvm import relax
 
 from dance_tvm.artifact.layers import LayerInfo
-from dance_tvm.core.errors import DanceError
+from dance_tvm.compiler.requests import require_buildable
 from dance_tvm.lowering.gpu_windows import GpuLowering
+from dance_tvm.lowering.lower_norms import LowerNorms
 from dance_tvm.lowering.lower_windows import LowerWindows
 from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine, excess_cycles
@@ -28,8 +29,10 @@ from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.keep_nan import KEEP_NAN
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
+from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
+from dance_tvm.transform.whole_pools import WholePools
 from dance_tvm.tuning.group_logs import group_cost
 
 if TYPE_CHECKING:
@@ -71,10 +74,7 @@ def lower(
 ) -> Lowered:
     """Turn an imported Relax module into one whose every operator has a kernel for ``target``."""
     machine, gpu = machine_of(target), gpu_of(target)
-    if options.dtype != "float32" and not (target.gpu and target.gpu.fp16):
-        raise DanceError(
-            f"{target.name} cannot store half precision: leave --dtype out, or name a GPU target with fp16"
-        )
+    require_buildable(target, options.dtype, options.interface)
     lower_windows = LowerWindows(
         gpu or machine,
         sparsity=options.sparsity == "auto",
@@ -96,12 +96,13 @@ def lower(
                 relax.transform.DeadCodeElimination(),
             ],
         ),
-        ("fold batch norm", [FoldBatchNorm(), *narrow]),
+        ("fold batch norm", [WholePools(), NormsByClip(), FoldBatchNorm(), *narrow]),
         (
             "channels last",
             [ChannelsLast(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
         ),
         ("sparse kernels", [lower_windows]),
+        ("norms", [LowerNorms(gpu or machine, options.threads)]),
         (
             "other operators",
             [
