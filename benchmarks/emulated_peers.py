@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.places import cache_folder
 from dance_tvm.device.emulator import GLIBC_2_36, PYTHON, python_command
-from dance_tvm.models.fetch import cache_folder
 
 from .instructions import count_calls
 from .peers import Case, mnn_model

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from dance_tvm.core.cli import application, start
+from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.files import require_suffix
 from dance_tvm.core.options import AsJson, Devices
+from dance_tvm.core.printing import print_table
+from dance_tvm.core.progress import JsonLines, Progress
 
 if TYPE_CHECKING:
     from dance_tvm.benchmarking.results import Measured, Profile, Results
@@ -23,7 +24,14 @@ REGRESSION = 3
 app = application()
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "dance-tvm bench artifacts/c3d-host",
+        "dance-tvm bench artifacts/pruned --dense artifacts/dense --clips videos/ --out results.json",
+        "dance-tvm bench artifacts/c3d-host --against results.json",
+        "dance-tvm bench artifacts/c3d-phone --device tracker://127.0.0.1:9190/phone --trace trace.json",
+    )
+)
 def bench(
     artifacts: Annotated[list[Path], typer.Argument(help="Folders written by `dance-tvm build`.")],
     dense: Annotated[Path | None, typer.Option(help="The dense network's artifact, measured in turns.")] = None,
@@ -44,15 +52,31 @@ def bench(
     call_timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for one upload step or measurement.")] = 600.0,
     against: Annotated[Path | None, typer.Option(help="Earlier results; exit code 3 if now slower.")] = None,
     threshold: Annotated[float, typer.Option(min=0.0, help="How much slower is a regression.")] = 0.05,
-    out: Annotated[Path | None, typer.Option(help="Write the results (JSON) here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results (.json) here.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write each kernel of a run here (.json), for Perfetto or chrome://tracing.")
+    ] = None,
     as_json: AsJson = False,
+    json_lines: JsonLines = False,
 ) -> None:
     """Time artifacts on devices: how long, how steady, by clip, by layer, against dense, against the work saved."""
-    from dance_tvm.benchmarking.campaign import Plan, run
-    from dance_tvm.benchmarking.results import read_results, write_results
-
     if cluster and cpus:
         raise DanceError("give --cluster or --cpus, not both")
+    if trace and not layers:
+        raise DanceError("--trace shows layers: leave --no-layers out")
+    for path, option in ((out, "--out"), (trace, "--trace")):
+        if path is not None:
+            require_suffix(path, option, (".json",))
+    own_cpus = parse_cpus(cpus) if cpus else None
+    for artifact in [*artifacts, *([dense] if dense else [])]:
+        if not artifact.is_dir():
+            raise DanceError(f"there is no artifact {artifact}: `dance-tvm build` writes one")
+    from dance_tvm.benchmarking.results import read_results
+
+    baseline = read_results(against) if against else None
+    from dance_tvm.benchmarking.campaign import Plan, run
+    from dance_tvm.benchmarking.results import write_results
+
     plan = Plan(
         artifacts=artifacts,
         dense=dense,
@@ -65,21 +89,23 @@ def bench(
         layers=layers,
         threads=threads,
         cluster=cluster,
-        cpus=parse_cpus(cpus) if cpus else None,
+        cpus=own_cpus,
         cool_down=cool_down,
         timeout=timeout,
         call_timeout=call_timeout,
-        against=read_results(against) if against else None,
+        against=baseline,
         threshold=threshold,
+        trace=trace,
         command=shlex.join(["dance-tvm", "bench", *sys.argv[_own_arguments() :]]),
     )
-    messages = Console(stderr=True)
-    results = run(plan, (lambda _sentence: None) if as_json else messages.print)
+    progress = Progress(as_json, json_lines)
+    results = run(plan, lambda sentence: progress.tell("step", sentence))
     if out:
         write_results(out, results)
+    progress.result(results.model_dump())
     if as_json:
         typer.echo(results.model_dump_json(indent=1))
-    else:
+    elif not json_lines:
         _print(results)
     if any(verdict.verdict == "slower" for verdict in results.verdicts):
         raise typer.Exit(REGRESSION)
@@ -102,74 +128,81 @@ def _own_arguments() -> int:
 
 
 def _print(results: Results) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 180)
     for device in results.devices:
-        console.print(_summary(device.spec, device.measured))
+        _print_summary(device.spec, device.measured)
         for item in device.measured:
             if item.profile:
-                console.print(_layers(item.name, item.profile))
+                _print_layers(item.name, item.profile)
             if item.clips:
-                console.print(_clips(item))
+                _print_clips(item)
             if item.single_stream:
-                console.print(_stream(item.name, item.single_stream))
+                typer.echo(_stream(item.name, item.single_stream))
         for warning in device.warnings:
-            console.print(f"[yellow]![/] {warning}")
+            typer.echo(f"! {warning}")
     for pair in results.pairs:
         saved = f", {pair.mac_reduction:.2f}x fewer MACs" if pair.mac_reduction else ""
         ratio = f", {pair.efficiency:.0%} of the saving became speed" if pair.efficiency else ""
-        console.print(
+        typer.echo(
             f"{pair.device}: {pair.sparse} is {pair.speed_up:.2f}x as fast as {pair.dense} "
             f"(95% between {pair.low:.2f} and {pair.high:.2f}){saved}{ratio}"
         )
     for verdict in results.verdicts:
         how = "in turns" if verdict.interleaved else "at another time"
-        console.print(
-            f"{verdict.device}: {verdict.artifact} is {verdict.verdict}: {verdict.ratio:.3f} of the baseline's time "
-            f"(95% between {verdict.low:.3f} and {verdict.high:.3f}, measured {how})"
+        what = "its library is identical, so the ratio is the machine's" if verdict.identical else f"measured {how}"
+        typer.echo(
+            f"{verdict.device}: {verdict.artifact} is {_VERDICTS[verdict.verdict]}: {verdict.ratio:.3f} of its time "
+            f"(95% between {verdict.low:.3f} and {verdict.high:.3f}, {what})"
         )
 
 
-def _summary(spec: str, measured: list[Measured]) -> Table:
+_VERDICTS = {
+    "faster": "faster than the baseline",
+    "same": "as fast as the baseline",
+    "slower": "slower than the baseline",
+    "undecided": "not told apart from the baseline",
+}
+
+
+def _print_summary(spec: str, measured: list[Measured]) -> None:
     heads = ["artifact", "role", "p50 ms", "p90 ms", "p99 ms", "spread", "runs", "frames/s", "GMACs done", "of dense"]
-    table = Table(*heads, "GFLOP/s", "of peak", "peak MiB", "mJ", title=spec)
+    rows = []
     for item in measured:
         times = [f"{1e3 * value:.3f}" for value in (item.latency.p50, item.latency.p90, item.latency.p99)]
         done, kept = item.executed_macs, None
         if done is not None and item.macs:
             kept = f"{done / item.macs:.0%}"
-        joules = f"{1e3 * item.energy.joules:.2f} ({item.energy.kind})" if item.energy else "-"
+        joules = f"{1e3 * item.energy.joules:.2f}" if item.energy else "-"
         memory = f"{item.peak_memory_bytes / 2**20:.0f}" if item.peak_memory_bytes else "-"
-        table.add_row(
+        rows.append([
             item.artifact, item.role, *times, f"{item.latency.spread:.1%}", str(item.latency.runs),
             f"{item.frames_per_second:.0f}", "-" if done is None else f"{done / 1e9:.3f}", kept or "-",
             "-" if item.gflops is None else f"{item.gflops:.1f}",
             "-" if item.share_of_peak is None else f"{item.share_of_peak:.0%}", memory, joules,
-        )  # fmt: skip
-    return table
+            item.energy.kind if item.energy else "-",
+        ])  # fmt: skip
+    print_table([*heads, "GFLOP/s", "of peak", "peak MiB", "mJ", "energy"], rows, title=spec)
 
 
-def _layers(name: str, profile: Profile) -> Table:
-    title = f"{name} by layer, {profile.clip}: {profile.explained:.0%} of the whole explained"
-    heads = ["layer", "kernel", "ms", "MMACs done", "of dense", "frames", "positions", "channels in / out"]
-    table = Table(*heads, "GFLOP/s", "MB", title=title)
-    for layer in profile.layers:
-        channels = f"{_share(layer.kept_channels_in)} / {_share(layer.kept_channels_out)}"
-        table.add_row(
+def _print_layers(name: str, profile: Profile) -> None:
+    heads = ["layer", "kernel", "ms", "MMACs done", "of dense", "frames", "positions", "channels in", "channels out"]
+    rows = [
+        [
             layer.name, layer.kernel, f"{1e3 * layer.seconds:.3f}", f"{layer.executed_macs / 1e6:.2f}",
             _share(layer.executed_macs / layer.macs if layer.macs else None), _share(layer.kept_frames),
-            _share(layer.kept_positions), channels, f"{layer.gflops:.1f}", f"{layer.bytes / 1e6:.2f}",
-        )  # fmt: skip
-    return table
+            _share(layer.kept_positions), _share(layer.kept_channels_in), _share(layer.kept_channels_out),
+            f"{layer.gflops:.1f}", f"{layer.bytes / 1e6:.2f}",
+        ]
+        for layer in profile.layers
+    ]  # fmt: skip
+    title = f"{name} by layer, {profile.clip}: {profile.explained:.0%} of the whole explained"
+    print_table([*heads, "GFLOP/s", "MB"], rows, title=title)
 
 
-def _clips(item: Measured) -> Table:
-    table = Table("clip", "p50 ms", "p90 ms", "MACs kept", title=f"{item.name} by clip")
-    for clip in item.clips:
-        table.add_row(clip.name, f"{1e3 * clip.p50:.3f}", f"{1e3 * clip.p90:.3f}", _share(clip.kept))
+def _print_clips(item: Measured) -> None:
+    rows = [[clip.name, f"{1e3 * clip.p50:.3f}", f"{1e3 * clip.p90:.3f}", _share(clip.kept)] for clip in item.clips]
     correlation = item.correlation
-    if correlation is not None:
-        table.caption = f"correlation of latency and MACs kept: {correlation:.2f}"
-    return table
+    caption = "" if correlation is None else f"correlation of latency and MACs kept: {correlation:.2f}"
+    print_table(["clip", "p50 ms", "p90 ms", "MACs kept"], rows, f"{item.name} by clip", caption)
 
 
 def _stream(name: str, figures: dict[str, float]) -> str:

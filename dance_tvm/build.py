@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.status import Status
-from rich.table import Table
 
-from dance_tvm.core.cli import application, start
-from dance_tvm.core.errors import DanceError
+from dance_tvm.compiler import requests
+from dance_tvm.core.cli import application, examples, start
+from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.options import AsJson, Model, TargetName, Threads
+from dance_tvm.core.printing import print_table
+from dance_tvm.core.progress import JsonLines, Progress
+from dance_tvm.show import said_of_check
 
 if TYPE_CHECKING:
     from dance_tvm.compiler.build import Built
@@ -27,7 +28,13 @@ _SHOWN_LAYERS = 12
 app = application()
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "dance-tvm build --model c3d-mini",
+        "dance-tvm build --model net.pt2 --target snapdragon --out artifacts/net-phone",
+        "dance-tvm build --model net.onnx --shape clip=1x3x16x112x112 --logs lab-logs --json-lines",
+    )
+)
 def build(
     target: TargetName = "host",
     model: Model = DEFAULT_MODEL,
@@ -46,6 +53,9 @@ def build(
     ] = "fast",
     conv: Annotated[Literal["auto", "direct", "winograd"], typer.Option(help="Convolution algorithm.")] = "auto",
     sparsity: Annotated[Literal["auto", "off"], typer.Option(help="off computes what masks would skip.")] = "auto",
+    logs: Annotated[
+        Path | None, typer.Option(help="Use the tuning logs of this folder alone, as `tune --logs` wrote them.")
+    ] = None,
     logs_from: Annotated[str | None, typer.Option(help="Use the tuning logs of this target instead.")] = None,
     dtype: Annotated[
         Literal["float32", "float16"],
@@ -59,15 +69,33 @@ def build(
         Literal["tvm", "c"],
         typer.Option(help="c adds a C interface to the library, which then runs without TVM (docs/c-interface.md)."),
     ] = "tvm",
+    reuse: Annotated[
+        bool, typer.Option(help="Keep what --out holds where the same network, target, options and versions made it.")
+    ] = True,
     debug_dump: Annotated[Path | None, typer.Option(help="Write the IR after every phase to this folder.")] = None,
     as_json: AsJson = False,
+    json_lines: JsonLines = False,
 ) -> None:
     """Compile a trained network into a verified artifact: one folder that a device can run."""
     from dance_tvm.machines.target import load_target
 
+    # All that can be told before the seconds that loading the compiler takes.
     shapes = dict(map(_shape, shape or []))
-    machine = load_target(target)  # told before the second that importing the compiler takes
-    with _Progress(Console(stderr=True), quiet=as_json) as progress:
+    machine = load_target(target)
+    requests.require_buildable(machine, dtype, interface)
+    requests.require_model(model)
+    requests.require_weights(weights)
+    if logs is not None and not logs.is_dir():
+        raise DanceError(f"there is no folder of tuning logs {logs}: `dance-tvm tune --logs` makes one")
+    if machine.tuning_log == "host-x86-64-sse":
+        said = "this processor has no AVX2: kernels for it use SSE, which nobody has measured; --target names others"
+        warnings.warn(said, DanceWarning, stacklevel=2)
+    if requests.is_untrained(model, weights):
+        said = f"{model} is built with random weights: give trained ones with --weights, or train it first"
+        warnings.warn(said, DanceWarning, stacklevel=2)
+    place = out or requests.default_out(model, machine)
+    with Progress(as_json, json_lines) as progress:
+        progress.phase("load the compiler")
         from dance_tvm.compiler.build import build_network
         from dance_tvm.compiler.pipeline import Options
 
@@ -79,10 +107,11 @@ def build(
             device_code=device_code,
             dtype=dtype,
             interface=interface,
+            logs=logs,
         )
         built = build_network(
             model,
-            out or Path("artifacts") / f"{Path(model).stem}-{machine.name}",
+            place,
             target=machine,
             weights=weights,
             shapes=shapes,
@@ -90,12 +119,14 @@ def build(
             options=options,
             debug_dump=debug_dump,
             logs_from=logs_from,
+            reuse=reuse and debug_dump is None,
             on_phase=progress.phase,
         )
+    progress.result(_facts(built))
     if as_json:
         typer.echo(json.dumps(_facts(built), indent=2))
-    else:
-        _print(Console(), built)
+    elif not json_lines:
+        _print(built)
 
 
 def _shape(given: str) -> tuple[str, tuple[int, ...]]:
@@ -105,32 +136,6 @@ def _shape(given: str) -> tuple[str, tuple[int, ...]]:
     if not name or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise DanceError(f"--shape {given} is not the name of an input and its extents, as in clip=1x3x16x112x112")
     return name, tuple(int(part) for part in parts)
-
-
-class _Progress:
-    """One line a phase on standard error, with a spinner while it lasts where somebody watches."""
-
-    def __init__(self, console: Console, quiet: bool) -> None:
-        self._console, self._quiet = console, quiet
-        self._status: Status | Any = nullcontext() if quiet else console.status("start")
-        self._running = ""
-
-    def __enter__(self) -> _Progress:
-        self._status.__enter__()
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        if raised[0] is None:
-            self.phase("")
-        self._status.__exit__(*raised)
-
-    def phase(self, name: str) -> None:
-        if self._quiet:
-            return
-        if self._running:
-            self._console.print(f"[green]✓[/] {self._running}")
-        self._running = name
-        self._status.update(name)
 
 
 def _facts(built: Built) -> dict[str, Any]:
@@ -143,28 +148,25 @@ def _facts(built: Built) -> dict[str, Any]:
     }
 
 
-def _print(console: Console, built: Built) -> None:
+def _print(built: Built) -> None:
     manifest = built.artifact.manifest
-    table = Table("layer", "kernel", "MACs", "can skip", "why", title=f"{manifest.name} for {manifest.target.name}")
     heavy = sorted(manifest.layers, key=lambda layer: -layer.macs)[:_SHOWN_LAYERS]
-    for layer in (layer for layer in manifest.layers if layer in heavy):
-        table.add_row(layer.name, layer.kernel, f"{layer.macs:,}", ", ".join(layer.skips), layer.reason)
-    if manifest.layers:
-        console.print(table)
+    rows = [
+        [layer.name, layer.kernel, f"{layer.macs:,}", ", ".join(layer.skips), layer.reason]
+        for layer in manifest.layers
+        if layer in heavy
+    ]
+    if rows:
+        heads = ["layer", "kernel", "MACs", "can skip", "why"]
+        print_table(heads, rows, title=f"{manifest.name} for {manifest.target.name}")
         if len(manifest.layers) > len(heavy):
-            console.print(f"The {len(heavy)} heaviest of {len(manifest.layers)} layers; the manifest lists all.")
-    check = manifest.check
-    if check.status == "passed":
-        said = f"passed on {check.device}: largest difference {check.difference:.2g}, allowed {check.allowed:.2g}"
-    else:
-        said = f"not run: {check.reason}"
+            typer.echo(f"The {len(heavy)} heaviest of {len(manifest.layers)} layers; `dance-tvm show` lists all.")
     size = sum(file.bytes for file in manifest.files.values())
-    console.print(f"check      {said}", highlight=False)
-    console.print(f"memory     {manifest.memory_peak_bytes / 2**20:.1f} MiB in a call", highlight=False)
-    console.print(
-        f"build      {sum(built.seconds.values()):.1f} s, {built.peak_memory_bytes / 2**30:.2f} GiB", highlight=False
-    )
-    console.print(f"artifact   {built.artifact.path} ({size / 2**20:.1f} MiB)", highlight=False)
+    typer.echo(f"check      {said_of_check(manifest.check)}")
+    typer.echo(f"memory     {manifest.memory_peak_bytes / 2**20:.1f} MiB in a call")
+    typer.echo(f"build      {sum(built.seconds.values()):.1f} s, {built.peak_memory_bytes / 2**30:.2f} GiB")
+    kept = "" if "compile" in built.seconds else ", kept: nothing that it is made of has changed"
+    typer.echo(f"artifact   {built.artifact.path} ({size / 2**20:.1f} MiB){kept}")
 
 
 if __name__ == "__main__":

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
-from dance_tvm.core.cli import application, start
+from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.options import AsJson
+from dance_tvm.core.printing import framed, plain, print_table
 
 TRACKER = "127.0.0.1:9190"
 PROBE_TIMEOUT_S = 5.0
@@ -38,7 +37,7 @@ class Server:
     health: str = ""
 
 
-@app.command("list")
+@app.command("list", epilog=examples("dance-tvm device list", "dance-tvm device list --tracker farm:9190 --probe"))
 def list_devices(
     tracker: Tracker = TRACKER,
     probe: Probe = False,
@@ -49,10 +48,10 @@ def list_devices(
     if as_json:
         typer.echo(json.dumps({"servers": [asdict(server) for server in servers], "waiting": waiting}, indent=2))
     else:
-        Console(width=None if sys.stdout.isatty() else 120).print(_table(tracker, servers, waiting))
+        print_table(_HEADS, _rows(servers, waiting), title=f"devices of {tracker}")
 
 
-@app.command()
+@app.command(epilog=examples("dance-tvm device watch", "dance-tvm device watch --every 10 --probe"))
 def watch(
     tracker: Tracker = TRACKER,
     probe: Probe = False,
@@ -60,28 +59,30 @@ def watch(
     times: Annotated[int | None, typer.Option(min=1, help="Looks to take.", show_default="until Ctrl-C")] = None,
 ) -> None:
     """Show the tracker's devices again and again; a tracker that went away is waited for."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    from rich.live import Live
+
+    watched = sys.stdout.isatty()
     looks = 0
-    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
+    with Live(auto_refresh=False) if watched else nullcontext() as live:
         while times is None or looks < times:
-            shown = _shown(tracker, probe)
+            shown = _shown(tracker, probe, framed if live else plain)
             if live:
                 live.update(shown, refresh=True)
             else:
-                console.print(shown)
+                print(shown, flush=True)
             looks += 1
             if times is None or looks < times:
                 time.sleep(every)
 
 
-def _shown(tracker: str, probe: bool) -> Table | str:
+def _shown(tracker: str, probe: bool, form: Callable[..., Any]) -> Any:
     try:
-        return _table(tracker, *look(tracker, probe))
+        return form(_HEADS, _rows(*look(tracker, probe)), title=f"devices of {tracker}")
     except DanceError as error:
         return f"{time.strftime('%H:%M:%S')}  {error}"
 
 
-@app.command()
+@app.command(epilog=examples("dance-tvm device phone tvm-arm64 --key pixel"))
 def phone(
     folder: Annotated[Path, typer.Argument(help="Folder with tvm_rpc and its libraries for arm64 (docs/devices.md).")],
     tracker: Annotated[str, typer.Option(help="HOST:PORT of the tracker that the phone registers with.")] = TRACKER,
@@ -98,7 +99,7 @@ def phone(
         raise DanceError(f"a phone on a cable reaches this machine alone: start the tracker here, not on {host}")
     adb = Adb(serial)
     with adb.server(folder, key, tracker_port, port) as server:
-        Console(stderr=True).print(f"phone {adb.serial} serves tracker://{tracker}/{key}; Ctrl-C ends it")
+        print(f"phone {adb.serial} serves tracker://{tracker}/{key}; Ctrl-C ends it", file=sys.stderr, flush=True)
         server.process.wait()
         last_words = server.last_words()
     raise DanceError(f"the server on phone {adb.serial} ended: {last_words}")
@@ -151,15 +152,15 @@ def _probe(host: str, port: int, free: dict[str, int]) -> dict[str, dict]:
     return told
 
 
-def _table(tracker: str, servers: list[Server], waiting: dict[str, int]) -> Table:
-    colours = {"free": "green", "busy": "yellow", "free or busy": "yellow", "lost": "red"}
-    table = Table("key", "server", "state", "waiting", "health", title=f"devices of {tracker}")
-    for server in servers:
-        state = f"[{colours[server.state]}]{server.state}[/]"
-        table.add_row(server.key, server.address, state, str(waiting.get(server.key, 0)), server.health)
-    for key in sorted(set(waiting) - {server.key for server in servers}):
-        table.add_row(key, "-", "[red]no such device[/]", str(waiting[key]), "")
-    return table
+_HEADS = ["key", "server", "state", "waiting", "health"]
+
+
+def _rows(servers: list[Server], waiting: dict[str, int]) -> list[list[str]]:
+    rows = [
+        [server.key, server.address, server.state, str(waiting.get(server.key, 0)), server.health] for server in servers
+    ]
+    absent = sorted(set(waiting) - {server.key for server in servers})
+    return rows + [[key, "-", "no such device", str(waiting[key]), ""] for key in absent]
 
 
 if __name__ == "__main__":

@@ -11,19 +11,19 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from dance_tvm.core.cli import application, start
+from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.options import AsJson
+from dance_tvm.core.printing import print_table
+from dance_tvm.core.progress import Progress
 
 # The pair that is known to work; newer ffi releases crash in tvm.ir.save_json.
 TVM = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
@@ -47,13 +47,14 @@ class Finding:
     mend: str = ""
 
 
-@app.command()
+@app.command(epilog=examples("dance-tvm doctor", "dance-tvm doctor --tracker 127.0.0.1:9190"))
 def doctor(
     tracker: Annotated[str | None, typer.Option(help="HOST:PORT of an RPC tracker that should answer.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what works on this machine, and what mends the rest. Exit code 1 if something needed is broken."""
-    findings = examine(tracker)
+    with Progress(quiet=as_json) as progress:
+        findings = examine(tracker, progress.phase)
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -62,8 +63,8 @@ def doctor(
         raise typer.Exit(BROKEN)
 
 
-def examine(tracker: str | None = None) -> list[Finding]:
-    """Look at everything; nothing here can crash this process or wait for ever."""
+def examine(tracker: str | None = None, on_look: Callable[[str], object] = lambda _name: None) -> list[Finding]:
+    """Look at everything; nothing here can crash this process or wait for ever. ``on_look`` hears what is next."""
     looks: list[Callable[[], Finding]] = [
         python,
         versions,
@@ -75,8 +76,13 @@ def examine(tracker: str | None = None) -> list[Finding]:
         cuda,
         adb,
     ]
-    findings = [look() for look in looks]
-    return [*findings, tracker_answers(tracker)] if tracker else findings
+    if tracker:
+        looks.append(partial(tracker_answers, tracker))
+    findings = []
+    for look in looks:
+        on_look(_LOOKS.get(look, "tracker"))
+        findings.append(look())
+    return findings
 
 
 def python() -> Finding:
@@ -191,6 +197,19 @@ def tracker_answers(address: str) -> Finding:
     return Finding("tracker", "works", f"{address} has {', '.join(keys) or 'no devices'}")
 
 
+_LOOKS: dict[Callable[..., Finding], str] = {
+    python: "python",
+    versions: "versions of TVM",
+    save_json: "TVM and its ffi, in a process of its own",
+    compile_and_run: "code generator, in a process of its own",
+    linker: "linker",
+    ndk: "android ndk",
+    emulator: "emulated device",
+    cuda: "cuda compiler",
+    adb: "adb",
+}
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -219,12 +238,8 @@ def _probe(code: str) -> str:
 
 
 def _print(findings: list[Finding]) -> None:
-    colours = {"works": "green", "missing": "yellow", "broken": "red"}
-    table = Table("", "", "seen", "mended by")
-    for finding in findings:
-        state = f"[{colours[finding.state]}]{finding.state}[/]"
-        table.add_row(finding.name, state, escape(finding.seen), escape(finding.mend))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    rows = [[finding.name, finding.state, finding.seen, finding.mend] for finding in findings]
+    print_table(["", "", "seen", "mended by"], rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from dance_tvm.core.cli import application, start
+from dance_tvm.core.cli import application, examples, start
+from dance_tvm.core.files import require_suffix
 
 app = application()
 
@@ -25,7 +26,9 @@ Form = Literal["html", "markdown", "json"]
 SUFFIXES: dict[Form, str] = {"html": ".html", "markdown": ".md", "json": ".json"}
 
 
-@app.command()
+@app.command(
+    epilog=examples("dance-tvm report results.json", "dance-tvm report results.json --format markdown --paper dance")
+)
 def report(
     results: Annotated[Path, typer.Argument(help="Results written by `dance-tvm bench --out`.")],
     out: Annotated[Path | None, typer.Option(help="File to write.", show_default="beside the results")] = None,
@@ -34,6 +37,8 @@ def report(
     tuning: Annotated[list[Path] | None, typer.Option(help="Tuning log to draw the curve of; repeatable.")] = None,
 ) -> None:
     """Turn measurements into one page that works offline, or into Markdown."""
+    if out is not None and form is None:
+        require_suffix(out, "--out", tuple(SUFFIXES.values()))
     from dance_tvm.benchmarking.results import read_results
     from dance_tvm.reporting.page import html, markdown, write_text
 

@@ -4,35 +4,50 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from dance_tvm.core.cli import application, start
+from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.printing import print_table
+from dance_tvm.core.progress import JsonLines, Progress
+from dance_tvm.core.verbosity import level
 
 app = application()
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "dance-tvm train --method aap --target-macs 50% --epochs 20",
+        "dance-tvm train --method kgs --model c3d --data ucf101:/data/ucf101 --init dense.safetensors --rate 2.6",
+        "dance-tvm train --resume --out trained/c3d-mini-aap",
+    )
+)
 def main(
-    method: Annotated[str, typer.Option(help="dense, ava, aap, kgs or dstep")] = "aap",
+    method: Annotated[
+        Literal["dense", "ava", "aap", "kgs", "dstep"], typer.Option(help="how work is to be left out; dense: not")
+    ] = "aap",
     model: Annotated[str, typer.Option(help="a network of dance_tvm.models")] = "c3d-mini",
     data: Annotated[
         str, typer.Option(help="motion-digits, ucf101:FOLDER, hmdb51:FOLDER, transnet:VIDEO+VIDEO")
     ] = "motion-digits",
-    out: Annotated[Path, typer.Option(help="folder for checkpoint, curves, model and card")] = Path("trained"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder for checkpoint, curves, model and card", show_default="trained/MODEL-METHOD"),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     batch: Annotated[int, typer.Option(min=1, help="clips a step, in each process")] = 32,
     lr: Annotated[float, typer.Option(min=0)] = 1e-3,
-    optimizer: Annotated[str, typer.Option(help="adam or sgd")] = "adam",
+    optimizer: Annotated[Literal["adam", "sgd"], typer.Option()] = "adam",
     init: Annotated[
         Path | None, typer.Option(help="weights to start from: model.safetensors of an earlier run")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that --out holds")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's")] = None,
     amp: Annotated[bool, typer.Option(help="mixed precision on a GPU")] = True,
@@ -48,8 +63,15 @@ def main(
     ] = None,
     export: Annotated[bool, typer.Option(help="write model.pt2 for `dance-tvm build --model`")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print the card as JSON and nothing else")] = False,
+    json_lines: JsonLines = False,
 ) -> None:
     """Trains and leaves model.safetensors, card.json, curves.csv and a checkpoint in --out."""
+    from dance_tvm.models.registry import entry
+
+    entry(model)  # told before the seconds that loading PyTorch takes
+    out = out or Path("trained") / f"{model}-{method}"
+    if not (resume or overwrite):
+        _require_no_run(out)
     named = {
         "target_macs": target_macs,
         "algorithm": algorithm,
@@ -58,17 +80,30 @@ def main(
         "target_flops": target_flops,
     }
     options = {name: value for name, value in named.items() if value is not None} | _parsed(option or [])
+    progress = Progress(as_json, json_lines)
     result = run(
         method=method, model=model, data=data, out=out, epochs=epochs, batch=batch, lr=lr, optimizer=optimizer,
         init=init, resume=resume, seed=seed, threads=threads, amp=amp, options=options,
-        console=None if as_json else Console(stderr=True),
+        console=None if as_json or json_lines or level() < 0 else Console(stderr=True),
+        on_epoch=lambda row: progress.tell("epoch", "", **{str(name): value for name, value in row.items()}),
     )  # fmt: skip
     if export and int(os.environ.get("RANK", "0")) == 0:
         write_export(result, out / "model.pt2")
+    progress.result(result.card)
     if as_json:
         typer.echo(json.dumps(result.card))
-    else:
-        Console().print(_table(result.metrics, result.folder))
+    elif not json_lines:
+        rows = [[name, f"{value:.6g}"] for name, value in result.metrics.items()]
+        print_table(["figure", "value"], rows, title=f"best epoch, written to {result.folder}")
+
+
+def _require_no_run(folder: Path) -> None:
+    """Raise DanceError where a run, finished or not, would be lost."""
+    for name, state in (("card.json", "a finished run"), ("checkpoint.safetensors", "a run that is not finished")):
+        if (folder / name).exists():
+            raise DanceError(
+                f"{folder} holds {state}: --resume goes on with it, --overwrite replaces it, or choose another --out"
+            )
 
 
 def run(
@@ -83,6 +118,7 @@ def run(
     threads: int | None = None,
     seed: int = 0,
     console: Console | None = None,
+    on_epoch: Callable[[dict[str, float]], object] | None = None,
     **settings: Any,
 ) -> Any:
     """What the command does; returns `dance_tvm.sparsity.training.Result`. Raises DanceError for bad input."""
@@ -108,7 +144,7 @@ def run(
         given = {} if channels == models.entry(model).input_shape[0] else {"in_channels": channels}
         network = models.create(model, num_classes=classes, seed=seed, **given)
         task = training.Classification()
-    return training.train(chosen, network, splits, out, resume=resume, task=task, console=console)
+    return training.train(chosen, network, splits, out, resume=resume, task=task, console=console, on_epoch=on_epoch)
 
 
 def _published_or_seeded(model: str, seed: int) -> Any:
@@ -146,13 +182,6 @@ def _parsed(pairs: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name] = value
     return options
-
-
-def _table(metrics: dict[str, float], folder: Path) -> Table:
-    table = Table("figure", "value", title=f"best epoch, written to {folder}")
-    for name, value in metrics.items():
-        table.add_row(name, f"{value:.6g}")
-    return table
 
 
 if __name__ == "__main__":

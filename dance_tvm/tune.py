@@ -9,22 +9,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
-from dance_tvm.core.cli import application, start
+from dance_tvm.compiler.requests import require_model
+from dance_tvm.core.cli import INTERRUPTED, application, examples, start
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.files import require_suffix
 from dance_tvm.core.options import AsJson, Devices, Model, TargetName, Threads
+from dance_tvm.core.printing import framed, print_table
+from dance_tvm.core.progress import JsonLines, Progress
+from dance_tvm.core.verbosity import level
 
 if TYPE_CHECKING:
+    from dance_tvm.machines.target import Target
     from dance_tvm.schedules.workload import Workload
     from dance_tvm.tuning.tuner import Tuner
 
 app = application()
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "dance-tvm tune --model c3d-mini --trials 64",
+        "dance-tvm tune --model net.pt2 --target snapdragon --device tracker://127.0.0.1:9190/phone",
+        "dance-tvm tune --model net.pt2 --logs lab-logs && dance-tvm build --model net.pt2 --logs lab-logs",
+    )
+)
 def tune(
     model: Model = "c3d-mini",
     target: TargetName = "host",
@@ -42,10 +51,11 @@ def tune(
     threads: Threads = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Trials that are built at once.")] = None,
     trial_timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a trial is ended.")] = 30.0,
-    logs: Annotated[Path | None, typer.Option(help="Folder of the logs.", show_default="the package's own")] = None,
+    logs: Annotated[Path | None, typer.Option(help="Folder of the logs.", show_default="own logs")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the search to this .html file.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
     as_json: AsJson = False,
+    json_lines: JsonLines = False,
 ) -> None:
     """Search the fastest tiles for a network on a real device, and keep them in the target's tuning log."""
     if trials < 1:
@@ -56,22 +66,28 @@ def tune(
         raise DanceError("--density must lie between 0 and 1, 1 included")
     if plot is not None and find_spec("plotly") is None:
         raise DanceError("--plot needs plotly: install it with `pip install plotly`")
-    from dance_tvm.compiler.pipeline import gpu_of, machine_of
+    if plot is not None:
+        require_suffix(plot, "--plot", (".html",))
     from dance_tvm.machines.host import available_cores
     from dance_tvm.machines.target import load_target
+
+    machine = load_target(target)
+    axes = _axes(masks)
+    require_devices_of(machine, device or ["local"])
+    require_model(model)
+    from dance_tvm.compiler.pipeline import gpu_of, machine_of
     from dance_tvm.tuning.farm import Farm
     from dance_tvm.tuning.libraries import require_gpu
     from dance_tvm.tuning.tuner import Plan, Tuner
     from dance_tvm.tuning.workloads import layers_of
 
-    machine = load_target(target)
     found = layers_of(
         model,
         machine,
         weights=weights,
         threads=threads,
         densities=density or [],
-        lists=_axes(masks),
+        lists=axes,
         only=layers or [],
         conv=conv,
         clips=clips,
@@ -80,15 +96,33 @@ def tune(
     with Farm(device or ["local"], trial_timeout) as farm:
         require_gpu(farm, str(machine.tvm["kind"]))
         tuner = Tuner(machine, gpu_of(machine) or machine_of(machine), found, farm, plan, logs)
-        _search(tuner, Console(stderr=True), quiet=as_json)
+        progress = Progress(as_json, json_lines)
+        _search(tuner, progress, watched=sys.stderr.isatty() and not as_json and not json_lines and level() >= 0)
     if plot is not None:
         _plot(tuner, plot)
+    progress.result(facts(tuner))
     if as_json:
         typer.echo(json.dumps(facts(tuner), indent=2))
-    else:
-        _print(Console(), tuner)
+    elif not json_lines:
+        _print(tuner)
     if tuner.lost:
         raise DanceError(f"the devices are gone ({tuner.lost}); what was measured is in {_logs(tuner)}")
+    if tuner.stopped:
+        raise typer.Exit(INTERRUPTED)
+
+
+def require_devices_of(machine: Target, devices: list[str]) -> None:
+    """Raise DanceError where a device is known not to be the target: its times would be taken for the target's."""
+    from dance_tvm.machines.target import load_target
+
+    for spec in devices:
+        if spec == "local" and machine.gpu is None and machine.fingerprint != load_target("host").fingerprint:
+            raise DanceError(
+                f"--device local is this machine and not {machine.name}: what is measured here says nothing of it; "
+                f"give --device rpc://… or tracker://… of such a device, or --target host"
+            )
+        if spec == "emulator" and (machine.gpu is not None or machine.link.machine != "aarch64"):
+            raise DanceError(f"--device emulator is an aarch64 processor, which {machine.name} is not")
 
 
 def _axes(masks: str) -> list[str]:
@@ -100,17 +134,20 @@ def _axes(masks: str) -> list[str]:
     return axes
 
 
-def _search(tuner: Tuner, console: Console, quiet: bool) -> None:
+def _search(tuner: Tuner, progress: Progress, watched: bool) -> None:
     """Run the tuner and show how it goes: live where somebody watches, else a line an event."""
     for name, number, reason in tuner.problems[:10]:
-        console.print(f"{name}, line {number}: {reason}; skipped", style="yellow", highlight=False)
+        progress.say(f"{name}, line {number}: {reason}; skipped")
     if tuner.model_name != "xgboost":
-        console.print(f"cost model: {tuner.model_name}", style="yellow")
-    if quiet or not console.is_terminal:
-        tuner.on_event = lambda sentence: None if quiet else print(sentence, file=sys.stderr, flush=True)
+        progress.say(f"cost model: {tuner.model_name}")
+    if not watched:
+        tuner.on_event = lambda sentence: progress.tell("batch", sentence, trials=tuner.made)
         tuner.run()
         return
-    with Live(_view(tuner), console=console, transient=True) as live:
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(_view(tuner), console=Console(stderr=True), transient=True) as live:
         tuner.on_event = lambda _sentence: live.update(_view(tuner))
         tuner.run()
 
@@ -169,9 +206,9 @@ def _all_layers(tuner: Tuner, which: str) -> float:
     return sum(seconds for _, seconds in fastest.values())
 
 
-def _view(tuner: Tuner) -> Table:
+def _view(tuner: Tuner) -> Any:
     """The live view: best time by layer, share of peak, trials left, devices and their health."""
-    table = Table("layer", "density", "trials", "left", "best", "of peak", title=f"tuning for {tuner.target.name}")
+    rows = []
     for task in tuner.tasks:
         known = task.best < float("inf")
         share = _share(tuner, task.layer.workload, task.best)
@@ -179,36 +216,34 @@ def _view(tuner: Tuner) -> Table:
         best = tuner.shown(task.best) if known else ""
         of_peak = f"{share:.0%}" if share else ""
         name = f"{task.layer.title}{f' x{task.layer.count}' if task.layer.count > 1 else ''}"
-        table.add_row(name, f"{task.layer.workload.density:g}", str(task.trials), str(left), best, of_peak)
+        rows.append([name, f"{task.layer.workload.density:g}", str(task.trials), str(left), best, of_peak])
     health = [f"{each.name}: {'dropped' if each.dropped else each.done}" for each in tuner.farm.health.values()]
-    table.caption = "   ".join(health)
-    return table
+    heads = ["layer", "density", "trials", "left", "best", "of peak"]
+    return framed(heads, rows, f"tuning for {tuner.target.name}", "   ".join(health))
 
 
-def _print(console: Console, tuner: Tuner) -> None:
+def _print(tuner: Tuner) -> None:
     from dance_tvm.tuning.workloads import KINDS
 
     found = facts(tuner)
-    table = Table("layer", "density", "trials", "before", "after", "gain", "of peak")
+    rows = []
     for layer in found["layers"]:
         before, after = layer["before_seconds"], layer["after_seconds"]
         gain = f"{before / after:.2f}x" if before and after else "not verified"
         shown = [tuner.shown(value) if value else "" for value in (before, after)]
         share = f"{layer['share_of_peak']:.0%}" if layer["share_of_peak"] else ""
-        kind = KINDS.get(layer["family"], "")
-        table.add_row(
-            ", ".join(layer["layers"]) + kind, f"{layer['density']:g}", str(layer["trials"]), *shown, gain, share
-        )
-    console.print(table)
+        name = ", ".join(layer["layers"]) + KINDS.get(layer["family"], "")
+        rows.append([name, f"{layer['density']:g}", str(layer["trials"]), *shown, gain, share])
+    print_table(["layer", "density", "trials", "before", "after", "gain", "of peak"], rows)
     before, after = found["all_layers_before_seconds"], found["all_layers_after_seconds"]
     if after:
         both = f"{tuner.shown(before)} before, {tuner.shown(after)} after"
-        console.print(f"all verified layers, each in its faster family: {both}", highlight=False)
+        typer.echo(f"all verified layers, each in its faster family: {both}")
     for device in found["devices"]:
         state = f"dropped: {device['said']}" if device["dropped"] else f"{device['failed']} failed"
-        console.print(f"{device['name']}: {device['done']} trials, {state}", highlight=False)
+        typer.echo(f"{device['name']}: {device['done']} trials, {state}")
     state = "interrupted; run again to go on" if tuner.stopped else "done"
-    console.print(f"{tuner.made} trials, {state}; cost model {tuner.model_name}; {_logs(tuner)}", highlight=False)
+    typer.echo(f"{tuner.made} trials, {state}; cost model {tuner.model_name}; {_logs(tuner)}")
 
 
 def _logs(tuner: Tuner) -> str:

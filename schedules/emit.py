@@ -156,11 +156,21 @@ def ceil_div(value: Expr, by: int) -> Expr:
     return tirx.floordiv(value + (by - 1), by)
 
 
+def at_least(bound: float, x: Expr, count: int) -> Expr:
+    """``max(x, bound)`` that leaves NaN as it is; ``tirx.max`` would make the bound of it."""
+    return tirx.Select(x < number(bound, count), number(bound, count), x)
+
+
+def at_most(bound: float, x: Expr, count: int) -> Expr:
+    """``min(x, bound)`` that leaves NaN as it is."""
+    return tirx.Select(x > number(bound, count), number(bound, count), x)
+
+
 Activation = Callable[[Expr, int], Expr]
 
 
 def _hard_sigmoid(x: Expr, count: int) -> Expr:
-    return tirx.max(number(0.0, count), tirx.min(number(1.0, count), x * number(1 / 6, count) + number(0.5, count)))
+    return at_least(0.0, at_most(1.0, x * number(1 / 6, count) + number(0.5, count), count), count)
 
 
 def _sigmoid(x: Expr, count: int) -> Expr:
@@ -170,8 +180,8 @@ def _sigmoid(x: Expr, count: int) -> Expr:
 #: Activations that a convolution applies to its results before it stores them, by the name of the Relax operator.
 ACTIVATIONS: dict[str, Activation] = {
     "": lambda x, count: x,
-    "relu": lambda x, count: tirx.max(x, number(0.0, count)),
-    "relu6": lambda x, count: tirx.min(tirx.max(x, number(0.0, count)), number(6.0, count)),
+    "relu": lambda x, count: at_least(0.0, x, count),
+    "relu6": lambda x, count: at_most(6.0, at_least(0.0, x, count), count),
     "sigmoid": _sigmoid,
     "silu": lambda x, count: x * _sigmoid(x, count),
     "hardsigmoid": _hard_sigmoid,

@@ -15,6 +15,11 @@ def triple(values: Iterable[int]) -> Triple:
     return frames, height, width
 
 
+def added(one: Triple, other: Triple) -> Triple:
+    """The sums by axis."""
+    return triple(left + right for left, right in zip(one, other, strict=True))
+
+
 @dataclass(frozen=True)
 class Window:
     """A window of ``kernel`` taps that slides over ``frames × height × width``; a 2D window has depth 1.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -171,22 +172,63 @@ def test_against_a_baseline(sparse, dense, tmp_path):
     results = read_results(baseline)
     seconds = results.devices[0].measured[0].latency.seconds
 
-    def with_times(factor: float):
+    def with_times(factor: float, **changes):
         latency = results.devices[0].measured[0].latency.model_copy(update={"seconds": [s * factor for s in seconds]})
-        measured = results.devices[0].measured[0].model_copy(update={"latency": latency})
+        measured = results.devices[0].measured[0].model_copy(update={"latency": latency, **changes})
         device = results.devices[0].model_copy(update={"measured": [measured]})
         write_results(baseline, results.model_copy(update={"devices": [device]}))
 
     with_times(0.02)
+    same = runner.invoke(bench.app, [str(sparse.path), *quick, "--against", str(baseline), "--out", str(now)])
+    assert same.exit_code == 0
+    verdict = read_results(now).verdicts[0]
+    assert (verdict.verdict, verdict.identical) == ("same", True)
+    assert verdict.ratio > 10
+    gone = {"library_sha256": "0" * 64}
+    with_times(0.02, **gone)
     slower = runner.invoke(bench.app, [str(sparse.path), *quick, "--against", str(baseline), "--out", str(now)])
     assert slower.exit_code == 3
     assert read_results(now).verdicts[0].verdict == "slower"
-    with_times(50.0)
+    with_times(50.0, **gone)
     faster = runner.invoke(bench.app, [str(sparse.path), *quick, "--against", str(baseline), "--out", str(now)])
     assert faster.exit_code == 0
     assert read_results(now).verdicts[0].verdict == "faster"
     other = runner.invoke(bench.app, [str(dense.path), *quick, "--against", str(baseline)])
     assert "nothing of these networks" in str(other.exception)
+    for changes, said in [
+        ({**gone, "threads": 4}, "threads 1 now, 4 then"),
+        ({**gone, "target": "snapdragon"}, "target host now, snapdragon then"),
+        ({**gone, "input": "film 0-8", "input_sha256": "1" * 64}, "on random input now, on film 0-8 then"),
+        ({**gone, "name": "another"}, "network video now, another then"),
+    ]:
+        with_times(1.0, **changes)
+        refused = runner.invoke(bench.app, [str(sparse.path), *quick, "--against", str(baseline)])
+        assert said in str(refused.exception)
+
+
+def test_only_a_twin_is_taken_for_the_dense_form(sparse, tmp_path):
+    larger = video_artifact(tmp_path / "larger", dynamic=False, size=20)
+    with pytest.raises(DanceError, match=r"no dense form of .*: its inputs are float32 1x3x8x20x20 and not .*16x16"):
+        run(Plan([sparse.path], larger.path))
+
+
+def test_a_trace_tells_each_kernel_in_turn(sparse, tmp_path):
+    path = tmp_path / "trace.json"
+    done = CliRunner().invoke(bench.app, [str(sparse.path), "--runs=2", "--seconds=0", "--json", "--trace", str(path)])
+    assert done.exit_code == 0, done.exception
+    (name, *events) = json.loads(path.read_text())["traceEvents"]
+    assert "random input" in name["args"]["name"]
+    layers = [event for event in events if event["cat"] == "conv3d"]
+    assert [event["name"] for event in layers] == [layer.name for layer in sparse.manifest.layers]
+    assert all(event["args"]["macs"] for event in layers)
+    for event, following in pairwise(events):
+        assert following["ts"] == pytest.approx(event["ts"] + event["dur"])
+    (layer,) = [each for each in json.loads(done.stdout)["devices"][0]["measured"][0]["profile"]["layers"]
+                if each["name"] == layers[0]["name"]]  # fmt: skip
+    assert layers[0]["dur"] == pytest.approx(1e6 * layer["seconds"])
+    wrong = CliRunner().invoke(bench.app, [str(sparse.path), "--trace", str(tmp_path / "trace.html")])
+    assert "--trace" in str(wrong.exception)
+    assert ".json" in str(wrong.exception)
 
 
 def test_an_old_artifact_that_is_still_there_is_measured_in_turns(sparse, dense, tmp_path):

@@ -64,7 +64,7 @@ def test_tracker_is_asked():
 
 def test_something_broken_is_exit_code_1(monkeypatch):
     broken = doctor.Finding("x", "broken", "seen", "mend it")
-    monkeypatch.setattr(doctor, "examine", lambda tracker: [broken])
+    monkeypatch.setattr(doctor, "examine", lambda tracker, on_look: [broken])
     result = CliRunner().invoke(doctor.app, [])
     assert result.exit_code == 1
     assert "mend it" in result.stdout

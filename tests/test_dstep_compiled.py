@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from dance_tvm import stream
 from dance_tvm.compiler.build import build_network
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device import open_device
@@ -103,13 +107,13 @@ def device():
 def compiled(tmp_path_factory):
     """The steered network as clip and as stream: (network, clip's artifact, stream's artifact)."""
     thinned = steered()
-    stream = Stream(thinned, (1, SIZE, SIZE)).eval()
+    streaming = Stream(thinned, (1, SIZE, SIZE)).eval()
     folder = tmp_path_factory.mktemp("dstep")
     clip = clips()[0]
     return (
         thinned,
         build(thinned, (clip,), folder / "clip"),
-        build(stream, (clip[:, :, 0], *stream.start()), folder / "stream"),
+        build(streaming, (clip[:, :, 0], *streaming.start()), folder / "stream"),
     )
 
 
@@ -122,9 +126,9 @@ def test_the_lists_are_found_in_an_ordinary_graph(compiled):
 
     A clip's frames have channel lists of their own, which are used only where they are predicted to pay.
     """
-    _, clip, stream = compiled
-    assert {"output positions", "output channels"} <= set(skips(stream, "layer1_0_conv1"))
-    assert "input channels" in skips(stream, "layer1_0_conv2")
+    _, clip, streamed = compiled
+    assert {"output positions", "output channels"} <= set(skips(streamed, "layer1_0_conv1"))
+    assert "input channels" in skips(streamed, "layer1_0_conv2")
     assert "output positions" in skips(clip, "layer1_0_conv1")
 
 
@@ -166,6 +170,25 @@ def test_a_compiled_stream_equals_the_clip_to_the_last_bit(compiled, device):
         here.step(np.zeros((1, 1, 5, 5), "float32"))
 
 
+def test_the_stream_command_runs_the_frames_of_a_file(compiled, tmp_path):
+    thinned, whole, artifact = compiled
+    clip = clips()[-1]
+    frames, scores = tmp_path / "frames.npy", tmp_path / "scores.npz"
+    np.save(frames, clip[0].permute(1, 0, 2, 3).numpy())
+    words = [str(artifact.path), "--frames", str(frames), "--outputs", str(scores), "--json-lines"]
+    done = CliRunner().invoke(stream.app, words)
+    assert done.exit_code == 0, done.exception
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["index"] for event in events if event["event"] == "frame"] == list(range(FRAMES))
+    assert events[-1]["result"]["frames"] == FRAMES
+    (found,) = np.load(scores).values()
+    np.testing.assert_array_equal(found[-1], thinned(clip).detach().numpy())
+    np.save(frames, np.zeros((2, 1, 5, 5), "float32"))
+    assert "holds frames of shape" in str(CliRunner().invoke(stream.app, words).exception)
+    refused = CliRunner().invoke(stream.app, [str(whole.path), "--random", "1"])
+    assert "is no streaming network" in str(refused.exception)
+
+
 def test_a_streams_state_stays_on_the_device(compiled, device):
     """What a step leaves on the device serves the next one as well as arrays do, however often it is used."""
     clip, loaded = clips()[-1], device.load(compiled[2])
@@ -185,10 +208,10 @@ def test_a_streams_state_stays_on_the_device(compiled, device):
 @pytest.mark.device
 def test_an_emulated_phone_streams_exactly(emulator, tmp_path):
     thinned = steered()
-    stream = Stream(thinned, (1, SIZE, SIZE)).eval()
+    streaming = Stream(thinned, (1, SIZE, SIZE)).eval()
     clip = clips()[-1]
-    inputs = (clip[:, :, 0], *stream.start())
-    artifact = build(stream, inputs, tmp_path / "phone", target="snapdragon")
+    inputs = (clip[:, :, 0], *streaming.start())
+    artifact = build(streaming, inputs, tmp_path / "phone", target="snapdragon")
     with open_device(emulator.tracker, timeout=120) as phone:
         session = StreamSession(phone.load(artifact))
         for index in range(FRAMES):

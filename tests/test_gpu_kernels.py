@@ -357,8 +357,9 @@ POOLS = {
     "max": ("max", Window(2, (4, 7, 5), (2, 3, 2), (2, 3, 2), (2, 2, 2)), {}),
     "padded average": ("avg", Window(1, (4, 6, 5), (4, 6, 5), (3, 3, 3), (1, 1, 1), (1, 1, 1)), {}),
     "counted average": (
-        "avg", Window(1, (4, 6, 5), (4, 6, 5), (3, 3, 3), (1, 1, 1), (1, 1, 1)), {"count_padding": True}
+        "avg", Window(1, (4, 6, 5), (4, 6, 5), (3, 3, 3), (1, 1, 1), (1, 1, 1)), {"counted": ((1, 1, 1), (1, 1, 1))}
     ),
+    "average that hangs over": ("avg", Window(1, (4, 5, 3), (2, 3, 2), (2, 2, 2), (2, 2, 2)), {}),
 }  # fmt: skip
 
 
@@ -374,13 +375,23 @@ def test_pools_equal_pytorch(device, name, masked):
     blank = np.full((window.batch, *window.out, 5), np.nan, "float32")
     (found,) = run_function(device, pool3d(pool), [given, *masks], [blank])
     data = torch.from_numpy(np.nan_to_num(given)).permute(0, 4, 1, 2, 3)
-    sizes = (list(window.kernel), list(window.stride), list(window.padding))
+    sizes = (list(window.kernel), list(window.stride), list(window.padding), "hangs over" in name)
     if kind == "max":
-        expected = torch.nn.functional.max_pool3d(data, *sizes)
+        expected = torch.nn.functional.max_pool3d(data, *sizes[:3], ceil_mode=sizes[3])
     else:
-        expected = torch.nn.functional.avg_pool3d(data, *sizes, count_include_pad=pool.count_padding)
+        expected = torch.nn.functional.avg_pool3d(data, *sizes, count_include_pad=any(pool.counted[0]))
     want = expected.permute(0, 2, 3, 4, 1).numpy() * (out_frames[..., None, None, None] if masked else 1)
     np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_largest_value_of_nan_is_nan(device):
+    window = Window(1, (2, 4, 5), (1, 3, 3), (2, 2, 3))
+    x = np.random.default_rng(3).integers(-9, 9, (1, *window.size, 3)).astype("float32")
+    x[0, 0, 1, 1, 0] = x[0, 1, 3, 4, 2] = np.nan
+    x[0, :, 0, :3, 1] = x[0, :, 1, :3, 1] = -np.inf
+    (found,) = run_function(device, pool3d(BlockPool(window, 3, "max", 4)), [x], [np.zeros((1, *window.out, 3), "f4")])
+    want = torch.nn.functional.max_pool3d(torch.from_numpy(x).permute(0, 4, 1, 2, 3), (2, 2, 3), 1)
+    np.testing.assert_array_equal(found, want.permute(0, 2, 3, 4, 1).numpy())
 
 
 @pytest.mark.parametrize("forward", [True, False])

@@ -9,10 +9,10 @@ from convolutions import compiled, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dance_tvm.schedules.cpu.pool3d import LOWEST, Pool, pool3d
+from dance_tvm.schedules.cpu.pool3d import Pool, pool3d
 from dance_tvm.schedules.cpu.spaces import POOLED_VECTORS, PoolSpace
 from dance_tvm.schedules.cpu.tiles import Machine
-from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.geometry import Triple, Window
 from dance_tvm.schedules.workload import POOL, Workload
 
 #: Boolean masks by name, as ``Pool.masks`` has them; True is alive.
@@ -39,12 +39,23 @@ def filled(x: np.ndarray, masks: Masks, value: float) -> np.ndarray:
 
 def expected(pool: Pool, x: np.ndarray, masks: Masks) -> np.ndarray:
     data = torch.from_numpy(filled(x, masks, 0)).permute(0, 4, 1, 2, 3)
-    sizes = (list(pool.window.kernel), list(pool.window.stride), list(pool.window.padding))
+    window = pool.window
+    sizes = (window.kernel, window.stride, window.padding)
+    ceil = outputs(window.size, *sizes, ceil=False) != window.out
     if pool.kind == "max":
-        found = torch.nn.functional.max_pool3d(data, *sizes)
+        found = torch.nn.functional.max_pool3d(data, *sizes, ceil_mode=ceil)
     else:
-        found = torch.nn.functional.avg_pool3d(data.double(), *sizes, count_include_pad=pool.count_padding).float()
+        include = any(pool.counted[0])
+        mean = torch.nn.functional.avg_pool3d
+        found = mean(data.double(), *sizes, ceil_mode=ceil, count_include_pad=include).float()
     return found.permute(0, 2, 3, 4, 1).numpy()
+
+
+def outputs(size: Triple, kernel: Triple, stride: Triple, padding: Triple, *, ceil: bool) -> Triple:
+    """How many windows PyTorch puts along each axis."""
+    return tuple(
+        torch.nn.functional.max_pool3d(torch.zeros(1, *size), kernel, stride, padding, ceil_mode=ceil).shape[1:]
+    )
 
 
 @st.composite
@@ -53,8 +64,7 @@ def pools(draw: st.DrawFn) -> tuple[Pool, np.ndarray, Masks]:
     stride = draw(st.sampled_from([kernel, (1, 1, 1), (1, 2, 2)]))
     padding = draw(st.sampled_from([(0, 0, 0), tuple(extent // 2 for extent in kernel)]))
     size = (draw(st.integers(4, 5)), draw(st.integers(5, 7)), draw(st.integers(6, 8)))
-    axes = zip(size, kernel, stride, padding, strict=True)
-    out = tuple((extent + 2 * pad - taps) // step + 1 for extent, taps, step, pad in axes)
+    out = outputs(size, kernel, stride, padding, ceil=draw(st.booleans()))
     window = Window(draw(st.integers(1, 2)), size, out, kernel, stride, padding)
     told = (draw(st.sampled_from([1, window.batch])), draw(st.sampled_from([1, size[0]])))
     pool_masks = [draw(st.booleans()) for _ in range(3)]
@@ -64,7 +74,7 @@ def pools(draw: st.DrawFn) -> tuple[Pool, np.ndarray, Masks]:
         channels,
         draw(st.sampled_from(["max", "avg"])),
         draw(st.sampled_from([4, 8])),
-        count_padding=draw(st.booleans()),
+        counted=draw(st.sampled_from([((0, 0, 0), (0, 0, 0)), (padding, padding)])),
         in_frames=pool_masks[0],
         out_frames=pool_masks[1],
         in_positions=told if pool_masks[2] else None,
@@ -91,11 +101,29 @@ def test_pools_equal_pytorch(case) -> None:
     assert np.all(dead == 0) if pool.zero_dead else np.all(np.isnan(dead))
 
 
-def test_a_maximum_of_very_small_numbers_is_one_of_them() -> None:
+@pytest.mark.parametrize("value", [-3e38, -np.inf])
+def test_a_maximum_of_very_small_numbers_is_one_of_them(value: float) -> None:
     window = Window(1, (2, 2, 2), (1, 1, 1), (2, 2, 2), (2, 2, 2))
-    x = np.full((1, 2, 2, 2, 9), -3e38, "float32")
-    assert np.all(run(Pool(window, 9, "max", 4), x, {}) == np.float32(-3e38))
-    assert np.float32(LOWEST) == np.finfo("float32").min
+    x = np.full((1, 2, 2, 2, 9), value, "float32")
+    assert np.all(run(Pool(window, 9, "max", 4), x, {}) == np.float32(value))
+
+
+@pytest.mark.parametrize("kind", ["max", "avg"])
+def test_every_window_that_reads_nan_gives_nan(kind) -> None:
+    window = Window(1, (3, 4, 5), (3, 3, 5), (3, 2, 3), padding=(1, 0, 1))
+    x = np.arange(3 * 4 * 5 * 21, dtype="float32").reshape(1, 3, 4, 5, 21) % 23 - 11
+    for place in ((0, 0, 0, 0), (1, 3, 2, 5), (2, 1, 4, 20), (1, 1, 1, 8)):
+        x[(0, *place)] = np.nan
+    x[0, 0, 2, 2, 3], x[0, 1, 0, 3, 9] = np.inf, -np.inf
+    pool = Pool(window, 21, kind, 4, vectors=2)
+    np.testing.assert_allclose(run(pool, x, {}), expected(pool, x, {}), rtol=2e-7)
+
+
+def test_padding_that_counts_may_differ_before_and_behind() -> None:
+    window = Window(1, (1, 1, 4), (1, 1, 4), (1, 1, 3), (1, 1, 2), (0, 0, 1))  # windows begin at -1, 1, 3 and 5
+    x = np.array([6.0, 12, 18, 24], "float32").reshape(1, 1, 1, 4, 1)
+    pool = Pool(window, 1, "avg", 4, counted=((0, 0, 1), (0, 0, 3)))
+    assert run(pool, x, {}).ravel().tolist() == [6, 18, 8, 0], "of three taps, of three, of three, of two"
 
 
 OFFERED = [(3, [1], 1), (8, [1], 1), (24, [1, 2, 3], 3), (512, [1, 2, 4, 8], 4)]

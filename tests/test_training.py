@@ -184,7 +184,6 @@ def test_resuming_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--method", "magic"], "there is no method called 'magic'"),
         (["--data", "cats"], "there are no clips called 'cats'"),
         (["--data", "motion-digits,colour=3"], "does not take"),
         (["--method", "aap", "--target-macs", "-1"], "greater than 0"),

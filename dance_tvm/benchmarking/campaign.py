@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 
-from dance_tvm.artifact.folder import LIBRARY, Artifact, load_artifact
+from dance_tvm.artifact.folder import LIBRARY, Artifact, Tensor, load_artifact
 from dance_tvm.benchmarking import sensing
 from dance_tvm.benchmarking.clips import (
     MOST_CLIPS,
@@ -40,10 +41,11 @@ from dance_tvm.benchmarking.results import (
     Verdict,
 )
 from dance_tvm.benchmarking.statistics import judge, paired_ratio, unpaired_ratio
+from dance_tvm.benchmarking.trace import events, write_trace
 from dance_tvm.benchmarking.validation import validate
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
-from dance_tvm.device import DeviceSession, open_device
+from dance_tvm.device import DeviceSession, KernelTime, open_device
 from dance_tvm.machines.target import Target, load_target
 
 CLIP_RUNS = 5
@@ -51,6 +53,7 @@ ENERGY_RUNS = 5
 PROFILE_RUNS = 7
 EXPLAINED_BOUND = 0.2
 MOST_PICTURED_LAYERS = 3
+RANDOM_INPUT = "random input"
 Role = Literal["sparse", "dense", "other"]
 
 
@@ -75,6 +78,7 @@ class Plan:
     call_timeout: float = 600.0
     against: Results | None = None
     threshold: float = 0.05
+    trace: Path | None = None
     command: str = ""
 
 
@@ -88,6 +92,17 @@ class _Entry:
     validation: Validation
     clips: NamedClips
     notes: list[str] = field(default_factory=list)
+    calls: list[KernelTime] = field(default_factory=list)
+
+    @property
+    def input(self) -> str:
+        """What it is measured on."""
+        return self.clips[0][0] if self.clips else RANDOM_INPUT
+
+    @property
+    def library_sha256(self) -> str:
+        """Which code it is."""
+        return self.artifact.manifest.files[LIBRARY].sha256
 
 
 def run(plan: Plan, progress: Callable[[str], Any] = lambda _sentence: None) -> Results:
@@ -97,20 +112,49 @@ def run(plan: Plan, progress: Callable[[str], Any] = lambda _sentence: None) -> 
     ]
     if plan.dense:
         artifacts.append((load_artifact(plan.dense), "dense"))
+        for artifact, role in artifacts:
+            if role == "sparse":
+                _require_twin(artifact, artifacts[-1][0])
     results = Results(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=plan.command,
         host={"machine": platform.machine(), "system": platform.platform(), "cpus": psutil.cpu_count()},
         devices=[],
     )
+    traced: list[dict[str, Any]] = []
     for spec in plan.devices:
         progress(f"waiting for {spec}")
         with open_device(spec, timeout=plan.timeout, call_timeout=plan.call_timeout) as session:
-            device, pairs, verdicts = _on_device(plan, spec, session, artifacts, progress)
+            device, pairs, verdicts, entries = _on_device(plan, spec, session, artifacts, progress)
         results.devices.append(device)
         results.pairs += pairs
         results.verdicts += verdicts
+        for entry in entries:
+            title = f"{entry.artifact.path} on {spec}, {entry.input}"
+            traced += events(len(traced), title, entry.artifact.manifest, entry.calls)
+    if plan.trace is not None:
+        write_trace(plan.trace, traced)
     return results
+
+
+def _require_twin(sparse: Artifact, dense: Artifact) -> None:
+    """Raise DanceError where a network is no dense form of the other: their times would say nothing together."""
+    ours, theirs = sparse.manifest, dense.manifest
+    differs = [
+        f"its {side} are {_shapes(getattr(theirs, side))} and not {_shapes(getattr(ours, side))}"
+        for side in ("inputs", "outputs")
+        if _shapes(getattr(ours, side)) != _shapes(getattr(theirs, side))
+    ]
+    if theirs.target.fingerprint != ours.target.fingerprint:
+        differs.append(f"it is built for {theirs.target.name} and not for {ours.target.name}")
+    if theirs.target.threads != ours.target.threads:
+        differs.append(f"it is built for {theirs.target.threads} threads and not for {ours.target.threads}")
+    if differs:
+        raise DanceError(f"--dense {dense.path} is no dense form of {sparse.path}: {', and '.join(differs)}")
+
+
+def _shapes(tensors: Sequence[Tensor]) -> str:
+    return ", ".join(f"{tensor.dtype} {'x'.join(map(str, tensor.shape))}" for tensor in tensors)
 
 
 def _on_device(
@@ -119,7 +163,7 @@ def _on_device(
     session: DeviceSession,
     artifacts: Sequence[tuple[Artifact, Role]],
     progress: Callable[[str], Any],
-) -> tuple[Device, list[Pair], list[Verdict]]:
+) -> tuple[Device, list[Pair], list[Verdict], list[_Entry]]:
     before = session.sensors()
     _pin(plan, session, artifacts[0][0], before)
     entries = []
@@ -149,7 +193,7 @@ def _on_device(
         warnings=sensing.warnings(before, after, figures),
         measured=measured,
     )
-    return device, _pairs(spec, entries, measured), _verdicts(plan, spec, entries, measured, old)
+    return device, _pairs(spec, entries, measured), _verdicts(plan, spec, entries, measured, old), entries
 
 
 def _pin(plan: Plan, session: DeviceSession, artifact: Artifact, sensors: dict[str, Any]) -> None:
@@ -193,6 +237,8 @@ def _measured(plan: Plan, session: DeviceSession, entry: _Entry) -> Measured:
         macs=manifest.macs,
         validation=entry.validation,
         latency=latency,
+        input=entry.input,
+        input_sha256=_digest(contender.inputs),
         peak_gflops=_peak(target, plan.threads or manifest.target.threads),
         executed_macs=profiled.executed_macs if profiled else None,
         peak_memory_bytes=contender.network.peak_memory(contender.inputs),
@@ -214,8 +260,8 @@ def _profile(entry: _Entry) -> Profile | None:
         entry.notes.append(str(error))
         return None
     whole += contender.network.time(contender.inputs, PROFILE_RUNS)
-    name = entry.clips[0][0] if entry.clips else "random input"
-    found = profile(entry.artifact.manifest, calls, float(np.median(whole)), name)
+    entry.calls = calls
+    found = profile(entry.artifact.manifest, calls, float(np.median(whole)), entry.input)
     if not 1 - EXPLAINED_BOUND < found.explained < 1 + EXPLAINED_BOUND:
         entry.notes.append(f"the layers' times add up to {found.explained:.0%} of the whole: disturbed, bench again")
     return found
@@ -324,30 +370,69 @@ def _energy_ratio(dense: Energy | None, sparse: Energy | None) -> float | None:
 def _baseline(
     plan: Plan, spec: str, session: DeviceSession, entries: Sequence[_Entry]
 ) -> dict[str, tuple[Contender, Measured]]:
-    """The old artifacts of `--against` that are still there and differ from the new: measured in turns with them."""
+    """The old artifacts of `--against` that are still there and differ from the new: measured in turns with them.
+
+    Raises DanceError where the baseline has nothing of these networks, or nothing that can be compared.
+    """
     found: dict[str, tuple[Contender, Measured]] = {}
-    for entry in entries:
-        old = _old(plan, spec, entry)
-        if old is None or old.library_sha256 == entry.artifact.manifest.files[LIBRARY].sha256:
-            continue
-        try:
-            artifact = load_artifact(old.artifact)
-        except DanceError:
-            continue
-        if artifact.manifest.files[LIBRARY].sha256 == old.library_sha256:
-            contender = Contender(session.load(artifact), entry.contender.inputs)
+    if plan.against is None:
+        return found
+    known = [(entry, old) for entry in entries if (old := _old(plan.against, spec, entry)) is not None]
+    if not known:
+        raise DanceError(f"the baseline has nothing of these networks on {spec}: bench it on the same device first")
+    for entry, old in known:
+        contender = None if old.library_sha256 == entry.library_sha256 else _again(session, entry, old)
+        if differs := _differences(plan, entry, old, measured_again=contender is not None):
+            raise DanceError(
+                f"{entry.artifact.path} cannot be compared with the baseline on {spec}: {', and '.join(differs)}; "
+                f"bench both alike"
+            )
+        if contender is not None:
             found[str(entry.artifact.path)] = contender, old
     return found
 
 
-def _old(plan: Plan, spec: str, entry: _Entry) -> Measured | None:
-    """The baseline's measurement of the same network in the same role on the same device."""
-    if plan.against is None:
+def _again(session: DeviceSession, entry: _Entry, old: Measured) -> Contender | None:
+    """The old artifact on the new one's input, if it is still there."""
+    try:
+        artifact = load_artifact(old.artifact)
+    except DanceError:
         return None
-    known = [item for device in plan.against.devices if device.spec == spec for item in device.measured]
-    same = [item for item in known if item.name == entry.artifact.manifest.name and item.role == entry.role]
-    same_path = [item for item in same if item.artifact == str(entry.artifact.path)]
-    return next(iter(same_path or same), None)
+    fits = _shapes(artifact.manifest.inputs) == _shapes(entry.artifact.manifest.inputs)
+    if artifact.manifest.files[LIBRARY].sha256 != old.library_sha256 or not fits:
+        return None
+    return Contender(session.load(artifact), entry.contender.inputs)
+
+
+def _differences(plan: Plan, entry: _Entry, old: Measured, measured_again: bool) -> list[str]:
+    """What forbids a comparison, each as "… now, … then"."""
+    manifest = entry.artifact.manifest
+    pairs = [
+        ("network", manifest.name, old.name),
+        ("target", manifest.target.name, old.target),
+        ("threads", plan.threads or manifest.target.threads, old.threads),
+    ]
+    differs = [f"{what} {now} now, {then} then" for what, now, then in pairs if now != then]
+    if not measured_again and _digest(entry.contender.inputs) != old.input_sha256:
+        differs.append(f"measured on {entry.input} now, on {old.input or 'an unknown input'} then")
+    return differs
+
+
+def _digest(inputs: Inputs) -> str:
+    """A hash of what a network is measured on."""
+    digest = hashlib.sha256()
+    for name, array in sorted(inputs.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _old(against: Results, spec: str, entry: _Entry) -> Measured | None:
+    """The baseline's measurement on the same device: of the same folder, else of the same network."""
+    known = [item for device in against.devices if device.spec == spec for item in device.measured]
+    same_path = [item for item in known if item.artifact == str(entry.artifact.path)]
+    same_name = [item for item in known if item.name == entry.artifact.manifest.name and item.role == entry.role]
+    return next(iter(same_path or same_name), None)
 
 
 def _verdicts(
@@ -364,9 +449,10 @@ def _verdicts(
         if item.artifact in old:
             ratio = paired_ratio(entry.contender.rounds, old[item.artifact][0].rounds)
             verdicts.append(judge(spec, item.artifact, ratio, plan.threshold, interleaved=True))
-        elif (before := _old(plan, spec, entry)) is not None:
+        elif (before := _old(plan.against, spec, entry)) is not None:
             ratio = unpaired_ratio(item.latency.seconds, before.latency.seconds)
-            verdicts.append(judge(spec, item.artifact, ratio, plan.threshold, interleaved=False))
-    if not verdicts:
-        raise DanceError(f"the baseline has nothing of these networks on {spec}: bench it on the same device first")
+            verdict = judge(spec, item.artifact, ratio, plan.threshold, interleaved=False)
+            if before.library_sha256 == item.library_sha256:
+                verdict = verdict.model_copy(update={"identical": True, "verdict": "same"})
+            verdicts.append(verdict)
     return verdicts

@@ -6,13 +6,16 @@ import base64
 import io
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from dance_tvm.artifact.folder import Manifest, Tensor
+from dance_tvm.benchmarking.preprocess import Preprocess
 from dance_tvm.core.errors import DanceError, DanceWarning
 
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 VIDEOS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v"}
 #: Data sets of real videos, whose scale follows from the network's name as well.
 VIDEO_SETS = ("ucf101:", "hmdb51:")
@@ -108,32 +111,73 @@ def _frames_axis(tensor: Tensor) -> int:
 
 
 def _videos(path: Path, tensor: Tensor, model: str, most: int) -> list[tuple[str, np.ndarray]]:
-    from dance_tvm.sparsity.video import read_video
-
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEOS)
     if not files:
         raise DanceError(f"{path} holds no video ({', '.join(sorted(VIDEOS))})")
-    if len(tensor.shape) != 5 or tensor.shape[0] != 1:
-        raise DanceError(f"input {tensor.name} has shape {tuple(tensor.shape)}, and videos make one clip of 5 axes")
-    count = tensor.shape[_frames_axis(tensor)]
-    height, width = tensor.shape[2:4] if frames_last(tensor) else tensor.shape[3:5]
     clips: list[tuple[str, np.ndarray]] = []
     for file in files:
-        frames = read_video(file, height, width)
-        for start in range(0, max(1, len(frames) - count + 1), count):
+        for name, window in _cut(_read_frames(file, tensor, None), file.stem, tensor, None):
             if len(clips) >= most:
                 return clips
-            window = frames[start : start + count]
-            window = window[np.minimum(np.arange(count), len(window) - 1)]  # a short video holds its last frame
-            name = f"{file.stem} {start}-{start + count}"
-            clips.append((name, _as_input(window, tensor, model)))
+            clips.append((name, _as_input(window, tensor, model, None)))
     return clips
 
 
-def _as_input(window: np.ndarray, tensor: Tensor, model: str) -> np.ndarray:
-    """(T, H, W, 3) bytes as the network's input: bytes stay bytes, C3D sees 0 to 255, others ImageNet's scale, unless
-    the meaning of the input says that its values go from 0 to 1."""
-    if tensor.dtype == "uint8":
+def windows_of(
+    path: Path, manifest: Manifest, stride: int | None = None, preprocess: Preprocess | None = None
+) -> NamedClips:
+    """Windows of a video, or of a folder of pictures that are its frames in the order of their names, by name.
+
+    ``stride`` is how many frames lie from window to window (a window's length unless given); ``preprocess`` tells how
+    frames become the input, in place of what the input's meaning says. Raises DanceError where path or network do not
+    fit; warns (DanceWarning) where the scale is a guess.
+    """
+    if len(manifest.inputs) != 1:
+        raise DanceError(f"{manifest.name} takes {len(manifest.inputs)} inputs: a video makes one")
+    tensor = manifest.inputs[0]
+    if preprocess is None and (doubt := doubt_of_scale(str(path), manifest)):
+        warnings.warn(doubt.replace("--clips", "--preprocess, or --inputs"), DanceWarning, stacklevel=2)
+    frames = _read_frames(path, tensor, preprocess)
+    return [
+        (name, {tensor.name: _as_input(window, tensor, manifest.name, preprocess)})
+        for name, window in _cut(frames, path.stem, tensor, stride)
+    ]
+
+
+def _read_frames(path: Path, tensor: Tensor, preprocess: Preprocess | None) -> np.ndarray:
+    """Frames (T, H, W, 3) as bytes, of the size that the input takes."""
+    from dance_tvm.sparsity.video import read_video
+
+    if len(tensor.shape) != 5 or tensor.shape[0] != 1:
+        raise DanceError(f"input {tensor.name} has shape {tuple(tensor.shape)}, and videos make one clip of 5 axes")
+    height, width = tensor.shape[2:4] if frames_last(tensor) else tensor.shape[3:5]
+    read_at = (preprocess.resize if preprocess else None) or (height, width)
+    if read_at[0] < height or read_at[1] < width:
+        raise DanceError(f"--preprocess: frames of {read_at} are smaller than the input's {(height, width)}")
+    if path.is_dir():
+        pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+        if not pictures:
+            raise DanceError(f"{path} holds no picture ({', '.join(sorted(PICTURES))})")
+        frames = np.concatenate([read_video(picture, *read_at)[:1] for picture in pictures])
+    else:
+        frames = read_video(path, *read_at)
+    return preprocess.cropped(frames[:: preprocess.every], height, width) if preprocess else frames
+
+
+def _cut(frames: np.ndarray, name: str, tensor: Tensor, stride: int | None) -> Iterator[tuple[str, np.ndarray]]:
+    """Windows as long as the input takes; a video that is shorter holds its last frame."""
+    count = tensor.shape[_frames_axis(tensor)]
+    for start in range(0, max(1, len(frames) - count + 1), stride or count):
+        window = frames[start : start + count]
+        yield f"{name} {start}-{start + count}", window[np.minimum(np.arange(count), len(window) - 1)]
+
+
+def _as_input(window: np.ndarray, tensor: Tensor, model: str, preprocess: Preprocess | None) -> np.ndarray:
+    """(T, H, W, 3) bytes as the network's input: as ``preprocess`` says, else bytes stay bytes, C3D sees 0 to 255,
+    others ImageNet's scale, unless the meaning of the input says that its values go from 0 to 1."""
+    if preprocess is not None:
+        values = preprocess.scaled(window)
+    elif tensor.dtype == "uint8":
         values = window
     elif UP_TO_ONE in tensor.meaning:
         values = window.astype("float32") / 255

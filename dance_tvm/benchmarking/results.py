@@ -120,7 +120,7 @@ class Validation(_Strict):
 
 
 class Measured(_Strict):
-    """One artifact on one device."""
+    """One artifact on one device. `input` names what `latency` was measured on."""
 
     artifact: str
     name: str
@@ -133,6 +133,8 @@ class Measured(_Strict):
     macs: int
     validation: Validation
     latency: Latency
+    input: str = ""
+    input_sha256: str = ""
     peak_gflops: float | None = None
     executed_macs: int | None = None
     peak_memory_bytes: int | None = None
@@ -186,7 +188,10 @@ class Pair(_Strict):
 
 
 class Verdict(_Strict):
-    """New against old: `ratio` of median times (above 1 is slower) with its 95% interval."""
+    """New against old: `ratio` of median times (above 1 is slower) with its 95% interval.
+
+    `identical`: the library is the very same, so that a ratio tells of the machine alone, and the verdict is "same".
+    """
 
     device: str
     artifact: str
@@ -195,6 +200,7 @@ class Verdict(_Strict):
     high: float
     threshold: float
     interleaved: bool
+    identical: bool = False
     verdict: Literal["faster", "same", "slower", "undecided"]
 
 

@@ -34,12 +34,14 @@ from dance_tvm.artifact.folder import (
 )
 from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.requests import require_buildable
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.core.versions import versions
 from dance_tvm.machines.host import needed_flags
 from dance_tvm.machines.target import Target, load_target
 from dance_tvm.tuning.advice import tuned_tiles
+from dance_tvm.tuning.places import digest_of_logs
 
 if TYPE_CHECKING:
     import torch
@@ -117,8 +119,7 @@ def build_network(
     source = load_target(logs_from) if logs_from else None
     if chosen.tuning is None:
         chosen = replace(chosen, tuning=tuned_tiles(machine, options.logs if options else None, source))
-    if chosen.interface == "c" and machine.gpu:
-        raise DanceError(f"{machine.name} is a GPU, which --interface c cannot run yet: leave it out")
+    require_buildable(machine, chosen.dtype, chosen.interface)
     require_writable(out)  # told before any work is done
     clock = _Clock(on_phase)
 
@@ -352,6 +353,10 @@ def _manifest(imported: Imported, machine: Target, options: Options, logs_from: 
         chosen["interface"] = options.interface
     if options.dtype != "float32":
         chosen["dtype"] = options.dtype
+    if options.device_code != "compiled":
+        chosen["device_code"] = options.device_code
+    if digest := digest_of_logs(logs_from or machine, options.logs):
+        chosen["tuning_logs"] = digest
     if logs_from is not None:
         chosen["logs_from"] = logs_from.name
     return Manifest(

@@ -13,7 +13,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.artifact.layers import LayerInfo
-from dance_tvm.core.errors import DanceError
+from dance_tvm.compiler.requests import require_buildable
 from dance_tvm.lowering.gpu_windows import GpuLowering
 from dance_tvm.lowering.lower_windows import LowerWindows
 from dance_tvm.schedules.cpu.spaces import TuningLog
@@ -25,6 +25,7 @@ from dance_tvm.transform.channels_last import ChannelsLast
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
 from dance_tvm.transform.join_small import JoinSmall
+from dance_tvm.transform.keep_nan import KEEP_NAN
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.schedule_rest import ScheduleRest
@@ -69,10 +70,7 @@ def lower(
 ) -> Lowered:
     """Turn an imported Relax module into one whose every operator has a kernel for ``target``."""
     machine, gpu = machine_of(target), gpu_of(target)
-    if options.dtype != "float32" and not (target.gpu and target.gpu.fp16):
-        raise DanceError(
-            f"{target.name} cannot store half precision: leave --dtype out, or name a GPU target with fp16"
-        )
+    require_buildable(target, options.dtype, options.interface)
     lower_windows = LowerWindows(
         gpu or machine,
         sparsity=options.sparsity == "auto",
@@ -104,7 +102,7 @@ def lower(
             "other operators",
             [
                 relax.transform.DecomposeOpsForInference(),
-                relax.transform.LegalizeOps(),
+                relax.transform.LegalizeOps(KEEP_NAN),
                 relax.transform.AnnotateTIROpPattern(),
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),

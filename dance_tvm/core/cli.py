@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import importlib
+import platform
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from typing import Any, NoReturn
 import typer
 
 from dance_tvm.core.errors import DanceError, DanceWarning
+from dance_tvm.core.verbosity import Quiet, Verbose, level, set_level, with_verbosity
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -22,6 +25,7 @@ INTERRUPTED = 130
 # name: (module, what it does). A module offers ``app``, a typer.Typer; one that is not there is not listed.
 COMMANDS = {
     "build": ("dance_tvm.build", "Compile a trained network into a verified artifact."),
+    "pack": ("dance_tvm.pack", "Lay an artifact out as a C folder, an Android module, or a wheel."),
     "run": ("dance_tvm.run", "Run an artifact on a device: arrays in, arrays out."),
     "targets": ("dance_tvm.show_targets", "List the machines that networks can be built for."),
     "train": ("dance_tvm.train", "Train or prune a sparse network."),
@@ -29,8 +33,12 @@ COMMANDS = {
     "logs": ("dance_tvm.logs", "Check, merge and show tuning logs."),
     "bench": ("dance_tvm.bench", "Time an artifact on a device, by clip and by layer."),
     "report": ("dance_tvm.report", "Turn measurements into a page to look at."),
+    "show": ("dance_tvm.show", "Show what an artifact is: interface, layers, sizes, check, versions."),
+    "stream": ("dance_tvm.stream", "Run a streaming artifact frame by frame."),
     "device": ("dance_tvm.devices", "List and watch the devices of a tracker."),
+    "cache": ("dance_tvm.cache", "List or clear what was fetched and made for this user."),
     "doctor": ("dance_tvm.doctor", "Say what works on this machine, and what mends the rest."),
+    "completion": ("dance_tvm.completion", "Print a shell's completion script."),
 }
 
 
@@ -39,9 +47,22 @@ def main() -> NoReturn:
     start(_table_of_commands(), "dance-tvm")
 
 
-def application(**options: Any) -> typer.Typer:
+class Application(typer.Typer):
+    """Commands that all take -v and -q."""
+
+    def command(self, *args: Any, **options: Any) -> Callable[..., Any]:
+        register = super().command(*args, **options)
+
+        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+            register(with_verbosity(function))
+            return function
+
+        return decorate
+
+
+def application(**options: Any) -> Application:
     """What a command's module offers as ``app``: ``start`` tells its errors, so typer leaves them alone."""
-    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, **options)
+    return Application(add_completion=False, pretty_exceptions_enable=False, **options)
 
 
 def examples(*lines: str) -> str:
@@ -52,16 +73,19 @@ def examples(*lines: str) -> str:
 def start(app: typer.Typer, name: str, arguments: list[str] | None = None) -> NoReturn:
     """Run a command to its end: bad input is one sentence and exit code 2, Ctrl-C is exit code 130.
 
-    Where our own warnings come from in the code is left out of what is printed.
+    Where our own warnings come from in the code is left out of what is printed, and so is all of them with -q.
     """
     located = warnings.formatwarning
 
     def shown(message: Warning | str, category: type[Warning], *where: Any, **context: Any) -> str:
         own = issubclass(category, DanceWarning)
+        if own and level() < 0:
+            return ""
         return f"warning: {message}\n" if own else located(message, category, *where, **context)
 
     warnings.formatwarning = shown
     with plain_errors():
+        require_linux(sys.argv[1:] if arguments is None else arguments)
         app(args=arguments, prog_name=name)
     sys.exit(0)
 
@@ -103,7 +127,17 @@ def plain_errors() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def require_linux(arguments: list[str]) -> None:
+    """Raise DanceError on a system that this compiler does not run on, except where only help is asked for."""
+    system = platform.system()
+    if system != "Linux" and not {"--help", "--version"} & set(arguments):
+        instead = {"Windows": "use WSL 2", "Darwin": "use a Linux container or virtual machine"}
+        raise DanceError(f"dance-tvm runs on Linux, not on {system}: {instead.get(system, 'use a Linux machine')}")
+
+
 def _fail(sentence: str, code: int) -> NoReturn:
+    if level() > 1 and sys.exc_info()[0] is not None:
+        traceback.print_exc()
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(code)
 
@@ -114,7 +148,8 @@ def _terminated(number: int, _frame: Any) -> NoReturn:
 
 def _table_of_commands() -> typer.Typer:
     summary = "Trained, sparse 3D CNNs compiled to small, fast, verified artifacts."
-    app = application(help=summary, no_args_is_help=True)
+    # Not ours: what stands behind a command's name, -v and -q too, is for the command itself.
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=summary, no_args_is_help=True)
     app.callback()(_options)
     # Every word after the command's name is the command's own, --help too.
     context = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -143,8 +178,11 @@ def _options(
     version: bool = typer.Option(
         False, "--version", help="Print the version and end.", is_eager=True, callback=_print_version
     ),
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
 ) -> None:
     """Options before a command's name."""
+    set_level(verbose, quiet)
 
 
 if __name__ == "__main__":

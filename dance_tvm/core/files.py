@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from dance_tvm.core.errors import DanceError
+
+
+def require_suffix(path: Path, option: str, known: Sequence[str]) -> None:
+    """Raise DanceError unless the file's name ends as what is written into it: told before any work is done."""
+    if path.suffix.lower() not in known:
+        raise DanceError(f"{option} {path} must end in {' or '.join(known)}: that is what is written")
 
 
 @contextmanager

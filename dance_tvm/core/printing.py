@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 #: A text column of a table may become so narrow, and no narrower.
 _NARROWEST_TEXT = 12
-_FIGURE = re.compile(r"[-+~<>]?[.\d].*|-|")
+_FIGURE = re.compile(r"[-+~<>]?[\d.,]+(e[-+]?\d+)?[%x]?|-|")
 _STYLES = {"works": "green", "free": "green", "missing": "yellow", "busy": "yellow", "broken": "red", "lost": "red"}
 
 Rows = Sequence[Sequence[str]]

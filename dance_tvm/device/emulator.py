@@ -20,6 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.places import cache_folder
 from dance_tvm.device import processes
 from dance_tvm.device.remote import Connection, RemoteSession
 from dance_tvm.device.tracker import request_device
@@ -144,9 +145,8 @@ def _qemu() -> str | None:
 
 
 def _folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     recipe = json.dumps([SUITE, DEBIAN_PACKAGES, _requirements(), _recipe_version()])
-    return Path(cache) / "dance_tvm" / f"emulator-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    return cache_folder() / f"emulator-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
 def _recipe_version() -> int:

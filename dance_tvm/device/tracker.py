@@ -11,16 +11,17 @@ import struct
 import time
 from typing import Any
 
-from tvm.rpc import base
-
 from dance_tvm.core.errors import DanceError
 
 _RETRY_S = 0.5
+#: Of TVM's protocol (tvm.rpc.base), written down here because loading TVM takes seconds.
+_MAGIC = 0x2F271
+_SUCCESS, _REQUEST, _SUMMARY = 0, 4, 6
 
 
 def tracker_summary(host: str, port: int, timeout: float = 10) -> dict[str, Any]:
     """TVM's summary: `server_info` with the servers' keys and addresses, `queue_info` with free and pending by key."""
-    return _ask(host, port, [base.TrackerCode.SUMMARY], timeout)
+    return _ask(host, port, [_SUMMARY], timeout)
 
 
 def request_device(host: str, port: int, key: str, timeout: float) -> tuple[str, int, str]:
@@ -31,9 +32,7 @@ def request_device(host: str, port: int, key: str, timeout: float) -> tuple[str,
     deadline = time.monotonic() + timeout
     while True:
         try:
-            address, device_port, match = _ask(
-                host, port, [base.TrackerCode.REQUEST, key, "", 1], deadline - time.monotonic()
-            )
+            address, device_port, match = _ask(host, port, [_REQUEST, key, "", 1], deadline - time.monotonic())
             return address, int(device_port), match
         except TimeoutError:
             raise DanceError(_nothing_free(host, port, key, timeout)) from None
@@ -64,15 +63,15 @@ def _nothing_free(host: str, port: int, key: str, timeout: float) -> str:
 def _ask(host: str, port: int, message: list, timeout: float) -> Any:
     deadline = time.monotonic() + timeout
     with socket.create_connection((host, port), timeout=max(0.01, timeout)) as connection:
-        connection.sendall(struct.pack("<i", base.RPC_TRACKER_MAGIC))
+        connection.sendall(struct.pack("<i", _MAGIC))
         (magic,) = struct.unpack("<i", _receive(connection, 4, deadline))
-        if magic != base.RPC_TRACKER_MAGIC:
+        if magic != _MAGIC:
             raise DanceError(f"what listens at {host}:{port} is not a TVM RPC tracker")
         data = json.dumps(message).encode()
         connection.sendall(struct.pack("<i", len(data)) + data)
         (size,) = struct.unpack("<i", _receive(connection, 4, deadline))
         code, value = json.loads(_receive(connection, size, deadline))
-    if code != base.TrackerCode.SUCCESS:
+    if code != _SUCCESS:
         raise DanceError(f"the tracker at {host}:{port} refused the request")
     return value
 

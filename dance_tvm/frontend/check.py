@@ -10,7 +10,7 @@ import tvm
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.frontend import interpreter
-from dance_tvm.frontend.interface import Arrays
+from dance_tvm.frontend.interface import Arrays, tensor_of
 
 # Rounding apart, import changes nothing: this much of the largest value, over hundreds of layers, is rounding.
 TOLERANCE = 1e-4
@@ -21,7 +21,9 @@ def difference(found: torch.Tensor | np.ndarray, expected: torch.Tensor | np.nda
 
     NaN agrees with NaN, infinities with themselves.
     """
-    a, b = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
+    a, b = (
+        value.double() if isinstance(value, torch.Tensor) else tensor_of(value).double() for value in (found, expected)
+    )
     if a.shape != b.shape:
         return float("inf")
     if a.numel() == 0:

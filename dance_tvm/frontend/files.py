@@ -13,8 +13,19 @@ import torch
 
 from dance_tvm.core.errors import DanceError
 
-# What a program in a .pt2 file may call: tensor operators, and picking parts of their results.
-_KNOWN_TARGETS = re.compile(r"torch\.ops\.aten\.\w+\.\w+|_operator\.getitem")
+# What a program in a .pt2 file may call: tensor operators, regions of them, and arithmetic on parts and extents.
+_KNOWN_TARGETS = re.compile(
+    r"torch\.ops\.aten\.\w+\.\w+|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)"
+    r"|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|pow|neg|pos|eq|ne|lt|le|gt|ge|and_|or_)"
+    r"|math\.(ceil|floor|trunc)|torch\.sym_(float|int|max|min|not|ite)"
+)
+
+# How extents that are open are written: symbols, numbers and arithmetic. PyTorch evaluates the text as Python.
+_ARITHMETIC = re.compile(
+    r"(?:(?:Add|Mul|Pow|Integer|Rational|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CeilToInt|FloorToInt|IntTrueDiv|"
+    r"CleanDiv|ToFloat|ModularIndexing)\("
+    r"|Symbol\('\w+'|, (?:positive|nonnegative|integer)=(?:True|False)|-?\d+|[(), ])*"
+)
 
 
 def require_file(path: Path, what: str) -> None:
@@ -30,7 +41,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
 
     PyTorch's own loader unpickles, evaluates symbolic shapes and resolves any name under ``torch``, so the archive is
     looked through before it is handed over. Raises DanceError for a file that is torn, foreign, holds pickled objects,
-    dynamic shapes or operators that are not tensor operators.
+    shapes that are more than arithmetic, or operators that are not tensor operators.
     """
     require_file(path, "model")
     _inspect(path)
@@ -80,8 +91,9 @@ def _inspect_json(path: Path, value: Any) -> None:
         return
     if value.get("use_pickle") is True or str(value.get("path_name", "")).startswith(("custom_obj", "opaque_obj")):
         raise DanceError(f"{path} holds pickled objects, which could run code: export the network without them.")
-    if value.get("expr_str") is not None or "__enum__" in value:
-        raise DanceError(f"{path} has dynamic shapes: export the network with fixed shapes, one artifact for each.")
+    expression = value.get("expr_str")
+    if "__enum__" in value or not (expression is None or _ARITHMETIC.fullmatch(str(expression))):
+        raise DanceError(f"{path} has shapes that no arithmetic tells: export the network with fixed shapes.")
     target = value.get("target")
     if isinstance(target, str) and "inputs" in value and not _KNOWN_TARGETS.fullmatch(target):
         raise DanceError(f"{path} uses the operator {target}, which is not supported.")

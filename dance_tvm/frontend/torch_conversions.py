@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,14 @@ from torch import fx
 from tvm import relax
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.frontend.torch_indexing import INDEXING
-from dance_tvm.frontend.torch_values import Conversion, Importer, arguments, cast, dtype_of, name_of, shape_of
+from dance_tvm.frontend.torch_indexing import INDEXING, gather_along
+from dance_tvm.frontend.torch_resampling import RESAMPLING
+from dance_tvm.frontend.torch_values import Conversion, Importer, arguments, cast, constant, dtype_of, name_of, shape_of
 
 Operator = Callable[..., relax.Expr]
+
+# Each takes an operator or two of its own.
+_MOST_CELLS = 512
 
 
 # --- arithmetic with PyTorch's promotion of types ---
@@ -233,11 +238,23 @@ def _turned_weight(node: fx.Node, importer: Importer, groups: int) -> relax.Expr
     """A transposed convolution's weight (in, out / groups, ...) as an ordinary one's (out, in / groups, ...)."""
     weight = importer.parameter(node.args[1])
     if weight is None:
-        raise DanceError("the weight of a transposed convolution must be a parameter of the network")
+        return _turned_at_run_time(importer, importer.env[node.args[1]], groups)
     inputs, outputs, *kernel = weight.shape
     grouped = weight.reshape(groups, inputs // groups, outputs, *kernel).transpose(1, 2)
     turned = grouped.reshape(groups * outputs, inputs // groups, *kernel).flip(tuple(range(2, weight.ndim)))
-    return relax.const(np.ascontiguousarray(turned.numpy()))
+    return constant(np.ascontiguousarray(turned.numpy()))
+
+
+def _turned_at_run_time(importer: Importer, weight: relax.Expr, groups: int) -> relax.Expr:
+    emit = importer.block_builder.emit
+    inputs, outputs, *kernel = shape_of(weight)
+    rest = list(range(3, 3 + len(kernel)))
+    grouped = emit(relax.op.reshape(weight, [groups, inputs // groups, outputs, *kernel]))
+    turned = emit(relax.op.permute_dims(grouped, [0, 2, 1, *rest]))
+    turned = emit(relax.op.reshape(turned, [groups * outputs, inputs // groups, *kernel]))
+    for axis in range(2, 2 + len(kernel)):
+        turned = emit(relax.op.flip(turned, axis))
+    return turned
 
 
 def _spread_by_zeros(importer: Importer, x: relax.Expr, stride: list[int]) -> relax.Expr:
@@ -295,8 +312,6 @@ def _overhang(x: relax.Expr, output: torch.Tensor, span: list[int], stride: list
 
 def _max_pool(rank: int, *, with_indices: bool) -> Conversion:
     def convert(node: fx.Node, importer: Importer) -> relax.Expr:
-        if with_indices and any(user.args[1] == 1 and user.users for user in node.users):
-            raise DanceError("the indices that max pooling can return are not supported")
         x = importer.env[node.args[0]]
         size = _spread(node.args[1], rank)
         stride = _spread(_argument(node, importer, 2, "stride", size), rank)
@@ -307,9 +322,41 @@ def _max_pool(rank: int, *, with_indices: bool) -> Conversion:
         after = [a + b for a, b in zip(padding, _overhang(x, output, span, stride, padding), strict=True)]
         pooled = _MAX_POOLS[rank](x, size, stride, [*padding, *after], dilation, layout=_LAYOUTS[rank][0])
         pooled = importer.block_builder.emit(pooled)
-        return importer.block_builder.emit(relax.Tuple([pooled, pooled])) if with_indices else pooled
+        if not with_indices:
+            return pooled
+        places = pooled  # nobody reads them
+        if any(user.args[1] == 1 and user.users for user in node.users):
+            places = _places_of_maxima(importer, x, rank, [padding, after, stride, dilation, size], output)
+        return importer.block_builder.emit(relax.Tuple([pooled, places]))
 
     return convert
+
+
+def _places_of_maxima(
+    importer: Importer, x: relax.Expr, rank: int, window: list[list[int]], output: torch.Tensor
+) -> relax.Expr:
+    """The flat position of each window's largest value, the first of equal ones: tap by tap."""
+    padding, after, stride, dilation, size = window
+    emit, extents, dtype = importer.block_builder.emit, shape_of(x)[-rank:], dtype_of(x)
+    lead = len(shape_of(x)) - rank
+    width = [0, 0] * lead + [amount for pair in zip(padding, after, strict=True) for amount in pair]
+    lowest = -math.inf if "float" in dtype else torch.iinfo(getattr(torch, dtype)).min
+    x = emit(relax.op.nn.pad(x, width, pad_value=lowest)) if any(width) else x
+    grid = np.pad(np.arange(math.prod(extents)).reshape(extents), [*zip(padding, after, strict=True)])
+    best, places = None, None
+    for tap in product(*map(range, size)):
+        begin = [tap[i] * dilation[i] for i in range(rank)]
+        end = [begin[i] + (output.shape[lead + i] - 1) * stride[i] + 1 for i in range(rank)]
+        value = emit(relax.op.strided_slice(x, list(range(lead, lead + rank)), begin, end, stride))
+        here = grid[tuple(slice(begin[i], end[i], stride[i]) for i in range(rank))]
+        at = constant(np.ascontiguousarray(here, np.int64).reshape([1] * lead + list(here.shape)))
+        if best is None:
+            best, places = value, emit(relax.op.broadcast_to(at, list(output.shape)))
+            continue
+        larger = emit(relax.op.greater(value, best))
+        best, places = emit(relax.op.where(larger, value, best)), emit(relax.op.where(larger, at, places))
+    assert places is not None
+    return places
 
 
 def _avg_pool(rank: int) -> Conversion:
@@ -347,10 +394,11 @@ def _adaptive_max_pool(rank: int) -> Conversion:
     """Axis by axis: the largest of each stretch, the stretches as PyTorch cuts them."""
 
     def convert(node: fx.Node, importer: Importer) -> relax.Expr:
-        if any(user.args[1] == 1 and user.users for user in node.users):
-            raise DanceError("the indices that max pooling can return are not supported")
         emit, x = importer.block_builder.emit, importer.env[node.args[0]]
-        for axis, parts in enumerate(node.meta["val"][0].shape[-rank:], start=2):
+        if any(user.args[1] == 1 and user.users for user in node.users):
+            return _adaptive_max_with_places(importer, x, node.meta["val"][0].shape[-rank:])
+        lead = len(shape_of(x)) - rank
+        for axis, parts in enumerate(node.meta["val"][0].shape[-rank:], start=lead):
             extent = shape_of(x)[axis]
             cuts = [(i * extent // parts, -((i + 1) * extent // -parts)) for i in range(parts)]
             slices = [emit(relax.op.strided_slice(x, [axis], [low], [high])) for low, high in cuts]
@@ -359,6 +407,27 @@ def _adaptive_max_pool(rank: int) -> Conversion:
         return emit(relax.Tuple([x, x]))
 
     return convert
+
+
+def _adaptive_max_with_places(importer: Importer, x: relax.Expr, cells: tuple[int, ...]) -> relax.Expr:
+    """Each cell's largest value and its flat position, cell by cell."""
+    emit, shape, rank = importer.block_builder.emit, shape_of(x), len(cells)
+    if math.prod(cells) > _MOST_CELLS:
+        raise DanceError(f"the indices of adaptive max pooling to more than {_MOST_CELLS} cells are not supported")
+    lead, extents = shape[:-rank], shape[-rank:]
+    grid = np.arange(math.prod(extents)).reshape(extents)
+    values, places = [], []
+    for cell in product(*map(range, cells)):
+        low = [i * extent // parts for i, extent, parts in zip(cell, extents, cells, strict=True)]
+        high = [-((i + 1) * extent // -parts) for i, extent, parts in zip(cell, extents, cells, strict=True)]
+        piece = emit(relax.op.strided_slice(x, list(range(len(lead), len(shape))), low, high))
+        line = emit(relax.op.reshape(piece, [*lead, -1]))
+        best = emit(relax.op.argmax(line, len(lead), True))
+        here = grid[tuple(map(slice, low, high))].reshape(-1).astype(np.int64)
+        values.append(emit(relax.op.max(line, [len(lead)], True)))
+        places.append(emit(relax.op.take(constant(here), best, 0)))
+    joined = [emit(relax.op.concat(parts, len(lead))) if len(parts) > 1 else parts[0] for parts in (values, places)]
+    return emit(relax.Tuple([emit(relax.op.reshape(each, [*lead, *cells])) for each in joined]))
 
 
 def _elu(node: fx.Node, importer: Importer) -> relax.Expr:
@@ -375,15 +444,117 @@ def _elu(node: fx.Node, importer: Importer) -> relax.Expr:
     return emit(relax.op.add(above, below))
 
 
-def _upsample_nearest(node: fx.Node, importer: Importer) -> relax.Expr:
-    """Repeat rows, columns and frames as PyTorch's ``nearest`` does: output i reads input floor(i * in / out)."""
-    x = importer.env[node.args[0]]
-    for axis, extent in enumerate(node.meta["val"].shape[2:], start=2):
-        before = shape_of(x)[axis]
-        if extent != before:
-            source = relax.const(np.arange(extent) * before // extent, "int64")
-            x = importer.block_builder.emit(relax.op.take(x, source, axis))
+def _norm_without_statistics(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Batch norm by the batch's own mean and variance, as instance norm is exported."""
+    given = arguments(node)
+    x, emit = importer.env[node.args[0]], importer.block_builder.emit
+    batch, channels, *extents = shape_of(x)
+    weight, bias = (importer.env[given[name]] if given.get(name) is not None else None for name in ("weight", "bias"))
+    weight = constant(np.ones(channels, "float32")) if weight is None else weight
+    bias = constant(np.zeros(channels, "float32")) if bias is None else bias
+    axes = [*([0] if batch > 1 else []), *range(2, 2 + len(extents))]
+    y = emit(relax.op.nn.instance_norm(x, weight, bias, 1, axes, given["eps"]))
+    if any(user.args[1] != 0 and user.users for user in node.users):
+        raise DanceError("the mean and deviation that it returns are not supported")
+    return emit(relax.Tuple([y, weight, bias]))
+
+
+# --- activations and arithmetic that Relax lacks ---
+
+
+def _clamp(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Both bounds numbers: one clip. Else a maximum and a minimum, in the type that PyTorch gives the result."""
+    given = arguments(node)
+    dtype, emit = name_of(node.meta["val"].dtype), importer.block_builder.emit
+    x = cast(importer, importer.env[node.args[0]], dtype)
+    low, high = bounds = given.get("min"), given.get("max")
+    if "float" in dtype and isinstance(low, (int, float)) and isinstance(high, (int, float)):
+        return emit(relax.op.clip(x, float(min(low, high)), float(high)))
+    for bound, operator in zip(bounds, (relax.op.maximum, relax.op.minimum), strict=True):
+        if bound is not None:
+            bound = importer.env[bound] if isinstance(bound, fx.Node) else bound
+            x = emit(operator(x, cast(importer, bound, dtype)))
     return x
+
+
+def _composed(compute: Callable[..., relax.Expr]) -> Conversion:
+    """An elementwise operator as a formula over Relax's: ``compute(emit, number, *tensors)``."""
+
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        dtype = name_of(node.meta["val"].dtype)
+        operands = [cast(importer, value, dtype) for value in importer.retrieve_args(node)]
+
+        def number(value: float) -> relax.Expr:
+            return relax.const(value, dtype)
+
+        return compute(importer.block_builder.emit, number, *operands)
+
+    return convert
+
+
+def _erfc(emit: Any, number: Any, x: relax.Expr) -> relax.Expr:
+    return emit(relax.op.subtract(number(1), emit(relax.op.erf(x))))
+
+
+def _exp2(emit: Any, number: Any, x: relax.Expr) -> relax.Expr:
+    return emit(relax.op.exp(emit(relax.op.multiply(x, number(math.log(2))))))
+
+
+def _hypot(emit: Any, number: Any, a: relax.Expr, b: relax.Expr) -> relax.Expr:
+    squares = [emit(relax.op.multiply(value, value)) for value in (a, b)]
+    return emit(relax.op.sqrt(emit(relax.op.add(*squares))))
+
+
+def _copysign(emit: Any, number: Any, a: relax.Expr, b: relax.Expr) -> relax.Expr:
+    size = emit(relax.op.abs(a))
+    # Of the two zeros only the reciprocal tells the sign.
+    tells = emit(relax.op.where(emit(relax.op.equal(b, number(0))), emit(relax.op.divide(number(1), b)), b))
+    return emit(relax.op.where(emit(relax.op.less(tells, number(0))), emit(relax.op.negative(size)), size))
+
+
+def _number_preferred(operator: Operator) -> Callable[..., relax.Expr]:
+    """The larger or smaller of two, where one is NaN the other."""
+
+    def compute(emit: Any, number: Any, a: relax.Expr, b: relax.Expr) -> relax.Expr:
+        either = emit(operator(a, b))
+        either = emit(relax.op.where(emit(relax.op.isnan(b)), a, either))
+        return emit(relax.op.where(emit(relax.op.isnan(a)), b, either))
+
+    return compute
+
+
+def _batch_product_summed(node: fx.Node, importer: Importer) -> relax.Expr:
+    """``beta * x + alpha * sum over the batch of a @ b``."""
+    given, emit = arguments(node), importer.block_builder.emit
+    x, a, b = (importer.env[node.args[i]] for i in range(3))
+    total = emit(relax.op.sum(emit(relax.op.matmul(a, b)), [0]))
+    for name, at in (("alpha", 1), ("beta", 0)):
+        factor = given.get(name, 1)
+        if factor != 1:
+            scale = relax.const(factor, dtype_of(x))
+            total, x = (emit(relax.op.multiply(total, scale)), x) if at else (total, emit(relax.op.multiply(x, scale)))
+    return emit(relax.op.add(x, total)) if given.get("beta", 1) != 0 else total
+
+
+def _trilinear(node: fx.Node, importer: Importer) -> relax.Expr:
+    """The product of three tensors, each with axes of one put in, summed over some axes: a bilinear layer."""
+    given, emit, result = arguments(node), importer.block_builder.emit, None
+    for index in (1, 2, 3):
+        value, axes = importer.env[given[f"i{index}"]], list(given[f"expand{index}"])
+        value = emit(relax.op.expand_dims(value, axes)) if axes else value
+        result = value if result is None else emit(relax.op.multiply(result, value))
+    return emit(relax.op.sum(result, list(given["sumdim"])))
+
+
+def _sort(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Values and their places, equal ones in the order in which they stood."""
+    given, emit = arguments(node), importer.block_builder.emit
+    x = importer.env[node.args[0]]
+    if not shape_of(x):
+        return emit(relax.Tuple([x, relax.const(0, "int64")]))
+    axis = given.get("dim", -1)
+    places = emit(relax.op.argsort(x, axis, bool(given.get("descending", False)), "int64"))
+    return emit(relax.Tuple([gather_along(importer, x, axis, places), places]))
 
 
 def _arithmetic() -> dict[str, Conversion]:
@@ -458,6 +629,24 @@ CONVERSIONS: dict[str, Conversion] = {
     **{f"avg_pool{rank}d.default": _avg_pool(rank) for rank in (1, 2, 3)},
     **{f"adaptive_max_pool{rank}d.default": _adaptive_max_pool(rank) for rank in (2, 3)},
     "elu.default": _elu,
-    **{f"upsample_nearest{rank}d.{form}": _upsample_nearest for rank in (1, 2, 3) for form in ("default", "vec")},
+    "_native_batch_norm_legit.no_stats": _norm_without_statistics,
+    "clamp.default": _clamp,
+    "clamp.Tensor": _clamp,
+    "clamp_min.default": _clamp,
+    "clamp_min.Tensor": _clamp,
+    "clamp_max.default": _clamp,
+    "clamp_max.Tensor": _clamp,
+    "erfc.default": _composed(_erfc),
+    "exp2.default": _composed(_exp2),
+    "hypot.default": _composed(_hypot),
+    "copysign.Tensor": _composed(_copysign),
+    "copysign.Scalar": _composed(_copysign),
+    "fmax.default": _composed(_number_preferred(relax.op.maximum)),
+    "fmin.default": _composed(_number_preferred(relax.op.minimum)),
+    "addbmm.default": _batch_product_summed,
+    "_trilinear.default": _trilinear,
+    "sort.default": _sort,
+    "sort.stable": _sort,
+    **RESAMPLING,
     **INDEXING,
 }

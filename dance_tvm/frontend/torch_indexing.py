@@ -16,6 +16,7 @@ from dance_tvm.frontend.torch_values import (
     Importer,
     arguments,
     cast,
+    constant,
     constant_of,
     dtype_of,
     name_of,
@@ -63,13 +64,13 @@ def _positions(importer: Importer, node: fx.Node) -> list[relax.Expr]:
     mask = importer.parameter(node)
     if mask is None:
         raise DanceError(_BY_MASK)
-    return [relax.const(places.numpy()) for places in mask.bool().nonzero(as_tuple=True)]
+    return [constant(places.numpy()) for places in mask.bool().nonzero(as_tuple=True)]
 
 
 def _not_negative(importer: Importer, value: relax.Expr, extent: int) -> relax.Expr:
     places = constant_of(value)
     if places is not None:
-        return relax.const(np.where(places < 0, places + extent, places).astype(places.dtype))
+        return constant(np.where(places < 0, places + extent, places).astype(places.dtype))
     emit, dtype = importer.block_builder.emit, dtype_of(value)
     negative = emit(relax.op.less(value, relax.const(0, dtype)))
     wrapped = emit(relax.op.add(value, relax.const(extent, dtype)))
@@ -123,7 +124,7 @@ def _flat_positions(importer: Importer, indices: list[relax.Expr], extents: list
     known = [constant_of(each) for each in indices]
     places = [each for each in known if each is not None]
     if len(places) == len(indices):
-        return relax.const(np.ravel_multi_index(tuple(np.broadcast_arrays(*places)), extents).astype(np.int64))
+        return constant(np.ravel_multi_index(tuple(np.broadcast_arrays(*places)), extents).astype(np.int64))
     emit = importer.block_builder.emit
     flat = cast(importer, indices[0], "int64")
     for extent, each in zip(extents[1:], indices[1:], strict=True):
@@ -178,7 +179,7 @@ def as_strided(node: fx.Node, importer: Importer) -> relax.Expr:
         raise DanceError("its strides reach outside of the tensor, or the tensor is itself a view: use slices")
     emit = importer.block_builder.emit
     flat = emit(relax.op.reshape(importer.env[node.args[0]], [-1]))
-    return emit(relax.op.take(flat, relax.const(places), 0))
+    return emit(relax.op.take(flat, constant(places), 0))
 
 
 # --- place ---
@@ -227,7 +228,7 @@ def _placed(importer: Importer, x: relax.Expr, source: relax.Expr, axis: int, pl
         return emit(relax.op.concat(parts, axis))
     order = np.arange(extent)
     order[list(places)] = extent + np.arange(len(places))
-    return emit(relax.op.take(emit(relax.op.concat([x, source], axis)), relax.const(order), axis))
+    return emit(relax.op.take(emit(relax.op.concat([x, source], axis)), constant(order), axis))
 
 
 def diagonal_scatter(node: fx.Node, importer: Importer) -> relax.Expr:
@@ -254,7 +255,7 @@ def _placed_flat(importer: Importer, x: relax.Expr, source: relax.Expr, places: 
     order = np.arange(int(np.prod(shape)))
     order[places.reshape(-1)] = order.size + np.arange(places.size)
     lines = [emit(relax.op.reshape(each, [-1])) for each in (x, cast(importer, source, dtype_of(x)))]
-    taken = emit(relax.op.take(emit(relax.op.concat(lines, 0)), relax.const(order), 0))
+    taken = emit(relax.op.take(emit(relax.op.concat(lines, 0)), constant(order), 0))
     return emit(relax.op.reshape(taken, shape))
 
 
@@ -325,7 +326,7 @@ def _put_rows(
     if places is not None and not accumulate:
         order = np.arange(shape_of(lines)[0])
         order[places.reshape(-1)] = order.size + np.arange(count)
-        return emit(relax.op.take(emit(relax.op.concat([lines, placed], 0)), relax.const(order), 0))
+        return emit(relax.op.take(emit(relax.op.concat([lines, placed], 0)), constant(order), 0))
     positions = emit(relax.op.reshape(flat, [count, 1]))
     return emit(relax.op.scatter_nd(lines, positions, placed, "add" if accumulate else "update"))
 
@@ -407,7 +408,7 @@ def _scatter_apart(
     if how not in ("mean", "sum", "prod", "amax", "amin"):
         raise DanceError(f"the reduction {how!r} is not supported")
     zeros = emit(relax.op.zeros_like(x))
-    ones = relax.const(np.ones(shape_of(source), dtype))
+    ones = constant(np.ones(shape_of(source), dtype))
     count = _scattered(importer, zeros, axis, positions, ones, "add")
     touched = emit(relax.op.greater(count, relax.const(0, dtype)))
     start = x

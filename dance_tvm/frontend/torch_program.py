@@ -20,15 +20,17 @@ from dance_tvm.frontend.interface import TensorSpec, array_of
 from dance_tvm.frontend.names import NamingBuilder
 from dance_tvm.frontend.torch_conversions import CONVERSIONS
 from dance_tvm.frontend.torch_graph import compute_in_float32, fold_constants
+from dance_tvm.frontend.torch_resampling import RESAMPLING
+from dance_tvm.frontend.torch_values import constant
 
 # What core ATen takes apart and a conversion of ours does better.
-_KEPT = (torch.ops.aten.select_scatter.default, torch.ops.aten.diagonal_scatter.default)
+_KEPT = {"select_scatter.default", "diagonal_scatter.default", *RESAMPLING}
 
 # Each round of decompositions may bring up operators that want one themselves.
 _ROUNDS = 4
 
-# Conversions of TVM's that are none: random numbers drawn once and for all.
-_UNTRUSTED = ("randn", "rand", "exponential", "bernoulli")
+# Conversions of TVM's that are none: random numbers drawn once and for all, norms of some orders.
+_UNTRUSTED = ("randn", "rand", "exponential", "bernoulli", "linalg_vector_norm")
 _MAIN_ATEN = ("convolution", "mm", "norm", "pool", "matmul", "linear", "softmax", "upsample")
 
 
@@ -64,8 +66,8 @@ def decompose(program: torch.export.ExportedProgram) -> Decomposed:
         raise DanceError("The network holds custom objects, which cannot be compiled: export it without them.")
     try:
         table = torch.export.default_decompositions()
-        for target in _KEPT:
-            table.pop(target, None)
+        for target in [target for target in table if _name_of(target) in _KEPT]:
+            del table[target]
         program = program.run_decompositions(table)
         # What neither TVM nor we convert often has a decomposition that core ATen leaves alone.
         for _ in range(_ROUNDS):
@@ -78,7 +80,7 @@ def decompose(program: torch.export.ExportedProgram) -> Decomposed:
     _require_stateless(program)
     # Run-time assertions have no result and would keep the whole function from being a dataflow graph.
     for node in reversed(program.graph.nodes):
-        if "aten._assert" in str(node.target) and not node.users:
+        if node.op == "call_function" and not node.users:
             program.graph.erase_node(node)
     declared = compute_in_float32(program)
     return Decomposed(program, declared, fold_constants(program))
@@ -122,6 +124,8 @@ def _is_training(node: fx.Node) -> bool:
     names = [argument.name for argument in schema.arguments]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     operator = _operator(node)
+    if operator.startswith("scaled_dot_product"):
+        return given.get("dropout_p", 0) != 0
     if operator.endswith("dropout"):
         return given.get("train") is not False and given.get("p", 0.5) != 0
     if operator == "instance_norm":
@@ -204,7 +208,7 @@ class _Importer(ExportedProgramImporter):
         names = _names(nodes)
         for node in nodes:
             if (value := self._constants.get(node.name)) is not None:
-                self.env[node] = relax.const(array_of(value)) if node.users else None
+                self.env[node] = constant(array_of(value)) if node.users else None
             elif node.op == "placeholder":
                 self.env[node] = self._input(node, params)
             elif node.op == "output":
@@ -226,7 +230,7 @@ class _Importer(ExportedProgramImporter):
         tensors = [value for value, kind in given if kind is OutputKind.USER_OUTPUT and value is not None]
         self.block_builder.enter("output", only=False)
         return [
-            self._in_type(value if isinstance(value, relax.Expr) else relax.const(array_of(value)), spec.dtype)
+            self._in_type(value if isinstance(value, relax.Expr) else constant(array_of(value)), spec.dtype)
             for value, spec in zip(tensors, outputs, strict=True)
         ]
 
@@ -259,7 +263,8 @@ class _Importer(ExportedProgramImporter):
         if not isinstance(value.ty, relax.TensorType):
             return value
         shape = tuple(int(extent) for extent in value.ty.shape)
-        if shape != tuple(expected.shape):
+        known = all(isinstance(extent, int) for extent in expected.shape)
+        if known and shape != tuple(expected.shape):
             raise DanceError(
                 f"The operator {node.target} of layer {describe(node)!r} is not supported in this form: "
                 f"it would be imported with shape {shape} in place of {tuple(expected.shape)}."

@@ -28,6 +28,11 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def constant(array: np.ndarray) -> relax.Expr:
+    """``array`` in its own type; left alone, Relax narrows 64 bits to 32."""
+    return relax.const(array, str(array.dtype))
+
+
 def constant_of(value: relax.Expr) -> np.ndarray | None:
     """The value of a constant; None for what is computed."""
     return value.value.numpy() if isinstance(value, tvm.ir.expr.GenericConst) else None

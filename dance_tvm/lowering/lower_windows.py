@@ -30,7 +30,7 @@ from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.cpu.winograd import WinogradConv, conv3d_winograd, mask_arguments
 from dance_tvm.schedules.cpu.winograd_plan import LISTS, WinogradPlan, plan_winograd
 from dance_tvm.schedules.emit import one_thread
-from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.geometry import Window, added
 from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.workload import POOL, TYPICAL_DENSITY, Workload
@@ -40,7 +40,7 @@ from .carries import Chain, find_chains
 from .kernel_groups import KernelGroups, choose_kernel_groups, fitting_groups, lane_cost
 from .sample_lists import SampleLists, positions_of_input
 from .sites import Site, Sites
-from .windows import POOLS, window_of, zero_padded
+from .windows import POOLS, padding_behind, window_of, zero_padded
 
 #: Share of zero weights from which on a layer's report says why they are not skipped.
 WORTH_TELLING = 0.01
@@ -614,9 +614,12 @@ class Lowering:
     def _pool(self, var: relax.Var) -> relax.Expr:
         call, window = self.graph.call(var), window_of(self.graph, var)
         assert window is not None
-        source, count_padding = call.args[0], bool(call.attrs.count_include_pad)
-        if "avg" in self.graph.op(var) and (padded := zero_padded(self.graph, source, window)) is not None:
-            (source, window), count_padding = padded, True
+        source, counted = call.args[0], ((0, 0, 0), (0, 0, 0))
+        if call.attrs.count_include_pad:
+            counted = (window.padding, padding_behind(self.graph, var))
+        if "avg" in self.graph.op(var) and (padded := zero_padded(self.graph, source)) is not None:
+            source, window = padded.source, padded.inside(window)
+            counted = (added(counted[0], padded.before), added(counted[1], padded.behind))
         alive = self.liveness.alive_in(source)
         wanted = self.liveness.wanted(var)
         channels = shape_of(source)[-1]
@@ -624,7 +627,7 @@ class Lowering:
             "window": window,
             "channels": channels,
             "kind": "max" if "max" in self.graph.op(var) else "avg",
-            "count_padding": count_padding,
+            "counted": counted,
             "in_frames": alive.frames is not None,
             "out_frames": wanted.frames is not None,
             "zero_dead": self.sites.needs_zeros(var),

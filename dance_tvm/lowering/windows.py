@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import relax
 
-from dance_tvm.schedules.geometry import Triple, Window, triple
+from dance_tvm.schedules.geometry import Triple, Window, added, triple
 from dance_tvm.transform.graph import Graph, shape_of
 
 CONVOLUTIONS = {"nn.conv2d", "nn.conv3d"}
@@ -40,20 +40,36 @@ def window_of(graph: Graph, var: relax.Var) -> Window | None:
     )
 
 
-def zero_padded(graph: Graph, data: relax.Expr, window: Window) -> tuple[relax.Expr, Window] | None:
-    """What ``data`` was before zeros were put around it, and ``window`` as it slides over that; None if none were.
+def padding_behind(graph: Graph, pool: relax.Var) -> Triple:
+    """The padding behind the clip that a pool's attributes tell; what ``ceil_mode`` reaches beyond it is none."""
+    padding = graph.call(pool).attrs.padding
+    return _triple(padding[len(padding) // 2 :], 0)
 
-    ``data`` has channels innermost. The zeros need not be stored for a window that knows its padding.
-    """
-    if graph.op(data) != "nn.pad" or any(window.padding):
+
+@dataclass(frozen=True)
+class ZeroPadded:
+    """Zeros that an operator put around what a window slides over: what lay inside, and how many on each side."""
+
+    source: relax.Expr
+    before: Triple
+    behind: Triple
+
+    def inside(self, window: Window) -> Window:
+        """``window`` as it slides over what lay inside, the zeros being padding that it knows of."""
+        size = _triple(shape_of(self.source)[1:-1], 1)
+        return replace(window, size=size, padding=added(window.padding, self.before))
+
+
+def zero_padded(graph: Graph, data: relax.Expr) -> ZeroPadded | None:
+    """The zeros around ``data``, which has channels innermost; None if there are none, or not on these axes alone."""
+    if graph.op(data) != "nn.pad":
         return None
     attrs = graph.call(data).attrs
     source, widths = graph.call(data).args[0], [int(width) for width in attrs.pad_width]
     around = widths[2:-2]
     if str(attrs.pad_mode) != "constant" or float(attrs.pad_value) or any(widths[:2] + widths[-2:]) or min(around) < 0:
         return None
-    before = _triple(around[::2], 0)
-    return source, replace(window, size=_triple(shape_of(source)[1:-1], 1), padding=before)
+    return ZeroPadded(source, _triple(around[::2], 0), _triple(around[1::2], 0))
 
 
 def _triple(values: Sequence[Any], fill: int) -> Triple:

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.machines.processors import WITH_AVX512, WITHOUT_AVX512, x86_name
 
 CPUS = Path("/sys/devices/system/cpu")
 CPUINFO = Path("/proc/cpuinfo")
@@ -98,7 +99,7 @@ def _x86() -> dict[str, Any]:
     elif {"avx2", "fma"} <= flags:
         level, floats, registers, rate = "avx2", 8, 16, 2.0
         # A hypervisor may hide instructions that LLVM expects of this model: then take the plain level.
-        mcpu = "haswell" if _has(mcpu, "avx512f") else mcpu
+        mcpu = "haswell" if _has_avx512(mcpu) else mcpu
     else:
         level, floats, registers, rate, mcpu = (
             "sse",
@@ -146,16 +147,25 @@ def _cluster(name: str, cores: int, mcpu: str, ghz: float, rate: float) -> dict[
 
 
 def _llvm_cpu() -> str:
+    """LLVM's name of this processor; only one that is new to us is worth the seconds that loading LLVM takes."""
+    numbers = [_cpuinfo(key) for key in ("cpu family", "model")]
+    if all(number.isdigit() for number in numbers):
+        family, model = map(int, numbers)
+        if name := x86_name(_cpuinfo("vendor_id"), family, model, cpu_flags()):
+            return name
     from tvm.target import codegen
 
     return str(codegen.llvm_get_system_cpu()) or "generic"
 
 
-def _has(mcpu: str, feature: str) -> bool:
+def _has_avx512(mcpu: str) -> bool:
+    """Whether LLVM takes AVX-512 for granted on a processor of this name."""
+    if mcpu in WITH_AVX512 | WITHOUT_AVX512:
+        return mcpu in WITH_AVX512
     from tvm.target import Target, codegen
 
     target = Target({"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": mcpu})
-    return bool(codegen.llvm_cpu_has_features(feature, target))
+    return bool(codegen.llvm_cpu_has_features("avx512f", target))
 
 
 def _cpuinfo(key: str) -> str:

@@ -176,9 +176,10 @@ def load_target(spec: str | Path) -> Target:
     return _read(found)
 
 
-def all_targets() -> list[Target]:
-    """Every target that ships with the package, by name."""
-    return [_read(path) for path in sorted(TARGETS.glob("*.toml"))]
+def all_targets(look_for_opencl: bool = True) -> list[Target]:
+    """Every target that ships with the package, by name. Without looking for an OpenCL device, which loads its
+    compiler, that target has a name of no device."""
+    return [_read(path, look_for_opencl) for path in sorted(TARGETS.glob("*.toml"))]
 
 
 @lru_cache(maxsize=1)
@@ -200,10 +201,10 @@ def _parse(path: Path) -> dict[str, Any]:
         raise DanceError(f"target file {path} cannot be read as TOML: {error}") from None
 
 
-def _read(path: Path) -> Target:
+def _read(path: Path, look_for_opencl: bool = True) -> Target:
     facts = _parse(path)
     if facts.pop("detect", False):
-        facts = _with_detected(facts)
+        facts = _with_detected(facts, look_for_opencl)
     try:
         return Target.model_validate(facts)
     except ValidationError as error:
@@ -211,18 +212,24 @@ def _read(path: Path) -> Target:
         raise DanceError(f"target file {path} does not describe a target: {wrong}") from None
 
 
-def _with_detected(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts of a file completed by those of this machine; of a GPU, those that its driver tells win."""
+def _with_detected(facts: dict[str, Any], look_for_opencl: bool) -> dict[str, Any]:
+    """The facts of a file completed by those of this machine; of a GPU, those that its driver tells win.
+
+    ``undetected`` is what the file is about where this machine has no such GPU.
+    """
     from dance_tvm.machines.host import detect
 
-    detected = detect()
+    detected, undetected = detect(), facts.pop("undetected", "")
     for key in ("sources", "link"):
         facts[key] = {**detected.pop(key), **facts.get(key, {})}
     if "gpu" in facts:
         detected["host"] = detected.pop("tvm")
         from dance_tvm.machines.gpu import detect_cuda, detect_opencl
 
-        found = detect_cuda() if facts["tvm"]["kind"] == "cuda" else detect_opencl()
+        opencl = detect_opencl if look_for_opencl else lambda: None
+        found = detect_cuda() if facts["tvm"]["kind"] == "cuda" else opencl()
+        if not found and undetected:
+            facts["description"] = undetected
         for key, value in (found or {}).items():
             facts[key] = {**facts[key], **value} if isinstance(value, dict) else value
     return {**detected, **facts}

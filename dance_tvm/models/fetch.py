@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.hashing import file_sha256
+from dance_tvm.core.places import cache_folder
 
 _DOWNLOAD_SECONDS = 600
 
@@ -25,13 +26,6 @@ class Wheel:
 
     requirement: str
     files: Mapping[str, str]
-
-
-def cache_folder() -> Path:
-    """``$DANCE_TVM_CACHE``, else ``dance_tvm`` under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if chosen := os.environ.get("DANCE_TVM_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dance_tvm"
 
 
 def unpack(wheel: Wheel) -> Path:

@@ -38,6 +38,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -355,18 +356,20 @@ def train(
     resume: bool = False,
     task: Task | None = None,
     console: Console | None = None,
+    on_epoch: Callable[[dict[str, float]], object] | None = None,
 ) -> Result:
     """Trains `network` by `settings.method` and writes checkpoint, curves, model and card into `folder`.
 
     A killed run goes on from its last whole epoch with `resume=True`, and ends bit for bit as if it had not been
-    killed (on one device and thread count). Under torchrun every process calls this; rank 0 alone writes.
+    killed (on one device and thread count). Under torchrun every process calls this; rank 0 alone writes. `on_epoch`
+    hears the figures of each epoch as it ends.
     Raises DanceError when the loss is not finite, the disk refuses a write, or the checkpoint is of another run.
     """
     with _processes() as processes:
         trainer = _Trainer(settings, network, splits, folder, task or Classification(), processes, console)
         if resume:
             trainer.resume()
-        return trainer.run()
+        return trainer.run(on_epoch if processes.leader and on_epoch else lambda _row: None)
 
 
 @dataclass(frozen=True)
@@ -431,6 +434,22 @@ class _Indexed(torch.utils.data.Dataset[tuple[Tensor, Any, int]]):
 
 #: What tells training from use, and rests where a task imitates.
 _RESTS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+
+
+class _Steps:
+    """Counts the steps of an epoch, and tells from time to time, where no bar can be drawn."""
+
+    EVERY_S = 30.0
+
+    def __init__(self, console: Console, name: str, steps: int) -> None:
+        self._console, self._name, self._steps = console, name, steps
+        self._done, self._told = 0, time.monotonic()
+
+    def __call__(self) -> None:
+        self._done += 1
+        if time.monotonic() - self._told > self.EVERY_S:
+            self._told = time.monotonic()
+            self._console.print(f"{self._name}  {self._done} of {self._steps} steps", soft_wrap=True)
 
 
 class _Trainer:
@@ -505,15 +524,22 @@ class _Trainer:
 
     # -- the loop --
 
-    def run(self) -> Result:
+    def run(self, on_epoch: Callable[[dict[str, float]], object]) -> Result:
         epochs = self._settings.epochs
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self._console) as progress:
+        watched = self._console.is_terminal
+        with Progress(*columns, console=self._console, disable=not watched) as progress:
             for epoch in range(len(self._history), epochs):
-                bar = progress.add_task(f"epoch {epoch + 1}/{epochs}", total=len(self._loader))
-                row = self._epoch(epoch, lambda bar=bar: progress.advance(bar))  # type: ignore[misc]  # bound now
+                name = f"epoch {epoch + 1}/{epochs}"
+                bar = progress.add_task(name, total=len(self._loader))
+                advance = partial(progress.advance, bar) if watched else _Steps(self._console, name, len(self._loader))
+                row = self._epoch(epoch, advance)
                 self._keep(epoch, row)
-                progress.update(bar, description=f"epoch {epoch + 1}/{epochs}  {_told(row)}")
+                if watched:
+                    progress.update(bar, description=f"{name}  {_told(row)}")
+                else:
+                    self._console.print(f"{name}  {_told(row)}  {row['seconds']:.0f} s", soft_wrap=True)
+                on_epoch(row)
         return self._finish()
 
     def _epoch(self, epoch: int, advance: Callable[[], Any]) -> dict[str, float]:

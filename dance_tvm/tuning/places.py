@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dance_tvm.core.places import data_folder
+
+if TYPE_CHECKING:
+    from dance_tvm.machines.target import Target
 
 SHIPPED = Path(__file__).parents[1] / "tuning_logs"
 IN_PROJECT = "tuning_logs"
@@ -22,3 +27,16 @@ def log_folders(logs: Path | None = None) -> list[Path]:
         return [logs]
     own = own_logs()
     return [own] if own.resolve() == SHIPPED.resolve() else [own, SHIPPED]
+
+
+def digest_of_logs(target: Target, logs: Path | None = None) -> str:
+    """A hash of what the target's logs outside of the package hold, those of the package being part of its sources;
+    empty where there are none."""
+    digest, found = hashlib.sha256(), False
+    for folder in log_folders(logs):
+        if folder.resolve() == SHIPPED.resolve():
+            continue
+        for path in sorted(folder.glob(f"{target.tuning_log}.*.jsonl")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+            found = True
+    return digest.hexdigest()[:16] if found else ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,11 +25,11 @@ from ..emit import (
     store,
     when,
 )
-from ..geometry import Window
+from ..geometry import Triple, Window
 from .row_plan import mask_shapes
 
-#: The least float32: what a maximum starts from.
-LOWEST = -3.4028234663852886e38
+#: What a maximum starts from: less than any number.
+LOWEST = -math.inf
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,15 @@ class Pool:
 
     ``in_positions``: how many clips and frames the mask of input positions tells apart, None where there is none. What
     is dead of the input is not read and counts as zeros; an output frame that nobody reads is set to zero if
-    ``zero_dead``, else left alone. ``count_padding``: the average divides by the whole window, padding included.
-    ``vectors`` vectors of channels are reduced at once, in registers.
+    ``zero_dead``, else left alone. An average divides by the taps that lie inside the clip or in the ``counted``
+    padding, before and behind it on each axis. ``vectors`` vectors of channels are reduced at once, in registers.
     """
 
     window: Window
     channels: int
     kind: Literal["max", "avg"]
     vector_floats: int
-    count_padding: bool = False
+    counted: tuple[Triple, Triple] = ((0, 0, 0), (0, 0, 0))
     in_frames: bool = False
     out_frames: bool = False
     zero_dead: bool = True
@@ -60,6 +61,32 @@ class Pool:
         if self.in_positions is not None:
             shapes["in_positions"] = (*self.in_positions, *window.size[1:])
         return shapes
+
+    def span(self, axis: int, start: Expr, before: int = 0, behind: int = 0) -> tuple[Expr, Expr]:
+        """The first tap that is inside the clip, widened by so much, and the one past the last: of a window that begins
+        at ``start``."""
+        window, step = self.window, self.window.dilation[axis]
+        first = tirx.floordiv(step - 1 - before - start, step)
+        past = tirx.floordiv(window.size[axis] + behind - start + step - 1, step)
+        return tirx.max(0, first), tirx.max(0, tirx.min(window.kernel[axis], past))
+
+    def divisor(self, starts: Sequence[Expr]) -> Expr:
+        """int32: how many taps count in the average over the window that begins at ``starts``."""
+        taps: Expr = tirx.IntImm("int32", 1)
+        for axis, start in enumerate(starts):
+            before, behind = (side[axis] for side in self.counted)
+            counts = {self._counted(axis, index, before, behind) for index in range(self.window.out[axis])}
+            if len(counts) > 1:
+                first, past = self.span(axis, start, before, behind)
+                taps = taps * tirx.max(past - first, 0)
+            else:
+                taps = taps * counts.pop()
+        return taps
+
+    def _counted(self, axis: int, index: int, before: int, behind: int) -> int:
+        window = self.window
+        sources = [window.source(axis, index, tap) for tap in range(window.kernel[axis])]
+        return sum(-before <= source < window.size[axis] + behind for source in sources)
 
     @property
     def name(self) -> str:
@@ -125,10 +152,8 @@ class _Emitter:
         start = let(index * window.stride[axis] - window.padding[axis])
         if window.classes[axis] == (tuple(range(window.kernel[axis])),):
             return start, 0, window.kernel[axis]
-        step = window.dilation[axis]
-        begin = let(tirx.max(0, tirx.floordiv(step - 1 - start, step)))
-        end = let(tirx.min(window.kernel[axis], tirx.floordiv(window.size[axis] - start + step - 1, step)))
-        return start, begin, end
+        begin, end = self.pool.span(axis, start)
+        return start, let(begin), let(end)
 
     def line(self, clip: Expr, frame: Expr, row: Expr) -> None:
         """One line of output positions."""
@@ -164,6 +189,9 @@ class _Emitter:
         acc = [scratch((count,)) for _ in range(vectors)]
         for buffer in acc:
             store(buffer, number(0.0 if pool.kind == "avg" else LOWEST, count), lanes(0, count))
+        self.not_numbers = {buffer: scratch((count,)) for buffer in acc} if pool.kind == "max" else {}
+        for buffer in self.not_numbers.values():
+            store(buffer, number(0.0, count), lanes(0, count))
         with serial(frames[2] - frames[1]) as f:
             source_frame = let(frames[0] + (frames[1] + f) * window.dilation[0])
 
@@ -196,11 +224,19 @@ class _Emitter:
         for v, buffer in enumerate(acc):
             result = buffer[lanes(0, count)]
             if pool.kind == "avg":
-                pairs = (frames[2] - frames[1]) * (rows[2] - rows[1]) * (columns[2] - columns[1])
-                taps: Expr = tirx.IntImm("int32", window.taps) if pool.count_padding else pairs
+                taps = pool.divisor((frames[0], rows[0], columns[0]))
                 result = result / splat(tirx.Cast("float32", taps), count)
+            else:
+                found = self.not_numbers[buffer][lanes(0, count)]
+                result = tirx.Select(tirx.isnan(found), found, result)
             store(self.y, result, lanes(place + channel + v * count, count))
 
     def _combine(self, acc: tirx.Buffer, value: Expr, count: int) -> None:
+        """Add ``value`` to a sum, or take it into a maximum: ``max`` forgets NaN, so the last one met is put aside."""
         now = acc[lanes(0, count)]
-        store(acc, tirx.max(now, value) if self.pool.kind == "max" else now + value, lanes(0, count))
+        if self.pool.kind == "avg":
+            store(acc, now + value, lanes(0, count))
+            return
+        value, found = let(value), self.not_numbers[acc]
+        store(found, tirx.Select(tirx.isnan(value), value, found[lanes(0, count)]), lanes(0, count))
+        store(acc, tirx.max(now, value), lanes(0, count))

@@ -71,7 +71,12 @@ def _pooled(
     store(acc, number(LOWEST if pool.kind == "max" else 0.0), 0)
 
     def combine(value: Expr) -> None:
-        store(acc, tirx.max(acc[0], value) if pool.kind == "max" else acc[0] + value, 0)
+        value = let(value)
+        if pool.kind == "avg":
+            store(acc, acc[0] + value, 0)
+        else:  # ``max`` would forget NaN
+            with when(tirx.any(acc[0] < value, tirx.isnan(value))):
+                store(acc, value, 0)
 
     with serial(counts[0]) as f:
         frame = let(starts[0] + (begins[0] + f) * window.dilation[0])
@@ -89,15 +94,12 @@ def _pooled(
             choose(let(in_frames[clip, frame] != number(0.0)), read_frame, lambda: combine(number(0.0)))
     if pool.kind == "max":
         return acc[0]
-    inside = counts[0] * counts[1] * counts[2]
-    return acc[0] / tirx.Cast(FLOAT, tirx.IntImm("int32", window.taps) if pool.count_padding else inside)
+    return acc[0] / tirx.Cast(FLOAT, pool.divisor(starts))
 
 
 def _bounds(pool: Pool, axis: int, index: Expr) -> tuple[Expr, Expr, Expr]:
     """First coordinate of the window, its first tap inside the clip, and how many are inside."""
-    window = pool.window
-    step = window.dilation[axis]
-    start = let(index * window.stride[axis] - window.padding[axis])
-    begin = let(tirx.max(0, tirx.floordiv(step - 1 - start, step)))
-    end = tirx.min(window.kernel[axis], tirx.floordiv(window.size[axis] - start + step - 1, step))
-    return start, begin, let(tirx.max(end - begin, 0))
+    start = let(index * pool.window.stride[axis] - pool.window.padding[axis])
+    first, past = pool.span(axis, start)
+    begin = let(first)
+    return start, begin, let(tirx.max(past - begin, 0))

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity.dance.adaptors import Adaptor
 from dance_tvm.sparsity.dance.controller import AXES, Axis, Controller, Prune
 from dance_tvm.sparsity.dance.macs import MacCounter
@@ -25,6 +26,8 @@ from dance_tvm.sparsity.data import Batch, Clips
 from dance_tvm.sparsity.teacher import Teacher
 from dance_tvm.sparsity.training import Context, Method
 
+#: Share of the dense work below which nothing of a network would be left.
+_LEAST_TARGET = 0.01
 _SUPPLEMENT_WEIGHTS = (1 / 3, 2 / 3, 1 / 3)
 
 
@@ -161,6 +164,11 @@ class AAP(Method):
         self._epochs, self._steps, self._step = context.epochs, context.steps_per_epoch, 0
         dense = self._counter.count([], 1).dense
         self._target = options.target_macs if options.target_macs <= 1 else options.target_macs / dense
+        if not _LEAST_TARGET <= self._target <= 1:
+            raise DanceError(
+                f"--target-macs {options.target_macs:g} is {self._target:.3g} of {context.model}'s {dense / 1e6:.4g}M "
+                f"dense MACs: give a share from {_LEAST_TARGET:g} to 1, or as many MACs"
+            )
         if options.start:
             graph.to(context.device)
             clips = _evenly(context.train, options.start).to(context.device)
@@ -324,7 +332,10 @@ def parse_amount(value: Any) -> Any:
         return value
     units = {"%": 0.01, "k": 1e3, "M": 1e6, "G": 1e9}
     unit = units.get(value[-1:])
-    return float(value[:-1]) * unit if unit else float(value)
+    amount = float(value[:-1]) * unit if unit else float(value)
+    if value.endswith("%") and amount > 1:
+        raise ValueError(f"{value} is more than all")
+    return amount
 
 
 def _evenly(clips: Clips, count: int) -> Tensor:

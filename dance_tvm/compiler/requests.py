@@ -1,0 +1,69 @@
+"""What a build is asked for, looked at before TVM and PyTorch are loaded: what cannot be is told at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dance_tvm.core.errors import DanceError
+from dance_tvm.machines.target import Target
+from dance_tvm.models import registry
+
+#: Architectures that kernels, linker and artifacts know, and what begins the triples of their code.
+MACHINES = {"x86_64": ("x86_64",), "aarch64": ("aarch64", "arm64")}
+KINDS = ("llvm", "cuda", "opencl")
+NETWORK_FILES = (".pt2", ".onnx")
+
+
+def require_model(model: str) -> None:
+    """Raise DanceError for a file that is not there or a network that the zoo has not; the file's content is its
+    reader's."""
+    path = Path(model)
+    if path.suffix in NETWORK_FILES:
+        if not path.is_file():
+            raise DanceError(f"there is no model file {path}: check the path")
+    elif not path.suffix:
+        registry.entry(model)
+
+
+def require_weights(weights: Path | None) -> None:
+    """Raise DanceError for a file of weights that is not there."""
+    if weights is not None and not weights.is_file():
+        raise DanceError(f"there is no file of weights {weights}: check the path")
+
+
+def require_buildable(target: Target, dtype: str = "float32", interface: str = "tvm") -> None:
+    """Raise DanceError where no code can be made for the target, or not with these options."""
+    kind = target.tvm.get("kind")
+    if kind not in KINDS:
+        raise DanceError(f"target {target.name} is of kind {kind!r}: kernels are made for {', '.join(KINDS)}")
+    if target.link.machine not in MACHINES:
+        known = " and ".join(MACHINES)
+        raise DanceError(f"target {target.name} is a {target.link.machine} machine: kernels are made for {known}")
+    host = target.tvm if kind == "llvm" else target.host or {}
+    triple = str(host.get("mtriple", ""))
+    if triple and not triple.startswith(MACHINES[target.link.machine]):
+        raise DanceError(
+            f"target {target.name} says that it is a {target.link.machine} machine (link.machine) and that its code is "
+            f"for {triple} (mtriple): correct one of them"
+        )
+    if dtype != "float32" and not (target.gpu and target.gpu.fp16):
+        raise DanceError(
+            f"{target.name} cannot store half precision: leave --dtype out, or name a GPU target with fp16"
+        )
+    if interface == "c" and target.gpu:
+        raise DanceError(f"{target.name} is a GPU, which --interface c cannot run yet: leave it out")
+
+
+def is_untrained(model: str, weights: Path | None) -> bool:
+    """Whether a build would take the zoo's network with the random weights that it was made with."""
+    if weights is not None or Path(model).suffix:
+        return False
+    known = registry.entry(model)
+    return known.pretrained is None and not known.trained
+
+
+def default_out(model: str, target: Target) -> Path:
+    """Where a build goes unless told: ``model.pt2``, as every training leaves one, is named after its folder."""
+    path = Path(model)
+    named = path.absolute().parent.name if path.suffix in NETWORK_FILES and path.stem == "model" else path.stem
+    return Path("artifacts") / f"{named}-{target.name}"

@@ -1,0 +1,120 @@
+"""The names of the zoo and what stands behind each, known without loading PyTorch."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dance_tvm.core.errors import DanceError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """How to build one network: ``factory`` is ``module:function``, called with ``num_classes`` and further options.
+
+    ``input_shape`` is one sample without the batch axis: (C, T, H, W) for clips, (T, H, W, C) for TransNetV2.
+    ``outputs`` are the name and the meaning of each result; ``pretrained`` is ``module:function`` that returns the
+    published state dict; ``trained``: the factory itself gives trained weights.
+    """
+
+    factory: str
+    input_shape: tuple[int, ...]
+    description: str
+    num_classes: int = 400
+    dtype_name: str = "float32"
+    pretrained: str | None = None
+    input_meaning: str = "clips (N, C, T, H, W), normalised as in training"
+    outputs: tuple[tuple[str, str], ...] = (("scores", "class scores (N, classes), before softmax"),)
+    trained: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the input's elements."""
+        import torch
+
+        found: torch.dtype = getattr(torch, self.dtype_name)
+        return found
+
+
+_REGISTRY: dict[str, ModelEntry] = {
+    "c3d": ModelEntry("dance_tvm.models.c3d:C3D", (3, 16, 112, 112), "C3D, eight 3x3x3 convolutions", 487),
+    "c3d-mini": ModelEntry("dance_tvm.models.c3d:C3DMini", (1, 16, 32, 32), "C3D's plan at a tenth of its width", 10),
+    "dance-c3d-mini": ModelEntry(
+        "dance_tvm.sparsity.dance.trained:dance_c3d_mini",
+        (1, 16, 32, 32),
+        "c3d-mini pruned for each clip by DANCE, trained on motion digits",
+        8,
+        input_meaning="clips (N, 1, T, H, W) of motion digits, values 0 to 1",
+        trained=True,
+    ),
+    "r2plus1d-18": ModelEntry(
+        "dance_tvm.models.r2plus1d:r2plus1d_18", (3, 16, 112, 112), "R(2+1)D-18, residual, 1x3x3 then 3x1x1"
+    ),
+    "r2plus1d-mini": ModelEntry(
+        "dance_tvm.models.r2plus1d:r2plus1d_mini", (1, 16, 32, 32), "R(2+1)D with one narrow block a stage", 10
+    ),
+    "s3d": ModelEntry("dance_tvm.models.s3d:S3D", (3, 16, 112, 112), "S3D, separable Inception"),
+    "transnetv2": ModelEntry(
+        "dance_tvm.models.transnetv2:TransNetV2",
+        (100, 27, 48, 3),
+        "TransNetV2, shot boundaries, published weights",
+        1,
+        "uint8",
+        "dance_tvm.models.transnetv2:published_state",
+        "frames (N, T, 27, 48, RGB), bytes",
+        (
+            ("single_frame", "probability (N, T) that a shot ends at the frame"),
+            ("all_frames", "probability (N, T) that the frame is part of a transition"),
+        ),
+    ),
+    "resnet18-tsn": ModelEntry(
+        "dance_tvm.models.resnet:resnet18", (3, 8, 224, 224), "ResNet-18 on 8 frames, scores averaged (TSN)"
+    ),
+    "resnet18-tsm": ModelEntry(
+        "dance_tvm.models.resnet:resnet18_tsm", (3, 8, 224, 224), "ResNet-18 with temporal shift (TSM)"
+    ),
+    "resnet18-tsm-online": ModelEntry(
+        "dance_tvm.models.resnet:resnet18_tsm_online", (3, 8, 224, 224), "ResNet-18, shift from the past only"
+    ),
+    "resnet50-tsn": ModelEntry(
+        "dance_tvm.models.resnet:resnet50", (3, 8, 224, 224), "ResNet-50 on 8 frames, scores averaged (TSN)"
+    ),
+    "resnet50-tsm": ModelEntry(
+        "dance_tvm.models.resnet:resnet50_tsm", (3, 8, 224, 224), "ResNet-50 with temporal shift (TSM)"
+    ),
+    "resnet50-tsm-online": ModelEntry(
+        "dance_tvm.models.resnet:resnet50_tsm_online", (3, 8, 224, 224), "ResNet-50, shift from the past only"
+    ),
+    "resnet-mini": ModelEntry(
+        "dance_tvm.models.resnet:resnet_mini", (1, 8, 32, 32), "ResNet for small clips, shift from the past only", 8
+    ),
+    "resnet-mini-tsn": ModelEntry(
+        "dance_tvm.models.resnet:resnet_mini_tsn", (1, 8, 32, 32), "ResNet for small clips, scores averaged", 8
+    ),
+    "resnet-mini-tsm": ModelEntry(
+        "dance_tvm.models.resnet:resnet_mini_tsm", (1, 8, 32, 32), "ResNet for small clips, shift both ways", 8
+    ),
+}
+
+
+def register(name: str, entry: ModelEntry) -> None:
+    """Add a network to the zoo, or replace one."""
+    _REGISTRY[name] = entry
+
+
+def names() -> list[str]:
+    """The names that ``create`` takes."""
+    return sorted(_REGISTRY)
+
+
+def entry(name: str) -> ModelEntry:
+    """The registry's entry for ``name``. Raises DanceError, suggesting the nearest name, where there is none."""
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(name, _REGISTRY, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names())}."
+        raise DanceError(f"There is no network called {name!r}: {hint}")
+    return _REGISTRY[name]

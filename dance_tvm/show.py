@@ -1,0 +1,86 @@
+"""``dance-tvm show``: what an artifact is, read from its manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dance_tvm.core.cli import application, examples, start
+from dance_tvm.core.options import AsJson
+from dance_tvm.core.printing import print_table
+
+if TYPE_CHECKING:
+    from dance_tvm.artifact.folder import Artifact
+
+app = application()
+
+
+@app.command(epilog=examples("dance-tvm show artifacts/c3d-host", "dance-tvm show artifacts/c3d-host --json"))
+def show(
+    artifact: Annotated[Path, typer.Argument(help="Folder written by `dance-tvm build`.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show an artifact: inputs and outputs, layers and why each has its kernel, sizes, check, versions, seal.
+
+    Every byte of the folder is verified first; nothing of it is run.
+    """
+    from dance_tvm.artifact.folder import load_artifact
+
+    found = load_artifact(artifact)
+    if as_json:
+        facts = {"path": str(found.path), **found.manifest.model_dump(), "macs": found.manifest.macs}
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        _print(found)
+
+
+def _print(found: Artifact) -> None:
+    manifest = found.manifest
+    typer.echo(f"{manifest.name} for {manifest.target.name}, in {found.path}\n")
+    tensors = [("input", each) for each in manifest.inputs] + [("output", each) for each in manifest.outputs]
+    rows = [
+        [side, each.name, "x".join(map(str, each.shape)) or "scalar", each.dtype, each.meaning]
+        for side, each in tensors
+    ]
+    print_table(["", "name", "shape", "dtype", "meaning"], rows)
+    if manifest.layers:
+        typer.echo("")
+        heads = ["layer", "kernel", "MACs", "can skip", "tuned", "why"]
+        print_table(heads, [_layer(layer) for layer in manifest.layers])
+    typer.echo("")
+    print_table(["", ""], facts_of(found))
+
+
+def _layer(layer: Any) -> list[str]:
+    return [layer.name, layer.kernel, f"{layer.macs:,}", ", ".join(layer.skips), layer.tuned, layer.reason]
+
+
+def facts_of(found: Artifact) -> list[list[str]]:
+    """What is told of an artifact beside its tensors and layers."""
+    manifest, target = found.manifest, found.manifest.target
+    rows = [["MACs", f"{manifest.macs:,} in a call"], ["threads", str(target.threads)]]
+    rows += [[f"file {name}", f"{file.bytes / 2**20:.2f} MiB"] for name, file in manifest.files.items()]
+    rows.append(["memory", f"{manifest.memory_peak_bytes / 2**20:.1f} MiB in a call"])
+    rows.append(["check", said_of_check(manifest.check)])
+    if manifest.device_code is not None:
+        code = manifest.device_code
+        rows.append(["device code", f"{code.format} {code.version} for {code.architecture}: {code.note}"])
+    rows.append(["processor", f"{target.machine}, {' '.join(target.cpu_features) or 'no special instructions'}"])
+    rows.append(["options", ", ".join(f"{name} {value}" for name, value in manifest.options.items())])
+    rows.append(["versions", ", ".join(f"{name} {number}" for name, number in manifest.versions.items())])
+    rows += [["source", manifest.source_sha256], ["seal", f"{manifest.seal}, fits"]]
+    return rows
+
+
+def said_of_check(check: Any) -> str:
+    """What came of the build's check, in words."""
+    if check.status == "passed":
+        return f"passed on {check.device}: largest difference {check.difference:.2g}, allowed {check.allowed:.2g}"
+    return f"not run: {check.reason}"
+
+
+if __name__ == "__main__":
+    start(app, "python -m dance_tvm.show")

@@ -1,0 +1,146 @@
+"""What TVM makes of comparing operators, with NaN where PyTorch has it: TVM's own minima and maxima pass over it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import tvm
+from tvm import relax, te, tirx, topi
+
+from dance_tvm.schedules.emit import Expr
+
+from .graph import dtype_of
+
+Legalize = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
+Pick = Callable[[Expr, Expr], Expr]
+
+
+def _larger(left: Expr, right: Expr) -> Expr:
+    return tirx.Select(tirx.any(left > right, tirx.isnan(left)), left, right)
+
+
+def _smaller(left: Expr, right: Expr) -> Expr:
+    return tirx.Select(tirx.any(left < right, tirx.isnan(left)), left, right)
+
+
+def _is_float(value: relax.Expr) -> bool:
+    return dtype_of(value).startswith("float")
+
+
+def _between(low: float | None, high: float | None, own: Legalize) -> Legalize:
+    """Values below ``low`` become ``low`` and values above ``high`` become it; None: what the call's arguments say."""
+
+    def legalize(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+        if not _is_float(call.args[0]):
+            return own(builder, call)
+        bounds = [bound.value for bound in call.args[1:]] if low is None or high is None else [low, high]
+        least, most = map(float, bounds)
+
+        def clipped(x: te.Tensor) -> te.Tensor:
+            def at(*index: Expr) -> Expr:
+                value = x(*index)
+                for bound, beyond in ((least, value < least), (most, value > most)):
+                    if math.isfinite(bound):
+                        value = tirx.Select(beyond, tirx.const(bound, x.dtype), value)
+                return value
+
+            return te.compute(x.shape, at, name="clip")
+
+        return builder.call_te(clipped, call.args[0], primfunc_name_hint=_name(call))
+
+    return legalize
+
+
+def _binary(pick: Pick, own: Legalize) -> Legalize:
+    def legalize(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+        if not _is_float(call.args[0]):
+            return own(builder, call)
+        shape = [int(extent) for extent in call.ty.shape.values]
+
+        def picked(left: te.Tensor, right: te.Tensor) -> te.Tensor:
+            def at(*index: Expr) -> Expr:
+                return pick(_broadcast(left, index), _broadcast(right, index))
+
+            return te.compute(shape, at, name=_name(call))
+
+        return builder.call_te(picked, *call.args, primfunc_name_hint=_name(call))
+
+    return legalize
+
+
+def _broadcast(x: te.Tensor, index: Sequence[Expr]) -> Expr:
+    """``x`` at the place of ``index`` in a shape that it is broadcast to."""
+    last = index[len(index) - len(x.shape) :]
+    return x(*(0 if int(extent) == 1 else at for extent, at in zip(x.shape, last, strict=True)))
+
+
+def _reduction(reduce: Callable[..., te.Tensor], own: Legalize) -> Legalize:
+    """The extreme of what are numbers, and NaN where one is none."""
+
+    def legalize(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+        (x,), attrs = call.args, call.attrs
+        if not _is_float(x):
+            return own(builder, call)
+        axes = None if attrs.axis is None else [int(axis) for axis in attrs.axis]
+
+        def marked(x: te.Tensor) -> te.Tensor:
+            return te.compute(x.shape, lambda *index: tirx.Cast(x.dtype, tirx.isnan(x(*index))), name="marked")
+
+        def extreme(x: te.Tensor) -> te.Tensor:
+            return reduce(x, axes, bool(attrs.keepdims))
+
+        def joined(found: te.Tensor, not_numbers: te.Tensor) -> te.Tensor:
+            def at(*index: Expr) -> Expr:
+                nan = tirx.const(math.nan, found.dtype)
+                return tirx.Select(not_numbers(*index) > 0, nan, found(*index))
+
+            return te.compute(found.shape, at, name="joined")
+
+        marks = builder.emit(builder.call_te(marked, x, primfunc_name_hint="is_nan"))
+        any_nan = builder.call_te(topi.max, marks, axes, bool(attrs.keepdims), primfunc_name_hint="any_nan")
+        found = builder.call_te(extreme, x, primfunc_name_hint=_name(call))
+        return builder.call_te(joined, builder.emit(found), builder.emit(any_nan), primfunc_name_hint="or_nan")
+
+    return legalize
+
+
+def _comparison(of_nan: bool, own: Legalize) -> Legalize:
+    """A value beside itself: equal but for NaN, which TVM's arithmetic does not know of."""
+
+    def legalize(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+        if not (call.args[0].same_as(call.args[1]) and _is_float(call.args[0])):
+            return own(builder, call)
+
+        def compared(x: te.Tensor) -> te.Tensor:
+            def at(*index: Expr) -> Expr:
+                not_number = tirx.isnan(x(*index))
+                return not_number if of_nan else tirx.Not(not_number)
+
+            return te.compute(x.shape, at, name=_name(call))
+
+        return builder.call_te(compared, call.args[0], primfunc_name_hint=_name(call))
+
+    return legalize
+
+
+def _name(call: relax.Call) -> str:
+    return str(call.op.name.rpartition(".")[2])
+
+
+def _own(name: str) -> Legalize:
+    """TVM's own way, for integers."""
+    return tvm.ir.Op.get(name).get_attr("FLegalize")
+
+
+#: How operators that compare are legalized, by Relax's name.
+KEEP_NAN: dict[str, Legalize] = {
+    "relax.nn.relu": _between(0.0, math.inf, _own("relax.nn.relu")),
+    "relax.clip": _between(None, None, _own("relax.clip")),
+    "relax.maximum": _binary(_larger, _own("relax.maximum")),
+    "relax.minimum": _binary(_smaller, _own("relax.minimum")),
+    "relax.max": _reduction(topi.max, _own("relax.max")),
+    "relax.min": _reduction(topi.min, _own("relax.min")),
+    "relax.equal": _comparison(of_nan=False, own=_own("relax.equal")),
+    "relax.not_equal": _comparison(of_nan=True, own=_own("relax.not_equal")),
+}

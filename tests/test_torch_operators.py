@@ -1,0 +1,183 @@
+"""Kinds of PyTorch operators beyond the ordinary layers: each agrees with its source, also when it is built."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dance_tvm import build_network, import_model, open_device
+from dance_tvm.frontend.interface import array_of
+
+torch.manual_seed(0)
+CLIP = torch.randn(2, 6, 4, 5, 7)
+PICTURE = torch.randn(2, 3, 6, 9)
+
+
+class Function(nn.Module):
+    """A function of tensors as a network."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def assigned_slices(x):
+    """Assignment to slices in its written forms."""
+    wider = x.new_zeros(2, 9, 4, 5, 7)
+    wider[:, 1:7] = x
+    strided = x.clone()
+    strided[:, ::2, 1:] = x[:, 3:, :-1] * 2
+    one = x.clone()
+    one[:, -1] = 3.0
+    one[..., 2] += x[..., 0]
+    ring = F.pad(x, (1, 1)).contiguous()
+    ring[..., :1] = x[..., -1:]
+    ring[..., -1:] = x[..., :1]
+    copied = x.clone()
+    copied[:, 2:4].copy_(x[:, :2])
+    turned = x.clone()
+    turned.transpose(1, 2)[:, 1] = x[:, :, 0]
+    return wider, strided, one, ring, copied, turned
+
+
+def shifted_in_place(x):
+    """Temporal shift as its authors wrote it, with assignments."""
+    out = torch.zeros_like(x)
+    out[:, :-1, :2] = x[:, 1:, :2]
+    out[:, 1:, 2:4] = x[:, :-1, 2:4]
+    out[:, :, 4:] = x[:, :, 4:]
+    return out
+
+
+def assigned_places(x):
+    """Assignment by lists of positions, by constant masks and by masks that the input decides."""
+    places, accumulated, pairs, masked, where = (x.clone() for _ in range(5))
+    places[:, [5, 0, 2]] = x[:, :3]
+    accumulated.index_put_((torch.tensor([0, 1, 0]), torch.tensor([2, 2, 2])), x[:1, 0] + 1, accumulate=True)
+    pairs[[0, 1], :, [1, 3]] = 7.0
+    masked[:, torch.tensor([True, False, False, True, False, True])] *= 2
+    where[where < 0] = 0.5
+    diagonal = x.clone()
+    torch.diagonal(diagonal, dim1=2, dim2=3).fill_(1.0)
+    return places, accumulated, pairs, masked, where, diagonal
+
+
+def scattered(x):
+    index = torch.tensor([[0, 2, 1], [1, 1, 3]])[:, :, None, None, None].expand(2, 3, 2, 3, 4)
+    return [
+        x.scatter(1, index, x[:, 3:]),
+        x.scatter(1, index, 2.5),
+        x.scatter_add(1, index, x),
+        *(x.scatter_reduce(1, index, x, how) for how in ("sum", "prod", "amax", "amin", "mean")),
+        *(x.scatter_reduce(1, index, x, how, include_self=False) for how in ("sum", "amax", "mean")),
+        x.gather(1, index),
+        x.index_add(2, torch.tensor([1, 1, 3]), x[:, :, :3]),
+        x.as_strided((2, 3, 4), (5, 1, 2), 11),
+    ]
+
+
+def activations(x):
+    return [
+        torch.clamp(x, max=0.5),
+        torch.clamp(x, min=x.mean(1, keepdim=True)),
+        (x * 4).int().clamp(max=2),
+        (x * 4).long().clamp(-1, 3),
+        torch.erfc(x),
+        torch.exp2(x),
+        torch.hypot(x, x + 1),
+        torch.copysign(x, x.flip(1)),
+        torch.fmax(x, torch.full_like(x, 0.2)),
+        F.hardsigmoid(x),
+        F.mish(x),
+        F.logsigmoid(x),
+        F.tanhshrink(x),
+        F.celu(x, 0.7),
+        F.glu(x, 1),
+        F.threshold(x, 0.1, -2.0),
+        F.softsign(x),
+        F.hardshrink(x, 0.4),
+    ]
+
+
+def resampled(x):
+    return [
+        F.interpolate(x, scale_factor=2, mode="trilinear"),
+        F.interpolate(x, size=(3, 9, 4), mode="trilinear", align_corners=True),
+        F.interpolate(x, scale_factor=(1.0, 0.5, 1.7), mode="nearest"),
+        F.interpolate(x, size=(5, 4, 13), mode="nearest-exact"),
+        F.interpolate(x.flatten(3), scale_factor=1.5, mode="bicubic"),
+        F.interpolate(x.flatten(3), size=(7, 8), mode="bilinear", antialias=True),
+        F.interpolate(x.flatten(2), size=50, mode="linear"),
+    ]
+
+
+def at_points(picture, grid):
+    volume = picture[:, :, None].expand(2, 3, 4, 6, 9)
+    deep = torch.cat([grid, grid[..., :1]], -1)[:, None]
+    return [
+        F.grid_sample(picture, grid, mode=mode, padding_mode=padding, align_corners=corners)
+        for mode in ("bilinear", "nearest")
+        for padding in ("zeros", "border", "reflection")
+        for corners in (False, True)
+    ] + [F.grid_sample(volume, deep, align_corners=False, padding_mode="border")]
+
+
+def pooled_with_places(x):
+    return [
+        *F.max_pool3d(x, 2, stride=1, padding=1, return_indices=True),
+        *F.max_pool2d(x.flatten(3), (3, 2), stride=2, return_indices=True),
+        *F.adaptive_max_pool3d(x, (2, 3, 1), return_indices=True),
+    ]
+
+
+def scalars(x, gain, on):
+    """Reductions to and of rank 0."""
+    return x * gain, gain.sum(), gain.max(0)[0], torch.where(on, gain, -gain), gain.reshape(1), x.mean(), x.amax()
+
+
+def without_statistics(x):
+    return F.instance_norm(x), F.batch_norm(x, None, None, training=True), F.layer_norm(x, (7,))
+
+
+KINDS = {
+    "slices": (assigned_slices, (CLIP,)),
+    "temporal shift": (shifted_in_place, (torch.randn(1, 6, 8, 5, 5),)),
+    "places": (assigned_places, (CLIP,)),
+    "scatter": (scattered, (CLIP,)),
+    "activations": (activations, (CLIP,)),
+    "resampling": (resampled, (CLIP,)),
+    "points of a grid": (at_points, (PICTURE, torch.randn(2, 5, 4, 2))),
+    "places of maxima": (pooled_with_places, (CLIP,)),
+    "scalars": (scalars, (CLIP, torch.tensor(0.7), torch.tensor(True))),
+    "norms without statistics": (without_statistics, (CLIP,)),
+    "patches": (lambda x: F.fold(F.unfold(x, 3, padding=1, stride=3), (6, 9), 3, padding=1, stride=3), (PICTURE,)),
+    "sorted": (lambda x: [*x.sort(2, descending=True), *x.topk(3, 1), torch.argsort(x, dim=0, stable=True)], (CLIP,)),
+    "bilinear layer": (nn.Bilinear(9, 9, 4), (PICTURE, PICTURE + 1)),
+    "buckets": (
+        lambda x: [torch.bucketize(x, torch.tensor([-0.5, 0.0, 1.0]), right=r) for r in (False, True)],
+        (CLIP,),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_of_operators_agrees_with_its_source(kind):
+    function, inputs = KINDS[kind]
+    import_model(Function(function), example_inputs=inputs)
+
+
+@pytest.mark.parametrize("kind", ["slices", "temporal shift", "places", "scatter", "scalars", "points of a grid"])
+def test_what_moves_elements_is_built_right(kind, tmp_path):
+    function, inputs = KINDS[kind]
+    network = Function(function)
+    built = build_network(network, tmp_path / "artifact", example_inputs=inputs, threads=1, check=False)
+    names = [tensor.name for tensor in built.artifact.manifest.inputs]
+    with open_device("local") as device:
+        found = device.load(built.artifact).run(dict(zip(names, map(array_of, inputs), strict=True)))
+    for array, value in zip(found.values(), torch.utils._pytree.tree_leaves(network(*inputs)), strict=True):
+        torch.testing.assert_close(torch.as_tensor(array), value, rtol=1e-5, atol=1e-5)
