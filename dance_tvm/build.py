@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import warnings
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dance_tvm.artifact.preprocess import read_preprocess
 from dance_tvm.compiler import requests
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.options import AsJson, Model, TargetName, Threads
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import JsonLines, Progress
-from dance_tvm.show import said_of_check
 
 if TYPE_CHECKING:
     from dance_tvm.compiler.build import Built
@@ -48,6 +49,9 @@ def build(
         bool | None,
         typer.Option(help="Run the result against its source.", show_default="unless it would take long"),
     ] = None,
+    check_inputs: Annotated[
+        list[Path] | None, typer.Option(help="Real inputs (.npz) that the check takes beside its own; repeatable.")
+    ] = None,
     numerics: Annotated[
         Literal["fast", "exact"], typer.Option(help="exact keeps the order of sums of the source.")
     ] = "fast",
@@ -69,6 +73,10 @@ def build(
         Literal["tvm", "c"],
         typer.Option(help="c adds a C interface to the library, which then runs without TVM (docs/c-interface.md)."),
     ] = "tvm",
+    preprocess: Annotated[
+        Path | None,
+        typer.Option(help="How frames of videos become the input (.toml, docs/run.md).", show_default="the zoo's own"),
+    ] = None,
     reuse: Annotated[
         bool, typer.Option(help="Keep what --out holds where the same network, target, options and versions made it.")
     ] = True,
@@ -83,6 +91,7 @@ def build(
     shapes = dict(map(_shape, shape or []))
     machine = load_target(target)
     requests.require_buildable(machine, dtype, interface)
+    requests.require_agreement(numerics, conv)
     requests.require_model(model)
     requests.require_weights(weights)
     if logs is not None and not logs.is_dir():
@@ -93,6 +102,7 @@ def build(
     if requests.is_untrained(model, weights):
         said = f"{model} is built with random weights: give trained ones with --weights, or train it first"
         warnings.warn(said, DanceWarning, stacklevel=2)
+    prepare = read_preprocess(preprocess) if preprocess else None
     place = out or requests.default_out(model, machine)
     with Progress(as_json, json_lines) as progress:
         progress.phase("load the compiler")
@@ -114,11 +124,13 @@ def build(
             place,
             target=machine,
             weights=weights,
-            shapes=shapes,
+            shapes=shapes or None,
             check=check,
+            check_inputs=check_inputs or (),
             options=options,
             debug_dump=debug_dump,
             logs_from=logs_from,
+            preprocess=prepare,
             reuse=reuse and debug_dump is None,
             on_phase=progress.phase,
         )
@@ -162,7 +174,8 @@ def _print(built: Built) -> None:
         if len(manifest.layers) > len(heavy):
             typer.echo(f"The {len(heavy)} heaviest of {len(manifest.layers)} layers; `dance-tvm show` lists all.")
     size = sum(file.bytes for file in manifest.files.values())
-    typer.echo(f"check      {said_of_check(manifest.check)}")
+    for head, line in zip_longest(["check"], manifest.check.lines(), fillvalue=""):
+        typer.echo(f"{head:<11}{line}")
     typer.echo(f"memory     {manifest.memory_peak_bytes / 2**20:.1f} MiB in a call")
     typer.echo(f"build      {sum(built.seconds.values()):.1f} s, {built.peak_memory_bytes / 2**30:.2f} GiB")
     kept = "" if "compile" in built.seconds else ", kept: nothing that it is made of has changed"

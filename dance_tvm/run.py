@@ -15,6 +15,7 @@ import typer
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_suffix, written_whole
+from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.options import PLACES, AsJson
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import JsonLines, Progress
@@ -65,6 +66,8 @@ def run(
     from dance_tvm.artifact.folder import load_artifact
 
     verified = load_artifact(artifact)
+    if device == "local":
+        verified.require_this_machine()  # told before the seconds that opening a device takes
     with Progress(as_json, json_lines) as progress:
         windows = _windows(verified.manifest, inputs, video or frames, stride, preprocess)
         from dance_tvm.device import open_device
@@ -95,11 +98,11 @@ def _windows(
 ) -> Windows:
     """What to run on, by name."""
     if inputs is not None:
-        return [(str(inputs), read_inputs(inputs, manifest))]
+        return [(str(inputs), read_inputs(inputs, manifest.inputs, manifest.name))]
     if video is None:
         return [("random input", random_inputs(manifest.inputs))]
+    from dance_tvm.artifact.preprocess import read_preprocess
     from dance_tvm.benchmarking.clips import windows_of
-    from dance_tvm.benchmarking.preprocess import read_preprocess
 
     return windows_of(video, manifest, stride, read_preprocess(preprocess) if preprocess else None)
 
@@ -112,53 +115,12 @@ def read_labels(path: Path) -> list[str]:
         raise DanceError(f"--labels {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def read_inputs(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """The arrays of an ``.npz`` file, by the manifest's input names; a single input may have any name.
-
-    Raises DanceError where the file is no such archive or an array does not fit.
-    """
-    arrays = read_archive(path)
-    wanted = {tensor.name: tensor for tensor in manifest.inputs}
-    if len(wanted) == 1 and len(arrays) == 1:
-        arrays = dict(zip(wanted, arrays.values(), strict=True))
-    missing, unexpected = sorted(set(wanted) - set(arrays)), sorted(set(arrays) - set(wanted))
-    if missing or unexpected:
-        problem = " and ".join(
-            f"{kind} {', '.join(names)}" for kind, names in (("lacks", missing), ("has unknown", unexpected)) if names
-        )
-        raise DanceError(f"{path} {problem}: {manifest.name} takes {', '.join(wanted)}")
-    for name, tensor in wanted.items():
-        array = arrays[name]
-        if list(array.shape) != tensor.shape or str(array.dtype) != tensor.dtype:
-            raise DanceError(
-                f"{path}: {name} must be {tensor.dtype} of shape {tuple(tensor.shape)}, "
-                f"not {array.dtype} of shape {array.shape}"
-            )
-    return arrays
-
-
 def write_outputs(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays by name as ``.npz``, whole or not at all. Raises DanceError where that fails."""
     with written_whole(path, "--outputs") as beside, zipfile.ZipFile(beside, "w") as archive:
         for name, array in arrays.items():  # as np.savez does, which takes no output called "file"
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
-
-
-def read_archive(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an ``.npz`` or ``.npy`` file by name. Raises DanceError where it is no such file."""
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {path.stem: loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except FileNotFoundError:
-        raise DanceError(f"there is no input file {path}") from None
-    except OSError as error:
-        raise DanceError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DanceError(f"{path} is not an .npz or .npy file of plain arrays: {error}") from None
 
 
 def _require_file(path: Path) -> None:

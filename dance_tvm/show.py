@@ -64,7 +64,9 @@ def facts_of(found: Artifact) -> list[list[str]]:
     rows = [["MACs", f"{manifest.macs:,} in a call"], ["threads", str(target.threads)]]
     rows += [[f"file {name}", f"{file.bytes / 2**20:.2f} MiB"] for name, file in manifest.files.items()]
     rows.append(["memory", f"{manifest.memory_peak_bytes / 2**20:.1f} MiB in a call"])
-    rows.append(["check", said_of_check(manifest.check)])
+    if manifest.preprocess is not None:
+        rows.append(["videos", ", ".join(f"{key} {value}" for key, value in manifest.preprocess.model_dump().items())])
+    rows += [["" if place else "check", line] for place, line in enumerate(manifest.check.lines())]
     if manifest.device_code is not None:
         code = manifest.device_code
         rows.append(["device code", f"{code.format} {code.version} for {code.architecture}: {code.note}"])
@@ -73,13 +75,6 @@ def facts_of(found: Artifact) -> list[list[str]]:
     rows.append(["versions", ", ".join(f"{name} {number}" for name, number in manifest.versions.items())])
     rows += [["source", manifest.source_sha256], ["seal", f"{manifest.seal}, fits"]]
     return rows
-
-
-def said_of_check(check: Any) -> str:
-    """What came of the build's check, in words."""
-    if check.status == "passed":
-        return f"passed on {check.device}: largest difference {check.difference:.2g}, allowed {check.allowed:.2g}"
-    return f"not run: {check.reason}"
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _frames(verified: Artifact, path: Path | None, count: int | None) -> list[np
         return [
             generator.standard_normal(tensor.shape, dtype="float32").astype(tensor.dtype) for _ in range(count or 0)
         ]
-    from dance_tvm.run import read_archive
+    from dance_tvm.core.input_files import read_archive
 
     arrays = read_archive(path)
     if len(arrays) != 1:

@@ -77,7 +77,7 @@ def tune(
     require_model(model)
     from dance_tvm.compiler.pipeline import gpu_of, machine_of
     from dance_tvm.tuning.farm import Farm
-    from dance_tvm.tuning.libraries import require_gpu
+    from dance_tvm.tuning.libraries import require_gpu, require_processor
     from dance_tvm.tuning.tuner import Plan, Tuner
     from dance_tvm.tuning.workloads import layers_of
 
@@ -94,6 +94,7 @@ def tune(
     )
     plan = Plan(trials, time_limit or float("inf"), jobs or available_cores(), seed)
     with Farm(device or ["local"], trial_timeout) as farm:
+        require_processor(farm, machine)
         require_gpu(farm, str(machine.tvm["kind"]))
         tuner = Tuner(machine, gpu_of(machine) or machine_of(machine), found, farm, plan, logs)
         progress = Progress(as_json, json_lines)

@@ -13,17 +13,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from devices import CONSTANT, matmul_case, video_artifact
+from devices import CONSTANT, matmul_artifact, matmul_case, video_artifact
 from typer.testing import CliRunner
 
 from dance_tvm import build, cache, completion, logs, run, show, stream, train, tune
+from dance_tvm.artifact.folder import load_artifact
+from dance_tvm.artifact.preprocess import read_preprocess
+from dance_tvm.benchmarking.clips import doubt_of_scale, windows_of
 from dance_tvm.benchmarking.results import Results, write_results
-from dance_tvm.compiler.requests import default_out, is_untrained, require_buildable
+from dance_tvm.compiler.requests import default_out, is_untrained, known_preprocess, require_buildable
 from dance_tvm.core import cli, printing, verbosity
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.progress import Progress
 from dance_tvm.machines import host
 from dance_tvm.machines.target import load_target
+from dance_tvm.models import names
 from dance_tvm.sparsity.training import METHODS
 from dance_tvm.tuning.records import append, log_path, new_record, parse_loosely
 
@@ -60,6 +64,7 @@ def command(*words: str, **options) -> subprocess.CompletedProcess[str]:
         (["build", "--model", "c3d-maxi"], 2),
         (["build", "--model", "/nowhere/net.onnx"], 2),
         (["build", "--weights", "/nowhere/net.safetensors"], 2),
+        (["build", "--numerics", "exact", "--conv", "winograd"], 2),
         (["tune", "--target", "snapdragon", "--device", "local"], 2),
         (["tune", "--plot", "search.png"], 2),
         (["train", "--model", "c3d-maxi"], 2),
@@ -149,6 +154,23 @@ def test_a_device_that_is_not_the_target_is_not_measured_on():
     if load_target("host").link.machine != "aarch64":
         with pytest.raises(DanceError, match="aarch64 processor, which host is not"):
             tune.require_devices_of(load_target("host"), ["emulator"])
+
+
+def test_a_server_that_is_not_the_target_is_not_measured_on(tmp_path):
+    from dance_tvm.device import processes
+    from dance_tvm.tuning.farm import Farm
+    from dance_tvm.tuning.libraries import require_processor
+
+    server, port = processes.start_server(store=tmp_path / "store")
+    try:
+        with Farm([f"rpc://127.0.0.1:{port}"]) as farm:
+            require_processor(farm, load_target("host"))
+            here = load_target("host")
+            link = here.link.model_copy(update={"machine": "riscv64"})
+            with pytest.raises(DanceError, match="machine and host is riscv64: give a --device"):
+                require_processor(farm, here.model_copy(update={"link": link}))
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize(("left", "said"), [("card.json", "a finished run"), ("checkpoint.safetensors", "not finish")])
@@ -406,6 +428,15 @@ def test_the_emulated_device_moves_with_the_cache(tmp_path, monkeypatch):
 # -- artifacts --------------------------------------------------------------------------------------------------------
 
 
+def test_an_artifact_is_looked_at_without_tvm(host_artifact, tmp_path):
+    shown = command("show", str(host_artifact.path))
+    assert (shown.returncode, shown.heavy) == (0, [])
+    foreign = matmul_artifact(tmp_path / "foreign", "aarch64-linux" if host.platform.machine() == "x86_64" else "cuda")
+    refused = command("run", str(foreign.path))
+    assert (refused.returncode, refused.heavy) == (2, [])
+    assert "this device is" in refused.said
+
+
 def test_an_artifact_is_shown(tmp_path):
     artifact = video_artifact(tmp_path / "video")
     shown = CliRunner().invoke(show.app, [str(artifact.path)]).stdout
@@ -455,9 +486,6 @@ def film(tmp_path_factory) -> Path:
 
 
 def test_a_video_runs_window_by_window_as_it_is_to_be_prepared(film, tmp_path):
-    from dance_tvm.benchmarking.clips import windows_of
-    from dance_tvm.benchmarking.preprocess import read_preprocess
-
     artifact = video_artifact(tmp_path / "video", dynamic=False)
     prepare = tmp_path / "preprocess.toml"
     prepare.write_text("resize = [24, 24]\nmean = [0.5, 0.5, 0.5]\ndeviation = [0.25, 0.25, 0.25]\nevery = 2\n")
@@ -482,6 +510,24 @@ def test_a_video_runs_window_by_window_as_it_is_to_be_prepared(film, tmp_path):
     prepare.write_text("resise = [24, 24]\n")
     with pytest.raises(DanceError, match="its fields are resize, divisor"):
         read_preprocess(prepare)
+
+
+def test_an_artifact_says_how_its_videos_are_prepared(small_network, tmp_path):
+    prepare, out = tmp_path / "preprocess.toml", tmp_path / "out"
+    prepare.write_text("divisor = 1.0\nmean = [9.0]\nevery = 3\n")
+    words = ["--model", str(small_network), "--out", str(out), "--threads", "1", "--no-check"]
+    assert CliRunner().invoke(build.app, words).exit_code == 0
+    assert load_artifact(out).manifest.preprocess is None
+    assert CliRunner().invoke(build.app, [*words, "--preprocess", str(prepare)]).exit_code == 0
+    manifest = load_artifact(out).manifest
+    assert manifest.preprocess == read_preprocess(prepare)
+    assert "every 3" in CliRunner().invoke(show.app, [str(out)]).stdout
+    assert not doubt_of_scale("film.mkv", manifest)
+    for name in names():
+        found = known_preprocess(name)
+        assert found is None or len(found.mean) in (1, 3)
+    assert known_preprocess("c3d").divisor == 1
+    assert known_preprocess("c3d.pt2") is None
 
 
 def test_a_network_that_is_no_stream_is_refused_by_stream(host_artifact):

@@ -24,7 +24,7 @@ from dance_tvm.lowering.kernel_groups import (
 )
 from dance_tvm.machines.target import load_target
 from dance_tvm.sparsity.rt3d import measure
-from dance_tvm.tuning.group_logs import read_log, write_log
+from dance_tvm.tuning.group_logs import log_path, read_log, write_log
 
 LAYER = SynthesisedLayer(32, 32, (3, 3, 3), (4, 8, 8))
 
@@ -97,11 +97,11 @@ def test_a_device_on_which_no_group_pays_builds_dense():
 def test_the_command_measures_the_groups_that_fit_the_machine(tmp_path, monkeypatch):
     layer = SynthesisedLayer(8, 16, (1, 1, 1), (1, 4, 4))
     monkeypatch.setattr(measure, "SYNTHESISED", (layer,))
-    monkeypatch.setattr(measure, "log_path", lambda target: tmp_path / "log.jsonl")
     lanes = load_target("host").vector.floats
-    found = CliRunner().invoke(measure.app, ["--layers", "1", "--repeats", "1", "--threads", "1"])
+    words = ["--layers", "1", "--repeats", "1", "--threads", "1", "--logs", str(tmp_path)]
+    found = CliRunner().invoke(measure.app, words)
     assert found.exit_code == 0, found.output
-    timed = {(line.gm, line.gn) for line in read_log(tmp_path / "log.jsonl") if line.scheme == "kgs"}
+    timed = {(line.gm, line.gn) for line in read_log(log_path(load_target("host"), tmp_path)) if line.scheme == "kgs"}
     assert timed == set(fitting_groups(lanes))
     refused = CliRunner().invoke(measure.app, ["--layers", "1", "--group", f"{lanes + 1}x4"])
     assert refused.exit_code == 2

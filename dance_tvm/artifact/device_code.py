@@ -30,8 +30,14 @@ from dance_tvm.machines.target import Target
 PTXAS_TIMEOUT_S = 300
 _WHEELS = "pip install 'dance-tvm[gpu]' (nvidia-cuda-nvrtc-cu11 and nvidia-cuda-nvcc-cu11)"
 
-#: The headers that TVM's CUDA source asks NVRTC for; kernels here use nothing of them but the names.
+#: The headers that TVM's CUDA source asks NVRTC for, with what kernels here use of them.
 _HEADERS = {
+    "math_constants.h": """#pragma once
+#define CUDART_INF_F __int_as_float(0x7f800000)
+#define CUDART_NAN_F __int_as_float(0x7fffffff)
+#define CUDART_INF __longlong_as_double(0x7ff0000000000000ULL)
+#define CUDART_NAN __longlong_as_double(0xfff8000000000000ULL)
+""",
     "cuda/std/cstdint": """#pragma once
 namespace cuda { namespace std {
 using int8_t = signed char; using int16_t = short; using int32_t = int; using int64_t = long long;

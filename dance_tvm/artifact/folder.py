@@ -29,11 +29,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from dance_tvm.artifact.layers import LayerInfo
+from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.machines.host import cpu_flags
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_SHOWN_OUTPUTS = 8  # in words; the manifest lists all
+
 LIBRARY, WEIGHTS, MANIFEST = "model.so", "weights.safetensors", "manifest.json"
 REFERENCE = "reference.safetensors"
 
@@ -54,13 +57,13 @@ class _Strict(BaseModel):
 
 
 class Tensor(_Strict):
-    """One input or output of the network; ``largest`` is the largest value that an index among the inputs may have."""
+    """One input or output of the network; ``range`` is an input's least and greatest value where they are known."""
 
     name: str
     shape: list[int]
     dtype: str
     meaning: str
-    largest: int | None = None
+    range: list[float] | None = None
 
 
 class BuiltFor(_Strict):
@@ -76,14 +79,62 @@ class BuiltFor(_Strict):
     cpu_features: list[str] = []
 
 
+class OutputCheck(_Strict):
+    """One output of one run of the check. All figures are shares of the output's largest value.
+
+    ``difference`` is that from the source's own answer. Where it left doubt, ``error`` is what was built against
+    float64, and ``source_error`` the source in float32 against the same: its rounding.
+    """
+
+    output: str
+    input: str
+    difference: float
+    allowed: float
+    error: float | None = None
+    source_error: float | None = None
+
+
 class Check(_Strict):
-    """What came of running the built network against its source; differences are absolute, the allowed one too."""
+    """What came of running the built network against its source.
+
+    ``difference`` and ``allowed`` are those of the output that came closest to failing. ``masks`` counts the masks that
+    the network computes in every call; those of ``uniform`` were on everywhere or off everywhere in every input tried.
+    ``refused`` says of inputs that the source itself does not take why.
+    """
 
     status: Literal["passed", "not run"]
     device: str = ""
     difference: float | None = None
     allowed: float | None = None
+    inputs: list[str] = []
+    outputs: list[OutputCheck] = []
+    masks: int = 0
+    uniform: list[str] = []
+    refused: dict[str, str] = {}
     reason: str = ""
+
+    def lines(self) -> list[str]:
+        """The same in words: how near each output came to failing, and what the check could not see."""
+        if self.status != "passed":
+            return [f"not run: {self.reason}"]
+        lines = [f"passed on {self.device}; shares of each output's largest value:"]
+        for output in self._nearest():
+            line = f"{output.output} on the {output.input} input: {output.difference:.1g}, allowed {output.allowed:.1g}"
+            if output.error is not None:
+                line += f"; from float64 {output.error:.1g}, the source itself {output.source_error:.1g}"
+            lines.append(line)
+        lines += [f"the source takes no {name} input: {why}" for name, why in self.refused.items()]
+        if self.uniform:
+            always = f"{len(self.uniform)} of {self.masks} masks were on everywhere or off everywhere in all inputs"
+            lines.append(f"{always}: name real ones with --check-inputs")
+        return lines
+
+    def _nearest(self) -> list[OutputCheck]:
+        """Of each output, the input where it came closest to failing."""
+        nearest: dict[str, OutputCheck] = {}
+        for output in sorted(self.outputs, key=lambda output: -output.difference):
+            nearest.setdefault(output.output, output)
+        return list(nearest.values())[:_SHOWN_OUTPUTS]
 
 
 class DeviceCode(_Strict):
@@ -103,7 +154,8 @@ class File(_Strict):
 
 
 class Manifest(_Strict):
-    """All that is known of an artifact; ``parameters`` are the weights that the network takes after its inputs.
+    """All that is known of an artifact; ``parameters`` are the weights that the network takes after its inputs, and
+    ``preprocess`` tells how frames of a video become its input, where that is known.
 
     ``memory_peak_bytes`` are the weights and the planned storage of activations during one call.
     """
@@ -114,6 +166,7 @@ class Manifest(_Strict):
     inputs: list[Tensor]
     outputs: list[Tensor]
     parameters: list[str] = []
+    preprocess: Preprocess | None = None
     target: BuiltFor
     options: dict[str, Any] = {}
     versions: dict[str, str]
@@ -222,18 +275,39 @@ def write_artifact(
         manifest = manifest.model_copy(
             update={"files": {name: _describe(folder / name) for name in names}, "parameters": list(weights)}
         )
-        _write_manifest(folder, manifest)
-        if check is not None:
-            manifest = manifest.model_copy(update={"check": check(load_artifact(folder))})
-        if reference:
-            save_file({name: np.asarray(array, order="C") for name, array in reference.items()}, folder / REFERENCE)
-            manifest = manifest.model_copy(
-                update={"files": {**manifest.files, REFERENCE: _describe(folder / REFERENCE)}}
-            )
-        _write_manifest(folder, manifest)
-        for path in folder.iterdir():
-            path.chmod(0o644)  # whatever each writer chose
+        _finish(folder, manifest, check, reference)
     return load_artifact(out)
+
+
+def record_check(
+    artifact: Artifact, check: Callable[[Artifact], Check], reference: Mapping[str, np.ndarray]
+) -> Artifact:
+    """Check an artifact that stands, and write what came of it into its manifest, with ``reference``, filled by it."""
+    manifest = artifact.manifest
+    kept = {name: file for name, file in manifest.files.items() if name != REFERENCE}
+    with staged(artifact.path) as folder:
+        for name in kept:
+            shutil.copyfile(artifact.path / name, folder / name)
+        _finish(folder, manifest.model_copy(update={"files": kept}), check, reference)
+    return load_artifact(artifact.path)
+
+
+def _finish(
+    folder: Path,
+    manifest: Manifest,
+    check: Callable[[Artifact], Check] | None,
+    reference: Mapping[str, np.ndarray] | None,
+) -> None:
+    """Check what ``folder`` holds, and write the rest of it."""
+    _write_manifest(folder, manifest)
+    if check is not None:
+        manifest = manifest.model_copy(update={"check": check(load_artifact(folder))})
+    if reference:
+        save_file({name: np.asarray(array, order="C") for name, array in reference.items()}, folder / REFERENCE)
+        manifest = manifest.model_copy(update={"files": {**manifest.files, REFERENCE: _describe(folder / REFERENCE)}})
+    _write_manifest(folder, manifest)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # whatever each writer chose
 
 
 @contextmanager

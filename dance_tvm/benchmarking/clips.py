@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dance_tvm.artifact.folder import Manifest, Tensor
-from dance_tvm.benchmarking.preprocess import Preprocess
+from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.core.errors import DanceError, DanceWarning
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -37,7 +37,7 @@ def load_clips(spec: str, manifest: Manifest, most: int = MOST_CLIPS) -> NamedCl
         raise DanceError(f"{manifest.name} takes {len(manifest.inputs)} inputs: --clips is for networks with one")
     tensor, path = manifest.inputs[0], Path(spec)
     if _holds_videos(path):
-        found = _videos(path, tensor, manifest.name, most)
+        found = _videos(path, manifest, most)
     elif path.suffix == ".npz":
         found = _archive(path, tensor, most)
     else:
@@ -50,8 +50,8 @@ def load_clips(spec: str, manifest: Manifest, most: int = MOST_CLIPS) -> NamedCl
 def doubt_of_scale(spec: str, manifest: Manifest) -> str:
     """One sentence where the artifact does not say in which scale it takes the frames of videos; else empty."""
     tensor = manifest.inputs[0]
-    said = tensor.dtype == "uint8" or UP_TO_ONE in tensor.meaning or AS_TRAINED in tensor.meaning
-    if said or not (_holds_videos(Path(spec)) or spec.startswith(VIDEO_SETS)):
+    told = tensor.dtype == "uint8" or UP_TO_ONE in tensor.meaning or AS_TRAINED in tensor.meaning
+    if told or manifest.preprocess is not None or not (_holds_videos(Path(spec)) or spec.startswith(VIDEO_SETS)):
         return ""
     guess = "0 to 255" if _takes_pixels(manifest.name) else "ImageNet's scale"
     return (
@@ -110,16 +110,17 @@ def _frames_axis(tensor: Tensor) -> int:
     return 1 if frames_last(tensor) else 2
 
 
-def _videos(path: Path, tensor: Tensor, model: str, most: int) -> list[tuple[str, np.ndarray]]:
+def _videos(path: Path, manifest: Manifest, most: int) -> list[tuple[str, np.ndarray]]:
+    tensor, preprocess = manifest.inputs[0], manifest.preprocess
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEOS)
     if not files:
         raise DanceError(f"{path} holds no video ({', '.join(sorted(VIDEOS))})")
     clips: list[tuple[str, np.ndarray]] = []
     for file in files:
-        for name, window in _cut(_read_frames(file, tensor, None), file.stem, tensor, None):
+        for name, window in _cut(_read_frames(file, tensor, preprocess), file.stem, tensor, None):
             if len(clips) >= most:
                 return clips
-            clips.append((name, _as_input(window, tensor, model, None)))
+            clips.append((name, _as_input(window, tensor, manifest.name, preprocess)))
     return clips
 
 
@@ -129,12 +130,13 @@ def windows_of(
     """Windows of a video, or of a folder of pictures that are its frames in the order of their names, by name.
 
     ``stride`` is how many frames lie from window to window (a window's length unless given); ``preprocess`` tells how
-    frames become the input, in place of what the input's meaning says. Raises DanceError where path or network do not
-    fit; warns (DanceWarning) where the scale is a guess.
+    frames become the input, in place of what the artifact says. Raises DanceError where path or network do not fit;
+    warns (DanceWarning) where the scale is a guess.
     """
     if len(manifest.inputs) != 1:
         raise DanceError(f"{manifest.name} takes {len(manifest.inputs)} inputs: a video makes one")
     tensor = manifest.inputs[0]
+    preprocess = preprocess or manifest.preprocess
     if preprocess is None and (doubt := doubt_of_scale(str(path), manifest)):
         warnings.warn(doubt.replace("--clips", "--preprocess, or --inputs"), DanceWarning, stacklevel=2)
     frames = _read_frames(path, tensor, preprocess)

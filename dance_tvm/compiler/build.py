@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import platform
 import resource
 import tempfile
 import time
@@ -29,14 +27,17 @@ from dance_tvm.artifact.folder import (
     Manifest,
     Tensor,
     load_artifact,
+    record_check,
     require_writable,
     write_artifact,
 )
 from dance_tvm.artifact.linker import shared_library_linker
+from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.compiler.pipeline import Lowered, Options, lower
-from dance_tvm.compiler.requests import require_buildable
+from dance_tvm.compiler.requests import known_preprocess, require_buildable
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.random_inputs import random_inputs
+from dance_tvm.core.hashing import file_sha256
+from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.versions import versions
 from dance_tvm.machines.host import needed_flags
 from dance_tvm.machines.target import Target, load_target
@@ -47,18 +48,7 @@ if TYPE_CHECKING:
     import torch
 
     from dance_tvm.frontend import Imported
-
-# Largest difference allowed between the built network and its source, relative to the largest value of the output
-# (at least 1, so that probabilities are held to it absolutely).
-TOLERANCE = 1e-4
-# The same where activations and weights are stored in half precision.
-HALF_TOLERANCE = 2e-2
-
-# Multiply-accumulates that an emulated processor does in a few seconds; larger networks are checked there on request.
-EMULATED_MACS = 2_000_000_000
-
-# The same for the kernels of a GPU on a processor, through OpenCL.
-INTERPRETED_MACS = 500_000_000
+    from dance_tvm.frontend.interface import Arrays
 
 
 @dataclass(frozen=True)
@@ -98,20 +88,24 @@ def build_network(
     shapes: Mapping[str, Sequence[int]] | None = None,
     threads: int | None = None,
     check: bool | None = None,
+    check_inputs: Sequence[str | Path] = (),
     options: Options | None = None,
     debug_dump: str | Path | None = None,
     logs_from: str | Path | None = None,
     reuse: bool = False,
+    preprocess: Preprocess | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> Built:
     """Compile ``model`` for ``target`` into the artifact folder ``out``.
 
     ``model`` is a name of the zoo, a ``.pt2`` or ``.onnx`` file, a network in memory (with ``example_inputs``), or one
     that was imported before; ``shapes`` fix what its inputs leave open. ``check`` runs the built network against its
-    source, on this machine or on the emulated device; None does so unless that would take long. Tile sizes come from
-    the target's tuning logs, or from those of the target ``logs_from``. With ``reuse`` an intact artifact at ``out``
-    that the same network, target, options and versions made is kept as it is. Raises DanceError for bad input, with
-    nothing left behind.
+    source, on this machine or on the emulated device; None does so unless that would take long. ``check_inputs`` are
+    ``.npz`` files of real inputs, which the check takes beside its own. Tile sizes come from the target's tuning logs,
+    or from those of the target ``logs_from``. With ``reuse`` an intact artifact at ``out`` that the same network,
+    target, options and versions made is kept as it is; it is checked if it was not, or on fewer inputs. ``preprocess``
+    tells how frames of videos become the input, for the manifest. Raises DanceError for bad input, with nothing left
+    behind.
     """
     machine = target if isinstance(target, Target) else load_target(target)
     chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
@@ -127,7 +121,24 @@ def build_network(
     imported = _import(model, weights, example_inputs, shapes)
     _dump(chosen.debug_dump, "imported", imported.mod)
     manifest = _manifest(imported, machine, chosen, source)
+    manifest.preprocess = preprocess or known_preprocess(model)
+    from dance_tvm.compiler.check import check_artifact, check_kernels, was_checked  # PyTorch is loaded by now
+
+    given = _given(check_inputs, imported)
+    reference: dict[str, np.ndarray] = {}
+
+    def check_there(artifact: Artifact, lowered: Lowered | None = None) -> Check:
+        if machine.gpu and lowered is None:
+            lowered = lower(imported.mod, machine, chosen, clock.start)
+        clock.start("check")
+        told: dict[str, Any] = {"insist": check is True, "given": given, "reference": reference}
+        if lowered is not None and machine.gpu:
+            return check_kernels(artifact, lowered, imported, **told)
+        return check_artifact(artifact, imported, on_phase=clock.start, **told)
+
     if reuse and (standing := _made_of(out, manifest)):
+        if check is not False and not was_checked(standing.manifest.check, given):
+            standing = record_check(standing, check_there, reference)
         clock.start("")
         return Built(standing, clock.seconds, _peak_memory())
     lowered = lower(imported.mod, machine, chosen, clock.start)
@@ -136,16 +147,6 @@ def build_network(
     manifest.memory_peak_bytes = _memory(lowered, planned)
     manifest.layers = lowered.layers
     clock.start("generate and link code")
-
-    reference: dict[str, np.ndarray] = {}
-
-    def check_there(artifact: Artifact) -> Check:
-        clock.start("check")
-        insist = check is True
-        if machine.gpu:
-            return check_kernels(artifact, lowered, imported, insist=insist, reference=reference)
-        return check_artifact(artifact, imported, insist=insist, on_phase=clock.start, reference=reference)
-
     packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
     with tempfile.TemporaryDirectory(prefix="dance_tvm_interface_") as folder:
         in_c = chosen.interface == "c"
@@ -156,11 +157,20 @@ def build_network(
             lambda path: executable.export_library(str(path), fcompile=linker, **packing),
             lowered.weights,
             manifest,
-            check_there if check is not False else None,
+            None if check is False else lambda artifact: check_there(artifact, lowered),
             reference,
         )
     clock.start("")
     return Built(artifact, clock.seconds, _peak_memory())
+
+
+def _given(paths: Sequence[str | Path], imported: Imported) -> dict[str, Arrays]:
+    """Inputs from files, by the file's name and the beginning of its hash."""
+    given = {}
+    for path in map(Path, paths):
+        arrays = read_inputs(path, imported.inputs, imported.name)
+        given[f"{path.name} {file_sha256(path)[:12]}"] = arrays
+    return given
 
 
 def _made_of(out: str | Path, manifest: Manifest) -> Artifact | None:
@@ -169,7 +179,7 @@ def _made_of(out: str | Path, manifest: Manifest) -> Artifact | None:
         standing = load_artifact(out)
     except DanceError:
         return None
-    told = ("name", "source_sha256", "inputs", "outputs", "target", "options", "versions")
+    told = ("name", "preprocess", "source_sha256", "inputs", "outputs", "target", "options", "versions")
     same = all(getattr(standing.manifest, key) == getattr(manifest, key) for key in told)
     return standing if same else None
 
@@ -177,83 +187,6 @@ def _made_of(out: str | Path, manifest: Manifest) -> Artifact | None:
 def _peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def check_artifact(
-    artifact: Artifact,
-    imported: Imported,
-    *,
-    insist: bool = False,
-    on_phase: Callable[[str], None] | None = None,
-    reference: dict[str, np.ndarray] | None = None,
-) -> Check:
-    """Run the artifact where its code runs, and its source here, on the same random input.
-
-    ``reference`` is filled with what a device's answers can be compared with later. Raises DanceError if they differ;
-    a device that is not there is recorded, and raised only with ``insist``.
-    """
-    from dance_tvm.device import emulator_available, open_device, prepare_emulator
-
-    spec, reason = _device_for(artifact.manifest, insist)
-    if spec == "emulator":
-        reason = emulator_available() or ""
-    inputs = random_inputs(artifact.manifest.inputs)
-    expected = imported.reference(inputs)
-    stored = {} if reference is None else reference
-    stored.update({f"output:{name}": np.asarray(array) for name, array in expected.items()})
-    if reason and insist:
-        raise DanceError(f"the build cannot be checked: {reason}; leave --check out to build without")
-    if reason:
-        return Check(status="not run", device=spec, reason=reason)
-    try:
-        if spec == "emulator":
-            prepare_emulator(on_phase or (lambda _sentence: None))
-        with open_device(spec) as device:
-            network = device.load(artifact)
-            found = network.run(inputs)
-            calls = network.kernels(inputs, repeats=0)
-    except DanceError as error:
-        if insist or spec == "local":
-            raise
-        return Check(status="not run", device=spec, reason=str(error))
-    check = _compare(artifact.manifest, found, expected, spec, TOLERANCE)
-    stored["kernels"] = np.array([[call.mean or 0.0, call.mean_size or 0.0] for call in calls])
-    return check
-
-
-def check_kernels(
-    artifact: Artifact,
-    lowered: Lowered,
-    imported: Imported,
-    *,
-    insist: bool = False,
-    reference: dict[str, np.ndarray] | None = None,
-) -> Check:
-    """Run the kernels of a network for a GPU, built for OpenCL, on this machine, and its source, on the same input.
-
-    The library itself needs its GPU; this shows that schedules and lists are right. Raises as ``check_artifact`` does.
-    """
-    from dance_tvm.device.opencl import OpenCLSession
-    from dance_tvm.device.opencl_network import OpenCLNetwork
-
-    manifest = artifact.manifest
-    inputs = random_inputs(manifest.inputs)
-    expected = imported.reference(inputs)
-    stored = {} if reference is None else reference
-    stored.update({f"output:{name}": np.asarray(array) for name, array in expected.items()})
-    if manifest.macs > INTERPRETED_MACS and not insist:
-        reason = f"{manifest.macs / 1e9:.1f} G multiply-accumulates take long on a processor: give --check"
-        return Check(status="not run", reason=reason)
-    try:
-        session = OpenCLSession(optimise=False, emulate_half=True)
-        found = OpenCLNetwork(session, lowered).run(list(inputs.values()))
-    except DanceError as error:
-        if insist:
-            raise
-        return Check(status="not run", reason=str(error))
-    tolerance = HALF_TOLERANCE if manifest.options.get("dtype") == "float16" else TOLERANCE
-    named = {tensor.name: array for tensor, array in zip(manifest.outputs, found, strict=True)}
-    return _compare(manifest, named, expected, f"{session.name} over OpenCL, the kernels alone", tolerance)
 
 
 def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any) -> Imported:
@@ -383,58 +316,12 @@ def _manifest(imported: Imported, machine: Target, options: Options, logs_from: 
 
 def _tensor(spec: Any) -> Tensor:
     return Tensor(
-        name=spec.name, shape=list(spec.shape), dtype=str(spec.dtype), meaning=spec.meaning, largest=spec.largest
+        name=spec.name,
+        shape=list(spec.shape),
+        dtype=str(spec.dtype),
+        meaning=spec.meaning,
+        range=None if spec.range is None else list(spec.range),
     )
-
-
-def _device_for(manifest: Manifest, insist: bool) -> tuple[str, str]:
-    """Where to check: a device's name and nothing, or nothing and the reason."""
-    target = manifest.target
-    kind = target.tvm["kind"]
-    if kind != "llvm":
-        return "", f"no device here runs {kind} code"
-    if target.machine == platform.machine() and not target.tvm.get("mtriple", "").endswith("android"):
-        return "local", ""
-    if target.machine != "aarch64":
-        return "", f"no device here runs {target.machine} code"
-    if manifest.macs > EMULATED_MACS and not insist:
-        return "", f"{manifest.macs / 1e9:.1f} G multiply-accumulates take long on an emulated device: give --check"
-    return "emulator", ""
-
-
-def _compare(
-    manifest: Manifest,
-    found: dict[str, np.ndarray],
-    expected: dict[str, np.ndarray],
-    device: str,
-    tolerance: float,
-) -> Check:
-    name, difference, allowed = worst_output(found, expected, tolerance)
-    if difference > allowed:
-        raise DanceError(
-            f"{manifest.name} as built for {manifest.target.name} differs from its source: output {name} by "
-            f"{difference:.3g} (allowed {allowed:.3g}); nothing was written, --debug-dump DIR shows each phase"
-        )
-    return Check(status="passed", device=device, difference=difference, allowed=allowed)
-
-
-def worst_output(
-    found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], tolerance: float = TOLERANCE
-) -> tuple[str, float, float]:
-    """The output that differs most of what it may: its name, its largest difference, and the largest allowed one.
-
-    Allowed is ``tolerance`` times the output's largest value (at least 1). What has another shape, or is not a number,
-    differs by infinity.
-    """
-    worst = "", 0.0, tolerance
-    for name, array in expected.items():
-        got, want = np.asarray(found[name], dtype=np.float64), np.asarray(array, dtype=np.float64)
-        allowed = tolerance * max(1.0, float(np.abs(want).max(initial=0.0)))
-        difference = float(np.abs(got - want).max(initial=0.0)) if got.shape == want.shape else math.inf
-        difference = math.inf if math.isnan(difference) else difference
-        if difference / allowed >= worst[1] / worst[2]:
-            worst = name, difference, allowed
-    return worst
 
 
 def _dump_folder(folder: str | Path) -> Path:

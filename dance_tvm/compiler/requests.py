@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.core.errors import DanceError
 from dance_tvm.machines.target import Target
 from dance_tvm.models import registry
@@ -31,6 +32,12 @@ def require_weights(weights: Path | None) -> None:
         raise DanceError(f"there is no file of weights {weights}: check the path")
 
 
+def require_agreement(numerics: str, conv: str) -> None:
+    """Raise DanceError for options that contradict one another."""
+    if numerics == "exact" and conv == "winograd":
+        raise DanceError("--numerics exact keeps the order of sums, which --conv winograd changes: leave one out")
+
+
 def require_buildable(target: Target, dtype: str = "float32", interface: str = "tvm") -> None:
     """Raise DanceError where no code can be made for the target, or not with these options."""
     kind = target.tvm.get("kind")
@@ -52,6 +59,14 @@ def require_buildable(target: Target, dtype: str = "float32", interface: str = "
         )
     if interface == "c" and target.gpu:
         raise DanceError(f"{target.name} is a GPU, which --interface c cannot run yet: leave it out")
+
+
+def known_preprocess(model: object) -> Preprocess | None:
+    """How frames of a video become the input of a network of the zoo; None where it is not known."""
+    if not isinstance(model, (str, Path)) or Path(model).suffix:
+        return None
+    fields = registry.entry(str(model)).preprocess
+    return Preprocess.model_validate(fields) if fields else None
 
 
 def is_untrained(model: str, weights: Path | None) -> bool:

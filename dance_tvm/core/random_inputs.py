@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -25,24 +25,101 @@ class Spec(Protocol):
         """NumPy's name of its type."""
 
     @property
-    def largest(self) -> int | None:
-        """The largest value that an integer input takes: an index has a range. None where nothing is known."""
+    def range(self) -> Sequence[float] | None:
+        """Its least and greatest value, where they are known: of an index, what it may pick from."""
 
 
-def random_inputs(specs: Iterable[Spec], seed: int = 0) -> dict[str, np.ndarray]:
-    """Arrays by input name: normal floats, bytes 0 to 255, integers 0 to 9 or to their largest value, truth values."""
+#: ``normal``: floats of mean 0 and deviation 1. ``offset``: of mean 100 and deviation 1, or evenly from the declared
+#: range. ``varied``: blocks of frames, rows and columns that differ in size and offset, zeros among them. ``picture``:
+#: a few bright blocks on zeros, 0 to 1.
+#: Whole numbers lie in their range, else bytes in 0 to 255, others in 0 to 9.
+Kind = Literal["normal", "offset", "varied", "picture"]
+
+#: NumPy's kinds of floats, bfloat16 among them.
+_FLOATS = "fV"
+
+#: A block of a varied input keeps its size and offset over at most this much of an axis.
+_BLOCKS = 4
+
+
+def random_inputs(
+    specs: Iterable[Spec], seed: int = 0, kind: Kind = "normal", scale: float = 1.0
+) -> dict[str, np.ndarray]:
+    """Arrays by input name; ``scale`` is that of varied floats and pictures."""
     generator = np.random.default_rng(seed)
-    return {spec.name: _random(generator, spec) for spec in specs}
+    return {spec.name: _DRAWN[kind](generator, spec, scale) for spec in specs}
 
 
-def _random(generator: np.random.Generator, spec: Spec) -> np.ndarray:
-    shape, dtype = tuple(spec.shape), dtype_of(spec.dtype)
-    if spec.dtype == "bool":
-        return generator.integers(0, 2, shape).astype(bool)
-    if dtype.kind in "iu":
-        largest = {"u": 255, "i": 9}[dtype.kind] if spec.largest is None else spec.largest
-        return generator.integers(0, largest, shape, endpoint=True).astype(dtype)
-    return np.asarray(generator.standard_normal(shape, dtype=np.float32)).astype(dtype)
+def _normal(generator: np.random.Generator, spec: Spec, _scale: float) -> np.ndarray:
+    dtype = dtype_of(spec.dtype)
+    if dtype.kind in _FLOATS:
+        return np.asarray(generator.standard_normal(tuple(spec.shape), dtype=np.float32)).astype(dtype)
+    low, high = _whole_range(spec)
+    return generator.integers(low, high + 1, tuple(spec.shape)).astype(dtype)
+
+
+def _offset(generator: np.random.Generator, spec: Spec, scale: float) -> np.ndarray:
+    dtype = dtype_of(spec.dtype)
+    if dtype.kind not in _FLOATS:
+        return _normal(generator, spec, scale)
+    if spec.range is not None:
+        return np.asarray(generator.uniform(spec.range[0], spec.range[1], tuple(spec.shape))).astype(dtype)
+    return np.asarray(100 + generator.standard_normal(tuple(spec.shape), dtype=np.float32)).astype(dtype)
+
+
+def _varied(generator: np.random.Generator, spec: Spec, scale: float) -> np.ndarray:
+    dtype, shape = dtype_of(spec.dtype), tuple(spec.shape)
+    if dtype.kind not in _FLOATS + "u" or not shape:
+        return _normal(generator, spec, scale)
+    sizes = _in_blocks(generator, shape, [0.0, 0.1, 1.0, 3.0])
+    values = sizes * (generator.standard_normal(shape, dtype=np.float32) + _in_blocks(generator, shape, [-2, 0, 0, 2]))
+    if dtype.kind in _FLOATS:
+        return (scale * values).astype(dtype)
+    low, high = _whole_range(spec)
+    return np.clip(np.rint((low + high) / 2 + (high - low) / 6 * values), low, high).astype(dtype)
+
+
+def _picture(generator: np.random.Generator, spec: Spec, scale: float) -> np.ndarray:
+    dtype, shape = dtype_of(spec.dtype), tuple(spec.shape)
+    if dtype.kind not in _FLOATS + "u" or not shape:
+        return _normal(generator, spec, scale)
+    values = _in_blocks(generator, shape, [0.0, 0.0, 0.0, 1.0]) * generator.uniform(0.5, 1.0, shape)
+    if dtype.kind in _FLOATS:
+        return (scale * values).astype(dtype)
+    low, high = _whole_range(spec)
+    return np.rint(low + (high - low) * values).astype(dtype)
+
+
+def crossed_inputs(
+    generator: np.random.Generator, one: dict[str, np.ndarray], other: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Blocks of one and of the other; floats may be a mixture of both instead."""
+    mixture = generator.uniform()
+    crossed = {}
+    for name, array in one.items():
+        if array.dtype.kind in _FLOATS and mixture < 0.5:
+            crossed[name] = ((0.5 + mixture) * array + (0.5 - mixture) * other[name]).astype(array.dtype)
+        else:
+            crossed[name] = np.where(_in_blocks(generator, array.shape, [False, True]), array, other[name])
+    return crossed
+
+
+def _in_blocks(generator: np.random.Generator, shape: tuple[int, ...], values: Sequence[float]) -> np.ndarray:
+    """One of ``values`` for every block of ``shape``."""
+    blocks = generator.choice(values, tuple(min(extent, _BLOCKS) for extent in shape))
+    for axis, extent in enumerate(shape):
+        blocks = np.take(blocks, np.arange(extent) * min(extent, _BLOCKS) // extent, axis)
+    return blocks
+
+
+def _whole_range(spec: Spec) -> tuple[int, int]:
+    """Least and greatest value of an input of whole numbers or truth values."""
+    if spec.range is not None:
+        return int(spec.range[0]), int(spec.range[1])
+    return 0, {"b": 1, "u": 255}.get(dtype_of(spec.dtype).kind, 9)
+
+
+_DRAWN = {"normal": _normal, "offset": _offset, "varied": _varied, "picture": _picture}
 
 
 def dtype_of(name: str) -> np.dtype:

@@ -4,34 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 import tvm
 
+from dance_tvm.core.agreement import TOLERANCE, allowed_of, difference
 from dance_tvm.core.errors import DanceError
 from dance_tvm.frontend import interpreter
-from dance_tvm.frontend.interface import Arrays, tensor_of
-
-# Rounding apart, import changes nothing: this much of the largest value, over hundreds of layers, is rounding.
-TOLERANCE = 1e-4
-
-
-def difference(found: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndarray) -> float:
-    """The largest difference, as a share of the largest expected value where that is over 1; inf where shapes differ.
-
-    NaN agrees with NaN, infinities with themselves.
-    """
-    a, b = (
-        value.double() if isinstance(value, torch.Tensor) else tensor_of(value).double() for value in (found, expected)
-    )
-    if a.shape != b.shape:
-        return float("inf")
-    if a.numel() == 0:
-        return 0.0
-    same = (a == b) | (a.isnan() & b.isnan())
-    apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(float("inf"), float("inf"))
-    finite = b[b.isfinite()].abs()
-    return float(apart.max() / max(1.0, float(finite.max()) if finite.numel() else 1.0))
+from dance_tvm.frontend.interface import Arrays, array_of
+from dance_tvm.frontend.rounding import MULTIPLE, Rounding
 
 
 def check_import(
@@ -46,17 +26,24 @@ def check_import(
     ``mod`` the source's layer and value.
     """
     arguments = {param.name: array for param, array in zip(mod["main"].params, inputs.values(), strict=True)}
-    found = interpreter.outputs(mod, arguments)
-    worst = max(difference(a, b) for a, b in zip(found, expected.values(), strict=True))
-    if worst <= TOLERANCE:
+    rounding = Rounding(mod, arguments)
+    wanted = list(expected.values())
+    apart = [difference(found, value) for found, value in zip(rounding.float32, wanted, strict=True)]
+    allowed = [allowed_of(value) for value in wanted]
+    if all(found <= bound for found, bound in zip(apart, allowed, strict=True)):
+        return
+    bounds = [max(bound, MULTIPLE * own) for bound, own in zip(allowed, rounding.errors, strict=True)]
+    if all(found <= bound for found, bound in zip(apart, bounds, strict=True)):
         return
     values = intermediates()
     for name, value in interpreter.trace(mod, arguments):
         if name in values and isinstance(value, torch.Tensor):
             layer, reference = values[name]
-            if (apart := difference(value, reference)) > TOLERANCE:
+            if (off := difference(array_of(value), array_of(reference))) > TOLERANCE:
                 raise DanceError(
-                    f"The imported network differs from its source: first at layer {layer!r}, by {apart:.1e} of its "
+                    f"The imported network differs from its source: first at layer {layer!r}, by {off:.1e} of its "
                     "largest value; please report this operator."
                 )
-    raise DanceError(f"The imported network's outputs differ from its source's by {worst:.1e} of their largest value.")
+    raise DanceError(
+        f"The imported network's outputs differ from its source's by {max(apart):.1e} of their largest value."
+    )

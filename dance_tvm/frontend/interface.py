@@ -19,14 +19,14 @@ Arrays = dict[str, np.ndarray]
 class TensorSpec:
     """An input or output: its name, shape, NumPy dtype, and what it holds in a few words.
 
-    ``largest`` is the largest value that the network takes where that is not any: of an index, say.
+    ``range`` is an input's least and greatest value where they are known; of an index, what it may pick from.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     meaning: str
-    largest: int | None = None
+    range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,24 +19,75 @@ import tvm
 from tvm import relax
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.frontend.compiled_call import compiled_call
 from dance_tvm.frontend.interface import tensor_of
 
 Value = Any  # a tensor, a tuple of values, a shape (tuple of int), a scalar, or a dtype's name
 Kernel = Callable[[list[Value], Any], Value]
 
 
+class _Floats(NamedTuple):
+    """How floats are computed: in float64 instead of what the module says; inputs and weights a little off."""
+
+    wide: bool = False
+    noise: torch.Generator | None = None
+
+
+_AS_TOLD = _Floats()
+_floats = ContextVar("floats", default=_AS_TOLD)
+
+#: By how much noise changes an input or a weight, as a share: a few roundings of float32.
+_NOISE = 2e-7
+
+
 def evaluate(mod: tvm.IRModule, inputs: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
     """The value of every variable of ``main``, by its name, for ``inputs`` by parameter name; keeps all in memory.
 
-    Raises DanceError for operators that it has no PyTorch counterpart for (``call_tir`` among them).
+    What PyTorch has no counterpart of is compiled by TVM, one call at a time. Raises DanceError for ``call_tir``.
     """
     return {name: value for name, value in trace(mod, inputs) if isinstance(value, torch.Tensor)}
 
 
-def outputs(mod: tvm.IRModule, inputs: Mapping[str, np.ndarray | torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """What ``main`` returns, as a flat tuple; values are dropped as soon as nobody needs them any more."""
-    ((_, value),) = deque(trace(mod, inputs), maxlen=1)
+def outputs(
+    mod: tvm.IRModule,
+    inputs: Mapping[str, np.ndarray | torch.Tensor],
+    *,
+    wide: bool = False,
+    noise: torch.Generator | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """What ``main`` returns, as a flat tuple; values are dropped as soon as nobody needs them any more.
+
+    ``wide`` computes in float64 what the module computes in float32; ``noise`` sets inputs and weights off by a few
+    roundings, which shows how far rounding alone can move the result.
+    """
+    before = _floats.set(_Floats(wide, noise))
+    try:
+        ((_, value),) = deque(trace(mod, inputs), maxlen=1)
+    finally:
+        _floats.reset(before)
     return value if isinstance(value, tuple) else (value,)
+
+
+class Part:
+    """What some variables of ``main`` depend on, evaluated for one input after another."""
+
+    def __init__(self, mod: tvm.IRModule, wanted: Sequence[relax.Var]) -> None:
+        function = mod["main"]
+        self._params, self._wanted = list(function.params), list(wanted)
+        needed, self._bindings = set(wanted), []
+        for binding in reversed([binding for block in function.body.blocks for binding in block.bindings]):
+            if binding.var in needed:
+                needed.update(relax.analysis.free_vars(binding.value))
+                self._bindings.append((binding.var, binding.value))
+        self._bindings.reverse()
+
+    def values(self, inputs: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """The variables' values, in order, for ``inputs`` in the order of the parameters."""
+        values: dict[relax.Var, Value] = dict(zip(self._params, map(_tensor, inputs), strict=True))
+        with torch.inference_mode():
+            for var, expression in self._bindings:
+                values[var] = _evaluate(expression, values)
+        return [values[var] for var in self._wanted]
 
 
 def trace(mod: tvm.IRModule, inputs: Mapping[str, np.ndarray | torch.Tensor]) -> Iterator[tuple[str, Value]]:
@@ -79,7 +131,17 @@ def _last_uses(bindings: list[Any], result: relax.Expr) -> dict[int, list[relax.
 
 
 def _tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
-    return array if isinstance(array, torch.Tensor) else tensor_of(array)
+    return _as_computed(array if isinstance(array, torch.Tensor) else tensor_of(array))
+
+
+def _as_computed(tensor: torch.Tensor) -> torch.Tensor:
+    """An input or constant as it takes part: wide, or a little off, where that is asked for."""
+    if not tensor.is_floating_point():
+        return tensor
+    wide, noise = _floats.get()
+    if noise is not None and bool((tensor != tensor.round()).any()):  # whole numbers are compared with, and mean them
+        tensor = tensor * (1 + _NOISE * torch.randn(tensor.shape, generator=noise)).to(tensor.dtype)
+    return tensor.double() if wide else tensor
 
 
 def _evaluate(expression: Any, values: Mapping[relax.Var, Value]) -> Value:
@@ -87,7 +149,7 @@ def _evaluate(expression: Any, values: Mapping[relax.Var, Value]) -> Value:
         return values[expression]
     if isinstance(expression, tvm.ir.expr.GenericConst):
         # A copy: TVM's arrays may be read-only, PyTorch's never are.
-        return torch.from_numpy(expression.value.numpy().copy())
+        return _as_computed(torch.from_numpy(expression.value.numpy().copy()))
     if isinstance(expression, relax.Tuple):
         return tuple(_evaluate(field, values) for field in expression.fields)
     if isinstance(expression, relax.TupleGetItem):
@@ -96,10 +158,9 @@ def _evaluate(expression: Any, values: Mapping[relax.Var, Value]) -> Value:
         return tuple(int(extent) for extent in expression.values)
     if isinstance(expression, relax.Call):
         name = getattr(expression.op, "name", str(expression.op))
+        arguments = [_evaluate(argument, values) for argument in expression.args]
         kernel = _KERNELS.get(name)
-        if kernel is None:
-            raise DanceError(f"The interpreter has no PyTorch counterpart of {name}.")
-        return kernel([_evaluate(argument, values) for argument in expression.args], expression.attrs)
+        return kernel(arguments, expression.attrs) if kernel else compiled_call(expression, arguments)
     if isinstance(expression, (tvm.tirx.IntImm, tvm.tirx.FloatImm)):
         return expression.value
     if isinstance(expression, tvm.ir.StringImm):
@@ -128,7 +189,8 @@ def _dtype(name: Any) -> torch.dtype:
     text = str(name).removeprefix("T.").strip("\"'")
     if text not in _DTYPES:
         raise DanceError(f"The interpreter does not know the dtype {text}.")
-    return _DTYPES[text]
+    dtype = _DTYPES[text]
+    return torch.float64 if _floats.get().wide and dtype.is_floating_point else dtype
 
 
 def _chosen(name: Any, otherwise: torch.Tensor) -> torch.dtype:
@@ -402,10 +464,17 @@ def _gather_nd(args: list[Value], attrs: Any) -> torch.Tensor:
 
 def _scatter_nd(args: list[Value], attrs: Any) -> torch.Tensor:
     x, indices, updates = args
-    if str(attrs.reduction) not in ("update", "add"):
-        raise DanceError(f"The interpreter has no scatter_nd with reduction {attrs.reduction}.")
+    mode = {"add": "sum", "mul": "prod", "min": "amin", "max": "amax"}.get(str(attrs.reduction))
     where = tuple(indices.long().unbind(-1))
-    return x.clone().index_put_(where, updates, accumulate=str(attrs.reduction) == "add")
+    if mode is None:
+        return x.clone().index_put_(where, updates)
+    depth = indices.shape[-1]
+    steps = [math.prod(x.shape[axis + 1 : depth]) for axis in range(depth)]
+    rows = sum(_wrapped(index, x.shape[axis]) * steps[axis] for axis, index in enumerate(where))
+    flat = x.reshape(math.prod(x.shape[:depth]), -1)
+    values = updates.reshape(-1, flat.shape[1])
+    rows = torch.as_tensor(rows).reshape(-1, 1).expand(values.shape)
+    return flat.scatter_reduce(0, rows, values, mode).reshape(x.shape)
 
 
 def _index_put(args: list[Value], attrs: Any) -> torch.Tensor:

@@ -17,7 +17,7 @@ _TRIED = (None, 4, 2, 1, 0)
 def with_ranges(
     specs: Sequence[TensorSpec], reference: Callable[[Arrays], Arrays], examples: Mapping[str, np.ndarray] | None = None
 ) -> list[TensorSpec]:
-    """``specs`` with the largest value of each integer input that ``reference`` takes, found by trying.
+    """``specs`` with the range of each integer input that ``reference`` takes, found by trying.
 
     ``examples`` are inputs that the source is known to take. Raises DanceError where it takes none of what was tried.
     """
@@ -29,7 +29,7 @@ def with_ranges(
     tried[1:1] = [known] if known else []
     problem: Exception | None = None
     for largest in tried:
-        chosen = [replace(spec, largest=largest.get(spec.name)) for spec in specs]
+        chosen = [_up_to(spec, largest.get(spec.name)) for spec in specs]
         try:
             reference(random_inputs(chosen))
         except Exception as failure:  # PyTorch and ONNX Runtime have many kinds for an index out of range
@@ -38,3 +38,7 @@ def with_ranges(
             return chosen
     told = (str(problem).splitlines() or [""])[0]
     raise DanceError(f"The network itself fails on random input, its integers {', '.join(integers)} small: {told}")
+
+
+def _up_to(spec: TensorSpec, largest: int | None) -> TensorSpec:
+    return spec if largest is None else replace(spec, range=(0, largest))

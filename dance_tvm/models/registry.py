@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from dance_tvm.core.errors import DanceError
 
@@ -18,7 +19,8 @@ class ModelEntry:
 
     ``input_shape`` is one sample without the batch axis: (C, T, H, W) for clips, (T, H, W, C) for TransNetV2.
     ``outputs`` are the name and the meaning of each result; ``pretrained`` is ``module:function`` that returns the
-    published state dict; ``trained``: the factory itself gives trained weights.
+    published state dict; ``trained``: the factory itself gives trained weights. ``preprocess`` are the fields of
+    :class:`dance_tvm.artifact.preprocess.Preprocess` by which frames of a video become the input.
     """
 
     factory: str
@@ -30,6 +32,7 @@ class ModelEntry:
     input_meaning: str = "clips (N, C, T, H, W), normalised as in training"
     outputs: tuple[tuple[str, str], ...] = (("scores", "class scores (N, classes), before softmax"),)
     trained: bool = False
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,8 +43,19 @@ class ModelEntry:
         return found
 
 
+#: The DANCE supplement (section 10), as `dance_tvm.sparsity.video` has it: every fourth frame, the middle of 128 x 171.
+_CLIPS = {"resize": (128, 171), "every": 4}
+_PIXELS = {**_CLIPS, "divisor": 1.0}
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "deviation": (0.229, 0.224, 0.225)}
+
 _REGISTRY: dict[str, ModelEntry] = {
-    "c3d": ModelEntry("dance_tvm.models.c3d:C3D", (3, 16, 112, 112), "C3D, eight 3x3x3 convolutions", 487),
+    "c3d": ModelEntry(
+        "dance_tvm.models.c3d:C3D",
+        (3, 16, 112, 112),
+        "C3D, eight 3x3x3 convolutions",
+        487,
+        preprocess=_PIXELS,
+    ),
     "c3d-mini": ModelEntry("dance_tvm.models.c3d:C3DMini", (1, 16, 32, 32), "C3D's plan at a tenth of its width", 10),
     "dance-c3d-mini": ModelEntry(
         "dance_tvm.sparsity.dance.trained:dance_c3d_mini",
@@ -52,12 +66,20 @@ _REGISTRY: dict[str, ModelEntry] = {
         trained=True,
     ),
     "r2plus1d-18": ModelEntry(
-        "dance_tvm.models.r2plus1d:r2plus1d_18", (3, 16, 112, 112), "R(2+1)D-18, residual, 1x3x3 then 3x1x1"
+        "dance_tvm.models.r2plus1d:r2plus1d_18",
+        (3, 16, 112, 112),
+        "R(2+1)D-18, residual, 1x3x3 then 3x1x1",
+        preprocess={**_CLIPS, **_IMAGENET},
     ),
     "r2plus1d-mini": ModelEntry(
         "dance_tvm.models.r2plus1d:r2plus1d_mini", (1, 16, 32, 32), "R(2+1)D with one narrow block a stage", 10
     ),
-    "s3d": ModelEntry("dance_tvm.models.s3d:S3D", (3, 16, 112, 112), "S3D, separable Inception"),
+    "s3d": ModelEntry(
+        "dance_tvm.models.s3d:S3D",
+        (3, 16, 112, 112),
+        "S3D, separable Inception",
+        preprocess={**_CLIPS, **_IMAGENET},
+    ),
     "transnetv2": ModelEntry(
         "dance_tvm.models.transnetv2:TransNetV2",
         (100, 27, 48, 3),
@@ -70,24 +92,43 @@ _REGISTRY: dict[str, ModelEntry] = {
             ("single_frame", "probability (N, T) that a shot ends at the frame"),
             ("all_frames", "probability (N, T) that the frame is part of a transition"),
         ),
+        preprocess={"divisor": 1.0},
     ),
     "resnet18-tsn": ModelEntry(
-        "dance_tvm.models.resnet:resnet18", (3, 8, 224, 224), "ResNet-18 on 8 frames, scores averaged (TSN)"
+        "dance_tvm.models.resnet:resnet18",
+        (3, 8, 224, 224),
+        "ResNet-18 on 8 frames, scores averaged (TSN)",
+        preprocess=_IMAGENET,
     ),
     "resnet18-tsm": ModelEntry(
-        "dance_tvm.models.resnet:resnet18_tsm", (3, 8, 224, 224), "ResNet-18 with temporal shift (TSM)"
+        "dance_tvm.models.resnet:resnet18_tsm",
+        (3, 8, 224, 224),
+        "ResNet-18 with temporal shift (TSM)",
+        preprocess=_IMAGENET,
     ),
     "resnet18-tsm-online": ModelEntry(
-        "dance_tvm.models.resnet:resnet18_tsm_online", (3, 8, 224, 224), "ResNet-18, shift from the past only"
+        "dance_tvm.models.resnet:resnet18_tsm_online",
+        (3, 8, 224, 224),
+        "ResNet-18, shift from the past only",
+        preprocess=_IMAGENET,
     ),
     "resnet50-tsn": ModelEntry(
-        "dance_tvm.models.resnet:resnet50", (3, 8, 224, 224), "ResNet-50 on 8 frames, scores averaged (TSN)"
+        "dance_tvm.models.resnet:resnet50",
+        (3, 8, 224, 224),
+        "ResNet-50 on 8 frames, scores averaged (TSN)",
+        preprocess=_IMAGENET,
     ),
     "resnet50-tsm": ModelEntry(
-        "dance_tvm.models.resnet:resnet50_tsm", (3, 8, 224, 224), "ResNet-50 with temporal shift (TSM)"
+        "dance_tvm.models.resnet:resnet50_tsm",
+        (3, 8, 224, 224),
+        "ResNet-50 with temporal shift (TSM)",
+        preprocess=_IMAGENET,
     ),
     "resnet50-tsm-online": ModelEntry(
-        "dance_tvm.models.resnet:resnet50_tsm_online", (3, 8, 224, 224), "ResNet-50, shift from the past only"
+        "dance_tvm.models.resnet:resnet50_tsm_online",
+        (3, 8, 224, 224),
+        "ResNet-50, shift from the past only",
+        preprocess=_IMAGENET,
     ),
     "resnet-mini": ModelEntry(
         "dance_tvm.models.resnet:resnet_mini", (1, 8, 32, 32), "ResNet for small clips, shift from the past only", 8

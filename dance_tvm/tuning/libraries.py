@@ -15,6 +15,8 @@ import tvm
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.remote import RemoteSession
+from dance_tvm.machines.host import needed_flags
+from dance_tvm.machines.target import Target
 from dance_tvm.tuning.farm import DeviceLostError, Farm
 
 
@@ -83,6 +85,24 @@ def require_gpu(farm: Farm, kind: str) -> None:
     if kind != "llvm":
         with farm.session(1) as session:
             gpu_of(session, kind)
+
+
+def require_processor(farm: Farm, target: Target) -> None:
+    """Raise DanceError where a device that is reached over RPC is no machine of the target's architecture, or lacks its
+    instructions: every trial would fail, and be kept as a failure of its tile. What runs here is known to fit."""
+    if all(spec in ("local", "emulator") for spec in farm.specs):
+        return
+    with farm.session(1) as session:
+        facts = session.facts()
+        machine = facts.get("machine", target.link.machine)
+        if machine != target.link.machine:
+            raise DanceError(
+                f"{session.name} is an {machine} machine and {target.name} is {target.link.machine}: "
+                f"give a --device that is the target"
+            )
+        missing = sorted(set(needed_flags(target.tvm_target(1))) - set(facts.get("cpu_features", [])))
+        if missing and facts.get("cpu_features"):
+            raise DanceError(f"{session.name} lacks instructions of {target.name} ({', '.join(missing)})")
 
 
 class TvmLibrary:

@@ -17,10 +17,10 @@ import torch
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.printing import print_table
 from dance_tvm.lowering.group_choice import (
     SYNTHESISED,
     GroupMeasurement,
@@ -50,6 +50,7 @@ def main(
     layers: Annotated[int, typer.Option(min=1, max=len(SYNTHESISED), help="how many of the synthesised layers")] = len(
         SYNTHESISED
     ),
+    logs: Annotated[Path | None, typer.Option(help="folder of the log; default: that of `dance-tvm tune`")] = None,
     group: Annotated[list[str] | None, typer.Option(help="groups such as 16x4; default: all candidates")] = None,
 ) -> None:
     """Measures, adds to the log and prints each group's efficiency and the group to train with."""
@@ -59,16 +60,13 @@ def main(
             machine, device, threads=threads, rate=rate, repeats=repeats, layers=SYNTHESISED[:layers],
             candidates=[_group(text) for text in group] if group else None,
         )  # fmt: skip
-        write_log(log_path(machine), found)
+        write_log(log_path(machine, logs), found)
     except DanceError as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(2) from None
-    table = Table(
-        "group", "speed-up / rate", title=f"{machine.name} on {device}: prune in groups of {best_group(found)}"
-    )
-    for (gm, gn), efficiency in sorted(efficiencies(found).items()):
-        table.add_row(f"{gm}x{gn}", f"{efficiency:.2f}")
-    Console().print(table)
+    rows = [[f"{gm}x{gn}", f"{efficiency:.2f}"] for (gm, gn), efficiency in sorted(efficiencies(found).items())]
+    title = f"{machine.name} on {device}: prune in groups of {best_group(found)}"
+    print_table(["group", "speed-up / rate"], rows, title)
 
 
 def _group(text: str) -> tuple[int, int]:

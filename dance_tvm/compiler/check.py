@@ -1,0 +1,199 @@
+"""The check: what was built answers as its source does, on every input tried and for every output."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dance_tvm.artifact.folder import Artifact, Check, Manifest, OutputCheck
+from dance_tvm.compiler.check_inputs import USUAL, CheckInputs, check_inputs
+from dance_tvm.core.agreement import HALF_TOLERANCE, TOLERANCE, allowed_of, difference
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.random_inputs import random_inputs
+from dance_tvm.frontend.rounding import MULTIPLE, Rounding
+
+if TYPE_CHECKING:
+    from dance_tvm.compiler.pipeline import Lowered
+    from dance_tvm.frontend import Imported
+    from dance_tvm.frontend.interface import Arrays
+
+#: Multiply-accumulates that an emulated processor does in a few seconds; larger networks are checked there on request.
+EMULATED_MACS = 2_000_000_000
+
+#: The same for the kernels of a GPU on a processor, through OpenCL.
+INTERPRETED_MACS = 500_000_000
+
+#: From this share of what is allowed on, a difference leaves doubt, and float64 tells whose it is.
+DOUBT = 0.25
+
+
+def check_artifact(
+    artifact: Artifact,
+    imported: Imported,
+    *,
+    insist: bool = False,
+    given: Mapping[str, Arrays] | None = None,
+    on_phase: Callable[[str], None] | None = None,
+    reference: dict[str, np.ndarray] | None = None,
+) -> Check:
+    """Run the artifact where its code runs, and its source here, on the same inputs: the usual ones and ``given`` ones.
+
+    ``reference`` is filled with what a device's answers can be compared with later. Raises DanceError if they differ;
+    a device that is not there is recorded, and raised only with ``insist``.
+    """
+    from dance_tvm.device import emulator_available, open_device, prepare_emulator
+
+    spec, reason = _device_for(artifact.manifest, insist)
+    if spec == "emulator":
+        reason = emulator_available() or ""
+    if reason and insist:
+        raise DanceError(f"the build cannot be checked: {reason}; leave --check out to build without")
+    stored = {} if reference is None else reference
+    if reason:
+        _store(stored, imported.reference(random_inputs(imported.inputs)))
+        return Check(status="not run", device=spec, reason=reason)
+    tried = check_inputs(imported, given)
+    _store(stored, tried.answers.get("normal", {}))
+    try:
+        if spec == "emulator":
+            prepare_emulator(on_phase or (lambda _sentence: None))
+        with open_device(spec) as device:
+            network = device.load(artifact)
+            found = {name: network.run(arrays) for name, arrays in tried.arrays.items()}
+            calls = network.kernels(tried.arrays["normal"], repeats=0) if "normal" in found else []
+    except DanceError as error:
+        if insist or spec == "local":
+            raise
+        return Check(status="not run", device=spec, reason=str(error))
+    check = _compare(artifact.manifest, tried, found, spec, TOLERANCE)
+    if calls:
+        stored["kernels"] = np.array([[call.mean or 0.0, call.mean_size or 0.0] for call in calls])
+    return check
+
+
+def check_kernels(
+    artifact: Artifact,
+    lowered: Lowered,
+    imported: Imported,
+    *,
+    insist: bool = False,
+    given: Mapping[str, Arrays] | None = None,
+    reference: dict[str, np.ndarray] | None = None,
+) -> Check:
+    """Run the kernels of a network for a GPU, built for OpenCL, on this machine, and its source, on the same inputs.
+
+    The library itself needs its GPU; this shows that schedules and lists are right. Raises as ``check_artifact`` does.
+    """
+    from dance_tvm.device.opencl import OpenCLSession
+    from dance_tvm.device.opencl_network import OpenCLNetwork
+
+    manifest = artifact.manifest
+    stored = {} if reference is None else reference
+    if manifest.macs > INTERPRETED_MACS and not insist:
+        _store(stored, imported.reference(random_inputs(imported.inputs)))
+        reason = f"{manifest.macs / 1e9:.1f} G multiply-accumulates take long on a processor: give --check"
+        return Check(status="not run", reason=reason)
+    tried = check_inputs(imported, given)
+    _store(stored, tried.answers.get("normal", {}))
+    names = [tensor.name for tensor in manifest.outputs]
+    try:
+        session = OpenCLSession(optimise=False, emulate_half=True)
+        network = OpenCLNetwork(session, lowered)
+        found = {
+            name: dict(zip(names, network.run(list(arrays.values())), strict=True))
+            for name, arrays in tried.arrays.items()
+        }
+    except DanceError as error:
+        if insist:
+            raise
+        return Check(status="not run", reason=str(error))
+    tolerance = HALF_TOLERANCE if manifest.options.get("dtype") == "float16" else TOLERANCE
+    where = f"{session.name} over OpenCL, the kernels alone"
+    return _compare(manifest, tried, found, where, tolerance)
+
+
+def was_checked(check: Check, given: Mapping[str, Arrays]) -> bool:
+    """Whether ``check`` passed on the usual inputs and all of ``given``."""
+    return check.status == "passed" and {*USUAL, *given} <= {*check.inputs, *check.refused}
+
+
+def _store(reference: dict[str, np.ndarray], answer: Arrays) -> None:
+    reference.update({f"output:{name}": np.asarray(array) for name, array in answer.items()})
+
+
+def _device_for(manifest: Manifest, insist: bool) -> tuple[str, str]:
+    """Where to check: a device's name and nothing, or nothing and the reason."""
+    target = manifest.target
+    kind = target.tvm["kind"]
+    if kind != "llvm":
+        return "", f"no device here runs {kind} code"
+    if target.machine == platform.machine() and not target.tvm.get("mtriple", "").endswith("android"):
+        return "local", ""
+    if target.machine != "aarch64":
+        return "", f"no device here runs {target.machine} code"
+    if manifest.macs > EMULATED_MACS and not insist:
+        return "", f"{manifest.macs / 1e9:.1f} G multiply-accumulates take long on an emulated device: give --check"
+    return "emulator", ""
+
+
+def _compare(
+    manifest: Manifest,
+    tried: CheckInputs,
+    found: Mapping[str, Arrays],
+    device: str,
+    tolerance: float,
+) -> Check:
+    """Raises DanceError that names the first input and output that differ."""
+    outputs = []
+    for name, answer in found.items():
+        for output in _judge(tried, name, answer, tolerance):
+            if output.difference > output.allowed:
+                raise DanceError(
+                    f"{manifest.name} as built for {manifest.target.name} differs from its source: output "
+                    f"{output.output} on the {name} input by {output.difference:.3g} of its largest value (allowed "
+                    f"{output.allowed:.3g}); nothing was written, --debug-dump DIR shows each phase"
+                )
+            outputs.append(output)
+    worst = max(outputs, key=_nearness, default=None)
+    return Check(
+        status="passed",
+        device=device,
+        difference=worst.difference if worst else 0.0,
+        allowed=worst.allowed if worst else tolerance,
+        inputs=list(tried.arrays),
+        outputs=outputs,
+        masks=len(tried.masks),
+        uniform=tried.uniform,
+        refused=tried.refused,
+    )
+
+
+def _judge(tried: CheckInputs, name: str, found: Arrays, tolerance: float) -> list[OutputCheck]:
+    """One input's outputs. Where rounding moves the source itself further than that, it sets what is allowed."""
+    params = tried.imported.mod["main"].params
+    arguments = {param.name: array for param, array in zip(params, tried.arrays[name].values(), strict=True)}
+    rounding = Rounding(tried.imported.mod, arguments)
+    outputs = []
+    for index, (output, expected) in enumerate(tried.answers[name].items()):
+        told = OutputCheck(
+            output=output,
+            input=name,
+            difference=difference(found[output], expected),
+            allowed=allowed_of(expected, tolerance),
+        )
+        if told.difference > DOUBT * told.allowed:
+            told.error = difference(found[output], rounding.float64[index])
+            told.source_error = rounding.errors[index]
+            told.allowed = max(told.allowed, MULTIPLE * told.source_error)
+        if told.difference > told.allowed:
+            told.allowed = max(told.allowed, MULTIPLE * rounding.reach[index])
+        outputs.append(told)
+    return outputs
+
+
+def _nearness(output: OutputCheck) -> float:
+    """How much of what is allowed an output's difference takes."""
+    return output.difference / output.allowed if output.difference else 0.0

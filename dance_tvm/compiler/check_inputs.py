@@ -1,0 +1,187 @@
+"""What the check runs a network on: at least three inputs, chosen so that its masks are both on and off."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tvm import relax
+
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.random_inputs import Kind, crossed_inputs, random_inputs
+from dance_tvm.frontend.interpreter import Part
+from dance_tvm.liveness.analysis import Masks
+from dance_tvm.liveness.relax_graph import RelaxView
+from dance_tvm.transform.graph import Graph, is_tensor, shape_of, variables
+
+if TYPE_CHECKING:
+    from dance_tvm.frontend import Imported
+    from dance_tvm.frontend.interface import Arrays
+
+    Measure = Callable[[Arrays], "_Candidate"]
+
+#: What every network is tried on.
+USUAL: tuple[Kind, ...] = ("normal", "offset", "varied")
+
+#: Inputs with mixed masks that are kept of a network that has masks, and of any network besides the usual ones.
+MIXED = 4
+
+#: Multiply-accumulates that the search for mixed masks may spend, and how many inputs it may try.
+_SEARCH_MACS = 30e9
+_FEWEST_TRIES, _MOST_TRIES = 8, 64
+_PARENTS = 6
+
+#: What a mask that is off everywhere weighs against mixed ones, and what masks weigh that no chosen input mixes yet.
+_SHUT, _SEEN = 2, 2
+
+#: Inputs that the search starts from: kinds and scales.
+_STARTS: tuple[tuple[Kind, float], ...] = (
+    *((kind, scale) for scale in (1.0, 0.1, 10.0, 0.01) for kind in ("varied", "picture")),
+)
+
+
+@dataclass
+class CheckInputs:
+    """Inputs and the source's answers to them, by what they are called.
+
+    ``uniform`` are those of ``masks``, which the network computes in every call, that were on everywhere or off
+    everywhere in all inputs; ``refused`` says of inputs that the source takes not why.
+    """
+
+    imported: Imported
+    arrays: dict[str, Arrays] = field(default_factory=dict)
+    answers: dict[str, Arrays] = field(default_factory=dict)
+    masks: list[str] = field(default_factory=list)
+    uniform: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, arrays: Arrays) -> None:
+        """Let the source answer ``arrays``."""
+        try:
+            answer = self.imported.reference(arrays)
+        except Exception as problem:  # PyTorch's and ONNX Runtime's own, as for an index out of range
+            self.refused[name] = str(problem).strip().splitlines()[0]
+        else:
+            self.arrays[name], self.answers[name] = arrays, answer
+
+
+def check_inputs(imported: Imported, given: Mapping[str, Arrays] | None = None) -> CheckInputs:
+    """A normal, an offset and a varied input, ``given`` ones, and more varied ones until no mask is uniform in all.
+
+    Raises DanceError where the source takes none of them, or not one that was given.
+    """
+    tried = CheckInputs(imported)
+    for seed, kind in enumerate(USUAL):
+        tried.add(kind, random_inputs(imported.inputs, seed, kind))
+    for name, arrays in (given or {}).items():
+        tried.add(name, arrays)
+        if name in tried.refused:
+            raise DanceError(f"{imported.name} does not take {name}: {tried.refused[name]}")
+    if not tried.arrays:
+        raise DanceError(
+            f"{imported.name} takes no random input ({tried.refused['normal']}): name real ones with --check-inputs"
+        )
+    _mix_masks(tried)
+    return tried
+
+
+def _mix_masks(tried: CheckInputs) -> None:
+    """Find the masks, and add inputs on which they are mixed."""
+    graph = Graph.of(tried.imported.mod["main"])
+    masks = computed_masks(graph)
+    if not masks:
+        return
+    part = Part(tried.imported.mod, masks)
+
+    def measured(arrays: Arrays) -> _Candidate:
+        return _Candidate(arrays, [float(value.double().mean()) for value in part.values(list(arrays.values()))])
+
+    pool = [measured(arrays) for arrays in tried.arrays.values()]
+    uniform = set(range(len(masks))).difference(*(one.mixed for one in pool))
+    _breed(pool, measured, tried.imported, _tries(graph, masks))
+    for number, found in enumerate(_chosen(pool), start=1):
+        tried.add(f"mixed {number}", found.arrays)
+        uniform -= found.mixed
+    tried.masks = [var.name for var in masks]
+    tried.uniform = [tried.masks[index] for index in sorted(uniform)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """An input, and the share of each mask that is on."""
+
+    arrays: Arrays
+    shares: list[float]
+
+    @cached_property
+    def mixed(self) -> set[int]:
+        """The masks that are both on and off."""
+        return {index for index, share in enumerate(self.shares) if 0 < share < 1}
+
+    @cached_property
+    def shut(self) -> int:
+        """How many masks are off everywhere: they hide what the kernels before them do."""
+        return sum(share == 0 for share in self.shares)
+
+    @property
+    def worth(self) -> float:
+        """How well kernels behind masks show in the result."""
+        return len(self.mixed) - _SHUT * self.shut
+
+
+def _breed(pool: list[_Candidate], measured: Measure, imported: Imported, size: int) -> None:
+    """Fill ``pool`` up to ``size`` with random inputs, and then with crossings of the best."""
+    generator = np.random.default_rng(len(USUAL))
+    for seed, (kind, scale) in enumerate(_STARTS, start=len(USUAL)):
+        if len(pool) < size:
+            pool.append(measured(random_inputs(imported.inputs, seed, kind, scale)))
+    while len(pool) < size:
+        best = sorted(pool, key=lambda one: -one.worth)[:_PARENTS]
+        one, other = (best[index] for index in generator.choice(len(best), 2, replace=False))
+        pool.append(measured(crossed_inputs(generator, one.arrays, other.arrays)))
+
+
+def _chosen(pool: list[_Candidate]) -> list[_Candidate]:
+    """At most ``MIXED`` of ``pool``: first the worthiest, then those that mix other masks."""
+    chosen: list[_Candidate] = []
+    rest, seen = list(pool), set[int]()
+    while len(chosen) < MIXED and rest:
+        found = max(rest, key=lambda one: _SEEN * len(one.mixed - seen) + one.worth)
+        rest.remove(found)
+        chosen.append(found)
+        seen |= found.mixed
+    return chosen
+
+
+def _tries(graph: Graph, masks: list[relax.Var]) -> int:
+    """How many inputs the search may try: what masks depend on may be nearly the whole network."""
+    needed, macs = set(masks), 0.0
+    for var in reversed(graph.order):
+        if var in needed:
+            needed.update(variables(graph.value[var]))
+            if graph.op(var) in ("nn.conv2d", "nn.conv3d", "matmul"):
+                weight = shape_of(graph.call(var).args[1])
+                per_value = math.prod(weight[1:]) if graph.op(var) != "matmul" else weight[-2]
+                macs += math.prod(shape_of(var)) * per_value
+    return int(min(_MOST_TRIES, max(_FEWEST_TRIES, _SEARCH_MACS / max(macs, 1.0))))
+
+
+def computed_masks(graph: Graph) -> list[relax.Var]:
+    """Masks that depend on the input: tensors of zeros and ones with a reader that has other values."""
+    masks, depends = Masks(RelaxView(graph)), set(graph.params)
+    for var in graph.order:
+        if not depends.isdisjoint(variables(graph.value[var])):
+            depends.add(var)
+    return [
+        var
+        for var in graph.order
+        if var in depends
+        and is_tensor(var)
+        and max(shape_of(var), default=1) > 1
+        and masks.is_binary(var)
+        and any(not masks.is_binary(reader) for reader in graph.readers[var])
+    ]
