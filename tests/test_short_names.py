@@ -1,45 +1,50 @@
-"""Names of fused functions: short enough for a file, still different, and called by what they are called now."""
+"""Functions whose names grew with what was fused into them fit in the names of files."""
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+import pytest
 import tvm
-from torch import nn
-from tvm import relax, tirx
-from tvm.relax.frontend.torch import from_exported_program
+from tvm import relax
+from tvm.script import tirx as T
 
-from dance_tvm.compiler.pipeline import Options, lower
-from dance_tvm.machines.target import load_target
-from dance_tvm.transform.short_names import LONGEST, short_name
+from dance_tvm.transform import short_names
+from dance_tvm.transform.short_names import LONGEST_NAME, ShortNames
 
 
-class Turned(nn.Module):
-    """Many operators of one element each, which are fused into one function."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for step in range(20):
-            x = torch.cat([x[:, 1:], x[:, :1]], 1) * 0.5 if step % 2 else torch.flip(x, (1,)) + step
-        return x
-
-
-def names(mod: tvm.IRModule) -> list[str]:
-    return [name.name_hint for name, func in mod.functions_items() if isinstance(func, tirx.PrimFunc)]
+@T.prim_func(s_tir=True)
+def double(x: T.Buffer((4,), "float32"), y: T.Buffer((4,), "float32")) -> None:
+    for i in range(4):
+        with T.sblock("double"):
+            at = T.axis.spatial(4, i)
+            y[at] = x[at] + x[at]
 
 
-def test_functions_fused_of_many_operators_keep_short_names():
-    network, x = Turned(), torch.randn(2, 5, 3)
-    for target in ("host", "opencl"):
-        lowered = lower(from_exported_program(torch.export.export(network, (x,))), load_target(target), Options())
-        assert names(lowered.mod)
-        assert all(len(name) <= LONGEST for name in names(lowered.mod))
-    lowered = lower(from_exported_program(torch.export.export(network, (x,))), load_target("host"), Options())
-    machine = relax.VirtualMachine(tvm.compile(lowered.mod, load_target("host").tvm_target(1)), tvm.cpu())
-    np.testing.assert_allclose(machine["main"](tvm.runtime.tensor(x.numpy()))[0].numpy(), network(x), rtol=1e-6)
+def calling(name: str) -> tvm.IRModule:
+    """A module whose ``main`` calls one function of this name."""
+    builder, kind = relax.BlockBuilder(), relax.TensorType([4], "float32")
+    gvar = builder.add_func(double.without_attr("global_symbol"), name)
+    x = relax.Var("x", kind)
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            out = builder.emit_output(relax.call_tir(gvar, [x], kind))
+        builder.emit_func_output(out)
+    return builder.finalize()
 
 
-def test_short_names_differ_where_long_ones_do():
-    long = "fused" + "_strided_slice_concatenate" * 9
-    assert len(short_name(long)) == LONGEST
-    assert short_name(long) != short_name(long + "1")
-    assert short_name(long).startswith("fused_strided_slice")
+def test_short_names_stay() -> None:
+    mod = calling("a" * LONGEST_NAME)
+    assert ShortNames()(mod).same_as(mod)
+    assert LONGEST_NAME + len("_kernel_100.bin") < 255
+
+
+def test_long_names_are_cut_where_they_are_defined_and_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(short_names, "LONGEST_NAME", 12)
+    renamed = ShortNames()(calling("a_function_of_many_operators"))
+    other = ShortNames()(calling("a_function_of_more_operators"))
+    (name,) = (gvar.name_hint for gvar in renamed.get_global_vars() if gvar.name_hint != "main")
+    assert len(name) == 12
+    assert name.startswith("a_f_")
+    assert name not in [gvar.name_hint for gvar in other.get_global_vars()], "names that begin alike stay apart"
+    call = renamed["main"].body.blocks[0].bindings[0].value
+    assert call.args[0].name_hint == name
+    relax.analysis.well_formed(renamed)

@@ -16,7 +16,7 @@ ELEMENTWISE = {
     *("logical_and", "logical_or", "logical_xor", "logical_not", "where", "clip", "astype", "bitwise_and"),
     *("nn.relu", "nn.gelu", "nn.silu", "nn.leakyrelu", "nn.gelu_tanh", "nn.relu6", "nn.dropout", "sigmoid", "tanh"),
     *("exp", "log", "sqrt", "rsqrt", "abs", "negative", "round", "sign", "floor", "ceil", "square", "erf", "sin"),
-    *("cos", "isnan", "isinf", "isfinite", "trunc", "bitwise_or", "nn.prelu", "nn.softplus", "nn.selu", "atan"),
+    *("cos", "isnan", "isinf", "isfinite", "trunc", "bitwise_or", "nn.softplus", "nn.selu", "atan"),
 }
 NORMS = {"nn.instance_norm", "nn.group_norm", "nn.layer_norm", "nn.rms_norm"}
 SOFTMAXES = {"nn.softmax", "nn.log_softmax"}

@@ -1,58 +1,59 @@
-"""Give functions that were fused of many operators names that a file may have.
-
-A fused function is called after all its operators. Compilers of GPU code keep a kernel's binary in a file or a folder
-of the kernel's name, and PoCL aborts the process where that is too long for one.
-"""
+"""Cut names of fused functions to a length that files can have: GPU drivers keep compiled kernels under them."""
 
 from __future__ import annotations
 
 import hashlib
 
 import tvm
-from tvm import relax, tirx
+from tvm import relax
 
-#: A file's name has at most 255 bytes, of which compilers take some for endings of their own.
-LONGEST = 100
+#: Longest name of a function. What is put before and behind it, such as ``_kernel_1.bin``, has to fit in the 255 bytes
+#: of a file's name with it.
+LONGEST_NAME = 120
+DIGEST = 8
 
 
 @tvm.transform.module_pass(opt_level=0, name="ShortNames")
 class ShortNames:
-    """Rename kernels with long names: the beginning, and a hash of all of it."""
+    """A name longer than :data:`LONGEST_NAME` keeps its beginning, and a digest of all of it tells it from others."""
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
-        """Rename in ``mod``."""
-        renamed: dict[tvm.ir.GlobalVar, tvm.ir.GlobalVar] = {}
-        for name, func in mod.functions_items():
-            if isinstance(func, tirx.PrimFunc) and len(name.name_hint) > LONGEST:
-                renamed[name] = tvm.ir.GlobalVar(short_name(name.name_hint))
-                relax.expr._update_type(renamed[name], name.ty)
-        if not renamed:
+        """Rename functions and the calls of them."""
+        functions = dict(mod.functions_items())
+        new = {gvar: _renamed(gvar) for gvar in functions if len(gvar.name_hint) > LONGEST_NAME}
+        if not new:
             return mod
-        caller = _Caller(renamed)
-        functions = {}
-        for name, func in mod.functions_items():
+        renamed = {}
+        for gvar, func in functions.items():
             if isinstance(func, relax.Function):
-                functions[name] = caller.visit_expr(func)
-            elif name in renamed and "global_symbol" in (func.attrs or {}):
-                functions[renamed[name]] = func.with_attr("global_symbol", renamed[name].name_hint)
-            else:
-                functions[renamed.get(name, name)] = func
-        return tvm.IRModule(functions, mod.attrs)
+                func = _calling(func, new)
+            elif gvar in new and func.attrs is not None and "global_symbol" in func.attrs:
+                func = func.with_attr("global_symbol", new[gvar].name_hint)
+            renamed[new.get(gvar, gvar)] = func
+        return tvm.IRModule(renamed, attrs=mod.attrs)
 
 
-@relax.expr_functor.mutator
-class _Caller(relax.PyExprMutator):
-    """Calls functions by their new names."""
-
-    def __init__(self, renamed: dict[tvm.ir.GlobalVar, tvm.ir.GlobalVar]) -> None:
-        super().__init__()
-        self.renamed = renamed
-
-    def visit_global_var_(self, op: tvm.ir.GlobalVar) -> tvm.ir.GlobalVar:
-        return self.renamed.get(op, op)
+def _renamed(gvar: tvm.ir.GlobalVar) -> tvm.ir.GlobalVar:
+    name = gvar.name_hint
+    digest = hashlib.sha256(name.encode()).hexdigest()[:DIGEST]
+    short = tvm.ir.GlobalVar(f"{name[: LONGEST_NAME - DIGEST - 1]}_{digest}")
+    relax.expr._update_type(short, gvar.ty)
+    return short
 
 
-def short_name(name: str) -> str:
-    """``name`` cut to ``LONGEST`` characters, the last of them a hash of all of it."""
-    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
-    return f"{name[: LONGEST - len(digest) - 1]}_{digest}"
+def _calling(func: relax.Function, new: dict[tvm.ir.GlobalVar, tvm.ir.GlobalVar]) -> relax.Function:
+    """``func`` with the functions that it calls under their new names."""
+    blocks = []
+    for block in func.body.blocks:
+        bindings = []
+        for binding in block.bindings:
+            value = binding.value
+            if isinstance(value, relax.Call):
+                args = [new.get(arg, arg) if isinstance(arg, tvm.ir.GlobalVar) else arg for arg in value.args]
+                value = relax.Call(value.op, args, value.attrs, value.ty_args)
+                relax.expr._update_type(value, binding.value.ty)
+            bindings.append(relax.VarBinding(binding.var, value))
+        blocks.append(type(block)(bindings))
+    body = relax.SeqExpr(blocks, func.body.body)
+    relax.expr._update_type(body, func.body.ty)
+    return relax.Function(func.params, body, func.ret_ty, func.is_pure, func.attrs)
