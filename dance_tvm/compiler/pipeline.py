@@ -31,6 +31,7 @@ from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
+from dance_tvm.transform.short_names import ShortNames
 from dance_tvm.transform.whole_pools import WholePools
 from dance_tvm.tuning.group_logs import group_cost
 
@@ -110,6 +111,7 @@ def lower(
                 relax.transform.AnnotateTIROpPattern(),
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),
+                ShortNames(),
                 relax.transform.DeadCodeElimination(),
                 ScheduleRestForGpu() if gpu else ScheduleRest(machine.vector_floats, options.threads),
                 *([] if gpu else [JoinSmall()]),
