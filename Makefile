@@ -1,17 +1,19 @@
 # make demo    a trained network, from its published weights to this machine and to an emulated phone
 # make test    linter, types and every test
+# make fuzz    random small networks against PyTorch, for MINUTES=5
 # make bench   the short benchmarks
 # make lint    linter and types alone
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+MINUTES ?= 5
 export PYTHON VENV
 
 RUN := $(VENV)/bin/python
 # Each test process takes its share of the cores. Text is UTF-8 even after a library has set its process to another locale.
 THREADS := OMP_NUM_THREADS=1 PYTHONUTF8=1
 
-.PHONY: demo test bench lint prepare constraints
+.PHONY: demo test fuzz bench lint prepare constraints
 
 demo:
 	@.ci/prepare --emulator
@@ -20,6 +22,9 @@ demo:
 test: lint
 	@.ci/prepare --emulator
 	@$(THREADS) $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
+
+fuzz: prepare
+	@$(RUN) -W ignore -m tests.fuzz --minutes $(MINUTES)
 
 lint: prepare
 	@$(RUN) -m ruff check .

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dance_tvm.liveness.rules import ELEMENTWISE, PAIRWISE, RULES, Operation, Reads, Values, Zeros, answer
+from dance_tvm.liveness.rules import ELEMENTWISE, PAIRWISE, RULES, Operation, Reads, Rule, Values, When, Zeros, answer
 from dance_tvm.schedules.geometry import Window
 
 INF, NAN = float("inf"), float("nan")
@@ -300,3 +302,35 @@ def test_operators_that_may_blow_up_read_everything(name: str) -> None:
 def test_a_division_by_zero_is_no_division_by_a_number(number: float) -> None:
     zeros, reads, _ = said("divide", of_constant(torch.div, number))
     assert (zeros, reads) == (Zeros.UNKNOWN, Reads.EVERYTHING)
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "liveness.md"
+
+
+def table() -> str:
+    """The rows of docs/liveness.md: operators with the same answers share one."""
+    rows: dict[Rule, list[str]] = {}
+    for name, rule in RULES.items():
+        rows.setdefault(rule, []).append(name)
+    lines = ["| operators | zeros | reads | values | because |", "|---|---|---|---|---|"]
+    for rule, names in rows.items():
+        answers = " | ".join(told(part) for part in (rule.zeros, rule.reads, rule.values))
+        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {answers} | {rule.why} |")
+    return "\n".join(lines)
+
+
+def told(part: Zeros | Reads | Values | When) -> str:
+    if isinstance(part, When):
+        return f"{part.text}: {told(part.then)}; else {told(part.otherwise)}"
+    return str(part.value)
+
+
+def test_the_page_shows_this_table() -> None:
+    """UPDATE_LIVENESS=1 writes it."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition("<!-- table -->\n")
+    after = rest.partition("<!-- end of table -->")[2]
+    wanted = f"{before}<!-- table -->\n{table()}\n<!-- end of table -->{after}"
+    if os.environ.get("UPDATE_LIVENESS"):
+        PAGE.write_text(wanted, encoding="utf-8")
+    assert page == wanted, "docs/liveness.md is not up to date: run this test with UPDATE_LIVENESS=1"

@@ -15,6 +15,7 @@ from tvm import relax
 from dance_tvm.artifact.layers import LayerInfo
 from dance_tvm.compiler.requests import require_buildable
 from dance_tvm.lowering.gpu_windows import GpuLowering
+from dance_tvm.lowering.lower_norms import LowerNorms
 from dance_tvm.lowering.lower_windows import LowerWindows
 from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine, excess_cycles
@@ -28,7 +29,10 @@ from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.keep_nan import KEEP_NAN
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
+from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
+from dance_tvm.transform.short_names import ShortNames
+from dance_tvm.transform.whole_pools import WholePools
 from dance_tvm.tuning.group_logs import group_cost
 
 if TYPE_CHECKING:
@@ -92,12 +96,13 @@ def lower(
                 relax.transform.DeadCodeElimination(),
             ],
         ),
-        ("fold batch norm", [FoldBatchNorm(), *narrow]),
+        ("fold batch norm", [WholePools(), NormsByClip(), FoldBatchNorm(), *narrow]),
         (
             "channels last",
             [ChannelsLast(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
         ),
         ("sparse kernels", [lower_windows]),
+        ("norms", [LowerNorms(gpu or machine, options.threads)]),
         (
             "other operators",
             [
@@ -106,6 +111,7 @@ def lower(
                 relax.transform.AnnotateTIROpPattern(),
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),
+                ShortNames(),
                 relax.transform.DeadCodeElimination(),
                 ScheduleRestForGpu() if gpu else ScheduleRest(machine.vector_floats, options.threads),
                 *([] if gpu else [JoinSmall()]),

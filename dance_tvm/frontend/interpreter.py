@@ -19,6 +19,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.frontend.compiled_call import compiled_call
 from dance_tvm.frontend.interface import tensor_of
 
 Value = Any  # a tensor, a tuple of values, a shape (tuple of int), a scalar, or a dtype's name
@@ -42,7 +43,7 @@ _NOISE = 2e-7
 def evaluate(mod: tvm.IRModule, inputs: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
     """The value of every variable of ``main``, by its name, for ``inputs`` by parameter name; keeps all in memory.
 
-    Raises DanceError for operators that it has no PyTorch counterpart for (``call_tir`` among them).
+    What PyTorch has no counterpart of is compiled by TVM, one call at a time. Raises DanceError for ``call_tir``.
     """
     return {name: value for name, value in trace(mod, inputs) if isinstance(value, torch.Tensor)}
 
@@ -157,10 +158,9 @@ def _evaluate(expression: Any, values: Mapping[relax.Var, Value]) -> Value:
         return tuple(int(extent) for extent in expression.values)
     if isinstance(expression, relax.Call):
         name = getattr(expression.op, "name", str(expression.op))
+        arguments = [_evaluate(argument, values) for argument in expression.args]
         kernel = _KERNELS.get(name)
-        if kernel is None:
-            raise DanceError(f"The interpreter has no PyTorch counterpart of {name}.")
-        return kernel([_evaluate(argument, values) for argument in expression.args], expression.attrs)
+        return kernel(arguments, expression.attrs) if kernel else compiled_call(expression, arguments)
     if isinstance(expression, (tvm.tirx.IntImm, tvm.tirx.FloatImm)):
         return expression.value
     if isinstance(expression, tvm.ir.StringImm):
@@ -464,10 +464,17 @@ def _gather_nd(args: list[Value], attrs: Any) -> torch.Tensor:
 
 def _scatter_nd(args: list[Value], attrs: Any) -> torch.Tensor:
     x, indices, updates = args
-    if str(attrs.reduction) not in ("update", "add"):
-        raise DanceError(f"The interpreter has no scatter_nd with reduction {attrs.reduction}.")
+    mode = {"add": "sum", "mul": "prod", "min": "amin", "max": "amax"}.get(str(attrs.reduction))
     where = tuple(indices.long().unbind(-1))
-    return x.clone().index_put_(where, updates, accumulate=str(attrs.reduction) == "add")
+    if mode is None:
+        return x.clone().index_put_(where, updates)
+    depth = indices.shape[-1]
+    steps = [math.prod(x.shape[axis + 1 : depth]) for axis in range(depth)]
+    rows = sum(_wrapped(index, x.shape[axis]) * steps[axis] for axis, index in enumerate(where))
+    flat = x.reshape(math.prod(x.shape[:depth]), -1)
+    values = updates.reshape(-1, flat.shape[1])
+    rows = torch.as_tensor(rows).reshape(-1, 1).expand(values.shape)
+    return flat.scatter_reduce(0, rows, values, mode).reshape(x.shape)
 
 
 def _index_put(args: list[Value], attrs: Any) -> torch.Tensor:

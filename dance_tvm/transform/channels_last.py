@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import tvm
 from tvm import relax
 
@@ -14,8 +16,10 @@ ELEMENTWISE = {
     *("logical_and", "logical_or", "logical_xor", "logical_not", "where", "clip", "astype", "bitwise_and"),
     *("nn.relu", "nn.gelu", "nn.silu", "nn.leakyrelu", "nn.gelu_tanh", "nn.relu6", "nn.dropout", "sigmoid", "tanh"),
     *("exp", "log", "sqrt", "rsqrt", "abs", "negative", "round", "sign", "floor", "ceil", "square", "erf", "sin"),
-    *("cos", "isnan", "isinf", "isfinite", "trunc", "bitwise_or", "nn.prelu", "nn.softplus", "nn.selu", "atan"),
+    *("cos", "isnan", "isinf", "isfinite", "trunc", "bitwise_or", "nn.softplus", "nn.selu", "atan"),
 }
+NORMS = {"nn.instance_norm", "nn.group_norm", "nn.layer_norm", "nn.rms_norm"}
+SOFTMAXES = {"nn.softmax", "nn.log_softmax"}
 REDUCTIONS = {"mean", "sum", "max", "min", "prod", "std", "variance"}
 WINDOWS = {
     *("nn.conv2d", "nn.conv3d", "nn.max_pool2d", "nn.max_pool3d", "nn.avg_pool2d", "nn.avg_pool3d"),
@@ -88,6 +92,12 @@ class _Layouts:
             return self._elementwise(builder, call)
         if name in REDUCTIONS:
             return self._reduction(builder, call)
+        if name in NORMS:
+            return self._norm(builder, name, call)
+        if name in SOFTMAXES:
+            data = call.args[0]
+            softmax = getattr(relax.op.nn, name.removeprefix("nn."))
+            return softmax(self._to_last(builder, data), _axis_in_last(int(call.attrs.axis), len(shape_of(data))))
         if name == "strided_slice":
             data, axes, *rest = call.args
             moved = [_axis_in_last(int(axis.value), len(shape_of(data))) for axis in axes.fields]
@@ -122,6 +132,25 @@ class _Layouts:
             is_full = isinstance(arg.ty, relax.TensorType) and len(shape_of(arg)) == rank
             args.append(self._to_last(builder, arg) if is_full else arg)
         return relax.Call(call.op, args, call.attrs)
+
+    def _norm(self, builder: relax.BlockBuilder, name: str, call: relax.Call) -> relax.Expr | None:
+        data, attrs = call.args[0], call.attrs
+        if data not in self.last:
+            return None
+        rank = len(shape_of(data))
+        given = sorted(int(axis) % rank for axis in attrs.axes)
+        axes, scales = [_axis_in_last(axis, rank) for axis in given], list(call.args[1:])
+        fields: dict[str, Any] = {"axes": sorted(axes), "epsilon": float(attrs.epsilon)}
+        if name in ("nn.instance_norm", "nn.group_norm"):
+            fields["channel_axis"] = _axis_in_last(int(attrs.channel_axis), rank)
+        elif axes != sorted(axes):  # gamma and beta lie as the axes do
+            order = sorted(range(len(axes)), key=axes.__getitem__)
+            scales = [emit(builder, relax.op.permute_dims(values, order)) for values in scales]
+        if name != "nn.rms_norm":
+            fields |= {key: bool(getattr(attrs, key)) for key in ("center", "scale")}
+        if name == "nn.group_norm":
+            fields["num_groups"] = int(attrs.num_groups)
+        return getattr(relax.op.nn, name.removeprefix("nn."))(self.last[data], *scales, **fields)
 
     def _pad(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Call:
         data, attrs = call.args[0], call.attrs

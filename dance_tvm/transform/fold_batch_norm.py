@@ -6,7 +6,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from .graph import Graph, constant, emit, rewrite, shape_of, substitute, value_of
+from .graph import Graph, constant, emit, lies_along, rewrite, shape_of, substitute, value_of
 
 CONVOLUTIONS = ("nn.conv1d", "nn.conv2d", "nn.conv3d")
 
@@ -66,13 +66,15 @@ def _convolution_before(graph: Graph, call: relax.Call) -> tuple[relax.Var, np.n
     bias: np.ndarray = np.zeros(1)
     if graph.op(var) == "add":
         left, right = graph.call(var).args
-        added = constant(right)
-        channels = shape_of(var)[1]
-        if added is None or added.size != channels or shape_of(right)[1 - len(shape_of(var)) :][0] != channels:
+        conv, other = (left, right) if constant(left) is None else (right, left)
+        added = constant(other)
+        if added is None or not lies_along(added.shape, shape_of(var), 1) or shape_of(conv) != shape_of(var):
             return None
         if not _read_once(graph, var):
             return None
-        bias, var = added.reshape(-1).astype("float64"), left
+        bias, var = added.reshape(-1).astype("float64"), conv
+    if int(call.attrs.axis) % len(shape_of(var)) != 1:
+        return None
     if graph.op(var) not in CONVOLUTIONS or not _read_once(graph, var) or constant(graph.call(var).args[1]) is None:
         return None
     return var, bias

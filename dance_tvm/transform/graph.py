@@ -122,6 +122,14 @@ def constant(expr: relax.Expr) -> np.ndarray | None:
     return expr.value.numpy() if isinstance(expr, tvm.ir.GenericConst) else None
 
 
+def lies_along(values: Shape, shape: Shape, axis: int) -> bool:
+    """Whether a tensor of shape ``values``, broadcast beside one of ``shape``, differs along ``axis`` alone and has an
+    element for each index there."""
+    aligned = (1,) * (len(shape) - len(values)) + values
+    others = [extent for at, extent in enumerate(aligned) if at != axis % len(shape)]
+    return len(aligned) == len(shape) and aligned[axis] == shape[axis] and all(extent == 1 for extent in others)
+
+
 def value_of(expr: relax.Expr) -> np.ndarray:
     """The value of what is known to be a constant."""
     value = constant(expr)

@@ -75,7 +75,33 @@ def _broadcast(x: te.Tensor, index: Sequence[Expr]) -> Expr:
     return x(*(0 if int(extent) == 1 else at for extent, at in zip(x.shape, last, strict=True)))
 
 
-def _reduction(reduce: Callable[..., te.Tensor], own: Legalize) -> Legalize:
+def _reduced(reduce: Callable[..., Expr], x: te.Tensor, axes: Sequence[int] | None, keep: bool) -> te.Tensor:
+    """``reduce`` over ``axes``, all where None."""
+    rank = len(x.shape)
+    over = {axis % rank for axis in (range(rank) if axes is None else axes)}
+    loops = {axis: te.reduce_axis((0, x.shape[axis]), name=f"k{axis}") for axis in sorted(over)}
+    shape = [1 if axis in over else extent for axis, extent in enumerate(x.shape) if keep or axis not in over]
+
+    def at(*index: Expr) -> Expr:
+        rest = iter(index)
+        place = [loops[axis] if axis in over else next(rest) for axis in range(rank) if not keep]
+        if keep:
+            place = [loops.get(axis, at_axis) for axis, at_axis in enumerate(index)]
+        return reduce(x(*place), axis=list(loops.values()))
+
+    return te.compute(shape, at, name="extreme")
+
+
+# TVM's own begin with the largest and least finite numbers, which infinities are beyond.
+_MOST = te.comm_reducer(
+    lambda left, right: tirx.Max(left, right), lambda dtype: tirx.const(-math.inf, dtype), name="most"
+)
+_LEAST = te.comm_reducer(
+    lambda left, right: tirx.Min(left, right), lambda dtype: tirx.const(math.inf, dtype), name="least"
+)
+
+
+def _reduction(reduce: Callable[..., Expr], own: Legalize) -> Legalize:
     """The extreme of what are numbers, and NaN where one is none."""
 
     def legalize(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -88,7 +114,7 @@ def _reduction(reduce: Callable[..., te.Tensor], own: Legalize) -> Legalize:
             return te.compute(x.shape, lambda *index: tirx.Cast(x.dtype, tirx.isnan(x(*index))), name="marked")
 
         def extreme(x: te.Tensor) -> te.Tensor:
-            return reduce(x, axes, bool(attrs.keepdims))
+            return _reduced(reduce, x, axes, bool(attrs.keepdims))
 
         def joined(found: te.Tensor, not_numbers: te.Tensor) -> te.Tensor:
             def at(*index: Expr) -> Expr:
@@ -139,8 +165,8 @@ KEEP_NAN: dict[str, Legalize] = {
     "relax.clip": _between(None, None, _own("relax.clip")),
     "relax.maximum": _binary(_larger, _own("relax.maximum")),
     "relax.minimum": _binary(_smaller, _own("relax.minimum")),
-    "relax.max": _reduction(topi.max, _own("relax.max")),
-    "relax.min": _reduction(topi.min, _own("relax.min")),
+    "relax.max": _reduction(_MOST, _own("relax.max")),
+    "relax.min": _reduction(_LEAST, _own("relax.min")),
     "relax.equal": _comparison(of_nan=False, own=_own("relax.equal")),
     "relax.not_equal": _comparison(of_nan=True, own=_own("relax.not_equal")),
 }

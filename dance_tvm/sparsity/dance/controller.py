@@ -167,7 +167,7 @@ class Prune(nn.Module):
 
     def __init__(self, index: int) -> None:
         super().__init__()
-        self._index = index
+        self.index = index
         self.watching = self.hinted = False
 
     def forward(self, x: Tensor, decisions: list[Masks]) -> Tensor:
@@ -186,7 +186,7 @@ class Prune(nn.Module):
 
     def decided(self, decisions: Sequence[Masks]) -> Masks:
         """This site's masks out of all sites'."""
-        return decisions[self._index]
+        return decisions[self.index]
 
 
 def _largest(x: Tensor, *, frames: bool = True, positions: bool = True) -> Tensor:
