@@ -1,6 +1,7 @@
 # make demo    a trained network, from its published weights to this machine and to an emulated phone
 # make test    linter, types and every test
 # make fuzz    random small networks against PyTorch, for MINUTES=5
+# make test-fast   linter, types and tests of a few seconds each
 # make bench   the short benchmarks
 # make lint    linter and types alone
 PYTHON ?= python3
@@ -13,7 +14,7 @@ RUN := $(VENV)/bin/python
 # Each test process takes its share of the cores. Text is UTF-8 even after a library has set its process to another locale.
 THREADS := OMP_NUM_THREADS=1 PYTHONUTF8=1
 
-.PHONY: demo test fuzz bench lint prepare constraints
+.PHONY: demo test fuzz bench lint prepare constraints test-fast
 
 demo:
 	@.ci/prepare --emulator
@@ -25,6 +26,13 @@ test: lint
 
 fuzz: prepare
 	@$(RUN) -W ignore -m tests.fuzz --minutes $(MINUTES)
+
+# Files that together take less than a minute and a half on two idle cores, and touch every package.
+FAST := root target cli commands linker liveness_rules boolean_logic short_names transpose check frontend
+
+test-fast: lint
+	@$(THREADS) $(RUN) -m pytest -q -n $(JOBS) --dist load -m "not (slow or device or network or gpu)" \
+		$(FAST:%=tests/test_%.py)
 
 lint: prepare
 	@$(RUN) -m ruff check .
