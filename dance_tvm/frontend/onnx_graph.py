@@ -31,6 +31,7 @@ from dance_tvm.frontend.interface import Arrays, Imported, TensorSpec, tensor_of
 from dance_tvm.frontend.names import NamingBuilder
 from dance_tvm.frontend.onnx_conversions import Operator, UnsupportedError
 from dance_tvm.frontend.ranges import with_ranges
+from dance_tvm.frontend.torch_program import first_line
 
 _CELLS = ("RNN", "GRU", "LSTM")  # one operator for a whole recurrent layer
 
@@ -97,6 +98,9 @@ def _checked(mod: tvm.IRModule, arrays: Arrays, importer: _Importer, source: onn
             check_import(mod, arrays, standard.run(arrays), lambda: {})
             return standard
         raise
+    except Exception as problem:
+        told = first_line(problem)[:200]
+        raise DanceError(f"{source.path} imports, and cannot be compared with its source: {told}") from problem
 
 
 class _Importer(ONNXGraphImporter):
@@ -181,6 +185,11 @@ class _Importer(ONNXGraphImporter):
             values = self._values(node)
         except UnsupportedError as problem:
             raise DanceError(f"The operator {node.op_type} of layer {layer!r} {problem}.") from problem
+        except DanceError:
+            raise
+        except Exception as problem:
+            told = f"The operator {node.op_type} of layer {layer!r} cannot be read"
+            raise DanceError(f"{told}: export the network to .pt2, or without it.") from problem
         if not self._within:
             self._layers.update(dict.fromkeys(node.output, layer))
         for name, value in zip(node.output, values, strict=False):
