@@ -15,6 +15,7 @@ from dance_tvm.schedules.cpu.row_plan import MOST_DYNAMIC_FRAME_TAPS
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.transform.graph import Graph, constant, dtype_of, is_tensor, shape_of
 
+from .activations import activation_behind
 from .windows import CONVOLUTIONS, POOLS, window_of
 
 #: Relax operators that a kernel applies before it stores, by the name the schedules use.
@@ -112,9 +113,26 @@ class Sites:
 
     def _extend(self, site: Site) -> None:
         graph = self.graph
-        while (reader := graph.only_reader(site.end)) is not None and self._absorb(site, reader):
+        while True:
+            if self._absorb_chain(site):
+                continue
+            reader = graph.only_reader(site.end)
+            if reader is None or not self._absorb(site, reader):
+                return
             site.absorbed.append(reader)
             site.end = reader
+
+    def _absorb_chain(self, site: Site) -> bool:
+        """Take an activation into the kernel that is written as several operators."""
+        if site.activation or site.masked:
+            return False
+        chain = activation_behind(self.graph, site.end)
+        if chain is None or any(var in self.inside or var in self.by_end for var in chain.bindings):
+            return False
+        site.activation = chain.name
+        site.absorbed += chain.bindings
+        site.end = chain.bindings[-1]
+        return True
 
     def _absorb(self, site: Site, reader: relax.Var) -> bool:
         """Take ``reader`` into the kernel if it can be."""
