@@ -35,7 +35,7 @@ from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.compiler.pipeline import Lowered, Options, lower
 from dance_tvm.compiler.requests import known_preprocess, require_buildable
-from dance_tvm.core.errors import DanceError
+from dance_tvm.core.errors import DanceError, unexpected_told
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.versions import versions
@@ -66,14 +66,14 @@ class _Clock:
 
     listener: Callable[[str], None] | None
     seconds: dict[str, float] = field(default_factory=dict)
-    _phase: str = ""
+    phase: str = ""
     _since: float = 0.0
 
     def start(self, phase: str) -> None:
         now = time.perf_counter()
-        if self._phase:
-            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
-        self._phase, self._since = phase, now
+        if self.phase:
+            self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._since
+        self.phase, self._since = phase, now
         if self.listener and phase:
             self.listener(phase)
 
@@ -117,51 +117,52 @@ def build_network(
     require_writable(out)  # told before any work is done
     clock = _Clock(on_phase)
 
-    clock.start("import")
-    imported = _import(model, weights, example_inputs, shapes)
-    _dump(chosen.debug_dump, "imported", imported.mod)
-    manifest = _manifest(imported, machine, chosen, source)
-    manifest.preprocess = preprocess or known_preprocess(model)
-    from dance_tvm.compiler.check import check_artifact, check_kernels, was_checked  # PyTorch is loaded by now
+    with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
+        clock.start("import")
+        imported = _import(model, weights, example_inputs, shapes)
+        _dump(chosen.debug_dump, "imported", imported.mod)
+        manifest = _manifest(imported, machine, chosen, source)
+        manifest.preprocess = preprocess or known_preprocess(model)
+        from dance_tvm.compiler.check import check_artifact, check_kernels, was_checked  # PyTorch is loaded by now
 
-    given = _given(check_inputs, imported)
-    reference: dict[str, np.ndarray] = {}
+        given = _given(check_inputs, imported)
+        reference: dict[str, np.ndarray] = {}
 
-    def check_there(artifact: Artifact, lowered: Lowered | None = None) -> Check:
-        if machine.gpu and lowered is None:
-            lowered = lower(imported.mod, machine, chosen, clock.start)
-        clock.start("check")
-        told: dict[str, Any] = {"insist": check is True, "given": given, "reference": reference}
-        if lowered is not None and machine.gpu:
-            return check_kernels(artifact, lowered, imported, **told)
-        return check_artifact(artifact, imported, on_phase=clock.start, **told)
+        def check_there(artifact: Artifact, lowered: Lowered | None = None) -> Check:
+            if machine.gpu and lowered is None:
+                lowered = lower(imported.mod, machine, chosen, clock.start)
+            clock.start("check")
+            told: dict[str, Any] = {"insist": check is True, "given": given, "reference": reference}
+            if lowered is not None and machine.gpu:
+                return check_kernels(artifact, lowered, imported, **told)
+            return check_artifact(artifact, imported, on_phase=clock.start, **told)
 
-    if reuse and (standing := _made_of(out, manifest)):
-        if check is not False and not was_checked(standing.manifest.check, given):
-            standing = record_check(standing, check_there, reference)
+        if reuse and (standing := _made_of(out, manifest)):
+            if check is not False and not was_checked(standing.manifest.check, given):
+                standing = record_check(standing, check_there, reference)
+            clock.start("")
+            return Built(standing, clock.seconds, _peak_memory())
+        lowered = lower(imported.mod, machine, chosen, clock.start)
+        clock.start("compile")
+        executable, planned = _compile(lowered, machine, chosen)
+        manifest.memory_peak_bytes = _memory(lowered, planned)
+        manifest.layers = lowered.layers
+        clock.start("generate and link code")
+        packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
+        with tempfile.TemporaryDirectory(prefix="dance_tvm_interface_") as folder:
+            in_c = chosen.interface == "c"
+            also = _interface(planned, lowered, manifest, machine, Path(folder)) if in_c else []
+            linker = shared_library_linker(machine, also)
+            artifact = write_artifact(
+                out,
+                lambda path: executable.export_library(str(path), fcompile=linker, **packing),
+                lowered.weights,
+                manifest,
+                None if check is False else lambda artifact: check_there(artifact, lowered),
+                reference,
+            )
         clock.start("")
-        return Built(standing, clock.seconds, _peak_memory())
-    lowered = lower(imported.mod, machine, chosen, clock.start)
-    clock.start("compile")
-    executable, planned = _compile(lowered, machine, chosen)
-    manifest.memory_peak_bytes = _memory(lowered, planned)
-    manifest.layers = lowered.layers
-    clock.start("generate and link code")
-    packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
-    with tempfile.TemporaryDirectory(prefix="dance_tvm_interface_") as folder:
-        in_c = chosen.interface == "c"
-        also = _interface(planned, lowered, manifest, machine, Path(folder)) if in_c else []
-        linker = shared_library_linker(machine, also)
-        artifact = write_artifact(
-            out,
-            lambda path: executable.export_library(str(path), fcompile=linker, **packing),
-            lowered.weights,
-            manifest,
-            None if check is False else lambda artifact: check_there(artifact, lowered),
-            reference,
-        )
-    clock.start("")
-    return Built(artifact, clock.seconds, _peak_memory())
+        return Built(artifact, clock.seconds, _peak_memory())
 
 
 def _given(paths: Sequence[str | Path], imported: Imported) -> dict[str, Arrays]:

@@ -107,6 +107,8 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except DanceError as error:
+        if asked_to_stop:
+            _fail("interrupted", INTERRUPTED)
         _fail(str(error), BAD_INPUT)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)

@@ -1,11 +1,34 @@
 """The one exception that means: the user can mend this; and the one warning."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class DanceError(Exception):
     """Bad input or a missing prerequisite, told in one sentence that names what is wrong and what to do.
 
     Commands print the message alone and end with exit code 2.
     """
+
+
+@contextmanager
+def unexpected_told(what: Callable[[], str]) -> Iterator[None]:
+    """Turn what TVM, PyTorch or our own code raises by mistake into a DanceError: ``what()`` says what was being done.
+
+    A disk or memory that is full is no mistake, and passes through.
+    """
+    try:
+        yield
+    except (DanceError, OSError, MemoryError):
+        raise
+    except Exception as problem:
+        lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+        told = lines[0][:300] if lines else type(problem).__name__
+        raise DanceError(
+            f"{what()} failed: {told}; please report the network, with the traceback that -vv prints"
+        ) from problem
 
 
 class DanceWarning(UserWarning):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dance_tvm import models
-from dance_tvm.core.errors import DanceError
+from dance_tvm.core.errors import DanceError, unexpected_told
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend.check import check_import
@@ -42,7 +42,7 @@ def import_model(
     unknown names, bad files, wrong weights, open dimensions, unsupported operators (named, with their layer) and
     differences (naming the first layer that diverges).
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), unexpected_told(lambda: "Importing the network"):
         # PyTorch's exporter warns of its own deprecations, which tell a user of this function nothing.
         warnings.simplefilter("ignore")
         if isinstance(model, nn.Module):

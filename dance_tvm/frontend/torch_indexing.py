@@ -34,6 +34,8 @@ def index(node: fx.Node, importer: Importer) -> relax.Expr:
     x, axes, chosen = _indexed(node, importer)
     together = axes == list(range(axes[0], axes[0] + len(axes)))
     shape = list(np.broadcast_shapes(*(tuple(shape_of(each)) for each in chosen)))
+    if 0 in shape_of(x):
+        return relax.op.zeros(list(node.meta["val"].shape), dtype_of(x))
     if together and _is_grid(chosen, shape):
         return _take_grid(importer, x, axes, chosen)
     return _take_flat(importer, x, axes, chosen, shape, axes[0] if together else 0)

@@ -66,7 +66,7 @@ class ScheduleRest:
             return
         spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == 0]
         reduction = [loop for loop, kind in zip(loops, kinds, strict=True) if kind != 0]
-        if not spatial:
+        if not spatial or any(schedule.get(loop).extent == 0 for loop in loops):
             return
         schedule.reorder(*spatial, *reduction)
         extents = [int(schedule.get(loop).extent) for loop in loops]
