@@ -149,3 +149,16 @@ def test_a_function_without_a_gpu_schedule_is_refused():
     doubled = tvm.te.create_prim_func([x, tvm.te.compute((8,), lambda i: x[i] * 2)])
     with pytest.raises(DanceError, match="doubled has no GPU schedule"):
         device_code(tvm.IRModule({"doubled": doubled}), opencl_target())
+
+
+class AdaptsUnevenly(nn.Module):
+    """A pool for which GPUs have no schedule."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool3d(x, (1, 2, 1))
+
+
+def test_what_a_pass_refuses_is_told_as_it_is():
+    program = torch.export.export(AdaptsUnevenly(), (torch.randn(1, 1, 1, 1, 1),))
+    with pytest.raises(DanceError, match="has no GPU schedule: build this network for a CPU target"):
+        lower(from_exported_program(program), load_target("jetson-nano"), Options())

@@ -252,3 +252,15 @@ def test_rows_at_the_edges_fill_tiles_of_their_own() -> None:
     assert _tiles_filled(window(4, 4, 4), 6, 1.0) < 0.5, "27 kinds of edges share 64 rows"
     assert _tiles_filled(window(16, 56, 56), 6, 1.0) > 0.95
     assert _tiles_filled(window(4, 4, 4), 6, 0.5) < _tiles_filled(window(4, 4, 4), 6, 1.0)
+
+
+class Ordered(nn.Module):
+    """A small operator whose result is sorted, by a kernel that asks for less alignment than its neighbours do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.median(x * 2 + 1, 2, keepdim=True)[0]
+
+
+def test_kernels_that_ask_for_other_alignments_stay_alone() -> None:
+    x = torch.randn(1, 3, 7, 2)
+    np.testing.assert_allclose(outputs(machine_of(lowered(Ordered(), x)), x)[0], Ordered()(x), rtol=1e-6)

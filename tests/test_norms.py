@@ -85,6 +85,7 @@ NORMS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
     (lambda: nn.GroupNorm(3, 6), (2, 6, 3, 20, 9)),
     (lambda: nn.GroupNorm(1, 6), (2, 6, 40)),
     (lambda: nn.GroupNorm(4, 40), (7, 40)),
+    (lambda: nn.GroupNorm(2, 6, affine=False), (2, 6, 11, 5)),
     (lambda: nn.LayerNorm(33), (2, 11, 33)),
     (lambda: nn.LayerNorm((5, 33)), (2, 5, 33)),
     (lambda: nn.LayerNorm(1), (4, 1)),

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import relax
 
 from dance_tvm.artifact.layers import LayerInfo
 from dance_tvm.compiler.requests import require_buildable
+from dance_tvm.core.errors import DanceError
 from dance_tvm.lowering.gpu_windows import GpuLowering
 from dance_tvm.lowering.lower_norms import LowerNorms
 from dance_tvm.lowering.lower_windows import LowerWindows
@@ -37,6 +39,9 @@ from dance_tvm.tuning.group_logs import group_cost
 
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
+
+# Passes run inside TVM, which else turns what they raise into a RuntimeError.
+tvm_ffi.register_error("DanceError", DanceError)
 
 
 @dataclass(frozen=True)

@@ -449,14 +449,31 @@ def _norm_without_statistics(node: fx.Node, importer: Importer) -> relax.Expr:
     given = arguments(node)
     x, emit = importer.env[node.args[0]], importer.block_builder.emit
     batch, channels, *extents = shape_of(x)
-    weight, bias = (importer.env[given[name]] if given.get(name) is not None else None for name in ("weight", "bias"))
-    weight = constant(np.ones(channels, "float32")) if weight is None else weight
-    bias = constant(np.zeros(channels, "float32")) if bias is None else bias
+    weight, bias = _scale_and_shift(given, importer, channels)
     axes = [*([0] if batch > 1 else []), *range(2, 2 + len(extents))]
     y = emit(relax.op.nn.instance_norm(x, weight, bias, 1, axes, given["eps"]))
     if any(user.args[1] != 0 and user.users for user in node.users):
         raise DanceError("the mean and deviation that it returns are not supported")
     return emit(relax.Tuple([y, weight, bias]))
+
+
+def _group_norm(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Also without weight and bias, or with one of them."""
+    given = arguments(node)
+    x, emit = importer.env[node.args[0]], importer.block_builder.emit
+    weight, bias = _scale_and_shift(given, importer, shape_of(x)[1])
+    axes = list(range(2, len(shape_of(x))))
+    y = emit(relax.op.nn.group_norm(x, weight, bias, given["group"], 1, axes, given["eps"]))
+    if any(user.args[1] != 0 and user.users for user in node.users):
+        raise DanceError("the mean and deviation that it returns are not supported")
+    return emit(relax.Tuple([y, weight, bias]))
+
+
+def _scale_and_shift(given: dict[str, Any], importer: Importer, channels: int) -> tuple[relax.Expr, relax.Expr]:
+    """A norm's weight and bias; ones and zeros where it has none."""
+    weight, bias = (importer.env[given[name]] if given.get(name) is not None else None for name in ("weight", "bias"))
+    ones, zeros = constant(np.ones(channels, "float32")), constant(np.zeros(channels, "float32"))
+    return (ones if weight is None else weight), (zeros if bias is None else bias)
 
 
 # --- activations and arithmetic that Relax lacks ---
@@ -630,6 +647,7 @@ CONVERSIONS: dict[str, Conversion] = {
     **{f"adaptive_max_pool{rank}d.default": _adaptive_max_pool(rank) for rank in (2, 3)},
     "elu.default": _elu,
     "_native_batch_norm_legit.no_stats": _norm_without_statistics,
+    "native_group_norm.default": _group_norm,
     "clamp.default": _clamp,
     "clamp.Tensor": _clamp,
     "clamp_min.default": _clamp,

@@ -18,6 +18,8 @@ from .graph import Graph, is_tensor, substitute, variables
 
 #: A call that reads and writes at most so many elements is small: that much takes about as long as calling it.
 SMALL_ELEMENTS = 65536
+#: Bytes to which a tensor is aligned where a kernel does not say otherwise.
+ALIGNMENT = 64
 #: Most calls of one function: compiling it takes longer than in proportion to its length.
 MOST_JOINED = 16
 #: Kernels by whose calls a run is told: convolutions and linear layers.
@@ -190,12 +192,12 @@ def _reads(value: relax.Expr) -> list[relax.Expr]:
 
 
 def _is_whole(param: tirx.Var) -> bool:
-    """Whether a kernel takes a tensor as it lies from its beginning; FuseTIR hands on no other (scatter reads at an
-    offset that its caller would tell)."""
+    """Whether a kernel takes a tensor as it lies from its beginning, aligned as all are; FuseTIR hands on no other
+    (scatter reads at an offset that its caller would tell, sort asks for less alignment than its neighbours)."""
     kind = param.ty
     if not isinstance(kind, tirx.BufferType):
         return True
-    whole = not kind.strides and isinstance(kind.elem_offset, tirx.IntImm)
+    whole = not kind.strides and isinstance(kind.elem_offset, tirx.IntImm) and kind.data_alignment == ALIGNMENT
     return whole and all(str(extent.ty) == "int64" for extent in kind.shape)
 
 

@@ -17,6 +17,7 @@ from .program import Network
 #: Allowed of an output's own largest value, where nothing in the network magnifies rounding.
 TOLERANCE = {"float32": 3e-5, "float16": 2e-2}
 _NOISE = {"float32": 4e-6, "float16": 3e-3}  # what a kernel's result may be off, of its largest value
+_ROUNDED = 2e-7  # the same for arithmetic on pairs of elements, which a kernel may do in another order
 _MARGIN = {"float32": 1e-4, "float16": 2e-2}  # nearer to a threshold, of the largest value, rounding may decide
 _FLOOR = 1e-9  # outputs below it, of the largest value inside the network, are rounding alone
 
@@ -38,6 +39,7 @@ _SUMS |= {
     "gelu",
 }
 _SUMS |= {"upsample_bilinear2d", "upsample_trilinear3d", "upsample_linear1d", "silu", "norm", "linalg_vector_norm"}
+_PAIRS = {"add", "sub", "rsub", "mul", "div"}
 _COMPARED = {"gt", "ge", "lt", "le", "eq", "ne"}
 _STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "sign": lambda x: x.abs(),
@@ -73,9 +75,12 @@ class Watch(TorchDispatchMode):
         first = result[0] if isinstance(result, tuple) else result
         if isinstance(first, Tensor) and first.is_floating_point() and first.numel():
             self.largest = max(self.largest, float(first.detach().abs().max()))
-            if self._generator is not None and name in _SUMS:
+            share = _NOISE[self._dtype] if name in _SUMS else _ROUNDED if name in _PAIRS else 0.0
+            if self._generator is not None and share:
                 draw = torch.randn(first.shape, generator=self._generator, dtype=first.dtype)
-                noisy = first + draw * (float(first.abs().max()) * _NOISE[self._dtype])
+                if name in _PAIRS:
+                    draw = draw * (first != 0)  # zeros of masks stay zeros
+                noisy = first + draw * (float(first.abs().max()) * share)
                 return (noisy, *result[1:]) if isinstance(result, tuple) else noisy
         return result
 

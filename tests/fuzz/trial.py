@@ -84,6 +84,8 @@ def _refusal(sentence: str) -> Verdict:
         return Verdict("import differs", sentence[:400])
     if "differs from its source" in sentence:
         return Verdict("check differs", sentence[:400])
+    if "please report" in sentence or "Check failed" in sentence or "InternalError" in sentence:
+        return Verdict("traceback", sentence[:400])
     return Verdict("refused", sentence[:400])
 
 
