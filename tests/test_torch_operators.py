@@ -181,3 +181,15 @@ def test_what_moves_elements_is_built_right(kind, tmp_path):
         found = device.load(built.artifact).run(dict(zip(names, map(array_of, inputs), strict=True)))
     for array, value in zip(found.values(), torch.utils._pytree.tree_leaves(network(*inputs)), strict=True):
         torch.testing.assert_close(torch.as_tensor(array), value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_chain_of_operators_that_read_their_input_twice_is_built_in_time_linear_in_its_length(tmp_path):
+    """Computed where it is read, each link would stand twice in the next: 2^60 times at the end."""
+
+    def chain(x):
+        for _ in range(60):
+            x = torch.cos(x * x)
+        return x
+
+    built = build_network(Function(chain), tmp_path / "artifact", example_inputs=(CLIP,), threads=1, check=True)
+    assert built.artifact.manifest.check.status == "passed"

@@ -146,9 +146,8 @@ def _import_exported(
 
     inputs = with_ranges(inputs, reference, source.examples())
     if check:
-        arrays = random_inputs(inputs)
-        source.require_same_in_float32(arrays)
-        check_import(mod, arrays, reference(arrays), lambda: source.intermediates(nodes, arrays))
+        source.require_same_in_float32(random_inputs(inputs))
+        check_import(mod, inputs, reference, lambda arrays: source.intermediates(nodes, arrays))
     digest = sha256 or file_sha256(path) if path else sha256 or _program_sha256(program)
     return Imported(mod, name, digest, inputs, outputs, reference)
 

@@ -24,7 +24,6 @@ from tvm import relax
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_convert_map, onnx_input
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend import interpreter, onnx_conversions, onnx_file
 from dance_tvm.frontend.check import check_import
 from dance_tvm.frontend.interface import Arrays, Imported, TensorSpec, tensor_of
@@ -81,21 +80,23 @@ def import_onnx(path: Path, *, check: bool = True, shapes: onnx_file.Shapes | No
 
     inputs = with_ranges(inputs, both)
     if check:
-        source = _checked(mod, random_inputs(inputs), importer, source)
+        source = _checked(mod, inputs, importer, source)
     return Imported(mod, path.stem, onnx_file.sha256(path), inputs, outputs, source.run)
 
 
-def _checked(mod: tvm.IRModule, arrays: Arrays, importer: _Importer, source: onnx_file.Source) -> onnx_file.Source:
-    """What ``mod`` equals on ``arrays``: ONNX Runtime's ``source``, or the standard's reference where they differ."""
+def _checked(
+    mod: tvm.IRModule, inputs: Sequence[TensorSpec], importer: _Importer, source: onnx_file.Source
+) -> onnx_file.Source:
+    """What ``mod`` equals on random input: ONNX Runtime's ``source``, or the standard's reference where they differ."""
     try:
-        check_import(mod, arrays, source.run(arrays), lambda: importer.compare_with(source, arrays))
+        check_import(mod, inputs, source.run, lambda arrays: importer.compare_with(source, arrays))
         return source
     except DanceError:
         standard = source.as_the_standard_says()
         if standard is None:
             raise
         with contextlib.suppress(DanceError):
-            check_import(mod, arrays, standard.run(arrays), lambda: {})
+            check_import(mod, inputs, standard.run, lambda _arrays: {})
             return standard
         raise
     except Exception as problem:
