@@ -68,8 +68,9 @@ def tuned_tiles(target: Target, folder: Path | None = None, logs_from: Target | 
 def _origin(record: Record, tuned: Workload, workload: Workload, distance: float) -> str:
     day = record.date[:10]
     gain = f", {record.speed_up:.2f}x the defaults" if record.speed_up else ""
+    name = f", record {record.workload_id}"
     if tuned.identity == workload.identity:
-        return f"tuned {day} on {record.origin}{gain}"
+        return f"tuned {day} on {record.origin}{gain}{name}"
     if tuned.kernel_identity == workload.kernel_identity:
-        return f"tuned {day} on {record.origin} at density {tuned.density:g}{gain}"
-    return f"from a similar layer ({distance:.1f} away) tuned {day} on {record.origin}"
+        return f"tuned {day} on {record.origin} at density {tuned.density:g}{gain}{name}"
+    return f"from a similar layer ({distance:.1f} away) tuned {day} on {record.origin}{name}"
