@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,9 @@ from dance_tvm.artifact.folder import (
     require_writable,
     write_artifact,
 )
-from dance_tvm.artifact.linker import shared_library_linker
+from dance_tvm.artifact.linker import link_program, shared_library_linker
 from dance_tvm.artifact.preprocess import Preprocess
+from dance_tvm.artifact.weight_store import Store, store_of
 from dance_tvm.compiler.pipeline import Lowered, Options, lower
 from dance_tvm.compiler.requests import known_preprocess, require_buildable
 from dance_tvm.core.errors import DanceError, unexpected_told
@@ -148,19 +150,24 @@ def build_network(
         manifest.memory_peak_bytes = _memory(lowered, planned)
         manifest.layers = lowered.layers
         clock.start("generate and link code")
-        packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
-        with tempfile.TemporaryDirectory(prefix="dance_tvm_interface_") as folder:
-            in_c = chosen.interface == "c"
-            also = _interface(planned, lowered, manifest, machine, Path(folder)) if in_c else []
-            linker = shared_library_linker(machine, also)
-            artifact = write_artifact(
-                out,
-                lambda path: executable.export_library(str(path), fcompile=linker, **packing),
-                lowered.weights,
-                manifest,
-                None if check is False else lambda artifact: check_there(artifact, lowered),
-                reference,
-            )
+        checked = None if check is False else lambda artifact: check_there(artifact, lowered)
+        with tempfile.TemporaryDirectory(prefix="dance_tvm_objects_") as folder:
+            if chosen.interface == "c":
+                store, objects = _program(planned, lowered, manifest, machine, Path(folder))
+                objects += _kernel_objects(executable, Path(folder))
+                link = partial(link_program, objects=objects, target=machine)
+                artifact = write_artifact(out, link, store, manifest, checked, reference)
+            else:
+                packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
+                linker = shared_library_linker(machine)
+                artifact = write_artifact(
+                    out,
+                    lambda path: executable.export_library(str(path), fcompile=linker, **packing),
+                    lowered.weights,
+                    manifest,
+                    checked,
+                    reference,
+                )
         clock.start("")
         return Built(artifact, clock.seconds, _peak_memory())
 
@@ -221,17 +228,29 @@ def _memory(lowered: Lowered, planned: tvm.IRModule) -> int:
     return weights + _planned_storage(planned)
 
 
-def _interface(planned: tvm.IRModule, lowered: Lowered, manifest: Manifest, machine: Target, folder: Path) -> list[str]:
-    """Object files in ``folder`` with the C interface of the network."""
+def _program(
+    planned: tvm.IRModule, lowered: Lowered, manifest: Manifest, machine: Target, folder: Path
+) -> tuple[Store, list[str]]:
+    """The network's weights as they are stored, and object files in ``folder`` with ``main`` and what runs it."""
     description = f"{manifest.name} for {machine.name}, dance_tvm {manifest.versions['dance-tvm']}"
     names = Names(
         [tensor.name for tensor in manifest.inputs],
         [tensor.name for tensor in manifest.outputs],
-        list(lowered.weights),
         description,
         manifest.target.threads,
     )
-    return compile_interface(program_of(planned, len(lowered.weights)), names, machine, folder)
+    program = program_of(planned, list(lowered.weights.values()))
+    store = store_of(program.weights, lowered.sources)
+    return store, compile_interface(program, store, names, machine, folder)
+
+
+def _kernel_objects(executable: relax.VMExecutable, folder: Path) -> list[str]:
+    """The kernels as object files in ``folder``."""
+    modules = [module for module in executable.mod.imports if module.kind == "llvm"]
+    paths = [str(folder / f"kernels_{number}.o") for number in range(len(modules))]
+    for module, path in zip(modules, paths, strict=True):
+        module.write_to_file(path)
+    return paths
 
 
 def host_code_of(machine: Target) -> dict[str, Any]:

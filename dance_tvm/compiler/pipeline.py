@@ -22,6 +22,7 @@ from dance_tvm.lowering.lower_windows import LowerWindows
 from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine, excess_cycles
 from dance_tvm.schedules.gpu.tiles import Gpu
+from dance_tvm.schedules.preparation import Source
 from dance_tvm.schedules.workload import Workload
 from dance_tvm.transform.boolean_logic import BooleanLogic
 from dance_tvm.transform.channels_last import ChannelsLast
@@ -65,13 +66,14 @@ class Lowered:
     """A module ready for ``tvm.compile``, the decisions taken, and the weights lifted out of it (by parameter name).
 
     ``workloads``: what the sizes of a layer's kernel were chosen for, by the layer's name; layers whose kernels have
-    nothing to choose are not there.
+    nothing to choose are not there. ``sources``: what packed weights were made of, by their digest.
     """
 
     mod: tvm.IRModule
     layers: list[LayerInfo] = field(default_factory=list)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     workloads: dict[str, Workload] = field(default_factory=dict)
+    sources: dict[bytes, Source] = field(default_factory=dict)
 
 
 def lower(
@@ -134,7 +136,7 @@ def lower(
                 _dump(mod, options.debug_dump, number, phase)
     told = narrow[0].told if narrow else {}
     layers = [_with_reason(layer, told.get(layer.name, "")) for layer in lower_windows.layers]
-    return Lowered(mod, layers, lift_weights.weights, lower_windows.workloads)
+    return Lowered(mod, layers, lift_weights.weights, lower_windows.workloads, lower_windows.sources)
 
 
 def _with_reason(layer: LayerInfo, reason: str) -> LayerInfo:

@@ -65,10 +65,19 @@ def _product_of_roots(roots: np.ndarray) -> np.ndarray:
 
 
 def transform_weights(weight: np.ndarray, m: tuple[int, int, int], transformed: tuple[bool, bool, bool]) -> np.ndarray:
-    """Apply G along the transformed axes of (…, KT, KH, KW): float64 in between, float32 out."""
+    """Apply G along the transformed axes of (…, KT, KH, KW): float64 in between, float32 out.
+
+    Each sum is made in the order of the taps, so that whoever does the same gets the same bits.
+    """
     result = weight.astype("float64")
     for axis in range(3):
         if transformed[axis]:
-            g = matrices(m[axis], weight.shape[-3 + axis])[1]
-            result = np.moveaxis(np.moveaxis(result, -3 + axis, -1) @ g.T, -1, -3 + axis)
+            taps = np.moveaxis(result, -3 + axis, 0)
+            points = []
+            for row in matrices(m[axis], weight.shape[-3 + axis])[1]:
+                total = row[0] * taps[0]
+                for factor, tap in zip(row[1:], taps[1:], strict=True):
+                    total = total + factor * tap
+                points.append(total)
+            result = np.stack(points, axis=-3 + axis)
     return result.astype("float32")

@@ -1,0 +1,117 @@
+"""From a layer's weights to what its kernel reads: steps that the artifact's library can do when a model is created.
+
+`dance_tvm/artifact/interface/prepare.c` does the same in the same order of operations, so that both give the same bits.
+Only numpy is used here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from .cpu.winograd_transforms import matrices, transform_weights
+from .geometry import Triple
+
+
+class Preparation(ABC):
+    """How float32 weights become what a kernel reads. ``kind`` is the C runtime's name for it."""
+
+    kind: str
+
+    @abstractmethod
+    def apply(self, weight: np.ndarray) -> np.ndarray:
+        """The prepared weights."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> tuple[int, ...]:
+        """What the C runtime is told, as prepare.c reads it."""
+
+    @property
+    def transforms(self) -> tuple[float, ...]:
+        """The entries of matrices that the C runtime is told."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Panels(Preparation):
+    """(groups · group_out, depth, taps) to (panels, taps, depth, lanes), zero beyond a group's last output channel."""
+
+    groups: int
+    group_out: int
+    depth: int
+    taps: int
+    lanes: int
+    kind = "PANELS"
+
+    def apply(self, weight: np.ndarray) -> np.ndarray:
+        per_group = -(-self.group_out // self.lanes)
+        padded = np.zeros((self.groups, per_group * self.lanes, self.depth, self.taps), "float32")
+        padded[:, : self.group_out] = weight.reshape(self.groups, self.group_out, self.depth, self.taps)
+        blocks = padded.reshape(self.groups * per_group, self.lanes, self.depth, self.taps)
+        return np.ascontiguousarray(blocks.transpose(0, 3, 2, 1))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.groups, self.group_out, self.depth, self.taps, self.lanes
+
+
+@dataclass(frozen=True)
+class WinogradPanels(Preparation):
+    """(C_out, C_in, KT, KH, KW) to (ξ, panels, taps, C_in, lanes): transformed along the axes whose tile ``m`` is asked
+    for, ``taps`` are those of the other axes. float64 in between."""
+
+    channels_out: int
+    channels_in: int
+    kernel: Triple
+    m: Triple
+    transformed: tuple[bool, bool, bool]
+    lanes: int
+    kind = "WINOGRAD_PANELS"
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        """Taps of the transform along each axis."""
+        return tuple(m + k - 1 if t else k for m, k, t in zip(self.m, self.kernel, self.transformed, strict=True))
+
+    @property
+    def taps(self) -> int:
+        """Taps that are left as they are."""
+        return int(np.prod([k for k, t in zip(self.kernel, self.transformed, strict=True) if not t]))
+
+    def apply(self, weight: np.ndarray) -> np.ndarray:
+        xi = int(np.prod(self.points)) // self.taps
+        panels = -(-self.channels_out // self.lanes)
+        packed = np.zeros((xi, panels, self.taps, self.channels_in, self.lanes), "float32")
+        for panel in range(panels):
+            filters = weight[panel * self.lanes : (panel + 1) * self.lanes]
+            filters = filters.reshape(len(filters), self.channels_in, *self.kernel)
+            part = transform_weights(filters, self.m, self.transformed)
+            part = part.reshape(len(part), self.channels_in, self.taps, xi).transpose(3, 2, 1, 0)
+            packed[:, panel, ..., : len(filters)] = part
+        return packed
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.channels_out, self.channels_in, self.lanes, self.taps, *self.kernel, *self.points, *map(int, self.transformed))
+
+    @property
+    def transforms(self) -> tuple[float, ...]:
+        used = [matrices(m, k)[1] for m, k, t in zip(self.m, self.kernel, self.transformed, strict=True) if t]
+        return tuple(float(entry) for matrix in used for entry in matrix.ravel())
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What packed weights were made of: the layer's own weights, and how."""
+
+    preparation: Preparation
+    weight: np.ndarray
+
+
+def array_digest(array: np.ndarray) -> bytes:
+    """SHA-256 of an array's bytes in C order."""
+    return hashlib.sha256(memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b"").digest()
