@@ -96,7 +96,8 @@ class WinogradPanels(Preparation):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return (self.channels_out, self.channels_in, self.lanes, self.taps, *self.kernel, *self.points, *map(int, self.transformed))
+        axes = (*self.kernel, *self.points, *map(int, self.transformed))
+        return (self.channels_out, self.channels_in, self.lanes, self.taps, *axes)
 
     @property
     def transforms(self) -> tuple[float, ...]:
@@ -114,4 +115,4 @@ class Source:
 
 def array_digest(array: np.ndarray) -> bytes:
     """SHA-256 of an array's bytes in C order."""
-    return hashlib.sha256(memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b"").digest()
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()

@@ -40,13 +40,13 @@ def compile_interface(program: Program, store: Store, names: Names, target: Targ
 
     Raises DanceError where the compiler is missing or fails.
     """
-    for source in RUNTIME:
-        (folder / source.name).write_bytes(source.read_bytes())
+    for part in RUNTIME:
+        (folder / part.name).write_bytes(part.read_bytes())
     (folder / "program.c").write_text(program.source(names, store))
     inline = not store.names
-    (folder / "store.bin").write_bytes(b"".join(store.data) if inline and store.bytes else b"\0")
+    (folder / "store.bin").write_bytes(b"".join(store.data) if inline and store.size else b"\0")
     (folder / "store.S").write_text(_STORE)
-    sources = [*(source.name for source in RUNTIME), "program.c", "store.S"]
+    sources = [*(part.name for part in RUNTIME), "program.c", "store.S"]
     flags = _flags(target)
     for source in sources:
         _compile(source, flags, folder)

@@ -258,7 +258,7 @@ class _Printer:
         outputs = ", ".join(str(self._tensors[view]) for view in program.outputs)
         parts = [
             '#include "program.h"',
-            "#define HIDDEN __attribute__((visibility(\"hidden\")))",
+            '#define HIDDEN __attribute__((visibility("hidden")))',
             "extern const unsigned char dance_store[] HIDDEN;",
             *(f"extern int __tvm_ffi_{kernel}(void *, const tvm_any *, int32_t, tvm_any *);" for kernel in kernels),
             *(
@@ -288,7 +288,7 @@ class _Printer:
         program, names, store = self.program, self.names, self.store
         outputs = f"outputs, output_tensors, {len(program.outputs)}"
         inline = not store.names
-        where = ("dance_store" if inline else "NULL", store.bytes, "NULL" if inline else "digest")
+        where = ("dance_store" if inline else "NULL", store.size, "NULL" if inline else "digest")
         return (
             "HIDDEN const dance_program dance_the_program = {\n"
             f"    {_quoted(names.description)}, {names.threads}, {program.arena_bytes}u,\n"

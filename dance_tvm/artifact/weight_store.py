@@ -73,8 +73,8 @@ class Store:
     names: list[str] = field(default_factory=list)
 
     @property
-    def bytes(self) -> int:
-        """Of the store."""
+    def size(self) -> int:
+        """Bytes of the store."""
         return sum(map(len, self.data))
 
     @property
@@ -133,9 +133,7 @@ class _Writer:
         offset, stored, encoding = self._place(source.weight)
         how = source.preparation
         self.tensors.append(
-            Stored(
-                offset, stored, source.weight.nbytes, array.nbytes, encoding, how.kind, how.sizes, how.transforms
-            )
+            Stored(offset, stored, source.weight.nbytes, array.nbytes, encoding, how.kind, how.sizes, how.transforms)
         )
 
     def _place(self, array: np.ndarray) -> tuple[int, int, Encoding]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +16,6 @@ import tvm
 from tvm import relax
 from tvm.target import codegen
 
-from dance_tvm.artifact.c_interface import compile_interface
-from dance_tvm.artifact.c_program import Names, program_of
 from dance_tvm.artifact.device_code import embed_device_code
 from dance_tvm.artifact.folder import (
     Artifact,
@@ -32,10 +28,10 @@ from dance_tvm.artifact.folder import (
     require_writable,
     write_artifact,
 )
-from dance_tvm.artifact.linker import link_program, shared_library_linker
+from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.artifact.preprocess import Preprocess
-from dance_tvm.artifact.weight_store import Store, store_of
 from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.program import write_program
 from dance_tvm.compiler.requests import known_preprocess, require_buildable
 from dance_tvm.core.errors import DanceError, unexpected_told
 from dance_tvm.core.hashing import file_sha256
@@ -123,7 +119,7 @@ def build_network(
         clock.start("import")
         imported = _import(model, weights, example_inputs, shapes)
         _dump(chosen.debug_dump, "imported", imported.mod)
-        manifest = _manifest(imported, machine, chosen, source)
+        manifest = new_manifest(imported, machine, chosen, source)
         manifest.preprocess = preprocess or known_preprocess(model)
         from dance_tvm.compiler.check import check_artifact, check_kernels, was_checked  # PyTorch is loaded by now
 
@@ -146,28 +142,24 @@ def build_network(
             return Built(standing, clock.seconds, _peak_memory())
         lowered = lower(imported.mod, machine, chosen, clock.start)
         clock.start("compile")
-        executable, planned = _compile(lowered, machine, chosen)
+        executable, planned = compile_lowered(lowered, machine, chosen)
         manifest.memory_peak_bytes = _memory(lowered, planned)
         manifest.layers = lowered.layers
         clock.start("generate and link code")
         checked = None if check is False else lambda artifact: check_there(artifact, lowered)
-        with tempfile.TemporaryDirectory(prefix="dance_tvm_objects_") as folder:
-            if chosen.interface == "c":
-                store, objects = _program(planned, lowered, manifest, machine, Path(folder))
-                objects += _kernel_objects(executable, Path(folder))
-                link = partial(link_program, objects=objects, target=machine)
-                artifact = write_artifact(out, link, store, manifest, checked, reference)
-            else:
-                packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
-                linker = shared_library_linker(machine)
-                artifact = write_artifact(
-                    out,
-                    lambda path: executable.export_library(str(path), fcompile=linker, **packing),
-                    lowered.weights,
-                    manifest,
-                    checked,
-                    reference,
-                )
+        if chosen.interface == "c":
+            artifact = write_program(out, lowered, executable, planned, manifest, machine, checked, reference)
+        else:
+            packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
+            linker = shared_library_linker(machine)
+            artifact = write_artifact(
+                out,
+                lambda path: executable.export_library(str(path), fcompile=linker, **packing),
+                lowered.weights,
+                manifest,
+                checked,
+                reference,
+            )
         clock.start("")
         return Built(artifact, clock.seconds, _peak_memory())
 
@@ -205,7 +197,7 @@ def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes:
     return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes)
 
 
-def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, tvm.IRModule]:
+def compile_lowered(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, tvm.IRModule]:
     """The executable, and the module whose memory is planned."""
     target = machine.tvm_target(options.threads)
     planned: list[tvm.IRModule] = []
@@ -226,31 +218,6 @@ def _memory(lowered: Lowered, planned: tvm.IRModule) -> int:
     """Bytes of all weights and planned activations."""
     weights = _constant_bytes(lowered.mod) + sum(array.nbytes for array in lowered.weights.values())
     return weights + _planned_storage(planned)
-
-
-def _program(
-    planned: tvm.IRModule, lowered: Lowered, manifest: Manifest, machine: Target, folder: Path
-) -> tuple[Store, list[str]]:
-    """The network's weights as they are stored, and object files in ``folder`` with ``main`` and what runs it."""
-    description = f"{manifest.name} for {machine.name}, dance_tvm {manifest.versions['dance-tvm']}"
-    names = Names(
-        [tensor.name for tensor in manifest.inputs],
-        [tensor.name for tensor in manifest.outputs],
-        description,
-        manifest.target.threads,
-    )
-    program = program_of(planned, list(lowered.weights.values()))
-    store = store_of(program.weights, lowered.sources)
-    return store, compile_interface(program, store, names, machine, folder)
-
-
-def _kernel_objects(executable: relax.VMExecutable, folder: Path) -> list[str]:
-    """The kernels as object files in ``folder``."""
-    modules = [module for module in executable.mod.imports if module.kind == "llvm"]
-    paths = [str(folder / f"kernels_{number}.o") for number in range(len(modules))]
-    for module, path in zip(modules, paths, strict=True):
-        module.write_to_file(path)
-    return paths
 
 
 def host_code_of(machine: Target) -> dict[str, Any]:
@@ -298,7 +265,7 @@ def _planned_storage(mod: tvm.IRModule) -> int:
     return total
 
 
-def _manifest(imported: Imported, machine: Target, options: Options, logs_from: Target | None) -> Manifest:
+def new_manifest(imported: Imported, machine: Target, options: Options, logs_from: Target | None = None) -> Manifest:
     """All that is known before anything is compiled."""
     target = machine.tvm_target(options.threads)
     chosen: dict[str, str] = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}

@@ -211,7 +211,7 @@ class RemoteSession(DeviceSession):
         return self._store(what, path, "path", sha256)
 
     def place(self, uploaded: str) -> str:
-        """The path of an uploaded file as the device's own functions open it; TVM's server names it within its folder."""
+        """Where the device itself finds an uploaded file; TVM's server names it within its folder."""
         if self._facts:
             return uploaded
         find = self.connection.session.get_function("tvm.rpc.server.workpath")

@@ -187,7 +187,7 @@ class _View(ctypes.Structure):
         dtype = np.dtype("bool" if self.kind == 6 else f"{('int', 'uint', 'float')[self.kind]}{self.bits}")
         size = int(np.prod(shape, dtype="int64")) * dtype.itemsize
         memory = (ctypes.c_char * size).from_address(self.data) if size else b""
-        return Seen.of(np.frombuffer(memory, dtype).reshape(shape))
+        return Seen.of(np.frombuffer(memoryview(memory), dtype).reshape(shape))
 
 
 class Watcher:

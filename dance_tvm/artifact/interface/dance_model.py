@@ -106,8 +106,8 @@ class Model:
     """A model of the artifact in `folder`, ready to run on `threads` (None: as it was built for).
 
     `cpus`: the processors its threads stay on. `share`: another model of the same artifact, whose weights it uses.
-    The weights are verified by their hash unless the caller has done so (`verified`). Raises ModelError where the folder
-    has no library with a C interface, or its weights are damaged or another library's.
+    The weights are verified by their hash unless the caller has done so (`verified`). Raises ModelError where the
+    folder has no library with a C interface, or its weights are damaged or another library's.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Model:
     def watch(
         self, inputs: Mapping[str, np.ndarray], seen: Callable[[str, list[np.ndarray]], None]
     ) -> dict[str, np.ndarray]:
-        """`run`, and after each kernel `seen` with its name and its tensors, inputs first, which later ones overwrite."""
+        """`run`, and after each kernel `seen` with its name and tensors, inputs first, which later ones overwrite."""
 
         def each(_context: object, kernel: bytes, views: Any, count: int) -> None:
             seen(kernel.decode(), [_array(views[index]) for index in range(count)])
@@ -255,7 +255,7 @@ def _array(view: _View) -> np.ndarray:
     size = int(np.prod(shape, dtype="int64")) * dtype.itemsize
     if not size:
         return np.empty(shape, dtype)
-    return np.frombuffer((ctypes.c_char * size).from_address(view.data), dtype).reshape(shape)
+    return np.frombuffer(memoryview((ctypes.c_char * size).from_address(view.data)), dtype).reshape(shape)
 
 
 def _dtype(kind: int, bits: int) -> np.dtype:

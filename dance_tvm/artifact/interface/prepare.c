@@ -125,7 +125,8 @@ static int transform_panel(int task, parallel_env *env, void *closure) {
     }
     for (int32_t each = 0; each < all; each++) {
       int64_t at = (((int64_t)(each % xi) * panels + panel) * left + each / xi) * in + channel;
-      for (int32_t one = 0; one < count; one++) given->to[at * lanes + lane + one] = (float)from[each][one];
+      for (int32_t one = 0; one < count; one++) /* not the zero times a negative number that stands there */
+        given->to[at * lanes + lane + one] = filter + one < out ? (float)from[each][one] : 0.0f;
     }
   }
   return 0;
