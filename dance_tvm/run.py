@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +13,10 @@ import typer
 
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.files import require_suffix, written_whole
+from dance_tvm.core.files import require_suffix
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.options import PLACES, AsJson
+from dance_tvm.core.output_files import write_outputs
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.core.random_inputs import random_inputs
@@ -113,14 +113,6 @@ def read_labels(path: Path) -> list[str]:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DanceError(f"--labels {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def write_outputs(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays by name as ``.npz``, whole or not at all. Raises DanceError where that fails."""
-    with written_whole(path, "--outputs") as beside, zipfile.ZipFile(beside, "w") as archive:
-        for name, array in arrays.items():  # as np.savez does, which takes no output called "file"
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
 def _require_file(path: Path) -> None:

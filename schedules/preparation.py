@@ -12,9 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cpu.winograd_transforms import matrices, transform_weights
-from .geometry import Triple
-
 
 class Preparation(ABC):
     """How float32 weights become what a kernel reads. ``kind`` is the C runtime's name for it."""
@@ -57,52 +54,6 @@ class Panels(Preparation):
     @property
     def sizes(self) -> tuple[int, ...]:
         return self.groups, self.group_out, self.depth, self.taps, self.lanes
-
-
-@dataclass(frozen=True)
-class WinogradPanels(Preparation):
-    """(C_out, C_in, KT, KH, KW) to (ξ, panels, taps, C_in, lanes): transformed along the axes whose tile ``m`` is asked
-    for, ``taps`` are those of the other axes. float64 in between."""
-
-    channels_out: int
-    channels_in: int
-    kernel: Triple
-    m: Triple
-    transformed: tuple[bool, bool, bool]
-    lanes: int
-    kind = "WINOGRAD_PANELS"
-
-    @property
-    def points(self) -> tuple[int, ...]:
-        """Taps of the transform along each axis."""
-        return tuple(m + k - 1 if t else k for m, k, t in zip(self.m, self.kernel, self.transformed, strict=True))
-
-    @property
-    def taps(self) -> int:
-        """Taps that are left as they are."""
-        return int(np.prod([k for k, t in zip(self.kernel, self.transformed, strict=True) if not t]))
-
-    def apply(self, weight: np.ndarray) -> np.ndarray:
-        xi = int(np.prod(self.points)) // self.taps
-        panels = -(-self.channels_out // self.lanes)
-        packed = np.zeros((xi, panels, self.taps, self.channels_in, self.lanes), "float32")
-        for panel in range(panels):
-            filters = weight[panel * self.lanes : (panel + 1) * self.lanes]
-            filters = filters.reshape(len(filters), self.channels_in, *self.kernel)
-            part = transform_weights(filters, self.m, self.transformed)
-            part = part.reshape(len(part), self.channels_in, self.taps, xi).transpose(3, 2, 1, 0)
-            packed[:, panel, ..., : len(filters)] = part
-        return packed
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        axes = (*self.kernel, *self.points, *map(int, self.transformed))
-        return (self.channels_out, self.channels_in, self.lanes, self.taps, *axes)
-
-    @property
-    def transforms(self) -> tuple[float, ...]:
-        used = [matrices(m, k)[1] for m, k, t in zip(self.m, self.kernel, self.transformed, strict=True) if t]
-        return tuple(float(entry) for matrix in used for entry in matrix.ravel())
 
 
 @dataclass(frozen=True, eq=False)

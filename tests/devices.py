@@ -15,8 +15,9 @@ from dance_tvm.artifact.folder import RUNTIME_VERSIONS, Artifact, BuiltFor, Chec
 from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.artifact.weight_store import MOST_INLINE
 from dance_tvm.compiler.build import compile_lowered
-from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.compiler.program import write_program
+from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import load_target
 
 CONSTANT = np.arange(12, dtype="float32").reshape(3, 4)

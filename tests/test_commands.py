@@ -28,8 +28,8 @@ from dance_tvm.core.progress import Progress
 from dance_tvm.machines import host
 from dance_tvm.machines.target import load_target
 from dance_tvm.models import names
+from dance_tvm.records.kernel_log import append, log_path, new_record, parse_loosely
 from dance_tvm.sparsity.training import METHODS
-from dance_tvm.tuning.records import append, log_path, new_record, parse_loosely
 
 HEAVY = re.compile(r"\| +(tvm|torch|scipy|onnx)$", re.MULTILINE)
 
@@ -273,7 +273,7 @@ def test_torn_lines_are_named_by_merge(tmp_path):
 
 
 def test_times_that_disagree_are_not_followed(own_logs):
-    from dance_tvm.tuning.advice import tuned_tiles
+    from dance_tvm.records.advice import tuned_tiles
 
     target = load_target("host")
     wild = record(0.3, times=[0.1, 0.2, 0.3, 1.4, 1.5])
@@ -306,7 +306,7 @@ def test_a_merge_loses_nothing_that_a_tuner_appends_meanwhile(tmp_path):
 
 
 def test_logs_lie_in_the_project_or_with_the_user(tmp_path, monkeypatch):
-    from dance_tvm.tuning import places
+    from dance_tvm.records import places
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))

@@ -40,7 +40,8 @@ class Layer(_Strict):
 
     For Winograd's kernels, which multiply less often, `executed_macs` are those that a direct convolution over the
     same lists would do. Kept shares are 0 to 1, None where the kernel has no such list. `bytes` are those of the
-    kernel's tensors.
+    kernel's tensors. `why` the build chose the kernel, and which tuning record chose its sizes (`tuned`), as the
+    artifact's manifest says.
     """
 
     name: str
@@ -55,6 +56,8 @@ class Layer(_Strict):
     kept_channels_out: float | None = None
     shape: list[int] = []
     alive: str = ""
+    why: str = ""
+    tuned: str = ""
 
     @property
     def gflops(self) -> float:

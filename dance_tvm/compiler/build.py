@@ -30,17 +30,19 @@ from dance_tvm.artifact.folder import (
 )
 from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.artifact.preprocess import Preprocess
-from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.compiler.program import write_program
 from dance_tvm.compiler.requests import known_preprocess, require_buildable
 from dance_tvm.core.errors import DanceError, unexpected_told
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.versions import versions
+from dance_tvm.lowering.lowered import Lowered
+from dance_tvm.lowering.machine import host_code_of
 from dance_tvm.machines.host import needed_flags
 from dance_tvm.machines.target import Target, load_target
-from dance_tvm.tuning.advice import tuned_tiles
-from dance_tvm.tuning.places import digest_of_logs
+from dance_tvm.records.advice import tuned_tiles
+from dance_tvm.records.places import digest_of_logs
 
 if TYPE_CHECKING:
     import torch
@@ -218,15 +220,6 @@ def _memory(lowered: Lowered, planned: tvm.IRModule) -> int:
     """Bytes of all weights and planned activations."""
     weights = _constant_bytes(lowered.mod) + sum(array.nbytes for array in lowered.weights.values())
     return weights + _planned_storage(planned)
-
-
-def host_code_of(machine: Target) -> dict[str, Any]:
-    """TVM's configuration for the functions that launch kernels of a GPU: they leave their arguments unchecked.
-
-    The virtual machine checks what it is given; behind it, types and shapes are the compiler's own, and the checks
-    would be most of what LLVM compiles.
-    """
-    return {"tirx.disable_assert": machine.gpu is not None}
 
 
 def _gpu_pipeline(target: tvm.target.Target) -> tvm.transform.Pass:

@@ -16,7 +16,7 @@ from dance_tvm.artifact.c_program import Names, program_of
 from dance_tvm.artifact.folder import Artifact, Check, Manifest, write_artifact
 from dance_tvm.artifact.linker import link_program
 from dance_tvm.artifact.weight_store import MOST_INLINE, store_of
-from dance_tvm.compiler.pipeline import Lowered
+from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import Target
 
 

@@ -44,13 +44,12 @@ from ..emit import (
     when,
 )
 from ..geometry import Window
-from ..preparation import WinogradPanels
-from .channel_plan import channel_list_shape
-from .conv3d_gather import Tile
+from ..plans import channel_list_shape
 from .dead_outputs import zero_dead
 from .panel_weights import PanelWeights, WeightPanel
+from .tiles import Tile
 from .winograd_plan import LISTS, WinogradPlan
-from .winograd_transforms import matrices
+from .winograd_transforms import WinogradPanels, matrices
 
 #: Floats between the ξ planes of a scratch buffer beyond their content: planes a power of two apart would share the
 #: few lines of one cache set.

@@ -7,9 +7,13 @@ matrices are applied along each axis in turn.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+
+from ..geometry import Triple
+from ..preparation import Preparation
 
 #: Interpolation points of F(m, 3) beside infinity, by m, chosen for the size of the rounding error: the largest gain
 #: of noise ``max_i sqrt(Σ_j A[i,j]² |B[j]|² |G[j]|²)`` was searched over zero, pairs ±a and at most one point alone.
@@ -81,3 +85,49 @@ def transform_weights(weight: np.ndarray, m: tuple[int, int, int], transformed: 
                 points.append(total)
             result = np.stack(points, axis=-3 + axis)
     return result.astype("float32")
+
+
+@dataclass(frozen=True)
+class WinogradPanels(Preparation):
+    """(C_out, C_in, KT, KH, KW) to (ξ, panels, taps, C_in, lanes): transformed along the axes whose tile ``m`` is asked
+    for, ``taps`` are those of the other axes. float64 in between."""
+
+    channels_out: int
+    channels_in: int
+    kernel: Triple
+    m: Triple
+    transformed: tuple[bool, bool, bool]
+    lanes: int
+    kind = "WINOGRAD_PANELS"
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        """Taps of the transform along each axis."""
+        return tuple(m + k - 1 if t else k for m, k, t in zip(self.m, self.kernel, self.transformed, strict=True))
+
+    @property
+    def taps(self) -> int:
+        """Taps that are left as they are."""
+        return int(np.prod([k for k, t in zip(self.kernel, self.transformed, strict=True) if not t]))
+
+    def apply(self, weight: np.ndarray) -> np.ndarray:
+        xi = int(np.prod(self.points)) // self.taps
+        panels = -(-self.channels_out // self.lanes)
+        packed = np.zeros((xi, panels, self.taps, self.channels_in, self.lanes), "float32")
+        for panel in range(panels):
+            filters = weight[panel * self.lanes : (panel + 1) * self.lanes]
+            filters = filters.reshape(len(filters), self.channels_in, *self.kernel)
+            part = transform_weights(filters, self.m, self.transformed)
+            part = part.reshape(len(part), self.channels_in, self.taps, xi).transpose(3, 2, 1, 0)
+            packed[:, panel, ..., : len(filters)] = part
+        return packed
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        axes = (*self.kernel, *self.points, *map(int, self.transformed))
+        return (self.channels_out, self.channels_in, self.lanes, self.taps, *axes)
+
+    @property
+    def transforms(self) -> tuple[float, ...]:
+        used = [matrices(m, k)[1] for m, k, t in zip(self.m, self.kernel, self.transformed, strict=True) if t]
+        return tuple(float(entry) for matrix in used for entry in matrix.ravel())
