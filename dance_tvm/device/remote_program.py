@@ -6,7 +6,8 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import tvm
@@ -15,16 +16,43 @@ from dance_tvm.artifact.folder import WEIGHTS, Artifact
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.session import KernelTime, LoadedNetwork, arrange, merge_kernels
 
-if TYPE_CHECKING:
-    from dance_tvm.device.remote import RemoteSession
-
 _NAME_BYTES = 1024
+_Result = TypeVar("_Result")
+
+
+class Caller(Protocol):
+    """A connection whose calls have deadlines."""
+
+    session: Any
+
+    def call(self, what: str, function: Callable[[], _Result], timeout: float | None = None) -> _Result:
+        """`function()`, which talks to the device."""
+
+
+class Server(Protocol):
+    """What a program needs of the session that loads it."""
+
+    name: str
+    cpu: Any
+
+    @property
+    def connection(self) -> Caller:
+        """To the device."""
+
+    def upload(self, path: Path) -> str:
+        """Bring a file onto the device and tell its path there."""
+
+    def place(self, uploaded: str) -> str:
+        """Where the device itself finds it."""
+
+    def function(self, name: str) -> Any | None:
+        """A function of `serve.py`, or None."""
 
 
 class RemoteProgram(LoadedNetwork):
     """A network loaded on a device behind RPC (`interface/tvm.c` has the functions)."""
 
-    def __init__(self, session: RemoteSession, artifact: Artifact, library: str, threads: int) -> None:
+    def __init__(self, session: Server, artifact: Artifact, library: str, threads: int) -> None:
         self.manifest = artifact.manifest
         self._session, self._connection = session, session.connection
         weights = session.upload(artifact.path / WEIGHTS) if self.manifest.parameters else ""
