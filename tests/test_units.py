@@ -47,13 +47,15 @@ def test_masks_are_one_value_a_unit_and_the_compiler_carries_them() -> None:
         graph(clips)
     varied = 0
     for unit, masks in zip(units, controller_of(graph).decisions, strict=True):
-        assert masks.frames is not None and masks.channels is not None and masks.positions is not None
+        assert masks.frames is not None
+        assert masks.channels is not None
+        assert masks.positions is not None
         channels, frames, height, width = unit.shape
         assert (masks.frames.shape[2], masks.channels.shape[1]) == (frames, channels)
         assert tuple(masks.positions.shape[3:]) == (height, width)
         assert in_units(masks.frames, 2, unit.frames)
         assert in_units(masks.channels, 1, unit.channels)
-        assert in_units(masks.positions, 3, unit.positions[0]) and in_units(masks.positions, 4, unit.positions[1])
+        assert all(in_units(masks.positions, 3 + axis, size) for axis, size in enumerate(unit.positions))
         varied += sum(0 < float(mask.mean()) < 1 for mask in masks if mask is not None)
     assert varied > 5
     import_model(graph, example_inputs=(clips[:1],))  # compares with the source

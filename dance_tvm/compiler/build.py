@@ -86,6 +86,7 @@ def build_network(
     weights: str | Path | None = None,
     example_inputs: tuple[torch.Tensor, ...] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    batch: int | None = None,
     threads: int | None = None,
     check: bool | None = None,
     check_inputs: Sequence[str | Path] = (),
@@ -99,7 +100,8 @@ def build_network(
     """Compile ``model`` for ``target`` into the artifact folder ``out``.
 
     ``model`` is a name of the zoo, a ``.pt2`` or ``.onnx`` file, a network in memory (with ``example_inputs``), or one
-    that was imported before; ``shapes`` fix what its inputs leave open. ``check`` runs the built network against its
+    that was imported before; ``shapes`` fix what its inputs leave open, ``batch`` how many
+    clips a call takes. ``check`` runs the built network against its
     source, on this machine or on the emulated device; None does so unless that would take long. ``check_inputs`` are
     ``.npz`` files of real inputs, which the check takes beside its own. Tile sizes come from the target's tuning logs,
     or from those of the target ``logs_from``. With ``reuse`` an intact artifact at ``out`` that the same network,
@@ -119,7 +121,7 @@ def build_network(
 
     with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
         clock.start("import")
-        imported = _import(model, weights, example_inputs, shapes)
+        imported = _import(model, weights, example_inputs, shapes, batch)
         _dump(chosen.debug_dump, "imported", imported.mod)
         manifest = new_manifest(imported, machine, chosen, source)
         manifest.preprocess = preprocess or known_preprocess(model)
@@ -191,12 +193,12 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any) -> Imported:
+def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any, batch: int | None) -> Imported:
     from dance_tvm.frontend import Imported, import_model
 
     if isinstance(model, Imported):
         return model
-    return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes)
+    return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes, batch=batch)
 
 
 def compile_lowered(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, tvm.IRModule]:

@@ -15,9 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import written_whole
 
-#: Of the file's form.
-SCHEMA = 1
-
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,7 +51,7 @@ class SiteUnits(_Strict):
 class Units(_Strict):
     """All of a file."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     network: str
     target: str
     threads: int = Field(ge=1)

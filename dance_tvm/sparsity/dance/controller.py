@@ -57,7 +57,7 @@ class Controller(nn.Module):
         super().__init__()
         self.axes = tuple(axes)
         self._sites = tuple(sites)
-        self._units = [unit.at_most(grid) for unit in units] or [None] * len(sites)
+        self._units: list[SiteUnits | None] = [unit.at_most(grid) for unit in units] or [None for _ in sites]
         self._groups = [unit.channels for unit in units] or [group] * len(sites)
         self.theta = nn.Parameter(torch.tensor(math.log(_FIRST_THRESHOLD / (1 - _FIRST_THRESHOLD))))
         channels, frames, height, width = sites[0].shape
