@@ -119,7 +119,7 @@ def lower(
                 _dump(mod, options.debug_dump, number, phase)
     told = narrow[0].told if narrow else {}
     layers = [_with_reason(layer, told.get(layer.name, "")) for layer in lower_windows.layers]
-    return Lowered(mod, layers, lift_weights.weights, lower_windows.workloads)
+    return Lowered(mod, layers, lift_weights.weights, lower_windows.workloads, lower_windows.sources)
 
 
 def _with_reason(layer: LayerInfo, reason: str) -> LayerInfo:
