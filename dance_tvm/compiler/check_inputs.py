@@ -75,8 +75,8 @@ def check_inputs(imported: Imported, given: Mapping[str, Arrays] | None = None) 
     Raises DanceError where the source takes none of them, or not one that was given.
     """
     tried = CheckInputs(imported)
-    kinds: list[Kind] = [*USUAL, *(["ranged"] if any(map(has_float_range, imported.inputs)) else [])]
-    for seed, kind in enumerate(kinds):
+    ranged: tuple[Kind, ...] = ("ranged",) if any(map(has_float_range, imported.inputs)) else ()
+    for seed, kind in enumerate(USUAL + ranged):
         tried.add(kind, random_inputs(imported.inputs, seed, kind))
     for name, arrays in (given or {}).items():
         tried.add(name, arrays)

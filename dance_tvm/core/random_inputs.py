@@ -30,8 +30,8 @@ class Spec(Protocol):
 
 
 #: ``normal``: floats of mean 0 and deviation 1. ``offset``: of mean 100 and deviation 1. ``ranged``: evenly from the
-#: declared range, where there is one. ``varied``: blocks of frames, rows and columns that differ in size and offset, zeros among them. ``picture``:
-#: a few bright blocks on zeros, 0 to 1.
+#: declared range, where there is one. ``varied``: blocks of frames, rows and columns that differ in size and offset,
+#: zeros among them. ``picture``: a few bright blocks on zeros, 0 to 1.
 #: Whole numbers lie in their range, else bytes in 0 to 255, others in 0 to 9.
 Kind = Literal["normal", "offset", "ranged", "varied", "picture"]
 

@@ -31,10 +31,10 @@ class ModelEntry:
     dtype_name: str = "float32"
     pretrained: str | None = None
     input_meaning: str = "clips (N, C, T, H, W), normalised as in training"
-    input_range: tuple[float, float] | None = None
     outputs: tuple[tuple[str, str], ...] = (("scores", "class scores (N, classes), before softmax"),)
     trained: bool = False
     preprocess: Mapping[str, Any] = field(default_factory=dict)
+    input_range: tuple[float, float] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
