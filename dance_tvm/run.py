@@ -41,7 +41,9 @@ def run(
     artifact: Annotated[Path, typer.Argument(help="Folder written by `dance-tvm build`.")],
     device: Annotated[str, typer.Option(help=f"{PLACES}.")] = "local",
     inputs: Annotated[Path | None, typer.Option(help="Arrays by input name.", show_default="random")] = None,
-    video: Annotated[Path | None, typer.Option(help="A video, window after window.")] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option(help="A video, window after window, or a folder of videos; repeatable.")
+    ] = None,
     frames: Annotated[Path | None, typer.Option(help="A folder of pictures, a video's frames in order.")] = None,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Frames from window to window.", show_default="the window's length")
@@ -57,7 +59,7 @@ def run(
     json_lines: JsonLines = False,
 ) -> None:
     """Run an artifact on a device: arrays of an .npz file, or a video, in; the network's outputs and top scores out."""
-    if sum(given is not None for given in (inputs, video, frames)) > 1:
+    if sum(bool(given) for given in (inputs, video, frames)) > 1:
         raise DanceError("give one of --inputs, --video and --frames")
     if outputs is not None:
         require_suffix(outputs, "--outputs", (".npz",))
@@ -69,20 +71,24 @@ def run(
     if device == "local":
         verified.require_this_machine()  # told before the seconds that opening a device takes
     with Progress(as_json, json_lines) as progress:
-        windows = _windows(verified.manifest, inputs, video or frames, stride, preprocess)
+        sources = _sources(inputs, video or [], frames)
         from dance_tvm.device import open_device
 
         progress.phase(f"opening {device}")
         found = []
         with open_device(device, timeout=timeout) as session:
             network = session.load(verified)
-            for index, (name, arrays) in enumerate(windows):
-                progress.phase(f"{name} ({index + 1} of {len(windows)})" if len(windows) > 1 else f"running on {name}")
-                begun = time.perf_counter()
-                results = network.run(arrays)
-                seconds = time.perf_counter() - begun
-                found.append((name, results, seconds))
-                progress.tell("run", name=name, seconds=seconds, top=_top(results, verified.manifest, names, top))
+            for place, source in enumerate(sources, 1):
+                windows = _windows(verified.manifest, source, source == inputs, stride, preprocess)
+                of = f", {place} of {len(sources)}" if len(sources) > 1 else ""
+                for index, (name, arrays) in enumerate(windows, 1):
+                    many = f" ({index} of {len(windows)}{of})" if len(windows) > 1 or of else ""
+                    progress.phase(f"running on {name}{many}")
+                    begun = time.perf_counter()
+                    results = network.run(arrays)
+                    seconds = time.perf_counter() - begun
+                    found.append((name, results, seconds))
+                    progress.tell("run", name=name, seconds=seconds, top=_top(results, verified.manifest, names, top))
         facts = _facts(device, found, verified.manifest, names, top)
         progress.result(facts)
     if outputs is not None:
@@ -93,12 +99,27 @@ def run(
         _print(found, verified.manifest, device, names, top)
 
 
+def _sources(inputs: Path | None, videos: list[Path], frames: Path | None) -> list[Path | None]:
+    """The files to run on, a folder of videos file by file; None stands for random input."""
+    from dance_tvm.benchmarking.clips import VIDEOS
+
+    found: list[Path | None] = [path for path in (inputs, frames) if path is not None]
+    for video in videos:
+        inside = (
+            sorted(file for file in video.rglob("*") if file.suffix.lower() in VIDEOS) if video.is_dir() else [video]
+        )
+        if not inside:
+            raise DanceError(f"--video {video} holds no video: --frames takes a folder of pictures")
+        found += inside
+    return found or [None]
+
+
 def _windows(
-    manifest: Manifest, inputs: Path | None, video: Path | None, stride: int | None, preprocess: Path | None
+    manifest: Manifest, video: Path | None, is_arrays: bool, stride: int | None, preprocess: Path | None
 ) -> Windows:
     """What to run on, by name."""
-    if inputs is not None:
-        return [(str(inputs), read_inputs(inputs, manifest.inputs, manifest.name))]
+    if video is not None and is_arrays:
+        return [(str(video), read_inputs(video, manifest.inputs, manifest.name))]
     if video is None:
         return [("random input", random_inputs(manifest.inputs))]
     from dance_tvm.artifact.preprocess import read_preprocess

@@ -25,6 +25,7 @@ from dance_tvm.compiler.requests import default_out, is_untrained, known_preproc
 from dance_tvm.core import cli, printing, verbosity
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.progress import Progress
+from dance_tvm.frontend.interface import require_shape
 from dance_tvm.machines import host
 from dance_tvm.machines.target import load_target
 from dance_tvm.models import names
@@ -499,6 +500,14 @@ def test_a_video_runs_window_by_window_as_it_is_to_be_prepared(film, tmp_path):
         run.app, [str(artifact.path), "--video", str(film), "--stride", "8", "--preprocess", str(prepare), "--json"]
     )
     assert json.loads(done.stdout)["name"] == "film 0-8", done.exception
+    second = film.with_name("second.mkv")
+    second.write_bytes(film.read_bytes())
+    many = [str(artifact.path), "--video", str(film.parent), "--preprocess", str(prepare), "--json"]
+    done = CliRunner().invoke(run.app, many)
+    assert [each["name"] for each in json.loads(done.stdout)["runs"]] == ["film 0-8", "second 0-8"]
+    second.unlink()
+    done = CliRunner().invoke(run.app, [str(artifact.path), "--video", str(tmp_path)])
+    assert "holds no video" in str(done.exception)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     image = pytest.importorskip("PIL.Image")
@@ -510,6 +519,14 @@ def test_a_video_runs_window_by_window_as_it_is_to_be_prepared(film, tmp_path):
     prepare.write_text("resise = [24, 24]\n")
     with pytest.raises(DanceError, match="its fields are resize, divisor"):
         read_preprocess(prepare)
+
+
+def test_a_batch_is_the_first_dimension_where_it_is_open():
+    declared = {"clip": ["N", 3, 8], "more": [2, 5], "flag": []}
+    assert require_shape(declared, {}, 2) == {"clip": (2, 3, 8), "more": (2, 5), "flag": ()}
+    assert require_shape(declared, {"clip": (7, 3, 8)}, 2)["clip"] == (7, 3, 8)
+    with pytest.raises(DanceError, match="fixed to a batch of 2: export the network with an open batch"):
+        require_shape(declared, {}, 4)
 
 
 def test_an_artifact_says_how_its_videos_are_prepared(small_network, tmp_path):
