@@ -55,11 +55,11 @@ def test_the_reference_is_float64_all_through():
 
 def test_the_page_counts_what_is_right_and_names_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "PAGE", tmp_path / "networks.md")
-    right = {"status": "right", "message": "", "error": 2e-6, "build_s": 20.0, "peak_mb": 700, "artifact_mb": 3.0}
+    right = {"status": "right", "message": "", "error": 2e-6, "cpu_s": 20.0, "peak_mb": 700, "artifact_mb": 3.0}
     refused = {"status": "refused", "message": "The operator Foo\nis not known."}
     page.write_page({"I3D": {"parameters": 12_700_000, "float32_error": 3e-7, "pt2": right, "onnx": refused}})
     text = (tmp_path / "networks.md").read_text()
-    assert "From .pt2: 1 of 1" in text
-    assert "From ONNX: 0 of 1" in text
+    assert "From .pt2: 1 of the 1" in text
+    assert "From ONNX: 0 of the 1" in text
     assert "| 12.7 | 3e-07 | 2e-06 | refused | 20 | 700 | 3 |" in text
     assert "- I3D from onnx: refused: The operator Foo is not known." in text

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from dance_tvm.core.agreement import difference
 def attempt(folder: Path, source: str, build: bool) -> dict[str, Any]:
     """Import, build, run and compare; how it ended is among the facts, as ``pool.ended`` tells it."""
     facts: dict[str, Any] = {}
-    since = time.monotonic()
+    since, before = time.monotonic(), sum(_processor_seconds())
 
     def work() -> None:
         imported = import_model(folder / f"network.{source}")
@@ -39,6 +40,7 @@ def attempt(folder: Path, source: str, build: bool) -> dict[str, Any]:
 
     def compared(built: Built) -> None:
         facts["build_s"] = round(time.monotonic() - since, 1)
+        facts["cpu_s"] = round(sum(_processor_seconds()) - before, 1)
         facts["phases_s"] = {phase: round(seconds, 1) for phase, seconds in built.seconds.items() if seconds >= 0.1}
         facts["artifact_mb"] = round(sum(file.stat().st_size for file in built.artifact.path.iterdir()) / 1e6, 1)
         facts["error"] = _error(folder, built)
@@ -48,6 +50,13 @@ def attempt(folder: Path, source: str, build: bool) -> dict[str, Any]:
     facts.setdefault("import_s", round(time.monotonic() - since, 1))
     facts["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return facts
+
+
+def _processor_seconds() -> Iterator[float]:
+    """Of this process and those that it started, which a busy machine changes little."""
+    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+        used = resource.getrusage(who)
+        yield used.ru_utime + used.ru_stime
 
 
 def _error(folder: Path, built: Built) -> float:

@@ -49,24 +49,24 @@ def _counted(rows: Rows) -> Iterator[str]:
     for source, name in (("pt2", ".pt2"), ("onnx", "ONNX")):
         tried = [result[source] for _, result in rows if source in result]
         right = sum(one["status"] == "right" for one in tried)
-        yield f"- From {name}: {right} of {len(tried)} tried are built and right."
+        yield f"- From {name}: {right} of the {len(tried)} tried so far are built and right."
 
 
 def _table(rows: Rows) -> Iterator[str]:
-    yield "Build time and peak memory are of the .pt2's build on a busy machine of two cores: orders of magnitude."
+    yield "Processor seconds and peak memory are those of the whole build from .pt2, import and check included."
     yield ""
     yield (
-        "| network | input (usual) | weights, M | PyTorch float32 | from .pt2 | from ONNX | build, s | peak, MB | "
+        "| network | input (usual) | weights, M | PyTorch float32 | from .pt2 | from ONNX | build, CPU s | peak, MB | "
         "artifact, MB |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"
     for network, result in rows:
         shape = network.shapes + (f" ({network.usual})" if network.usual else "")
-        built = next((result[source] for source in ("pt2", "onnx") if "build_s" in result.get(source, {})), {})
+        built = next((result[source] for source in ("pt2", "onnx") if "peak_mb" in result.get(source, {})), {})
         cells = [
             *(network.name, shape, f"{result.get('parameters', 0) / 1e6:.1f}", f"{result.get('float32_error', 0):.0e}"),
             *(_error(result.get(source)) for source in ("pt2", "onnx")),
-            *(f"{built[key]:.0f}" if key in built else "" for key in ("build_s", "peak_mb", "artifact_mb")),
+            *(f"{built[key]:.0f}" if key in built else "" for key in ("cpu_s", "peak_mb", "artifact_mb")),
         ]
         yield f"| {' | '.join(cells)} |"
 
