@@ -75,7 +75,7 @@ def tune(
     axes = _axes(masks)
     require_devices_of(machine, device or ["local"])
     require_model(model)
-    from dance_tvm.compiler.pipeline import gpu_of, machine_of
+    from dance_tvm.lowering.machine import gpu_of, machine_of
     from dance_tvm.tuning.farm import Farm
     from dance_tvm.tuning.libraries import require_gpu, require_processor
     from dance_tvm.tuning.tuner import Plan, Tuner

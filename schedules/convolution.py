@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from .cpu.row_plan import RowPlan
 from .geometry import GroupedChannels, Window
+from .plans import RowPlan
 
 
 class Panel(Protocol):

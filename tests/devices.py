@@ -12,7 +12,8 @@ from tvm import relax
 
 from dance_tvm.artifact.folder import RUNTIME_VERSIONS, Artifact, BuiltFor, Check, Manifest, Tensor, write_artifact
 from dance_tvm.artifact.linker import shared_library_linker
-from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import load_target
 
 CONSTANT = np.arange(12, dtype="float32").reshape(3, 4)

@@ -33,16 +33,18 @@ from dance_tvm.artifact.folder import (
 )
 from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.artifact.preprocess import Preprocess
-from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.compiler.requests import known_preprocess, require_buildable
 from dance_tvm.core.errors import DanceError, unexpected_told
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.versions import versions
+from dance_tvm.lowering.lowered import Lowered
+from dance_tvm.lowering.machine import host_code_of
 from dance_tvm.machines.host import needed_flags
 from dance_tvm.machines.target import Target, load_target
-from dance_tvm.tuning.advice import tuned_tiles
-from dance_tvm.tuning.places import digest_of_logs
+from dance_tvm.records.advice import tuned_tiles
+from dance_tvm.records.places import digest_of_logs
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +88,7 @@ def build_network(
     weights: str | Path | None = None,
     example_inputs: tuple[torch.Tensor, ...] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    batch: int | None = None,
     threads: int | None = None,
     check: bool | None = None,
     check_inputs: Sequence[str | Path] = (),
@@ -99,7 +102,8 @@ def build_network(
     """Compile ``model`` for ``target`` into the artifact folder ``out``.
 
     ``model`` is a name of the zoo, a ``.pt2`` or ``.onnx`` file, a network in memory (with ``example_inputs``), or one
-    that was imported before; ``shapes`` fix what its inputs leave open. ``check`` runs the built network against its
+    that was imported before; ``shapes`` fix what its inputs leave open, ``batch`` how many
+    clips a call takes. ``check`` runs the built network against its
     source, on this machine or on the emulated device; None does so unless that would take long. ``check_inputs`` are
     ``.npz`` files of real inputs, which the check takes beside its own. Tile sizes come from the target's tuning logs,
     or from those of the target ``logs_from``. With ``reuse`` an intact artifact at ``out`` that the same network,
@@ -119,7 +123,7 @@ def build_network(
 
     with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
         clock.start("import")
-        imported = _import(model, weights, example_inputs, shapes)
+        imported = _import(model, weights, example_inputs, shapes, batch)
         _dump(chosen.debug_dump, "imported", imported.mod)
         manifest = _manifest(imported, machine, chosen, source)
         manifest.preprocess = preprocess or known_preprocess(model)
@@ -190,12 +194,12 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any) -> Imported:
+def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any, batch: int | None) -> Imported:
     from dance_tvm.frontend import Imported, import_model
 
     if isinstance(model, Imported):
         return model
-    return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes)
+    return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes, batch=batch)
 
 
 def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, tvm.IRModule]:
@@ -232,15 +236,6 @@ def _interface(planned: tvm.IRModule, lowered: Lowered, manifest: Manifest, mach
         manifest.target.threads,
     )
     return compile_interface(program_of(planned, len(lowered.weights)), names, machine, folder)
-
-
-def host_code_of(machine: Target) -> dict[str, Any]:
-    """TVM's configuration for the functions that launch kernels of a GPU: they leave their arguments unchecked.
-
-    The virtual machine checks what it is given; behind it, types and shapes are the compiler's own, and the checks
-    would be most of what LLVM compiles.
-    """
-    return {"tirx.disable_assert": machine.gpu is not None}
 
 
 def _gpu_pipeline(target: tvm.target.Target) -> tvm.transform.Pass:

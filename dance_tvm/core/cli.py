@@ -30,6 +30,7 @@ COMMANDS = {
     "targets": ("dance_tvm.show_targets", "List the machines that networks can be built for."),
     "train": ("dance_tvm.train", "Train or prune a sparse network."),
     "tune": ("dance_tvm.tune", "Search the fastest kernels for a network on a real device."),
+    "groups": ("dance_tvm.groups", "Measure which kernel groups a device runs fastest."),
     "logs": ("dance_tvm.logs", "Check, merge and show tuning logs."),
     "bench": ("dance_tvm.bench", "Time an artifact on a device, by clip and by layer."),
     "report": ("dance_tvm.report", "Turn measurements into a page to look at."),

@@ -13,12 +13,15 @@ import tvm
 from tvm import relax
 
 from dance_tvm.artifact.layers import LayerInfo
+from dance_tvm.ir.graph import Graph, Shape, dtype_of, shape_of, substitute, variables
+from dance_tvm.ir.windows import POOLS, padding_behind, window_of, zero_padded
 from dance_tvm.liveness.analysis import Liveness
 from dance_tvm.liveness.expressions import Both, Either, Expression, Factor, Grown, Joined, Live, Part, nodes
+from dance_tvm.liveness.kernel_groups import KernelGroups, choose_kernel_groups, fitting_groups, lane_cost
 from dance_tvm.liveness.relax_graph import liveness_of
 from dance_tvm.schedules.convolution import Convolution
 from dance_tvm.schedules.cpu.carry_frames import Carry, carry_frames
-from dance_tvm.schedules.cpu.channel_plan import channel_list_shape, plan_channels
+from dance_tvm.schedules.cpu.channel_plan import plan_channels
 from dance_tvm.schedules.cpu.compact_channels import compact_channels
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv, conv3d_gather
 from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv, balanced_order, conv3d_kgs, plan_columns
@@ -26,7 +29,7 @@ from dance_tvm.schedules.cpu.depthwise import DepthwiseConv, depthwise3d, why_no
 from dance_tvm.schedules.cpu.depthwise_tiles import default_tile as depthwise_tile
 from dance_tvm.schedules.cpu.mask_window import Field, grow_backward, grow_forward
 from dance_tvm.schedules.cpu.pool3d import Pool, pool3d
-from dance_tvm.schedules.cpu.row_plan import RowPlan, plan_rows
+from dance_tvm.schedules.cpu.row_plan import plan_rows
 from dance_tvm.schedules.cpu.spaces import PoolSpace, TuningLog, choose_kernel, choose_tile, decide
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.cpu.winograd import WinogradConv, conv3d_winograd, mask_arguments
@@ -35,14 +38,12 @@ from dance_tvm.schedules.emit import one_thread
 from dance_tvm.schedules.geometry import Window, added
 from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
 from dance_tvm.schedules.gpu.tiles import Gpu
+from dance_tvm.schedules.plans import RowPlan, channel_list_shape
 from dance_tvm.schedules.workload import POOL, TYPICAL_DENSITY, Workload
-from dance_tvm.transform.graph import Graph, Shape, dtype_of, shape_of, substitute, variables
 
 from .carries import Chain, find_chains
-from .kernel_groups import KernelGroups, choose_kernel_groups, fitting_groups, lane_cost
 from .sample_lists import SampleLists, positions_of_input
 from .sites import Site, Sites
-from .windows import POOLS, padding_behind, window_of, zero_padded
 
 #: Share of zero weights from which on a layer's report says why they are not skipped.
 WORTH_TELLING = 0.01

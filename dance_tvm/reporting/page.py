@@ -126,8 +126,8 @@ def tables(results: Results, papers: Sequence[str] = (), tuning_logs: Sequence[P
         found += [_layers(device, item) for item in device.measured if item.profile]
     found += why.tables(results, tuning_logs)
     found += [_paper(paper, results) for paper in papers]
-    streams = _streams(results)
-    return found + ([streams] if streams.rows else []) + [_facts(results)]
+    extras = [_peers(results), _accuracy(results), _loading(results), _streams(results)]
+    return found + [table for table in extras if table.rows] + [_facts(results)]
 
 
 def _summary(results: Results) -> Table:
@@ -201,6 +201,48 @@ def _streams(results: Results) -> Table:
     return Table(
         "Single stream", "One query after the other; the 90th percentile counts (MLPerf inference).", heads, rows, 2
     )
+
+
+def _peers(results: Results) -> Table:
+    rows = [
+        [each.engine, each.version, each.artifact, _ms(each.latency.p50), f"{each.speed_up:.2f}",
+         f"{each.low:.2f} to {each.high:.2f}", f"{each.difference:.1g}"]
+        for each in results.peers
+    ]  # fmt: skip
+    heads = [
+        "engine",
+        "version",
+        "beside",
+        "its p50",
+        "ours is faster",
+        "95% interval",
+        "outputs differ",
+    ]
+    return Table("Other engines", "The same network on the same input, in turns with ours.", heads, rows, 3)
+
+
+def _accuracy(results: Results) -> Table:
+    rows = [
+        [item.name, name_of(device), str(known.clips), f"{known.top1:.1%}", f"{known.top5:.1%}", str(known.videos),
+         f"{known.video_top1:.1%}", f"{known.video_top5:.1%}"]
+        for device in results.devices
+        for item in device.measured
+        if (known := item.accuracy)
+    ]  # fmt: skip
+    heads = ["network", "device", "clips", "right", "among five", "videos", "right", "among five"]
+    return Table("Accuracy", "Of a video the mean of its clips' scores counts.", heads, rows, 2)
+
+
+def _loading(results: Results) -> Table:
+    rows = [
+        [item.name, "cold" if each.cold else "warm", _ms(each.verify), _ms(each.load), _ms(each.first_run),
+         _ms(each.verify + each.load + each.first_run)]
+        for device in results.devices
+        for item in device.measured
+        for each in item.loading
+    ]  # fmt: skip
+    text = "In a process of its own that has TVM loaded; cold: the files were not in memory."
+    return Table("Until the first answer", text, ["network", "start", "verify", "load", "first run", "whole"], rows, 2)
 
 
 def _facts(results: Results) -> Table:

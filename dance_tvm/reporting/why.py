@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dance_tvm.benchmarking.results import Device, Measured, Results
+from dance_tvm.records.places import log_folders
 from dance_tvm.reporting.charts import place_of
 from dance_tvm.reporting.tables import Cell, Link, Table
-from dance_tvm.tuning.places import log_folders
 
 _RECORD = re.compile(r"record ([0-9a-f]{16})")
 

@@ -26,7 +26,7 @@ from ..emit import (
     when,
 )
 from ..geometry import Triple, Window
-from .row_plan import mask_shapes
+from ..plans import mask_shapes
 
 #: What a maximum starts from: less than any number.
 LOWEST = -math.inf

@@ -44,10 +44,10 @@ from ..emit import (
     when,
 )
 from ..geometry import Window
-from .channel_plan import channel_list_shape
-from .conv3d_gather import Tile
+from ..plans import channel_list_shape
 from .dead_outputs import zero_dead
 from .panel_weights import PanelWeights, WeightPanel
+from .tiles import Tile
 from .winograd_plan import LISTS, WinogradPlan
 from .winograd_transforms import matrices, transform_weights
 

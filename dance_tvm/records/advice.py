@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.records.kernel_log import Log, Record, log_path
+from dance_tvm.records.places import log_folders
 from dance_tvm.schedules.cpu.spaces import Advice
 from dance_tvm.schedules.workload import FAMILIES, Workload
-from dance_tvm.tuning.places import log_folders
-from dance_tvm.tuning.records import Log, Record, log_path
 
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
