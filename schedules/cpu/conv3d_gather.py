@@ -18,7 +18,6 @@ from tvm import tirx
 
 from ..convolution import Convolution
 from ..emit import (
-    ACTIVATIONS,
     INT,
     Expr,
     argument,
@@ -37,6 +36,7 @@ from ..emit import (
     store,
     when,
 )
+from ..epilogue import activate
 from ..plans import channel_list_shape
 from .dead_outputs import zero_dead
 from .panel_weights import PanelWeights, WeightPanel, are_consecutive
@@ -353,7 +353,7 @@ class GatherEmitter:
         value = partial[lanes(source, count)]
         if self.residual is not None:
             value = value + self.residual[lanes(target, count)]
-        value = ACTIVATIONS[self.conv.activation](value, count)
+        value = activate(self.conv.activation, value, count)
         store(self.y, self._finished(value, channel, count), lanes(target, count))
 
     def _finished(self, value: Expr, channel: Expr, count: int) -> Expr:

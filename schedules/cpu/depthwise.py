@@ -20,7 +20,6 @@ import numpy as np
 from tvm import tirx
 
 from ..emit import (
-    ACTIVATIONS,
     Expr,
     argument,
     big,
@@ -37,8 +36,9 @@ from ..emit import (
     store,
     when,
 )
+from ..epilogue import activate
 from ..geometry import GroupedChannels, Window
-from .row_plan import mask_shapes
+from ..plans import mask_shapes
 
 TIME, HEIGHT, WIDTH = range(3)
 
@@ -338,4 +338,4 @@ class _Emitter:
                 value = row[v][lanes(0, count)]
                 if self.residual is not None:
                     value = value + self.residual[at]
-                store(self.y, ACTIVATIONS[conv.activation](value, count), at)
+                store(self.y, activate(conv.activation, value, count), at)
