@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,8 +16,6 @@ import tvm
 from tvm import relax
 from tvm.target import codegen
 
-from dance_tvm.artifact.c_interface import compile_interface
-from dance_tvm.artifact.c_program import Names, program_of
 from dance_tvm.artifact.device_code import embed_device_code
 from dance_tvm.artifact.folder import (
     Artifact,
@@ -34,6 +31,7 @@ from dance_tvm.artifact.folder import (
 from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.compiler.program import write_program
 from dance_tvm.compiler.requests import known_preprocess, require_buildable
 from dance_tvm.core.errors import DanceError, unexpected_told
 from dance_tvm.core.hashing import file_sha256
@@ -125,7 +123,7 @@ def build_network(
         clock.start("import")
         imported = _import(model, weights, example_inputs, shapes, batch)
         _dump(chosen.debug_dump, "imported", imported.mod)
-        manifest = _manifest(imported, machine, chosen, source)
+        manifest = new_manifest(imported, machine, chosen, source)
         manifest.preprocess = preprocess or known_preprocess(model)
         from dance_tvm.compiler.check import check_artifact, check_kernels, was_checked  # PyTorch is loaded by now
 
@@ -148,21 +146,22 @@ def build_network(
             return Built(standing, clock.seconds, _peak_memory())
         lowered = lower(imported.mod, machine, chosen, clock.start)
         clock.start("compile")
-        executable, planned = _compile(lowered, machine, chosen)
+        executable, planned = compile_lowered(lowered, machine, chosen)
         manifest.memory_peak_bytes = _memory(lowered, planned)
         manifest.layers = lowered.layers
         clock.start("generate and link code")
-        packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
-        with tempfile.TemporaryDirectory(prefix="dance_tvm_interface_") as folder:
-            in_c = chosen.interface == "c"
-            also = _interface(planned, lowered, manifest, machine, Path(folder)) if in_c else []
-            linker = shared_library_linker(machine, also)
+        checked = None if check is False else lambda artifact: check_there(artifact, lowered)
+        if chosen.interface == "c":
+            artifact = write_program(out, lowered, executable, planned, manifest, machine, checked, reference)
+        else:
+            packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
+            linker = shared_library_linker(machine)
             artifact = write_artifact(
                 out,
                 lambda path: executable.export_library(str(path), fcompile=linker, **packing),
                 lowered.weights,
                 manifest,
-                None if check is False else lambda artifact: check_there(artifact, lowered),
+                checked,
                 reference,
             )
         clock.start("")
@@ -202,7 +201,7 @@ def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes:
     return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes, batch=batch)
 
 
-def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, tvm.IRModule]:
+def compile_lowered(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, tvm.IRModule]:
     """The executable, and the module whose memory is planned."""
     target = machine.tvm_target(options.threads)
     planned: list[tvm.IRModule] = []
@@ -223,19 +222,6 @@ def _memory(lowered: Lowered, planned: tvm.IRModule) -> int:
     """Bytes of all weights and planned activations."""
     weights = _constant_bytes(lowered.mod) + sum(array.nbytes for array in lowered.weights.values())
     return weights + _planned_storage(planned)
-
-
-def _interface(planned: tvm.IRModule, lowered: Lowered, manifest: Manifest, machine: Target, folder: Path) -> list[str]:
-    """Object files in ``folder`` with the C interface of the network."""
-    description = f"{manifest.name} for {machine.name}, dance_tvm {manifest.versions['dance-tvm']}"
-    names = Names(
-        [tensor.name for tensor in manifest.inputs],
-        [tensor.name for tensor in manifest.outputs],
-        list(lowered.weights),
-        description,
-        manifest.target.threads,
-    )
-    return compile_interface(program_of(planned, len(lowered.weights)), names, machine, folder)
 
 
 def _gpu_pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
@@ -274,7 +260,7 @@ def _planned_storage(mod: tvm.IRModule) -> int:
     return total
 
 
-def _manifest(imported: Imported, machine: Target, options: Options, logs_from: Target | None) -> Manifest:
+def new_manifest(imported: Imported, machine: Target, options: Options, logs_from: Target | None = None) -> Manifest:
     """All that is known before anything is compiled."""
     target = machine.tvm_target(options.threads)
     chosen: dict[str, str] = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}

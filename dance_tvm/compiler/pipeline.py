@@ -25,6 +25,7 @@ from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import excess_cycles
 from dance_tvm.transform.boolean_logic import BooleanLogic
 from dance_tvm.transform.channels_last import ChannelsLast
+from dance_tvm.transform.compute_empty import ComputeEmpty
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
 from dance_tvm.transform.join_small import JoinSmall
@@ -97,6 +98,7 @@ def lower(
         (
             "other operators",
             [
+                ComputeEmpty(),
                 relax.transform.DecomposeOpsForInference(),
                 relax.transform.LegalizeOps(KEEP_NAN),
                 relax.transform.AnnotateTIROpPattern(),
@@ -120,7 +122,7 @@ def lower(
                 _dump(mod, options.debug_dump, number, phase)
     told = narrow[0].told if narrow else {}
     layers = [_with_reason(layer, told.get(layer.name, "")) for layer in lower_windows.layers]
-    return Lowered(mod, layers, lift_weights.weights, lower_windows.workloads)
+    return Lowered(mod, layers, lift_weights.weights, lower_windows.workloads, lower_windows.sources)
 
 
 def _with_reason(layer: LayerInfo, reason: str) -> LayerInfo:

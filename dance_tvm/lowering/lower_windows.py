@@ -39,6 +39,7 @@ from dance_tvm.schedules.geometry import Window, added
 from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.plans import RowPlan, channel_list_shape
+from dance_tvm.schedules.preparation import Source, array_digest
 from dance_tvm.schedules.workload import POOL, TYPICAL_DENSITY, Workload
 
 from .carries import Chain, find_chains
@@ -62,7 +63,7 @@ COUNTS = "counts"
 @tvm.transform.module_pass(opt_level=0, name="LowerWindows")
 class LowerWindows:
     """Lower every site of ``main``; ``layers`` receives what was decided, in order of execution, ``workloads`` what the
-    sizes of a layer's kernel were chosen for."""
+    sizes of a layer's kernel were chosen for, ``sources`` what packed weights were made of."""
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class LowerWindows:
         self.convolution = convolution
         self.layers: list[LayerInfo] = []
         self.workloads: dict[str, Workload] = {}
+        self.sources: dict[bytes, Source] = {}
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -110,6 +112,7 @@ class LowerWindows:
             lowered = lowering.run()
         self.layers.extend(lowering.layers)
         self.workloads.update(lowering.workloads)
+        self.sources.update(lowering.sources)
         return relax.transform.DeadCodeElimination()(lowered)
 
 
@@ -139,6 +142,8 @@ class Lowering:
     chains: dict[relax.Var, Chain] = field(default_factory=dict)
     #: How activations and weights are stored.
     dtype: str = "float32"
+    #: What packed weights were made of, by their digest.
+    sources: dict[bytes, Source] = field(default_factory=dict)
 
     def run(self) -> tvm.IRModule:
         """Emit the network with kernels in the place of sites, and the counts of what they will execute beside it.
@@ -485,6 +490,7 @@ class Lowering:
         self._count(conv, lists, channels)
         if site.start not in self.constants:
             packed = [conv.pack_weights(site.weight), conv.pack_bias(bias_of(site)), conv.plan.tap_entries]
+            self.sources[array_digest(packed[0])] = Source(conv.preparation, site.weight)
             self.constants[site.start] = [relax.const(array) for array in packed]
         if isinstance(conv, WinogradConv):
             lists = lists[: len(LISTS)]
