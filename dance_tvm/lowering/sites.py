@@ -137,7 +137,11 @@ class Sites:
         """Take ``reader`` into the kernel if it can be."""
         graph = self.graph
         name = graph.op(reader)
-        if not name or not is_tensor(reader) or shape_of(reader) != shape_of(site.end):
+        if not name or not is_tensor(reader):
+            return False
+        if name == "reshape" and site.linear:  # of the rows alone: their order in memory stays
+            return shape_of(reader)[-1:] == (site.channels_out,)
+        if shape_of(reader) != shape_of(site.end):
             return False
         if reader in self.inside or reader in self.by_end:  # another site's: one that adds a shortcut's convolution
             return False
