@@ -275,8 +275,8 @@ class _Importer(ExportedProgramImporter):
             return value
         if not all(isinstance(extent, tvm.tirx.IntImm) for extent in value.ty.shape):
             raise DanceError(
-                f"The operator {node.target} of layer {describe(node)!r} has a result whose size depends on the input's "
-                "values: export the network with fixed sizes."
+                f"The operator {node.target} of layer {describe(node)!r} has a result whose size depends on the "
+                "input's values: export the network with fixed sizes."
             )
         shape = tuple(int(extent) for extent in value.ty.shape)
         known = all(isinstance(extent, int) for extent in expected.shape)
