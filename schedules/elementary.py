@@ -26,12 +26,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import tvm
 from tvm import tirx
 
-Expr = Any
+Expr: TypeAlias = tirx.Expr
 #: Names the value of an expression that is read more than once.
 Bind = Callable[[Expr], Expr]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeAlias
 
 from tvm import s_tir, tirx
 from tvm.script.ir_builder import IRBuilder
@@ -17,7 +17,8 @@ from tvm.tirx.script.builder import ir as T
 
 from . import elementary  # noqa: F401  (what exp and its like are on a CPU)
 
-Expr = Any
+#: An expression of TIR; Python's numbers stand for constants.
+Expr: TypeAlias = tirx.Expr
 
 FLOAT = "float32"
 INT = "int32"
