@@ -72,10 +72,6 @@ def build(
         Literal["compiled", "source"],
         typer.Option(help="Of a CUDA target: PTX, or source that the device compiles."),
     ] = "compiled",
-    interface: Annotated[
-        Literal["tvm", "c"],
-        typer.Option(help="c adds a C interface to the library, which then runs without TVM (docs/c-interface.md)."),
-    ] = "tvm",
     preprocess: Annotated[
         Path | None,
         typer.Option(help="How frames of videos become the input (.toml, docs/run.md).", show_default="the zoo's own"),
@@ -93,7 +89,7 @@ def build(
     # All that can be told before the seconds that loading the compiler takes.
     shapes = dict(map(_shape, shape or []))
     machine = load_target(target)
-    requests.require_buildable(machine, dtype, interface)
+    requests.require_buildable(machine, dtype)
     requests.require_agreement(numerics, conv)
     requests.require_model(model)
     requests.require_weights(weights)
@@ -119,7 +115,6 @@ def build(
             sparsity=sparsity,
             device_code=device_code,
             dtype=dtype,
-            interface=interface,
             logs=logs,
         )
         built = build_network(

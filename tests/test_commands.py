@@ -128,8 +128,6 @@ def test_targets_that_contradict_themselves_are_refused():
         with pytest.raises(DanceError, match=said):
             require_buildable(phone.model_copy(update=changes))
     require_buildable(load_target("snapdragon-gpu"), dtype="float16")
-    with pytest.raises(DanceError, match="--interface c"):
-        require_buildable(load_target("snapdragon-gpu"), interface="c")
 
 
 def test_random_weights_are_known_as_such():

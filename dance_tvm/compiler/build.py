@@ -115,7 +115,7 @@ def build_network(
     source = load_target(logs_from) if logs_from else None
     if chosen.tuning is None:
         chosen = replace(chosen, tuning=tuned_tiles(machine, options.logs if options else None, source))
-    require_buildable(machine, chosen.dtype, chosen.interface)
+    require_buildable(machine, chosen.dtype)
     require_writable(out)  # told before any work is done
     clock = _Clock(on_phase)
 
@@ -151,7 +151,7 @@ def build_network(
         manifest.layers = lowered.layers
         clock.start("generate and link code")
         checked = None if check is False else lambda artifact: check_there(artifact, lowered)
-        if chosen.interface == "c":
+        if machine.gpu is None:
             artifact = write_program(out, lowered, executable, planned, manifest, machine, checked, reference)
         else:
             packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
@@ -264,8 +264,6 @@ def new_manifest(imported: Imported, machine: Target, options: Options, logs_fro
     """All that is known before anything is compiled."""
     target = machine.tvm_target(options.threads)
     chosen: dict[str, str] = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}
-    if options.interface != "tvm":
-        chosen["interface"] = options.interface
     if options.dtype != "float32":
         chosen["dtype"] = options.dtype
     if options.device_code != "compiled":

@@ -56,7 +56,6 @@ class Options:
     logs: Path | None = None
     device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16"] = "float32"
-    interface: Literal["tvm", "c"] = "tvm"
 
 
 def lower(
@@ -64,7 +63,7 @@ def lower(
 ) -> Lowered:
     """Turn an imported Relax module into one whose every operator has a kernel for ``target``."""
     machine, gpu = machine_of(target), gpu_of(target)
-    require_buildable(target, options.dtype, options.interface)
+    require_buildable(target, options.dtype)
     lower_windows = LowerWindows(
         gpu or machine,
         sparsity=options.sparsity == "auto",
