@@ -25,6 +25,7 @@ from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import excess_cycles
 from dance_tvm.transform.boolean_logic import BooleanLogic
 from dance_tvm.transform.channels_last import ChannelsLast
+from dance_tvm.transform.compute_empty import ComputeEmpty
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
 from dance_tvm.transform.join_small import JoinSmall
@@ -95,6 +96,7 @@ def lower(
         (
             "other operators",
             [
+                ComputeEmpty(),
                 relax.transform.DecomposeOpsForInference(),
                 relax.transform.LegalizeOps(KEEP_NAN),
                 relax.transform.AnnotateTIROpPattern(),

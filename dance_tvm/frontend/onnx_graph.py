@@ -166,8 +166,6 @@ class _Importer(ONNXGraphImporter):
         found = self._nodes.get(value.name)
         if not isinstance(found, relax.Expr):
             raise DanceError(f"The output {value.name!r} is not a tensor: export the network with tensors out.")
-        if 0 in (shape := tuple(int(extent) for extent in found.ty.shape)):
-            raise DanceError(f"The output {value.name!r} holds nothing, its shape is {shape}: export without it.")
         declared = onnx_file.dtype_name(value) if value.type.tensor_type.elem_type else ""
         if declared in _OTHER_FLOATS and str(found.ty.dtype.dtype) == "float32":
             self.bb.enter(value.name, only=False)
