@@ -68,6 +68,16 @@ def build(
         Literal["float32", "float16"],
         typer.Option(help="How a GPU stores activations and weights; sums are float32."),
     ] = "float32",
+    memory: Annotated[
+        Literal["small", "balanced", "fast"],
+        typer.Option(help="Of weights prepared for a processor: small transforms none, balanced by 2.4 at most."),
+    ] = "fast",
+    weights_dtype: Annotated[
+        Literal["float32", "float16"],
+        typer.Option(help="How an artifact for a processor stores weights; computed is in float32."),
+    ] = "float32",
+    prepared: Annotated[bool, typer.Option(help="Store weights as kernels read them: larger, ready at once.")] = False,
+    static: Annotated[bool, typer.Option(help="Write libmodel.a too, for apps that link the network in.")] = False,
     device_code: Annotated[
         Literal["compiled", "source"],
         typer.Option(help="Of a CUDA target: PTX, or source that the device compiles."),
@@ -115,6 +125,10 @@ def build(
             sparsity=sparsity,
             device_code=device_code,
             dtype=dtype,
+            memory=memory,
+            weights_dtype=weights_dtype,
+            prepared=prepared,
+            static=static,
             logs=logs,
         )
         built = build_network(
