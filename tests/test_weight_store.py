@@ -102,7 +102,10 @@ def _is_a_readable_file(path: Path, store: Store) -> None:
 
 def test_half_precision_prepared_and_static_are_chosen_by_option(tmp_path):
     torch.manual_seed(1)
-    network, x = nn.Sequential(nn.Flatten(), nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), torch.randn(1, 300)
+    network, x = (
+        nn.Sequential(nn.Flatten(), nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, 8)).eval(),
+        torch.randn(1, 300),
+    )
     options = Options(weights_dtype="float16", static=True)
     halved = build_network(network, tmp_path / "half", example_inputs=(x,), options=options, check=True).artifact
     assert halved.manifest.check.difference is not None
