@@ -100,6 +100,7 @@ def write(
         check=Check(status="not run"),
     )
     if target.gpu is None:
+        manifest.options["interface"] = "c"
         lowered = replace(lowered, weights=weights or {})
         executable, planned = compile_lowered(lowered, target, Options(threads=1))
         return write_program(

@@ -273,7 +273,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 
 
 def test_own_overhead_is_under_one_percent(host_artifact):
-    """What timing adds to a run is two readings of the clock: a network of nearly nothing takes under 1% of a 1 ms one."""
+    """Timing adds two readings of the clock to a run: a network of nearly nothing takes under 1% of a 1 ms one."""
     with open_device("local") as device:
         network = device.load(host_artifact)
         inputs = random_inputs(host_artifact.manifest.inputs)

@@ -57,7 +57,7 @@ class Counter(nn.Module):
 
 
 def built(network: nn.Module, out: Path, *inputs: torch.Tensor, threads: int = 2, **options) -> Path:
-    settings = Options(threads=threads, **options)
+    settings = Options(interface="c", threads=threads, **options)
     return build_network(network.eval(), out, example_inputs=inputs, options=settings, check=False).artifact.path
 
 
@@ -274,7 +274,7 @@ def test_numpy_alone_runs_an_artifact(masked, tmp_path):
 
 
 def test_a_phones_library_names_what_it_needs(tmp_path):
-    settings = Options()
+    settings = Options(interface="c")
     network = nn.Linear(4, 4)
     build_network(
         network, tmp_path / "a", target="snapdragon", example_inputs=(torch.zeros(1, 4),), options=settings, check=False
@@ -303,7 +303,7 @@ def test_an_emulated_board_gives_the_answers_of_pytorch_without_tvm(tmp_path):
     torch.manual_seed(0)
     network, inputs = Masked().eval(), (torch.randn(1, 3, 4, 8, 8), torch.randn(1, 5))
     folder = tmp_path / "phone"
-    settings = Options(threads=2)
+    settings = Options(interface="c", threads=2)
     build_network(network, folder, target="aarch64-linux", example_inputs=inputs, options=settings, check=False)
     zig = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-gnu.2.17", "-D_DEFAULT_SOURCE"]
     command = [*zig, *C, str(EXAMPLES / "c/run_clip.c"), "-o", str(tmp_path / "run_clip"), *LIBRARIES]

@@ -45,9 +45,10 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 2), nn.ReLU()).eval()
 
 
-def artifact(network: nn.Module, out: Path, target: str = "host") -> Path:
+def artifact(network: nn.Module, out: Path, target: str = "host", interface: str = "c") -> Path:
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    return build_network(network, out, target=target, example_inputs=(x,), check=False).artifact.path
+    options = Options(interface=interface)
+    return build_network(network, out, target=target, example_inputs=(x,), options=options, check=False).artifact.path
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +167,9 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence(host, network, tmp_path)
         assert isinstance(error, DanceError)
         return str(error)
 
-    gpu = artifact(network, tmp_path / "gpu", "snapdragon-gpu")
-    assert "snapdragon-gpu, a GPU" in refusal(gpu, "--out", tmp_path / "a")
+    plain = artifact(network, tmp_path / "plain", interface="tvm")
+    assert "--interface c" in refusal(plain, "--out", tmp_path / "a")
     assert "--target snapdragon" in refusal(host, "--format", "android", "--out", tmp_path / "b")
     (tmp_path / "c").mkdir()
     assert "is there already" in refusal(host, "--out", tmp_path / "c")
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["c", "gpu"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["c", "plain"]

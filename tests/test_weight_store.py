@@ -53,7 +53,7 @@ def network() -> nn.Module:
 @pytest.mark.parametrize(("conv", "most_inline"), [("winograd", 1 << 20), ("direct", 0)])
 def test_what_kernels_read_is_what_was_packed(network, conv, most_inline, tmp_path):
     x = torch.randn(1, 3, 5, 11, 12)
-    target, options = load_target("host"), Options(threads=2, conv=conv, sparsity="off")
+    target, options = load_target("host"), Options(threads=2, conv=conv, sparsity="off", interface="c")
     imported = import_model(network, example_inputs=(x,))
     lowered = lower(imported.mod, target, options)
     executable, planned = compile_lowered(lowered, target, options)
@@ -100,13 +100,11 @@ def _is_a_readable_file(path: Path, store: Store) -> None:
     assert store.digest() == hashlib.sha256(leaves).digest()
 
 
-def test_half_precision_prepared_and_static_are_chosen_by_option(tmp_path):
+def test_half_precision_and_an_archive_are_options(tmp_path):
     torch.manual_seed(1)
-    network, x = (
-        nn.Sequential(nn.Flatten(), nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, 8)).eval(),
-        torch.randn(1, 300),
-    )
-    options = Options(weights_dtype="float16", static=True)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    x = torch.randn(1, 300)
+    options = Options(interface="c", weights_dtype="float16", static=True)
     halved = build_network(network, tmp_path / "half", example_inputs=(x,), options=options, check=True).artifact
     assert halved.manifest.check.difference is not None
     assert 0 < halved.manifest.check.difference < 1e-2

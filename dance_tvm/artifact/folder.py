@@ -35,7 +35,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.machines.host import cpu_flags
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 3
 _SHOWN_OUTPUTS = 8  # in words; the manifest lists all
 
 LIBRARY, WEIGHTS, MANIFEST = "model.so", "weights.safetensors", "manifest.json"
@@ -181,8 +181,8 @@ class Manifest(_Strict):
 
     @property
     def is_program(self) -> bool:
-        """Whether the library is a program of its own with a C interface; for a GPU, TVM's runtime runs it."""
-        return self.target.tvm.get("kind") == "llvm"
+        """Whether the library is a program of its own with a C interface; else TVM's virtual machine runs it."""
+        return self.options.get("interface") == "c"
 
     @property
     def macs(self) -> int:

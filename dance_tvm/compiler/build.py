@@ -115,7 +115,7 @@ def build_network(
     source = load_target(logs_from) if logs_from else None
     if chosen.tuning is None:
         chosen = replace(chosen, tuning=tuned_tiles(machine, options.logs if options else None, source))
-    require_buildable(machine, chosen.dtype)
+    require_buildable(machine, chosen.dtype, chosen.interface)
     require_writable(out)  # told before any work is done
     clock = _Clock(on_phase)
 
@@ -151,7 +151,7 @@ def build_network(
         manifest.layers = lowered.layers
         clock.start("generate and link code")
         checked = None if check is False else lambda artifact: check_there(artifact, lowered)
-        if machine.gpu is None:
+        if chosen.interface == "c":
             artifact = write_program(out, lowered, executable, planned, manifest, machine, chosen, checked, reference)
         else:
             packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
@@ -266,6 +266,8 @@ def new_manifest(imported: Imported, machine: Target, options: Options, logs_fro
     chosen: dict[str, str] = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}
     if options.dtype != "float32":
         chosen["dtype"] = options.dtype
+    if options.interface != "tvm":
+        chosen["interface"] = options.interface
     if options.memory != "fast":
         chosen["memory"] = options.memory
     if options.weights_dtype != "float32":

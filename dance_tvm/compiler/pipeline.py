@@ -57,6 +57,7 @@ class Options:
     logs: Path | None = None
     device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16"] = "float32"
+    interface: Literal["tvm", "c"] = "tvm"
     memory: Memory = "fast"
     weights_dtype: Literal["float32", "float16"] = "float32"
     prepared: bool = False
@@ -68,7 +69,7 @@ def lower(
 ) -> Lowered:
     """Turn an imported Relax module into one whose every operator has a kernel for ``target``."""
     machine, gpu = machine_of(target), gpu_of(target)
-    require_buildable(target, options.dtype)
+    require_buildable(target, options.dtype, options.interface)
     lower_windows = LowerWindows(
         gpu or machine,
         sparsity=options.sparsity == "auto",
