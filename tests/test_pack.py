@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from dance_tvm import DanceError, build_network, pack
+from dance_tvm import DanceError, Options, build_network, pack
 from dance_tvm.artifact.c_interface import INTERFACE
 
 USE_C = """
