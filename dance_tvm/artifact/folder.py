@@ -478,6 +478,8 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
+        if not folder.is_dir():
+            raise DanceError(f"there is no artifact {folder}: `dance-tvm build` writes one") from None
         raise DanceError(f"{folder} holds no {MANIFEST}: it is not an artifact of dance-tvm build") from None
     except OSError as error:
         raise DanceError(f"{path} cannot be read: {error.strerror}") from None
