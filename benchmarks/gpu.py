@@ -159,7 +159,7 @@ def network_kernels(network: str, target: Target, imported: dict[str, Any]) -> d
 
 def sparse_kernels(layer: Layer, target: Target) -> dict[str, dict[str, Any]]:
     """Kernels of a layer by what thins it."""
-    from dance_tvm.compiler.pipeline import gpu_of
+    from dance_tvm.lowering.machine import gpu_of
     from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
     from dance_tvm.schedules.gpu.tiles import default_tile
 
@@ -261,7 +261,7 @@ def occupancy(gpu: Gpu, threads: int, registers: int, shared: int) -> float:
 
 def block_conv(layer: Layer, target: Target, masks: Masks) -> Any:
     """The kernel of a layer with the default tile of ``target`` and the lists that ``masks`` ask for."""
-    from dance_tvm.compiler.pipeline import gpu_of
+    from dance_tvm.lowering.machine import gpu_of
     from dance_tvm.schedules.gpu.conv3d_gather import BlockConv
     from dance_tvm.schedules.gpu.row_plan import block_plan
     from dance_tvm.schedules.gpu.tiles import default_tile
@@ -374,8 +374,6 @@ class LayerInTorch:
     def __init__(self, layer: Layer, where: str, seconds: Callable[[Callable[[], None]], float]) -> None:
         import torch
 
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.benchmark = True
         self._seconds = seconds
         window = layer.window
         self._calls = []
@@ -386,10 +384,10 @@ class LayerInTorch:
             self._calls.append(lambda conv=conv, x=x: torch.relu_(conv(x)))
 
     def seconds(self) -> float:
-        """The better format's."""
+        """The better format's, in whole float32, with cuDNN's own choice of algorithm by trial."""
         import torch
 
-        with torch.no_grad():
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
             return min(self._seconds(call) for call in self._calls)
 
 

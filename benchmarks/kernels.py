@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import tvm
 from tvm import tirx
 
-from dance_tvm.compiler.pipeline import machine_of
+from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import Target
-from dance_tvm.schedules.cpu.conv3d_gather import GatherConv, Tile
+from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.row_plan import RowPlan
-from dance_tvm.schedules.cpu.tiles import default_tile
+from dance_tvm.schedules.cpu.tiles import Tile, default_tile
 from dance_tvm.schedules.emit import argument, kernel, lanes, let, number, parallel, scratch, serial, splat, store
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.kernel import Kernel, Weights

@@ -9,11 +9,11 @@ from typing import Protocol
 import numpy as np
 from tvm import tirx
 
-from .channels import channel_list_shape
 from .emit import FLOAT, INT, Expr, let
 from .geometry import GroupedChannels, Window
 from .kernel import Count, Kernel, Operand, Planned, Weights, constant, listed, output
-from .plan import Plan
+from .plans import Plan, channel_list_shape
+from .preparation import Panels, Preparation
 
 
 class Panel(Protocol):
@@ -142,14 +142,15 @@ class Convolution(GroupedChannels, Kernel):
             constants["weights"] = self.pack_weights(weights.weight)
         return constants
 
+    @property
+    def preparation(self) -> Preparation | None:
+        """How weights become what the kernel reads, where the artifact's library can do it."""
+        return Panels(self.groups, self.group_out, self.depth, self.window.taps, self.tile.nr)
+
     def pack_weights(self, weight: np.ndarray) -> np.ndarray:
         """Pack float32 weights (C_out, C_in / groups, KT, KH, KW) the way the kernel reads them."""
-        taps_last = weight.reshape(self.groups, self.group_out, self.depth, self.window.taps)
-        per_group = self.panels // self.groups
-        padded = np.zeros((self.groups, per_group * self.tile.nr, self.depth, self.window.taps), self.dtype)
-        padded[:, : self.group_out] = taps_last
-        blocks = padded.reshape(self.panels, self.tile.nr, self.depth, self.window.taps)
-        return np.ascontiguousarray(blocks.transpose(0, 3, 2, 1))
+        assert self.preparation is not None
+        return self.preparation.apply(weight)
 
     def unpacked(self, at: Expr) -> tuple[Expr, Expr, Expr, Expr] | None:
         """In panels."""

@@ -18,6 +18,7 @@ from tvm import tirx
 
 from .emit import FLOAT, INT, Expr, argument, kernel
 from .kernel_columns import Columns
+from .preparation import Preparation
 
 #: Where an operand comes from: the layer's input, what is added to its result, ``Kernel.prepare``, a mask, one of
 #: ``Kernel.lists``, or nowhere: the kernel writes it.
@@ -116,6 +117,11 @@ class Kernel(ABC):
     skips: ClassVar[tuple[str, ...]] = ()
     #: Whether small integers stay exact in it, whatever its sizes.
     exact: ClassVar[bool] = True
+
+    @property
+    def preparation(self) -> Preparation | None:
+        """How the operand ``weights`` is made of a layer's weights, where the artifact's library can do it."""
+        return None
 
     @property
     def scratch_bytes(self) -> int:

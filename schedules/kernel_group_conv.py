@@ -35,6 +35,10 @@ class KernelGroupLists(Convolution):
         """(columns, nr); a layer without any column keeps one run that no list names."""
         return (max(self.run, self.columns), self.tile.nr)
 
+    @property
+    def preparation(self) -> None:
+        """Columns are listed when the network is built."""
+
     def unpacked(self, at: Expr) -> None:
         """Which weights there are the columns tell."""
 

@@ -12,7 +12,7 @@ from tvm import tirx
 from .emit import FLOAT, Expr
 from .geometry import Triple, Window
 from .kernel import Kernel, Operand, output
-from .plan import masks_of
+from .plans import masks_of
 
 #: What a maximum starts from: less than any number.
 LOWEST = -math.inf

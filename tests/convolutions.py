@@ -10,7 +10,7 @@ import numpy as np
 import tvm
 from hypothesis import strategies as st
 
-from dance_tvm.schedules.cpu.conv3d_gather import Tile
+from dance_tvm.schedules.cpu.tiles import Tile
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.kernel import Kernel, Weights
 

@@ -143,6 +143,22 @@ def test_a_chaotic_network_is_held_to_its_own_rounding(tmp_path):
         assert one.error < one.allowed
 
 
+def test_a_norm_of_a_constant_volume_is_held_to_its_rounding(tmp_path):
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.InstanceNorm3d(3)
+
+        def forward(self, clip):
+            return self.norm(clip * (clip.mean() > 1e6).float() + 300) + 1
+
+    check = build_network(
+        Flat(), tmp_path / "out", example_inputs=(torch.zeros(1, 3, 3, 5, 7),)
+    ).artifact.manifest.check
+    assert check.status == "passed"
+    assert max(one.difference for one in check.outputs) > TOLERANCE
+
+
 # -- what is tried -----------------------------------------------------------------------------------------------------
 
 

@@ -11,12 +11,12 @@ from convolutions import SMALL_TILE, Case, call, draw_masks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dance_tvm.lowering.kernel_groups import find_kernel_groups
-from dance_tvm.schedules.cpu.conv3d_gather import GatherConv, Tile
+from dance_tvm.liveness.kernel_groups import find_kernel_groups
+from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv
 from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.spaces import KernelGroupSpace
-from dance_tvm.schedules.cpu.tiles import Machine
+from dance_tvm.schedules.cpu.tiles import Machine, Tile
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.kernel import Weights
 from dance_tvm.schedules.workload import Workload

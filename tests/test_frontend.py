@@ -300,19 +300,48 @@ def test_values_can_be_asked_for_by_name(mini):
 # --- differences and what is not supported ---
 
 
-def test_a_wrong_conversion_is_found_and_its_layer_named(monkeypatch):
-    def smallest(node, importer):
-        return importer.block_builder.emit(relax.op.min(importer.env[node.args[0]], [1], True))
+def _smallest(node, importer):
+    """What ``amax`` over the channels is not."""
+    return importer.block_builder.emit(relax.op.min(importer.env[node.args[0]], [1], True))
 
+
+def test_a_wrong_conversion_is_found_and_its_layer_named(monkeypatch):
     class Head(nn.Module):
         def forward(self, x):
             return x.amax(1, keepdim=True)
 
     network = nn.Sequential(nn.Conv3d(8, 8, 1), Head(), nn.Conv3d(1, 2, 1))
     import_model(network, example_inputs=(CLIPS,))
-    monkeypatch.setitem(torch_conversions.CONVERSIONS, "amax.default", smallest)
+    monkeypatch.setitem(torch_conversions.CONVERSIONS, "amax.default", _smallest)
     with pytest.raises(DanceError, match="first at layer '1'"):
         import_model(network, example_inputs=(CLIPS,))
+
+
+class Flat(nn.Module):
+    """A norm of a constant volume where noise leaves the gate shut: its answer is rounding, magnified 300 times."""
+
+    def __init__(self, norm, level, gate=9.0):
+        super().__init__()
+        torch.manual_seed(3)
+        self.norm, self.level, self.gate = norm, level, gate
+        for weight in norm.parameters():
+            nn.init.normal_(weight, 0.5, 0.3)
+
+    def forward(self, x):
+        return self.norm((x + x.amax(1, keepdim=True)) * (x.mean() > self.gate).float() + self.level)
+
+
+@pytest.mark.parametrize("level", [-100.0, 300.0, 33.3])
+@pytest.mark.parametrize("norm", [nn.InstanceNorm3d(6, affine=True), nn.GroupNorm(2, 6), nn.LayerNorm([3, 5, 7])])
+def test_rounding_that_a_norm_magnifies_is_no_difference(norm, level):
+    import_model(Flat(norm, level), example_inputs=(torch.zeros(1, 6, 3, 5, 7),))
+
+
+def test_a_wrong_conversion_is_found_behind_an_input_that_only_rounding_excuses(monkeypatch):
+    monkeypatch.setitem(torch_conversions.CONVERSIONS, "amax.default", _smallest)
+    shut_for_the_first_two = Flat(nn.InstanceNorm3d(6, affine=True), -100.0, gate=0.0)
+    with pytest.raises(DanceError, match="first at layer"):
+        import_model(shut_for_the_first_two, example_inputs=(torch.zeros(1, 6, 3, 5, 7),))
 
 
 def test_an_unsupported_operator_is_named_with_its_layer():

@@ -22,8 +22,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.device import serve
 from dance_tvm.device.opencl import OpenCLSession
 from dance_tvm.device.opencl_network import run_function
-from dance_tvm.lowering.kernel_groups import KernelGroups, find_kernel_groups
-from dance_tvm.schedules.channels import channel_list_shape
+from dance_tvm.liveness.kernel_groups import KernelGroups, find_kernel_groups
 from dance_tvm.schedules.cpu.mask_window import GrownMask as OnProcessor
 from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.geometry import Window
@@ -36,6 +35,7 @@ from dance_tvm.schedules.gpu.pool3d import BlockPool
 from dance_tvm.schedules.gpu.row_plan import BlockPlan, block_plan
 from dance_tvm.schedules.gpu.tiles import BlockTile
 from dance_tvm.schedules.kernel import Kernel, Weights
+from dance_tvm.schedules.plans import channel_list_shape
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +303,7 @@ def looked_at(conv: BlockConv, masks: dict[str, np.ndarray | None], weights: Wei
     lists |= conv.prepare(weights)
     shapes = {each.name: each for each in conv.operands()}
     arrays = [lists.get(name, np.ones(each.shape, each.dtype)) for name, each in shapes.items()]
-    return serve._looked_at(conv.name, [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays])
+    return serve.looked_at(conv.name, [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays])
 
 
 def planned(plan: BlockPlan, masks: dict[str, np.ndarray | None]) -> list[np.ndarray]:

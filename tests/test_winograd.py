@@ -18,8 +18,9 @@ from tvm.relax.frontend.torch import from_exported_program
 
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.machines.target import load_target
-from dance_tvm.schedules.cpu.conv3d_gather import GatherConv, Tile
+from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.row_plan import RowPlan
+from dance_tvm.schedules.cpu.tiles import Tile
 from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.cpu.winograd_choice import why_not
 from dance_tvm.schedules.cpu.winograd_plan import WinogradPlan

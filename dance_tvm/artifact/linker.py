@@ -79,10 +79,9 @@ def link_shared(
 
 @dataclass(frozen=True)
 class SharedLibraryLinker:
-    """An `fcompile` for TVM's `export_library` that links for `target` by its `link` facts, `also` these objects."""
+    """An `fcompile` for TVM's `export_library` that links for `target` by its `link` facts."""
 
     target: Target
-    also: tuple[str, ...] = ()
     output_format: ClassVar = "so"
     object_format: ClassVar = "o"
 
@@ -94,15 +93,20 @@ class SharedLibraryLinker:
         del options  # compiler flags of TVM's default fcompile: there is no compiler here
         inputs = [objects] if isinstance(objects, str) else objects
         link = self.target.link
-        needed = list(link.needed)
-        if self.also and "android" in self.get_target_triple():  # they need no TVM, but Android's libc by name
-            needed = ["libc.so", *(name for name in needed if name != "libtvm_ffi.so")]
-        link_shared(output, [*inputs, *self.also], self.get_target_triple(), needed, link.page_size)
+        link_shared(output, inputs, self.get_target_triple(), link.needed, link.page_size)
 
 
-def shared_library_linker(target: Target, also: Sequence[str] = ()) -> SharedLibraryLinker:
-    """What links for `target`, to be given to `export_library`; `also`: object files beside TVM's."""
-    return SharedLibraryLinker(target, tuple(also))
+def shared_library_linker(target: Target) -> SharedLibraryLinker:
+    """What links for `target`, to be given to `export_library`."""
+    return SharedLibraryLinker(target)
+
+
+def link_program(output: str | Path, objects: Sequence[str | Path], target: Target) -> None:
+    """Link a program that needs no TVM into the shared library `output`; Android wants its libc by name."""
+    triple = target_triple(target)
+    others = [name for name in target.link.needed if name != "libtvm_ffi.so"]
+    needed = ["libc.so", *others] if "android" in triple else others
+    link_shared(output, objects, triple, needed, target.link.page_size)
 
 
 def _emulation(triple: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,8 +16,6 @@ import tvm
 from tvm import relax
 from tvm.target import codegen
 
-from dance_tvm.artifact.c_interface import compile_interface
-from dance_tvm.artifact.c_program import Names, program_of
 from dance_tvm.artifact.device_code import embed_device_code
 from dance_tvm.artifact.folder import (
     Artifact,
@@ -33,16 +30,19 @@ from dance_tvm.artifact.folder import (
 )
 from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.artifact.preprocess import Preprocess
-from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.compiler.program import write_program
 from dance_tvm.compiler.requests import known_preprocess, require_buildable
 from dance_tvm.core.errors import DanceError, unexpected_told
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.versions import versions
+from dance_tvm.lowering.lowered import Lowered
+from dance_tvm.lowering.machine import host_code_of
 from dance_tvm.machines.host import needed_flags
 from dance_tvm.machines.target import Target, load_target
-from dance_tvm.tuning.advice import tuned_tiles
-from dance_tvm.tuning.places import digest_of_logs
+from dance_tvm.records.advice import tuned_tiles
+from dance_tvm.records.places import digest_of_logs
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +86,7 @@ def build_network(
     weights: str | Path | None = None,
     example_inputs: tuple[torch.Tensor, ...] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    batch: int | None = None,
     threads: int | None = None,
     check: bool | None = None,
     check_inputs: Sequence[str | Path] = (),
@@ -99,7 +100,8 @@ def build_network(
     """Compile ``model`` for ``target`` into the artifact folder ``out``.
 
     ``model`` is a name of the zoo, a ``.pt2`` or ``.onnx`` file, a network in memory (with ``example_inputs``), or one
-    that was imported before; ``shapes`` fix what its inputs leave open. ``check`` runs the built network against its
+    that was imported before; ``shapes`` fix what its inputs leave open, ``batch`` how many
+    clips a call takes. ``check`` runs the built network against its
     source, on this machine or on the emulated device; None does so unless that would take long. ``check_inputs`` are
     ``.npz`` files of real inputs, which the check takes beside its own. Tile sizes come from the target's tuning logs,
     or from those of the target ``logs_from``. With ``reuse`` an intact artifact at ``out`` that the same network,
@@ -119,9 +121,9 @@ def build_network(
 
     with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
         clock.start("import")
-        imported = _import(model, weights, example_inputs, shapes)
+        imported = _import(model, weights, example_inputs, shapes, batch)
         _dump(chosen.debug_dump, "imported", imported.mod)
-        manifest = _manifest(imported, machine, chosen, source)
+        manifest = new_manifest(imported, machine, chosen, source)
         manifest.preprocess = preprocess or known_preprocess(model)
         from dance_tvm.compiler.check import check_artifact, check_kernels, was_checked  # PyTorch is loaded by now
 
@@ -144,21 +146,22 @@ def build_network(
             return Built(standing, clock.seconds, _peak_memory())
         lowered = lower(imported.mod, machine, chosen, clock.start)
         clock.start("compile")
-        executable, planned = _compile(lowered, machine, chosen)
+        executable, planned = compile_lowered(lowered, machine, chosen)
         manifest.memory_peak_bytes = _memory(lowered, planned)
         manifest.layers = lowered.layers
         clock.start("generate and link code")
-        packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
-        with tempfile.TemporaryDirectory(prefix="dance_tvm_interface_") as folder:
-            in_c = chosen.interface == "c"
-            also = _interface(planned, lowered, manifest, machine, Path(folder)) if in_c else []
-            linker = shared_library_linker(machine, also)
+        checked = None if check is False else lambda artifact: check_there(artifact, lowered)
+        if chosen.interface == "c":
+            artifact = write_program(out, lowered, executable, planned, manifest, machine, checked, reference)
+        else:
+            packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
+            linker = shared_library_linker(machine)
             artifact = write_artifact(
                 out,
                 lambda path: executable.export_library(str(path), fcompile=linker, **packing),
                 lowered.weights,
                 manifest,
-                None if check is False else lambda artifact: check_there(artifact, lowered),
+                checked,
                 reference,
             )
         clock.start("")
@@ -190,15 +193,15 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any) -> Imported:
+def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any, batch: int | None) -> Imported:
     from dance_tvm.frontend import Imported, import_model
 
     if isinstance(model, Imported):
         return model
-    return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes)
+    return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes, batch=batch)
 
 
-def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, tvm.IRModule]:
+def compile_lowered(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, tvm.IRModule]:
     """The executable, and the module whose memory is planned."""
     target = machine.tvm_target(options.threads)
     planned: list[tvm.IRModule] = []
@@ -219,28 +222,6 @@ def _memory(lowered: Lowered, planned: tvm.IRModule) -> int:
     """Bytes of all weights and planned activations."""
     weights = _constant_bytes(lowered.mod) + sum(array.nbytes for array in lowered.weights.values())
     return weights + _planned_storage(planned)
-
-
-def _interface(planned: tvm.IRModule, lowered: Lowered, manifest: Manifest, machine: Target, folder: Path) -> list[str]:
-    """Object files in ``folder`` with the C interface of the network."""
-    description = f"{manifest.name} for {machine.name}, dance_tvm {manifest.versions['dance-tvm']}"
-    names = Names(
-        [tensor.name for tensor in manifest.inputs],
-        [tensor.name for tensor in manifest.outputs],
-        list(lowered.weights),
-        description,
-        manifest.target.threads,
-    )
-    return compile_interface(program_of(planned, len(lowered.weights)), names, machine, folder)
-
-
-def host_code_of(machine: Target) -> dict[str, Any]:
-    """TVM's configuration for the functions that launch kernels of a GPU: they leave their arguments unchecked.
-
-    The virtual machine checks what it is given; behind it, types and shapes are the compiler's own, and the checks
-    would be most of what LLVM compiles.
-    """
-    return {"tirx.disable_assert": machine.gpu is not None}
 
 
 def _gpu_pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
@@ -279,7 +260,7 @@ def _planned_storage(mod: tvm.IRModule) -> int:
     return total
 
 
-def _manifest(imported: Imported, machine: Target, options: Options, logs_from: Target | None) -> Manifest:
+def new_manifest(imported: Imported, machine: Target, options: Options, logs_from: Target | None = None) -> Manifest:
     """All that is known before anything is compiled."""
     target = machine.tvm_target(options.threads)
     chosen: dict[str, str] = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}

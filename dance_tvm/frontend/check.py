@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import tvm
 
 from dance_tvm.core.agreement import TOLERANCE, allowed_of, difference
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend import interpreter
-from dance_tvm.frontend.interface import Arrays, array_of
+from dance_tvm.frontend.interface import Arrays, TensorSpec, array_of
 from dance_tvm.frontend.rounding import MULTIPLE, Rounding
+
+#: Inputs that are tried, each only where rounding left the one before it unclear.
+_TRIES = 3
 
 
 def check_import(
     mod: tvm.IRModule,
+    inputs: Sequence[TensorSpec],
+    source: Callable[[Arrays], Arrays],
+    intermediates: Callable[[Arrays], Mapping[str, tuple[str, torch.Tensor]]],
+) -> None:
+    """Raise DanceError, naming the first layer that diverges, where ``mod`` and its source differ on random input.
+
+    ``intermediates``, called only on a difference, gives for variables of ``mod`` the source's layer and value.
+    """
+    for seed in range(_TRIES):
+        arrays = random_inputs(inputs, seed)
+        if _agree(mod, arrays, source(arrays), intermediates):
+            return
+
+
+def _agree(
+    mod: tvm.IRModule,
     inputs: Arrays,
     expected: Arrays,
-    intermediates: Callable[[], Mapping[str, tuple[str, torch.Tensor]]],
-) -> None:
-    """Raise DanceError, naming the first layer that diverges, where ``mod`` and its source differ on ``inputs``.
-
-    ``expected`` are the source's outputs; ``intermediates()``, called only on a difference, gives for variables of
-    ``mod`` the source's layer and value.
-    """
+    intermediates: Callable[[Arrays], Mapping[str, tuple[str, torch.Tensor]]],
+) -> bool:
+    """Whether ``mod`` answers as expected; no if only rounding excuses it. Raises DanceError where it does not."""
     arguments = {param.name: array for param, array in zip(mod["main"].params, inputs.values(), strict=True)}
     rounding = Rounding(mod, arguments)
     wanted = list(expected.values())
     apart = [difference(found, value) for found, value in zip(rounding.float32, wanted, strict=True)]
     allowed = [allowed_of(value) for value in wanted]
     if all(found <= bound for found, bound in zip(apart, allowed, strict=True)):
-        return
-    bounds = [max(bound, MULTIPLE * own) for bound, own in zip(allowed, rounding.errors, strict=True)]
+        return True
+    bounds = [max(bound, MULTIPLE * own) for bound, own in zip(allowed, rounding.reach, strict=True)]
     if all(found <= bound for found, bound in zip(apart, bounds, strict=True)):
-        return
-    values = intermediates()
+        return False
+    values = intermediates(inputs)
     for name, value in interpreter.trace(mod, arguments):
         if name in values and isinstance(value, torch.Tensor):
             layer, reference = values[name]

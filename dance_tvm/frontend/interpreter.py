@@ -27,7 +27,8 @@ Kernel = Callable[[list[Value], Any], Value]
 
 
 class _Floats(NamedTuple):
-    """How floats are computed: in float64 instead of what the module says; inputs and weights a little off."""
+    """How floats are computed: in float64 instead of what the module says; inputs, weights and what is summed a
+    little off."""
 
     wide: bool = False
     noise: torch.Generator | None = None
@@ -36,8 +37,21 @@ class _Floats(NamedTuple):
 _AS_TOLD = _Floats()
 _floats = ContextVar("floats", default=_AS_TOLD)
 
-#: By how much noise changes an input or a weight, as a share: a few roundings of float32.
+#: By how much noise changes an input, a weight or a value that is summed, as a share: a few roundings of float32.
 _NOISE = 2e-7
+
+#: What sums values up, which rounds as if each value were a little off.
+_SUMS = {
+    *(f"relax.nn.{kind}{rank}d" for kind in ("conv", "avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3)),
+    *(f"relax.nn.conv{rank}d_transpose" for rank in (1, 2, 3)),
+    *("relax.cumsum", "relax.einsum", "relax.matmul", "relax.sum"),
+}
+
+#: What divides by a sum, so that whole numbers round too: a norm takes all that a constant volume has from rounding.
+_MEANS = {
+    *("relax.mean", "relax.std", "relax.variance"),
+    *("relax.nn.group_norm", "relax.nn.instance_norm", "relax.nn.layer_norm"),
+}
 
 
 def evaluate(mod: tvm.IRModule, inputs: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -57,8 +71,8 @@ def outputs(
 ) -> tuple[torch.Tensor, ...]:
     """What ``main`` returns, as a flat tuple; values are dropped as soon as nobody needs them any more.
 
-    ``wide`` computes in float64 what the module computes in float32; ``noise`` sets inputs and weights off by a few
-    roundings, which shows how far rounding alone can move the result.
+    ``wide`` computes in float64 what the module computes in float32; ``noise`` sets inputs, weights and what is summed
+    off by a few roundings, which shows how far rounding alone can move the result.
     """
     before = _floats.set(_Floats(wide, noise))
     try:
@@ -140,8 +154,22 @@ def _as_computed(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     wide, noise = _floats.get()
     if noise is not None and bool((tensor != tensor.round()).any()):  # whole numbers are compared with, and mean them
-        tensor = tensor * (1 + _NOISE * torch.randn(tensor.shape, generator=noise)).to(tensor.dtype)
+        tensor = _a_little_off(tensor, noise)
     return tensor.double() if wide else tensor
+
+
+def _a_little_off(tensor: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
+    return tensor * (1 + _NOISE * torch.randn(tensor.shape, generator=noise)).to(tensor.dtype)
+
+
+def _as_summed(name: str, arguments: list[Value]) -> list[Value]:
+    """The arguments of an operator, what it sums off by as much as its rounding amounts to where noise is asked for."""
+    noise, first = _floats.get().noise, arguments[0] if arguments else None
+    if noise is None or not isinstance(first, torch.Tensor) or not first.is_floating_point():
+        return arguments
+    if name in _MEANS or (name in _SUMS and bool((first != first.round()).any())):
+        return [_a_little_off(first, noise), *arguments[1:]]
+    return arguments
 
 
 def _evaluate(expression: Any, values: Mapping[relax.Var, Value]) -> Value:
@@ -158,7 +186,7 @@ def _evaluate(expression: Any, values: Mapping[relax.Var, Value]) -> Value:
         return tuple(int(extent) for extent in expression.values)
     if isinstance(expression, relax.Call):
         name = getattr(expression.op, "name", str(expression.op))
-        arguments = [_evaluate(argument, values) for argument in expression.args]
+        arguments = _as_summed(name, [_evaluate(argument, values) for argument in expression.args])
         kernel = _KERNELS.get(name)
         return kernel(arguments, expression.attrs) if kernel else compiled_call(expression, arguments)
     if isinstance(expression, (tvm.tirx.IntImm, tvm.tirx.FloatImm)):
@@ -661,7 +689,7 @@ _TENSORS: dict[str, Kernel] = {
     "one_hot": _one_hot,
     "ones": lambda args, attrs: torch.ones(args[0], dtype=_dtype(attrs.dtype)),
     "permute_dims": lambda args, attrs: args[0].permute(
-        *(reversed(range(args[0].ndim)) if attrs.axes is None else _ints(attrs.axes))
+        tuple(reversed(range(args[0].ndim))) if attrs.axes is None else tuple(_ints(attrs.axes))
     ),
     "prod": _reduce(_prod),
     "repeat": lambda args, attrs: torch.repeat_interleave(args[0], int(attrs.repeats), _axis(attrs)),

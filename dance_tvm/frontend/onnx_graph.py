@@ -24,7 +24,6 @@ from tvm import relax
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_convert_map, onnx_input
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend import interpreter, onnx_conversions, onnx_file
 from dance_tvm.frontend.check import check_import
 from dance_tvm.frontend.interface import Arrays, Imported, TensorSpec, tensor_of
@@ -57,16 +56,18 @@ _BECAME_INPUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 Value = Any  # an expression, a list of values (a sequence), or None (an optional input that is not there)
 
 
-def import_onnx(path: Path, *, check: bool = True, shapes: onnx_file.Shapes | None = None) -> Imported:
+def import_onnx(
+    path: Path, *, check: bool = True, shapes: onnx_file.Shapes | None = None, batch: int | None = None
+) -> Imported:
     """Import an ``.onnx`` file of opset 6 or later; external data may lie beside it.
 
-    ``shapes`` fixes, by input name, what the file leaves open. Raises DanceError for damaged files, older opsets,
-    shapes that stay open, unsupported operators (named, with their layer) and, with ``check``, for results that differ
-    from the source's.
+    ``shapes`` fixes, by input name, what the file leaves open, ``batch`` the first dimension of all. Raises DanceError
+    for damaged files, older opsets, shapes that stay open, unsupported operators (named, with their layer) and, with
+    ``check``, for results that differ from the source's.
     """
     model = onnx_file.load(path)
     opsets = onnx_file.opsets_of(model, path)
-    inputs = onnx_file.input_specs(model.graph, shapes or {})
+    inputs = onnx_file.input_specs(model.graph, shapes or {}, batch)
     source = onnx_file.Source(path, model)
     importer = _Importer(opsets, source.model.functions)
     mod = importer.run(source.model.graph, inputs, model.graph.output)
@@ -81,21 +82,23 @@ def import_onnx(path: Path, *, check: bool = True, shapes: onnx_file.Shapes | No
 
     inputs = with_ranges(inputs, both)
     if check:
-        source = _checked(mod, random_inputs(inputs), importer, source)
+        source = _checked(mod, inputs, importer, source)
     return Imported(mod, path.stem, onnx_file.sha256(path), inputs, outputs, source.run)
 
 
-def _checked(mod: tvm.IRModule, arrays: Arrays, importer: _Importer, source: onnx_file.Source) -> onnx_file.Source:
-    """What ``mod`` equals on ``arrays``: ONNX Runtime's ``source``, or the standard's reference where they differ."""
+def _checked(
+    mod: tvm.IRModule, inputs: Sequence[TensorSpec], importer: _Importer, source: onnx_file.Source
+) -> onnx_file.Source:
+    """What ``mod`` equals on random input: ONNX Runtime's ``source``, or the standard's reference where they differ."""
     try:
-        check_import(mod, arrays, source.run(arrays), lambda: importer.compare_with(source, arrays))
+        check_import(mod, inputs, source.run, lambda arrays: importer.compare_with(source, arrays))
         return source
     except DanceError:
         standard = source.as_the_standard_says()
         if standard is None:
             raise
         with contextlib.suppress(DanceError):
-            check_import(mod, arrays, standard.run(arrays), lambda: {})
+            check_import(mod, inputs, standard.run, lambda _arrays: {})
             return standard
         raise
     except Exception as problem:
@@ -163,8 +166,6 @@ class _Importer(ONNXGraphImporter):
         found = self._nodes.get(value.name)
         if not isinstance(found, relax.Expr):
             raise DanceError(f"The output {value.name!r} is not a tensor: export the network with tensors out.")
-        if 0 in (shape := tuple(int(extent) for extent in found.ty.shape)):
-            raise DanceError(f"The output {value.name!r} holds nothing, its shape is {shape}: export without it.")
         declared = onnx_file.dtype_name(value) if value.type.tensor_type.elem_type else ""
         if declared in _OTHER_FLOATS and str(found.ty.dtype.dtype) == "float32":
             self.bb.enter(value.name, only=False)

@@ -17,7 +17,7 @@ from dance_tvm.frontend.interface import array_of
 #: Winograd's transforms, which round several times for each product.
 MULTIPLE = 16
 
-#: How often inputs and weights are set off by rounding to see which way decisions at a threshold may fall.
+#: How often values are set off by rounding to see which way decisions at a threshold may fall.
 _TRIALS = 3
 
 
@@ -44,7 +44,7 @@ class Rounding:
 
     @cached_property
     def reach(self) -> list[float]:
-        """By output, how far a few roundings of inputs and weights move it, decisions at a threshold among them."""
+        """By output, how far a few roundings of inputs, weights and what is summed move it, decisions among them."""
         reach = list(self.errors)
         for seed in range(_TRIALS):
             moved = self._outputs(noise=torch.Generator().manual_seed(seed))

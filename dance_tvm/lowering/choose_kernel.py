@@ -9,6 +9,13 @@ import numpy as np
 from tvm import relax
 
 from dance_tvm.liveness.expressions import Expression, Live
+from dance_tvm.liveness.kernel_groups import (
+    GROUP_CHANNELS,
+    KernelGroups,
+    choose_kernel_groups,
+    fitting_groups,
+    lane_cost,
+)
 from dance_tvm.schedules.convolution import Convolution
 from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine
@@ -18,7 +25,6 @@ from dance_tvm.schedules.kernel import Weights
 from dance_tvm.schedules.layer import Choice, Layer
 from dance_tvm.schedules.registry import choose
 
-from .kernel_groups import GROUP_CHANNELS, KernelGroups, choose_kernel_groups, fitting_groups, lane_cost
 from .sample_lists import positions_of_input
 from .sites import Site, Sites
 

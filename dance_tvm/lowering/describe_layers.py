@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dance_tvm.artifact.layers import LayerInfo
+from dance_tvm.ir.graph import Graph
 from dance_tvm.liveness.analysis import Liveness
 from dance_tvm.liveness.expressions import Live
+from dance_tvm.liveness.kernel_groups import KernelGroups
 from dance_tvm.schedules.convolution import Convolution
 from dance_tvm.schedules.layer import Choice
-from dance_tvm.transform.graph import Graph
 
-from .kernel_groups import KernelGroups
 from .sites import Site
 
 #: Share of zero weights from which on a layer's report says why they are not skipped.

@@ -15,6 +15,8 @@ import tvm
 from tvm import relax
 
 from dance_tvm.artifact.layers import LayerInfo
+from dance_tvm.ir.graph import Graph, Shape, shape_of, substitute, variables
+from dance_tvm.ir.windows import POOLS, padding_behind, window_of, zero_padded
 from dance_tvm.liveness.analysis import Liveness
 from dance_tvm.liveness.expressions import Expression
 from dance_tvm.liveness.relax_graph import liveness_of
@@ -25,9 +27,9 @@ from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.emit import one_thread
 from dance_tvm.schedules.geometry import added
 from dance_tvm.schedules.gpu.tiles import Gpu
+from dance_tvm.schedules.preparation import Source
 from dance_tvm.schedules.registry import kernels_of
 from dance_tvm.schedules.workload import POOL, TYPICAL_DENSITY, Workload
-from dance_tvm.transform.graph import Graph, Shape, shape_of, substitute, variables
 
 from .calls import call_kernel
 from .carries import Chain, find_chains
@@ -37,7 +39,6 @@ from .masks import Masks
 from .plan_lists import Given, Lists, Values, counted
 from .sample_lists import SampleLists
 from .sites import Site, Sites
-from .windows import POOLS, padding_behind, window_of, zero_padded
 
 #: The function beside ``main`` that runs the planning alone. It takes what ``main`` takes and returns int32 (rows, 4):
 #: for every convolution and linear layer, in the order of ``Lowered.layers``, its number, and how many pairs of output
@@ -49,11 +50,13 @@ COUNTS = "counts"
 @dataclass(frozen=True)
 class Windows:
     """A module whose convolutions, linear layers and pools are calls of kernels; what was decided, in order of
-    execution; and what the sizes of a layer's kernel were chosen for."""
+    execution; what the sizes of a layer's kernel were chosen for; and what packed weights were made of, by their
+    digest."""
 
     mod: tvm.IRModule
     layers: list[LayerInfo]
     workloads: dict[str, Workload]
+    sources: dict[bytes, Source]
 
 
 def lower_windows(
@@ -78,7 +81,8 @@ def lower_windows(
     lowering = _Lowering(mod, graph, liveness, sites, chooser, {chain.end: chain for chain in chains})
     with one_thread() if threads == 1 else nullcontext():
         lowered = lowering.run()
-    return Windows(relax.transform.DeadCodeElimination()(lowered), lowering.layers, lowering.workloads)
+    mod = relax.transform.DeadCodeElimination()(lowered)
+    return Windows(mod, lowering.layers, lowering.workloads, lowering.lists.sources)
 
 
 @dataclass

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from tvm import relax
 
+from dance_tvm.ir.graph import Shape, dtype_of, shape_of
 from dance_tvm.liveness.expressions import Both, Either, Expression, Factor, Grown, Joined, Part, nodes
 from dance_tvm.schedules.kernel import Operand
 from dance_tvm.schedules.mask_window import GrownMask
-from dance_tvm.transform.graph import Shape, dtype_of, shape_of
 
 from .calls import call_kernel
 

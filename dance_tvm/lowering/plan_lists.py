@@ -12,6 +12,7 @@ from tvm import relax
 
 from dance_tvm.liveness.expressions import Expression
 from dance_tvm.schedules.kernel import Count, Kernel, Operand, Weights
+from dance_tvm.schedules.preparation import Source, array_digest
 
 from .calls import call_kernel
 from .masks import Masks
@@ -37,20 +38,25 @@ class Given:
 class Lists:
     """Plans lists, each once: kernels that want the same ones of the same masks share them.
 
-    ``now``: whether planners can run here, when compiling; a GPU's run on the GPU alone.
+    ``now``: whether planners can run here, when compiling; a GPU's run on the GPU alone. ``sources``: what packed
+    weights were made of, by their digest.
     """
 
     builder: relax.BlockBuilder
     masks: Masks
     now: bool
     planned: dict[Hashable, list[relax.Expr]] = field(default_factory=dict)
+    sources: dict[bytes, Source] = field(default_factory=dict)
 
     def of(self, kernel: Kernel, given: Given) -> Values:
         """The kernel's lists and constants, by name."""
         found: Values = {}
         for each in kernel.lists():
             found.update(zip(each.names, self._plan(each.planner, given, found), strict=True))
-        return found | {name: relax.const(array) for name, array in kernel.prepare(given.weights).items()}
+        constants = kernel.prepare(given.weights)
+        if kernel.preparation is not None and given.weights is not None and given.weights.weight is not None:
+            self.sources[array_digest(constants["weights"])] = Source(kernel.preparation, given.weights.weight)
+        return found | {name: relax.const(array) for name, array in constants.items()}
 
     def arguments(self, kernel: Kernel, given: Given, values: Values) -> list[relax.Expr]:
         """What the kernel reads, in its order; ``values`` are its lists and constants."""

@@ -7,13 +7,17 @@ from contextlib import suppress
 
 import tvm
 from tvm import s_tir, tirx
+from tvm_ffi import structural_walk
 
+from dance_tvm.ir.graph import is_scheduled
 from dance_tvm.schedules.cpu.transpose import LINE, Transpose, transpose
-
-from .graph import is_scheduled
 
 #: Functions with less work than this run on one thread: waking the others costs more.
 PARALLEL_ELEMENTS = 16384
+
+#: By how many nodes an expression may grow its one reader that reads it more than once: in a chain of such readers
+#: each link would double what is written.
+INLINED_NODES = 256
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleRest")
@@ -112,9 +116,27 @@ def _same(one: tirx.PrimExpr, other: tirx.PrimExpr) -> bool:
 def _inline(schedule: s_tir.Schedule, block: s_tir.schedule.SBlockRV) -> None:
     """Compute ``block`` where it is read, if one other block reads it and no element more often than it is computed."""
     readers = schedule.get_consumers(block)
-    if len(readers) == 1 and _elements(schedule, readers[0]) <= _elements(schedule, block):
+    if len(readers) != 1 or _elements(schedule, readers[0]) > _elements(schedule, block):
+        return
+    producer, reader = schedule.get(block), schedule.get(readers[0])
+    loads, nodes = _loads(reader, producer.writes[0].source), _nodes(producer)
+    if loads == 1 or (loads - 1) * nodes <= INLINED_NODES:
         with suppress(s_tir.ScheduleError):  # a reduction, or the function's result
             schedule.compute_inline(block)
+
+
+def _loads(block: s_tir.SBlock, buffer: tirx.Buffer) -> int:
+    """How many loads of ``buffer`` are written in ``block``."""
+    found: list[tvm.ir.expr.TensorLoad] = []
+    structural_walk(block.body, (tvm.ir.expr.TensorLoad, found.append))
+    return sum(bool(load.source.same_as(buffer)) for load in found)
+
+
+def _nodes(block: s_tir.SBlock) -> int:
+    """How many nodes the body of ``block`` has as a tree."""
+    found: list[object] = []
+    structural_walk(block.body, found.append)
+    return len(found)
 
 
 def _elements(schedule: s_tir.Schedule, block: s_tir.schedule.SBlockRV) -> int:

@@ -120,8 +120,8 @@ def build_instance(instance: Instance, target: Target, path: Path) -> None:
     """Compile and link the library of ``instance`` for ``target``; for OpenCL, its device code beside it as well."""
     from dance_tvm.artifact.device_code import embed_device_code
     from dance_tvm.artifact.linker import shared_library_linker
-    from dance_tvm.compiler.build import host_code_of
     from dance_tvm.device.launches import device_code
+    from dance_tvm.lowering.machine import host_code_of
 
     module, tvm_target = instance.module(target.gpu is not None), target.tvm_target(instance.workload.threads)
     with tvm_target, tvm.transform.PassContext(config=host_code_of(target)):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from .. import channels
+from .. import plans
 from ..emit import INT, Expr, clear, let, number, scratch, serial, store, when
 
 
 @dataclass(frozen=True)
-class ChannelPlan(channels.ChannelPlan):
+class ChannelPlan(plans.ChannelPlan):
     """The planner for a processor."""
 
     name = "plan_channels"

@@ -13,10 +13,10 @@ from functools import partial
 
 from tvm import tirx
 
-from ..channels import channel_list_shape
 from ..emit import big, choose, flat, lanes, let, number, parallel, serial, store, when
 from ..geometry import Window
 from ..kernel import Kernel, Operand, frames_mask, listed, output
+from ..plans import channel_list_shape
 from .channel_plan import in_whole_vectors
 
 

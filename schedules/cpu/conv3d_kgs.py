@@ -22,9 +22,9 @@ from ..emit import INT, Expr, big, lane, lanes, let, number, scratch, serial, sp
 from ..geometry import Window
 from ..kernel import Operand, Weights, constant
 from ..kernel_group_conv import KernelGroupLists
-from .conv3d_gather import GatherConv, GatherEmitter, Tile
+from .conv3d_gather import GatherConv, GatherEmitter
 from .panel_weights import WeightPanel
-from .tiles import Machine, default_tile
+from .tiles import Machine, Tile, default_tile
 
 
 @dataclass(frozen=True)

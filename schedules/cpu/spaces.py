@@ -18,11 +18,11 @@ from ..kernel import Kernel
 from ..layer import Choice, Layer
 from ..pool import Pool
 from ..workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Decisions, Workload
-from .conv3d_gather import GatherConv, Tile
+from .conv3d_gather import GatherConv
 from .conv3d_kgs import KernelGroupConv, kernel_group_tile
 from .pool3d import VectorPool, default_vectors
 from .row_plan import RowPlan
-from .tiles import Machine, candidates, default_tile, predicted_cycles, window_cycles
+from .tiles import Machine, Tile, candidates, default_tile, predicted_cycles, window_cycles
 from .winograd import WinogradConv
 from .winograd_choice import MOST_SCRATCH, best, choose, configured, options, why_not, winograd_seconds
 

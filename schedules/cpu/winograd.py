@@ -43,11 +43,11 @@ from ..emit import (
 )
 from ..kernel import Count
 from .channel_plan import ChannelPlan
-from .conv3d_gather import Tile
 from .dead_outputs import zero_dead
 from .panel_weights import PanelWeights, WeightPanel
+from .tiles import Tile
 from .winograd_plan import WinogradPlan
-from .winograd_transforms import matrices, transform_weights
+from .winograd_transforms import WinogradPanels, matrices
 
 #: Floats between the ξ planes of a scratch buffer beyond their content: planes a power of two apart would share the
 #: few lines of one cache set.
@@ -85,16 +85,13 @@ class WinogradConv(Convolution):
         plan = self.plan
         return (plan.xi, self.panels, plan.taps, self.channels_in, self.tile.nr)
 
-    def pack_weights(self, weight: np.ndarray) -> np.ndarray:
-        """Transform float32 weights (C_out, C_in, KT, KH, KW) and pack them the way the kernel reads them."""
+    @property
+    def preparation(self) -> WinogradPanels:
+        """How weights become what the kernel reads."""
         plan = self.plan
-        packed = np.zeros(self.weight_shape, "float32")
-        for start in range(0, self.channels_out, self.tile.nr):
-            part = transform_weights(weight[start : start + self.tile.nr], plan.m, plan.transformed)
-            count = len(part)
-            part = part.reshape(count, self.channels_in, plan.taps, plan.xi).transpose(3, 2, 1, 0)
-            packed[:, start // self.tile.nr, ..., :count] = part
-        return packed
+        return WinogradPanels(
+            self.channels_out, self.channels_in, plan.window.kernel, plan.m, plan.transformed, self.tile.nr
+        )
 
     def unpacked(self, at: Expr) -> None:
         """Transformed weights are none of the layer's."""

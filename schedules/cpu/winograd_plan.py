@@ -29,8 +29,7 @@ from tvm import tirx
 
 from ..emit import INT, Expr, let, number, scratch, serial, store, when
 from ..geometry import Triple, Window, triple
-from ..plan import Plan
-from .row_plan import MOST_DYNAMIC_FRAME_TAPS
+from ..plans import MOST_DYNAMIC_FRAME_TAPS, Plan
 
 
 @dataclass(frozen=True)

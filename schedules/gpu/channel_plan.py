@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from .. import channels
+from .. import plans
 from ..emit import number, store, when
 from .emit import BLOCK, compact, launch
 
 
 @dataclass(frozen=True)
-class ChannelPlan(channels.ChannelPlan):
+class ChannelPlan(plans.ChannelPlan):
     """The planner for a GPU: one block of threads a sample."""
 
     name = "plan_channels_gpu"

@@ -62,7 +62,9 @@ class BlockConv(Convolution):
 
     def pack_weights(self, weight: np.ndarray) -> np.ndarray:
         """Pack float32 weights (C_out, C_in / groups, KT, KH, KW) the way the kernel reads them."""
-        return self.pack_unpanelled(weight) if self.live_out else super().pack_weights(weight)
+        if self.live_out:
+            return self.pack_unpanelled(weight)
+        return super().pack_weights(weight).astype(self.dtype, copy=False)
 
     def pack_unpanelled(self, weight: np.ndarray) -> np.ndarray:
         """Put output channels innermost: (taps, depth, channels_out)."""

@@ -1,0 +1,125 @@
+"""exp, log, tanh, erf and what is made of them: error over all exponents, ends and NaN, and no scalar libm call."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import tvm
+from convolutions import tensor
+from torch import nn
+from tvm import tirx
+
+from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.frontend.importer import import_model
+from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.elementary import FUNCTIONS
+from dance_tvm.schedules.emit import argument, kernel, lanes, serial, store
+
+SIZE = 1 << 18
+LANES = 8
+#: Largest error: in units of the last place of the result, or as a share of it.
+ULPS = {"exp": 2.0, "log": 2.0, "log1p": 3.0, "sigmoid": 3.0}
+SHARE = {"tanh": 1e-6, "erf": 1e-6}
+ENDS = [np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-45, -1e-45, 1e-40, 3e38, -3e38, 88.7, 89.0, -87.4, -103.9, -104.1]
+#: Processors whose code is looked at, with their vectors.
+PROCESSORS = {
+    "AVX2": ({"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "haswell"}, 8),
+    "AVX-512": ({"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "skylake-avx512"}, 16),
+    "NEON": ({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a78", "mattr": ["+neon"]}, 4),
+}
+LIBM = re.compile(r"\b(?:callq?|jmp|bl|b)\s+(?:exp|log|log1p|tanh|erf)f?\b")
+
+
+def applied(name: str, count: int, size: int = SIZE) -> tirx.PrimFunc:
+    """``y = name(x)`` by vectors of ``count``."""
+    with kernel(f"apply_{name}") as built:
+        x, y = argument("x", (size,)), argument("y", (size,))
+        with serial(size // count) as index:
+            at = lanes(index * count, count)
+            store(y, getattr(tirx, name)(x[at]), at)
+    return built.func
+
+
+@pytest.fixture(scope="module")
+def machine_code() -> tvm.runtime.Module:
+    functions = {f"apply_{name}": applied(name, LANES) for name in FUNCTIONS}
+    return tvm.compile(tvm.IRModule(functions), target=load_target("host").tvm_target(1))
+
+
+def values() -> np.ndarray:
+    """Random mantissas under every sign and exponent, and the ends."""
+    rng = np.random.default_rng(3)
+    patterns = rng.integers(0, 1 << 23, (512, SIZE // 512), dtype=np.uint32)
+    patterns |= np.arange(512, dtype=np.uint32)[:, None] << 23
+    x = patterns.reshape(-1).view("float32")
+    x[: len(ENDS)] = ENDS
+    return x
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_error_over_all_exponents(machine_code, name):
+    x, y = values(), tensor(np.zeros(SIZE, "float32"))
+    machine_code[f"apply_{name}"](tensor(x), y)
+    found = y.numpy()
+    exact = getattr(torch, name)(torch.from_numpy(x).double()).numpy()
+    with np.errstate(over="ignore"):
+        rounded = exact.astype("float32")
+    if name == "sigmoid":
+        rounded[x < -88.7] = found[x < -88.7]  # zero from where exp(-x) overflows
+        assert (np.abs(found[x < -88.7]) < 2.0**-126).all()
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(rounded))
+    np.testing.assert_array_equal(np.isinf(found), np.isinf(rounded))
+    np.testing.assert_array_equal(found[np.isinf(rounded)], rounded[np.isinf(rounded)])
+    normal = np.isfinite(rounded) & (np.abs(exact) >= 2.0**-126) & ~((name == "sigmoid") & (x < -88.7))
+    error = np.abs(found[normal] - exact[normal])
+    if name in ULPS:
+        assert (error / np.spacing(np.abs(rounded[normal]))).max() <= ULPS[name]
+    else:
+        assert (error / np.abs(exact[normal])).max() <= SHARE[name]
+    below = np.isfinite(rounded) & ~normal
+    assert np.abs(found[below].astype("float64") - rounded[below]).max(initial=0) <= 2 * 2.0**-149
+
+
+def test_signs_of_zero(machine_code):
+    x, y = np.zeros(SIZE, "float32"), tensor(np.zeros(SIZE, "float32"))
+    x[1] = -0.0
+    for name in ("tanh", "erf", "log1p"):
+        machine_code[f"apply_{name}"](tensor(x), y)
+        assert np.signbit(y.numpy()[:2]).tolist() == [False, True], name
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_no_lane_is_alone(processor):
+    """Vectors all the way: no call of libm and no arithmetic of single values, on any kind of processor."""
+    target, count = PROCESSORS[processor]
+    functions = {f"apply_{name}": applied(name, count, 16 * count) for name in FUNCTIONS}
+    module = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(target))
+    code = module.mod.inspect_source("asm")
+    assert not LIBM.findall(code)
+    single = r"\bv?(?:mul|add|sub|div|fmadd\d+)ss\b" if processor != "NEON" else r"\bf(?:mul|add|sub|div|madd)\s+s\d"
+    assert not re.findall(single, code)
+
+
+class Mixed(nn.Module):
+    """Operators that stay without a kernel of their own, over channels that fill no vector."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x.softmax(1)
+        return y, nn.functional.gelu(x), x.tanh() * x.exp(), nn.functional.softplus(x), torch.erf(x) + x.sigmoid()
+
+
+def test_other_operators():
+    network, x = Mixed(), torch.randn(1, 10, 4, 30, 31)
+    target = load_target("host")
+    lowered = lower(import_model(network, example_inputs=(x,), check=False).mod, target, Options())
+    executable = tvm.compile(lowered.mod, target=target.tvm_target(1))
+    machine = tvm.relax.VirtualMachine(executable, tvm.cpu())
+    found = machine["main"](tensor(x.numpy()), *map(tensor, lowered.weights.values()))
+    for ours, theirs in zip(found, network(x.double()), strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=2e-6, atol=1e-6)
+    codes = [imported.inspect_source("asm") for imported in executable.mod.imports if imported.kind == "llvm"]
+    assert codes
+    assert not [call for code in codes for call in LIBM.findall(code)]
