@@ -11,7 +11,7 @@ from tvm import tirx
 
 from .emit import FLOAT, INT, Expr, let
 from .geometry import GroupedChannels, Window
-from .kernel import Count, Kernel, Operand, Planned, Weights, constant, listed, output
+from .kernel import LAYER, Count, Kernel, Operand, Planned, Weights, constant, listed, output
 from .plans import Plan, channel_list_shape
 from .preparation import Panels, Preparation
 
@@ -33,7 +33,7 @@ class Convolution(GroupedChannels, Kernel):
     nothing is (``""``).
     """
 
-    kind = "convolution"
+    kind = LAYER
     window: Window
     channels_in: int
     channels_out: int

@@ -23,6 +23,8 @@ from .preparation import Preparation
 #: Where an operand comes from: the layer's input, what is added to its result, ``Kernel.prepare``, a mask, one of
 #: ``Kernel.lists``, or nowhere: the kernel writes it.
 Role = Literal["data", "residual", "constant", "mask", "list", "output"]
+#: The kind of kernels by whose calls a run is told: convolutions and linear layers.
+LAYER = "convolution"
 #: The attribute of a function that holds what ``Kernel.describe`` tells, as JSON.
 DESCRIPTION = "dance.kernel"
 

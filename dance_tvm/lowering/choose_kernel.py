@@ -23,8 +23,8 @@ from dance_tvm.schedules.gpu.spaces import groups_cost
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.kernel import Weights
 from dance_tvm.schedules.layer import Choice, Layer
-from dance_tvm.schedules.registry import choose
 
+from .registry import choose
 from .sample_lists import positions_of_input
 from .sites import Site, Sites
 

@@ -28,7 +28,6 @@ from dance_tvm.schedules.emit import one_thread
 from dance_tvm.schedules.geometry import added
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.preparation import Source
-from dance_tvm.schedules.registry import kernels_of
 from dance_tvm.schedules.workload import POOL, TYPICAL_DENSITY, Workload
 
 from .calls import call_kernel
@@ -37,6 +36,7 @@ from .choose_kernel import Chooser, GroupCost, masks_of
 from .describe_layers import describe, why_dense
 from .masks import Masks
 from .plan_lists import Given, Lists, Values, counted
+from .registry import kernels_of
 from .sample_lists import SampleLists
 from .sites import Site, Sites
 

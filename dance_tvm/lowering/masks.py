@@ -53,7 +53,7 @@ class Masks:
             batch, frames, height, width, _ = expression.inner.shape
             kernel = self.grown(expression.window, (batch, frames, height, width), expression.forward)
             inner = emit(relax.op.reshape(self._field(expression.inner), list(kernel.field)))
-            return emit(relax.op.reshape(call_kernel(self.builder, kernel, [inner]), list(expression.shape)))
+            return emit(relax.op.reshape(call_kernel(self.builder, kernel, {"mask": inner}), list(expression.shape)))
         if isinstance(expression, Part):
             inner = self._field(expression.inner)
             return emit(relax.op.strided_slice(inner, [4], [expression.begin], [expression.end]))

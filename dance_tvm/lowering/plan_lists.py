@@ -58,9 +58,9 @@ class Lists:
             self.sources[array_digest(constants["weights"])] = Source(kernel.preparation, given.weights.weight)
         return found | {name: relax.const(array) for name, array in constants.items()}
 
-    def arguments(self, kernel: Kernel, given: Given, values: Values) -> list[relax.Expr]:
-        """What the kernel reads, in its order; ``values`` are its lists and constants."""
-        return [self._argument(operand, given, values) for operand in kernel.inputs()]
+    def arguments(self, kernel: Kernel, given: Given, values: Values) -> Values:
+        """What the kernel reads, by name; ``values`` are its lists and constants."""
+        return {operand.name: self._argument(operand, given, values) for operand in kernel.inputs()}
 
     def _argument(self, operand: Operand, given: Given, values: Values) -> relax.Expr:
         if operand.role == "data":
@@ -87,13 +87,13 @@ class Lists:
             else:
                 constants = {name: relax.const(table) for name, table in tables.items()}
                 named = constants | {each.name: arg for each, arg in zip(variable, args, strict=True)}
-                self.planned[key] = self._outputs(planner, [named[each.name] for each in planner.inputs()])
+                self.planned[key] = self._outputs(planner, named)
         return self.planned[key]
 
     def _is_short(self, planner: Kernel) -> bool:
         return self.now and sum(math.prod(each.shape) for each in planner.outputs()) <= MOST_CONSTANT_LISTS
 
-    def _outputs(self, planner: Kernel, args: list[relax.Expr]) -> list[relax.Expr]:
+    def _outputs(self, planner: Kernel, args: Values) -> list[relax.Expr]:
         made, count = call_kernel(self.builder, planner, args), len(planner.outputs())
         return [made] if count == 1 else [self.builder.emit(relax.TupleGetItem(made, i)) for i in range(count)]
 

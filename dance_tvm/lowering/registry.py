@@ -10,18 +10,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .convolution import Convolution
-from .cpu import mask_window as cpu_mask_window
-from .cpu import spaces as cpu
-from .cpu.spaces import TuningLog
-from .cpu.tiles import Machine
-from .gpu import mask_window as gpu_mask_window
-from .gpu import spaces as gpu
-from .gpu.tiles import Gpu
-from .layer import Choice, Layer
-from .mask_window import GrownMask
-from .pool import Pool
-from .workload import Workload
+from dance_tvm.schedules.convolution import Convolution
+from dance_tvm.schedules.cpu import mask_window as cpu_mask_window
+from dance_tvm.schedules.cpu import spaces as cpu
+from dance_tvm.schedules.cpu.spaces import TuningLog
+from dance_tvm.schedules.cpu.tiles import Machine
+from dance_tvm.schedules.gpu import mask_window as gpu_mask_window
+from dance_tvm.schedules.gpu import spaces as gpu
+from dance_tvm.schedules.gpu.tiles import Gpu
+from dance_tvm.schedules.layer import Choice, Layer
+from dance_tvm.schedules.mask_window import GrownMask
+from dance_tvm.schedules.pool import Pool
+from dance_tvm.schedules.workload import Workload
 
 #: What is offered a layer: on a machine, "auto", "direct" or "winograd" being wanted, with a log of what was tuned.
 Offer = Callable[[Layer, Any, str, TuningLog | None], Choice[Convolution] | None]
