@@ -24,8 +24,35 @@ class Panel(Protocol):
         """Output channels of one tile."""
 
 
+class LayerKernel(GroupedChannels, Kernel):
+    """A kernel of a convolution or linear layer; the fields are those of whoever inherits it."""
+
+    kind = LAYER
+    window: Window
+
+    @property
+    def samples(self) -> int:
+        """Clips whose channel lists differ."""
+        return 1
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """(N, T, H, W, C_in)."""
+        return (self.window.batch, *self.window.size, self.channels_in)
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        """(N, T', H', W', C_out)."""
+        return (self.window.batch, *self.window.out, self.channels_out)
+
+    @abstractmethod
+    def work(self) -> tuple[Count, Count, Count]:
+        """Pairs of output row and tap, input channels and output channels of each sample: their product is the
+        multiply-accumulates executed."""
+
+
 @dataclass(frozen=True)
-class Convolution(GroupedChannels, Kernel):
+class Convolution(LayerKernel):
     """One convolution kernel: shapes, which lists it walks, and what is fused behind it.
 
     ``live_in``, ``live_out``: a list of live input or output channels per sample is given. ``zero_dead``: rows of live
@@ -33,7 +60,6 @@ class Convolution(GroupedChannels, Kernel):
     nothing is (``""``).
     """
 
-    kind = LAYER
     window: Window
     channels_in: int
     channels_out: int
@@ -59,17 +85,12 @@ class Convolution(GroupedChannels, Kernel):
         lists = "i" * self.live_in + "o" * self.live_out
         return lists and f"_{lists}"
 
+    @property
+    def samples(self) -> int:
+        """Clips whose channel lists differ."""
+        return self.plan.samples
+
     # -- operands ----------------------------------------------------------------------------------------------------
-
-    @property
-    def x_shape(self) -> tuple[int, ...]:
-        """(N, T, H, W, C_in)."""
-        return (self.window.batch, *self.window.size, self.channels_in)
-
-    @property
-    def y_shape(self) -> tuple[int, ...]:
-        """(N, T', H', W', C_out)."""
-        return (self.window.batch, *self.window.out, self.channels_out)
 
     def operands(self) -> list[Operand]:
         """Input, weights, bias, taps, the plan's lists, those of channels or columns, masks, residual, output."""
@@ -169,8 +190,7 @@ class Convolution(GroupedChannels, Kernel):
     # -- what a call executes ----------------------------------------------------------------------------------------
 
     def work(self) -> tuple[Count, Count, Count]:
-        """Pairs of output row and tap, input channels and output channels of each sample: their product is the
-        multiply-accumulates executed."""
+        """As the lists of rows and channels tell."""
         return (
             Count(operand="counts", at=(3,)),
             Count(operand="in_channels", at=(0,)) if self.live_in else Count(self.depth),

@@ -111,7 +111,7 @@ class Layer(GroupedChannels):
         )
 
 
-K = TypeVar("K", bound=Kernel)
+K = TypeVar("K", bound=Kernel, covariant=True)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
+from dance_tvm.transform.vector_math import VectorMath
 from dance_tvm.transform.whole_pools import WholePools
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int) -> list[tup
                 ShortNames(),
                 relax.transform.DeadCodeElimination(),
                 ScheduleRestForGpu() if gpu else ScheduleRest(machine.vector_floats, threads),
-                *([] if gpu else [JoinSmall()]),
+                *([] if gpu else [JoinSmall(), VectorMath()]),
             ],
         ),
     ]

@@ -16,7 +16,7 @@ from dance_tvm.liveness.kernel_groups import (
     fitting_groups,
     lane_cost,
 )
-from dance_tvm.schedules.convolution import Convolution
+from dance_tvm.schedules.convolution import LayerKernel
 from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.gpu.spaces import groups_cost
@@ -49,7 +49,7 @@ class Chooser:
     group_cost: GroupCost | None = None
     groups: dict[relax.Var, KernelGroups] = field(default_factory=dict)
 
-    def choose(self, site: Site) -> Choice[Convolution]:
+    def choose(self, site: Site) -> Choice[LayerKernel]:
         """The kernel of a site."""
         return choose(self.layer(site), self.machine, self.wanted, self.log)
 

@@ -7,7 +7,7 @@ from dance_tvm.ir.graph import Graph
 from dance_tvm.liveness.analysis import Liveness
 from dance_tvm.liveness.expressions import Live
 from dance_tvm.liveness.kernel_groups import KernelGroups
-from dance_tvm.schedules.convolution import Convolution
+from dance_tvm.schedules.convolution import LayerKernel
 from dance_tvm.schedules.layer import Choice
 
 from .sites import Site
@@ -17,11 +17,13 @@ WORTH_TELLING = 0.01
 
 
 def describe(
-    site: Site, choice: Choice[Convolution], alive: Live, wanted: Live, groups: KernelGroups | None, why: str
+    site: Site, choice: Choice[LayerKernel], alive: Live, wanted: Live, groups: KernelGroups | None, why: str
 ) -> LayerInfo:
     """The layer of a site; ``groups`` are those of its weights, ``why`` says why no mask thins it."""
     kernel = choice.kernel
-    skips = [f"input {axis}" for axis in alive.axes if axis != "positions" or site.lists.positions]
+    takers = [*(each.planner for each in kernel.lists()), kernel]
+    taken = {operand.axis for each in takers for operand in each.inputs()}
+    skips = [f"input {axis}" for axis in alive.axes if f"in_{axis}" in taken]
     skips += [f"output {axis}" for axis in wanted.axes]
     skips += kernel.skips
     reasons = ["" if skips else why]

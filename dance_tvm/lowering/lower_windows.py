@@ -20,7 +20,7 @@ from dance_tvm.ir.windows import POOLS, padding_behind, window_of, zero_padded
 from dance_tvm.liveness.analysis import Liveness
 from dance_tvm.liveness.expressions import Expression
 from dance_tvm.liveness.relax_graph import liveness_of
-from dance_tvm.schedules.convolution import Convolution
+from dance_tvm.schedules.convolution import LayerKernel
 from dance_tvm.schedules.cpu.carry_frames import Carry
 from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine
@@ -138,9 +138,9 @@ class _Lowering:
             return relax.const(np.zeros((0, 4), "int32"))
         return self.builder.emit(relax.op.concat(self.counts, 0))
 
-    def _count(self, kernel: Convolution, values: Values) -> None:
+    def _count(self, kernel: LayerKernel, values: Values) -> None:
         """Remember how to read what the kernel will execute; samples of a batch are added up by the reader."""
-        samples = kernel.plan.samples
+        samples = kernel.samples
         layer = relax.const(np.full((samples, 1), len(self.counts), "int32"))
         columns = [layer, *(counted(self.builder, count, samples, values) for count in kernel.work())]
         self.counts.append(self.builder.emit(relax.op.concat(columns, 1)))

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dance_tvm.schedules.convolution import Convolution
+from dance_tvm.schedules.convolution import LayerKernel
+from dance_tvm.schedules.cpu import depthwise_tiles
 from dance_tvm.schedules.cpu import mask_window as cpu_mask_window
 from dance_tvm.schedules.cpu import spaces as cpu
 from dance_tvm.schedules.cpu.spaces import TuningLog
@@ -24,7 +25,7 @@ from dance_tvm.schedules.pool import Pool
 from dance_tvm.schedules.workload import Workload
 
 #: What is offered a layer: on a machine, "auto", "direct" or "winograd" being wanted, with a log of what was tuned.
-Offer = Callable[[Layer, Any, str, TuningLog | None], Choice[Convolution] | None]
+Offer = Callable[[Layer, Any, str, TuningLog | None], Choice[LayerKernel] | None]
 #: The same for pools: their workload and the fields that no size decides.
 PoolOffer = Callable[[Workload, Mapping[str, Any], Any, TuningLog | None], Choice[Pool]]
 
@@ -39,7 +40,7 @@ class Kernels:
 
 
 _KERNELS: dict[type, Kernels] = {
-    Machine: Kernels([cpu.offer], cpu.offer_pool, cpu_mask_window.GrownMask),
+    Machine: Kernels([depthwise_tiles.offer, cpu.offer], cpu.offer_pool, cpu_mask_window.GrownMask),
     Gpu: Kernels([gpu.offer_few_rows, gpu.offer_few_channels, gpu.offer], gpu.offer_pool, gpu_mask_window.GrownMask),
 }
 
@@ -56,7 +57,7 @@ def register(kind: type[Machine] | type[Gpu], offer: Offer) -> None:
 
 def choose(
     layer: Layer, machine: Machine | Gpu, wanted: str = "auto", log: TuningLog | None = None
-) -> Choice[Convolution]:
+) -> Choice[LayerKernel]:
     """The kernel of a layer: the first that is offered. Raises LookupError where none is."""
     offers = (offer(layer, machine, wanted, log) for offer in kernels_of(machine).convolutions)
     choice = next((found for found in offers if found is not None), None)

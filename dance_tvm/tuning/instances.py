@@ -20,6 +20,7 @@ from tvm import tirx
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.remote import RemoteSession
+from dance_tvm.schedules.elementary import written_out
 from dance_tvm.schedules.emit import FLOAT, Expr, argument, flat, kernel, let, parallel, serial, store, when
 from dance_tvm.schedules.gpu.emit import each_element, read, write
 from dance_tvm.schedules.kernel import Kernel, Operand, Weights
@@ -77,7 +78,7 @@ class Instance:
             "fill_x": _fill("fill_x", self.x_shape, self.dtype, each),
             "fill_y": _fill("fill_y", self.y_shape, self.dtype, each),
             DIGEST: _digest(self.y_shape, self.dtype, each),
-            KERNEL: self.kernel.primfunc(KERNEL),
+            KERNEL: self.kernel.primfunc(KERNEL) if gpu else written_out(self.kernel.primfunc(KERNEL)),
         }
         for operand in self.left_open():
             functions["fill_weights"] = _fill_weights(self.kernel, operand, each)

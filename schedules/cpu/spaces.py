@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Protocol
 
-from ..convolution import Convolution
+from ..convolution import LayerKernel
 from ..geometry import Triple, Window
 from ..kernel import Kernel
 from ..layer import Choice, Layer
@@ -589,7 +589,7 @@ def choose_kernel(
     machine: Machine,
     wanted: str = "auto",
     log: TuningLog | None = None,
-) -> Choice[Convolution]:
+) -> Choice[LayerKernel]:
     """``conv`` or Winograd in its place, and the record that chose its sizes ("": the defaults).
 
     The model of time decides, unless the log holds measurements of both for this very workload. ``origin`` tells where
@@ -604,7 +604,7 @@ def choose_kernel(
     decisions = space.normal(advice.decisions) if advice is not None else {}
     if advice is None or not space.allows(decisions):
         return default
-    tuned: Choice[Convolution] = Choice(space.fitted(conv, decisions), choice.reason, advice.origin, workload)
+    tuned: Choice[LayerKernel] = Choice(space.fitted(conv, decisions), choice.reason, advice.origin, workload)
     measured = log.advise(workload)
     if wanted == "auto" and measured and (measured.workload, advice.workload) == (workload, transformed):
         kind = "kernel groups" if workload.family == KERNEL_GROUPS else "direct"
@@ -616,7 +616,7 @@ def choose_kernel(
     return default if choice.kernel is conv else tuned
 
 
-def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) -> Choice[Convolution]:
+def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) -> Choice[LayerKernel]:
     """The direct kernel of a layer, or Winograd in its place."""
     tile, origin = choose_tile(layer.workload, machine, log)
     return choose_kernel(direct(layer, tile), origin, layer.workload, machine, wanted, log)

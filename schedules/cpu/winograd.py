@@ -22,7 +22,6 @@ from tvm import tirx
 
 from ..convolution import Convolution
 from ..emit import (
-    ACTIVATIONS,
     INT,
     Expr,
     big,
@@ -41,6 +40,7 @@ from ..emit import (
     store,
     when,
 )
+from ..epilogue import activate
 from ..kernel import Count
 from .channel_plan import ChannelPlan
 from .dead_outputs import zero_dead
@@ -524,7 +524,7 @@ class _Emitter:
         at = lanes(position + channel, count)
         if self.residual is not None:
             value = value + self.residual[at]
-        store(self.y, ACTIVATIONS[self.conv.activation](value, count), at)
+        store(self.y, activate(self.conv.activation, value, count), at)
 
 
 def linear(matrix: np.ndarray, values: Sequence[Expr], count: int) -> list[Expr]:

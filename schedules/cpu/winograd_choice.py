@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from statistics import mean
 
-from ..convolution import Convolution
+from ..convolution import LayerKernel
 from ..geometry import Triple, Window
 from ..layer import Choice
 from .conv3d_gather import GatherConv
@@ -76,7 +76,7 @@ def _can_transform(conv: GatherConv, axis: int) -> bool:
     return (window.kernel[axis], window.stride[axis], window.dilation[axis]) == (3, 1, 1)
 
 
-def choose(conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto") -> Choice[Convolution]:
+def choose(conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto") -> Choice[LayerKernel]:
     """``conv`` itself or the Winograd kernel predicted to be faster; ``wanted`` is auto, direct or winograd."""
     if wanted == "direct":
         return Choice(conv, "")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..convolution import Convolution
+from ..convolution import LayerKernel
 from ..cpu.spaces import SPACES, Decisions, Space, TuningLog, decide
 from ..cpu.tiles import Machine
 from ..geometry import Window
@@ -119,21 +119,21 @@ def choose_block_tile(workload: Workload, gpu: Gpu, log: TuningLog | None = None
     return BlockTile(**decisions), origin
 
 
-def offer_few_rows(layer: Layer, _gpu: Gpu, _wanted: str, _log: TuningLog | None) -> Choice[Convolution] | None:
+def offer_few_rows(layer: Layer, _gpu: Gpu, _wanted: str, _log: TuningLog | None) -> Choice[LayerKernel] | None:
     """A linear layer that is bound by reading its weights."""
     if layer.columns is not None or not is_few_rows(layer.window, layer.groups, layer.samples):
         return None
     return Choice(blocked(layer, BlockTile(layer.window.positions_out // layer.samples, 0, 0, 0, 0), LinearConv))
 
 
-def offer_few_channels(layer: Layer, _gpu: Gpu, _wanted: str, _log: TuningLog | None) -> Choice[Convolution] | None:
+def offer_few_channels(layer: Layer, _gpu: Gpu, _wanted: str, _log: TuningLog | None) -> Choice[LayerKernel] | None:
     """Convolution groups that would leave a tile nearly empty."""
     if layer.groups == 1 or layer.group_out >= FEW_CHANNELS:
         return None
     return Choice(blocked(layer, BlockTile(32, 0, 0, 0, 0), DirectConv))
 
 
-def offer(layer: Layer, gpu: Gpu, _wanted: str, log: TuningLog | None) -> Choice[Convolution]:
+def offer(layer: Layer, gpu: Gpu, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel]:
     """Any layer, in tiles."""
     tile, origin = choose_block_tile(layer.workload, gpu, log)
     return Choice(blocked(layer, tile), "", origin, layer.workload)
