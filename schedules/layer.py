@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +18,8 @@ class Layer(GroupedChannels):
 
     ``positions`` and ``in_positions``: how many clips and frames the mask of output and input positions tells apart.
     Of a layer whose zero weights are left out, ``group`` is the kernel group, ``columns`` how many columns are left and
-    ``kept`` which share of all columns that is. The other fields are those of :class:`.convolution.Convolution`.
+    ``kept`` which share of all columns that is. What a kernel packs takes at most ``most_growth`` times the memory of
+    the layer's own weights. The other fields are those of :class:`.convolution.Convolution`.
     """
 
     window: Window
@@ -38,6 +40,7 @@ class Layer(GroupedChannels):
     group: tuple[int, int] = (1, 1)
     columns: int | None = None
     kept: float = 1.0
+    most_growth: float = math.inf
 
     @property
     def samples(self) -> int:

@@ -15,6 +15,7 @@ from tvm import relax
 from dance_tvm.artifact.layers import LayerInfo
 from dance_tvm.compiler.requests import require_buildable
 from dance_tvm.core.errors import DanceError
+from dance_tvm.lowering.choose_kernel import Memory
 from dance_tvm.lowering.lower_norms import LowerNorms
 from dance_tvm.lowering.lower_windows import lower_windows
 from dance_tvm.lowering.lowered import Lowered
@@ -59,6 +60,10 @@ class Options:
     device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16"] = "float32"
     interface: Literal["tvm", "c"] = "tvm"
+    memory: Memory = "fast"
+    weights_dtype: Literal["float32", "float16"] = "float32"
+    prepared: bool = False
+    static: bool = False
 
 
 def lower(
@@ -82,6 +87,7 @@ def lower(
             convolution="direct" if options.numerics == "exact" else options.conv,
             group_cost=group_cost(target, options.threads, partial(excess_cycles, machine), options.logs),
             dtype=options.dtype,
+            memory=options.memory,
         )
         phases.end("sparse kernels", mod := windows.mod)
         for name, passes in [*_behind_kernels(machine, gpu, options.threads), ("lift weights", [lift_weights])]:

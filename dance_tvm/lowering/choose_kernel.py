@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from tvm import relax
@@ -31,6 +33,15 @@ from .sites import Site, Sites
 #: Filters of a kernel group that a block of threads can take.
 BLOCK_GROUP_FILTERS = (16, 32, 8)
 
+#: How many times its weights a layer's transformed ones may take, and the bytes of weights from which on that counts.
+#: 2.4 lets through tiles of two along every axis, or of three along two; 1 no transform at all.
+Memory = Literal["small", "balanced", "fast"]
+MOST_GROWTH: dict[Memory, tuple[float, int]] = {
+    "small": (1.0, 1 << 18),
+    "balanced": (2.4, 1 << 20),
+    "fast": (math.inf, 0),
+}
+
 GroupCost = Callable[[KernelGroups], float]
 
 
@@ -47,6 +58,7 @@ class Chooser:
     sparsity: bool
     log: TuningLog | None
     group_cost: GroupCost | None = None
+    memory: Memory = "fast"
     groups: dict[relax.Var, KernelGroups] = field(default_factory=dict)
 
     def choose(self, site: Site) -> Choice[LayerKernel]:
@@ -72,8 +84,14 @@ class Chooser:
             self._zeros(site.end) if wanted.axes else "",
             self.threads,
             self.dtype,
-            *(() if groups is None else ((groups.gm, groups.gn), len(groups.columns), groups.kept)),
+            *(((1, 1), None, 1.0) if groups is None else ((groups.gm, groups.gn), len(groups.columns), groups.kept)),
+            self._most_growth(site),
         )
+
+    def _most_growth(self, site: Site) -> float:
+        """How many times the site's weights a kernel's may take."""
+        most, large = MOST_GROWTH[self.memory]
+        return most if site.weight.nbytes > large else math.inf
 
     def weights(self, site: Site) -> Weights:
         """What the site's kernel packs."""

@@ -32,7 +32,7 @@ from dance_tvm.schedules.workload import POOL, TYPICAL_DENSITY, Workload
 
 from .calls import call_kernel
 from .carries import Chain, find_chains
-from .choose_kernel import Chooser, GroupCost, masks_of
+from .choose_kernel import Chooser, GroupCost, Memory, masks_of
 from .describe_layers import describe, why_dense
 from .masks import Masks
 from .plan_lists import Given, Lists, Values, counted
@@ -69,6 +69,7 @@ def lower_windows(
     convolution: str = "direct",
     group_cost: GroupCost | None = None,
     dtype: str = "float32",
+    memory: Memory = "fast",
 ) -> Windows:
     """Lower every site of ``main``; kernels of a GPU store activations and weights as ``dtype``."""
     graph = Graph.of(mod["main"])
@@ -77,7 +78,7 @@ def lower_windows(
     lists = SampleLists(machine, threads, convolution) if isinstance(machine, Machine) else None
     sites = Sites.of(graph, liveness, lists, pools_skip=cpu)
     chains = find_chains(graph, liveness, sites) if cpu else []
-    chooser = Chooser(machine, sites, threads if cpu else 1, dtype, convolution, sparsity, tuning, group_cost)
+    chooser = Chooser(machine, sites, threads if cpu else 1, dtype, convolution, sparsity, tuning, group_cost, memory)
     lowering = _Lowering(mod, graph, liveness, sites, chooser, {chain.end: chain for chain in chains})
     with one_thread() if threads == 1 else nullcontext():
         lowered = lowering.run()

@@ -24,7 +24,7 @@ from .pool3d import VectorPool, default_vectors
 from .row_plan import RowPlan
 from .tiles import Machine, Tile, candidates, default_tile, predicted_cycles, window_cycles
 from .winograd import WinogradConv
-from .winograd_choice import MOST_SCRATCH, best, choose, configured, options, why_not, winograd_seconds
+from .winograd_choice import MOST_SCRATCH, best, choose, configured, growth, options, why_not, winograd_seconds
 
 #: Register tiles that the model of ``tiles.predicted_cycles`` holds for this much slower than its best are not tried.
 WORTH_TRYING = 1.5
@@ -589,13 +589,14 @@ def choose_kernel(
     machine: Machine,
     wanted: str = "auto",
     log: TuningLog | None = None,
+    most_growth: float = math.inf,
 ) -> Choice[LayerKernel]:
     """``conv`` or Winograd in its place, and the record that chose its sizes ("": the defaults).
 
     The model of time decides, unless the log holds measurements of both for this very workload. ``origin`` tells where
-    the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd.
+    the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd, ``most_growth`` that of ``choose``.
     """
-    choice = replace(choose(conv, machine, workload.threads, wanted), workload=workload)
+    choice = replace(choose(conv, machine, workload.threads, wanted, most_growth), workload=workload)
     default = replace(choice, origin=origin if choice.kernel is conv else "")
     if log is None or wanted == "direct" or why_not(conv):
         return default
@@ -604,7 +605,10 @@ def choose_kernel(
     decisions = space.normal(advice.decisions) if advice is not None else {}
     if advice is None or not space.allows(decisions):
         return default
-    tuned: Choice[LayerKernel] = Choice(space.fitted(conv, decisions), choice.reason, advice.origin, workload)
+    fitted = space.fitted(conv, decisions)
+    if growth(fitted) > most_growth:
+        return default
+    tuned: Choice[LayerKernel] = Choice(fitted, choice.reason, advice.origin, workload)
     measured = log.advise(workload)
     if wanted == "auto" and measured and (measured.workload, advice.workload) == (workload, transformed):
         kind = "kernel groups" if workload.family == KERNEL_GROUPS else "direct"
@@ -619,7 +623,7 @@ def choose_kernel(
 def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) -> Choice[LayerKernel]:
     """The direct kernel of a layer, or Winograd in its place."""
     tile, origin = choose_tile(layer.workload, machine, log)
-    return choose_kernel(direct(layer, tile), origin, layer.workload, machine, wanted, log)
+    return choose_kernel(direct(layer, tile), origin, layer.workload, machine, wanted, log, layer.most_growth)
 
 
 def offer_pool(workload: Workload, fields: Mapping[str, Any], machine: Machine, log: TuningLog | None) -> Choice[Pool]:

@@ -8,12 +8,12 @@ from functools import cached_property
 from typing import Any
 
 from ..convolution import LayerKernel
-from ..cpu.spaces import SPACES, Decisions, Space, TuningLog, decide
+from ..cpu.spaces import SPACES, Space, TuningLog, decide
 from ..cpu.tiles import Machine
 from ..geometry import Window
 from ..layer import Choice, Layer
 from ..pool import Pool
-from ..workload import KERNEL_GROUPS, Workload
+from ..workload import KERNEL_GROUPS, Decisions, Workload
 from .conv3d_direct import DirectConv, LinearConv, is_few_rows
 from .conv3d_gather import BlockConv
 from .conv3d_kgs import GroupConv
