@@ -84,7 +84,9 @@ class Chooser:
             self._zeros(site.end) if wanted.axes else "",
             self.threads,
             self.dtype,
-            *(((1, 1), None, 1.0) if groups is None else ((groups.gm, groups.gn), len(groups.columns), groups.kept)),
+            (1, 1) if groups is None else (groups.gm, groups.gn),
+            None if groups is None else len(groups.columns),
+            1.0 if groups is None else groups.kept,
             self._most_growth(site),
         )
 
