@@ -552,7 +552,7 @@ def _reuse_seconds(frames: int, edge: int, channels: int, rounds: int, threads: 
     import tvm
 
     from dance_tvm.machines.target import load_target
-    from dance_tvm.schedules.cpu.carry_frames import Carry, carry_frames
+    from dance_tvm.schedules.cpu.carry_frames import Carry
     from dance_tvm.schedules.emit import argument, flat, kernel, lanes, let, parallel, serial, store
 
     target = load_target("host")
@@ -567,7 +567,7 @@ def _reuse_seconds(frames: int, edge: int, channels: int, rounds: int, threads: 
     masks = ("positions", "channels")
     carry = Carry(frames, 1, edge, edge, channels, floats, masks, masks)
     module = tvm.compile(
-        tvm.IRModule({"copy": built.func, "merge": carry_frames(carry).with_attr("global_symbol", "merge")}),
+        tvm.IRModule({"copy": built.func, "merge": carry.primfunc().with_attr("global_symbol", "merge")}),
         target=target.tvm_target(threads),
     )
     rng = np.random.default_rng(0)
