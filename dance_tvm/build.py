@@ -80,6 +80,9 @@ def build(
     reuse: Annotated[
         bool, typer.Option(help="Keep what --out holds where the same network, target, options and versions made it.")
     ] = True,
+    cache: Annotated[
+        bool, typer.Option(help="Take compiled kernels from the user's cache, and keep new ones there.")
+    ] = True,
     debug_dump: Annotated[Path | None, typer.Option(help="Write the IR after every phase to this folder.")] = None,
     as_json: AsJson = False,
     json_lines: JsonLines = False,
@@ -118,6 +121,7 @@ def build(
             dtype=dtype,
             interface=interface,
             logs=logs,
+            cache=cache,
         )
         built = build_network(
             model,

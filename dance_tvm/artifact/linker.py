@@ -79,10 +79,11 @@ def link_shared(
 
 @dataclass(frozen=True)
 class SharedLibraryLinker:
-    """An `fcompile` for TVM's `export_library` that links for `target` by its `link` facts, `also` these objects."""
+    """An `fcompile` for TVM's `export_library` that links for `target` by its `link` facts, these files with it."""
 
     target: Target
-    also: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
+    interface: tuple[str, ...] = ()
     output_format: ClassVar = "so"
     object_format: ClassVar = "o"
 
@@ -95,14 +96,16 @@ class SharedLibraryLinker:
         inputs = [objects] if isinstance(objects, str) else objects
         link = self.target.link
         needed = list(link.needed)
-        if self.also and "android" in self.get_target_triple():  # they need no TVM, but Android's libc by name
+        if self.interface and "android" in self.get_target_triple():  # they need no TVM, but Android's libc by name
             needed = ["libc.so", *(name for name in needed if name != "libtvm_ffi.so")]
-        link_shared(output, [*inputs, *self.also], self.get_target_triple(), needed, link.page_size)
+        link_shared(output, [*inputs, *self.kernels, *self.interface], self.get_target_triple(), needed, link.page_size)
 
 
-def shared_library_linker(target: Target, also: Sequence[str] = ()) -> SharedLibraryLinker:
-    """What links for `target`, to be given to `export_library`; `also`: object files beside TVM's."""
-    return SharedLibraryLinker(target, tuple(also))
+def shared_library_linker(
+    target: Target, kernels: Sequence[str] = (), interface: Sequence[str] = ()
+) -> SharedLibraryLinker:
+    """What links for `target`, to be given to `export_library`; files of kernels and of the C interface beside TVM's."""
+    return SharedLibraryLinker(target, tuple(kernels), tuple(interface))
 
 
 def _emulation(triple: str) -> str:

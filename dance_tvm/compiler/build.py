@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tvm
 from tvm import relax
+from tvm.relax import vm_build
 from tvm.target import codegen
+from tvm.tirx.build import codegen_build
 
 from dance_tvm.artifact.c_interface import compile_interface
 from dance_tvm.artifact.c_program import Names, program_of
@@ -33,6 +35,8 @@ from dance_tvm.artifact.folder import (
 )
 from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.artifact.preprocess import Preprocess
+from dance_tvm.compiler.kernel_cache import KernelCache
+from dance_tvm.compiler.kernels import compile_kernels
 from dance_tvm.compiler.pipeline import Lowered, Options, lower
 from dance_tvm.compiler.requests import known_preprocess, require_buildable
 from dance_tvm.core.errors import DanceError, unexpected_told
@@ -143,19 +147,21 @@ def build_network(
             clock.start("")
             return Built(standing, clock.seconds, _peak_memory())
         lowered = lower(imported.mod, machine, chosen, clock.start)
-        clock.start("compile")
-        executable, planned = _compile(lowered, machine, chosen)
-        manifest.memory_peak_bytes = _memory(lowered, planned)
-        manifest.layers = lowered.layers
-        clock.start("generate and link code")
-        packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
-        with tempfile.TemporaryDirectory(prefix="dance_tvm_interface_") as folder:
+        with tempfile.TemporaryDirectory(prefix="dance_tvm_objects_") as folder:
+            clock.start("compile")
+            code = _compile(lowered, machine, chosen, Path(folder))
+            manifest.memory_peak_bytes = _memory(lowered, code.planned)
+            manifest.layers = lowered.layers
+            clock.start("link")
+            packing, manifest.device_code = embed_device_code(
+                code.executable, machine, chosen.device_code == "compiled"
+            )
             in_c = chosen.interface == "c"
-            also = _interface(planned, lowered, manifest, machine, Path(folder)) if in_c else []
-            linker = shared_library_linker(machine, also)
+            interface = _interface(code.planned, lowered, manifest, machine, Path(folder)) if in_c else []
+            linker = shared_library_linker(machine, code.kernels, interface)
             artifact = write_artifact(
                 out,
-                lambda path: executable.export_library(str(path), fcompile=linker, **packing),
+                lambda path: code.executable.export_library(str(path), fcompile=linker, **packing),
                 lowered.weights,
                 manifest,
                 None if check is False else lambda artifact: check_there(artifact, lowered),
@@ -198,8 +204,17 @@ def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes:
     return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes)
 
 
-def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, tvm.IRModule]:
-    """The executable, and the module whose memory is planned."""
+@dataclass(frozen=True)
+class _Code:
+    """The virtual machine's executable, files of kernels to link with it, and the module whose memory is planned."""
+
+    executable: relax.VMExecutable
+    kernels: list[str]
+    planned: tvm.IRModule
+
+
+def _compile(lowered: Lowered, machine: Target, options: Options, folder: Path) -> _Code:
+    """Plan memory, and compile; kernels of a processor become files in ``folder``."""
     target = machine.tvm_target(options.threads)
     planned: list[tvm.IRModule] = []
     base = _gpu_pipeline(target) if machine.gpu else relax.get_pipeline("default_build")
@@ -209,10 +224,25 @@ def _compile(lowered: Lowered, machine: Target, options: Options) -> tuple[relax
         planned.append(base(module))
         return planned[-1]
 
+    kernels: list[str] = []
     with tvm.transform.PassContext(config=host_code_of(machine)):
-        executable = relax.build(lowered.mod, target, relax_pipeline=pipeline)
+        if machine.gpu:
+            executable = relax.build(lowered.mod, target, relax_pipeline=pipeline)
+        else:
+            with target:
+                pipeline(lowered.mod)
+            builder = relax.ExecBuilder()
+            functions = vm_build._filter_tir(vm_build._vmcodegen(builder, planned[0]))
+            kernels = compile_kernels(functions, target, folder, KernelCache() if options.cache else None)
+            executable = _executable(builder, target)
     _dump(options.debug_dump, "planned", planned[0])
-    return executable, planned[0]
+    return _Code(executable, kernels, planned[0])
+
+
+def _executable(builder: relax.ExecBuilder, target: tvm.target.Target) -> relax.VMExecutable:
+    """What ``builder`` holds, on a library without functions: the kernels join it when it is linked."""
+    library = codegen_build(tvm.IRModule({}), target)
+    return relax.VMExecutable(vm_build._ffi_api.VMLink(builder, target, library, [], {}))
 
 
 def _memory(lowered: Lowered, planned: tvm.IRModule) -> int:

@@ -46,7 +46,8 @@ tvm_ffi.register_error("DanceError", DanceError)
 
 @dataclass(frozen=True)
 class Options:
-    """What a build may choose. ``logs``: the folder of tuning logs to use alone, in place of the usual ones."""
+    """What a build may choose. ``logs``: the folder of tuning logs to use alone, in place of the usual ones;
+    ``cache``: whether kernels are taken from and kept in the user's cache, which changes no byte of the result."""
 
     threads: int = 1
     numerics: Literal["fast", "exact"] = "fast"
@@ -58,6 +59,7 @@ class Options:
     device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16"] = "float32"
     interface: Literal["tvm", "c"] = "tvm"
+    cache: bool = True
 
 
 @dataclass(frozen=True)

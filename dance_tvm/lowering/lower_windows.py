@@ -656,7 +656,7 @@ def bias_of(site: Site) -> np.ndarray:
 def _planned_now(planner: tvm.tirx.PrimFunc, plan: RowPlan | WinogradPlan) -> list[np.ndarray]:
     """The lists of a plan that no mask thins, which are the same in every call."""
     module = tvm.IRModule({"plan": planner.with_attr("global_symbol", "plan")})
-    run = tvm.compile(module, target=tvm.target.Target({"kind": "llvm"}))
+    run = tvm.compile(module, target=tvm.target.Target({"kind": "llvm", "opt-level": 0}))  # it runs once
     lists = [tvm.runtime.tensor(np.zeros(shape, "int32")) for shape in plan.shapes.values()]
     run["plan"](*(tvm.runtime.tensor(table) for table in plan.tables.values()), *lists)
     return [array.numpy() for array in lists]
