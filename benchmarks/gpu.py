@@ -158,7 +158,7 @@ def network_kernels(network: str, target: Target, imported: dict[str, Any]) -> d
 
 def sparse_kernels(layer: Layer, target: Target) -> dict[str, dict[str, Any]]:
     """Kernels of a layer by what thins it."""
-    from dance_tvm.compiler.pipeline import gpu_of
+    from dance_tvm.lowering.machine import gpu_of
     from dance_tvm.schedules.gpu.channel_plan import plan_channels
     from dance_tvm.schedules.gpu.conv3d_gather import conv3d_gather
     from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv, conv3d_kgs, plan_columns
@@ -264,7 +264,7 @@ def occupancy(gpu: Gpu, threads: int, registers: int, shared: int) -> float:
 
 def block_conv(layer: Layer, target: Target, masks: Masks) -> Any:
     """The kernel of a layer with the default tile of ``target`` and the lists that ``masks`` ask for."""
-    from dance_tvm.compiler.pipeline import gpu_of
+    from dance_tvm.lowering.machine import gpu_of
     from dance_tvm.schedules.gpu.conv3d_gather import BlockConv
     from dance_tvm.schedules.gpu.row_plan import block_plan
     from dance_tvm.schedules.gpu.tiles import default_tile
@@ -349,10 +349,10 @@ class LayerOnGpu:
     """A layer's kernels on a device: its planners, and the convolution on random data."""
 
     def __init__(self, layer: Layer, target: Target, device: Device, masks: Masks | None = None) -> None:
-        from dance_tvm.schedules.cpu.channel_plan import channel_list_shape
         from dance_tvm.schedules.gpu.channel_plan import plan_channels
         from dance_tvm.schedules.gpu.conv3d_gather import conv3d_gather
         from dance_tvm.schedules.gpu.row_plan import plan_rows
+        from dance_tvm.schedules.plans import channel_list_shape
 
         masks = masks or Masks()
         conv = self.conv = block_conv(layer, target, masks)

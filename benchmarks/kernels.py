@@ -8,15 +8,16 @@ import numpy as np
 import tvm
 from tvm import tirx
 
-from dance_tvm.compiler.pipeline import machine_of
+from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import Target
-from dance_tvm.schedules.cpu.channel_plan import channel_list_shape, plan_channels
+from dance_tvm.schedules.cpu.channel_plan import plan_channels
 from dance_tvm.schedules.cpu.compact_channels import compact_channels
-from dance_tvm.schedules.cpu.conv3d_gather import GatherConv, Tile, conv3d_gather
-from dance_tvm.schedules.cpu.row_plan import RowPlan, plan_rows
-from dance_tvm.schedules.cpu.tiles import default_tile
+from dance_tvm.schedules.cpu.conv3d_gather import GatherConv, conv3d_gather
+from dance_tvm.schedules.cpu.row_plan import plan_rows
+from dance_tvm.schedules.cpu.tiles import Tile, default_tile
 from dance_tvm.schedules.emit import argument, kernel, lanes, let, number, parallel, scratch, serial, splat, store
 from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.plans import RowPlan, channel_list_shape
 
 
 @dataclass(frozen=True)

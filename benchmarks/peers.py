@@ -446,34 +446,6 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of GMAC/s by case and peer, quartiles as whiskers, as one HTML page that needs no network."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    labels = [f"{run['case']}, {run['threads']} thr" for run in runs]
-    for peer in PEERS:
-        timed = [run["peers"].get(peer, {}) for run in runs]
-        if not any("ms" in result for result in timed):
-            continue
-        rates = [result.get("gmacs_per_s") for result in timed]
-        whiskers = [
-            [run["gmacs"] / result["quartiles_ms"][i] * 1e3 if "ms" in result else None for i in (0, 1)]
-            for run, result in zip(runs, timed, strict=True)
-        ]
-        figure.add_bar(
-            name=peer,
-            x=labels,
-            y=rates,
-            error_y={
-                "array": [w[0] - r if r else None for w, r in zip(whiskers, rates, strict=True)],
-                "arrayminus": [r - w[1] if r else None for w, r in zip(whiskers, rates, strict=True)],
-            },
-        )
-    figure.update_layout(barmode="group", yaxis_title="GMAC/s (nominal, more is better)", title="fp32, batch 1")
-    figure.write_html(path, include_plotlyjs=True)
-
-
 @app.command()
 def main(
     quick: Annotated[bool, typer.Option(help="Two small networks, few rounds.")] = False,
@@ -484,7 +456,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each peer.")] = 15,
     out: Annotated[Path, typer.Option(help="Folder for peers.json and peers.html.")] = Path("benchmarks/results"),
 ) -> None:
-    """Measure, print a table, and write JSON and a plot."""
+    """Measure, print a table, and write JSON (`benchmarks.plots` draws it)."""
     chosen = [peer for peer in peers.split(",") if peer]
     if unknown := [peer for peer in chosen if peer not in _ENGINES]:
         print(f"error: unknown peer {unknown[0]}: choose among {', '.join(PEERS)}", file=sys.stderr)
@@ -497,16 +469,15 @@ def main(
             for count in (int(number) for number in threads.split(",")):
                 runs.append(measure(case, chosen, count, rounds, lambda text: print(text, file=sys.stderr)))
                 print(table(runs[-1:]), flush=True)
-                every = _write(runs, out / f"{name}.json")
+                _write(runs, out / f"{name}.json")
     if not runs:
         print(f"error: no case is called {only!r}", file=sys.stderr)
         raise typer.Exit(2)
-    plot(every, out / f"{name}.html")
-    print(f"written: {out / name}.json, {out / name}.html")
+    print(f"written: {out / name}.json")
 
 
-def _write(runs: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """Write what has been measured so far; figures of other cases that the file holds are kept. Returns all of them."""
+def _write(runs: list[dict[str, Any]], path: Path) -> None:
+    """Write what has been measured so far; figures of other cases that the file holds are kept."""
     done = {(run["case"], run["threads"]) for run in runs}
     before = json.loads(path.read_text())["runs"] if path.exists() else []
     every = [run for run in before if (run["case"], run["threads"]) not in done] + runs
@@ -515,7 +486,6 @@ def _write(runs: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
     scratch = path.with_name(f".{path.name}")
     scratch.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(scratch, path)
-    return every
 
 
 def _cases(quick: bool, layers_too: bool, only: str, folder: Path) -> Iterator[Case]:

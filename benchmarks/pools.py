@@ -14,7 +14,7 @@ from pathlib import Path
 
 import typer
 
-from dance_tvm.compiler.pipeline import machine_of
+from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu.spaces import PoolSpace
 from dance_tvm.schedules.geometry import Window

@@ -36,13 +36,13 @@ from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.pipeline import Options
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device import KernelTime, LoadedNetwork, open_device
-from dance_tvm.lowering.group_choice import SynthesisedLayer
-from dance_tvm.lowering.kernel_groups import only_group
+from dance_tvm.liveness.kernel_groups import only_group
 from dance_tvm.models.macs import count as count_macs
+from dance_tvm.records.group_choice import SynthesisedLayer
 from dance_tvm.sparsity.checkpoint import load_weights, read_weights, write_atomically
-from dance_tvm.sparsity.rt3d.measure import _one_convolution
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
 from dance_tvm.sparsity.training import CARD, MODEL, Logits
+from dance_tvm.tuning.measure_groups import one_convolution
 
 from .agreement import Agreement, Judge
 from .peers import Case as PeerCase
@@ -390,7 +390,7 @@ def layer(
     for key, weight in weights.items():
         folder = artifacts / key.replace(" ", "-")
         pruned = LAYER.weight(1, 1, 1.0) if weight is None else weight
-        network, clip = _one_convolution(LAYER, pruned)
+        network, clip = one_convolution(LAYER, pruned)
         if not folder.exists():
             with only_group(*group) if weight is not None else nullcontext():
                 _built(folder, network, (clip,), threads, "auto" if key == "dense" else "direct")
@@ -421,7 +421,7 @@ class Masked(nn.Module):
 
     def __init__(self, weights: Sequence[np.ndarray]) -> None:
         super().__init__()
-        self.convolutions = nn.ModuleList(next(_one_convolution(LAYER, weight)[0].children()) for weight in weights)
+        self.convolutions = nn.ModuleList(next(one_convolution(LAYER, weight)[0].children()) for weight in weights)
 
     def forward(self, clip: torch.Tensor, frames: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         alive = ((frames > 0).to(clip.dtype), (positions > 0).to(clip.dtype))
@@ -524,7 +524,7 @@ def instructions(
     cases: dict[str, tuple[tuple[int, int] | None, float]] = {"dense": (None, 1.0)}
     cases |= {f"{gm}x{gn} {rate:g}": ((gm, gn), rate) for gm, gn in ((8, 4), (16, 4)) for rate in (2.6, 3.6)}
     for key, (group, rate) in cases.items():
-        network, clip = _one_convolution(PHONE_LAYER, PHONE_LAYER.weight(*(group or (1, 1)), rate))
+        network, clip = one_convolution(PHONE_LAYER, PHONE_LAYER.weight(*(group or (1, 1)), rate))
         folder = artifacts / key.replace(" ", "-")
         if not folder.exists():
             with only_group(*group) if group else nullcontext():

@@ -15,10 +15,10 @@ from typing import Annotated
 
 import typer
 
-from dance_tvm.compiler.pipeline import machine_of
+from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import load_target
+from dance_tvm.records.advice import tuned_tiles
 from dance_tvm.schedules.cpu.spaces import SPACES
-from dance_tvm.tuning.advice import tuned_tiles
 from dance_tvm.tuning.farm import Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
 

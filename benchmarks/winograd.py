@@ -17,7 +17,7 @@ import typer
 from kernels import C3D, R2PLUS1D, Layer, Peak, Runner, build, tensor
 from tvm import tirx
 
-from dance_tvm.compiler.pipeline import machine_of
+from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import Target, load_target
 from dance_tvm.schedules.cpu import winograd
 from dance_tvm.schedules.cpu.tiles import default_tile

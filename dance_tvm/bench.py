@@ -29,6 +29,7 @@ app = application()
         "dance-tvm bench artifacts/c3d-host",
         "dance-tvm bench artifacts/pruned --dense artifacts/dense --clips videos/ --out results.json",
         "dance-tvm bench artifacts/c3d-host --against results.json",
+        "dance-tvm bench artifacts/c3d-host --peer onnxruntime,openvino --peer-model c3d.onnx --load-times",
         "dance-tvm bench artifacts/c3d-phone --device tracker://127.0.0.1:9190/phone --trace trace.json",
     )
 )
@@ -56,6 +57,16 @@ def bench(
     trace: Annotated[
         Path | None, typer.Option(help="Write each kernel of a run here (.json), for Perfetto or chrome://tracing.")
     ] = None,
+    peer: Annotated[
+        str | None, typer.Option(help="Other engines in turns with ours: onnxruntime, openvino or both, by comma.")
+    ] = None,
+    peer_model: Annotated[Path | None, typer.Option(help="The first artifact's network as .onnx, for --peer.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Classes of the clips (.csv of name,class): how often the artifact is right.")
+    ] = None,
+    load_times: Annotated[
+        bool, typer.Option("--load-times", help="Time loading too, in a process of its own: cold, then warm.")
+    ] = False,
     as_json: AsJson = False,
     json_lines: JsonLines = False,
 ) -> None:
@@ -71,11 +82,22 @@ def bench(
     for artifact in [*artifacts, *([dense] if dense else [])]:
         if not artifact.is_dir():
             raise DanceError(f"there is no artifact {artifact}: `dance-tvm build` writes one")
+    if labels and not clips:
+        raise DanceError("--labels tells the classes of clips: give --clips")
+    if load_times and any(each != "local" for each in device or []):
+        raise DanceError("--load-times measures on this machine: leave --device out")
     from dance_tvm.benchmarking.results import read_results
 
     baseline = read_results(against) if against else None
+    engines = [name.strip() for name in peer.split(",") if name.strip()] if peer else []
+    from dance_tvm.benchmarking.accuracy import read_classes
     from dance_tvm.benchmarking.campaign import Plan, run
+    from dance_tvm.benchmarking.peers import require_peers
     from dance_tvm.benchmarking.results import write_results
+
+    require_peers(engines, peer_model, device or [])
+    if labels:
+        read_classes(labels)  # told before anything is measured
 
     plan = Plan(
         artifacts=artifacts,
@@ -96,6 +118,10 @@ def bench(
         against=baseline,
         threshold=threshold,
         trace=trace,
+        peers=engines,
+        peer_model=peer_model,
+        labels=labels,
+        load_times=load_times,
         command=shlex.join(["dance-tvm", "bench", *sys.argv[_own_arguments() :]]),
     )
     progress = Progress(as_json, json_lines)
@@ -135,10 +161,18 @@ def _print(results: Results) -> None:
                 _print_layers(item.name, item.profile)
             if item.clips:
                 _print_clips(item)
+            for line in _extras(item):
+                typer.echo(line)
             if item.single_stream:
                 typer.echo(_stream(item.name, item.single_stream))
         for warning in device.warnings:
             typer.echo(f"! {warning}")
+    for each in results.peers:
+        typer.echo(
+            f"{each.device}: {each.artifact} is {each.speed_up:.2f}x as fast as {each.engine} {each.version} "
+            f"(95% between {each.low:.2f} and {each.high:.2f}), which takes {1e3 * each.latency.p50:.3f} ms; outputs "
+            f"differ by {each.difference:.1g} of the largest value"
+        )
     for pair in results.pairs:
         saved = f", {pair.mac_reduction:.2f}x fewer MACs" if pair.mac_reduction else ""
         ratio = f", {pair.efficiency:.0%} of the saving became speed" if pair.efficiency else ""
@@ -203,6 +237,24 @@ def _print_clips(item: Measured) -> None:
     correlation = item.correlation
     caption = "" if correlation is None else f"correlation of latency and MACs kept: {correlation:.2f}"
     print_table(["clip", "p50 ms", "p90 ms", "MACs kept"], rows, f"{item.name} by clip", caption)
+
+
+def _extras(item: Measured) -> list[str]:
+    """How right, and how long until the first answer."""
+    lines = []
+    if item.accuracy:
+        known = item.accuracy
+        lines.append(
+            f"{item.name}: {known.top1:.1%} of {known.clips} labelled clips right ({known.top5:.1%} among the first "
+            f"five); of {known.videos} videos {known.video_top1:.1%} ({known.video_top5:.1%})"
+        )
+    for each in item.loading:
+        whole = each.verify + each.load + each.first_run
+        lines.append(
+            f"{item.name}, {'cold' if each.cold else 'warm'} start: {1e3 * whole:.0f} ms to the first answer (verify "
+            f"{1e3 * each.verify:.0f}, load {1e3 * each.load:.0f}, first run {1e3 * each.first_run:.0f})"
+        )
+    return lines
 
 
 def _stream(name: str, figures: dict[str, float]) -> str:

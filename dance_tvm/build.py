@@ -44,6 +44,9 @@ def build(
     shape: Annotated[
         list[str] | None, typer.Option(help="An open input's shape, clip=1x3x16x112x112; repeatable.")
     ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Clips in a call, of a network of the zoo or with an open batch.")
+    ] = None,
     threads: Threads = None,
     check: Annotated[
         bool | None,
@@ -129,6 +132,7 @@ def build(
             target=machine,
             weights=weights,
             shapes=shapes or None,
+            batch=batch,
             check=check,
             check_inputs=check_inputs or (),
             options=options,

@@ -16,8 +16,8 @@ from dance_tvm.core.options import AsJson
 from dance_tvm.core.printing import print_table
 
 if TYPE_CHECKING:
+    from dance_tvm.records.kernel_log import Record
     from dance_tvm.schedules.workload import Workload
-    from dance_tvm.tuning.records import Record
 
 app = application(help="Check, merge and show tuning logs.", no_args_is_help=True)
 
@@ -34,7 +34,7 @@ Files = Annotated[
 )
 def check(files: Files = None, as_json: AsJson = False) -> None:
     """Parse every line; name each that is not a whole record of ours. Exit code 1 where there is one."""
-    from dance_tvm.tuning.records import Log
+    from dance_tvm.records.kernel_log import Log
 
     found: list[dict[str, Any]] = []
     for path in _files(files):
@@ -65,7 +65,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge logs into one: whole records, each once, in the order of their dates. Lines that are none are named."""
-    from dance_tvm.tuning.records import rewrite
+    from dance_tvm.records.kernel_log import rewrite
 
     skipped: list[dict[str, str | int]] = []
     kept: list[Record] = []
@@ -98,7 +98,7 @@ def merge(
 
 def _parsed(content: bytes) -> Iterator[tuple[int, Record | str]]:
     """Number and record of each line, or why it is none."""
-    from dance_tvm.tuning.records import parse_loosely
+    from dance_tvm.records.kernel_log import parse_loosely
 
     for number, raw in enumerate(content.split(b"\n"), 1):
         if raw.strip():
@@ -108,7 +108,7 @@ def _parsed(content: bytes) -> Iterator[tuple[int, Record | str]]:
 @app.command(epilog=examples("dance-tvm logs best", "dance-tvm logs best --json"))
 def best(files: Files = None, as_json: AsJson = False) -> None:
     """The verified record of every layer, as builds use it."""
-    from dance_tvm.tuning.records import Log
+    from dance_tvm.records.kernel_log import Log
 
     found = []
     for path in _files(files):
@@ -125,15 +125,15 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """The latest records, trials and failures too."""
-    from dance_tvm.tuning.records import Log
+    from dance_tvm.records.kernel_log import Log
 
     found = [record for path in _files(files) for record in Log.read(path).records(workload=layer or None)]
     _print(found[-last:], as_json)
 
 
 def _files(files: list[Path] | None) -> list[Path]:
+    from dance_tvm.records.places import log_folders
     from dance_tvm.schedules.workload import FAMILIES
-    from dance_tvm.tuning.places import log_folders
 
     folders = log_folders()
     for path in files or []:

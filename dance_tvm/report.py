@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from dance_tvm.core.cli import application, examples, start
+from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_suffix
 
 app = application()
@@ -27,33 +29,46 @@ SUFFIXES: dict[Form, str] = {"html": ".html", "markdown": ".md", "json": ".json"
 
 
 @app.command(
-    epilog=examples("dance-tvm report results.json", "dance-tvm report results.json --format markdown --paper dance")
+    epilog=examples(
+        "dance-tvm report results.json",
+        "dance-tvm report results.json --format markdown --paper dance",
+        "dance-tvm report before.json after.json --out compared.html",
+    )
 )
 def report(
-    results: Annotated[Path, typer.Argument(help="Results written by `dance-tvm bench --out`.")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Results written by `dance-tvm bench --out`; of two, the second beside the first."),
+    ],
     out: Annotated[Path | None, typer.Option(help="File to write.", show_default="beside the results")] = None,
     form: Annotated[Form | None, typer.Option("--format", help="By the name of --out unless given.")] = None,
     paper: Annotated[list[Paper] | None, typer.Option(help="Lay the paper's published figures beside ours.")] = None,
     tuning: Annotated[list[Path] | None, typer.Option(help="Tuning log to draw the curve of; repeatable.")] = None,
 ) -> None:
     """Turn measurements into one page that works offline, or into Markdown."""
+    if len(results) > 2:
+        raise DanceError("give one file of results, or two to set side by side")
     if out is not None and form is None:
         require_suffix(out, "--out", tuple(SUFFIXES.values()))
     from dance_tvm.benchmarking.results import read_results
-    from dance_tvm.reporting.page import html, markdown, write_text
+    from dance_tvm.reporting import page
 
-    measured = read_results(results)
+    measured = [read_results(path) for path in results]
     by_suffix = {suffix: name for name, suffix in SUFFIXES.items()}
     chosen = form or by_suffix.get(out.suffix if out else "", "html")
-    papers = [name.value for name in paper or []]
-    if chosen == "html":
-        text = html(measured, papers, tuning or [])
-    elif chosen == "markdown":
-        text = markdown(measured, papers)
+    beside = results[-1].with_suffix(SUFFIXES[chosen])
+    if len(measured) == 2:
+        from dance_tvm.reporting import compare
+
+        told = compare.comparison(measured[0], measured[1], (str(results[0]), str(results[1])))
+        facts = json.dumps(compare.facts(*measured), indent=1)
+        beside = results[-1].with_name(f"{results[0].stem}-{results[1].stem}{SUFFIXES[chosen]}")
     else:
-        text = measured.model_dump_json(indent=1) + "\n"
-    path = out or results.with_suffix(SUFFIXES[chosen])
-    write_text(path, text)
+        told = page.page_of(measured[0], [name.value for name in paper or []], tuning or [])
+        facts = measured[0].model_dump_json(indent=1)
+    texts = {"html": page.html, "markdown": page.markdown, "json": lambda _: facts + "\n"}
+    path = out or beside
+    page.write_text(path, texts[chosen](told))
     typer.echo(path)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +13,10 @@ import typer
 
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.files import require_suffix, written_whole
+from dance_tvm.core.files import require_suffix
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.options import PLACES, AsJson
+from dance_tvm.core.output_files import write_outputs
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.core.random_inputs import random_inputs
@@ -41,7 +41,9 @@ def run(
     artifact: Annotated[Path, typer.Argument(help="Folder written by `dance-tvm build`.")],
     device: Annotated[str, typer.Option(help=f"{PLACES}.")] = "local",
     inputs: Annotated[Path | None, typer.Option(help="Arrays by input name.", show_default="random")] = None,
-    video: Annotated[Path | None, typer.Option(help="A video, window after window.")] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option(help="A video, window after window, or a folder of videos; repeatable.")
+    ] = None,
     frames: Annotated[Path | None, typer.Option(help="A folder of pictures, a video's frames in order.")] = None,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Frames from window to window.", show_default="the window's length")
@@ -57,7 +59,7 @@ def run(
     json_lines: JsonLines = False,
 ) -> None:
     """Run an artifact on a device: arrays of an .npz file, or a video, in; the network's outputs and top scores out."""
-    if sum(given is not None for given in (inputs, video, frames)) > 1:
+    if sum(bool(given) for given in (inputs, video, frames)) > 1:
         raise DanceError("give one of --inputs, --video and --frames")
     if outputs is not None:
         require_suffix(outputs, "--outputs", (".npz",))
@@ -69,20 +71,24 @@ def run(
     if device == "local":
         verified.require_this_machine()  # told before the seconds that opening a device takes
     with Progress(as_json, json_lines) as progress:
-        windows = _windows(verified.manifest, inputs, video or frames, stride, preprocess)
+        sources = _sources(inputs, video or [], frames)
         from dance_tvm.device import open_device
 
         progress.phase(f"opening {device}")
         found = []
         with open_device(device, timeout=timeout) as session:
             network = session.load(verified)
-            for index, (name, arrays) in enumerate(windows):
-                progress.phase(f"{name} ({index + 1} of {len(windows)})" if len(windows) > 1 else f"running on {name}")
-                begun = time.perf_counter()
-                results = network.run(arrays)
-                seconds = time.perf_counter() - begun
-                found.append((name, results, seconds))
-                progress.tell("run", name=name, seconds=seconds, top=_top(results, verified.manifest, names, top))
+            for place, source in enumerate(sources, 1):
+                windows = _windows(verified.manifest, source, source == inputs, stride, preprocess)
+                of = f", {place} of {len(sources)}" if len(sources) > 1 else ""
+                for index, (name, arrays) in enumerate(windows, 1):
+                    many = f" ({index} of {len(windows)}{of})" if len(windows) > 1 or of else ""
+                    progress.phase(f"running on {name}{many}")
+                    begun = time.perf_counter()
+                    results = network.run(arrays)
+                    seconds = time.perf_counter() - begun
+                    found.append((name, results, seconds))
+                    progress.tell("run", name=name, seconds=seconds, top=_top(results, verified.manifest, names, top))
         facts = _facts(device, found, verified.manifest, names, top)
         progress.result(facts)
     if outputs is not None:
@@ -93,12 +99,27 @@ def run(
         _print(found, verified.manifest, device, names, top)
 
 
+def _sources(inputs: Path | None, videos: list[Path], frames: Path | None) -> list[Path | None]:
+    """The files to run on, a folder of videos file by file; None stands for random input."""
+    from dance_tvm.benchmarking.clips import VIDEOS
+
+    found: list[Path | None] = [path for path in (inputs, frames) if path is not None]
+    for video in videos:
+        inside = (
+            sorted(file for file in video.rglob("*") if file.suffix.lower() in VIDEOS) if video.is_dir() else [video]
+        )
+        if not inside:
+            raise DanceError(f"--video {video} holds no video: --frames takes a folder of pictures")
+        found += inside
+    return found or [None]
+
+
 def _windows(
-    manifest: Manifest, inputs: Path | None, video: Path | None, stride: int | None, preprocess: Path | None
+    manifest: Manifest, video: Path | None, is_arrays: bool, stride: int | None, preprocess: Path | None
 ) -> Windows:
     """What to run on, by name."""
-    if inputs is not None:
-        return [(str(inputs), read_inputs(inputs, manifest.inputs, manifest.name))]
+    if video is not None and is_arrays:
+        return [(str(video), read_inputs(video, manifest.inputs, manifest.name))]
     if video is None:
         return [("random input", random_inputs(manifest.inputs))]
     from dance_tvm.artifact.preprocess import read_preprocess
@@ -113,14 +134,6 @@ def read_labels(path: Path) -> list[str]:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DanceError(f"--labels {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def write_outputs(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays by name as ``.npz``, whole or not at all. Raises DanceError where that fails."""
-    with written_whole(path, "--outputs") as beside, zipfile.ZipFile(beside, "w") as archive:
-        for name, array in arrays.items():  # as np.savez does, which takes no output called "file"
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
 def _require_file(path: Path) -> None:

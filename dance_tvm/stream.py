@@ -47,7 +47,7 @@ def stream(
     import numpy as np
 
     from dance_tvm.artifact.folder import load_artifact
-    from dance_tvm.run import write_outputs
+    from dance_tvm.core.output_files import write_outputs
 
     verified = load_artifact(artifact)
     given = _frames(verified, frames, random)

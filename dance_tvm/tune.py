@@ -64,8 +64,8 @@ def tune(
         raise DanceError("--time-limit must be above 0: leave it out for none")
     if any(not 0 < value <= 1 for value in density or []):
         raise DanceError("--density must lie between 0 and 1, 1 included")
-    if plot is not None and find_spec("plotly") is None:
-        raise DanceError("--plot needs plotly: install it with `pip install plotly`")
+    if plot is not None and find_spec("jinja2") is None:
+        raise DanceError("--plot needs jinja2: install it with `pip install jinja2`")
     if plot is not None:
         require_suffix(plot, "--plot", (".html",))
     from dance_tvm.machines.host import available_cores
@@ -75,7 +75,7 @@ def tune(
     axes = _axes(masks)
     require_devices_of(machine, device or ["local"])
     require_model(model)
-    from dance_tvm.compiler.pipeline import gpu_of, machine_of
+    from dance_tvm.lowering.machine import gpu_of, machine_of
     from dance_tvm.tuning.farm import Farm
     from dance_tvm.tuning.libraries import require_gpu, require_processor
     from dance_tvm.tuning.tuner import Plan, Tuner
@@ -252,16 +252,15 @@ def _logs(tuner: Tuner) -> str:
 
 
 def _plot(tuner: Tuner, path: Path) -> None:
-    import plotly.graph_objects as go
+    from dance_tvm.reporting import page
+    from dance_tvm.reporting.charts import curves
 
-    scale, unit = (1e3, "ms") if tuner.unit == "seconds" else (1e-6, f"millions of {tuner.unit}")
-    figure = go.Figure()
+    gains = {}
     for task in tuner.tasks:
-        best = [scale * value if value < float("inf") else None for value in task.history]
-        name = task.layer.title
-        figure.add_scatter(x=list(range(1, len(best) + 1)), y=best, name=name, mode="lines")
-    figure.update_layout(title="Best time by trial", xaxis_title="trials", yaxis_title=unit, yaxis_type="log")
-    figure.write_html(path, include_plotlyjs=True)
+        found = [value for value in task.history if value < float("inf")]
+        if found:
+            gains[task.layer.title] = [found[0] / value for value in found]
+    page.write_text(path, page.html(page.of_chart("Tuning", curves("Best time by trial", gains))))
 
 
 if __name__ == "__main__":

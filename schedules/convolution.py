@@ -8,8 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
-from .cpu.row_plan import RowPlan
 from .geometry import GroupedChannels, Window
+from .plans import RowPlan
+from .preparation import Panels, Preparation
 
 
 class Panel(Protocol):
@@ -67,14 +68,14 @@ class Convolution(GroupedChannels, ABC):
         """Shape of the packed weights: (panels, taps, depth, nr)."""
         return (self.panels, self.window.taps, self.depth, self.tile.nr)
 
+    @property
+    def preparation(self) -> Preparation:
+        """How weights become what the kernel reads."""
+        return Panels(self.groups, self.group_out, self.depth, self.window.taps, self.tile.nr)
+
     def pack_weights(self, weight: np.ndarray) -> np.ndarray:
         """Pack float32 weights (C_out, C_in / groups, KT, KH, KW) the way the kernel reads them."""
-        taps_last = weight.reshape(self.groups, self.group_out, self.depth, self.window.taps)
-        per_group = self.panels // self.groups
-        padded = np.zeros((self.groups, per_group * self.tile.nr, self.depth, self.window.taps), "float32")
-        padded[:, : self.group_out] = taps_last
-        blocks = padded.reshape(self.panels, self.tile.nr, self.depth, self.window.taps)
-        return np.ascontiguousarray(blocks.transpose(0, 3, 2, 1))
+        return self.preparation.apply(weight)
 
     @abstractmethod
     def pack_bias(self, bias: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ class Server:
 @pytest.fixture
 def own_logs(tmp_path, monkeypatch) -> Path:
     """The empty folder of tuning logs of a project that is worked in, with none in the package."""
-    from dance_tvm.tuning import places
+    from dance_tvm.records import places
 
     folder = tmp_path / places.IN_PROJECT
     folder.mkdir()

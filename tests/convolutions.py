@@ -10,7 +10,7 @@ import tvm
 from hypothesis import strategies as st
 
 from dance_tvm.schedules.cpu.channel_plan import plan_channels
-from dance_tvm.schedules.cpu.conv3d_gather import Tile
+from dance_tvm.schedules.cpu.tiles import Tile
 from dance_tvm.schedules.geometry import Window
 
 TARGET = tvm.target.Target({"kind": "llvm", "num-cores": 2})

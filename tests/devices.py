@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,11 @@ from tvm import relax
 
 from dance_tvm.artifact.folder import RUNTIME_VERSIONS, Artifact, BuiltFor, Check, Manifest, Tensor, write_artifact
 from dance_tvm.artifact.linker import shared_library_linker
-from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.artifact.weight_store import MOST_INLINE
+from dance_tvm.compiler.code import compile_lowered
+from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.compiler.program import write_program
+from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import load_target
 
 CONSTANT = np.arange(12, dtype="float32").reshape(3, 4)
@@ -74,7 +80,6 @@ def write(
 ) -> Artifact:
     """The artifact of a lowered module with one input and one output."""
     target = load_target(target_name)
-    executable = tvm.compile(lowered.mod, target.tvm_target(1))
     meaning = "clip (N, C, T, H, W)" if len(shape_in) == 5 else "rows"
     manifest = Manifest(
         name=name,
@@ -95,6 +100,13 @@ def write(
         memory_peak_bytes=0,
         check=Check(status="not run"),
     )
+    if target.gpu is None:
+        manifest.options["interface"] = "c"
+        lowered = replace(lowered, weights=weights or {})
+        with TemporaryDirectory() as folder:
+            code = compile_lowered(lowered, target, Options(threads=1), Path(folder))
+            return write_program(out, lowered, code, manifest, target, most_inline=0 if weights else MOST_INLINE)
+    executable = tvm.compile(lowered.mod, target.tvm_target(1))
     linker = shared_library_linker(target)
     return write_artifact(
         out, lambda path: executable.export_library(str(path), fcompile=linker), weights or {}, manifest

@@ -16,11 +16,14 @@ from typer.testing import CliRunner
 
 from dance_tvm import bench, models
 from dance_tvm.artifact.folder import REFERENCE, _describe, _write_manifest, load_artifact
-from dance_tvm.benchmarking import sensing, statistics
+from dance_tvm.benchmarking import peers, sensing, statistics
+from dance_tvm.benchmarking.accuracy import accuracy, read_classes
 from dance_tvm.benchmarking.campaign import Plan, run
 from dance_tvm.benchmarking.clips import AS_TRAINED, UP_TO_ONE, doubt_of_scale, frames_of, load_clips
 from dance_tvm.benchmarking.layers import ran
+from dance_tvm.benchmarking.loading import measure_loading
 from dance_tvm.benchmarking.measure import Contender, in_turns, single_stream
+from dance_tvm.benchmarking.peers import require_peers
 from dance_tvm.benchmarking.results import read_results, write_results
 from dance_tvm.benchmarking.validation import validate
 from dance_tvm.core.errors import DanceError, DanceWarning
@@ -474,3 +477,101 @@ def test_bad_results_files(tmp_path):
             read_results(path)
     with pytest.raises(DanceError, match="cannot be read"):
         read_results(tmp_path / "none.json")
+
+
+def onnx_twin(path, *, wrong=False):
+    """The network of ``video_artifact(dynamic=False)`` as an ONNX file."""
+    from onnx import TensorProto, checker, helper, numpy_helper, save
+
+    random = np.random.default_rng(0)
+    first = random.integers(-2, 3, (8, 3, 3, 3, 3)).astype("float32")
+    second = random.integers(1, 3, (8, 8, 1, 3, 3)).astype("float32") * (2 if wrong else 1)
+    nodes = [
+        helper.make_node("Conv", ["clip", "a"], ["b"], pads=[1] * 6),
+        helper.make_node("Relu", ["b"], ["c"]),
+        helper.make_node("Conv", ["c", "d"], ["y"], pads=[0, 1, 1, 0, 1, 1]),
+    ]
+    shapes = [[1, 3, 8, 16, 16], [1, 8, 8, 16, 16]]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in zip(("clip", "y"), shapes, strict=True)]
+    graph = helper.make_graph(
+        nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(first, "a"), numpy_helper.from_array(second, "d")]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    checker.check_model(model)
+    save(model, path)
+    return path
+
+
+def test_another_engine_is_measured_in_turns(dense, tmp_path):
+    twin = onnx_twin(tmp_path / "net.onnx")
+    words = [str(dense.path), "--peer", "onnxruntime", "--peer-model", str(twin), "--seconds", "0.05", "--no-layers"]
+    done = CliRunner().invoke(bench.app, [*words, "--out", str(tmp_path / "r.json")])
+    assert done.exit_code == 0, done.output
+    assert "x as fast as onnxruntime" in done.output
+    (peer,) = read_results(tmp_path / "r.json").peers
+    assert peer.difference < 1e-6
+    assert peer.low <= peer.speed_up <= peer.high
+    assert peer.latency.runs >= 20
+    onnx_twin(twin, wrong=True)
+    with pytest.raises(DanceError, match="computes something else from"):
+        run(Plan([dense.path], runs=2, seconds=0.01, layers=False, peers=["onnxruntime"], peer_model=twin))
+
+
+@pytest.mark.parametrize(
+    ("engines", "model", "devices", "said"),
+    [
+        (["onnxruntime"], None, [], "needs --peer-model"),
+        (["tensorrt"], None, [], "choose of onnxruntime, openvino"),
+        (["onnxruntime"], "missing.onnx", [], "is no .onnx file"),
+        (["onnxruntime"], "net.onnx", ["emulator"], "leave --device out"),
+    ],
+)
+def test_engines_that_cannot_be_compared_are_refused(tmp_path, engines, model, devices, said):
+    (tmp_path / "net.onnx").touch()
+    with pytest.raises(DanceError, match=said):
+        require_peers(engines, tmp_path / model if model else None, devices)
+
+
+def test_an_engine_that_is_not_installed_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    with pytest.raises(DanceError, match="pip install openvino"):
+        require_peers(["openvino"], tmp_path / "x.onnx", [])
+
+
+def test_loading_is_timed_cold_and_warm(sparse):
+    cold, warm = measure_loading(sparse.path)
+    assert (cold.cold, warm.cold) == (True, False)
+    assert all(value > 0 for each in (cold, warm) for value in (each.verify, each.load, each.first_run))
+    with pytest.raises(DanceError, match="process of its own"):
+        measure_loading(sparse.path.parent)
+
+
+class Answering:
+    """A network that answers with the scores it is given."""
+
+    def run(self, inputs):
+        return {"scores": inputs["clip"]}
+
+
+def test_accuracy_of_labelled_clips(sparse, tmp_path):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("name,class\nfilm,2\nstill,0\n")
+    scores = np.eye(7, dtype="float32")
+    clips = [("film 0-8", scores[2]), ("film 8-16", 0.5 * scores[3]), ("still[0]", scores[6]), ("other", scores[0])]
+    named = [(name, {"clip": row[None]}) for name, row in clips]
+    output = sparse.manifest.outputs[0].model_copy(update={"name": "scores", "shape": [1, 7]})
+    manifest = sparse.manifest.model_copy(update={"outputs": [output]})
+    found = accuracy(Answering(), manifest, named, read_classes(labels), "labels.csv")
+    assert (found.clips, found.videos) == (3, 2)
+    assert found.top1 == pytest.approx(1 / 3)
+    assert found.top5 == 1
+    assert found.video_top1 == 0.5  # the first window of the film says more than the second
+    with pytest.raises(DanceError, match="names none of the clips: they are called 'a'"):
+        accuracy(Answering(), manifest, [("a", {"clip": scores[:1]})], {"b": 0}, "labels.csv")
+    with pytest.raises(DanceError, match="knows 7"):
+        accuracy(Answering(), manifest, named, {"film": 9}, "labels.csv")
+    labels.write_text("film,2\nstill,zero\n")
+    with pytest.raises(DanceError, match="line 2"):
+        read_classes(labels)
+    with pytest.raises(DanceError, match="cannot be read"):
+        read_classes(tmp_path / "none.csv")

@@ -9,8 +9,8 @@ import pytest
 import tvm
 from tvm import relax
 
+from dance_tvm.ir.graph import Graph
 from dance_tvm.transform.boolean_logic import LOGIC, BooleanLogic
-from dance_tvm.transform.graph import Graph
 from dance_tvm.transform.schedule_rest import ScheduleRest
 
 NUMPY: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {

@@ -14,9 +14,9 @@ from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.pipeline import Options
 from dance_tvm.core.errors import DanceError
 from dance_tvm.machines.target import load_target
+from dance_tvm.records.kernel_log import append, log_path
 from dance_tvm.schedules.workload import GATHER, POOL
 from dance_tvm.tuning.calibration import kept_shares
-from dance_tvm.tuning.records import append, log_path
 from dance_tvm.tuning.workloads import layers_of
 
 HOST = load_target("host")

@@ -25,11 +25,12 @@ from dance_tvm.compiler.requests import default_out, is_untrained, known_preproc
 from dance_tvm.core import cli, printing, verbosity
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.progress import Progress
+from dance_tvm.frontend.interface import require_shape
 from dance_tvm.machines import host
 from dance_tvm.machines.target import load_target
 from dance_tvm.models import names
+from dance_tvm.records.kernel_log import append, log_path, new_record, parse_loosely
 from dance_tvm.sparsity.training import METHODS
-from dance_tvm.tuning.records import append, log_path, new_record, parse_loosely
 
 HEAVY = re.compile(r"\| +(tvm|torch|scipy|onnx)$", re.MULTILINE)
 
@@ -273,7 +274,7 @@ def test_torn_lines_are_named_by_merge(tmp_path):
 
 
 def test_times_that_disagree_are_not_followed(own_logs):
-    from dance_tvm.tuning.advice import tuned_tiles
+    from dance_tvm.records.advice import tuned_tiles
 
     target = load_target("host")
     wild = record(0.3, times=[0.1, 0.2, 0.3, 1.4, 1.5])
@@ -306,7 +307,7 @@ def test_a_merge_loses_nothing_that_a_tuner_appends_meanwhile(tmp_path):
 
 
 def test_logs_lie_in_the_project_or_with_the_user(tmp_path, monkeypatch):
-    from dance_tvm.tuning import places
+    from dance_tvm.records import places
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
@@ -499,6 +500,14 @@ def test_a_video_runs_window_by_window_as_it_is_to_be_prepared(film, tmp_path):
         run.app, [str(artifact.path), "--video", str(film), "--stride", "8", "--preprocess", str(prepare), "--json"]
     )
     assert json.loads(done.stdout)["name"] == "film 0-8", done.exception
+    second = film.with_name("second.mkv")
+    second.write_bytes(film.read_bytes())
+    many = [str(artifact.path), "--video", str(film.parent), "--preprocess", str(prepare), "--json"]
+    done = CliRunner().invoke(run.app, many)
+    assert [each["name"] for each in json.loads(done.stdout)["runs"]] == ["film 0-8", "second 0-8"]
+    second.unlink()
+    done = CliRunner().invoke(run.app, [str(artifact.path), "--video", str(tmp_path)])
+    assert "holds no video" in str(done.exception)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     image = pytest.importorskip("PIL.Image")
@@ -510,6 +519,14 @@ def test_a_video_runs_window_by_window_as_it_is_to_be_prepared(film, tmp_path):
     prepare.write_text("resise = [24, 24]\n")
     with pytest.raises(DanceError, match="its fields are resize, divisor"):
         read_preprocess(prepare)
+
+
+def test_a_batch_is_the_first_dimension_where_it_is_open():
+    declared = {"clip": ["N", 3, 8], "more": [2, 5], "flag": []}
+    assert require_shape(declared, {}, 2) == {"clip": (2, 3, 8), "more": (2, 5), "flag": ()}
+    assert require_shape(declared, {"clip": (7, 3, 8)}, 2)["clip"] == (7, 3, 8)
+    with pytest.raises(DanceError, match="fixed to a batch of 2: export the network with an open batch"):
+        require_shape(declared, {}, 4)
 
 
 def test_an_artifact_says_how_its_videos_are_prepared(small_network, tmp_path):

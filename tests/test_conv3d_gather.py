@@ -12,14 +12,15 @@ from convolutions import SMALL_TILE, Case, channel_list, compiled, draw_masks, t
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dance_tvm.lowering.kernel_groups import KernelGroups, find_kernel_groups
+from dance_tvm.liveness.kernel_groups import KernelGroups, find_kernel_groups
 from dance_tvm.schedules.cpu.compact_channels import compact_channels
-from dance_tvm.schedules.cpu.conv3d_gather import GatherConv, Tile, conv3d_gather
+from dance_tvm.schedules.cpu.conv3d_gather import GatherConv, conv3d_gather
 from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv, balanced_order, conv3d_kgs, plan_columns
-from dance_tvm.schedules.cpu.row_plan import RowPlan, plan_rows
+from dance_tvm.schedules.cpu.row_plan import plan_rows
 from dance_tvm.schedules.cpu.spaces import KernelGroupSpace
-from dance_tvm.schedules.cpu.tiles import Machine
+from dance_tvm.schedules.cpu.tiles import Machine, Tile
 from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.plans import RowPlan
 from dance_tvm.schedules.workload import Workload
 
 

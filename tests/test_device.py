@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ import pytest
 from devices import CONSTANT, matmul_artifact, matmul_case
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.device import open_device, processes, serve
+from dance_tvm.device import open_device, processes, program
 from dance_tvm.device.remote import RemoteSession
 from dance_tvm.device.serve import PROTOCOL, Store
 
@@ -79,20 +78,19 @@ def test_local(host_artifact, weighty_artifact, separate):
 
 def test_a_local_network_has_the_threads_of_its_build_unless_told_otherwise(host_artifact, monkeypatch):
     asked = []
-    monkeypatch.setattr(serve, "pin", lambda choice: asked.append(json.loads(choice)))
+    monkeypatch.setattr(program, "Model", lambda _folder, threads, **_options: asked.append(threads))
     for variable in processes.THREADS_BY_ENVIRONMENT:
         monkeypatch.delenv(variable, raising=False)
     with open_device("local") as device:
         device.load(host_artifact)
-        assert asked.pop() == {"cpus": None, "threads": host_artifact.manifest.target.threads}
+        assert asked.pop() == host_artifact.manifest.target.threads
         device.pin(None, 3)
-        asked.clear()
         device.load(host_artifact)
-        assert not asked
-    monkeypatch.setenv("TVM_NUM_THREADS", "1")
+        assert asked.pop() == 3
+    monkeypatch.setenv("TVM_NUM_THREADS", "5")
     with open_device("local") as device:
         device.load(host_artifact)
-        assert not asked
+        assert asked.pop() == 5
 
 
 def test_a_tracked_server_takes_one_session_at_a_time(tracked, host_artifact, weighty_artifact):

@@ -12,8 +12,8 @@ pytest.importorskip("benchmarks.gpu", reason="benchmarks are not part of an inst
 
 from benchmarks import gpu as benchmark
 from benchmarks.kernels import Layer, Masks
-from dance_tvm.compiler.pipeline import gpu_of
 from dance_tvm.core.errors import DanceError
+from dance_tvm.lowering.machine import gpu_of
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu.spaces import Advice
 from dance_tvm.schedules.gpu.spaces import BlockSpace, choose_block_tile, decisions_of

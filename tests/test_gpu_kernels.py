@@ -19,8 +19,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.device import serve
 from dance_tvm.device.opencl import OpenCLSession
 from dance_tvm.device.opencl_network import run_function
-from dance_tvm.lowering.kernel_groups import find_kernel_groups
-from dance_tvm.schedules.cpu.channel_plan import channel_list_shape
+from dance_tvm.liveness.kernel_groups import find_kernel_groups
 from dance_tvm.schedules.cpu.mask_window import grow_backward, grow_forward, grown_shape
 from dance_tvm.schedules.cpu.row_plan import plan_rows as plan_rows_on_cpu
 from dance_tvm.schedules.geometry import Window
@@ -32,6 +31,7 @@ from dance_tvm.schedules.gpu.mask_window import grow
 from dance_tvm.schedules.gpu.pool3d import BlockPool, pool3d
 from dance_tvm.schedules.gpu.row_plan import block_plan, plan_rows
 from dance_tvm.schedules.gpu.tiles import BlockTile
+from dance_tvm.schedules.plans import channel_list_shape
 
 CPU = tvm.target.Target({"kind": "llvm"})
 NEVER = -(2**31)

@@ -10,11 +10,12 @@ from torch import nn
 from tvm.relax.frontend.torch import from_exported_program
 
 from dance_tvm import models
-from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.launches import device_code, opencl_target
 from dance_tvm.device.opencl import OpenCLSession
 from dance_tvm.device.opencl_network import OpenCLNetwork
+from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import load_target
 
 RELATIVE = {"float32": 1e-4, "float16": 2e-2}

@@ -13,12 +13,16 @@ import torch
 from torch import nn
 
 from dance_tvm.compiler.build import build_network
-from dance_tvm.compiler.pipeline import Options, gpu_of
+from dance_tvm.compiler.pipeline import Options
 from dance_tvm.core.cli import start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.opencl import DeviceCode, Launch, Plan
+from dance_tvm.lowering.machine import gpu_of
 from dance_tvm.machines.gpu import opencl_devices
 from dance_tvm.machines.target import load_target
+from dance_tvm.records import kernel_log
+from dance_tvm.records.advice import tuned_tiles
+from dance_tvm.records.kernel_log import Log, log_path
 from dance_tvm.schedules.cpu.spaces import Advice
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
@@ -26,12 +30,10 @@ from dance_tvm.schedules.gpu.spaces import BlockSpace, decisions_of, space_of
 from dance_tvm.schedules.gpu.tiles import BlockTile, default_tile, is_whole
 from dance_tvm.schedules.workload import GATHER, Workload
 from dance_tvm.tune import app as tune_command
-from dance_tvm.tuning import records, tuner
-from dance_tvm.tuning.advice import tuned_tiles
+from dance_tvm.tuning import tuner
 from dance_tvm.tuning.farm import Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
 from dance_tvm.tuning.libraries import device_code_of, require_gpu
-from dance_tvm.tuning.records import Log, log_path
 
 WINDOW = Window(1, (2, 5, 6), (2, 5, 6), (3, 3, 3), padding=(1, 1, 1))
 PLAIN = Workload(WINDOW, 5, 20, residual=True, activation="relu")
@@ -185,7 +187,7 @@ def test_every_tile_runs_over_opencl_and_tells_the_same(tmp_path, opencl_name, w
 
 def test_a_network_is_tuned_over_opencl_and_built_by_its_records(tmp_path, network, opencl_name, capsys, monkeypatch):
     monkeypatch.setattr(tuner, "DISTURBED", math.inf)  # a layer this small takes less time than its noise
-    monkeypatch.setattr(records, "MOST_SPREAD", math.inf)
+    monkeypatch.setattr(kernel_log, "MOST_SPREAD", math.inf)
     target = load_target("opencl")
     assert target.gpu.name == opencl_name
     command = ["--target", "opencl", "--device", "local", "--model", str(network), "--trials", "3"]

@@ -6,16 +6,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from dance_tvm import groups
 from dance_tvm.core.errors import DanceError
-from dance_tvm.lowering.group_choice import (
-    GroupMeasurement,
-    SynthesisedLayer,
-    best_group,
-    efficiencies,
-    measure_groups,
-    measured_cost,
-)
-from dance_tvm.lowering.kernel_groups import (
+from dance_tvm.liveness.kernel_groups import (
     CANDIDATES,
     choose_kernel_groups,
     find_kernel_groups,
@@ -23,8 +16,16 @@ from dance_tvm.lowering.kernel_groups import (
     lane_cost,
 )
 from dance_tvm.machines.target import load_target
-from dance_tvm.sparsity.rt3d import measure
-from dance_tvm.tuning.group_logs import log_path, read_log, write_log
+from dance_tvm.records import group_choice
+from dance_tvm.records.group_choice import (
+    GroupMeasurement,
+    SynthesisedLayer,
+    best_group,
+    efficiencies,
+    measure_groups,
+    measured_cost,
+)
+from dance_tvm.records.group_log import log_path, read_log, write_log
 
 LAYER = SynthesisedLayer(32, 32, (3, 3, 3), (4, 8, 8))
 
@@ -96,13 +97,13 @@ def test_a_device_on_which_no_group_pays_builds_dense():
 
 def test_the_command_measures_the_groups_that_fit_the_machine(tmp_path, monkeypatch):
     layer = SynthesisedLayer(8, 16, (1, 1, 1), (1, 4, 4))
-    monkeypatch.setattr(measure, "SYNTHESISED", (layer,))
+    monkeypatch.setattr(group_choice, "SYNTHESISED", (layer,))
     lanes = load_target("host").vector.floats
     words = ["--layers", "1", "--repeats", "1", "--threads", "1", "--logs", str(tmp_path)]
-    found = CliRunner().invoke(measure.app, words)
+    found = CliRunner().invoke(groups.app, words)
     assert found.exit_code == 0, found.output
     timed = {(line.gm, line.gn) for line in read_log(log_path(load_target("host"), tmp_path)) if line.scheme == "kgs"}
     assert timed == set(fitting_groups(lanes))
-    refused = CliRunner().invoke(measure.app, ["--layers", "1", "--group", f"{lanes + 1}x4"])
-    assert refused.exit_code == 2
-    assert f"Groups of {lanes + 1}x4 do not fit" in refused.output
+    refused = CliRunner().invoke(groups.app, ["--layers", "1", "--group", f"{lanes + 1}x4"])
+    assert isinstance(refused.exception, DanceError)
+    assert f"Groups of {lanes + 1}x4 do not fit" in str(refused.exception)

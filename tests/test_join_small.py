@@ -14,7 +14,8 @@ from torch.nn import functional
 from tvm import relax, tirx
 from tvm.relax.frontend.torch import from_exported_program
 
-from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu.winograd_choice import _tiles_filled
 from dance_tvm.schedules.geometry import Window

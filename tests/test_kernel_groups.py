@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.lowering.kernel_groups import (
+from dance_tvm.liveness.kernel_groups import (
     BREAK_EVEN,
     CANDIDATES,
     choose_kernel_groups,

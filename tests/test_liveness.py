@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 
-from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.ir.graph import Graph
 from dance_tvm.liveness.expressions import Both, Either, Factor, Joined, Part, both, early, either, grown, nodes
 from dance_tvm.liveness.relax_graph import liveness_of
+from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.transform.graph import Graph
 
 
 def compiled(network: nn.Module, *inputs: Tensor) -> tuple[Lowered, relax.VirtualMachine]:

@@ -10,8 +10,8 @@ from torch import nn
 from tvm import relax
 
 from dance_tvm.frontend import import_model
+from dance_tvm.ir.graph import Graph, shape_of
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
-from dance_tvm.transform.graph import Graph, shape_of
 from dance_tvm.transform.narrow_channels import NarrowChannels
 
 

@@ -13,9 +13,10 @@ import tvm
 from convolutions import compiled, tensor
 from torch import nn
 
-from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.core.errors import DanceError
 from dance_tvm.frontend.importer import import_model
+from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu import moments
 from dance_tvm.schedules.cpu.moments import Reduction, reduce_middle

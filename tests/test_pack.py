@@ -159,7 +159,7 @@ def test_java_runs_an_artifact(host, network, tmp_path):
     assert others == []  # an input's buffer is larger than the output: it may serve as one
 
 
-def test_what_cannot_be_packed_is_refused_in_a_sentence(host, network, host_artifact, tmp_path):
+def test_what_cannot_be_packed_is_refused_in_a_sentence(host, network, tmp_path):
     runner = CliRunner()
 
     def refusal(*words: object) -> str:
@@ -167,8 +167,9 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence(host, network, host_arti
         assert isinstance(error, DanceError)
         return str(error)
 
-    assert "--interface c" in refusal(host_artifact.path, "--out", tmp_path / "a")
+    plain = build_network(network, tmp_path / "plain", example_inputs=(torch.zeros(1, 4),), check=False).artifact
+    assert "--interface c" in refusal(plain.path, "--out", tmp_path / "a")
     assert "--target snapdragon" in refusal(host, "--format", "android", "--out", tmp_path / "b")
     (tmp_path / "c").mkdir()
     assert "is there already" in refusal(host, "--out", tmp_path / "c")
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["c"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["c", "plain"]

@@ -17,7 +17,7 @@ from dance_tvm import report
 from dance_tvm.benchmarking.campaign import Plan, run
 from dance_tvm.benchmarking.results import read_results, write_results
 from dance_tvm.core.errors import DanceError
-from dance_tvm.reporting import liveness, page
+from dance_tvm.reporting import compare, liveness, page
 from dance_tvm.reporting.papers import PAPERS, beside
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -73,9 +73,11 @@ def test_in_a_real_browser(written, tmp_path):
     headings = re.findall(r"<h2>([^<]+)</h2>", dom)
     wanted = {"Latency", "Where the time goes", "Latency by clip", "Work left and time", "Work saved and time saved"}
     assert wanted | {"Tuning: host.conv3d_gather.jsonl", "What was looked at", "Repeat it"} <= set(headings)
-    charts = dom.count('class="plotly-graph-div')
-    assert charts == 6
-    assert dom.count('class="main-svg"') >= charts  # drawn, not only announced
+    charts = dom.split('<section class="chart">')[1:]
+    assert len(charts) == 6
+    for chart in charts:
+        assert chart.count("<rect") + chart.count("<line") > 3  # drawn, with a table under it
+        assert chart.index("<table>") > chart.index("<svg")
     assert dom.count("<img alt=") == 3
     assert "dance-tvm &lt;x&gt;" in dom  # nothing of the results is markup
 
@@ -94,11 +96,72 @@ def test_a_page_that_would_fail_is_seen_to_fail(written, tmp_path):
 
 def test_the_page_is_whole_and_small_enough(written):
     text = written.read_text()
-    assert "<script src" not in text
+    assert "<script" not in text
     assert '<link rel="stylesheet"' not in text
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
-    assert len(text) < 8_000_000
+    assert len(text) < 300_000
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
+@pytest.mark.parametrize("width", [360, 1440])
+def test_nothing_is_wider_than_the_screen(written, tmp_path, width):
+    """A frame as wide as a phone tells how wide the page would be."""
+    frame = tmp_path / "frame.html"
+    script = """<script>
+        const texts = [...document.querySelectorAll(".row svg text, .plot svg text")];
+        const ends = texts.map(text => text.getBoundingClientRect().right);
+        parent.postMessage(Math.ceil(Math.max(document.documentElement.scrollWidth, ...ends)), "*");
+    </script></body>"""
+    text = written.read_text().replace("</body>", script)
+    (tmp_path / "page.html").write_text(text)
+    frame.write_text(
+        f"<iframe src='page.html' style='width:{width}px;height:900px;border:0'></iframe>"
+        "<script>addEventListener('message', event => document.body.dataset.most = event.data)</script>"
+    )
+    dom, _, _ = browse(frame, tmp_path, "--allow-file-access-from-files")
+    (most,) = re.findall(r'data-most="(\d+)"', dom)
+    assert int(most) <= width
+
+
+def test_links_of_layers_lead_to_reasons_and_records(results, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tuning_logs").mkdir()
+    record = {"workload_id": "0123456789abcdef", "status": "verified", "seconds": 0.002, "default_seconds": 0.003,
+              "date": "2026-01-02T03:04:05Z", "origin": "local", "decisions": {"mr": 5}, "trials": 7}  # fmt: skip
+    (tmp_path / "tuning_logs" / "here.jsonl").write_text(json.dumps({**record, "unit": "seconds"}) + "\n{torn")
+    told = results.model_copy(deep=True)
+    layer = told.devices[0].measured[0].profile.layers[0]
+    layer.why, layer.tuned = "fewest multiplications", "tuned 2026-01-02 on local, record 0123456789abcdef"
+    text = page.html(page.page_of(told))
+    places = set(re.findall(r' id="([^"]+)"', text))
+    asked = set(re.findall(r'href="#([^"]+)"', text))
+    assert asked <= places
+    assert "record-0123456789abcdef" in asked
+    assert "fewest multiplications" in text
+    assert "2 ms" in text
+
+
+def test_two_results_side_by_side(results, tmp_path):
+    slower = results.model_copy(deep=True)
+    for item in slower.devices[0].measured:
+        item.latency.seconds = [2 * value for value in item.latency.seconds]
+        item.latency.p50 *= 2
+        item.threads = 9
+    for name, each in (("a", results), ("b", slower)):
+        write_results(tmp_path / f"{name}.json", each)
+    both = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    for form, suffix in (("html", "html"), ("markdown", "md"), ("json", "json")):
+        done = CliRunner().invoke(report.app, [*both, "--format", form])
+        assert done.exit_code == 0, done.output
+        assert (tmp_path / f"a-b.{suffix}").exists()
+    (first, _) = json.loads((tmp_path / "a-b.json").read_text())["compared"]
+    assert first["verdict"] == "slower"
+    assert first["low"] <= first["ratio"] <= first["high"]
+    assert any("number of threads" in each for each in first["differs"])
+    assert any("very same" in each for each in first["differs"])
+    with pytest.raises(DanceError, match="measured no network of one name"):
+        compare.comparison(results, results.model_copy(update={"devices": []}), ("a", "b"))
 
 
 def test_markdown_holds_the_same_tables(results, tmp_path):
@@ -106,7 +169,7 @@ def test_markdown_holds_the_same_tables(results, tmp_path):
     out = tmp_path / "r.md"
     assert CliRunner().invoke(report.app, [str(tmp_path / "r.json"), "--out", str(out)]).exit_code == 0
     text = out.read_text()
-    for table in page.tables(results, []):
+    for table in page.tables(results):
         assert f"## {table.title}" in text
         assert all(len(row) == len(table.heads) for row in table.rows)
     again = tmp_path / "again.json"
@@ -145,8 +208,8 @@ def test_bad_input(results, tmp_path):
     empty = tmp_path / "log.jsonl"
     empty.write_text("no trial\n")
     with pytest.raises(DanceError, match="holds no trial"):
-        page.html(results, tuning_logs=[empty])
+        page.page_of(results, tuning_logs=[empty])
     with pytest.raises(DanceError, match="cannot be read"):
-        page.html(results, tuning_logs=[tmp_path / "none.jsonl"])
+        page.page_of(results, tuning_logs=[tmp_path / "none.jsonl"])
     with pytest.raises(DanceError, match="cannot be written"):
         page.write_text(tmp_path / "no" / "folder.html", "")

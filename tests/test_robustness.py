@@ -19,8 +19,8 @@ from dance_tvm.artifact import folder as artifacts
 from dance_tvm.artifact.folder import load_artifact
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device import open_device, processes, serve
-from dance_tvm.lowering.group_choice import GroupMeasurement
-from dance_tvm.tuning.group_logs import read_log, write_log
+from dance_tvm.records.group_choice import GroupMeasurement
+from dance_tvm.records.group_log import read_log, write_log
 
 FORK = multiprocessing.get_context("fork")  # the writers need nothing but files
 

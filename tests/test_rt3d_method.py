@@ -9,7 +9,7 @@ import torch
 
 from dance_tvm import models, train
 from dance_tvm.core.errors import DanceError
-from dance_tvm.lowering.kernel_groups import find_kernel_groups
+from dance_tvm.liveness.kernel_groups import find_kernel_groups
 from dance_tvm.sparsity.checkpoint import read_weights
 from dance_tvm.sparsity.rt3d.importance import importance
 from dance_tvm.sparsity.rt3d.penalty import Penalty
@@ -142,10 +142,9 @@ def test_a_wrong_option_is_told_with_those_that_exist(tmp_path):
 
 
 def test_the_group_measured_on_the_target_is_trained_with(own_logs):
-    from dance_tvm.lowering import group_choice
     from dance_tvm.machines.target import load_target
+    from dance_tvm.records import group_choice, group_log
     from dance_tvm.sparsity.rt3d import method
-    from dance_tvm.tuning import group_logs
 
     assert method.measured_group("snapdragon") == method.DEFAULT_GROUP
     phone = load_target("snapdragon")
@@ -154,7 +153,7 @@ def test_the_group_measured_on_the_target_is_trained_with(own_logs):
         lambda layer, weight, group: 1.0 if group in (None, (4, 8)) else 2.0,
         fingerprint=phone.fingerprint, device="emulator", threads=1, layers=[layer],
     )  # fmt: skip
-    group_logs.write_log(group_logs.log_path(phone), found)
+    group_log.write_log(group_log.log_path(phone), found)
     assert method.measured_group("snapdragon") == (4, 8)
     with pytest.raises(DanceError, match="target"):
         method.measured_group("abacus")

@@ -9,7 +9,7 @@ from torch import nn
 
 from dance_tvm import models
 from dance_tvm.core.errors import DanceError
-from dance_tvm.lowering.kernel_groups import find_kernel_groups
+from dance_tvm.liveness.kernel_groups import find_kernel_groups
 from dance_tvm.models.macs import count
 from dance_tvm.sparsity.rt3d.masks import add_mask, bake_masks, set_mask
 from dance_tvm.sparsity.rt3d.pruning import FLOOR, find_layers, magnitude, prune_to_rate, select, weight_masks

@@ -144,7 +144,35 @@ def without_statistics(x):
     return F.instance_norm(x), F.batch_norm(x, None, None, training=True), F.layer_norm(x, (7,))
 
 
+def running_extremes(x):
+    ties = torch.round(x)
+    return [*torch.cummax(x, 2), *torch.cummin(ties, -1), *torch.cummax(ties, 0), *torch.cummax(x[0, 0, 0, 0, 0], 0)]
+
+
+def with_nothing_inside(x):
+    """Tensors of no elements on the way, as constants, and among the results."""
+    nothing, weight = x[:, :0], torch.zeros(7, 0)
+    return [
+        torch.cat([x, nothing], 1),
+        nothing.flatten(1).sum(1) + 1,
+        weight @ torch.zeros(0, 3) + x[0, 0, 0, 0, 0],
+        torch.zeros(0, 3),
+        torch.gather(x, 3, torch.zeros(2, 6, 4, 0, 7, dtype=torch.long)),
+        nothing,
+    ]
+
+
+def cut_and_taken(x):
+    places = torch.tensor([[3, -1], [0, -5]])
+    whole = torch.split(x, 9, 1)
+    return [*whole, *torch.split(x, [1, 5], 1), torch.take(x, places), torch.take(x[0, 0, 0, 0, 0], places * 0)]
+
+
 KINDS = {
+    "running extremes": (running_extremes, (CLIP,)),
+    "nothing inside": (with_nothing_inside, (CLIP,)),
+    "cut and taken": (cut_and_taken, (CLIP,)),
+    "axes of a scalar": (lambda x: x.mean().permute(()) + 1, (CLIP,)),
     "slices": (assigned_slices, (CLIP,)),
     "temporal shift": (shifted_in_place, (torch.randn(1, 6, 8, 5, 5),)),
     "places": (assigned_places, (CLIP,)),
@@ -171,7 +199,9 @@ def test_a_kind_of_operators_agrees_with_its_source(kind):
     import_model(Function(function), example_inputs=inputs)
 
 
-@pytest.mark.parametrize("kind", ["slices", "temporal shift", "places", "scatter", "scalars", "points of a grid"])
+@pytest.mark.parametrize(
+    "kind", ["slices", "temporal shift", "places", "scatter", "scalars", "points of a grid", "nothing inside"]
+)
 def test_what_moves_elements_is_built_right(kind, tmp_path):
     function, inputs = KINDS[kind]
     network = Function(function)

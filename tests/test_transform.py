@@ -10,7 +10,8 @@ from torch import nn
 from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 
-from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import load_target
 
 

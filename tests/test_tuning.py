@@ -15,6 +15,9 @@ from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.pipeline import Options
 from dance_tvm.core.errors import DanceError
 from dance_tvm.machines.target import load_target
+from dance_tvm.records import places
+from dance_tvm.records.advice import TunedTiles, tuned_tiles
+from dance_tvm.records.kernel_log import Log, append, log_path, new_record, parse_loosely
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.spaces import (
     SPACES,
@@ -29,9 +32,6 @@ from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.cpu.winograd_choice import best
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.workload import FAMILIES, WINOGRAD, Workload
-from dance_tvm.tuning import places
-from dance_tvm.tuning.advice import TunedTiles, tuned_tiles
-from dance_tvm.tuning.records import Log, append, log_path, new_record, parse_loosely
 
 AVX2 = Machine(8, 16, 32768, 524288, True)
 NEON = Machine(4, 32, 65536, 524288, False)

@@ -12,10 +12,13 @@ from test_tuning import AVX2, NEON, Told, record, workload
 from torch import nn
 
 from dance_tvm.compiler.build import build_network
-from dance_tvm.compiler.pipeline import Options, machine_of
+from dance_tvm.compiler.pipeline import Options
 from dance_tvm.core.cli import start
-from dance_tvm.lowering.kernel_groups import only_group
+from dance_tvm.liveness.kernel_groups import only_group
+from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import load_target
+from dance_tvm.records import kernel_log
+from dance_tvm.records.kernel_log import Log, append, log_path, new_record
 from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv, kernel_group_tile
 from dance_tvm.schedules.cpu.spaces import SPACES, KernelGroupSpace, choose_kernel
 from dance_tvm.schedules.cpu.winograd import WinogradConv
@@ -23,9 +26,8 @@ from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Workload
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
 from dance_tvm.tune import app as tune_command
-from dance_tvm.tuning import records, search, tuner
+from dance_tvm.tuning import search, tuner
 from dance_tvm.tuning.calibration import density_of
-from dance_tvm.tuning.records import Log, append, log_path, new_record
 from dance_tvm.tuning.search import LayerSearch, WholeSpace, new_cost_model, new_search
 from dance_tvm.tuning.workloads import layers_of
 
@@ -198,7 +200,7 @@ def test_builds_follow_the_records_of_kernel_groups_and_pools(tmp_path, own_logs
 def test_a_pruned_network_is_tuned_and_built_by_its_records(tmp_path, own_logs, monkeypatch, capsys):
     monkeypatch.setattr(tuner, "DISTURBED", math.inf)  # layers this small take less time than their noise
     monkeypatch.setattr(search, "POPULATION", 16)
-    monkeypatch.setattr(records, "MOST_SPREAD", math.inf)
+    monkeypatch.setattr(kernel_log, "MOST_SPREAD", math.inf)
     torch.export.save(torch.export.export(Pruned(0), CLIP), tmp_path / "pruned.pt2")
     command = ["--model", str(tmp_path / "pruned.pt2"), "--trials", "2", "--threads", "1", "--conv", "direct", "--json"]
     with only_group(16, 4), pytest.raises(SystemExit) as left:
@@ -222,6 +224,6 @@ def test_a_pruned_network_is_tuned_and_built_by_its_records(tmp_path, own_logs, 
 
 def test_records_of_one_family_are_not_taken_for_another(tmp_path):
     append(log_path(HOST, KERNEL_GROUPS, tmp_path), [record(workload(64))])
-    from dance_tvm.tuning.advice import tuned_tiles
+    from dance_tvm.records.advice import tuned_tiles
 
     assert tuned_tiles(HOST, tmp_path).advise(pruned_workload()) is None

@@ -14,19 +14,19 @@ import psutil
 import pytest
 from test_tuning import workload
 
-from dance_tvm.compiler.pipeline import machine_of
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device import emulator, processes
 from dance_tvm.device.tracker import tracker_summary
+from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import load_target
+from dance_tvm.records.advice import tuned_tiles
+from dance_tvm.records.kernel_log import Log, log_path
 from dance_tvm.schedules.cpu.spaces import SPACES, GatherSpace
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.workload import KERNEL_GROUPS, LISTS, POOL, WINOGRAD, Workload
 from dance_tvm.tuning import search
-from dance_tvm.tuning.advice import tuned_tiles
 from dance_tvm.tuning.farm import Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
-from dance_tvm.tuning.records import Log, log_path
 from dance_tvm.tuning.tuner import Plan, Tuner
 from dance_tvm.tuning.workloads import Layer, layers_of
 
@@ -55,7 +55,7 @@ def farm(tmp_path):
 
 def test_a_device_killed_in_the_middle_is_dropped_and_the_run_ends_well(farm, tmp_path, monkeypatch):
     monkeypatch.setattr("dance_tvm.tuning.tuner.DISTURBED", math.inf)  # other tests run beside this one
-    monkeypatch.setattr("dance_tvm.tuning.records.MOST_SPREAD", math.inf)
+    monkeypatch.setattr("dance_tvm.records.kernel_log.MOST_SPREAD", math.inf)
     port, servers = farm
     heard: list[str] = []
 

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from test_tuning import record, workload
 
-from dance_tvm.compiler.pipeline import machine_of
+from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import load_target
+from dance_tvm.records.kernel_log import Log, append, log_path
 from dance_tvm.tuning import search, tuner
-from dance_tvm.tuning.records import Log, append, log_path
 from dance_tvm.tuning.workloads import Layer
 
 KILLS = 50

@@ -18,12 +18,13 @@ from tvm.relax.frontend.torch import from_exported_program
 
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.machines.target import load_target
-from dance_tvm.schedules.cpu.conv3d_gather import GatherConv, Tile
-from dance_tvm.schedules.cpu.row_plan import RowPlan
+from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
+from dance_tvm.schedules.cpu.tiles import Tile
 from dance_tvm.schedules.cpu.winograd import WinogradConv, conv3d_winograd, mask_arguments
 from dance_tvm.schedules.cpu.winograd_choice import why_not
 from dance_tvm.schedules.cpu.winograd_plan import LISTS, WinogradPlan, plan_winograd
 from dance_tvm.schedules.cpu.winograd_transforms import POINTS, matrices, transform_weights
+from dance_tvm.schedules.plans import RowPlan
 from tests.test_transform import outputs
 
 TILE = Tile(mr=3, vectors=2, vector_floats=4, step=1, block_tiles=4, segment_taps=2, depth_block=4)

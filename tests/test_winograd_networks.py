@@ -13,15 +13,16 @@ from torch import nn
 from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 
-from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu import winograd_choice
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
-from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.tiles import Machine, default_tile
 from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.cpu.winograd_choice import choose, direct_seconds, winograd_seconds
 from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.plans import RowPlan
 
 SERVER = Machine(8, 16, 32768, 524288, True, 33554432, 100.0, 25.0)
 

@@ -10,7 +10,6 @@ here, as in networks, and so are dynamic shapes what the case's data say. Result
 
 from __future__ import annotations
 
-import argparse
 import functools
 import re
 import sys
@@ -24,8 +23,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from benchmarks.conformance.pool import require_equal, run_suite, summary, write_results
-from dance_tvm import build_network, import_model, open_device
+from benchmarks.conformance.pool import outputs, require_equal, run_command, suite_options
+from dance_tvm import import_model
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-5
 SUITES = ("node", "pytorch-operator", "pytorch-converted", "simple")
@@ -163,15 +162,13 @@ def attempt(case: str, folder: Path, build: bool) -> None:
     onnx.save(model, path)
     arrays = {value.name: given[value.name] for value in _inputs(model.graph)}
     shapes = {name: array.shape for name, array in arrays.items()}
-    imported = import_model(path, shapes=shapes)
     if not build:
+        import_model(path, shapes=shapes)
         return
-    built = build_network(imported, folder / "artifact", target="host", threads=1)
-    with open_device("local") as device:
-        found = device.load(built.artifact).run(arrays)
+    found = outputs(path, list(arrays.values()), folder, shapes)
     assert len(found) == len(wanted), f"{len(found)} outputs in place of {len(wanted)}"
     steps = any(node.op_type.startswith(("Q", "DynamicQ")) for node in model.graph.node)
-    for array, value in zip(found.values(), wanted, strict=True):
+    for array, value in zip(found, wanted, strict=True):
         if value.dtype == np.float64:  # computed in float32, where what is larger is infinite
             with np.errstate(over="ignore"):
                 value = value.astype(np.float32).astype(np.float64)
@@ -191,24 +188,11 @@ def _tolerance(value: np.ndarray, steps: bool) -> tuple[float, float]:
 
 def main() -> int:
     """Run the suite and write what became of each case."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--only", default="", help="a regular expression for cases")
-    options.add_argument("--import-only", action="store_true", help="stop after the import and its check")
-    options.add_argument("--processes", type=int, default=1)
-    options.add_argument("--timeout", type=float, default=120, help="seconds for one case")
-    options.add_argument("--out", type=Path)
-    chosen = options.parse_args()
-    outcomes = run_suite(
-        "benchmarks.conformance.onnx_backend",
-        cases(chosen.only),
-        build=not chosen.import_only,
-        processes=chosen.processes,
-        timeout=chosen.timeout,
+    chosen = suite_options(__doc__).parse_args()
+    packages = ("onnx", "onnxruntime", "apache-tvm")
+    return run_command(
+        "benchmarks.conformance.onnx_backend", "ONNX backend tests", cases(chosen.only), chosen, packages
     )
-    print(summary(outcomes))
-    if chosen.out:
-        write_results(chosen.out, "ONNX backend tests", outcomes, ("onnx", "onnxruntime", "apache-tvm"))
-    return 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ infinities in the same places.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import itertools
@@ -24,8 +23,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from benchmarks.conformance.pool import SkippedError, require_equal, run_suite, summary, write_results
-from dance_tvm import build_network, import_model, open_device
+from benchmarks.conformance.pool import SkippedError, outputs, require_equal, run_command, suite_options
+from dance_tvm import import_model
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
 SAMPLES = 5
@@ -156,39 +155,20 @@ def attempt(case: str, folder: Path, build: bool) -> None:
     if not build:
         import_model(model)
         return
-    built = build_network(model, folder / "artifact", target="host", threads=1)
-    manifest = built.artifact.manifest
-    arrays = {spec.name: value.numpy() for spec, value in zip(manifest.inputs, inputs, strict=True)}
-    with open_device("local") as device:
-        found = device.load(built.artifact).run(arrays)
+    found = outputs(model, [value.numpy() for value in inputs], folder)
     assert len(found) == len(wanted), f"{len(found)} outputs in place of {len(wanted)}"
-    for array, value in zip(found.values(), wanted, strict=True):
+    for array, value in zip(found, wanted, strict=True):
         require_equal(array, torch.as_tensor(value).numpy(), RELATIVE, ABSOLUTE)
 
 
 def main() -> int:
     """Run the suite and write what became of each case."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--only", default=".*", help="a regular expression for operators")
+    options = suite_options(__doc__)
     options.add_argument("--samples", type=int, default=SAMPLES, help="of each operator")
     options.add_argument("--all-inputs", action="store_true", help="every tensor of a sample is an input")
-    options.add_argument("--import-only", action="store_true", help="stop after the import and its check")
-    options.add_argument("--processes", type=int, default=1)
-    options.add_argument("--timeout", type=float, default=120, help="seconds for one case")
-    options.add_argument("--out", type=Path)
     chosen = options.parse_args()
-    listed = cases(chosen.only, chosen.samples, chosen.all_inputs)
-    outcomes = run_suite(
-        "benchmarks.conformance.opinfo",
-        listed,
-        build=not chosen.import_only,
-        processes=chosen.processes,
-        timeout=chosen.timeout,
-    )
-    print(summary(outcomes))
-    if chosen.out:
-        write_results(chosen.out, "PyTorch OpInfo", outcomes, ("torch", "apache-tvm"))
-    return 0
+    listed = cases(chosen.only or ".*", chosen.samples, chosen.all_inputs)
+    return run_command("benchmarks.conformance.opinfo", "PyTorch OpInfo", listed, chosen, ("torch", "apache-tvm"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import multiprocessing
@@ -115,9 +116,24 @@ def _replaced(child: _Child | None, suite: str) -> _Child:
     return _Child(suite)
 
 
-def _serve(connection: Connection, suite: str) -> None:
+def ended(work: Callable[[], None]) -> tuple[Status, str]:
+    """How ``work`` ended, with the sentence of what it raised."""
     from dance_tvm.core.errors import DanceError
 
+    try:
+        work()
+    except DanceError as problem:
+        return "refused", str(problem)
+    except SkippedError as problem:
+        return "skipped", str(problem)
+    except AssertionError as problem:
+        return "wrong", str(problem)
+    except Exception as problem:
+        return "traceback", f"{type(problem).__name__}: {problem}"[:1000]
+    return "right", ""
+
+
+def _serve(connection: Connection, suite: str) -> None:
     os.nice(10)
     attempt: Attempt = import_module(suite).attempt
     while True:
@@ -125,20 +141,12 @@ def _serve(connection: Connection, suite: str) -> None:
             case, build = connection.recv()
         except EOFError:
             return
-        status: Status = "right"
-        message = ""
-        try:
+
+        def work(case: str = case, build: bool = build) -> None:
             with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
                 attempt(case, Path(folder), build)
-        except DanceError as problem:
-            status, message = "refused", str(problem)
-        except SkippedError as problem:
-            status, message = "skipped", str(problem)
-        except AssertionError as problem:
-            status, message = "wrong", str(problem)
-        except Exception as problem:
-            status, message = "traceback", f"{type(problem).__name__}: {problem}"[:1000]
-        connection.send((status, message))
+
+        connection.send(ended(work))
 
 
 def require_equal(found: Any, wanted: Any, relative: float, absolute: float) -> None:
@@ -151,6 +159,39 @@ def require_equal(found: Any, wanted: Any, relative: float, absolute: float) -> 
     if not close.all():
         place = tuple(int(i) for i in np.argwhere(~close)[0])
         raise AssertionError(f"{(~close).sum()} of {close.size} values differ: {a[place]} for {b[place]} at {place}")
+
+
+def outputs(model: Any, arrays: Sequence[np.ndarray], folder: Path, shapes: Any = None) -> list[np.ndarray]:
+    """What ``model``, built for this machine, answers to ``arrays``, in the order of its inputs."""
+    from dance_tvm import build_network, open_device
+
+    built = build_network(model, folder / "artifact", target="host", threads=1, shapes=shapes)
+    names = [spec.name for spec in built.artifact.manifest.inputs]
+    with open_device("local") as device:
+        return list(device.load(built.artifact).run(dict(zip(names, arrays, strict=True))).values())
+
+
+def suite_options(text: str | None) -> argparse.ArgumentParser:
+    """What both suites' commands take."""
+    options = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--only", default="", help="a regular expression for cases, or for OpInfo's operators")
+    options.add_argument("--import-only", action="store_true", help="stop after the import and its check")
+    options.add_argument("--processes", type=int, default=1)
+    options.add_argument("--timeout", type=float, default=120, help="seconds for one case")
+    options.add_argument("--out", type=Path)
+    return options
+
+
+def run_command(
+    suite: str, title: str, cases: Sequence[tuple[str, str]], chosen: argparse.Namespace, packages: Sequence[str]
+) -> int:
+    """Run ``cases`` as ``chosen`` says, print how many ended how, and write the results."""
+    build, processes, timeout = not chosen.import_only, chosen.processes, chosen.timeout
+    outcomes = run_suite(suite, cases, build=build, processes=processes, timeout=timeout)
+    print(summary(outcomes))
+    if chosen.out:
+        write_results(chosen.out, title, outcomes, packages)
+    return 0
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, int]:

@@ -6,8 +6,8 @@ reads it once; ``Program.source`` prints it as the C that `interface/runtime.c` 
 
 from __future__ import annotations
 
-import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -15,27 +15,18 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
+from dance_tvm.artifact.weight_store import ALIGNMENT, Store, Stored
 from dance_tvm.core.errors import DanceError
+from dance_tvm.schedules.preparation import array_digest
 
-ALIGNMENT = 64
 #: What the runtime's `dance_kind` calls a type, by the beginning of its name.
 _KINDS = {"int": 0, "uint": 1, "float": 2, "bfloat": 4, "bool": 6}
-_SAFETENSORS = {
-    "float32": "F32",
-    "float64": "F64",
-    "float16": "F16",
-    "int64": "I64",
-    "int32": "I32",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
 _CHECKS = ("vm.builtin.check_tensor_info", "vm.builtin.match_shape")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: ``IN_ARENA`` (in storage ``index``), ``IN_CONSTANTS``, ``IN_INPUT`` or ``IN_WEIGHT``."""
+    """Where a tensor lies: ``IN_ARENA`` (in storage ``index``), ``IN_INPUT`` or ``IN_WEIGHT``."""
 
     where: str
     index: int
@@ -80,9 +71,8 @@ class Program:
 
     steps: list[Step] = field(default_factory=list)
     storages: list[Storage] = field(default_factory=list)
-    constants: bytearray = field(default_factory=bytearray)
+    weights: list[np.ndarray] = field(default_factory=list)
     inputs: list[View] = field(default_factory=list)
-    weights: list[View] = field(default_factory=list)
     outputs: list[View] = field(default_factory=list)
 
     @property
@@ -90,24 +80,23 @@ class Program:
         """Memory for the activations of one call."""
         return max((storage.offset + storage.bytes for storage in self.storages), default=0)
 
-    def source(self, names: Names) -> str:
-        """The program as C (`interface/program.h`)."""
-        return _Printer(self, names).text()
+    def source(self, names: Names, store: Store) -> str:
+        """The program as C (`interface/program.h`), with its weights in ``store``."""
+        return _Printer(self, names, store).text()
 
 
 @dataclass(frozen=True)
 class Names:
-    """What the table calls things: inputs, outputs, weights in their file; a line that describes the build; threads."""
+    """What the table calls things: inputs, outputs; a line that describes the build; threads."""
 
     inputs: list[str]
     outputs: list[str]
-    weights: list[str]
     description: str
     threads: int
 
 
-def program_of(mod: tvm.IRModule, weights: int = 0) -> Program:
-    """Read the planned ``main`` of ``mod``, whose last ``weights`` parameters are the weights lifted out of it.
+def program_of(mod: tvm.IRModule, weights: Sequence[np.ndarray] = ()) -> Program:
+    """Read the planned ``main`` of ``mod``, whose last parameters are the ``weights`` lifted out of it.
 
     Raises DanceError where ``main`` holds what the C interface cannot express: sizes known only in a call, or calls of
     functions that stand outside the library.
@@ -118,7 +107,7 @@ def program_of(mod: tvm.IRModule, weights: int = 0) -> Program:
 class _Reader:
     """One walk over ``main``."""
 
-    def __init__(self, mod: tvm.IRModule, weights: int) -> None:
+    def __init__(self, mod: tvm.IRModule, weights: Sequence[np.ndarray]) -> None:
         self.program = Program()
         self._known: dict[Any, Any] = {}  # variable: View, Storage's index, or a tuple of such
         self._placed: dict[bytes, int] = {}  # constants by hash
@@ -126,13 +115,13 @@ class _Reader:
             gvar: str(func.attrs["global_symbol"]) for gvar, func in mod.functions_items() if _is_kernel(func)
         }
         main = mod["main"]
-        border = len(main.params) - weights
-        for number, param in enumerate(main.params):
-            is_input = number < border
-            place = Place("IN_INPUT" if is_input else "IN_WEIGHT", number if is_input else number - border)
-            view = View(place, _extents(param.ty.shape), str(param.ty.dtype))
+        border = len(main.params) - len(weights)
+        for number, param in enumerate(main.params[:border]):
+            view = View(Place("IN_INPUT", number), _extents(param.ty.shape), str(param.ty.dtype))
             self._known[param] = view
-            (self.program.inputs if is_input else self.program.weights).append(view)
+            self.program.inputs.append(view)
+        for param, array in zip(main.params[border:], weights, strict=True):
+            self._known[param] = self._constant(array)
         for block in main.body.blocks:
             for binding in block.bindings:
                 self._known[binding.var] = self._value(binding.value)
@@ -202,13 +191,11 @@ class _Reader:
             storage.last = step
 
     def _constant(self, array: np.ndarray) -> View:
-        data = np.ascontiguousarray(array).tobytes()
-        key = hashlib.sha256(data).digest()
+        key = array_digest(array)
         if key not in self._placed:
-            self.program.constants.extend(b"\0" * (-len(self.program.constants) % ALIGNMENT))
-            self._placed[key] = len(self.program.constants)
-            self.program.constants.extend(data)
-        return View(Place("IN_CONSTANTS", 0, self._placed[key]), array.shape, str(array.dtype))
+            self._placed[key] = len(self.program.weights)
+            self.program.weights.append(array)
+        return View(Place("IN_WEIGHT", self._placed[key]), array.shape, str(array.dtype))
 
 
 def _is_kernel(func: Any) -> bool:
@@ -249,8 +236,8 @@ def _lay_out(storages: list[Storage]) -> None:
 class _Printer:
     """A program's tables as C."""
 
-    def __init__(self, program: Program, names: Names) -> None:
-        self.program, self.names = program, names
+    def __init__(self, program: Program, names: Names, store: Store) -> None:
+        self.program, self.names, self.store = program, names, store
         self._tensors: dict[View, int] = {}
         self._shapes: dict[tuple[int, ...], str] = {}
         for view in [
@@ -270,7 +257,9 @@ class _Printer:
         kernels = dict.fromkeys(step.kernel for step in program.steps)
         outputs = ", ".join(str(self._tensors[view]) for view in program.outputs)
         parts = [
-            '#include "program.h"\n#include "constants.h"',
+            '#include "program.h"',
+            '#define HIDDEN __attribute__((visibility("hidden")))',
+            "extern const unsigned char dance_store[] HIDDEN;",
             *(f"extern int __tvm_ffi_{kernel}(void *, const tvm_any *, int32_t, tvm_any *);" for kernel in kernels),
             *(
                 f"static const int64_t {name}[] = {{{', '.join(map(str, shape)) or '0'}}};"
@@ -279,11 +268,7 @@ class _Printer:
             _table("program_tensor", "tensors", [self._tensor(view) for view in self._tensors]),
             _table("program_argument", "arguments", [self._argument(each) for each in arguments]),
             _table("program_step", "steps", self._steps()),
-            _table(
-                "program_weight",
-                "weights",
-                [self._weight(*each) for each in zip(names.weights, program.weights, strict=True)],
-            ),
+            *self._weights(),
             _table(
                 "dance_tensor",
                 "inputs",
@@ -300,14 +285,35 @@ class _Printer:
         return "\n".join(parts) + "\n"
 
     def _program(self, arguments: int) -> str:
-        program, names = self.program, self.names
+        program, names, store = self.program, self.names, self.store
         outputs = f"outputs, output_tensors, {len(program.outputs)}"
+        inline = not store.names
+        where = ("dance_store" if inline else "NULL", store.size, "NULL" if inline else "digest")
         return (
-            '__attribute__((visibility("hidden"))) const dance_program dance_the_program = {\n'
-            f"    {_quoted(names.description)}, {names.threads}, {program.arena_bytes}u, dance_constants,\n"
+            "HIDDEN const dance_program dance_the_program = {\n"
+            f"    {_quoted(names.description)}, {names.threads}, {program.arena_bytes}u,\n"
             f"    tensors, {len(self._tensors)}, arguments, {arguments}, steps, {len(program.steps)},\n"
-            f"    weights, {len(program.weights)}, inputs, {len(program.inputs)}, {outputs}}};"
+            f"    weights, {len(store.tensors)}, {where[0]}, {where[1]}u, {where[2]},\n"
+            f"    inputs, {len(program.inputs)}, {outputs}}};"
         )
+
+    def _weights(self) -> list[str]:
+        """The weights' table, the numbers that it points to, and the hash of the file that holds them."""
+        parts, rows = [], []
+        for number, stored in enumerate(self.store.tensors):
+            sizes = transforms = "NULL"
+            if stored.sizes:
+                sizes = f"sizes_{number}"
+                parts.append(f"static const int32_t {sizes}[] = {{{', '.join(map(str, stored.sizes))}}};")
+            if stored.transforms:
+                transforms = f"transforms_{number}"
+                entries = ", ".join(value.hex() for value in stored.transforms)
+                parts.append(f"static const double {transforms}[] = {{{entries}}};")
+            rows.append(_weight(stored, sizes, transforms))
+        if self.store.names:
+            digest = ", ".join(map(str, self.store.digest()))
+            parts.append(f"static const unsigned char digest[] = {{{digest}}};")
+        return [*parts, _table("program_weight", "weights", rows)]
 
     def _tensor(self, view: View) -> str:
         place = view.place
@@ -332,14 +338,16 @@ class _Printer:
             first += len(step.arguments)
         return found
 
-    def _weight(self, name: str, view: View) -> str:
-        return f"{{{_quoted(name)}, {_quoted(_SAFETENSORS[view.dtype])}, {view.bytes}u}}"
-
     def _named(self, name: str, view: View) -> str:
         shape = self._shapes[view.shape]
         return (
             f"{{{_quoted(name)}, {shape}, {len(view.shape)}, {_kind(view.dtype)}, {_bits(view.dtype)}, {view.bytes}u}}"
         )
+
+
+def _weight(stored: Stored, sizes: str, transforms: str) -> str:
+    numbers = f"{stored.offset}u, {stored.stored}u, {stored.source}u, {stored.bytes}u"
+    return f"{{{numbers}, {stored.encoding}, {stored.preparation}, {sizes}, {transforms}}}"
 
 
 def _table(kind: str, name: str, rows: list[str]) -> str:

@@ -30,6 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 from dance_tvm.artifact.layers import LayerInfo
 from dance_tvm.artifact.preprocess import Preprocess
+from dance_tvm.artifact.weight_store import Store
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.machines.host import cpu_flags
@@ -178,6 +179,11 @@ class Manifest(_Strict):
     seal: str = ""
 
     @property
+    def is_program(self) -> bool:
+        """Whether the library runs without TVM, by its C interface."""
+        return self.options.get("interface") == "c"
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates of the dense network in one call."""
         return sum(layer.macs for layer in self.layers)
@@ -256,7 +262,7 @@ def load_artifact(path: str | Path) -> Artifact:
 def write_artifact(
     out: str | Path,
     export_library: Callable[[Path], None],
-    weights: Mapping[str, np.ndarray],
+    weights: Mapping[str, np.ndarray] | Store,
     manifest: Manifest,
     check: Callable[[Artifact], Check] | None = None,
     reference: Mapping[str, np.ndarray] | None = None,
@@ -269,14 +275,24 @@ def write_artifact(
     """
     with staged(out) as folder:
         export_library(folder / LIBRARY)
-        if weights:
-            save_file({name: np.asarray(array, order="C") for name, array in weights.items()}, folder / WEIGHTS)
-        names = [LIBRARY] + ([WEIGHTS] if weights else [])
+        parameters = _write_weights(weights, folder / WEIGHTS)
+        names = [LIBRARY] + ([WEIGHTS] if parameters else [])
         manifest = manifest.model_copy(
-            update={"files": {name: _describe(folder / name) for name in names}, "parameters": list(weights)}
+            update={"files": {name: _describe(folder / name) for name in names}, "parameters": parameters}
         )
         _finish(folder, manifest, check, reference)
     return load_artifact(out)
+
+
+def _write_weights(weights: Mapping[str, np.ndarray] | Store, path: Path) -> list[str]:
+    """Write the file of weights, if there is to be one; gives the names of the tensors in it."""
+    if isinstance(weights, Store):
+        if weights.names:
+            weights.write(path)
+        return weights.names
+    if weights:
+        save_file({name: np.asarray(array, order="C") for name, array in weights.items()}, path)
+    return list(weights)
 
 
 def record_check(

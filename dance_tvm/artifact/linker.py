@@ -79,11 +79,10 @@ def link_shared(
 
 @dataclass(frozen=True)
 class SharedLibraryLinker:
-    """An `fcompile` for TVM's `export_library` that links for `target` by its `link` facts, these files with it."""
+    """An `fcompile` for TVM's `export_library` that links for `target` by its `link` facts, `kernels` with the rest."""
 
     target: Target
     kernels: tuple[str, ...] = ()
-    interface: tuple[str, ...] = ()
     output_format: ClassVar = "so"
     object_format: ClassVar = "o"
 
@@ -95,17 +94,20 @@ class SharedLibraryLinker:
         del options  # compiler flags of TVM's default fcompile: there is no compiler here
         inputs = [objects] if isinstance(objects, str) else objects
         link = self.target.link
-        needed = list(link.needed)
-        if self.interface and "android" in self.get_target_triple():  # they need no TVM, but Android's libc by name
-            needed = ["libc.so", *(name for name in needed if name != "libtvm_ffi.so")]
-        link_shared(output, [*inputs, *self.kernels, *self.interface], self.get_target_triple(), needed, link.page_size)
+        link_shared(output, [*inputs, *self.kernels], self.get_target_triple(), link.needed, link.page_size)
 
 
-def shared_library_linker(
-    target: Target, kernels: Sequence[str] = (), interface: Sequence[str] = ()
-) -> SharedLibraryLinker:
-    """What links for `target`, to be given to `export_library`; files of kernels and of the C interface beside TVM's."""
-    return SharedLibraryLinker(target, tuple(kernels), tuple(interface))
+def shared_library_linker(target: Target, kernels: Sequence[str] = ()) -> SharedLibraryLinker:
+    """What links for `target`, to be given to `export_library`; `kernels` are object files beside TVM's."""
+    return SharedLibraryLinker(target, tuple(kernels))
+
+
+def link_program(output: str | Path, objects: Sequence[str | Path], target: Target) -> None:
+    """Link a program that needs no TVM into the shared library `output`; Android wants its libc by name."""
+    triple = target_triple(target)
+    others = [name for name in target.link.needed if name != "libtvm_ffi.so"]
+    needed = ["libc.so", *others] if "android" in triple else others
+    link_shared(output, objects, triple, needed, target.link.page_size)
 
 
 def _emulation(triple: str) -> str:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import psutil
 
-from dance_tvm.artifact.folder import LIBRARY, Artifact, Tensor, load_artifact
-from dance_tvm.benchmarking import sensing
+from dance_tvm.artifact.folder import LIBRARY, Artifact, load_artifact
+from dance_tvm.benchmarking import accuracy, peers, sensing
+from dance_tvm.benchmarking.baseline import digest, earlier, verdicts_of
 from dance_tvm.benchmarking.clips import (
-    MOST_CLIPS,
-    NamedClips,
     doubt_of_scale,
     frames_of,
     load_clips,
@@ -26,7 +22,9 @@ from dance_tvm.benchmarking.clips import (
     strip,
 )
 from dance_tvm.benchmarking.layers import profile
+from dance_tvm.benchmarking.loading import measure_loading
 from dance_tvm.benchmarking.measure import Contender, Inputs, in_turns, single_stream
+from dance_tvm.benchmarking.plan import Entry, Plan, Role, shapes_of
 from dance_tvm.benchmarking.results import (
     Alive,
     Clip,
@@ -37,15 +35,13 @@ from dance_tvm.benchmarking.results import (
     Picture,
     Profile,
     Results,
-    Validation,
-    Verdict,
 )
-from dance_tvm.benchmarking.statistics import judge, paired_ratio, unpaired_ratio
+from dance_tvm.benchmarking.statistics import paired_ratio
 from dance_tvm.benchmarking.trace import events, write_trace
 from dance_tvm.benchmarking.validation import validate
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
-from dance_tvm.device import DeviceSession, KernelTime, open_device
+from dance_tvm.device import DeviceSession, open_device
 from dance_tvm.machines.target import Target, load_target
 
 CLIP_RUNS = 5
@@ -53,56 +49,6 @@ ENERGY_RUNS = 5
 PROFILE_RUNS = 7
 EXPLAINED_BOUND = 0.2
 MOST_PICTURED_LAYERS = 3
-RANDOM_INPUT = "random input"
-Role = Literal["sparse", "dense", "other"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a call of bench asks for; `seconds` are for each artifact."""
-
-    artifacts: list[Path]
-    dense: Path | None = None
-    devices: list[str] = field(default_factory=lambda: ["local"])
-    runs: int = 20
-    seconds: float = 2.0
-    single_stream: bool = False
-    clips: str | None = None
-    most_clips: int = MOST_CLIPS
-    layers: bool = True
-    threads: int | None = None
-    cluster: str | None = None
-    cpus: list[int] | None = None
-    cool_down: float = 0.0
-    timeout: float = 600.0
-    call_timeout: float = 600.0
-    against: Results | None = None
-    threshold: float = 0.05
-    trace: Path | None = None
-    command: str = ""
-
-
-@dataclass
-class _Entry:
-    """One artifact in the measurement of one device."""
-
-    artifact: Artifact
-    role: Role
-    contender: Contender
-    validation: Validation
-    clips: NamedClips
-    notes: list[str] = field(default_factory=list)
-    calls: list[KernelTime] = field(default_factory=list)
-
-    @property
-    def input(self) -> str:
-        """What it is measured on."""
-        return self.clips[0][0] if self.clips else RANDOM_INPUT
-
-    @property
-    def library_sha256(self) -> str:
-        """Which code it is."""
-        return self.artifact.manifest.files[LIBRARY].sha256
 
 
 def run(plan: Plan, progress: Callable[[str], Any] = lambda _sentence: None) -> Results:
@@ -125,10 +71,8 @@ def run(plan: Plan, progress: Callable[[str], Any] = lambda _sentence: None) -> 
     for spec in plan.devices:
         progress(f"waiting for {spec}")
         with open_device(spec, timeout=plan.timeout, call_timeout=plan.call_timeout) as session:
-            device, pairs, verdicts, entries = _on_device(plan, spec, session, artifacts, progress)
+            device, entries = _on_device(plan, spec, session, artifacts, progress, results)
         results.devices.append(device)
-        results.pairs += pairs
-        results.verdicts += verdicts
         for entry in entries:
             title = f"{entry.artifact.path} on {spec}, {entry.input}"
             traced += events(len(traced), title, entry.artifact.manifest, entry.calls)
@@ -141,9 +85,9 @@ def _require_twin(sparse: Artifact, dense: Artifact) -> None:
     """Raise DanceError where a network is no dense form of the other: their times would say nothing together."""
     ours, theirs = sparse.manifest, dense.manifest
     differs = [
-        f"its {side} are {_shapes(getattr(theirs, side))} and not {_shapes(getattr(ours, side))}"
+        f"its {side} are {shapes_of(getattr(theirs, side))} and not {shapes_of(getattr(ours, side))}"
         for side in ("inputs", "outputs")
-        if _shapes(getattr(ours, side)) != _shapes(getattr(theirs, side))
+        if shapes_of(getattr(ours, side)) != shapes_of(getattr(theirs, side))
     ]
     if theirs.target.fingerprint != ours.target.fingerprint:
         differs.append(f"it is built for {theirs.target.name} and not for {ours.target.name}")
@@ -153,26 +97,26 @@ def _require_twin(sparse: Artifact, dense: Artifact) -> None:
         raise DanceError(f"--dense {dense.path} is no dense form of {sparse.path}: {', and '.join(differs)}")
 
 
-def _shapes(tensors: Sequence[Tensor]) -> str:
-    return ", ".join(f"{tensor.dtype} {'x'.join(map(str, tensor.shape))}" for tensor in tensors)
-
-
 def _on_device(
     plan: Plan,
     spec: str,
     session: DeviceSession,
     artifacts: Sequence[tuple[Artifact, Role]],
     progress: Callable[[str], Any],
-) -> tuple[Device, list[Pair], list[Verdict], list[_Entry]]:
+    results: Results,
+) -> tuple[Device, list[Entry]]:
+    """One device's figures; what compares artifacts is added to ``results``."""
     before = session.sensors()
     _pin(plan, session, artifacts[0][0], before)
     entries = []
     for artifact, role in artifacts:
         progress(f"{spec}: loading and validating {artifact.path}")
         entries.append(_load(plan, spec, session, artifact, role))
-    old = _baseline(plan, spec, session, entries)
+    old = earlier(plan, spec, session, entries)
+    others = _peers(plan, entries[0], progress)
     progress(f"{spec}: measuring in turns")
     contenders = [entry.contender for entry in entries] + [contender for contender, _ in old.values()]
+    contenders += [contender for contender, _ in others.values()]
 
     def between() -> None:
         if plan.cool_down:
@@ -193,7 +137,22 @@ def _on_device(
         warnings=sensing.warnings(before, after, figures),
         measured=measured,
     )
-    return device, _pairs(spec, entries, measured), _verdicts(plan, spec, entries, measured, old), entries
+    results.pairs += _pairs(spec, entries, measured)
+    results.verdicts += verdicts_of(plan, spec, entries, measured, old)
+    first = measured[0]
+    results.peers += peers.judged(others, entries[0].contender, spec, first.artifact, first.threads)
+    return device, entries
+
+
+def _peers(plan: Plan, entry: Entry, progress: Callable[[str], Any]) -> dict[str, tuple[Contender, float]]:
+    """The other engines, on the first artifact's input."""
+    if not plan.peers:
+        return {}
+    progress(f"loading {', '.join(plan.peers)}")
+    manifest, inputs = entry.artifact.manifest, entry.contender.inputs
+    threads = plan.threads or manifest.target.threads
+    ours = entry.contender.network.run(inputs)
+    return peers.load_peers(plan.peers, plan.peer_model, manifest, threads, inputs, ours)
 
 
 def _pin(plan: Plan, session: DeviceSession, artifact: Artifact, sensors: dict[str, Any]) -> None:
@@ -203,12 +162,12 @@ def _pin(plan: Plan, session: DeviceSession, artifact: Artifact, sensors: dict[s
     session.pin(cpus, plan.threads or artifact.manifest.target.threads)
 
 
-def _load(plan: Plan, spec: str, session: DeviceSession, artifact: Artifact, role: Role) -> _Entry:
+def _load(plan: Plan, spec: str, session: DeviceSession, artifact: Artifact, role: Role) -> Entry:
     network = session.load(artifact)
     validation = validate(artifact, network, spec)
     clips = load_clips(plan.clips, artifact.manifest, plan.most_clips) if plan.clips else []
     inputs = clips[0][1] if clips else random_inputs(artifact.manifest.inputs)
-    entry = _Entry(artifact, role, Contender(network, inputs), validation, clips)
+    entry = Entry(artifact, role, Contender(network, inputs), validation, clips)
     if validation.status == "not stored":
         entry.notes.append("the build stored no outputs to compare with: built without a check")
     if plan.clips and (doubt := doubt_of_scale(plan.clips, artifact.manifest)):
@@ -218,13 +177,17 @@ def _load(plan: Plan, spec: str, session: DeviceSession, artifact: Artifact, rol
     return entry
 
 
-def _measured(plan: Plan, session: DeviceSession, entry: _Entry) -> Measured:
+def _measured(plan: Plan, session: DeviceSession, entry: Entry) -> Measured:
     manifest, contender = entry.artifact.manifest, entry.contender
     latency = contender.figures()
     profiled = _profile(entry) if plan.layers else None
     looked = [_clip(name, inputs, entry, plan) for name, inputs in entry.clips]
     clips = [clip for clip, _ in looked]
     target = _target_of(entry.artifact)
+    known = None
+    if plan.labels is not None:
+        classes = accuracy.read_classes(plan.labels)
+        known = accuracy.accuracy(contender.network, manifest, entry.clips, classes, str(plan.labels))
     return Measured(
         artifact=str(entry.artifact.path),
         name=manifest.name,
@@ -238,7 +201,7 @@ def _measured(plan: Plan, session: DeviceSession, entry: _Entry) -> Measured:
         validation=entry.validation,
         latency=latency,
         input=entry.input,
-        input_sha256=_digest(contender.inputs),
+        input_sha256=digest(contender.inputs),
         peak_gflops=_peak(target, plan.threads or manifest.target.threads),
         executed_macs=profiled.executed_macs if profiled else None,
         peak_memory_bytes=contender.network.peak_memory(contender.inputs),
@@ -247,11 +210,13 @@ def _measured(plan: Plan, session: DeviceSession, entry: _Entry) -> Measured:
         clips=clips,
         pictures=_pictures(entry, [seen for _, seen in looked]),
         single_stream=_stream(entry) if plan.single_stream else None,
+        accuracy=known,
+        loading=measure_loading(entry.artifact.path) if plan.load_times else [],
         notes=entry.notes,
     )
 
 
-def _profile(entry: _Entry) -> Profile | None:
+def _profile(entry: Entry) -> Profile | None:
     contender = entry.contender
     whole = contender.network.time(contender.inputs, PROFILE_RUNS)
     try:
@@ -267,7 +232,7 @@ def _profile(entry: _Entry) -> Profile | None:
     return found
 
 
-def _clip(name: str, inputs: Inputs, entry: _Entry, plan: Plan) -> tuple[Clip, Profile | None]:
+def _clip(name: str, inputs: Inputs, entry: Entry, plan: Plan) -> tuple[Clip, Profile | None]:
     """A clip's latency, and what its index lists kept."""
     network, manifest = entry.contender.network, entry.artifact.manifest
     network.time(inputs, 1)
@@ -281,7 +246,7 @@ def _clip(name: str, inputs: Inputs, entry: _Entry, plan: Plan) -> tuple[Clip, P
     return Clip(name=name, p50=float(p50), p90=float(p90), executed_macs=executed, kept=kept), seen
 
 
-def _pictures(entry: _Entry, seen: Sequence[Profile | None]) -> list[Picture]:
+def _pictures(entry: Entry, seen: Sequence[Profile | None]) -> list[Picture]:
     """The clips with the least, the median and the most work left, where lists leave anything out."""
     known = [(found.executed_macs, index, found) for index, found in enumerate(seen) if found is not None]
     by_work = sorted(known, key=lambda one: one[:2])
@@ -299,12 +264,12 @@ def _pictures(entry: _Entry, seen: Sequence[Profile | None]) -> list[Picture]:
     return pictures
 
 
-def _stream(entry: _Entry) -> dict[str, float]:
+def _stream(entry: Entry) -> dict[str, float]:
     clips = [inputs for _, inputs in entry.clips] if entry.clips else [entry.contender.inputs]
     return single_stream(entry.contender.network, clips)
 
 
-def _energy(session: DeviceSession, entry: _Entry, profiled: Profile | None, target: Target | None) -> Energy | None:
+def _energy(session: DeviceSession, entry: Entry, profiled: Profile | None, target: Target | None) -> Energy | None:
     contender = entry.contender
     before, watcher, seconds = session.sensors(), sensing.Watcher(session.sensors), 0.0
     if before.get("microjoules") or before.get("milliwatts"):
@@ -331,7 +296,7 @@ def _peak(target: Target | None, threads: int) -> float | None:
     return None if target is None else target.model_copy(update={"threads": threads}).peak_gflops
 
 
-def _pairs(spec: str, entries: Sequence[_Entry], measured: Sequence[Measured]) -> list[Pair]:
+def _pairs(spec: str, entries: Sequence[Entry], measured: Sequence[Measured]) -> list[Pair]:
     dense = next((index for index, entry in enumerate(entries) if entry.role == "dense"), None)
     if dense is None:
         return []
@@ -365,94 +330,3 @@ def _energy_ratio(dense: Energy | None, sparse: Energy | None) -> float | None:
     if dense is None or sparse is None or dense.kind != sparse.kind:
         return None
     return _quotient(dense.joules, sparse.joules)
-
-
-def _baseline(
-    plan: Plan, spec: str, session: DeviceSession, entries: Sequence[_Entry]
-) -> dict[str, tuple[Contender, Measured]]:
-    """The old artifacts of `--against` that are still there and differ from the new: measured in turns with them.
-
-    Raises DanceError where the baseline has nothing of these networks, or nothing that can be compared.
-    """
-    found: dict[str, tuple[Contender, Measured]] = {}
-    if plan.against is None:
-        return found
-    known = [(entry, old) for entry in entries if (old := _old(plan.against, spec, entry)) is not None]
-    if not known:
-        raise DanceError(f"the baseline has nothing of these networks on {spec}: bench it on the same device first")
-    for entry, old in known:
-        contender = None if old.library_sha256 == entry.library_sha256 else _again(session, entry, old)
-        if differs := _differences(plan, entry, old, measured_again=contender is not None):
-            raise DanceError(
-                f"{entry.artifact.path} cannot be compared with the baseline on {spec}: {', and '.join(differs)}; "
-                f"bench both alike"
-            )
-        if contender is not None:
-            found[str(entry.artifact.path)] = contender, old
-    return found
-
-
-def _again(session: DeviceSession, entry: _Entry, old: Measured) -> Contender | None:
-    """The old artifact on the new one's input, if it is still there."""
-    try:
-        artifact = load_artifact(old.artifact)
-    except DanceError:
-        return None
-    fits = _shapes(artifact.manifest.inputs) == _shapes(entry.artifact.manifest.inputs)
-    if artifact.manifest.files[LIBRARY].sha256 != old.library_sha256 or not fits:
-        return None
-    return Contender(session.load(artifact), entry.contender.inputs)
-
-
-def _differences(plan: Plan, entry: _Entry, old: Measured, measured_again: bool) -> list[str]:
-    """What forbids a comparison, each as "… now, … then"."""
-    manifest = entry.artifact.manifest
-    pairs = [
-        ("network", manifest.name, old.name),
-        ("target", manifest.target.name, old.target),
-        ("threads", plan.threads or manifest.target.threads, old.threads),
-    ]
-    differs = [f"{what} {now} now, {then} then" for what, now, then in pairs if now != then]
-    if not measured_again and _digest(entry.contender.inputs) != old.input_sha256:
-        differs.append(f"measured on {entry.input} now, on {old.input or 'an unknown input'} then")
-    return differs
-
-
-def _digest(inputs: Inputs) -> str:
-    """A hash of what a network is measured on."""
-    digest = hashlib.sha256()
-    for name, array in sorted(inputs.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def _old(against: Results, spec: str, entry: _Entry) -> Measured | None:
-    """The baseline's measurement on the same device: of the same folder, else of the same network."""
-    known = [item for device in against.devices if device.spec == spec for item in device.measured]
-    same_path = [item for item in known if item.artifact == str(entry.artifact.path)]
-    same_name = [item for item in known if item.name == entry.artifact.manifest.name and item.role == entry.role]
-    return next(iter(same_path or same_name), None)
-
-
-def _verdicts(
-    plan: Plan,
-    spec: str,
-    entries: Sequence[_Entry],
-    measured: Sequence[Measured],
-    old: dict[str, tuple[Contender, Measured]],
-) -> list[Verdict]:
-    if plan.against is None:
-        return []
-    verdicts = []
-    for entry, item in zip(entries, measured, strict=True):
-        if item.artifact in old:
-            ratio = paired_ratio(entry.contender.rounds, old[item.artifact][0].rounds)
-            verdicts.append(judge(spec, item.artifact, ratio, plan.threshold, interleaved=True))
-        elif (before := _old(plan.against, spec, entry)) is not None:
-            ratio = unpaired_ratio(item.latency.seconds, before.latency.seconds)
-            verdict = judge(spec, item.artifact, ratio, plan.threshold, interleaved=False)
-            if before.library_sha256 == item.library_sha256:
-                verdict = verdict.model_copy(update={"identical": True, "verdict": "same"})
-            verdicts.append(verdict)
-    return verdicts

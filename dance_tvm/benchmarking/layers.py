@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dance_tvm.artifact.folder import Manifest
+from dance_tvm.artifact.layers import LayerInfo
 from dance_tvm.benchmarking.results import Layer, Profile
 from dance_tvm.device import KernelTime
 
@@ -28,7 +29,7 @@ def profile(manifest: Manifest, calls: Sequence[KernelTime], whole_seconds: floa
             )
         else:
             waiting.remove(match)
-            layers.append(_layer(match.name, match.kernel, match.macs, call))
+            layers.append(_layer(match, call))
     everything = [*layers, *rest.values()]
     explained = sum(layer.seconds for layer in everything) / whole_seconds if whole_seconds else 0.0
     return Profile(clip=clip, layers=everything, whole_seconds=whole_seconds, explained=explained)
@@ -49,21 +50,28 @@ def _nothing(name: str) -> Layer:
     return Layer(name=name, kernel="", seconds=0.0, macs=0, executed_macs=0, bytes=0)
 
 
-def _layer(name: str, kernel: str, macs: int, call: KernelTime) -> Layer:
+def _layer(info: LayerInfo, call: KernelTime) -> Layer:
     work = call.work
-    if work is None:
-        return Layer(name=name, kernel=kernel, seconds=call.seconds, macs=macs, executed_macs=macs, bytes=call.bytes)
-    return Layer(
-        name=name,
-        kernel=kernel,
+    found = Layer(
+        name=info.name,
+        kernel=info.kernel,
         seconds=call.seconds,
-        macs=macs,
-        executed_macs=round(work["share"] * macs) if work["macs"] is None else work["macs"],
+        macs=info.macs,
+        executed_macs=info.macs,
         bytes=call.bytes,
-        kept_frames=work["frames"],
-        kept_positions=work["positions"],
-        kept_channels_in=work["channels_in"],
-        kept_channels_out=work["channels_out"],
-        shape=work["shape"],
-        alive=work["alive"],
+        why=info.reason,
+        tuned=info.tuned,
+    )
+    if work is None:
+        return found
+    return found.model_copy(
+        update={
+            "executed_macs": round(work["share"] * info.macs) if work["macs"] is None else work["macs"],
+            "kept_frames": work["frames"],
+            "kept_positions": work["positions"],
+            "kept_channels_in": work["channels_in"],
+            "kept_channels_out": work["channels_out"],
+            "shape": work["shape"],
+            "alive": work["alive"],
+        }
     )

@@ -40,7 +40,8 @@ class Layer(_Strict):
 
     For Winograd's kernels, which multiply less often, `executed_macs` are those that a direct convolution over the
     same lists would do. Kept shares are 0 to 1, None where the kernel has no such list. `bytes` are those of the
-    kernel's tensors.
+    kernel's tensors. `why` the build chose the kernel, and which tuning record chose its sizes (`tuned`), as the
+    artifact's manifest says.
     """
 
     name: str
@@ -55,6 +56,8 @@ class Layer(_Strict):
     kept_channels_out: float | None = None
     shape: list[int] = []
     alive: str = ""
+    why: str = ""
+    tuned: str = ""
 
     @property
     def gflops(self) -> float:
@@ -119,6 +122,27 @@ class Validation(_Strict):
     allowed: float | None = None
 
 
+class Accuracy(_Strict):
+    """Shares of labelled clips, and of videos by the mean of their clips' scores, that were told right."""
+
+    labels: str
+    clips: int
+    top1: float
+    top5: float
+    videos: int
+    video_top1: float
+    video_top5: float
+
+
+class Loading(_Strict):
+    """Seconds to verify the files, to load them, and of the first run; ``cold``: the files were not in memory."""
+
+    cold: bool
+    verify: float
+    load: float
+    first_run: float
+
+
 class Measured(_Strict):
     """One artifact on one device. `input` names what `latency` was measured on."""
 
@@ -143,6 +167,8 @@ class Measured(_Strict):
     clips: list[Clip] = []
     pictures: list[Picture] = []
     single_stream: dict[str, float] | None = None
+    accuracy: Accuracy | None = None
+    loading: list[Loading] = []
     notes: list[str] = []
 
     @property
@@ -187,6 +213,25 @@ class Pair(_Strict):
         return self.speed_up / self.mac_reduction if self.mac_reduction else None
 
 
+class Peer(_Strict):
+    """Another engine on the same network, measured in turns with ``artifact``.
+
+    ``speed_up`` is its time over ours with its 95% interval, ``difference`` that of the outputs as a share of the
+    largest value.
+    """
+
+    device: str
+    artifact: str
+    engine: str
+    version: str
+    threads: int
+    latency: Latency
+    speed_up: float
+    low: float
+    high: float
+    difference: float
+
+
 class Verdict(_Strict):
     """New against old: `ratio` of median times (above 1 is slower) with its 95% interval.
 
@@ -225,6 +270,7 @@ class Results(_Strict):
     devices: list[Device]
     pairs: list[Pair] = []
     verdicts: list[Verdict] = []
+    peers: list[Peer] = []
 
 
 def write_results(path: Path, results: Results) -> None:

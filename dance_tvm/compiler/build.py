@@ -15,12 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.relax import vm_build
 from tvm.target import codegen
-from tvm.tirx.build import codegen_build
 
-from dance_tvm.artifact.c_interface import compile_interface
-from dance_tvm.artifact.c_program import Names, program_of
 from dance_tvm.artifact.device_code import embed_device_code
 from dance_tvm.artifact.folder import (
     Artifact,
@@ -35,18 +31,19 @@ from dance_tvm.artifact.folder import (
 )
 from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.artifact.preprocess import Preprocess
-from dance_tvm.compiler.kernel_cache import KernelCache
-from dance_tvm.compiler.kernels import compile_kernels
-from dance_tvm.compiler.pipeline import Lowered, Options, lower
+from dance_tvm.compiler.code import compile_lowered
+from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.compiler.program import write_program
 from dance_tvm.compiler.requests import known_preprocess, require_buildable
 from dance_tvm.core.errors import DanceError, unexpected_told
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.versions import versions
+from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.host import needed_flags
 from dance_tvm.machines.target import Target, load_target
-from dance_tvm.tuning.advice import tuned_tiles
-from dance_tvm.tuning.places import digest_of_logs
+from dance_tvm.records.advice import tuned_tiles
+from dance_tvm.records.places import digest_of_logs
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +87,7 @@ def build_network(
     weights: str | Path | None = None,
     example_inputs: tuple[torch.Tensor, ...] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    batch: int | None = None,
     threads: int | None = None,
     check: bool | None = None,
     check_inputs: Sequence[str | Path] = (),
@@ -103,7 +101,8 @@ def build_network(
     """Compile ``model`` for ``target`` into the artifact folder ``out``.
 
     ``model`` is a name of the zoo, a ``.pt2`` or ``.onnx`` file, a network in memory (with ``example_inputs``), or one
-    that was imported before; ``shapes`` fix what its inputs leave open. ``check`` runs the built network against its
+    that was imported before; ``shapes`` fix what its inputs leave open, ``batch`` how many
+    clips a call takes. ``check`` runs the built network against its
     source, on this machine or on the emulated device; None does so unless that would take long. ``check_inputs`` are
     ``.npz`` files of real inputs, which the check takes beside its own. Tile sizes come from the target's tuning logs,
     or from those of the target ``logs_from``. With ``reuse`` an intact artifact at ``out`` that the same network,
@@ -123,9 +122,9 @@ def build_network(
 
     with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
         clock.start("import")
-        imported = _import(model, weights, example_inputs, shapes)
+        imported = _import(model, weights, example_inputs, shapes, batch)
         _dump(chosen.debug_dump, "imported", imported.mod)
-        manifest = _manifest(imported, machine, chosen, source)
+        manifest = new_manifest(imported, machine, chosen, source)
         manifest.preprocess = preprocess or known_preprocess(model)
         from dance_tvm.compiler.check import check_artifact, check_kernels, was_checked  # PyTorch is loaded by now
 
@@ -147,26 +146,29 @@ def build_network(
             clock.start("")
             return Built(standing, clock.seconds, _peak_memory())
         lowered = lower(imported.mod, machine, chosen, clock.start)
-        with tempfile.TemporaryDirectory(prefix="dance_tvm_objects_") as folder:
+        checked = None if check is False else lambda artifact: check_there(artifact, lowered)
+        with tempfile.TemporaryDirectory(prefix="dance_tvm_kernels_") as folder:
             clock.start("compile")
-            code = _compile(lowered, machine, chosen, Path(folder))
+            code = compile_lowered(lowered, machine, chosen, Path(folder))
+            _dump(chosen.debug_dump, "planned", code.planned)
             manifest.memory_peak_bytes = _memory(lowered, code.planned)
             manifest.layers = lowered.layers
             clock.start("link")
-            packing, manifest.device_code = embed_device_code(
-                code.executable, machine, chosen.device_code == "compiled"
-            )
-            in_c = chosen.interface == "c"
-            interface = _interface(code.planned, lowered, manifest, machine, Path(folder)) if in_c else []
-            linker = shared_library_linker(machine, code.kernels, interface)
-            artifact = write_artifact(
-                out,
-                lambda path: code.executable.export_library(str(path), fcompile=linker, **packing),
-                lowered.weights,
-                manifest,
-                None if check is False else lambda artifact: check_there(artifact, lowered),
-                reference,
-            )
+            if chosen.interface == "c":
+                artifact = write_program(out, lowered, code, manifest, machine, checked, reference)
+            else:
+                packing, manifest.device_code = embed_device_code(
+                    code.executable, machine, chosen.device_code == "compiled"
+                )
+                linker = shared_library_linker(machine, code.kernels)
+                artifact = write_artifact(
+                    out,
+                    lambda path: code.executable.export_library(str(path), fcompile=linker, **packing),
+                    lowered.weights,
+                    manifest,
+                    checked,
+                    reference,
+                )
         clock.start("")
         return Built(artifact, clock.seconds, _peak_memory())
 
@@ -196,88 +198,18 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any) -> Imported:
+def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any, batch: int | None) -> Imported:
     from dance_tvm.frontend import Imported, import_model
 
     if isinstance(model, Imported):
         return model
-    return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes)
-
-
-@dataclass(frozen=True)
-class _Code:
-    """The virtual machine's executable, files of kernels to link with it, and the module whose memory is planned."""
-
-    executable: relax.VMExecutable
-    kernels: list[str]
-    planned: tvm.IRModule
-
-
-def _compile(lowered: Lowered, machine: Target, options: Options, folder: Path) -> _Code:
-    """Plan memory, and compile; kernels of a processor become files in ``folder``."""
-    target = machine.tvm_target(options.threads)
-    planned: list[tvm.IRModule] = []
-    base = _gpu_pipeline(target) if machine.gpu else relax.get_pipeline("default_build")
-
-    @tvm.transform.module_pass(opt_level=0, name="PlanAndRemember")
-    def pipeline(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
-        planned.append(base(module))
-        return planned[-1]
-
-    kernels: list[str] = []
-    with tvm.transform.PassContext(config=host_code_of(machine)):
-        if machine.gpu:
-            executable = relax.build(lowered.mod, target, relax_pipeline=pipeline)
-        else:
-            with target:
-                pipeline(lowered.mod)
-            builder = relax.ExecBuilder()
-            functions = vm_build._filter_tir(vm_build._vmcodegen(builder, planned[0]))
-            kernels = compile_kernels(functions, target, folder, KernelCache() if options.cache else None)
-            executable = _executable(builder, target)
-    _dump(options.debug_dump, "planned", planned[0])
-    return _Code(executable, kernels, planned[0])
-
-
-def _executable(builder: relax.ExecBuilder, target: tvm.target.Target) -> relax.VMExecutable:
-    """What ``builder`` holds, on a library without functions: the kernels join it when it is linked."""
-    library = codegen_build(tvm.IRModule({}), target)
-    return relax.VMExecutable(vm_build._ffi_api.VMLink(builder, target, library, [], {}))
+    return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes, batch=batch)
 
 
 def _memory(lowered: Lowered, planned: tvm.IRModule) -> int:
     """Bytes of all weights and planned activations."""
     weights = _constant_bytes(lowered.mod) + sum(array.nbytes for array in lowered.weights.values())
     return weights + _planned_storage(planned)
-
-
-def _interface(planned: tvm.IRModule, lowered: Lowered, manifest: Manifest, machine: Target, folder: Path) -> list[str]:
-    """Object files in ``folder`` with the C interface of the network."""
-    description = f"{manifest.name} for {machine.name}, dance_tvm {manifest.versions['dance-tvm']}"
-    names = Names(
-        [tensor.name for tensor in manifest.inputs],
-        [tensor.name for tensor in manifest.outputs],
-        list(lowered.weights),
-        description,
-        manifest.target.threads,
-    )
-    return compile_interface(program_of(planned, len(lowered.weights)), names, machine, folder)
-
-
-def host_code_of(machine: Target) -> dict[str, Any]:
-    """TVM's configuration for the functions that launch kernels of a GPU: they leave their arguments unchecked.
-
-    The virtual machine checks what it is given; behind it, types and shapes are the compiler's own, and the checks
-    would be most of what LLVM compiles.
-    """
-    return {"tirx.disable_assert": machine.gpu is not None}
-
-
-def _gpu_pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
-    """From kernels to the virtual machine; TVM's own pipeline for GPUs would schedule and fold once more."""
-    from tvm.relax.backend import gpu_generic
-
-    return tvm.transform.Sequential(gpu_generic.dataflow_lower_passes(target) + gpu_generic.finalize_passes(target))
 
 
 def _constant_bytes(mod: tvm.IRModule) -> int:
@@ -309,7 +241,7 @@ def _planned_storage(mod: tvm.IRModule) -> int:
     return total
 
 
-def _manifest(imported: Imported, machine: Target, options: Options, logs_from: Target | None) -> Manifest:
+def new_manifest(imported: Imported, machine: Target, options: Options, logs_from: Target | None = None) -> Manifest:
     """All that is known before anything is compiled."""
     target = machine.tvm_target(options.threads)
     chosen: dict[str, str] = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}

@@ -16,9 +16,9 @@ from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend.rounding import MULTIPLE, Rounding
 
 if TYPE_CHECKING:
-    from dance_tvm.compiler.pipeline import Lowered
     from dance_tvm.frontend import Imported
     from dance_tvm.frontend.interface import Arrays
+    from dance_tvm.lowering.lowered import Lowered
 
 #: Multiply-accumulates that an emulated processor does in a few seconds; larger networks are checked there on request.
 EMULATED_MACS = 2_000_000_000

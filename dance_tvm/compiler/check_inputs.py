@@ -14,9 +14,9 @@ from tvm import relax
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import Kind, crossed_inputs, random_inputs
 from dance_tvm.frontend.interpreter import Part
+from dance_tvm.ir.graph import Graph, is_tensor, shape_of, variables
 from dance_tvm.liveness.analysis import Masks
 from dance_tvm.liveness.relax_graph import RelaxView
-from dance_tvm.transform.graph import Graph, is_tensor, shape_of, variables
 
 if TYPE_CHECKING:
     from dance_tvm.frontend import Imported

@@ -55,7 +55,8 @@ def compile_kernels(
 ) -> list[str]:
     """Files in ``folder`` to link: an object for each different PrimFunc of ``kernels``, and a list of their names.
 
-    TVM's configuration is that of the current pass context. What ``cache`` holds is taken from there, and what it lacks put there.
+    TVM's configuration is that of the current pass context. What ``cache`` holds is taken from there, and what it
+    lacks put there.
     """
     config = dict(tvm.transform.PassContext.current().config)
     fixed = _common_key(target, config)
@@ -92,7 +93,10 @@ def _common_key(target: tvm.target.Target, config: dict[str, Any]) -> str:
         {
             "target": str(target),
             "config": {key: str(config[key]) for key in sorted(config)},
-            "here": [codegen.llvm_get_system_triple(), codegen.llvm_get_system_cpu()],  # where a target leaves them open
+            "here": [
+                codegen.llvm_get_system_triple(),
+                codegen.llvm_get_system_cpu(),
+            ],  # where a target leaves them open
             "versions": [known[package] for package in _PACKAGES] + [codegen.llvm_version_major()],
             "rules": _rules_sha256(),
         },

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import tvm
 import tvm_ffi
 from tvm import relax
@@ -19,12 +18,14 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.lowering.gpu_windows import GpuLowering
 from dance_tvm.lowering.lower_norms import LowerNorms
 from dance_tvm.lowering.lower_windows import LowerWindows
+from dance_tvm.lowering.lowered import Lowered
+from dance_tvm.lowering.machine import gpu_of, machine_of
+from dance_tvm.records.group_log import group_cost
 from dance_tvm.schedules.cpu.spaces import TuningLog
-from dance_tvm.schedules.cpu.tiles import Machine, excess_cycles
-from dance_tvm.schedules.gpu.tiles import Gpu
-from dance_tvm.schedules.workload import Workload
+from dance_tvm.schedules.cpu.tiles import excess_cycles
 from dance_tvm.transform.boolean_logic import BooleanLogic
 from dance_tvm.transform.channels_last import ChannelsLast
+from dance_tvm.transform.compute_empty import ComputeEmpty
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
 from dance_tvm.transform.join_small import JoinSmall
@@ -35,7 +36,6 @@ from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
 from dance_tvm.transform.whole_pools import WholePools
-from dance_tvm.tuning.group_logs import group_cost
 
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
@@ -60,20 +60,6 @@ class Options:
     dtype: Literal["float32", "float16"] = "float32"
     interface: Literal["tvm", "c"] = "tvm"
     cache: bool = True
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """A module ready for ``tvm.compile``, the decisions taken, and the weights lifted out of it (by parameter name).
-
-    ``workloads``: what the sizes of a layer's kernel were chosen for, by the layer's name; layers whose kernels have
-    nothing to choose are not there.
-    """
-
-    mod: tvm.IRModule
-    layers: list[LayerInfo] = field(default_factory=list)
-    weights: dict[str, np.ndarray] = field(default_factory=dict)
-    workloads: dict[str, Workload] = field(default_factory=dict)
 
 
 def lower(
@@ -113,6 +99,7 @@ def lower(
         (
             "other operators",
             [
+                ComputeEmpty(),
                 relax.transform.DecomposeOpsForInference(),
                 relax.transform.LegalizeOps(KEEP_NAN),
                 relax.transform.AnnotateTIROpPattern(),
@@ -136,46 +123,13 @@ def lower(
                 _dump(mod, options.debug_dump, number, phase)
     told = narrow[0].told if narrow else {}
     layers = [_with_reason(layer, told.get(layer.name, "")) for layer in lower_windows.layers]
-    return Lowered(mod, layers, lift_weights.weights, lower_windows.workloads)
+    return Lowered(mod, layers, lift_weights.weights, lower_windows.workloads, lower_windows.sources)
 
 
 def _with_reason(layer: LayerInfo, reason: str) -> LayerInfo:
     """``layer`` with one more thing that was decided about it."""
     joined = "; ".join(part for part in (reason, layer.reason) if part)
     return layer.model_copy(update={"reason": joined})
-
-
-def machine_of(target: Target) -> Machine:
-    """What tile sizes follow from, read off the target."""
-    arm = "aarch64" in str(target.tvm.get("mtriple", "")) or (target.host is None and "neon" in str(target.tvm))
-    cores = [core.max_ghz * core.fma_per_cycle for core in target.clusters]
-    return Machine(
-        target.vector.floats,
-        target.vector.registers,
-        target.caches.l1d,
-        target.caches.l2,
-        broadcast_loads=not arm,
-        l3=target.caches.l3,
-        gflops=2 * target.vector.floats * max(cores),
-        memory_gb_per_s=target.memory_gb_per_s,
-    )
-
-
-def gpu_of(target: Target) -> Gpu | None:
-    """What tiles of a GPU follow from, read off the target; None for a CPU."""
-    facts = target.gpu
-    if facts is None:
-        return None
-    return Gpu(
-        facts.units,
-        facts.warp,
-        facts.unit_threads,
-        facts.block_threads,
-        facts.registers,
-        facts.block_registers,
-        facts.shared,
-        facts.block_shared,
-    )
 
 
 def _dump(mod: tvm.IRModule, folder: Path, number: int, phase: str) -> None:

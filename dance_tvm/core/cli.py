@@ -25,11 +25,13 @@ INTERRUPTED = 130
 # name: (module, what it does). A module offers ``app``, a typer.Typer; one that is not there is not listed.
 COMMANDS = {
     "build": ("dance_tvm.build", "Compile a trained network into a verified artifact."),
+    "export": ("dance_tvm.export", "Write a PyTorch network as a file that builds take."),
     "pack": ("dance_tvm.pack", "Lay an artifact out as a C folder, an Android module, or a wheel."),
     "run": ("dance_tvm.run", "Run an artifact on a device: arrays in, arrays out."),
     "targets": ("dance_tvm.show_targets", "List the machines that networks can be built for."),
     "train": ("dance_tvm.train", "Train or prune a sparse network."),
     "tune": ("dance_tvm.tune", "Search the fastest kernels for a network on a real device."),
+    "groups": ("dance_tvm.groups", "Measure which kernel groups a device runs fastest."),
     "logs": ("dance_tvm.logs", "Check, merge and show tuning logs."),
     "bench": ("dance_tvm.bench", "Time an artifact on a device, by clip and by layer."),
     "report": ("dance_tvm.report", "Turn measurements into a page to look at."),

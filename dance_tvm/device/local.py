@@ -17,6 +17,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.device import serve
 from dance_tvm.device.placement import compute_device, gpu_failures_explained
 from dance_tvm.device.processes import THREADS_BY_ENVIRONMENT
+from dance_tvm.device.program import ProgramNetwork
 from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange, merge_kernels
 
 
@@ -84,6 +85,12 @@ class LocalNetwork(LoadedNetwork):
         return sent + self._weights
 
 
+def _asked_threads() -> int | None:
+    """How many threads the environment asks for."""
+    values = [os.environ.get(name, "") for name in sorted(THREADS_BY_ENVIRONMENT)]
+    return next((int(value) for value in values if value.isdigit() and int(value)), None)
+
+
 class LocalSession(DeviceSession):
     """This machine. A network runs on as many threads as it was built for, unless `pin` or the environment says."""
 
@@ -92,6 +99,7 @@ class LocalSession(DeviceSession):
     def __init__(self) -> None:
         # TVM's pool aborts the process when it is asked for more threads than the environment allowed at the start.
         self._is_pinned = not THREADS_BY_ENVIRONMENT.isdisjoint(os.environ)
+        self._threads: int | None = None
 
     def facts(self) -> dict[str, Any]:
         return serve.describe()
@@ -104,10 +112,12 @@ class LocalSession(DeviceSession):
             serve.pin(json.dumps({"cpus": cpus, "threads": threads}))
         except (OSError, ValueError):
             raise DanceError(f"this machine has no CPUs {cpus}: it has {sorted(os.sched_getaffinity(0))}") from None
-        self._is_pinned = True
+        self._is_pinned, self._threads = True, threads or (len(cpus) if cpus else None)
 
     def load(self, artifact: Artifact) -> LoadedNetwork:
         artifact.require_this_machine()
+        if artifact.manifest.is_program:
+            return ProgramNetwork(artifact, self._threads or _asked_threads() or artifact.manifest.target.threads)
         if not self._is_pinned:  # TVM by itself takes half of the hardware's threads
             serve.pin(json.dumps({"cpus": None, "threads": artifact.manifest.target.threads}))
         return LocalNetwork(artifact)

@@ -15,7 +15,7 @@ from dance_tvm.device.launches import device_code, opencl_target
 from dance_tvm.device.opencl import OpenCLSession
 
 if TYPE_CHECKING:
-    from dance_tvm.compiler.pipeline import Lowered
+    from dance_tvm.lowering.lowered import Lowered
 
 
 def run_function(

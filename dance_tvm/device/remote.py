@@ -28,6 +28,7 @@ from tvm import relax, rpc
 from dance_tvm.artifact.folder import WEIGHTS, Artifact
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.placement import compute_device, gpu_failures_explained
+from dance_tvm.device.remote_program import RemoteProgram
 from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange, merge_kernels
 
 UPLOAD_CHUNK = 256 << 10
@@ -149,6 +150,7 @@ class RemoteSession(DeviceSession):
         self.cpu = connection.session.cpu()
         self._functions: dict[str, Any | None] = {}
         self._uploaded: set[str] = set()
+        self._threads: int | None = None
         self._facts = json.loads(self._ask("facts") or "{}")
 
     def facts(self) -> dict[str, Any]:
@@ -158,6 +160,7 @@ class RemoteSession(DeviceSession):
         return json.loads(self._ask("sensors") or "{}")
 
     def pin(self, cpus: list[int] | None, threads: int | None) -> None:
+        self._threads = threads or (len(cpus) if cpus else None)
         pin = self.function("pin")
         if pin is not None:
             choice = json.dumps({"cpus": cpus, "threads": threads})
@@ -171,6 +174,8 @@ class RemoteSession(DeviceSession):
     def load(self, artifact: Artifact) -> LoadedNetwork:
         self._require_fit(artifact)
         library = self.upload(artifact.library)
+        if artifact.manifest.is_program:
+            return RemoteProgram(self, artifact, library, self._threads or artifact.manifest.target.threads)
         return RemoteNetwork(self, artifact, library)
 
     def close(self) -> None:
@@ -204,6 +209,13 @@ class RemoteSession(DeviceSession):
                 offset = self._store(what, path, "append", sha256, offset, data[offset : offset + UPLOAD_CHUNK])
             self._store(what, path, "finish", sha256)
         return self._store(what, path, "path", sha256)
+
+    def place(self, uploaded: str) -> str:
+        """Where the device itself finds an uploaded file; TVM's server names it within its folder."""
+        if self._facts:
+            return uploaded
+        find = self.connection.session.get_function("tvm.rpc.server.workpath")
+        return str(self.connection.call("answering a question", lambda: find(uploaded), timeout=60))
 
     def _store(self, what: str, path: Path, name: str, *arguments: Any) -> Any:
         function = self.function(f"store.{name}")

@@ -38,7 +38,7 @@ import tvm
 import tvm_ffi
 from tvm.rpc import server as tvm_server
 
-PROTOCOL = 2
+PROTOCOL = 3
 READY = "dance-tvm device ready on port "
 _PR_SET_PDEATHSIG = 1
 GATHERING, WINOGRAD, KERNEL_GROUPS = "conv3d_gather", "conv3d_winograd", "conv3d_kgs"
@@ -159,6 +159,60 @@ class Weights:
             self.loaded[sha256, name] = tvm.runtime.tensor(array.reshape(entry["shape"]))
 
 
+class Seen(np.ndarray):
+    """An array that is read as TVM's tensors are."""
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Seen:
+        """The same memory."""
+        return array.view(cls)
+
+    def numpy(self) -> np.ndarray:
+        """The array itself."""
+        return self.view(np.ndarray)
+
+
+class _View(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("rank", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+    )
+
+    def array(self) -> Seen:
+        """The tensor's memory."""
+        shape = tuple(self.shape[: self.rank])
+        dtype = np.dtype("bool" if self.kind == 6 else f"{('int', 'uint', 'float')[self.kind]}{self.bits}")
+        size = int(np.prod(shape, dtype="int64")) * dtype.itemsize
+        memory = (ctypes.c_char * size).from_address(self.data) if size else b""
+        return Seen.of(np.frombuffer(memoryview(memory), dtype).reshape(shape))
+
+
+class Watcher:
+    """What each kernel of a program read and wrote (`dance_model.h`, watch)."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(_View), ctypes.c_int32)
+        self.function = kind(self._each_call)
+
+    def address(self) -> int:
+        """Of the function that a program is to call."""
+        return ctypes.cast(self.function, ctypes.c_void_p).value or 0
+
+    def _each_call(self, _context: object, kernel: bytes, views: Any, count: int) -> None:
+        symbol = kernel.decode()
+        tensors = [views[index].array() for index in range(count)]
+        self.calls.append({"symbol": symbol, "seconds": 0.0, **looked_at(symbol, tensors)})
+
+    def read(self) -> str:
+        """The calls since the last reading, in order, as JSON."""
+        calls, self.calls = self.calls, []
+        return json.dumps(calls)
+
+
 class KernelClock:
     """Instrument of the virtual machine: what each call of a run took, or what it read and wrote."""
 
@@ -179,7 +233,7 @@ class KernelClock:
             call: dict[str, Any] = {"symbol": str(symbol), "seconds": time.perf_counter() - self.started}
             if look:
                 tensors = [argument for argument in arguments if isinstance(argument, tvm.runtime.Tensor)]
-                call.update(_looked_at(call["symbol"], tensors))
+                call.update(looked_at(call["symbol"], tensors))
             self.calls.append(call)
             return 0
 
@@ -191,7 +245,7 @@ class KernelClock:
         return json.dumps(calls)
 
 
-def _looked_at(symbol: str, tensors: list) -> dict[str, Any]:
+def looked_at(symbol: str, tensors: list) -> dict[str, Any]:
     """Bytes of a call's tensors; of a listed convolution what its lists kept, and means of what it wrote."""
     size = sum(int(np.prod(tensor.shape, dtype="int64")) * np.dtype(str(tensor.dtype)).itemsize for tensor in tensors)
     if not symbol.startswith(LISTED):
@@ -441,7 +495,7 @@ def opencl(what: str, *arguments):
 
 def register(store: Store) -> None:
     """Offer the functions to sessions, under names that begin with `dance.`."""
-    clock = KernelClock()
+    clock, watcher = KernelClock(), Watcher()
     weights = Weights(store)
     offered: dict[str, Any] = {
         "facts": lambda: facts(store),
@@ -452,6 +506,8 @@ def register(store: Store) -> None:
         "weights.get": weights.get,
         "clock.instrument": clock.instrument,
         "clock.read": clock.read,
+        "watcher.address": watcher.address,
+        "watcher.read": watcher.read,
         "peak_memory": peak_memory,
         "reset_peak_memory": reset_peak_memory,
         "sensors": sensors,

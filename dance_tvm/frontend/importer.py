@@ -33,12 +33,14 @@ def import_model(
     example_inputs: Sequence[torch.Tensor] | None = None,
     check: bool = True,
     shapes: Shapes | None = None,
+    batch: int | None = None,
 ) -> Imported:
     """Import a zoo network by name, a ``.pt2`` or ``.onnx`` file, a module (with ``example_inputs``), or a program.
 
     ``weights`` replaces the source's: a safetensors file, a state dict's file, or tensors by name. A zoo network whose
     weights are published gets those where none are given. ``shapes``, by input name, fix the dimensions that a file or
-    a program leaves open. With ``check`` the result is compared with the source on random input. Raises DanceError for
+    a program leaves open; ``batch`` is the first dimension of all inputs, for networks of the zoo and where it is open.
+    With ``check`` the result is compared with the source on random input. Raises DanceError for
     unknown names, bad files, wrong weights, open dimensions, unsupported operators (named, with their layer) and
     differences (naming the first layer that diverges).
     """
@@ -48,8 +50,10 @@ def import_model(
         if isinstance(model, nn.Module):
             return _import_module(model, type(model).__name__, weights, example_inputs, check)
         if isinstance(model, torch.export.ExportedProgram):
-            return _import_exported(model, "program", _program_sha256(model), weights, check, shapes=shapes)
-        return _import_named(str(model), weights, example_inputs, check, shapes)
+            return _import_exported(
+                model, "program", _program_sha256(model), weights, check, shapes=shapes, batch=batch
+            )
+        return _import_named(str(model), weights, example_inputs, check, shapes, batch)
 
 
 def _import_named(
@@ -58,6 +62,7 @@ def _import_named(
     example_inputs: Sequence[torch.Tensor] | None,
     check: bool,
     shapes: Shapes | None,
+    batch: int | None,
 ) -> Imported:
     path = Path(model)
     if path.suffix == ".onnx":
@@ -68,9 +73,9 @@ def _import_named(
         if weights is not None:
             raise DanceError("An ONNX file carries its weights: leave --weights out, or export the network again.")
         require_file(path, "model")
-        return import_onnx(path, check=check, shapes=shapes)
+        return import_onnx(path, check=check, shapes=shapes, batch=batch)
     if path.suffix == ".pt2":
-        return _import_exported(load_program(path), path.stem, None, weights, check, path, shapes=shapes)
+        return _import_exported(load_program(path), path.stem, None, weights, check, path, shapes=shapes, batch=batch)
     if path.suffix in (".pt", ".pth", ".bin", ".pkl", ".pickle"):
         raise DanceError(
             f"{path} holds weights or pickled code, not a network: give a .pt2 or .onnx file, or a network's name "
@@ -80,8 +85,9 @@ def _import_named(
         require_file(path, "model")
         raise DanceError(f"{path} is no model file that is known here: give a .pt2 or an .onnx file.")
     entry = models.entry(model)
+    inputs = example_inputs or models.example_inputs(model, batch=batch or 1)
     network = models.pretrained(model) if entry.pretrained and weights is None else _seeded(model, weights)
-    return _import_module(network, model, weights, example_inputs or models.example_inputs(model), check, entry)
+    return _import_module(network, model, weights, inputs, check, entry)
 
 
 def _seeded(name: str, weights: Weights | None) -> nn.Module:
@@ -126,8 +132,9 @@ def _import_exported(
     path: Path | None = None,
     entry: models.ModelEntry | None = None,
     shapes: Shapes | None = None,
+    batch: int | None = None,
 ) -> Imported:
-    program = with_shapes(program, shapes or {})
+    program = with_shapes(program, shapes or {}, batch)
     require_inference(program)
     if weights is not None:
         _replace_weights(program, _state(weights))

@@ -689,7 +689,7 @@ _TENSORS: dict[str, Kernel] = {
     "one_hot": _one_hot,
     "ones": lambda args, attrs: torch.ones(args[0], dtype=_dtype(attrs.dtype)),
     "permute_dims": lambda args, attrs: args[0].permute(
-        *(reversed(range(args[0].ndim)) if attrs.axes is None else _ints(attrs.axes))
+        tuple(reversed(range(args[0].ndim))) if attrs.axes is None else tuple(_ints(attrs.axes))
     ),
     "prod": _reduce(_prod),
     "repeat": lambda args, attrs: torch.repeat_interleave(args[0], int(attrs.repeats), _axis(attrs)),

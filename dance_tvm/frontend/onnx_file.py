@@ -68,12 +68,12 @@ def true_inputs(graph: Any) -> list[Any]:
     return [value for value in graph.input if value.name not in weights]
 
 
-def input_specs(graph: Any, shapes: Shapes) -> list[TensorSpec]:
+def input_specs(graph: Any, shapes: Shapes, batch: int | None = None) -> list[TensorSpec]:
     """What the network takes; ``shapes`` fixes what the file leaves open. Raises DanceError where it stays open."""
     values = true_inputs(graph)
     dtypes = {value.name: dtype_name(value) for value in values}
     declared = {value.name: _dims(value, shapes) for value in values}
-    fixed = require_shape(declared, shapes)
+    fixed = require_shape(declared, shapes, batch)
     return [TensorSpec(name, shape, dtypes[name], usual_meaning(shape, dtypes[name])) for name, shape in fixed.items()]
 
 

@@ -56,16 +56,18 @@ _BECAME_INPUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 Value = Any  # an expression, a list of values (a sequence), or None (an optional input that is not there)
 
 
-def import_onnx(path: Path, *, check: bool = True, shapes: onnx_file.Shapes | None = None) -> Imported:
+def import_onnx(
+    path: Path, *, check: bool = True, shapes: onnx_file.Shapes | None = None, batch: int | None = None
+) -> Imported:
     """Import an ``.onnx`` file of opset 6 or later; external data may lie beside it.
 
-    ``shapes`` fixes, by input name, what the file leaves open. Raises DanceError for damaged files, older opsets,
-    shapes that stay open, unsupported operators (named, with their layer) and, with ``check``, for results that differ
-    from the source's.
+    ``shapes`` fixes, by input name, what the file leaves open, ``batch`` the first dimension of all. Raises DanceError
+    for damaged files, older opsets, shapes that stay open, unsupported operators (named, with their layer) and, with
+    ``check``, for results that differ from the source's.
     """
     model = onnx_file.load(path)
     opsets = onnx_file.opsets_of(model, path)
-    inputs = onnx_file.input_specs(model.graph, shapes or {})
+    inputs = onnx_file.input_specs(model.graph, shapes or {}, batch)
     source = onnx_file.Source(path, model)
     importer = _Importer(opsets, source.model.functions)
     mod = importer.run(source.model.graph, inputs, model.graph.output)
@@ -164,8 +166,6 @@ class _Importer(ONNXGraphImporter):
         found = self._nodes.get(value.name)
         if not isinstance(found, relax.Expr):
             raise DanceError(f"The output {value.name!r} is not a tensor: export the network with tensors out.")
-        if 0 in (shape := tuple(int(extent) for extent in found.ty.shape)):
-            raise DanceError(f"The output {value.name!r} holds nothing, its shape is {shape}: export without it.")
         declared = onnx_file.dtype_name(value) if value.type.tensor_type.elem_type else ""
         if declared in _OTHER_FLOATS and str(found.ty.dtype.dtype) == "float32":
             self.bb.enter(value.name, only=False)

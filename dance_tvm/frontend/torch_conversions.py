@@ -13,6 +13,7 @@ from torch import fx
 from tvm import relax
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.frontend.torch_axes import AXES
 from dance_tvm.frontend.torch_indexing import INDEXING, gather_along
 from dance_tvm.frontend.torch_resampling import RESAMPLING
 from dance_tvm.frontend.torch_values import Conversion, Importer, arguments, cast, constant, dtype_of, name_of, shape_of
@@ -666,5 +667,6 @@ CONVERSIONS: dict[str, Conversion] = {
     "sort.default": _sort,
     "sort.stable": _sort,
     **RESAMPLING,
+    **AXES,
     **INDEXING,
 }

@@ -64,7 +64,8 @@ def _propagate(program: torch.export.ExportedProgram) -> None:
 def fold_constants(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
     """By the name of its node the value of each weight, buffer, constant, and of what is computed from these alone.
 
-    What takes much more room than what it is computed from is left to be computed.
+    What takes much more room than what it is computed from is left to be computed. A tensor of no elements is known,
+    whatever it was made of.
     """
     known: dict[fx.Node, Any] = {}
     named = {**dict(program.named_parameters()), **dict(program.named_buffers()), **program.constants}
@@ -73,6 +74,8 @@ def fold_constants(program: torch.export.ExportedProgram) -> dict[str, torch.Ten
         for node in program.graph.nodes:
             if node.op == "placeholder" and node.name in targets:
                 known[node] = named[targets[node.name]].detach()
+            elif node.op in ("call_function", "placeholder") and _is_empty(node.meta.get("val")):
+                known[node] = pytree.tree_map_only(torch.Tensor, _empty, node.meta["val"])
             elif node.op == "call_function" and _is_foldable(node, known):
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
                 known[node] = node.target(*args, **kwargs)
@@ -86,6 +89,16 @@ def _is_foldable(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
         return False
     used = sum(_bytes(known[source]) for source in node.all_input_nodes)
     return _bytes(node.meta.get("val")) <= max(used, _FOLDED_BYTES)
+
+
+def _is_empty(value: Any) -> bool:
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    known = all(isinstance(extent, int) for tensor in tensors for extent in tensor.shape)
+    return bool(tensors) and known and all(0 in tensor.shape for tensor in tensors)
+
+
+def _empty(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tuple(value.shape), dtype=value.dtype)
 
 
 def _bytes(value: Any) -> int:

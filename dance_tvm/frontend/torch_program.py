@@ -24,7 +24,7 @@ from dance_tvm.frontend.torch_resampling import RESAMPLING
 from dance_tvm.frontend.torch_values import constant
 
 # What core ATen takes apart and a conversion of ours does better.
-_KEPT = {"select_scatter.default", "diagonal_scatter.default", *RESAMPLING}
+_KEPT = {"select_scatter.default", "diagonal_scatter.default", "take.default", *RESAMPLING}
 
 # Each round of decompositions may bring up operators that want one themselves.
 _ROUNDS = 4
@@ -208,7 +208,7 @@ class _Importer(ExportedProgramImporter):
         names = _names(nodes)
         for node in nodes:
             if (value := self._constants.get(node.name)) is not None:
-                self.env[node] = _held(node, value) if node.users else None
+                self.env[node] = constant(array_of(value)) if node.users else None
             elif node.op == "placeholder":
                 self.env[node] = self._input(node, params)
             elif node.op == "output":
@@ -270,12 +270,6 @@ class _Importer(ExportedProgramImporter):
                 f"it would be imported with shape {shape} in place of {tuple(expected.shape)}."
             )
         return self._in_type(value, self._convert_data_type(expected.dtype))
-
-
-def _held(node: fx.Node, value: torch.Tensor) -> relax.Expr:
-    if value.numel() == 0:
-        raise DanceError(f"The constant {describe(node)!r} is empty, of shape {tuple(value.shape)}: leave it out.")
-    return constant(array_of(value))
 
 
 def _names(nodes: list[fx.Node]) -> dict[fx.Node, tuple[str, bool]]:

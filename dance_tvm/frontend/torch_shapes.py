@@ -16,8 +16,11 @@ from dance_tvm.frontend.torch_program import first_line
 Shapes = Mapping[str, Sequence[int]]
 
 
-def with_shapes(program: torch.export.ExportedProgram, shapes: Shapes) -> torch.export.ExportedProgram:
-    """``program`` itself where nothing is open, else the program for inputs of ``shapes``, by the input's name.
+def with_shapes(
+    program: torch.export.ExportedProgram, shapes: Shapes, batch: int | None = None
+) -> torch.export.ExportedProgram:
+    """``program`` itself where nothing is open, else the program for inputs of ``shapes``, by the input's name,
+    or of ``batch`` clips.
 
     Raises DanceError where an open shape is not given, and where a given one does not fit.
     """
@@ -28,7 +31,7 @@ def with_shapes(program: torch.export.ExportedProgram, shapes: Shapes) -> torch.
         for spec in specs
         if isinstance(values.get(spec.arg.name), torch.Tensor)
     }
-    chosen = require_shape(declared, shapes)
+    chosen = require_shape(declared, shapes, batch)
     is_open = any(isinstance(n, str) for shape in declared.values() for n in shape)
     is_open = is_open or any(not isinstance(s.arg, (ConstantArgument, TensorArgument)) for s in specs)
     if not is_open:

@@ -8,8 +8,8 @@ from typing import Any
 from numpy.typing import NDArray
 from tvm import relax, tirx
 
-from dance_tvm.lowering.windows import window_of
-from dance_tvm.transform.graph import Graph, constant, dtype_of, is_tensor, shape_of
+from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, shape_of
+from dance_tvm.ir.windows import window_of
 
 from .analysis import Liveness
 from .expressions import Shape

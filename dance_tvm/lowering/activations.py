@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tvm import relax
 
-from dance_tvm.transform.graph import Graph, constant, dtype_of, is_tensor, shape_of
+from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, shape_of
 
 
 class ActivationChain(NamedTuple):

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from tvm import relax
 
+from dance_tvm.ir.graph import Graph, is_tensor, shape_of
 from dance_tvm.liveness.analysis import Liveness
 from dance_tvm.liveness.expressions import EVERYWHERE, Factor, Live
-from dance_tvm.transform.graph import Graph, is_tensor, shape_of
 
 from .sites import Sites
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from tvm import relax, tirx
 
+from dance_tvm.ir.graph import shape_of
 from dance_tvm.liveness.expressions import Expression, Live
+from dance_tvm.liveness.kernel_groups import GROUP_CHANNELS, KernelGroups
 from dance_tvm.schedules.cpu.mask_window import Field
-from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.winograd_plan import WinogradPlan
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.gpu.channel_plan import plan_channels
@@ -22,10 +23,9 @@ from dance_tvm.schedules.gpu.pool3d import BlockPool, pool3d
 from dance_tvm.schedules.gpu.row_plan import BlockPlan, block_plan, plan_rows
 from dance_tvm.schedules.gpu.spaces import choose_block_tile, groups_cost
 from dance_tvm.schedules.gpu.tiles import BlockTile, Gpu
+from dance_tvm.schedules.plans import RowPlan
 from dance_tvm.schedules.workload import Workload
-from dance_tvm.transform.graph import shape_of
 
-from .kernel_groups import GROUP_CHANNELS, KernelGroups
 from .lower_windows import Lowering, bias_of
 from .sites import Site
 

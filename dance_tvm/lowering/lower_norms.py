@@ -12,6 +12,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from dance_tvm.ir.graph import Graph, Shape, constant, dtype_of, is_tensor, rewrite, shape_of, substitute
 from dance_tvm.schedules.cpu import moments
 from dance_tvm.schedules.cpu.moments import Reduction
 from dance_tvm.schedules.cpu.norm import Norm, norm
@@ -19,7 +20,6 @@ from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.emit import one_thread
 from dance_tvm.schedules.gpu import reduce as gpu_reduce
 from dance_tvm.schedules.gpu.tiles import Gpu
-from dance_tvm.transform.graph import Graph, Shape, constant, dtype_of, is_tensor, rewrite, shape_of, substitute
 
 from .norm_forms import Span, folded, form_of, runs_of, seen_as, without
 from .sites import FUSED_ACTIVATIONS

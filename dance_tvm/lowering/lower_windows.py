@@ -13,18 +13,21 @@ import tvm
 from tvm import relax
 
 from dance_tvm.artifact.layers import LayerInfo
+from dance_tvm.ir.graph import Graph, Shape, dtype_of, shape_of, substitute, variables
+from dance_tvm.ir.windows import POOLS, padding_behind, window_of, zero_padded
 from dance_tvm.liveness.analysis import Liveness
 from dance_tvm.liveness.expressions import Both, Either, Expression, Factor, Grown, Joined, Live, Part, nodes
+from dance_tvm.liveness.kernel_groups import KernelGroups, choose_kernel_groups, fitting_groups, lane_cost
 from dance_tvm.liveness.relax_graph import liveness_of
 from dance_tvm.schedules.convolution import Convolution
 from dance_tvm.schedules.cpu.carry_frames import Carry, carry_frames
-from dance_tvm.schedules.cpu.channel_plan import channel_list_shape, plan_channels
+from dance_tvm.schedules.cpu.channel_plan import plan_channels
 from dance_tvm.schedules.cpu.compact_channels import compact_channels
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv, conv3d_gather
 from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv, balanced_order, conv3d_kgs, plan_columns
 from dance_tvm.schedules.cpu.mask_window import Field, grow_backward, grow_forward
 from dance_tvm.schedules.cpu.pool3d import Pool, pool3d
-from dance_tvm.schedules.cpu.row_plan import RowPlan, plan_rows
+from dance_tvm.schedules.cpu.row_plan import plan_rows
 from dance_tvm.schedules.cpu.spaces import PoolSpace, TuningLog, choose_kernel, choose_tile, decide
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.cpu.winograd import WinogradConv, conv3d_winograd, mask_arguments
@@ -33,14 +36,13 @@ from dance_tvm.schedules.emit import one_thread
 from dance_tvm.schedules.geometry import Window, added
 from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
 from dance_tvm.schedules.gpu.tiles import Gpu
+from dance_tvm.schedules.plans import RowPlan, channel_list_shape
+from dance_tvm.schedules.preparation import Source, array_digest
 from dance_tvm.schedules.workload import POOL, TYPICAL_DENSITY, Workload
-from dance_tvm.transform.graph import Graph, Shape, dtype_of, shape_of, substitute, variables
 
 from .carries import Chain, find_chains
-from .kernel_groups import KernelGroups, choose_kernel_groups, fitting_groups, lane_cost
 from .sample_lists import SampleLists, positions_of_input
 from .sites import Site, Sites
-from .windows import POOLS, padding_behind, window_of, zero_padded
 
 #: Share of zero weights from which on a layer's report says why they are not skipped.
 WORTH_TELLING = 0.01
@@ -59,7 +61,7 @@ COUNTS = "counts"
 @tvm.transform.module_pass(opt_level=0, name="LowerWindows")
 class LowerWindows:
     """Lower every site of ``main``; ``layers`` receives what was decided, in order of execution, ``workloads`` what the
-    sizes of a layer's kernel were chosen for."""
+    sizes of a layer's kernel were chosen for, ``sources`` what packed weights were made of."""
 
     def __init__(
         self,
@@ -80,6 +82,7 @@ class LowerWindows:
         self.convolution = convolution
         self.layers: list[LayerInfo] = []
         self.workloads: dict[str, Workload] = {}
+        self.sources: dict[bytes, Source] = {}
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -107,6 +110,7 @@ class LowerWindows:
             lowered = lowering.run()
         self.layers.extend(lowering.layers)
         self.workloads.update(lowering.workloads)
+        self.sources.update(lowering.sources)
         return relax.transform.DeadCodeElimination()(lowered)
 
 
@@ -136,6 +140,8 @@ class Lowering:
     chains: dict[relax.Var, Chain] = field(default_factory=dict)
     #: How activations and weights are stored.
     dtype: str = "float32"
+    #: What packed weights were made of, by their digest.
+    sources: dict[bytes, Source] = field(default_factory=dict)
 
     def run(self) -> tvm.IRModule:
         """Emit the network with kernels in the place of sites, and the counts of what they will execute beside it.
@@ -442,6 +448,7 @@ class Lowering:
         self._count(conv, lists, channels)
         if site.start not in self.constants:
             packed = [conv.pack_weights(site.weight), conv.pack_bias(bias_of(site)), conv.plan.tap_entries]
+            self.sources[array_digest(packed[0])] = Source(conv.preparation, site.weight)
             self.constants[site.start] = [relax.const(array) for array in packed]
         if isinstance(conv, WinogradConv):
             lists = lists[: len(LISTS)]

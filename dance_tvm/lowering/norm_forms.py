@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tvm import relax
 
-from dance_tvm.transform.graph import Shape, shape_of
+from dance_tvm.ir.graph import Shape, shape_of
 
 #: Elements of one line from which on several threads share it.
 LONG_LINE = 1 << 17

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from tvm import relax
 
+from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, shape_of
+from dance_tvm.ir.windows import CONVOLUTIONS, POOLS, window_of
 from dance_tvm.liveness.analysis import Liveness
 from dance_tvm.liveness.expressions import EVERYWHERE, Live
-from dance_tvm.schedules.cpu.row_plan import MOST_DYNAMIC_FRAME_TAPS
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.transform.graph import Graph, constant, dtype_of, is_tensor, shape_of
+from dance_tvm.schedules.plans import MOST_DYNAMIC_FRAME_TAPS
 
 from .activations import activation_behind
-from .windows import CONVOLUTIONS, POOLS, window_of
 
 #: Relax operators that a kernel applies before it stores, by the name the schedules use.
 FUSED_ACTIVATIONS = {"nn.relu": "relu", "sigmoid": "sigmoid", "nn.silu": "silu", "nn.relu6": "relu6"}

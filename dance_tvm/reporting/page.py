@@ -3,68 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from dance_tvm.benchmarking.results import Device, Measured, Results
+from dance_tvm.benchmarking.results import Device, Layer, Measured, Results, Verdict
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import written_whole
+from dance_tvm.reporting import why
+from dance_tvm.reporting.charts import Chart, all_charts, place_of
 from dance_tvm.reporting.papers import beside, name_of
+from dance_tvm.reporting.tables import Cell, Link, Table, as_html, as_markdown
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
 @dataclass(frozen=True)
-class Table:
-    """A heading, a sentence, and cells; the first `words` columns hold words, the others numbers."""
+class Page:
+    """What a page says, whatever form it takes; the charts stand behind the first table."""
 
     title: str
-    text: str
-    heads: list[str]
-    rows: list[list[str]]
-    words: int = 1
+    subtitle: str
+    tiles: list[tuple[str, str]]
+    verdicts: list[tuple[str, str]]
+    warnings: list[str]
+    tables: list[Table]
+    charts: list[Chart]
+    pictures: list[dict[str, str]]
+    command: str
 
 
-def html(results: Results, papers: Sequence[str] = (), tuning_logs: Sequence[Path] = ()) -> str:
-    """One page that needs nothing from outside. Raises DanceError where the plotting library is not installed."""
-    try:
-        import jinja2
-        from plotly.offline import get_plotlyjs
-
-        from dance_tvm.reporting.charts import all_charts
-    except ImportError as error:
-        raise DanceError(f"pages need the {error.name} package: pip install 'dance-tvm[report]'") from None
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    charts = [
-        {"heading": heading, "text": text, "html": _embedded(figure)}
-        for heading, text, figure in all_charts(results, tuning_logs)
-    ]
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+def page_of(results: Results, papers: Sequence[str] = (), tuning_logs: Sequence[Path] = ()) -> Page:
+    """The page of one call of bench."""
+    return Page(
         title=title_of(results),
         subtitle=subtitle_of(results),
         tiles=tiles(results),
-        verdicts=results.verdicts,
+        verdicts=[(verdict.verdict, _told(verdict)) for verdict in results.verdicts],
         warnings=warnings_of(results),
-        tables=tables(results, papers),
-        charts=charts,
+        tables=tables(results, papers, tuning_logs),
+        charts=all_charts(results, tuning_logs),
         pictures=_pictures(results),
         command=results.command,
-        plotly_js=get_plotlyjs(),
     )
 
 
-def markdown(results: Results, papers: Sequence[str] = ()) -> str:
-    """The tables, for places that show no page."""
-    lines = [f"# {title_of(results)}", "", subtitle_of(results), ""]
-    lines += [f"- **{value}** {text}" for value, text in tiles(results)] + [""]
-    lines += [f"- {verdict.artifact} on {verdict.device}: {verdict.verdict}" for verdict in results.verdicts]
-    lines += [f"> {warning}" for warning in warnings_of(results)] + [""]
-    for table in tables(results, papers):
-        lines += [f"## {table.title}", "", table.text, "", _row(table.heads)]
-        lines.append(_row([":--" if index < table.words else "--:" for index in range(len(table.heads))]))
-        lines += [_row(row) for row in table.rows] + [""]
-    return "\n".join([*lines, "## Repeat it", "", f"    {results.command}", ""])
+def of_chart(title: str, chart: Chart) -> Page:
+    """A page of one chart and its table."""
+    return Page(title, "", [], [], [], [], [chart], [], "")
+
+
+def html(page: Page) -> str:
+    """One file that needs nothing from outside, and no script. Raises DanceError where jinja2 is not installed."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise DanceError(f"pages need the {error.name} package: pip install 'dance-tvm[report]'") from None
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(page=page, table=as_html)
+
+
+def markdown(page: Page) -> str:
+    """The tables, those of the charts too, for places that show no page."""
+    lines = [f"# {page.title}", "", page.subtitle, ""]
+    lines += [f"- **{value}** {text}" for value, text in page.tiles] + [""]
+    lines += [f"- {text}" for _, text in page.verdicts] + [f"> {warning}" for warning in page.warnings] + [""]
+    of_charts = [replace(chart.table, title=chart.heading, text=chart.text) for chart in page.charts]
+    for table in [*page.tables[:1], *of_charts, *page.tables[1:]]:
+        lines += as_markdown(table)
+    return "\n".join([*lines, "## Repeat it", "", f"    {page.command}", ""])
 
 
 def write_text(path: Path, text: str) -> None:
@@ -112,14 +119,15 @@ def warnings_of(results: Results) -> list[str]:
     return found + list(notes)
 
 
-def tables(results: Results, papers: Sequence[str]) -> list[Table]:
-    """Every table of the page, the summary first."""
+def tables(results: Results, papers: Sequence[str] = (), tuning_logs: Sequence[Path] = ()) -> list[Table]:
+    """Every table of the page but those of the charts, the summary first."""
     found = [_summary(results)]
     for device in results.devices:
         found += [_layers(device, item) for item in device.measured if item.profile]
+    found += why.tables(results, tuning_logs)
     found += [_paper(paper, results) for paper in papers]
-    streams = _streams(results)
-    return found + ([streams] if streams.rows else []) + [_facts(results)]
+    extras = [_peers(results), _accuracy(results), _loading(results), _streams(results)]
+    return found + [table for table in extras if table.rows] + [_facts(results)]
 
 
 def _summary(results: Results) -> Table:
@@ -146,7 +154,7 @@ def _layers(device: Device, item: Measured) -> Table:
              "channels out", "GFLOP/s", "MB"]  # fmt: skip
     assert item.profile is not None
     rows = [
-        [layer.name, layer.kernel, _ms(layer.seconds), f"{layer.executed_macs / 1e6:.2f}",
+        [_name(device, item, layer), layer.kernel, _ms(layer.seconds), f"{layer.executed_macs / 1e6:.2f}",
          _number(layer.executed_macs / layer.macs if layer.macs else None, ".0%"), _number(layer.kept_frames, ".0%"),
          _number(layer.kept_positions, ".0%"), _number(layer.kept_channels_in, ".0%"),
          _number(layer.kept_channels_out, ".0%"), f"{layer.gflops:.1f}", f"{layer.bytes / 1e6:.2f}"]
@@ -157,6 +165,11 @@ def _layers(device: Device, item: Measured) -> Table:
         f"{_ms(item.profile.whole_seconds)}."
     )
     return Table(f"Layers of {item.name} ({item.role})", text, heads, rows, words=2)
+
+
+def _name(device: Device, item: Measured, layer: Layer) -> Cell:
+    """The layer's name, leading to why it has its kernel where the artifact says so."""
+    return Link(layer.name, place_of(device, item, layer.name)) if layer.why or layer.tuned else layer.name
 
 
 def _paper(paper: str, results: Results) -> Table:
@@ -190,6 +203,48 @@ def _streams(results: Results) -> Table:
     )
 
 
+def _peers(results: Results) -> Table:
+    rows = [
+        [each.engine, each.version, each.artifact, _ms(each.latency.p50), f"{each.speed_up:.2f}",
+         f"{each.low:.2f} to {each.high:.2f}", f"{each.difference:.1g}"]
+        for each in results.peers
+    ]  # fmt: skip
+    heads = [
+        "engine",
+        "version",
+        "beside",
+        "its p50",
+        "ours is faster",
+        "95% interval",
+        "outputs differ",
+    ]
+    return Table("Other engines", "The same network on the same input, in turns with ours.", heads, rows, 3)
+
+
+def _accuracy(results: Results) -> Table:
+    rows = [
+        [item.name, name_of(device), str(known.clips), f"{known.top1:.1%}", f"{known.top5:.1%}", str(known.videos),
+         f"{known.video_top1:.1%}", f"{known.video_top5:.1%}"]
+        for device in results.devices
+        for item in device.measured
+        if (known := item.accuracy)
+    ]  # fmt: skip
+    heads = ["network", "device", "clips", "right", "among five", "videos", "right", "among five"]
+    return Table("Accuracy", "Of a video the mean of its clips' scores counts.", heads, rows, 2)
+
+
+def _loading(results: Results) -> Table:
+    rows = [
+        [item.name, "cold" if each.cold else "warm", _ms(each.verify), _ms(each.load), _ms(each.first_run),
+         _ms(each.verify + each.load + each.first_run)]
+        for device in results.devices
+        for item in device.measured
+        for each in item.loading
+    ]  # fmt: skip
+    text = "In a process of its own that has TVM loaded; cold: the files were not in memory."
+    return Table("Until the first answer", text, ["network", "start", "verify", "load", "first run", "whole"], rows, 2)
+
+
 def _facts(results: Results) -> Table:
     rows = []
     for device in results.devices:
@@ -218,8 +273,11 @@ def _pictures(results: Results) -> list[dict[str, str]]:
     return found
 
 
-def _embedded(figure: Any) -> str:
-    return figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displayModeBar": False})
+def _told(verdict: Verdict) -> str:
+    return (
+        f"{verdict.artifact} on {verdict.device}: {verdict.verdict}, {verdict.ratio:.3f} of the baseline's time "
+        f"(95% between {verdict.low:.3f} and {verdict.high:.3f})"
+    )
 
 
 def _energy_kind(results: Results) -> str:
@@ -233,7 +291,3 @@ def _ms(seconds: float) -> str:
 
 def _number(value: float | None, how: str) -> str:
     return "–" if value is None else format(value, how)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

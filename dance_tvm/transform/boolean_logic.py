@@ -8,7 +8,7 @@ import tvm
 from tvm import relax
 from tvm.relax.op import logical_and, logical_not, logical_or, logical_xor
 
-from .graph import dtype_of, is_tensor, rewrite
+from dance_tvm.ir.graph import dtype_of, is_tensor, rewrite
 
 LOGIC: dict[str, Callable[[relax.Expr, relax.Expr], relax.Expr]] = {
     "equal": lambda a, b: logical_not(logical_xor(a, b)),

@@ -7,7 +7,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from .graph import emit, is_tensor, rewrite, shape_of
+from dance_tvm.ir.graph import emit, is_tensor, rewrite, shape_of
 
 #: Operators that work on each element alone.
 ELEMENTWISE = {

@@ -6,7 +6,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from .graph import Graph, constant, emit, lies_along, rewrite, shape_of, substitute, value_of
+from dance_tvm.ir.graph import Graph, constant, emit, lies_along, rewrite, shape_of, substitute, value_of
 
 CONVOLUTIONS = ("nn.conv1d", "nn.conv2d", "nn.conv3d")
 

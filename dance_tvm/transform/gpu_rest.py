@@ -7,8 +7,7 @@ from tvm import tirx
 from tvm.s_tir import dlight
 
 from dance_tvm.core.errors import DanceError
-
-from .graph import is_scheduled
+from dance_tvm.ir.graph import is_scheduled
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleRestForGpu")

@@ -12,9 +12,8 @@ import math
 import tvm
 from tvm import relax, s_tir, tirx
 
+from dance_tvm.ir.graph import Graph, is_tensor, substitute, variables
 from dance_tvm.schedules.emit import OPAQUE
-
-from .graph import Graph, is_tensor, substitute, variables
 
 #: A call that reads and writes at most so many elements is small: that much takes about as long as calling it.
 SMALL_ELEMENTS = 65536

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 import tvm
 from tvm import relax, te, tirx, topi
 
+from dance_tvm.ir.graph import dtype_of
 from dance_tvm.schedules.emit import Expr
-
-from .graph import dtype_of
 
 Legalize = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 Pick = Callable[[Expr, Expr], Expr]

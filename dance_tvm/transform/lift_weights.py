@@ -6,7 +6,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from .graph import substitute
+from dance_tvm.ir.graph import substitute
 
 #: Networks whose constants take more bytes than this keep them beside the code, where they can be mapped and shared.
 INLINE_BYTES = 16 << 20

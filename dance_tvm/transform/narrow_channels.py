@@ -17,10 +17,9 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax
 
+from dance_tvm.ir.graph import Graph, constant, emit, is_tensor, rewrite, shape_of, value_of
+from dance_tvm.liveness.kernel_groups import choose_kernel_groups
 from dance_tvm.liveness.rules import ELEMENTWISE, PAIRWISE
-from dance_tvm.lowering.kernel_groups import choose_kernel_groups
-
-from .graph import Graph, constant, emit, is_tensor, rewrite, shape_of, value_of
 
 CONVOLUTIONS = ("nn.conv2d", "nn.conv3d")
 #: Operators that leave each channel to itself; those with values of their own by channel are left out.

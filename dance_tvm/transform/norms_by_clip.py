@@ -6,7 +6,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from .graph import Graph, Shape, constant, rewrite, shape_of, substitute
+from dance_tvm.ir.graph import Graph, Shape, constant, rewrite, shape_of, substitute
 
 CLIP_NORMS = ("nn.instance_norm", "nn.batch_norm")
 

@@ -9,9 +9,8 @@ import tvm
 from tvm import s_tir, tirx
 from tvm_ffi import structural_walk
 
+from dance_tvm.ir.graph import is_scheduled
 from dance_tvm.schedules.cpu.transpose import LINE, Transpose, transpose
-
-from .graph import is_scheduled
 
 #: Functions with less work than this run on one thread: waking the others costs more.
 PARALLEL_ELEMENTS = 16384

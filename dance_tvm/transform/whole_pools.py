@@ -5,7 +5,7 @@ from __future__ import annotations
 import tvm
 from tvm import relax
 
-from .graph import Graph, emit, rewrite, shape_of
+from dance_tvm.ir.graph import Graph, emit, rewrite, shape_of
 
 AVERAGES = {f"nn.avg_pool{rank}d" for rank in (1, 2, 3)}
 ADAPTIVE = {f"nn.adaptive_avg_pool{rank}d" for rank in (1, 2, 3)}

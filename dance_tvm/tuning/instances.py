@@ -20,6 +20,7 @@ from tvm import tirx
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.remote import RemoteSession
+from dance_tvm.schedules.convolution import Convolution
 from dance_tvm.schedules.cpu import channel_plan, conv3d_gather, conv3d_kgs, row_plan
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv, balanced_order
@@ -57,7 +58,7 @@ SAME_COUNT, MOST_COUNTS = 0.002, 8
 
 #: Loops over the elements of a tensor, shared out over the device: a context that gives the index.
 Each = Callable[[int], AbstractContextManager[Expr]]
-Conv = GatherConv | WinogradConv | BlockConv
+Conv = Convolution | WinogradConv
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,10 @@ def _convolution(conv: Conv) -> tirx.PrimFunc:
         return gpu_conv3d_kgs.conv3d_kgs(conv)
     if isinstance(conv, BlockConv):
         return gpu_conv3d_gather.conv3d_gather(conv)
-    return conv3d_kgs.conv3d_kgs(conv) if isinstance(conv, KernelGroupConv) else conv3d_gather.conv3d_gather(conv)
+    if isinstance(conv, KernelGroupConv):
+        return conv3d_kgs.conv3d_kgs(conv)
+    assert isinstance(conv, GatherConv), conv
+    return conv3d_gather.conv3d_gather(conv)
 
 
 def _row_planner(conv: Conv) -> tirx.PrimFunc:
@@ -162,8 +166,8 @@ def build_instance(instance: Instance, target: Target, path: Path) -> None:
     """Compile and link the library of ``instance`` for ``target``; for OpenCL, its device code beside it as well."""
     from dance_tvm.artifact.device_code import embed_device_code
     from dance_tvm.artifact.linker import shared_library_linker
-    from dance_tvm.compiler.build import host_code_of
     from dance_tvm.device.launches import device_code
+    from dance_tvm.lowering.machine import host_code_of
 
     module, tvm_target = instance.module(), target.tvm_target(instance.workload.threads)
     with tvm_target, tvm.transform.PassContext(config=host_code_of(target)):

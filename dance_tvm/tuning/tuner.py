@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.serve import end_with_parent_process
+from dance_tvm.records.advice import tuned_tiles
+from dance_tvm.records.kernel_log import Log, append, log_path, new_record, require_writable
 from dance_tvm.schedules.cpu.spaces import Decisions, Space
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.gpu.spaces import space_of
 from dance_tvm.schedules.gpu.tiles import Gpu
-from dance_tvm.tuning.advice import tuned_tiles
 from dance_tvm.tuning.farm import DeviceLostError, Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
 from dance_tvm.tuning.libraries import device_code_of
-from dance_tvm.tuning.records import Log, append, log_path, new_record, require_writable
 from dance_tvm.tuning.workloads import Layer
 
 if TYPE_CHECKING:

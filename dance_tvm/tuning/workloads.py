@@ -62,8 +62,9 @@ def layers_of(
     ``conv``: direct or Winograd kernels alone, or each of the two that a build may choose once it has been tuned.
     Raises DanceError where nothing is left to tune.
     """
-    from dance_tvm.compiler.pipeline import Options, gpu_of, lower, machine_of
+    from dance_tvm.compiler.pipeline import Options, lower
     from dance_tvm.frontend import import_model
+    from dance_tvm.lowering.machine import gpu_of, machine_of
 
     imported = import_model(model, weights=weights, check=False)
     workloads = lower(imported.mod, target, Options(threads=threads or target.threads)).workloads

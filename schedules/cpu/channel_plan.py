@@ -8,11 +8,7 @@ from __future__ import annotations
 from tvm import tirx
 
 from ..emit import INT, Expr, argument, clear, kernel, let, number, scratch, serial, store, when
-
-
-def channel_list_shape(samples: int, channels: int) -> tuple[int, int]:
-    """Shape of the list: count, channels."""
-    return (samples, 1 + channels)
+from ..plans import channel_list_shape
 
 
 def plan_channels(samples: int, channels: int, name: str = "plan_channels") -> tirx.PrimFunc:

@@ -13,7 +13,8 @@ from tvm import tirx
 
 from ..emit import INT, argument, big, choose, flat, kernel, lanes, let, number, parallel, serial, store, when
 from ..geometry import Window
-from .channel_plan import channel_list_shape, in_whole_vectors
+from ..plans import channel_list_shape
+from .channel_plan import in_whole_vectors
 
 
 def compact_channels(

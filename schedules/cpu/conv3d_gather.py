@@ -37,34 +37,10 @@ from ..emit import (
     store,
     when,
 )
-from .channel_plan import channel_list_shape
+from ..plans import channel_list_shape
 from .dead_outputs import zero_dead
 from .panel_weights import PanelWeights, WeightPanel, are_consecutive
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Tile sizes of one kernel.
-
-    ``mr`` rows × ``vectors`` vectors of ``vector_floats`` lanes are accumulated in registers; ``step`` input channels
-    are loaded as one vector per row (1 where single values are broadcast from memory); ``block_tiles`` tiles share
-    their pass over the weights; ``segment_taps`` taps of ``depth_block`` input channels are accumulated before partial
-    sums are put back. Threads share out panels of output channels first where ``panels_outer``, else blocks of rows.
-    """
-
-    mr: int
-    vectors: int
-    vector_floats: int
-    step: int
-    block_tiles: int
-    segment_taps: int
-    depth_block: int = 1 << 30
-    panels_outer: bool = False
-
-    @property
-    def nr(self) -> int:
-        """Output channels of one tile."""
-        return self.vectors * self.vector_floats
+from .tiles import Tile
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from tvm import tirx
 
 from ..emit import INT, Expr, argument, big, kernel, lane, lanes, let, number, scratch, serial, splat, store, when
 from ..geometry import Window
-from .conv3d_gather import GatherConv, GatherEmitter, Tile
+from .conv3d_gather import GatherConv, GatherEmitter
 from .panel_weights import WeightPanel
-from .tiles import Machine, default_tile
+from .tiles import Machine, Tile, default_tile
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from tvm import tirx
 
 from ..emit import Expr, choose, lanes, number, parallel, serial, store, when
-
-if TYPE_CHECKING:
-    from .conv3d_gather import GatherConv
-    from .winograd import WinogradConv
+from ..geometry import Window
+from .tiles import Tile
 
 
-def zero_dead(conv: GatherConv | WinogradConv, masks: Mapping[str, tirx.Buffer], y: tirx.Buffer) -> None:
+class Positions(Protocol):
+    """The lists of a convolution, as far as its output's positions go."""
+
+    @property
+    def positions(self) -> tuple[int, int] | None:
+        """How many clips and frames the mask of output positions tells apart, None where there is none."""
+
+
+class DeadOutputs(Protocol):
+    """A convolution that leaves outputs out."""
+
+    @property
+    def window(self) -> Window:
+        """Its geometry."""
+
+    @property
+    def channels_out(self) -> int:
+        """Output channels."""
+
+    @property
+    def tile(self) -> Tile:
+        """Its tile."""
+
+    @property
+    def plan(self) -> Positions:
+        """Its lists."""
+
+    @property
+    def live_out(self) -> bool:
+        """Whether it walks a list of output channels."""
+
+    @property
+    def zero_dead(self) -> str:
+        """What is set to zero: ``"rows"``, ``"all"`` or nothing."""
+
+
+def zero_dead(conv: DeadOutputs, masks: Mapping[str, tirx.Buffer], y: tirx.Buffer) -> None:
     """Clear what ``conv.zero_dead`` asks for of ``y``, (N, T, H, W, C_out) as one dimension.
 
     ``masks``, where given: ``out_frames`` (N, T) and ``positions`` in the shape that the plan's ``positions`` tells.

@@ -16,7 +16,7 @@ from tvm import tirx
 from ..emit import INT, Expr, big, ceil_div, choose, lanes, let, scratch, serial, store, when
 
 if TYPE_CHECKING:
-    from .conv3d_gather import Tile
+    from .tiles import Tile
 
 
 @dataclass(frozen=True)

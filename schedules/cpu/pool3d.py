@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tvm import tirx
 
@@ -26,7 +26,7 @@ from ..emit import (
     when,
 )
 from ..geometry import Triple, Window
-from .row_plan import mask_shapes
+from ..plans import mask_shapes
 
 #: What a maximum starts from: less than any number.
 LOWEST = -math.inf
@@ -89,6 +89,12 @@ class Pool:
         return sum(-before <= source < window.size[axis] + behind for source in sources)
 
     @property
+    def shares_columns(self) -> bool:
+        """Whether windows overlap by half along the width, so that a column is reduced once for all that it is in."""
+        window = self.window
+        return window.kernel[2] >= 2 * window.stride[2] and window.dilation[2] == 1 and window.kernel[:2] != (1, 1)
+
+    @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
         return f"pool3d_{self.kind}_f32_v{self.vectors * self.vector_floats}"
@@ -130,6 +136,37 @@ def pool3d(pool: Pool) -> tirx.PrimFunc:
     return built.func
 
 
+#: First coordinate of a window on one axis, and its taps inside the clip: begin, end.
+Bounds = tuple[Expr, Expr, Expr]
+
+
+class _Area(NamedTuple):
+    """What a window covers of frames and rows."""
+
+    clip: Expr
+    frames: Bounds
+    rows: Bounds
+
+
+class _Lot(NamedTuple):
+    """Channels that are reduced at once."""
+
+    vectors: int
+    floats: int
+
+    @property
+    def width(self) -> int:
+        """How many they are."""
+        return self.vectors * self.floats
+
+
+class _Sums(NamedTuple):
+    """One vector under reduction; of maxima, NaN apart."""
+
+    values: tirx.Buffer
+    not_numbers: tirx.Buffer | None
+
+
 class _Emitter:
     def __init__(self, pool: Pool, x: tirx.Buffer, masks: Mapping[str, tirx.Buffer], y: tirx.Buffer) -> None:
         self.pool, self.window = pool, pool.window
@@ -146,7 +183,7 @@ class _Emitter:
         with serial(self.window.out[2] * self.pool.channels) as index:
             store(self.y, number(0.0), target + index)
 
-    def _bounds(self, axis: int, index: Expr) -> tuple[Expr, Expr, Expr]:
+    def _bounds(self, axis: int, index: Expr) -> Bounds:
         """First coordinate of the window, and the taps that lie inside the clip: begin, end."""
         window = self.window
         start = let(index * window.stride[axis] - window.padding[axis])
@@ -159,45 +196,55 @@ class _Emitter:
         """One line of output positions."""
         pool, window = self.pool, self.window
         target = let(self._target(clip, frame, row))
-        frames, rows = self._bounds(0, frame), self._bounds(1, row)
-        with serial(window.out[2]) as column:
-            columns = self._bounds(2, column)
-            place = let(target + column * pool.channels)
-            done = 0
-            # As many channels as one pass takes, then single vectors, then what does not fill one.
-            for vectors, count in ((pool.vectors, pool.vector_floats), (1, pool.vector_floats), (1, 1)):
-                width = vectors * count
-                passes = (pool.channels - done) // width
+        area = _Area(clip, self._bounds(0, frame), self._bounds(1, row))
+        widest = pool.vectors * pool.vector_floats
+        reduced = scratch((window.size[2] * widest,)) if pool.shares_columns else None
+        done = 0
+        # As many channels as one pass takes, then single vectors, then what does not fill one.
+        for vectors, count in ((pool.vectors, pool.vector_floats), (1, pool.vector_floats), (1, 1)):
+            width = vectors * count
+            passes = (pool.channels - done) // width
+            lot = _Lot(vectors, count)
+            if reduced is None:
+                with serial(window.out[2]) as column:
+                    columns = self._bounds(2, column)
+                    with serial(passes) as index:
+                        channel = let(done + index * width)
+                        found = self._read(area, columns, channel, lot)
+                        self._store(found, area, columns[0], target + column * pool.channels + channel, count)
+            else:
                 with serial(passes) as index:
-                    self._window(clip, frames, rows, columns, place, done + index * width, vectors, count)
-                done += passes * width
+                    self._by_columns(area, target, let(done + index * width), lot, reduced)
+            done += passes * width
 
-    def _window(
-        self,
-        clip: Expr,
-        frames: tuple[Expr, Expr, Expr],
-        rows: tuple[Expr, Expr, Expr],
-        columns: tuple[Expr, Expr, Expr],
-        place: Expr,
-        channel: Expr,
-        vectors: int,
-        count: int,
-    ) -> None:
-        """One output position, ``vectors`` × ``count`` channels from ``channel`` on."""
-        pool, window = self.pool, self.window
+    def _by_columns(self, area: _Area, target: Expr, channel: Expr, lot: _Lot, reduced: tirx.Buffer) -> None:
+        """All positions of the line: each column of the input is reduced once, for all windows that it is in."""
+        window = self.window
+        with serial(window.size[2]) as column:
+            for v, value in enumerate(self._read(area, (column, 0, 1), channel, lot)):
+                store(reduced, value, lanes(column * lot.width + v * lot.floats, lot.floats))
+        with serial(window.out[2]) as column:
+            start, begin, end = self._bounds(2, column)
+            acc = [self._started(lot.floats) for _ in range(lot.vectors)]
+            with serial(end - begin) as tap:
+                place = let((start + begin + tap) * lot.width)
+                for v, sums in enumerate(acc):
+                    self._combine(sums, reduced[lanes(place + v * lot.floats, lot.floats)], lot.floats)
+            found = [self._ended(sums, lot.floats) for sums in acc]
+            self._store(found, area, start, target + column * self.pool.channels + channel, lot.floats)
+
+    def _read(self, area: _Area, columns: Bounds, channel: Expr, lot: _Lot) -> list[Expr]:
+        """The sums or maxima over some columns of the area, ``lot`` channels from ``channel`` on."""
+        pool, window, count = self.pool, self.window, lot.floats
         size_t, size_h, size_w = window.size
-        acc = [scratch((count,)) for _ in range(vectors)]
-        for buffer in acc:
-            store(buffer, number(0.0 if pool.kind == "avg" else LOWEST, count), lanes(0, count))
-        self.not_numbers = {buffer: scratch((count,)) for buffer in acc} if pool.kind == "max" else {}
-        for buffer in self.not_numbers.values():
-            store(buffer, number(0.0, count), lanes(0, count))
+        clip, frames, rows = area
+        acc = [self._started(count) for _ in range(lot.vectors)]
         with serial(frames[2] - frames[1]) as f:
             source_frame = let(frames[0] + (frames[1] + f) * window.dilation[0])
 
             def read_zeros() -> None:
-                for buffer in acc:
-                    self._combine(buffer, number(0.0, count), count)
+                for sums in acc:
+                    self._combine(sums, number(0.0, count), count)
 
             def read_frame() -> None:
                 with serial(rows[2] - rows[1]) as r, serial(columns[2] - columns[1]) as c:
@@ -207,8 +254,8 @@ class _Emitter:
                     source = let(position * pool.channels + channel)
 
                     def read_position() -> None:
-                        for v, buffer in enumerate(acc):
-                            self._combine(buffer, self.x[lanes(source + v * count, count)], count)
+                        for v, sums in enumerate(acc):
+                            self._combine(sums, self.x[lanes(source + v * count, count)], count)
 
                     if self.in_positions is None or pool.in_positions is None:
                         read_position()
@@ -221,22 +268,40 @@ class _Emitter:
                 read_frame()
             else:
                 choose(self.in_frames[clip, source_frame] != number(0.0), read_frame, read_zeros)
-        for v, buffer in enumerate(acc):
-            result = buffer[lanes(0, count)]
-            if pool.kind == "avg":
-                taps = pool.divisor((frames[0], rows[0], columns[0]))
-                result = result / splat(tirx.Cast("float32", taps), count)
-            else:
-                found = self.not_numbers[buffer][lanes(0, count)]
-                result = tirx.Select(tirx.isnan(found), found, result)
-            store(self.y, result, lanes(place + channel + v * count, count))
+        return [self._ended(sums, count) for sums in acc]
 
-    def _combine(self, acc: tirx.Buffer, value: Expr, count: int) -> None:
+    def _store(self, found: list[Expr], area: _Area, first_column: Expr, place: Expr, count: int) -> None:
+        """One output position: maxima as they are, sums divided by how many values they are of."""
+        place = let(place)
+        for v, value in enumerate(found):
+            if self.pool.kind == "avg":
+                taps = self.pool.divisor((area.frames[0], area.rows[0], first_column))
+                value = value / splat(tirx.Cast("float32", taps), count)
+            store(self.y, value, lanes(place + v * count, count))
+
+    def _started(self, count: int) -> _Sums:
+        """A sum of nothing, or a maximum of nothing and the NaN met so far."""
+        average = self.pool.kind == "avg"
+        sums = _Sums(scratch((count,)), None if average else scratch((count,)))
+        store(sums.values, number(0.0 if average else LOWEST, count), lanes(0, count))
+        if sums.not_numbers is not None:
+            store(sums.not_numbers, number(0.0, count), lanes(0, count))
+        return sums
+
+    def _combine(self, sums: _Sums, value: Expr, count: int) -> None:
         """Add ``value`` to a sum, or take it into a maximum: ``max`` forgets NaN, so the last one met is put aside."""
-        now = acc[lanes(0, count)]
-        if self.pool.kind == "avg":
-            store(acc, now + value, lanes(0, count))
+        now = sums.values[lanes(0, count)]
+        if sums.not_numbers is None:
+            store(sums.values, now + value, lanes(0, count))
             return
-        value, found = let(value), self.not_numbers[acc]
+        value, found = let(value), sums.not_numbers
         store(found, tirx.Select(tirx.isnan(value), value, found[lanes(0, count)]), lanes(0, count))
-        store(acc, tirx.max(now, value), lanes(0, count))
+        store(sums.values, tirx.max(now, value), lanes(0, count))
+
+    def _ended(self, sums: _Sums, count: int) -> Expr:
+        """The sum; the maximum, or the NaN that was met."""
+        value = sums.values[lanes(0, count)]
+        if sums.not_numbers is None:
+            return let(value)
+        found = let(sums.not_numbers[lanes(0, count)])
+        return let(tirx.Select(tirx.isnan(found), found, value))

@@ -10,21 +10,19 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from ..convolution import Convolution
 from ..geometry import Triple, Window
 from ..kernel_columns import Columns, column_run
+from ..plans import RowPlan
 from ..workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Decisions, Workload
-from .conv3d_gather import GatherConv, Tile
+from .conv3d_gather import GatherConv
 from .conv3d_kgs import KernelGroupConv, kernel_group_tile
 from .pool3d import Pool, default_vectors
-from .row_plan import RowPlan
-from .tiles import Machine, candidates, default_tile, predicted_cycles, window_cycles
+from .tiles import Machine, Tile, candidates, default_tile, predicted_cycles, window_cycles
 from .winograd import WinogradConv
 from .winograd_choice import MOST_SCRATCH, Choice, best, choose, configured, options, why_not, winograd_seconds
-
-if TYPE_CHECKING:
-    from ..gpu.conv3d_gather import BlockConv
 
 #: Register tiles that the model of ``tiles.predicted_cycles`` holds for this much slower than its best are not tried.
 WORTH_TRYING = 1.5
@@ -128,7 +126,7 @@ class Space(Protocol):
     def parts(self) -> list[dict[str, list[int]]]:
         """The values of each decision, in parts within which each goes with each."""
 
-    def kernel(self, decisions: Mapping[str, int]) -> GatherConv | WinogradConv | BlockConv | Pool:
+    def kernel(self, decisions: Mapping[str, int]) -> Convolution | WinogradConv | Pool:
         """The kernel that the decisions describe."""
 
 

@@ -9,7 +9,6 @@ from functools import lru_cache
 from itertools import product
 
 from ..geometry import Window
-from .conv3d_gather import Tile
 
 #: Share of the first-level cache that a segment's weights may take; rows of the input and partial sums need the rest.
 WEIGHTS_SHARE_OF_L1 = 0.5
@@ -33,6 +32,31 @@ class Machine:
     l3: int = 0  #: shared by the cores
     gflops: float = 50.0  #: peak of one core
     memory_gb_per_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile sizes of one kernel.
+
+    ``mr`` rows × ``vectors`` vectors of ``vector_floats`` lanes are accumulated in registers; ``step`` input channels
+    are loaded as one vector per row (1 where single values are broadcast from memory); ``block_tiles`` tiles share
+    their pass over the weights; ``segment_taps`` taps of ``depth_block`` input channels are accumulated before partial
+    sums are put back. Threads share out panels of output channels first where ``panels_outer``, else blocks of rows.
+    """
+
+    mr: int
+    vectors: int
+    vector_floats: int
+    step: int
+    block_tiles: int
+    segment_taps: int
+    depth_block: int = 1 << 30
+    panels_outer: bool = False
+
+    @property
+    def nr(self) -> int:
+        """Output channels of one tile."""
+        return self.vectors * self.vector_floats
 
 
 def candidates(machine: Machine) -> list[tuple[int, int, int]]:

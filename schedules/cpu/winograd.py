@@ -44,12 +44,12 @@ from ..emit import (
     when,
 )
 from ..geometry import Window
-from .channel_plan import channel_list_shape
-from .conv3d_gather import Tile
+from ..plans import channel_list_shape
 from .dead_outputs import zero_dead
 from .panel_weights import PanelWeights, WeightPanel
+from .tiles import Tile
 from .winograd_plan import LISTS, WinogradPlan
-from .winograd_transforms import matrices, transform_weights
+from .winograd_transforms import WinogradPanels, matrices
 
 #: Floats between the ξ planes of a scratch buffer beyond their content: planes a power of two apart would share the
 #: few lines of one cache set.
@@ -105,16 +105,17 @@ class WinogradConv:
         plan = self.plan
         return (plan.xi, self.panels, plan.taps, self.channels_in, self.tile.nr)
 
+    @property
+    def preparation(self) -> WinogradPanels:
+        """How weights become what the kernel reads."""
+        plan = self.plan
+        return WinogradPanels(
+            self.channels_out, self.channels_in, plan.window.kernel, plan.m, plan.transformed, self.tile.nr
+        )
+
     def pack_weights(self, weight: np.ndarray) -> np.ndarray:
         """Transform float32 weights (C_out, C_in, KT, KH, KW) and pack them the way the kernel reads them."""
-        plan = self.plan
-        packed = np.zeros(self.weight_shape, "float32")
-        for start in range(0, self.channels_out, self.tile.nr):
-            part = transform_weights(weight[start : start + self.tile.nr], plan.m, plan.transformed)
-            count = len(part)
-            part = part.reshape(count, self.channels_in, plan.taps, plan.xi).transpose(3, 2, 1, 0)
-            packed[:, start // self.tile.nr, ..., :count] = part
-        return packed
+        return self.preparation.apply(weight)
 
     @property
     def bias_size(self) -> int:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from statistics import mean
 
 from ..geometry import Triple, Window
-from .conv3d_gather import GatherConv, Tile
+from .conv3d_gather import GatherConv
 from .conv3d_kgs import KernelGroupConv
-from .tiles import WEIGHTS_SHARE_OF_L1, Machine, candidates, predicted_cycles, tap_tiles
+from .tiles import WEIGHTS_SHARE_OF_L1, Machine, Tile, candidates, predicted_cycles, tap_tiles
 from .winograd import WinogradConv
 from .winograd_plan import WinogradPlan
 

@@ -28,7 +28,7 @@ from tvm import tirx
 
 from ..emit import INT, Expr, argument, kernel, let, number, scratch, serial, store, when
 from ..geometry import Triple, Window, triple
-from .row_plan import MOST_DYNAMIC_FRAME_TAPS, mask_shapes
+from ..plans import MOST_DYNAMIC_FRAME_TAPS, mask_shapes
 
 #: The lists that the kernel takes.
 LISTS = ("columns", "inputs", "rows_in", "rows_out", "runs", "counts")

@@ -7,9 +7,13 @@ matrices are applied along each axis in turn.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+
+from ..geometry import Triple
+from ..preparation import Preparation
 
 #: Interpolation points of F(m, 3) beside infinity, by m, chosen for the size of the rounding error: the largest gain
 #: of noise ``max_i sqrt(Σ_j A[i,j]² |B[j]|² |G[j]|²)`` was searched over zero, pairs ±a and at most one point alone.
@@ -65,10 +69,65 @@ def _product_of_roots(roots: np.ndarray) -> np.ndarray:
 
 
 def transform_weights(weight: np.ndarray, m: tuple[int, int, int], transformed: tuple[bool, bool, bool]) -> np.ndarray:
-    """Apply G along the transformed axes of (…, KT, KH, KW): float64 in between, float32 out."""
+    """Apply G along the transformed axes of (…, KT, KH, KW): float64 in between, float32 out.
+
+    Each sum is made in the order of the taps, so that whoever does the same gets the same bits.
+    """
     result = weight.astype("float64")
     for axis in range(3):
         if transformed[axis]:
-            g = matrices(m[axis], weight.shape[-3 + axis])[1]
-            result = np.moveaxis(np.moveaxis(result, -3 + axis, -1) @ g.T, -1, -3 + axis)
+            taps = np.moveaxis(result, -3 + axis, 0)
+            points = []
+            for row in matrices(m[axis], weight.shape[-3 + axis])[1]:
+                total = row[0] * taps[0]
+                for factor, tap in zip(row[1:], taps[1:], strict=True):
+                    total = total + factor * tap
+                points.append(total)
+            result = np.stack(points, axis=-3 + axis)
     return result.astype("float32")
+
+
+@dataclass(frozen=True)
+class WinogradPanels(Preparation):
+    """(C_out, C_in, KT, KH, KW) to (ξ, panels, taps, C_in, lanes): transformed along the axes whose tile ``m`` is asked
+    for, ``taps`` are those of the other axes. float64 in between."""
+
+    channels_out: int
+    channels_in: int
+    kernel: Triple
+    m: Triple
+    transformed: tuple[bool, bool, bool]
+    lanes: int
+    kind = "WINOGRAD_PANELS"
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        """Taps of the transform along each axis."""
+        return tuple(m + k - 1 if t else k for m, k, t in zip(self.m, self.kernel, self.transformed, strict=True))
+
+    @property
+    def taps(self) -> int:
+        """Taps that are left as they are."""
+        return int(np.prod([k for k, t in zip(self.kernel, self.transformed, strict=True) if not t]))
+
+    def apply(self, weight: np.ndarray) -> np.ndarray:
+        xi = int(np.prod(self.points)) // self.taps
+        panels = -(-self.channels_out // self.lanes)
+        packed = np.zeros((xi, panels, self.taps, self.channels_in, self.lanes), "float32")
+        for panel in range(panels):
+            filters = weight[panel * self.lanes : (panel + 1) * self.lanes]
+            filters = filters.reshape(len(filters), self.channels_in, *self.kernel)
+            part = transform_weights(filters, self.m, self.transformed)
+            part = part.reshape(len(part), self.channels_in, self.taps, xi).transpose(3, 2, 1, 0)
+            packed[:, panel, ..., : len(filters)] = part
+        return packed
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        axes = (*self.kernel, *self.points, *map(int, self.transformed))
+        return (self.channels_out, self.channels_in, self.lanes, self.taps, *axes)
+
+    @property
+    def transforms(self) -> tuple[float, ...]:
+        used = [matrices(m, k)[1] for m, k, t in zip(self.m, self.kernel, self.transformed, strict=True) if t]
+        return tuple(float(entry) for matrix in used for entry in matrix.ravel())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tvm import tirx
 
-from ..cpu.channel_plan import channel_list_shape
 from ..emit import INT, argument, kernel, number, store, when
+from ..plans import channel_list_shape
 from .emit import BLOCK, compact, launch
 
 

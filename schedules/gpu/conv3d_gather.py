@@ -16,8 +16,8 @@ import numpy as np
 from tvm import tirx
 
 from ..convolution import Convolution
-from ..cpu.channel_plan import channel_list_shape
 from ..emit import ACTIVATIONS, FLOAT, INT, Expr, argument, flat, kernel, lanes, let, number, serial, store, when
+from ..plans import channel_list_shape
 from .emit import QUAD, barrier, each_element, integer, launch, parts, pick, read, registers, shared, write, zeros
 from .row_plan import BlockPlan, has_border
 from .tiles import BlockTile

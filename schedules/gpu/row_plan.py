@@ -19,9 +19,10 @@ from functools import cached_property
 import numpy as np
 from tvm import tirx
 
-from ..cpu.row_plan import RowPlan, classify_frame
+from ..cpu.row_plan import classify_frame
 from ..emit import INT, Expr, argument, ceil_div, kernel, let, number, serial, store, when
 from ..geometry import Window
+from ..plans import RowPlan
 from .emit import BLOCK, barrier, compact, exclusive_scan, integer, launch, registers, shared
 
 

@@ -66,6 +66,7 @@ typedef struct {
   dance_model *share;       /* or another model of this library, whose weights are used; it may be destroyed first */
   const int32_t *cpus;      /* the threads run on these CPUs; NULL: wherever the system puts them */
   int32_t cpu_count;
+  int32_t verified;         /* not 0: the caller has verified the artifact, so its weights are not hashed again */
 } dance_options;
 
 typedef struct {
@@ -73,6 +74,15 @@ typedef struct {
   int64_t calls;       /* since profile() was switched on */
   int64_t nanoseconds; /* of all these calls */
 } dance_layer_time;
+
+/* A tensor that a kernel was given: inputs first, what it wrote last. Its data may be overwritten by the next kernel. */
+typedef struct {
+  const void *data;
+  const int64_t *shape;
+  int32_t rank, kind, bits;
+} dance_view;
+
+typedef void (*dance_watcher)(void *context, const char *kernel, const dance_view *tensors, int32_t count);
 
 typedef struct {
   uint32_t version;
@@ -91,6 +101,10 @@ typedef struct {
   const char *(*error)(const dance_model *model);     /* of the last call that did not end with DANCE_OK */
   size_t (*memory)(const dance_model *model);         /* bytes that this model holds, weights that it shares left out */
   void (*destroy)(dance_model *model);                /* NULL is allowed */
+  /* Called after each kernel from the thread that runs the model, until another one or NULL takes its place. */
+  void (*watch)(dance_model *model, dance_watcher watcher, void *context);
+  /* `count` runs, and the nanoseconds of each. */
+  int (*time)(dance_model *model, const void *const *inputs, void *const *outputs, int32_t count, int64_t *nanoseconds);
 } dance_api;
 
 const dance_api *dance_model_api(uint32_t version);

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class _Options(ctypes.Structure):
         ("share", ctypes.c_void_p),
         ("cpus", ctypes.POINTER(ctypes.c_int32)),
         ("cpu_count", ctypes.c_int32),
+        ("verified", ctypes.c_int32),
     ]
 
 
@@ -59,8 +60,19 @@ class _LayerTime(ctypes.Structure):
     _fields_ = [("kernel", ctypes.c_char_p), ("calls", ctypes.c_int64), ("nanoseconds", ctypes.c_int64)]
 
 
+class _View(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("rank", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+    ]
+
+
 _LIST = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.POINTER(ctypes.POINTER(_Tensor)))
 _POINTERS = ctypes.POINTER(ctypes.c_void_p)
+_WATCHER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(_View), ctypes.c_int32)
 
 
 class _Api(ctypes.Structure):
@@ -80,6 +92,13 @@ class _Api(ctypes.Structure):
         ("error", ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)),
         ("memory", ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p)),
         ("destroy", ctypes.CFUNCTYPE(None, ctypes.c_void_p)),
+        ("watch", ctypes.CFUNCTYPE(None, ctypes.c_void_p, _WATCHER, ctypes.c_void_p)),
+        (
+            "time",
+            ctypes.CFUNCTYPE(
+                ctypes.c_int, ctypes.c_void_p, _POINTERS, _POINTERS, ctypes.c_int32, ctypes.POINTER(ctypes.c_int64)
+            ),
+        ),
     ]
 
 
@@ -87,8 +106,8 @@ class Model:
     """A model of the artifact in `folder`, ready to run on `threads` (None: as it was built for).
 
     `cpus`: the processors its threads stay on. `share`: another model of the same artifact, whose weights it uses.
-    Raises ModelError where the folder has no library with a C interface, or its weights do not fit it. The folder's
-    hashes are not verified: `dance_tvm.load_artifact` does that.
+    The weights are verified by their hash unless the caller has done so (`verified`). Raises ModelError where the
+    folder has no library with a C interface, or its weights are damaged or another library's.
     """
 
     def __init__(
@@ -98,6 +117,7 @@ class Model:
         *,
         cpus: list[int] | None = None,
         share: Model | None = None,
+        verified: bool = False,
     ) -> None:
         self._model: int | None = None
         self._api = _api_of(Path(folder, "model.so"))
@@ -113,6 +133,7 @@ class Model:
             share=share._model if share else None,
             cpus=self._cpus,
             cpu_count=len(cpus or ()),
+            verified=int(verified),
         )
         said = ctypes.create_string_buffer(_ERROR_BYTES)
         self._model = self._api.create(ctypes.byref(options), said, _ERROR_BYTES)
@@ -121,12 +142,38 @@ class Model:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name for inputs by name. Raises ModelError for a missing, unexpected or misshapen input."""
-        if set(inputs) != set(self.inputs):
-            raise ModelError(f"the inputs are {', '.join(self.inputs)}, not {', '.join(inputs) or 'none'}")
-        given = [_fitting(name, inputs[name], kind) for name, kind in self.inputs.items()]
-        results = {name: np.empty(shape, dtype) for name, (shape, dtype) in self.outputs.items()}
+        given, results = self._given(inputs), self._room()
         self._require(self._api.run(self._model, _addresses(given), _addresses(list(results.values()))))
         return results
+
+    def time(self, inputs: Mapping[str, np.ndarray], runs: int) -> list[float]:
+        """Seconds of each of so many runs."""
+        given, results, found = self._given(inputs), list(self._room().values()), (ctypes.c_int64 * runs)()
+        self._require(self._api.time(self._model, _addresses(given), _addresses(results), runs, found))
+        return [1e-9 * nanoseconds for nanoseconds in found]
+
+    def watch(
+        self, inputs: Mapping[str, np.ndarray], seen: Callable[[str, list[np.ndarray]], None]
+    ) -> dict[str, np.ndarray]:
+        """`run`, and after each kernel `seen` with its name and tensors, inputs first, which later ones overwrite."""
+
+        def each(_context: object, kernel: bytes, views: Any, count: int) -> None:
+            seen(kernel.decode(), [_array(views[index]) for index in range(count)])
+
+        watcher = _WATCHER(each)
+        self._api.watch(self._model, watcher, None)
+        try:
+            return self.run(inputs)
+        finally:
+            self._api.watch(self._model, _WATCHER(), None)
+
+    def _given(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        if set(inputs) != set(self.inputs):
+            raise ModelError(f"the inputs are {', '.join(self.inputs)}, not {', '.join(inputs) or 'none'}")
+        return [_fitting(name, inputs[name], kind) for name, kind in self.inputs.items()]
+
+    def _room(self) -> dict[str, np.ndarray]:
+        return {name: np.empty(shape, dtype) for name, (shape, dtype) in self.outputs.items()}
 
     def step(self, frame: np.ndarray) -> np.ndarray:
         """One frame of a stream, the network's first input: its first output; the state stays in the model."""
@@ -200,6 +247,15 @@ def _listed(list_: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     first = ctypes.POINTER(_Tensor)()
     tensors = [first[each] for each in range(list_(ctypes.byref(first)))]
     return {each.name.decode(): (tuple(each.shape[: each.rank]), _dtype(each.kind, each.bits)) for each in tensors}
+
+
+def _array(view: _View) -> np.ndarray:
+    """The tensor's memory as it is, not a copy."""
+    dtype, shape = _dtype(view.kind, view.bits), tuple(view.shape[: view.rank])
+    size = int(np.prod(shape, dtype="int64")) * dtype.itemsize
+    if not size:
+        return np.empty(shape, dtype)
+    return np.frombuffer(memoryview((ctypes.c_char * size).from_address(view.data)), dtype).reshape(shape)
 
 
 def _dtype(kind: int, bits: int) -> np.dtype:

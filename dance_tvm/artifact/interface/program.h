@@ -1,4 +1,4 @@
-/* What a build generates (program.c) and the runtime walks (runtime.c): tensors, steps and where memory lies. */
+/* What a build generates (program.c) and the runtime walks: tensors, steps, weights and where memory lies. */
 #ifndef DANCE_PROGRAM_H
 #define DANCE_PROGRAM_H
 
@@ -7,22 +7,23 @@
 /* TVM's calling convention (tvm/ffi/c_api.h, dlpack.h). */
 typedef struct {
   int32_t type;
-  uint32_t zero;
+  uint32_t length; /* of a string of up to seven bytes, which lies in the value */
   union {
     int64_t integer;
     double real;
     void *pointer;
+    char text[8];
   } value;
 } tvm_any;
 
 typedef int (*tvm_function)(void *self, const tvm_any *arguments, int32_t count, tvm_any *result);
 
-typedef enum { IN_ARENA, IN_CONSTANTS, IN_INPUT, IN_WEIGHT } place;
+typedef enum { IN_ARENA, IN_INPUT, IN_WEIGHT } place;
 
 typedef struct {
   place where;
   int32_t index;  /* of the input or weight */
-  int64_t offset; /* in the arena or the constants */
+  int64_t offset; /* in the arena */
   size_t bytes;
   const int64_t *shape;
   const int64_t *strides;
@@ -45,17 +46,27 @@ typedef struct {
   int32_t first, count; /* its arguments */
 } program_step;
 
+/* How numbers are stored: as they are; those that are not zero, behind a bit for each; as half-precision floats. */
+typedef enum { PLAIN, SPARSE, HALF } encoding;
+
+/* What a kernel reads: the stored tensor, its panels, or the panels of its transform (schedules/preparation.py). */
+typedef enum { AS_STORED, PANELS, WINOGRAD_PANELS } preparation;
+
 typedef struct {
-  const char *name; /* in the file of weights */
-  const char *dtype;
-  size_t bytes;
+  uint64_t offset; /* in the store, a multiple of 64 */
+  uint64_t stored; /* bytes there */
+  uint64_t source; /* bytes of the tensor before it is prepared */
+  uint64_t bytes;  /* of what the kernel reads */
+  encoding encoding;
+  preparation preparation;
+  const int32_t *sizes;     /* of the preparation */
+  const double *transforms; /* the same */
 } program_weight;
 
 typedef struct {
   const char *description;
   int32_t threads;
   size_t arena_bytes;
-  const unsigned char *constants;
   const program_tensor *tensors;
   int32_t tensor_count;
   const program_argument *arguments;
@@ -64,6 +75,9 @@ typedef struct {
   int32_t step_count;
   const program_weight *weights;
   int32_t weight_count;
+  const unsigned char *store; /* within the library; NULL: a file beside it */
+  uint64_t store_bytes;       /* the whole file */
+  const unsigned char *digest; /* of the file: `tree_digest` */
   const dance_tensor *inputs;
   int32_t input_count;
   const dance_tensor *outputs;

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dance_tvm.sparsity.dance.sites import Site
+from dance_tvm.sparsity.units import SiteUnits
 
 Axis = Literal["frames", "channels", "positions"]
 AXES: tuple[Axis, ...] = ("frames", "channels", "positions")
@@ -38,15 +39,26 @@ class Controller(nn.Module):
     """Masks of every site from the first site's activation (N, C, T, H, W).
 
     `axes` are those that may be pruned; channels are decided in groups of `group`, positions in tiles: about
-    `grid` x `grid` of them at full resolution, and never finer than a site's own positions.
+    `grid` x `grid` of them at full resolution, and never finer than a site's own positions. With `units`, one for each
+    site, frames and channels are decided by the site's units, and positions by the smallest tiles of whole units of
+    which at most `grid` stand along an edge.
     """
 
     def __init__(
-        self, sites: Sequence[Site], *, axes: Sequence[str] = AXES, group: int = 8, grid: int = 8, hidden: int = 16
+        self,
+        sites: Sequence[Site],
+        *,
+        axes: Sequence[str] = AXES,
+        group: int = 8,
+        grid: int = 8,
+        hidden: int = 16,
+        units: Sequence[SiteUnits] = (),
     ) -> None:
         super().__init__()
         self.axes = tuple(axes)
-        self._sites, self._group = tuple(sites), group
+        self._sites = tuple(sites)
+        self._units: list[SiteUnits | None] = [unit.at_most(grid) for unit in units] or [None for _ in sites]
+        self._groups = [unit.channels for unit in units] or [group] * len(sites)
         self.theta = nn.Parameter(torch.tensor(math.log(_FIRST_THRESHOLD / (1 - _FIRST_THRESHOLD))))
         channels, frames, height, width = sites[0].shape
         self._tile = (max(1, height // grid), max(1, width // grid))
@@ -77,9 +89,9 @@ class Controller(nn.Module):
         channels = self._channel_scores(statistics) if "channels" in self.axes else None
         positions = self._position_scores(statistics) if "positions" in self.axes else None
         scores, decisions = [], []
-        for index, site in enumerate(self._sites):
+        for index in range(len(self._sites)):
             scores.append(Masks(*(axis[index] if axis else None for axis in (frames, channels, positions))))
-            decisions.append(self._decide(scores[-1], site))
+            decisions.append(self._decide(scores[-1], index))
         if not torch.compiler.is_exporting():
             self.scores, self.decisions = scores, decisions
         return decisions
@@ -96,10 +108,11 @@ class Controller(nn.Module):
         seen = torch.cat([statistics.mean(dim=(3, 4)), _largest(statistics, frames=False)[..., 0, 0]], dim=1)
         hidden = functional.relu(self.frame_stem(seen[..., None]))
         scores = []
-        for site, head in zip(self._sites, self.frame_heads, strict=True):
-            step = self._frames // site.shape[1]
-            pooled = functional.avg_pool2d(hidden, (step, 1)) if step > 1 else hidden
-            scores.append(head(pooled).sigmoid()[:, 0, :, 0])
+        for site, unit, head in zip(self._sites, self._units, self.frame_heads, strict=True):
+            step = self._frames // site.shape[1] * (unit.frames if unit else 1)
+            pooled = functional.avg_pool2d(hidden, (step, 1), ceil_mode=unit is not None) if step > 1 else hidden
+            score = head(pooled).sigmoid()[:, 0, :, 0]
+            scores.append(score.narrow(1, 0, unit.counts[0]) if unit else score)
         return scores
 
     def _channel_scores(self, statistics: Tensor) -> list[Tensor]:
@@ -111,20 +124,22 @@ class Controller(nn.Module):
         seen = torch.cat([statistics.mean(dim=2), _largest(statistics, positions=False)[:, :, 0]], dim=1)
         hidden = functional.relu(self.position_stem(seen))
         scores = []
-        for site, head in zip(self._sites, self.position_heads, strict=True):
-            step = tuple(max(1, grid // own) for grid, own in zip(self._grid, site.shape[2:], strict=True))
+        for site, unit, head in zip(self._sites, self._units, self.position_heads, strict=True):
+            entries = unit.counts[2] if unit else site.shape[2:]
+            step = tuple(max(1, grid // own) for grid, own in zip(self._grid, entries, strict=True))
             pooled = functional.avg_pool2d(hidden, step) if max(step) > 1 else hidden
-            scores.append(head(pooled).sigmoid()[:, 0])
+            score = head(pooled).sigmoid()[:, 0]
+            scores.append(_fitted(_fitted(score, 1, entries[0]), 2, entries[1]) if unit else score)
         return scores
 
     @property
     def groups(self) -> list[int]:
         """How many groups of channels each site has."""
-        return [math.ceil(site.shape[0] / self._group) for site in self._sites]
+        return [math.ceil(site.shape[0] / group) for site, group in zip(self._sites, self._groups, strict=True)]
 
     def masks_of_groups(self, site: int, groups: Tensor) -> Masks:
         """The masks that leave the channel groups (groups,) of ones or True to every clip, and all else as it is."""
-        return Masks(None, self._of_channels(groups.to(self.theta.dtype)[None], self._sites[site]), None)
+        return Masks(None, self._of_channels(groups.to(self.theta.dtype)[None], site), None)
 
     @torch.no_grad()
     def start_channels(self, above: Sequence[Tensor]) -> None:
@@ -134,17 +149,27 @@ class Controller(nn.Module):
             head.weight.zero_()
             head.bias.copy_(self.theta + logits)
 
-    def _of_channels(self, kept: Tensor, site: Site) -> Tensor:
-        return _repeated(kept, 1, self._group, site.shape[0])[..., None, None, None]
+    def _of_channels(self, kept: Tensor, site: int) -> Tensor:
+        return _repeated(kept, 1, self._groups[site], self._sites[site].shape[0])[..., None, None, None]
 
-    def _decide(self, scores: Masks, site: Site) -> Masks:
-        _, frames, height, width = site.shape
+    def _decide(self, scores: Masks, site: int) -> Masks:
+        _, frames, height, width = self._sites[site].shape
         kept = Masks(*(None if score is None else self._keep(score) for score in scores))
         return Masks(
-            None if kept.frames is None else _fitted(kept.frames, 1, frames)[:, None, :, None, None],
+            None if kept.frames is None else self._of_frames(kept.frames, site, frames)[:, None, :, None, None],
             None if kept.channels is None else self._of_channels(kept.channels, site),
-            None if kept.positions is None else _fitted(_fitted(kept.positions, 1, height), 2, width)[:, None, None],
+            None if kept.positions is None else self._of_positions(kept.positions, site, height, width)[:, None, None],
         )
+
+    def _of_frames(self, kept: Tensor, site: int, frames: int) -> Tensor:
+        unit = self._units[site]
+        return _repeated(kept, 1, unit.frames, frames) if unit else _fitted(kept, 1, frames)
+
+    def _of_positions(self, kept: Tensor, site: int, height: int, width: int) -> Tensor:
+        unit = self._units[site]
+        if unit is None:
+            return _fitted(_fitted(kept, 1, height), 2, width)
+        return _repeated(_repeated(kept, 1, unit.positions[0], height), 2, unit.positions[1], width)
 
     def _keep(self, score: Tensor) -> Tensor:
         hard = (score > self.threshold).to(score.dtype)

@@ -8,11 +8,14 @@ python -m dance_tvm.train --method aap --init ava/model.safetensors --target-mac
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import Field, field_validator, model_validator
+from pydantic_core import to_json
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -25,6 +28,7 @@ from dance_tvm.sparsity.dance.start import leave_out_least, refit
 from dance_tvm.sparsity.data import Batch, Clips
 from dance_tvm.sparsity.teacher import Teacher
 from dance_tvm.sparsity.training import Context, Method
+from dance_tvm.sparsity.units import SiteUnits, read_units, require_same_sites
 
 #: Share of the dense work below which nothing of a network would be left.
 _LEAST_TARGET = 0.01
@@ -112,7 +116,8 @@ class AAP(Method):
         target_macs: float = Field(0.5, gt=0, description="share of the dense MACs (0.5, 50%), or a count (120M)")
         axes: tuple[Axis, ...] = AXES
         group: int = Field(8, ge=1, description="channels that are decided together")
-        grid: int = Field(8, ge=1, description="tiles along each edge at full resolution")
+        grid: int = Field(8, ge=1, description="tiles along each edge at full resolution, or at most with units")
+        units: Path | None = Field(None, description="file by `dance-tvm units`: decide in what kernels can skip")
         compute: float = Field(2.0, ge=0, description="weight of the compute term")
         guide: float = Field(1.0, ge=0, description="weight of the guide at the start")
         ramp: float = Field(0.5, ge=0, le=1)
@@ -152,7 +157,10 @@ class AAP(Method):
         options = self.options
         self._teacher = Teacher(network, context)
         self._dense = _Activations(network, context) if options.hint > 0 else None
-        graph = prune(network, context.clip_shape, axes=options.axes, group=options.group, grid=options.grid)
+        self._form: dict[str, Any] = {"axes": options.axes, "group": options.group, "grid": options.grid}
+        if options.units:
+            self._form["units"] = read_units(options.units).sites
+        graph = prune(network, context.clip_shape, **self._form)
         self._controller = controller_of(graph)
         self._prunes = [module for module in graph.modules() if isinstance(module, Prune)]
         for site in self._prunes:
@@ -274,7 +282,7 @@ class AAP(Method):
                 "target": self._target * count.dense,
             },
             "theta": float(self._controller.threshold.detach()),
-            "dance": {"axes": list(self.options.axes), "group": self.options.group, "grid": self.options.grid},
+            "dance": json.loads(to_json(self._form)),
         }
 
 
@@ -300,14 +308,23 @@ class _Activations(fx.Interpreter):
 
 
 def prune(
-    network: nn.Module, clip_shape: tuple[int, ...], *, axes: Iterable[str] = AXES, group: int = 8, grid: int = 8
+    network: nn.Module,
+    clip_shape: tuple[int, ...],
+    *,
+    axes: Iterable[str] = AXES,
+    group: int = 8,
+    grid: int = 8,
+    units: Sequence[SiteUnits] = (),
 ) -> fx.GraphModule:
     """`network` with a controller on its first activation and masks at every site; it shares `network`'s weights.
 
-    Raises DanceError when the network cannot be traced or has no two convolutions with a ReLU.
+    The options are those of `Controller`. Raises DanceError when the network cannot be traced, has no two convolutions
+    with a ReLU, or has other sites than the `units` are of.
     """
     graph, sites = trace(network, clip_shape)
-    controller = Controller(sites, axes=tuple(axes), group=group, grid=grid)
+    if units:
+        require_same_sites(units, sites)
+    controller = Controller(sites, axes=tuple(axes), group=group, grid=grid, units=units)
     graph.add_submodule("controller", controller)
     first = node_named(graph, sites[0].node)
     with graph.graph.inserting_after(first):

@@ -11,6 +11,7 @@ from dance_tvm import models
 from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity import checkpoint
 from dance_tvm.sparsity.dance.method import prune
+from dance_tvm.sparsity.units import SiteUnits
 
 SHIPPED = Path(models.__file__).parent / "weights" / "dance-c3d-mini.safetensors"
 
@@ -24,7 +25,8 @@ def load(path: Path) -> tuple[fx.GraphModule, dict[str, Any]]:
     if "dance" not in card:
         method = card.get("settings", {}).get("method", "unknown")
         raise DanceError(f"{path} was trained by --method {method}, not aap: it holds no controller to load")
-    network = prune(dense(card), tuple(card["clip_shape"]), **card["dance"])
+    form = card["dance"] | {"units": [SiteUnits.model_validate(unit) for unit in card["dance"].get("units", ())]}
+    network = prune(dense(card), tuple(card["clip_shape"]), **form)
     checkpoint.load_weights(network, checkpoint.without_prefix("network", tensors), path)
     return network.eval(), card
 

@@ -26,8 +26,8 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.records.places import own_logs
 from dance_tvm.schedules.workload import GATHER, Decisions, Workload
-from dance_tvm.tuning.places import own_logs
 
 VERSION = 1
 LOCK_TIMEOUT_S = 60.0

@@ -8,8 +8,8 @@ from typing import Any
 
 from tvm import relax
 
+from dance_tvm.ir.graph import Graph, shape_of
 from dance_tvm.schedules.geometry import Triple, Window, added, triple
-from dance_tvm.transform.graph import Graph, shape_of
 
 CONVOLUTIONS = {"nn.conv2d", "nn.conv3d"}
 POOLS = {"nn.max_pool2d", "nn.max_pool3d", "nn.avg_pool2d", "nn.avg_pool3d"}

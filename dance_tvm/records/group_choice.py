@@ -1,7 +1,7 @@
 """Choose kernel-group sizes by measurement, as RT3D does: offline, on the device, with synthesised layers (section 3).
 
 Representative convolutions are pruned at random in every candidate group and timed by ``measure``, next to the dense
-layer; ``tuning.group_logs`` keeps the results. Two questions are answered from them: which group to train with
+layer; ``group_log`` keeps the results. Two questions are answered from them: which group to train with
 (``best_group``), and what a layer that somebody pruned will cost in each group (``measured_cost``).
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.lowering.kernel_groups import CANDIDATES, KernelGroups, lane_cost
+from dance_tvm.liveness.kernel_groups import CANDIDATES, KernelGroups, lane_cost
 from dance_tvm.schedules.kernel_columns import random_columns
 
 # Groups this close to the fastest are equally fast: the smallest of them leaves pruning the most freedom.
@@ -140,7 +140,7 @@ def best_group(measurements: Iterable[GroupMeasurement]) -> tuple[int, int]:
     """
     found = efficiencies(measurements)
     if not found:
-        raise DanceError("No kernel group was measured for this target; measure with `dance-tvm tune` first.")
+        raise DanceError("No kernel group was measured for this target; measure with `dance-tvm groups` first.")
     best = max(found.values())
     fast = [group for group, efficiency in found.items() if efficiency * EQUALLY_FAST >= best]
     return min(fast, key=lambda group: (group[0] * group[1], group))

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.records.kernel_log import Log, Record, log_path
+from dance_tvm.records.places import log_folders
 from dance_tvm.schedules.cpu.spaces import Advice
 from dance_tvm.schedules.workload import FAMILIES, Workload
-from dance_tvm.tuning.places import log_folders
-from dance_tvm.tuning.records import Log, Record, log_path
 
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
@@ -68,8 +68,9 @@ def tuned_tiles(target: Target, folder: Path | None = None, logs_from: Target | 
 def _origin(record: Record, tuned: Workload, workload: Workload, distance: float) -> str:
     day = record.date[:10]
     gain = f", {record.speed_up:.2f}x the defaults" if record.speed_up else ""
+    name = f", record {record.workload_id}"
     if tuned.identity == workload.identity:
-        return f"tuned {day} on {record.origin}{gain}"
+        return f"tuned {day} on {record.origin}{gain}{name}"
     if tuned.kernel_identity == workload.kernel_identity:
-        return f"tuned {day} on {record.origin} at density {tuned.density:g}{gain}"
-    return f"from a similar layer ({distance:.1f} away) tuned {day} on {record.origin}"
+        return f"tuned {day} on {record.origin} at density {tuned.density:g}{gain}{name}"
+    return f"from a similar layer ({distance:.1f} away) tuned {day} on {record.origin}{name}"

@@ -1,4 +1,4 @@
-"""python -m dance_tvm.sparsity.rt3d.measure: time kernel-group sizes on a device and log them for the target.
+"""Time kernel-group sizes on a device.
 
 RT3D (section 3) settles the group size "offline with actual mobile testings using synthesized CNN layers": each layer
 is compiled for the target, dense and in every candidate group, and run on the device (local, emulator or TVM RPC).
@@ -10,71 +10,26 @@ import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import typer
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import nn
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.printing import print_table
-from dance_tvm.lowering.group_choice import (
+from dance_tvm.liveness.kernel_groups import fitting_groups, only_group
+from dance_tvm.machines.target import Target
+from dance_tvm.records.group_choice import (
     SYNTHESISED,
     GroupMeasurement,
     Measure,
     SynthesisedLayer,
-    best_group,
-    efficiencies,
     measure_groups,
 )
-from dance_tvm.lowering.kernel_groups import fitting_groups, only_group
-from dance_tvm.machines.target import Target, load_target
-from dance_tvm.tuning.group_logs import log_path, write_log
 
 if TYPE_CHECKING:
     from dance_tvm.device import DeviceSession
-
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-
-@app.command()
-def main(
-    target: Annotated[str, typer.Option(help="the target whose tuning log is written")] = "host",
-    device: Annotated[str, typer.Option(help="local, emulator, rpc://HOST:PORT, tracker://HOST:PORT/KEY")] = "local",
-    threads: Annotated[int | None, typer.Option(min=1, help="default: the target's")] = None,
-    rate: Annotated[float, typer.Option(min=1.1, help="how many times fewer weights the layers keep")] = 3.0,
-    repeats: Annotated[int, typer.Option(min=1)] = 10,
-    layers: Annotated[int, typer.Option(min=1, max=len(SYNTHESISED), help="how many of the synthesised layers")] = len(
-        SYNTHESISED
-    ),
-    logs: Annotated[Path | None, typer.Option(help="folder of the log; default: that of `dance-tvm tune`")] = None,
-    group: Annotated[list[str] | None, typer.Option(help="groups such as 16x4; default: all candidates")] = None,
-) -> None:
-    """Measures, adds to the log and prints each group's efficiency and the group to train with."""
-    try:
-        machine = load_target(target)
-        found = measure_on(
-            machine, device, threads=threads, rate=rate, repeats=repeats, layers=SYNTHESISED[:layers],
-            candidates=[_group(text) for text in group] if group else None,
-        )  # fmt: skip
-        write_log(log_path(machine, logs), found)
-    except DanceError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(2) from None
-    rows = [[f"{gm}x{gn}", f"{efficiency:.2f}"] for (gm, gn), efficiency in sorted(efficiencies(found).items())]
-    title = f"{machine.name} on {device}: prune in groups of {best_group(found)}"
-    print_table(["group", "speed-up / rate"], rows, title)
-
-
-def _group(text: str) -> tuple[int, int]:
-    """(filters, channels) of a group written as 16x4."""
-    filters, _, channels = text.partition("x")
-    if not (filters.isdigit() and channels.isdigit() and int(filters) and int(channels)):
-        raise DanceError(f"{text!r} is no group; write filters x channels, such as 16x4.")
-    return int(filters), int(channels)
 
 
 def measure_on(
@@ -119,7 +74,7 @@ def timed_build(session: DeviceSession, target: Target, threads: int, folder: Pa
     options = Options(threads=threads, conv="direct")
 
     def measure(layer: SynthesisedLayer, weight: NDArray[np.float32], group: tuple[int, int] | None) -> float:
-        network, clip = _one_convolution(layer, weight)
+        network, clip = one_convolution(layer, weight)
         name = f"{'x'.join(map(str, weight.shape))}-{'x'.join(map(str, group or ('dense',)))}"
         with only_group(*(group or (1, 1))):
             built = build_network(
@@ -132,7 +87,8 @@ def timed_build(session: DeviceSession, target: Target, threads: int, folder: Pa
     return measure
 
 
-def _one_convolution(layer: SynthesisedLayer, weight: NDArray[np.float32]) -> tuple[nn.Module, torch.Tensor]:
+def one_convolution(layer: SynthesisedLayer, weight: NDArray[np.float32]) -> tuple[nn.Module, torch.Tensor]:
+    """A network of the layer alone, and a clip for it."""
     depth, height, width = layer.kernel
     padding = (depth // 2, height // 2, width // 2)
     conv = nn.Conv3d(layer.channels_in, layer.channels_out, layer.kernel, padding=padding)
@@ -141,7 +97,3 @@ def _one_convolution(layer: SynthesisedLayer, weight: NDArray[np.float32]) -> tu
         conv.get_parameter("bias").zero_()
     clip = torch.randn(1, layer.channels_in, *layer.size, generator=torch.Generator().manual_seed(0))
     return nn.Sequential(conv, nn.ReLU()).eval(), clip
-
-
-if __name__ == "__main__":
-    app()

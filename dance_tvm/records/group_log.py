@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.lowering.group_choice import GroupMeasurement, measured_cost
-from dance_tvm.lowering.kernel_groups import KernelGroups
-from dance_tvm.tuning.places import log_folders, own_logs
-from dance_tvm.tuning.records import locked
+from dance_tvm.liveness.kernel_groups import KernelGroups
+from dance_tvm.records.group_choice import GroupMeasurement, measured_cost
+from dance_tvm.records.kernel_log import locked
+from dance_tvm.records.places import log_folders, own_logs
 
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target

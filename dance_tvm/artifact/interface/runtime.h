@@ -1,0 +1,121 @@
+/* What the parts of the runtime know of one another. C11, libc, libm and pthread alone.
+ *
+ * Compiled against plain headers so that one object serves glibc and Android: no errno, no stdio, no structure whose
+ * layout differs between them.
+ */
+#ifndef DANCE_RUNTIME_H
+#define DANCE_RUNTIME_H
+
+#define DANCE_MODEL_NO_OPEN
+#include "program.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ALIGNMENT 64u
+#define EXPORTED __attribute__((visibility("default")))
+#define MOST_THREADS 64
+#define ERROR_BYTES 512
+
+/* TVM's types of arguments (tvm/ffi/c_api.h). */
+enum {
+  ANY_NONE = 0,
+  ANY_INTEGER = 1,
+  ANY_REAL = 3,
+  ANY_DLTENSOR = 7,
+  ANY_RAW_STRING = 8,
+  ANY_SMALL_STRING = 11,
+  ANY_STRING = 65,
+  ANY_TENSOR = 70
+};
+
+typedef struct {
+  void *data;
+  struct { int32_t type, id; } device;
+  int32_t rank;
+  struct { uint8_t code, bits; uint16_t lanes; } dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+} dl_tensor;
+
+typedef struct {
+  void *sync;
+  int32_t tasks;
+} parallel_env;
+
+typedef int (*parallel_body)(int task, parallel_env *env, void *closure);
+
+/* -- threads.c: memory, sentences, and a pool of threads for each model --------------------------------------------- */
+
+static inline size_t rounded(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+
+void *aligned(size_t bytes);
+void say(char *to, size_t room, const char *const *parts, size_t count);
+
+#define SAY(to, room, ...)                                     \
+  do {                                                         \
+    const char *said[] = {__VA_ARGS__};                        \
+    say((to), (room), said, sizeof said / sizeof said[0]);     \
+  } while (0)
+
+/* Scratch memory of one thread, given back in the order of a stack. Where it is too small, a request gets memory of
+ * its own and the next call finds enough: no call after the first allocates. */
+typedef struct {
+  char *base;
+  size_t room, used, wanted, most;
+} scratch;
+
+typedef struct pool {
+  int32_t size; /* threads, the caller's among them */
+  pthread_t workers[MOST_THREADS];
+  scratch scratches[MOST_THREADS];
+  _Atomic uint64_t ticket; /* number of the loop << 32 | next task of it */
+  _Atomic uint32_t loop;   /* the same number, which sleepers wait on */
+  _Atomic(parallel_body) body;
+  _Atomic(void *) closure;
+  _Atomic int32_t tasks, done, failed, sleeping, ends;
+  char error[ERROR_BYTES]; /* of the task that failed first */
+  const int32_t *cpus;
+  int32_t cpu_count;
+} pool;
+
+/* Whose call this thread is in, and as which of its threads. */
+typedef struct {
+  pool *of;
+  int32_t index;
+} seat;
+
+int start_pool(pool *threads, int32_t size, const dance_options *options);
+void end_pool(pool *threads);
+seat enter(pool *threads); /* gives the seat to leave to */
+void leave(seat before);
+int run_loop(parallel_body body, void *closure, int tasks);
+void forget_error(void);
+const char *kernel_error(void); /* what a kernel of this thread said last */
+
+/* -- digest.c ------------------------------------------------------------------------------------------------------- */
+
+#define DIGEST_BYTES 32
+
+/* SHA-256 over the SHA-256 of each MiB of `data`, on the threads of the pool that the caller has entered. 0: no memory. */
+int tree_digest(const unsigned char *data, uint64_t bytes, unsigned char digest[DIGEST_BYTES]);
+
+/* -- weights.c: what is stored, verified and prepared for the kernels ------------------------------------------------ */
+
+typedef struct weight_set weight_set;
+
+/* DANCE_OK with `found`, or a code with a sentence in `error`. The caller has entered its pool. */
+int load_weights(weight_set **found, const dance_options *options, char *error, size_t room);
+void share_weights(weight_set *weights);
+void leave_weights(weight_set *weights);
+const void *weight_data(const weight_set *weights, int32_t index);
+size_t weight_bytes(const weight_set *weights); /* 0 where several models share them */
+
+/* -- prepare.c ------------------------------------------------------------------------------------------------------ */
+
+/* Bring `weight` from where it is stored to `to`, in the form that its kernel reads; 0: no memory. */
+int prepare_weight(const program_weight *weight, const unsigned char *stored, void *to);
+
+#endif

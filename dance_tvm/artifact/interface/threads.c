@@ -1,0 +1,221 @@
+/* Threads: a pool for each model, whose workers spin a little between loops and then sleep; and what kernels call. */
+#include "runtime.h"
+
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define SPINS 20000 /* of a waiting thread before it sleeps: some 20 to 50 microseconds */
+#define FUTEX_WAIT_PRIVATE 128
+#define FUTEX_WAKE_PRIVATE 129
+
+void *aligned(size_t bytes) {
+  void *memory = NULL;
+  return posix_memalign(&memory, ALIGNMENT, bytes ? rounded(bytes) : ALIGNMENT) ? NULL : memory;
+}
+
+void say(char *to, size_t room, const char *const *parts, size_t count) {
+  size_t used = 0;
+  if (!to || !room) return;
+  for (size_t part = 0; part < count; part++) {
+    size_t length = parts[part] ? strlen(parts[part]) : 0;
+    if (length > room - 1 - used) length = room - 1 - used;
+    if (length) memcpy(to + used, parts[part], length);
+    used += length;
+  }
+  to[used] = 0;
+}
+
+static _Thread_local seat here;
+static _Thread_local char last_error[ERROR_BYTES];
+
+static long futex(_Atomic uint32_t *word, int operation, uint32_t value) {
+  return syscall(SYS_futex, word, operation, value, NULL, NULL, 0);
+}
+
+static void pause_briefly(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+static void stay_on(const int32_t *cpus, int32_t count) {
+  unsigned long bits[16] = {0};
+  const int32_t word = 8 * (int32_t)sizeof bits[0];
+  for (int32_t each = 0; each < count; each++)
+    if (cpus[each] >= 0 && cpus[each] < 16 * word) bits[cpus[each] / word] |= 1ul << (cpus[each] % word);
+  syscall(SYS_sched_setaffinity, 0, sizeof bits, bits);
+}
+
+/* Take tasks of loop `number` until none is left. A task is ours once the ticket was raised within the same loop, which
+ * cannot end before it is done: what was read of the loop before is then what belongs to it. */
+static void take_tasks(pool *threads, uint32_t number) {
+  for (;;) {
+    uint64_t ticket = atomic_load_explicit(&threads->ticket, memory_order_acquire);
+    int32_t tasks = atomic_load_explicit(&threads->tasks, memory_order_relaxed);
+    parallel_body body = atomic_load_explicit(&threads->body, memory_order_relaxed);
+    void *closure = atomic_load_explicit(&threads->closure, memory_order_relaxed);
+    int32_t task = (int32_t)(ticket & 0xffffffffu);
+    if ((uint32_t)(ticket >> 32) != number || task >= tasks) return;
+    if (!atomic_compare_exchange_weak_explicit(&threads->ticket, &ticket, ticket + 1, memory_order_acq_rel,
+                                               memory_order_relaxed))
+      continue;
+    parallel_env env = {NULL, tasks};
+    last_error[0] = 0;
+    if (body(task, &env, closure) && !atomic_exchange(&threads->failed, 1))
+      SAY(threads->error, sizeof threads->error, last_error);
+    atomic_fetch_add_explicit(&threads->done, 1, memory_order_release);
+  }
+}
+
+static void *work(void *argument) {
+  seat *given = argument;
+  pool *threads = given->of;
+  here = *given;
+  free(given);
+  if (threads->cpu_count) stay_on(threads->cpus, threads->cpu_count);
+  uint32_t seen = 0;
+  while (!atomic_load(&threads->ends)) {
+    uint32_t number = atomic_load_explicit(&threads->loop, memory_order_acquire);
+    if (number == seen) {
+      int spun = 0;
+      while (number == seen && spun++ < SPINS) {
+        pause_briefly();
+        number = atomic_load_explicit(&threads->loop, memory_order_acquire);
+      }
+      if (number == seen) {
+        atomic_fetch_add(&threads->sleeping, 1);
+        if (!atomic_load(&threads->ends)) futex(&threads->loop, FUTEX_WAIT_PRIVATE, seen);
+        atomic_fetch_sub(&threads->sleeping, 1);
+      }
+      continue;
+    }
+    seen = number;
+    take_tasks(threads, number);
+  }
+  return NULL;
+}
+
+int run_loop(parallel_body body, void *closure, int tasks) {
+  pool *threads = here.of;
+  if (tasks <= 0) tasks = threads ? threads->size : 1;
+  if (!threads || here.index || threads->size == 1 || tasks == 1) { /* also a loop inside a task */
+    parallel_env env = {NULL, tasks};
+    for (int task = 0; task < tasks; task++)
+      if (body(task, &env, closure)) return -1;
+    return 0;
+  }
+  uint32_t number = atomic_load_explicit(&threads->loop, memory_order_relaxed) + 1;
+  if (!number) number = 1;
+  atomic_store_explicit(&threads->body, body, memory_order_relaxed);
+  atomic_store_explicit(&threads->closure, closure, memory_order_relaxed);
+  atomic_store_explicit(&threads->tasks, tasks, memory_order_relaxed);
+  atomic_store_explicit(&threads->done, 0, memory_order_relaxed);
+  atomic_store_explicit(&threads->failed, 0, memory_order_relaxed);
+  atomic_store_explicit(&threads->ticket, (uint64_t)number << 32, memory_order_release);
+  atomic_store(&threads->loop, number);
+  if (atomic_load(&threads->sleeping)) futex(&threads->loop, FUTEX_WAKE_PRIVATE, 1u << 30);
+  take_tasks(threads, number);
+  for (int spun = 0; atomic_load_explicit(&threads->done, memory_order_acquire) < tasks; spun++) {
+    if (spun < SPINS) pause_briefly();
+    else sched_yield();
+  }
+  if (!atomic_load(&threads->failed)) return 0;
+  SAY(last_error, sizeof last_error, threads->error);
+  return -1;
+}
+
+void end_pool(pool *threads) {
+  atomic_store(&threads->ends, 1);
+  atomic_fetch_add(&threads->loop, 1);
+  futex(&threads->loop, FUTEX_WAKE_PRIVATE, 1u << 30);
+  for (int32_t each = 1; each < threads->size; each++) pthread_join(threads->workers[each], NULL);
+  for (int32_t each = 0; each < MOST_THREADS; each++) free(threads->scratches[each].base);
+}
+
+seat enter(pool *threads) {
+  seat before = here;
+  here = (seat){threads, 0};
+  return before;
+}
+
+void leave(seat before) { here = before; }
+
+void forget_error(void) { last_error[0] = 0; }
+
+const char *kernel_error(void) { return last_error; }
+
+int start_pool(pool *threads, int32_t size, const dance_options *options) {
+  threads->size = 1;
+  threads->cpus = options->cpus;
+  threads->cpu_count = options->cpus ? options->cpu_count : 0;
+  while (threads->size < size) {
+    seat *given = malloc(sizeof *given);
+    if (!given) return 0;
+    *given = (seat){threads, threads->size};
+    if (pthread_create(&threads->workers[threads->size], NULL, work, given)) {
+      free(given);
+      return 0;
+    }
+    threads->size++;
+  }
+  return 1;
+}
+
+/* -- what kernels call ---------------------------------------------------------------------------------------------- */
+
+static scratch *my_scratch(void) { return here.of ? &here.of->scratches[here.index] : NULL; }
+
+static void *take_workspace(int device, int id, uint64_t bytes, int code, int bits) {
+  (void)device, (void)id, (void)code, (void)bits;
+  scratch *mine = my_scratch();
+  size_t size = rounded(bytes ? bytes : 1);
+  if (!mine) return aligned(size);
+  if (!mine->wanted && mine->room < mine->most) { /* nothing of it is in use: make it as large as was ever wanted */
+    free(mine->base);
+    mine->base = aligned(mine->most);
+    mine->room = mine->base ? mine->most : 0;
+  }
+  mine->wanted += size;
+  if (mine->wanted > mine->most) mine->most = mine->wanted;
+  if (mine->room - mine->used < size) {
+    size_t *own = aligned(size + ALIGNMENT);
+    if (!own) return NULL;
+    *own = size;
+    return (char *)own + ALIGNMENT;
+  }
+  char *given = mine->base + mine->used;
+  mine->used += size;
+  return given;
+}
+
+static int give_workspace(int device, int id, void *memory) {
+  (void)device, (void)id;
+  scratch *mine = my_scratch();
+  char *given = memory;
+  if (!mine) {
+    free(memory);
+  } else if (mine->base && given >= mine->base && given < mine->base + mine->room) {
+    mine->wanted -= mine->used - (size_t)(given - mine->base);
+    mine->used = (size_t)(given - mine->base);
+  } else if (given) {
+    size_t *own = (size_t *)(given - ALIGNMENT);
+    mine->wanted -= *own;
+    free(own);
+  }
+  return 0;
+}
+
+/* Hidden: kernels of this library find it here, whatever else is loaded. */
+void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
+  (void)kind;
+  say(last_error, sizeof last_error, (const char *const *)parts, count < 0 ? 0 : (size_t)count);
+}
+
+/* The hooks through which kernels call. Defined here and hidden, so that TVM's loader, where it opens this library, finds
+ * none to fill: the threads are those of the model, whoever opened it. */
+void *__TVMBackendAllocWorkspace = (void *)take_workspace;
+void *__TVMBackendFreeWorkspace = (void *)give_workspace;
+void *__TVMBackendParallelLaunch = (void *)run_loop;

@@ -1,0 +1,145 @@
+/* Weights: the store is mapped and verified; what kernels read as it is stored stays there, the rest is prepared once. */
+#include "runtime.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+struct weight_set {
+  _Atomic int32_t users;
+  const unsigned char *store;
+  void *mapped;
+  size_t mapped_bytes;
+  unsigned char *prepared;
+  size_t prepared_bytes;
+  const void **tensors;
+};
+
+void share_weights(weight_set *weights) {
+  if (weights) atomic_fetch_add(&weights->users, 1);
+}
+
+void leave_weights(weight_set *weights) {
+  if (!weights || atomic_fetch_sub(&weights->users, 1) != 1) return;
+  if (weights->mapped) munmap(weights->mapped, weights->mapped_bytes);
+  if (weights->prepared) munmap(weights->prepared, weights->prepared_bytes);
+  free(weights->tensors);
+  free(weights);
+}
+
+const void *weight_data(const weight_set *weights, int32_t index) { return weights->tensors[index]; }
+
+size_t weight_bytes(const weight_set *weights) {
+  return atomic_load(&weights->users) == 1 ? weights->mapped_bytes + weights->prepared_bytes : 0;
+}
+
+static int map_store(weight_set *weights, int fd, int64_t offset, int64_t length) {
+  int64_t page = sysconf(_SC_PAGESIZE), into = offset % page;
+  if (offset < 0 || length <= 0) return 0;
+  void *mapped = mmap(NULL, (size_t)(length + into), PROT_READ, MAP_PRIVATE, fd, (off_t)(offset - into));
+  if (mapped == MAP_FAILED) return 0;
+  weights->mapped = mapped;
+  weights->mapped_bytes = (size_t)(length + into);
+  weights->store = (const unsigned char *)mapped + into;
+  return 1;
+}
+
+static int other_length(uint64_t length, char *error, size_t room) {
+  if (length == dance_the_program.store_bytes) return DANCE_OK;
+  SAY(error, room, "the file of weights has not the length that this library was built with: it is cut off, or another one's; "
+      "give the file that lies beside the library");
+  return DANCE_BAD_WEIGHTS;
+}
+
+static int open_store(weight_set *weights, const dance_options *options, char *error, size_t room) {
+  if (options->weights) {
+    weights->store = options->weights;
+    return other_length(options->weights_bytes, error, room);
+  }
+  if (options->weights_length) {
+    int code = other_length((uint64_t)options->weights_length, error, room);
+    if (code) return code;
+    if (map_store(weights, options->weights_fd, options->weights_offset, options->weights_length)) return DANCE_OK;
+    SAY(error, room, "the weights cannot be mapped from the given descriptor: check offset and length");
+    return DANCE_BAD_WEIGHTS;
+  }
+  if (!options->weights_path) {
+    SAY(error, room, "this model has its weights in a file: give weights_path, a descriptor or its bytes");
+    return DANCE_BAD_ARGUMENT;
+  }
+  int fd = open(options->weights_path, O_RDONLY | O_CLOEXEC);
+  if (fd < 0) {
+    SAY(error, room, options->weights_path, " cannot be opened");
+    return DANCE_BAD_WEIGHTS;
+  }
+  int64_t length = (int64_t)lseek(fd, 0, SEEK_END);
+  int code = length < 0 ? DANCE_BAD_WEIGHTS : other_length((uint64_t)length, error, room);
+  if (length < 0) SAY(error, room, options->weights_path, " is no file");
+  if (!code && !map_store(weights, fd, 0, length)) {
+    SAY(error, room, options->weights_path, " cannot be mapped: memory is short");
+    code = DANCE_BAD_WEIGHTS;
+  }
+  close(fd);
+  return code;
+}
+
+static int verify(const weight_set *weights, char *error, size_t room) {
+  unsigned char digest[DIGEST_BYTES];
+  if (!tree_digest(weights->store, dance_the_program.store_bytes, digest)) return DANCE_NO_MEMORY;
+  if (!memcmp(digest, dance_the_program.digest, DIGEST_BYTES)) return DANCE_OK;
+  SAY(error, room, "the file of weights is damaged, or another network's: its hash is not the one that this library was "
+      "built with; fetch or build the artifact again");
+  return DANCE_BAD_WEIGHTS;
+}
+
+static int is_read_in_place(const weight_set *weights, const program_weight *weight) {
+  return weight->encoding == PLAIN && weight->preparation == AS_STORED &&
+         !((uintptr_t)(weights->store + weight->offset) % ALIGNMENT);
+}
+
+/* Once prepared, the file's pages are not needed: they need not stay in memory beside what was made of them. */
+static void release_pages(const weight_set *weights) {
+  if (weights->mapped && weights->prepared) madvise(weights->mapped, weights->mapped_bytes, MADV_DONTNEED);
+}
+
+static int prepare(weight_set *weights) {
+  const dance_program *program = &dance_the_program;
+  size_t room = 0;
+  for (int32_t each = 0; each < program->weight_count; each++)
+    if (!is_read_in_place(weights, &program->weights[each])) room += rounded((size_t)program->weights[each].bytes);
+  if (room) {
+    void *memory = mmap(NULL, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return DANCE_NO_MEMORY;
+    weights->prepared = memory;
+    weights->prepared_bytes = room;
+  }
+  room = 0;
+  for (int32_t each = 0; each < program->weight_count; each++) {
+    const program_weight *weight = &program->weights[each];
+    const unsigned char *stored = weights->store + weight->offset;
+    weights->tensors[each] = stored;
+    if (is_read_in_place(weights, weight)) continue;
+    weights->tensors[each] = weights->prepared + room;
+    if (!prepare_weight(weight, stored, weights->prepared + room)) return DANCE_NO_MEMORY;
+    room += rounded((size_t)weight->bytes);
+  }
+  release_pages(weights);
+  return DANCE_OK;
+}
+
+int load_weights(weight_set **found, const dance_options *options, char *error, size_t room) {
+  const dance_program *program = &dance_the_program;
+  weight_set *weights = calloc(1, sizeof *weights);
+  int code = DANCE_OK;
+  *found = weights;
+  if (!weights) return DANCE_NO_MEMORY;
+  atomic_store(&weights->users, 1);
+  weights->tensors = calloc((size_t)program->weight_count + 1, sizeof *weights->tensors);
+  if (!weights->tensors) return DANCE_NO_MEMORY;
+  weights->store = program->store;
+  if (!program->store && program->store_bytes) {
+    code = open_store(weights, options, error, room);
+    if (!code && !options->verified) code = verify(weights, error, room);
+  }
+  return code ? code : prepare(weights);
+}

@@ -1,0 +1,182 @@
+"""The store: what an artifact keeps of its weights, each once, at offsets that a library can map.
+
+A kernel's packed weights are not kept where they follow from the layer's own (`schedules/preparation.py`): the library
+packs them when a model is created. Equal tensors are stored once, and of tensors with many zeros the others alone. The
+store lies within the library, or in a file beside it that any reader of safetensors can read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dance_tvm.schedules.preparation import Source, array_digest
+
+Encoding = Literal["PLAIN", "SPARSE", "HALF"]
+
+ALIGNMENT = 64
+#: Where a file's tensors begin: pages of this size are mapped.
+PAGE = 4096
+#: Stores up to this size lie within the library: small networks are handier as one file.
+MOST_INLINE = 16 << 20
+#: Tensors of fewer bytes are stored as they are.
+SMALL_BYTES = 4096
+#: Zeros are left out where the rest takes at most this share.
+WORTH_SPARSE = 0.9
+#: Elements of one block of SPARSE (prepare.c).
+SPARSE_BLOCK = 4096
+#: Bytes of one leaf of the hash tree (digest.c).
+CHUNK = 1 << 20
+
+_SAFETENSORS = {
+    "float32": "F32",
+    "float64": "F64",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor that kernels read: where its source lies in the store and what is made of it (`program.h`)."""
+
+    offset: int
+    stored: int
+    source: int
+    bytes: int
+    encoding: Encoding = "PLAIN"
+    preparation: str = "AS_STORED"
+    sizes: tuple[int, ...] = ()
+    transforms: tuple[float, ...] = ()
+
+
+@dataclass
+class Store:
+    """``tensors`` in the order of the program's weights; ``names`` of what lies in the file, empty where it is inline.
+
+    ``data`` is what is written: the whole file, or what the library holds.
+    """
+
+    tensors: list[Stored]
+    data: list[bytes]
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the store."""
+        return sum(map(len, self.data))
+
+    @property
+    def prepared_bytes(self) -> int:
+        """What a model holds in memory of its own once its weights are prepared."""
+        apart = [each for each in self.tensors if (each.encoding, each.preparation) != ("PLAIN", "AS_STORED")]
+        return sum(each.bytes for each in apart)
+
+    def write(self, path: Path) -> None:
+        """Write the store to a file."""
+        with path.open("wb") as stream:
+            stream.writelines(self.data)
+
+    def digest(self) -> bytes:
+        """SHA-256 over the SHA-256 of each MiB, as digest.c computes it."""
+        leaves, hashed, length = [], hashlib.sha256(), 0
+        for piece in self.data:
+            view = memoryview(piece)
+            while len(view):
+                taken = min(len(view), CHUNK - length)
+                hashed.update(view[:taken])
+                view, length = view[taken:], length + taken
+                if length == CHUNK:
+                    leaves.append(hashed.digest())
+                    hashed, length = hashlib.sha256(), 0
+        if length:
+            leaves.append(hashed.digest())
+        return hashlib.sha256(b"".join(leaves)).digest()
+
+
+def store_of(arrays: Sequence[np.ndarray], sources: Mapping[bytes, Source], most_inline: int = MOST_INLINE) -> Store:
+    """A store for ``arrays``, of which those in ``sources`` (by digest) are packed when a model is created."""
+    writer = _Writer()
+    for array in arrays:
+        writer.add(array, sources.get(array_digest(array)))
+    return writer.store(most_inline)
+
+
+class _Writer:
+    """Collects pieces and where they lie, offsets from the first tensor on."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+        self.header: dict[str, dict[str, object]] = {}
+        self.names: list[str] = []
+        self.length = 0
+        self.tensors: list[Stored] = []
+        self._placed: dict[bytes, tuple[int, int, Encoding]] = {}
+
+    def add(self, array: np.ndarray, source: Source | None) -> None:
+        """One tensor that kernels read."""
+        if source is None:
+            offset, stored, encoding = self._place(array)
+            self.tensors.append(Stored(offset, stored, array.nbytes, array.nbytes, encoding))
+            return
+        offset, stored, encoding = self._place(source.weight)
+        how = source.preparation
+        self.tensors.append(
+            Stored(offset, stored, source.weight.nbytes, array.nbytes, encoding, how.kind, how.sizes, how.transforms)
+        )
+
+    def _place(self, array: np.ndarray) -> tuple[int, int, Encoding]:
+        key = array_digest(array)
+        if key not in self._placed:
+            sparse = _sparse(array)
+            encoding: Encoding = "SPARSE" if sparse is not None else "PLAIN"
+            data = np.ascontiguousarray(array).tobytes() if sparse is None else sparse
+            shape = list(array.shape) if sparse is None else [len(data)]
+            dtype = _SAFETENSORS[str(array.dtype)] if sparse is None else "U8"
+            name = f"weight_{len(self.names):03d}"
+            self.names.append(name)
+            self._placed[key] = self.length, len(data), encoding
+            self._append(name, data, dtype, shape)
+            if pad := -self.length % ALIGNMENT:  # a tensor too, as the format allows no holes
+                self._append(f"pad_{len(self.names) - 1:03d}", bytes(pad), "U8", [pad])
+        return self._placed[key]
+
+    def _append(self, name: str, data: bytes, dtype: str, shape: list[int]) -> None:
+        self.header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [self.length, self.length + len(data)]}
+        self.pieces.append(data)
+        self.length += len(data)
+
+    def store(self, most_inline: int) -> Store:
+        if self.length <= most_inline:
+            return Store(self.tensors, self.pieces)
+        header = json.dumps(self.header, separators=(",", ":")).encode()
+        header += b" " * (-(8 + len(header)) % PAGE)
+        begin = 8 + len(header)
+        moved = [Stored(**{**vars(each), "offset": each.offset + begin}) for each in self.tensors]
+        return Store(moved, [len(header).to_bytes(8, "little"), header, *self.pieces], self.names)
+
+
+def _sparse(array: np.ndarray) -> bytes | None:
+    """How many values come before each block, a bit for each element, and the elements that are not zero; None where
+    that saves too little."""
+    if array.nbytes < SMALL_BYTES or array.dtype.itemsize != 4:
+        return None
+    words = np.ascontiguousarray(array).reshape(-1).view("uint32")
+    kept = words != 0
+    if kept.mean() + 1 / 32 > WORTH_SPARSE:
+        return None
+    starts = np.arange(0, len(words), SPARSE_BLOCK)
+    before = np.cumsum([0, *np.add.reduceat(kept, starts, dtype="int64")[:-1]]).astype("uint32")
+    parts = [before.tobytes(), np.packbits(kept, bitorder="little").tobytes(), words[kept].tobytes()]
+    return b"".join(part + bytes(-len(part) % ALIGNMENT) for part in parts[:2]) + parts[2]

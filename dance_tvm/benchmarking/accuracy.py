@@ -1,0 +1,95 @@
+"""How often an artifact is right about labelled clips."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dance_tvm.artifact.folder import Manifest
+from dance_tvm.benchmarking.clips import NamedClips
+from dance_tvm.benchmarking.results import Accuracy
+from dance_tvm.core.errors import DanceError
+from dance_tvm.device import LoadedNetwork
+
+_FEW = 5
+
+
+def read_classes(path: Path) -> dict[str, int]:
+    """The class of each clip: lines of ``name,class`` with a number as the class, a head line or not.
+
+    Raises DanceError where the file cannot be read or holds something else.
+    """
+    try:
+        rows = [row for row in csv.reader(path.read_text(encoding="utf-8").splitlines()) if row]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DanceError(f"--labels {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    classes: dict[str, int] = {}
+    for number, row in enumerate(rows, 1):
+        name, told = row[0].strip(), row[-1].strip()
+        if told.isdecimal() and len(row) == 2:
+            classes[name] = int(told)
+        elif number > 1 or len(row) != 2:
+            raise DanceError(f"--labels {path}, line {number}: write the clip's name, a comma and its class's number")
+    if not classes:
+        raise DanceError(f"--labels {path} names no clip: write lines of name,class")
+    return classes
+
+
+def accuracy(
+    network: LoadedNetwork, manifest: Manifest, clips: NamedClips, classes: Mapping[str, int], of: str
+) -> Accuracy:
+    """Share of clips, and of videos by the mean score of their clips, whose class comes first, or among the first five.
+
+    Raises DanceError where the network gives no scores or no clip is labelled.
+    """
+    scores: dict[str, list[np.ndarray]] = defaultdict(list)
+    hits: list[tuple[bool, bool]] = []
+    for name, inputs in clips:
+        video = _video(name, classes)
+        if video is None:
+            continue
+        found = _scores(network.run(inputs), manifest)
+        if classes[video] >= len(found):
+            raise DanceError(f"--labels: {video} is of class {classes[video]}, and {manifest.name} knows {len(found)}")
+        scores[video].append(found)
+        hits.append(_hit(found, classes[video]))
+    if not hits:
+        raise DanceError(f"--labels {of} names none of the clips: they are called {_some(clips)}")
+    videos = [_hit(np.mean(found, axis=0), classes[video]) for video, found in scores.items()]
+    return Accuracy(
+        labels=of,
+        clips=len(hits),
+        top1=float(np.mean([first for first, _ in hits])),
+        top5=float(np.mean([five for _, five in hits])),
+        videos=len(videos),
+        video_top1=float(np.mean([first for first, _ in videos])),
+        video_top5=float(np.mean([five for _, five in videos])),
+    )
+
+
+def _video(name: str, classes: Mapping[str, int]) -> str | None:
+    """What the labels call a clip: its own name, or that of the video or array that it is a part of."""
+    whole = name.rpartition(" ")[0] or name.partition("[")[0]
+    return next((each for each in (name, whole) if each in classes), None)
+
+
+def _scores(outputs: Mapping[str, np.ndarray], manifest: Manifest) -> np.ndarray:
+    for tensor in manifest.outputs:
+        array = outputs[tensor.name]
+        if array.ndim == 2 and len(array) == 1 and array.shape[1] > 1:
+            return array[0]
+    shapes = ", ".join(f"{tensor.name} {tuple(tensor.shape)}" for tensor in manifest.outputs)
+    raise DanceError(f"--labels needs an output of (1, classes), and {manifest.name} gives {shapes}")
+
+
+def _hit(scores: np.ndarray, label: int) -> tuple[bool, bool]:
+    order = np.argsort(-scores, kind="stable")
+    return bool(order[0] == label), bool(label in order[:_FEW])
+
+
+def _some(clips: NamedClips) -> str:
+    return ", ".join(repr(name) for name, _ in clips[:3]) or "nothing"

@@ -1,0 +1,78 @@
+"""A network in this process by its C interface: no TVM, threads of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from dance_tvm.artifact.folder import Artifact
+from dance_tvm.artifact.interface.dance_model import Model, ModelError
+from dance_tvm.core.errors import DanceError
+from dance_tvm.device.session import KernelTime, LoadedNetwork, arrange, merge_kernels
+
+
+class ProgramNetwork(LoadedNetwork):
+    """A verified artifact whose library holds its program, on `threads` threads."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        self.manifest = artifact.manifest
+        with _refusals(artifact.manifest.name):
+            self._model = Model(artifact.path, threads, verified=True)
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with _refusals(self.manifest.name):
+            return self._model.run(self._named(inputs))
+
+    def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+        with _refusals(self.manifest.name):
+            return self._model.time(self._named(inputs), repeats)
+
+    def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
+        named = self._named(inputs)
+        with _refusals(self.manifest.name):
+            timed = self._timed(named, repeats)
+            seen: list[dict[str, Any]] = []
+            self._model.watch(named, lambda kernel, tensors: seen.append(_looked_at(kernel, tensors)))
+        return merge_kernels(timed, seen)
+
+    def peak_memory(self, inputs: Mapping[str, np.ndarray]) -> int | None:
+        from dance_tvm.device import serve
+
+        if not serve.reset_peak_memory():
+            return None
+        self.run(inputs)
+        peak = serve.peak_memory()
+        return None if peak < 0 else peak
+
+    def _timed(self, named: Mapping[str, np.ndarray], repeats: int) -> list[list[dict[str, Any]]]:
+        runs = []
+        if repeats:
+            self._model.run(named)  # the first run allocates
+        for _ in range(repeats):
+            self._model.profile()
+            self._model.run(named)
+            runs.append([{"symbol": kernel, "seconds": 1e-9 * spent} for kernel, _, spent in self._model.layers()])
+        self._model.profile(False)
+        return runs
+
+    def _named(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        values = arrange(self.manifest, inputs)
+        return {tensor.name: value for tensor, value in zip(self.manifest.inputs, values, strict=True)}
+
+
+def _looked_at(kernel: str, tensors: list[np.ndarray]) -> dict[str, Any]:
+    from dance_tvm.device import serve
+
+    return {"symbol": kernel, "seconds": 0.0, **serve.looked_at(kernel, [serve.Seen.of(each) for each in tensors])}
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """What the library says, as a sentence of ours."""
+    try:
+        yield
+    except ModelError as error:
+        raise DanceError(f"{name}: {error}") from None

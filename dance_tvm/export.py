@@ -1,0 +1,99 @@
+"""``dance-tvm export``: write a PyTorch network as a file that builds take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dance_tvm.core.cli import application, examples, start
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.files import require_suffix
+from dance_tvm.core.options import AsJson
+from dance_tvm.core.progress import Progress
+
+app = application()
+
+
+@app.command(
+    epilog=examples(
+        "dance-tvm export torchvision:r3d_18 --weights DEFAULT --shape 1x3x16x112x112 --out r3d.pt2",
+        "dance-tvm export pytorchvideo:x3d_s --weights pretrained --shape 1x3x13x182x182 --out x3d.pt2",
+        "dance-tvm export mynet:build --weights trained.pt --shape 1x3x16x112x112 --open-batch --out mynet.onnx",
+    )
+)
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(help="torchvision:NAME, pytorchvideo:NAME, MODULE:FUNCTION of your own, or a name of the zoo."),
+    ],
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An input's shape, N x C x T x H x W; one for each input, in order.", show_default="the zoo's"
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="File to write: .pt2 or .onnx.")] = Path("model.pt2"),
+    weights: Annotated[
+        str | None, typer.Option(help="A state dict's file, torchvision's name (DEFAULT), pytorchvideo's `pretrained`.")
+    ] = None,
+    open_batch: Annotated[
+        bool, typer.Option("--open-batch", help="Leave the batch open: `build --batch` fixes it.")
+    ] = False,
+    mean: Annotated[str | None, typer.Option(help="Taken off frames of 0 to 1, as 0.45,0.45,0.45.")] = None,
+    deviation: Annotated[
+        str | None, typer.Option(help="What is left is divided by this, as 0.225,0.225,0.225.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a PyTorch network as a file that `dance-tvm build` takes: in evaluation mode, compared with its module.
+
+    Where the scale of its frames is known or given, a .toml beside it tells it to `build --preprocess`.
+    """
+    require_suffix(out, "--out", (".pt2", ".onnx"))
+    shapes = [_shape(each) for each in shape or []]
+    scale = {name: _numbers(name, text) for name, text in (("mean", mean), ("deviation", deviation)) if text}
+    with Progress(quiet=as_json) as progress:
+        progress.phase("load PyTorch")
+        from dance_tvm import models
+        from dance_tvm.artifact.preprocess import Preprocess
+        from dance_tvm.frontend.export import export as written
+        from dance_tvm.frontend.export import load_source, write_preprocess
+
+        progress.phase(f"make {source}")
+        found = load_source(source, weights)
+        if not shapes and ":" not in source:
+            shapes = [list(each.shape) for each in models.example_inputs(source)]
+        if not shapes:
+            raise DanceError("--shape is missing: give the shape of each input, as 1x3x16x112x112")
+        progress.phase(f"export to {out}")
+        apart = written(found.module, shapes, out, open_batch=open_batch)
+        prepared = Preprocess.model_validate(scale) if scale else found.preprocess
+        beside = write_preprocess(prepared, out) if prepared else None
+    facts = {"file": str(out), "preprocess": str(beside) if beside else None, "difference": apart, "shapes": shapes}
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    typer.echo(f"{out}: differs from its module by {apart:.1g} of the largest value")
+    more = f" --preprocess {beside}" if beside else ""
+    typer.echo(f"next: dance-tvm build --model {out}{more}{' --batch 1' if open_batch else ''}")
+
+
+def _shape(given: str) -> list[int]:
+    parts = given.rpartition("=")[2].replace(",", "x").split("x")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise DanceError(f"--shape {given} is no shape: write it as 1x3x16x112x112")
+    return [int(part) for part in parts]
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise DanceError(f"--{name} {text} is no list of numbers: write it as 0.45,0.45,0.45") from None
+
+
+if __name__ == "__main__":
+    start(app, "python -m dance_tvm.export")

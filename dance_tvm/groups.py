@@ -1,0 +1,71 @@
+"""``dance-tvm groups``: measure which kernel groups a device runs fastest, for RT3D to prune in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dance_tvm.core.cli import application, examples, start
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.options import PLACES, TargetName, Threads
+from dance_tvm.core.printing import print_table
+
+app = application()
+
+
+@app.command(
+    epilog=examples(
+        "dance-tvm groups",
+        "dance-tvm groups --target snapdragon --device emulator --layers 1 --group 8x4 --group 16x4",
+    )
+)
+def groups(
+    target: TargetName = "host",
+    device: Annotated[str, typer.Option(help=f"{PLACES}.")] = "local",
+    threads: Threads = None,
+    rate: Annotated[float, typer.Option(min=1.1, help="How many times fewer weights the layers keep.")] = 3.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each layer.")] = 10,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="How many of the synthesised layers.", show_default="all")
+    ] = None,
+    group: Annotated[
+        list[str] | None, typer.Option(help="A group such as 16x4; repeatable.", show_default="all that fit")
+    ] = None,
+    logs: Annotated[Path | None, typer.Option(help="Folder of the log.", show_default="own logs")] = None,
+) -> None:
+    """Measure synthesised layers in each kernel group, add the times to the target's log, and tell the best group."""
+    candidates = [_group(text) for text in group or []]
+    from dance_tvm.machines.target import load_target
+
+    machine = load_target(target)
+    from dance_tvm.records.group_choice import SYNTHESISED, best_group, efficiencies
+    from dance_tvm.records.group_log import log_path, write_log
+    from dance_tvm.tuning.measure_groups import measure_on
+
+    found = measure_on(
+        machine,
+        device,
+        threads=threads,
+        rate=rate,
+        repeats=repeats,
+        layers=SYNTHESISED[:layers],
+        candidates=candidates or None,
+    )
+    write_log(log_path(machine, logs), found)
+    rows = [[f"{gm}x{gn}", f"{efficiency:.2f}"] for (gm, gn), efficiency in sorted(efficiencies(found).items())]
+    best = "x".join(map(str, best_group(found)))
+    print_table(["group", "speed-up / rate"], rows, f"{machine.name} on {device}: prune in groups of {best}")
+
+
+def _group(text: str) -> tuple[int, int]:
+    """(filters, channels) of a group written as 16x4."""
+    filters, _, channels = text.partition("x")
+    if not (filters.isdigit() and channels.isdigit() and int(filters) and int(channels)):
+        raise DanceError(f"{text!r} is no group; write filters x channels, such as 16x4.")
+    return int(filters), int(channels)
+
+
+if __name__ == "__main__":
+    start(app, "python -m dance_tvm.groups")

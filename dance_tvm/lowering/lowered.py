@@ -1,0 +1,27 @@
+"""What lowering a network gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import tvm
+
+from dance_tvm.artifact.layers import LayerInfo
+from dance_tvm.schedules.preparation import Source
+from dance_tvm.schedules.workload import Workload
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A module ready for ``tvm.compile``, the decisions taken, and the weights lifted out of it (by parameter name).
+
+    ``workloads``: what the sizes of a layer's kernel were chosen for, by the layer's name; layers whose kernels have
+    nothing to choose are not there. ``sources``: what packed weights were made of, by their digest.
+    """
+
+    mod: tvm.IRModule
+    layers: list[LayerInfo] = field(default_factory=list)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    workloads: dict[str, Workload] = field(default_factory=dict)
+    sources: dict[bytes, Source] = field(default_factory=dict)

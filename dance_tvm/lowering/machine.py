@@ -1,0 +1,53 @@
+"""What choices of kernels and their code follow from, read off a target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dance_tvm.schedules.cpu.tiles import Machine
+from dance_tvm.schedules.gpu.tiles import Gpu
+
+if TYPE_CHECKING:
+    from dance_tvm.machines.target import Target
+
+
+def machine_of(target: Target) -> Machine:
+    """What tile sizes follow from, read off the target."""
+    arm = "aarch64" in str(target.tvm.get("mtriple", "")) or (target.host is None and "neon" in str(target.tvm))
+    cores = [core.max_ghz * core.fma_per_cycle for core in target.clusters]
+    return Machine(
+        target.vector.floats,
+        target.vector.registers,
+        target.caches.l1d,
+        target.caches.l2,
+        broadcast_loads=not arm,
+        l3=target.caches.l3,
+        gflops=2 * target.vector.floats * max(cores),
+        memory_gb_per_s=target.memory_gb_per_s,
+    )
+
+
+def gpu_of(target: Target) -> Gpu | None:
+    """What tiles of a GPU follow from, read off the target; None for a CPU."""
+    facts = target.gpu
+    if facts is None:
+        return None
+    return Gpu(
+        facts.units,
+        facts.warp,
+        facts.unit_threads,
+        facts.block_threads,
+        facts.registers,
+        facts.block_registers,
+        facts.shared,
+        facts.block_shared,
+    )
+
+
+def host_code_of(machine: Target) -> dict[str, Any]:
+    """TVM's configuration for the functions that launch kernels of a GPU: they leave their arguments unchecked.
+
+    The virtual machine checks what it is given; behind it, types and shapes are the compiler's own, and the checks
+    would be most of what LLVM compiles.
+    """
+    return {"tirx.disable_assert": machine.gpu is not None}

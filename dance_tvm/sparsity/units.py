@@ -1,0 +1,103 @@
+"""Units of skipping: how many frames, channels and positions a built network's kernels leave out together.
+
+`dance-tvm units` writes them for a network and a target; training decides one bit a unit, so that what it leaves out
+is what kernels can skip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.files import written_whole
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SiteUnits(_Strict):
+    """One site's units, each starting at element 0; the last may be cut short.
+
+    `node` names the activation in the network's torch.fx graph, `shape` is its (C, T, H, W).
+    """
+
+    node: str
+    shape: tuple[int, int, int, int]
+    frames: int = Field(ge=1)
+    channels: int = Field(ge=1)
+    positions: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+
+    @property
+    def counts(self) -> tuple[int, int, tuple[int, int]]:
+        """How many units there are of frames, of channels, and of positions along height and width."""
+        channels, frames, height, width = self.shape
+        rows, columns = self.positions
+        return -(-frames // self.frames), -(-channels // self.channels), (-(-height // rows), -(-width // columns))
+
+    def at_most(self, grid: int) -> SiteUnits:
+        """The same with positions in the smallest tiles of whole units of which at most ``grid`` are along an edge."""
+        tiles = [
+            unit * next(times for times in range(1, size + 1) if -(-size // (unit * times)) <= grid)
+            for unit, size in zip(self.positions, self.shape[2:], strict=True)
+        ]
+        return self.model_copy(update={"positions": tuple(tiles)})
+
+
+class Units(_Strict):
+    """All of a file."""
+
+    schema_version: Literal[1] = 1
+    network: str
+    target: str
+    threads: int = Field(ge=1)
+    sites: tuple[SiteUnits, ...]
+
+
+class Shaped(Protocol):
+    """What a site of a network has."""
+
+    @property
+    def node(self) -> str:
+        """The activation's name in the torch.fx graph."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The activation's (C, T, H, W)."""
+
+
+def write_units(units: Units, path: Path, option: str = "--out") -> None:
+    """Write the file. Raises DanceError, which names ``option``, where the disk refuses."""
+    with written_whole(path, option) as beside:
+        beside.write_text(units.model_dump_json(indent=2) + "\n")
+
+
+def read_units(path: Path) -> Units:
+    """The units that ``dance-tvm units --out`` wrote. Raises DanceError for what cannot be read or is none."""
+    try:
+        return Units.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DanceError(f"{path} cannot be read ({error.strerror}): write it by `dance-tvm units --out`") from None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"])) or "the file"
+        raise DanceError(
+            f"{path} is no file of units: {place}: {fault['msg']}; `dance-tvm units` writes them"
+        ) from None
+
+
+def require_same_sites(units: Sequence[SiteUnits], sites: Sequence[Shaped]) -> None:
+    """Raise DanceError unless the units are those of these very sites, in their order."""
+    told = "write the units of this network and clip size by `dance-tvm units`"
+    if len(units) != len(sites):
+        raise DanceError(f"the units are those of {len(units)} sites, and the network has {len(sites)}: {told}")
+    for unit, site in zip(units, sites, strict=True):
+        if (unit.node, unit.shape) != (site.node, site.shape):
+            raise DanceError(
+                f"the units have {unit.node} {list(unit.shape)} where the network has {site.node} {list(site.shape)}: "
+                + told
+            )

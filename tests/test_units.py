@@ -1,0 +1,111 @@
+"""Units of skipping: what training decides together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_dance import SHAPE, Three
+from torch import Tensor
+
+from dance_tvm import models
+from dance_tvm.core.errors import DanceError
+from dance_tvm.frontend import import_model
+from dance_tvm.sparsity.dance.method import controller_of, prune
+from dance_tvm.sparsity.dance.sites import trace
+from dance_tvm.sparsity.dance.trained import load
+from dance_tvm.sparsity.dance.untrained import keep_at_random
+from dance_tvm.sparsity.units import SiteUnits, Units, read_units, write_units
+from dance_tvm.train import run
+
+#: Frames, channels and positions of each site of Three.
+GIVEN = ((4, 8, (4, 4)), (3, 5, (3, 2)), (4, 4, (1, 3)))
+
+
+def units_of_three() -> list[SiteUnits]:
+    sites = trace(Three(), SHAPE)[1]
+    return [
+        SiteUnits(node=site.node, shape=site.shape, frames=frames, channels=channels, positions=positions)
+        for site, (frames, channels, positions) in zip(sites, GIVEN, strict=True)
+    ]
+
+
+def in_units(mask: Tensor, axis: int, unit: int) -> bool:
+    """Whether ``mask`` has one value in each unit along ``axis``."""
+    size = mask.shape[axis]
+    first = torch.arange(size) // unit * unit
+    return torch.equal(mask, mask.index_select(axis, first))
+
+
+def test_masks_are_one_value_a_unit_and_the_compiler_carries_them() -> None:
+    units = units_of_three()
+    torch.manual_seed(0)
+    clips = torch.rand(6, *SHAPE) * torch.rand(6, 1, SHAPE[1], 1, 1)
+    graph = keep_at_random(prune(Three(), SHAPE, units=units), clips, 0.6)
+    with torch.no_grad():
+        graph(clips)
+    varied = 0
+    for unit, masks in zip(units, controller_of(graph).decisions, strict=True):
+        assert masks.frames is not None
+        assert masks.channels is not None
+        assert masks.positions is not None
+        channels, frames, height, width = unit.shape
+        assert (masks.frames.shape[2], masks.channels.shape[1]) == (frames, channels)
+        assert tuple(masks.positions.shape[3:]) == (height, width)
+        assert in_units(masks.frames, 2, unit.frames)
+        assert in_units(masks.channels, 1, unit.channels)
+        assert all(in_units(masks.positions, 3 + axis, size) for axis, size in enumerate(unit.positions))
+        varied += sum(0 < float(mask.mean()) < 1 for mask in masks if mask is not None)
+    assert varied > 5
+    import_model(graph, example_inputs=(clips[:1],))  # compares with the source
+
+
+def test_a_grid_is_the_most_tiles_along_an_edge_and_its_tiles_are_whole_units() -> None:
+    unit = SiteUnits(node="relu", shape=(8, 4, 56, 55), frames=1, channels=8, positions=(4, 6))
+    assert unit.counts == (4, 1, (14, 10))
+    coarse = unit.at_most(5)
+    assert (coarse.positions, coarse.counts[2]) == ((12, 12), (5, 5))
+    assert unit.at_most(14) == unit
+
+
+def test_training_takes_units_and_the_card_keeps_them(tmp_path: Path) -> None:
+    sites = trace(models.create("c3d-mini", num_classes=8), (1, 16, 32, 32))[1]
+    given = [
+        SiteUnits(node=s.node, shape=s.shape, frames=2, channels=16, positions=(min(4, s.shape[2]),) * 2) for s in sites
+    ]
+    file = tmp_path / "units.json"
+    write_units(Units(network="c3d-mini", target="host", threads=1, sites=tuple(given)), file)
+    assert read_units(file).sites == tuple(given)
+    options = {"units": str(file), "target_macs": 0.5}
+    run(
+        method="aap", model="c3d-mini", data="motion-digits,train=8,test=8", out=tmp_path / "out", options=options,
+        epochs=1, batch=8,
+    )  # fmt: skip
+    network, card = load(tmp_path / "out" / "model.safetensors")
+    assert card["dance"]["units"][0]["channels"] == 16
+    assert controller_of(network).groups == [-(-site.shape[0] // 16) for site in sites]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "Invalid JSON"),
+        ('{"schema_version": 2, "network": "a", "target": "host", "threads": 1, "sites": []}', "schema_version"),
+        ('{"network": "a", "target": "host", "threads": 0, "sites": []}', "threads"),
+    ],
+)
+def test_a_file_that_holds_no_units_is_refused(text: str, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "units.json"
+    file.write_text(text)
+    with pytest.raises(DanceError, match=told):
+        read_units(file)
+    with pytest.raises(DanceError, match="cannot be read"):
+        read_units(tmp_path / "none.json")
+
+
+def test_units_of_another_network_are_refused() -> None:
+    with pytest.raises(DanceError, match="those of 2 sites, and the network has 3"):
+        prune(Three(), SHAPE, units=units_of_three()[:2])
+    with pytest.raises(DanceError, match="where the network has"):
+        prune(Three(), (1, 8, 32, 32), units=units_of_three())

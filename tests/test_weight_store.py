@@ -1,0 +1,108 @@
+"""Weights are stored once, and what a model prepares from them is what the compiler packed, to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dance_tvm import Options, import_model
+from dance_tvm.artifact.c_program import program_of
+from dance_tvm.artifact.folder import Manifest
+from dance_tvm.artifact.interface.dance_model import Model
+from dance_tvm.artifact.weight_store import CHUNK, PAGE, Store, store_of
+from dance_tvm.compiler.build import new_manifest
+from dance_tvm.compiler.code import compile_lowered
+from dance_tvm.compiler.pipeline import lower
+from dance_tvm.compiler.program import write_program
+from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.preparation import array_digest
+
+
+class Various(nn.Module):
+    """Layers whose weights are packed in every way: panels with a rest, groups, Winograd along one, two and three axes,
+    weights with many zeros in no pattern, and two layers that are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(3, 20, 3, padding=1)
+        self.spatial = nn.Conv3d(20, 36, (1, 3, 3), padding=(0, 1, 1))
+        self.frames = nn.Conv3d(36, 36, (3, 1, 1), padding=(1, 0, 0))
+        self.grouped = nn.Conv3d(36, 40, (1, 2, 2), groups=2)
+        self.zeros = nn.Conv3d(40, 24, (2, 2, 2))
+        self.twice = nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.frames(torch.relu(self.spatial(torch.relu(self.first(x))))))
+        y = torch.relu(self.zeros(torch.relu(self.grouped(y)))).mean((2, 3, 4))
+        return self.twice(torch.relu(self.twice(y)))
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    network = Various().eval()
+    network.zeros.weight.data[torch.rand_like(network.zeros.weight) < 0.7] = 0
+    return network
+
+
+@pytest.mark.parametrize(("conv", "most_inline"), [("winograd", 1 << 20), ("direct", 0)])
+def test_what_kernels_read_is_what_was_packed(network, conv, most_inline, tmp_path):
+    x = torch.randn(1, 3, 5, 11, 12)
+    target, options = load_target("host"), Options(threads=2, conv=conv, sparsity="off", interface="c")
+    imported = import_model(network, example_inputs=(x,))
+    lowered = lower(imported.mod, target, options)
+    code = compile_lowered(lowered, target, options, tmp_path)
+    manifest: Manifest = new_manifest(imported, target, options)
+    write_program(tmp_path / "a", lowered, code, manifest, target, most_inline=most_inline)
+    packed = program_of(code.planned, list(lowered.weights.values())).weights
+    kinds = {
+        lowered.sources[array_digest(each)].preparation.kind for each in packed if array_digest(each) in lowered.sources
+    }
+    assert kinds == ({"PANELS", "WINOGRAD_PANELS"} if conv == "winograd" else {"PANELS"})
+    seen: set[bytes] = set()
+
+    def look(_kernel: str, tensors: list[np.ndarray]) -> None:
+        seen.update(map(array_digest, tensors))
+
+    for threads in (1, 3):
+        seen.clear()
+        with Model(tmp_path / "a", threads) as model:
+            (found,) = model.watch({imported.inputs[0].name: x.numpy()}, look).values()
+        assert {array_digest(each) for each in packed} <= seen
+        np.testing.assert_allclose(found, network(x).detach().numpy(), atol=1e-4)
+
+    store = store_of(packed, lowered.sources, most_inline)
+    parameters = sum(each.nbytes for each in {id(p): p.detach().numpy() for p in network.parameters()}.values())
+    zeros = int((network.zeros.weight == 0).sum()) * 4
+    lists = sum(each.nbytes for each in packed if each.dtype == np.int32)
+    assert store.size < parameters - 0.9 * zeros + lists + 128 * len(packed) + 2 * PAGE  # as each begins a line
+    if most_inline:
+        assert store.names == []
+    else:
+        _is_a_readable_file(tmp_path / "a/weights.safetensors", store)
+
+
+def _is_a_readable_file(path: Path, store: Store) -> None:
+    from safetensors.numpy import load_file
+
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    assert (8 + size) % PAGE == 0
+    assert set(store.names) <= set(load_file(path))
+    begins = [entry["data_offsets"][0] for name, entry in json.loads(data[8 : 8 + size]).items() if name in store.names]
+    assert all(begin % 64 == 0 for begin in begins)
+    leaves = b"".join(hashlib.sha256(data[at : at + CHUNK]).digest() for at in range(0, len(data), CHUNK))
+    assert store.digest() == hashlib.sha256(leaves).digest()
+
+
+@pytest.mark.parametrize("sizes", [[0], [1], [CHUNK], [CHUNK - 1, 1, 1], [3, 2 * CHUNK, 5]])
+def test_the_hash_is_one_of_the_whole_however_it_is_cut(sizes):
+    data = np.random.default_rng(0).bytes(sum(sizes))
+    pieces = [data[sum(sizes[:at]) : sum(sizes[: at + 1])] for at in range(len(sizes))]
+    assert Store([], pieces).digest() == Store([], [data]).digest()
