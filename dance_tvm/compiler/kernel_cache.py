@@ -26,10 +26,14 @@ _ABANDONED_S = 3600.0  # age of a partly written file that nobody is writing any
 
 
 class KernelCache:
-    """Object files in ``folder`` (by default in the user's cache), at most ``limit`` bytes of them."""
+    """Object files in ``folder``, at most ``limit`` bytes of them.
+
+    The folder is by default ``$DANCE_TVM_KERNELS``, or ``kernels`` in the user's cache.
+    """
 
     def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
-        self.folder = folder or cache_folder() / _FOLDER
+        chosen = os.environ.get("DANCE_TVM_KERNELS")
+        self.folder = folder or (Path(chosen) if chosen else cache_folder() / _FOLDER)
         self.limit = _limit() if limit is None else limit
 
     def read(self, key: str) -> bytes | None:
