@@ -2,6 +2,7 @@
 # make test    linter, types and every test
 # make fuzz    random small networks against PyTorch, for MINUTES=5
 # make test-fast   linter, types and tests of a few seconds each
+# make docs    docs/ as a site, in site/
 # make bench   the short benchmarks
 # make lint    linter and types alone
 PYTHON ?= python3
@@ -14,7 +15,7 @@ RUN := $(VENV)/bin/python
 # Each test process takes its share of the cores. Text is UTF-8 even after a library has set its process to another locale.
 THREADS := OMP_NUM_THREADS=1 PYTHONUTF8=1
 
-.PHONY: demo test fuzz bench lint prepare constraints test-fast
+.PHONY: demo test fuzz bench lint prepare constraints test-fast docs
 
 demo:
 	@.ci/prepare --emulator
@@ -39,6 +40,10 @@ lint: prepare
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
+docs: prepare
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@$(RUN) -m mkdocs build --strict
+
 bench:
 	@.ci/prepare
 	@$(RUN) -m benchmarks
@@ -48,4 +53,5 @@ prepare:
 
 # Pin what is installed now, after the tests passed with it.
 constraints:
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@$(RUN) .ci/pin > constraints.txt.new && mv constraints.txt.new constraints.txt

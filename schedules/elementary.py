@@ -15,6 +15,10 @@ sigmoid             3 ulp; zero from where ``exp(-x)`` overflows
 log1p               3 ulp
 ==================  ==========================================================================
 
+Of functions within functions the inner two are written out, and those around them stay TVM's own: LLVM's code
+generator simplifies each named value with all that it names written out again, so that its time multiplies with every
+function within another. A `Select` multiplies it most, which is why clamping is done by `Max` and `Min`.
+
 NaN stays NaN, infinities give what the limits are, and zeros keep their sign.
 """
 
@@ -91,9 +95,9 @@ def _from_bits(bits: Expr) -> Expr:
 
 
 def _clamped(x: Expr, least: float, most: float, bind: Bind) -> Expr:
-    """``x`` between two numbers; NaN stays."""
-    x = bind(tirx.Select(x < _like(x, least), _like(x, least), x))
-    return bind(tirx.Select(x > _like(x, most), _like(x, most), x))
+    """``x`` between two numbers; NaN stays, as comparisons with it are false and ``x`` is what is left then."""
+    x = bind(tirx.Max(_like(x, least), x))
+    return bind(tirx.Min(_like(x, most), x))
 
 
 def _polynomial(x: Expr, factors: Sequence[float]) -> Expr:
@@ -184,12 +188,27 @@ FUNCTIONS: dict[str, Callable[[Expr, Bind], Expr]] = {
 }
 
 
+def _is_float32(x: Expr) -> bool:
+    return str(x.ty.dtype).partition("x")[0] == "float32"
+
+
+def _depth(x: Expr) -> int:
+    """How many of these functions stand within one another in ``x``; a value named before counts as one."""
+    inner = [_depth(arg) for arg in x.args] if isinstance(x, tvm.ir.Call) else []
+    if inner:
+        return max(inner) + (str(getattr(x.op, "name", "")).removeprefix("tirx.") in FUNCTIONS)
+    if isinstance(x, tirx.Var):
+        return int(isinstance(x.ty, tvm.ir.PrimType) and _is_float32(x))
+    parts = (getattr(x, part, None) for part in ("a", "b", "value", "body", "condition", "true_value", "false_value"))
+    return max((_depth(part) for part in parts if isinstance(part, tvm.ir.Expr)), default=0)
+
+
 def _lowered(function: Callable[[Expr, Bind], Expr], own: Callable[[Expr], Expr] | None) -> Callable[[Expr], Expr]:
     """TVM's rule: float32 by ``function``, what it names bound around the result; else as TVM does."""
 
     def rule(call: Expr) -> Expr:
         (x,) = call.args
-        if str(x.ty.dtype).partition("x")[0] != "float32":
+        if not _is_float32(x) or _depth(x) > 1:
             return call if own is None else own(call)
         named: list[tuple[tirx.Var, Expr]] = []
 

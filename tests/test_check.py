@@ -166,7 +166,7 @@ def spec(dtype: str, bounds: tuple[float, float] | None = None) -> TensorSpec:
     return TensorSpec("x", (2, 3, 8, 9, 9), dtype, "", bounds)
 
 
-@pytest.mark.parametrize("kind", ["normal", "offset", "varied", "picture"])
+@pytest.mark.parametrize("kind", ["normal", "offset", "ranged", "varied", "picture"])
 @pytest.mark.parametrize(
     ("dtype", "bounds", "low", "high"),
     [("uint8", None, 0, 255), ("int64", None, 0, 9), ("int32", (2, 4), 2, 4), ("bool", None, 0, 1)],
@@ -177,10 +177,19 @@ def test_inputs_of_whole_numbers_lie_in_their_range(kind, dtype, bounds, low, hi
     assert low <= array.min() < array.max() <= high
 
 
-def test_an_offset_input_takes_the_declared_range():
-    assert random_inputs([spec("float32")], 0, "offset")["x"].mean() == pytest.approx(100, abs=1)
-    array = random_inputs([spec("float32", (-1.0, 1.0))], 0, "offset")["x"]
+def test_a_ranged_input_fills_the_declared_range():
+    assert random_inputs([spec("float32", (-1.0, 1.0))], 0, "offset")["x"].mean() == pytest.approx(100, abs=1)
+    array = random_inputs([spec("float32", (-1.0, 1.0))], 0, "ranged")["x"]
     assert -1 <= array.min() < -0.9 < 0.9 < array.max() <= 1
+
+
+def test_a_network_that_declares_its_range_is_tried_there():
+    imported = import_model("dance-c3d-mini")
+    assert [one.range for one in imported.inputs] == [(0.0, 1.0)]
+    tried = check_inputs(imported).arrays
+    assert list(tried)[:4] == ["normal", "offset", "varied", "ranged"]
+    (array,) = tried["ranged"].values()
+    assert 0 <= array.min() < 0.01 < 0.99 < array.max() <= 1
 
 
 class Gated(nn.Module):

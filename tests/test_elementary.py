@@ -12,6 +12,7 @@ from convolutions import tensor
 from torch import nn
 from tvm import tirx
 
+from dance_tvm import build_network, open_device
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.frontend.importer import import_model
 from dance_tvm.machines.target import load_target
@@ -123,3 +124,20 @@ def test_other_operators():
     codes = [imported.inspect_source("asm") for imported in executable.mod.imports if imported.kind == "llvm"]
     assert codes
     assert not [call for code in codes for call in LIBM.findall(code)]
+
+
+class Nested(nn.Module):
+    """Each function read by another one, some of them twice: time to compile must not multiply."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x.tanh().sigmoid().exp().erf().log1p()
+        return y, nn.functional.mish(nn.functional.mish(x)), y.tanh() * y.sigmoid().tanh(), x.erf().exp().log().tanh()
+
+
+def test_functions_of_functions(tmp_path):
+    network, x = Nested(), torch.randn(1, 3, 4, 5, 7)
+    artifact = build_network(network, tmp_path / "nested", example_inputs=(x,)).artifact
+    with open_device("local") as device:
+        found = device.load(artifact).run({artifact.manifest.inputs[0].name: x.numpy()}).values()
+    for ours, theirs in zip(found, network(x.double()), strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=2e-6)

@@ -23,6 +23,7 @@ SKIPPED = (
     "artifacts",
     "runs",
     "*.egg-info",
+    "site",
     ".hypothesis",
 )
 
@@ -130,3 +131,29 @@ def test_the_wheel_is_the_same_compiler_as_the_checkout(with_wheel, checkout, tm
     """Artifacts tell by this hash which compiler made them."""
     code = "from dance_tvm.core.versions import versions; print(versions()['sources'])"
     assert call(with_wheel, "-c", code, cwd=tmp_path) == call(with_wheel, "-c", code, cwd=checkout)
+
+
+def test_wheel_and_source_distribution_hold_every_data_file(wheel, checkout):
+    """A wheel built from the source distribution has the same files as one of the checkout, data among them."""
+    call(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", checkout.parent / "sdist", checkout)
+    (packed,) = (checkout.parent / "sdist").glob("*.tar.gz")
+    shutil.unpack_archive(packed, checkout.parent / "unpacked", filter="data")
+    (source,) = (checkout.parent / "unpacked").iterdir()
+    call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", checkout.parent / "again", source)
+    (again,) = (checkout.parent / "again").glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert set(zipfile.ZipFile(again).namelist()) == names
+    for top in ("dance_tvm", "schedules", "targets", "tuning_logs"):
+        for path in (checkout / top).rglob("*"):
+            place = path.relative_to(checkout).as_posix()
+            place = place if top == "dance_tvm" else f"dance_tvm/{place}"
+            if path.is_file() and not path.is_symlink() and "__pycache__" not in place:
+                assert place in names, f"{place} is not in the wheel"
+
+
+def test_the_dockerfile_copies_what_the_package_is_built_from():
+    """No daemon builds the image here; what it copies is at least there."""
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert {"pyproject.toml", "dance_tvm", "schedules", "targets", "tuning_logs"} <= set(copied)
+    assert all((ROOT / name).exists() for name in copied)

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from test_dance import SHAPE, Three
-from torch import Tensor
+from torch import Tensor, nn
 
 from dance_tvm import models
+from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.core.errors import DanceError
 from dance_tvm.frontend import import_model
+from dance_tvm.lowering.machine import machine_of
+from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.cpu.units import servings
+from dance_tvm.schedules.workload import POOL
 from dance_tvm.sparsity.dance.method import controller_of, prune
+from dance_tvm.sparsity.dance.site_units import site_units
 from dance_tvm.sparsity.dance.sites import trace
 from dance_tvm.sparsity.dance.trained import load
 from dance_tvm.sparsity.dance.untrained import keep_at_random
 from dance_tvm.sparsity.units import SiteUnits, Units, read_units, write_units
 from dance_tvm.train import run
+from dance_tvm.units import units as units_command
 
 #: Frames, channels and positions of each site of Three.
-GIVEN = ((4, 8, (4, 4)), (3, 5, (3, 2)), (4, 4, (1, 3)))
+GIVEN = ((4, 4, (4, 4)), (3, 5, (3, 2)), (4, 4, (1, 3)))
+
+
+class Paths(nn.Module):
+    """A ReLU behind a 3×3×3 convolution, and one behind a 3×3×3 convolution and a 1×1×1 one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv3d(4, 32, 3, padding=1), nn.Conv3d(32, 32, 3, padding=1)
+        self.mix = nn.Conv3d(32, 32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.mix(self.second(torch.relu(self.first(x)))))
 
 
 def units_of_three() -> list[SiteUnits]:
@@ -46,15 +67,17 @@ def test_masks_are_one_value_a_unit_and_the_compiler_carries_them() -> None:
     with torch.no_grad():
         graph(clips)
     varied = 0
+    assert controller_of(graph).decisions[-1].frames is None  # one unit of all frames
     for unit, masks in zip(units, controller_of(graph).decisions, strict=True):
-        assert masks.frames is not None
+        channels, frames, height, width = unit.shape
+        if masks.frames is not None:
+            assert masks.frames.shape[2] == frames
+            assert in_units(masks.frames, 2, unit.frames)
         assert masks.channels is not None
         assert masks.positions is not None
-        channels, frames, height, width = unit.shape
-        assert (masks.frames.shape[2], masks.channels.shape[1]) == (frames, channels)
-        assert tuple(masks.positions.shape[3:]) == (height, width)
-        assert in_units(masks.frames, 2, unit.frames)
+        assert masks.channels.shape[1] == channels
         assert in_units(masks.channels, 1, unit.channels)
+        assert tuple(masks.positions.shape[3:]) == (height, width)
         assert all(in_units(masks.positions, 3 + axis, size) for axis, size in enumerate(unit.positions))
         varied += sum(0 < float(mask.mean()) < 1 for mask in masks if mask is not None)
     assert varied > 5
@@ -109,3 +132,32 @@ def test_units_of_another_network_are_refused() -> None:
         prune(Three(), SHAPE, units=units_of_three()[:2])
     with pytest.raises(DanceError, match="where the network has"):
         prune(Three(), (1, 8, 32, 32), units=units_of_three())
+
+
+def test_sites_take_the_units_of_the_layers_that_their_masks_reach() -> None:
+    """Tiles of Winograd kernels: of the layer before the site, and of the one before a 1×1×1 layer."""
+    machine = machine_of(load_target("host"))
+    network, clip = Paths(), (4, 8, 24, 24)
+    mod = import_model(network.eval(), example_inputs=(torch.zeros(1, *clip),), check=False).mod
+    workloads = lower(mod, load_target("host"), Options(threads=1)).workloads
+    found = {name: servings(workload, machine) for name, workload in workloads.items() if workload.family != POOL}
+    kernels = {name: {serving.kernel: serving for serving in served} for name, served in found.items()}
+    convs = [name for name in kernels if workloads[name].window.kernel != (1, 1, 1)]
+    chosen = {name: next(iter(of.values())) for name, of in kernels.items()}
+    first, second = convs
+    chosen[first], chosen[second] = kernels[first]["winograd_1x4x4"], kernels[second]["winograd_2x3x3"]
+    sites = site_units(network, clip, workloads, chosen)
+    assert [(site.frames, site.positions) for site in sites] == [(1, (4, 4)), (2, (3, 3))]
+    assert all(site.channels == machine.vector_floats for site in sites)
+    halves = kernels[second]["winograd_2x3x3"].seconds["positions"]
+    assert halves == tuple(sorted(halves, reverse=True))
+
+
+def test_the_command_writes_what_training_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "units.json"
+    units_command(model="c3d-mini", target="host", threads=1, kernels=2, out=file, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert [site["node"] for site in told["sites"]] == [site.node for site in read_units(file).sites]
+    assert {kernel["kernel"] for layer in told["layers"] for kernel in layer["kernels"]} >= {"direct", "winograd_1x2x2"}
+    with pytest.raises(DanceError, match="only networks of the zoo"):
+        units_command(model="other.onnx", target="host", threads=1, kernels=1, out=file, as_json=False)

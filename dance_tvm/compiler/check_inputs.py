@@ -12,7 +12,7 @@ import numpy as np
 from tvm import relax
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.random_inputs import Kind, crossed_inputs, random_inputs
+from dance_tvm.core.random_inputs import Kind, crossed_inputs, has_float_range, random_inputs
 from dance_tvm.frontend.interpreter import Part
 from dance_tvm.ir.graph import Graph, is_tensor, shape_of, variables
 from dance_tvm.liveness.analysis import Masks
@@ -70,12 +70,13 @@ class CheckInputs:
 
 
 def check_inputs(imported: Imported, given: Mapping[str, Arrays] | None = None) -> CheckInputs:
-    """A normal, an offset and a varied input, ``given`` ones, and more varied ones until no mask is uniform in all.
+    """A normal, an offset and a varied input, one from the declared range, ``given`` ones, and some that mix masks.
 
     Raises DanceError where the source takes none of them, or not one that was given.
     """
     tried = CheckInputs(imported)
-    for seed, kind in enumerate(USUAL):
+    ranged: tuple[Kind, ...] = ("ranged",) if any(map(has_float_range, imported.inputs)) else ()
+    for seed, kind in enumerate(USUAL + ranged):
         tried.add(kind, random_inputs(imported.inputs, seed, kind))
     for name, arrays in (given or {}).items():
         tried.add(name, arrays)

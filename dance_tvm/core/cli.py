@@ -29,6 +29,7 @@ COMMANDS = {
     "pack": ("dance_tvm.pack", "Lay an artifact out as a C folder, an Android module, or a wheel."),
     "run": ("dance_tvm.run", "Run an artifact on a device: arrays in, arrays out."),
     "targets": ("dance_tvm.show_targets", "List the machines that networks can be built for."),
+    "units": ("dance_tvm.units", "Show in which units the kernels of a network leave work out."),
     "train": ("dance_tvm.train", "Train or prune a sparse network."),
     "tune": ("dance_tvm.tune", "Search the fastest kernels for a network on a real device."),
     "groups": ("dance_tvm.groups", "Measure which kernel groups a device runs fastest."),

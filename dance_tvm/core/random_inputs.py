@@ -29,11 +29,11 @@ class Spec(Protocol):
         """Its least and greatest value, where they are known: of an index, what it may pick from."""
 
 
-#: ``normal``: floats of mean 0 and deviation 1. ``offset``: of mean 100 and deviation 1, or evenly from the declared
-#: range. ``varied``: blocks of frames, rows and columns that differ in size and offset, zeros among them. ``picture``:
-#: a few bright blocks on zeros, 0 to 1.
+#: ``normal``: floats of mean 0 and deviation 1. ``offset``: of mean 100 and deviation 1. ``ranged``: evenly from the
+#: declared range, where there is one. ``varied``: blocks of frames, rows and columns that differ in size and offset,
+#: zeros among them. ``picture``: a few bright blocks on zeros, 0 to 1.
 #: Whole numbers lie in their range, else bytes in 0 to 255, others in 0 to 9.
-Kind = Literal["normal", "offset", "varied", "picture"]
+Kind = Literal["normal", "offset", "ranged", "varied", "picture"]
 
 #: NumPy's kinds of floats, bfloat16 among them.
 _FLOATS = "fV"
@@ -62,9 +62,14 @@ def _offset(generator: np.random.Generator, spec: Spec, scale: float) -> np.ndar
     dtype = dtype_of(spec.dtype)
     if dtype.kind not in _FLOATS:
         return _normal(generator, spec, scale)
-    if spec.range is not None:
-        return np.asarray(generator.uniform(spec.range[0], spec.range[1], tuple(spec.shape))).astype(dtype)
     return np.asarray(100 + generator.standard_normal(tuple(spec.shape), dtype=np.float32)).astype(dtype)
+
+
+def _ranged(generator: np.random.Generator, spec: Spec, scale: float) -> np.ndarray:
+    if not has_float_range(spec):
+        return _normal(generator, spec, scale)
+    low, high = spec.range or (0.0, 1.0)
+    return np.asarray(generator.uniform(low, high, tuple(spec.shape))).astype(dtype_of(spec.dtype))
 
 
 def _varied(generator: np.random.Generator, spec: Spec, scale: float) -> np.ndarray:
@@ -88,6 +93,11 @@ def _picture(generator: np.random.Generator, spec: Spec, scale: float) -> np.nda
         return (scale * values).astype(dtype)
     low, high = _whole_range(spec)
     return np.rint(low + (high - low) * values).astype(dtype)
+
+
+def has_float_range(spec: Spec) -> bool:
+    """Whether the input is of floats with a declared range."""
+    return spec.range is not None and dtype_of(spec.dtype).kind in _FLOATS
 
 
 def crossed_inputs(
@@ -119,7 +129,7 @@ def _whole_range(spec: Spec) -> tuple[int, int]:
     return 0, {"b": 1, "u": 255}.get(dtype_of(spec.dtype).kind, 9)
 
 
-_DRAWN = {"normal": _normal, "offset": _offset, "varied": _varied, "picture": _picture}
+_DRAWN = {"normal": _normal, "offset": _offset, "ranged": _ranged, "varied": _varied, "picture": _picture}
 
 
 def dtype_of(name: str) -> np.dtype:

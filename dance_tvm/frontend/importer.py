@@ -142,7 +142,7 @@ def _import_exported(
     source = ProgramSource(program, decompose(program))
     inputs, outputs = source.inputs(), source.outputs()
     if entry:
-        inputs = [replace(spec, meaning=entry.input_meaning) for spec in inputs]
+        inputs = [replace(spec, meaning=entry.input_meaning, range=entry.input_range) for spec in inputs]
         if len(entry.outputs) == len(outputs):
             told = zip(outputs, entry.outputs, strict=True)
             outputs = [replace(spec, name=name, meaning=meaning) for spec, (name, meaning) in told]

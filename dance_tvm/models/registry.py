@@ -19,7 +19,8 @@ class ModelEntry:
 
     ``input_shape`` is one sample without the batch axis: (C, T, H, W) for clips, (T, H, W, C) for TransNetV2.
     ``outputs`` are the name and the meaning of each result; ``pretrained`` is ``module:function`` that returns the
-    published state dict; ``trained``: the factory itself gives trained weights. ``preprocess`` are the fields of
+    published state dict; ``input_range``: the input's least and greatest value
+    where they are known; ``trained``: the factory itself gives trained weights. ``preprocess`` are the fields of
     :class:`dance_tvm.artifact.preprocess.Preprocess` by which frames of a video become the input.
     """
 
@@ -33,6 +34,7 @@ class ModelEntry:
     outputs: tuple[tuple[str, str], ...] = (("scores", "class scores (N, classes), before softmax"),)
     trained: bool = False
     preprocess: Mapping[str, Any] = field(default_factory=dict)
+    input_range: tuple[float, float] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,6 +65,7 @@ _REGISTRY: dict[str, ModelEntry] = {
         "c3d-mini pruned for each clip by DANCE, trained on motion digits",
         8,
         input_meaning="clips (N, 1, T, H, W) of motion digits, values 0 to 1",
+        input_range=(0.0, 1.0),
         trained=True,
     ),
     "r2plus1d-18": ModelEntry(

@@ -202,11 +202,11 @@ def axis_densities(masks: Iterable[object]) -> list[float]:
     return [left ** (1 / thinned) for left in ASSUMED_LEFT] if thinned else [1.0]
 
 
-def _live_share(conv: WinogradConv, density: float) -> float:
+def _live_share(conv: WinogradConv, density: float, whole_tiles: bool) -> float:
     """Share of the rows of tiles that is alive, and in frames of one another, where each axis keeps ``density``."""
     plan, dead = conv.plan, 1 - density
-    dead_frame = dead ** plan.m[0] if plan.out_frames else 0.0
-    dead_place = dead**PATCHES_IN_TILE if plan.positions else 0.0
+    dead_frame = dead ** (1 if whole_tiles else plan.m[0]) if plan.out_frames else 0.0
+    dead_place = dead ** (1 if whole_tiles else PATCHES_IN_TILE) if plan.positions else 0.0
     taps = 1 - dead if plan.in_frames and not plan.transformed[0] else 1.0
     return (1 - dead_frame) * (1 - dead_place) * taps
 
@@ -281,15 +281,23 @@ def _row_share(conv: GatherConv, density: float) -> float:
 
 
 def winograd_seconds(
-    conv: WinogradConv, machine: Machine, threads: int, densities: Sequence[float] | None = None
+    conv: WinogradConv,
+    machine: Machine,
+    threads: int,
+    densities: Sequence[float] | None = None,
+    whole_tiles: bool = False,
 ) -> float:
-    """Predicted time of a Winograd kernel, the mean over the masks that are expected, as :func:`direct_seconds` has."""
-    return mean(_winograd_seconds(conv, machine, threads, density) for density in densities or _densities(conv))
+    """Predicted time of a Winograd kernel, the mean over the masks that are expected, as :func:`direct_seconds` has.
+
+    ``whole_tiles``: masks leave frames and positions out by whole tiles, not in patches that lie anywhere.
+    """
+    chosen = densities or _densities(conv)
+    return mean(_winograd_seconds(conv, machine, threads, density, whole_tiles) for density in chosen)
 
 
-def _winograd_seconds(conv: WinogradConv, machine: Machine, threads: int, density: float) -> float:
+def _winograd_seconds(conv: WinogradConv, machine: Machine, threads: int, density: float, whole_tiles: bool) -> float:
     plan, tile = conv.plan, conv.tile
-    alive, share = _live_share(conv, density), _channel_share(conv, density)
+    alive, share = _live_share(conv, density, whole_tiles), _channel_share(conv, density)
     chunks = plan.chunks * alive
     register_tile = (tile.mr, tile.vectors, tile.step)
     cycles = 0.0

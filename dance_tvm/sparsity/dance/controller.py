@@ -41,7 +41,7 @@ class Controller(nn.Module):
     `axes` are those that may be pruned; channels are decided in groups of `group`, positions in tiles: about
     `grid` x `grid` of them at full resolution, and never finer than a site's own positions. With `units`, one for each
     site, frames and channels are decided by the site's units, and positions by the smallest tiles of whole units of
-    which at most `grid` stand along an edge.
+    which at most `grid` stand along an edge; an axis of a single unit is kept whole.
     """
 
     def __init__(
@@ -90,7 +90,8 @@ class Controller(nn.Module):
         positions = self._position_scores(statistics) if "positions" in self.axes else None
         scores, decisions = [], []
         for index in range(len(self._sites)):
-            scores.append(Masks(*(axis[index] if axis else None for axis in (frames, channels, positions))))
+            decided = zip((frames, channels, positions), self._divided(index), strict=True)
+            scores.append(Masks(*(axis[index] if axis and divided else None for axis, divided in decided)))
             decisions.append(self._decide(scores[-1], index))
         if not torch.compiler.is_exporting():
             self.scores, self.decisions = scores, decisions
@@ -131,6 +132,14 @@ class Controller(nn.Module):
             score = head(pooled).sigmoid()[:, 0]
             scores.append(_fitted(_fitted(score, 1, entries[0]), 2, entries[1]) if unit else score)
         return scores
+
+    def _divided(self, site: int) -> tuple[bool, bool, bool]:
+        """Whether frames, channels and positions of a site have more than one unit, so that a part can be left out."""
+        unit = self._units[site]
+        if unit is None:
+            return True, True, True
+        frames, channels, (rows, columns) = unit.counts
+        return frames > 1, channels > 1, rows * columns > 1
 
     @property
     def groups(self) -> list[int]:
