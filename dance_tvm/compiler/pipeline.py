@@ -27,6 +27,7 @@ from dance_tvm.transform.boolean_logic import BooleanLogic
 from dance_tvm.transform.channels_last import ChannelsLast
 from dance_tvm.transform.compute_empty import ComputeEmpty
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
+from dance_tvm.transform.fold_lists import FoldLists
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
 from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.keep_nan import KEEP_NAN
@@ -94,7 +95,7 @@ def lower(
             "channels last",
             [ChannelsLast(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
         ),
-        ("sparse kernels", [lower_windows]),
+        ("sparse kernels", [lower_windows, FoldLists()]),
         ("norms", [LowerNorms(gpu or machine, options.threads)]),
         (
             "other operators",
