@@ -3,8 +3,8 @@
     python -m benchmarks.plots
 
 Peers: how many times our time each engine takes, whole networks and layers. Efficiency: speed-up ÷ reduction of
-multiply-adds by density of the axis, layer by layer. Speed: whole networks in other engines, dense here and pruned here,
-from benchmarks/results/rt3d.json. Needs matplotlib (``pip install 'dance-tvm[report]'``).
+multiply-adds by density of the axis, layer by layer. Speed: whole networks in other engines, dense and pruned here, of
+benchmarks/results/rt3d.json. Needs matplotlib (``pip install 'dance-tvm[report]'``).
 """
 
 from __future__ import annotations

@@ -138,3 +138,11 @@ def test_other_boundaries_or_probabilities_are_an_error():
         demo.compare(found, expected)
     with pytest.raises(DanceError, match="other shot boundaries"):
         demo.compare_boundaries(found, expected)
+
+
+def test_both_engines_are_timed_in_turns_on_the_same_windows(capsys):
+    asked = []
+    windows = [np.zeros(1) + index for index in range(demo.TURNS + 2)]
+    demo.in_turns(lambda w: asked.append(("ours", w[0])), lambda w: asked.append(("theirs", w[0])), windows)
+    assert asked == [(who, index) for index in range(demo.TURNS) for who in ("ours", "theirs")]
+    assert "times as fast" in capsys.readouterr().out

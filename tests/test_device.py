@@ -76,6 +76,16 @@ def test_local(host_artifact, weighty_artifact, separate):
         assert_all_calls_work(device, weighty_artifact if separate else host_artifact)
 
 
+def test_what_was_built_anew_is_loaded_while_the_old_one_still_runs(tmp_path):
+    """The dynamic loader knows the file's name already, and would take it for the library of then."""
+    with open_device("local") as device:
+        answers = []
+        for size in (2, 3):
+            network = device.load(matmul_artifact(tmp_path / "net", size=size))
+            answers.append((network, network.run({"x": np.ones((2, size), "float32")})["y"]))
+        assert [float(y[0, 0]) for _, y in answers] == [3.0, 4.0]
+
+
 def test_a_local_network_has_the_threads_of_its_build_unless_told_otherwise(host_artifact, monkeypatch):
     asked = []
     monkeypatch.setattr(program, "Model", lambda _folder, threads, **_options: asked.append(threads))

@@ -308,15 +308,22 @@ def test_equation_2_by_its_sums():
 
 
 def test_needed_work_is_what_is_not_zero():
-    """With nothing zero by chance, the merged map's live channels are counted exactly."""
+    """With nothing zero by chance, the merged map's live channels are counted exactly, padding left out."""
     ways = torch.tensor(
         [[REUSE, COMPUTE, SKIP], [REUSE, REUSE, REUSE], [COMPUTE, REUSE, COMPUTE], [REUSE, SKIP, REUSE]]
     )
-    decision = decision_of(ways, torch.ones(4, 2, 2))
-    merged = merge(torch.ones(4, 3, 2, 2), decision, 1, None).maps
-    shares = flops.needed_shares(decision, 1)
-    assert shares.first.item() == pytest.approx((ways == COMPUTE).float().mean().item())
-    assert shares.second.item() == pytest.approx(merged.mean().item())
+    mask = torch.tensor([[[1, 0], [1, 1]], [[1, 1], [1, 1]], [[0, 0], [0, 0]], [[0, 1], [1, 0]]])
+    network = VideoResNet(BasicBlock, (1,), in_channels=1, width=3, stem="small")
+    decision = decision_of(ways, mask)
+    merged = decision.mask * merge(torch.ones(4, 3, 2, 2), decision, 1, None).live
+    ((first, second),) = flops.Needed(network, (1, 4, 4, 4)).macs([decision], 1)
+    # On a map of 2x2 every output reads each of its four positions through one tap.
+    computed = (ways == COMPUTE).float().sum(1)
+    assert first.tolist() == (mask.sum((1, 2)) * 4 * 3 * computed).tolist()
+    assert second.tolist() == (4 * 3 * merged.sum((1, 2, 3))).tolist()
+    ((shown, used),) = flops.Needed(network, (1, 4, 4, 4)).shares([decision], 1)
+    assert shown.item() == pytest.approx(first.mean().item() / (4 * 4 * 3 * 3))
+    assert used.item() == pytest.approx(second.mean().item() / (4 * 4 * 3 * 3))
 
 
 def test_a_dense_decision_costs_everything():

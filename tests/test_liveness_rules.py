@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dance_tvm.liveness.rules import ELEMENTWISE, PAIRWISE, RULES, Operation, Reads, Rule, Values, When, Zeros, answer
+from dance_tvm.liveness.rules import PAIRWISE, RULES, UNARY, Operation, Reads, Rule, Values, When, Zeros, answer
 from dance_tvm.schedules.geometry import Window
 
 INF, NAN = float("inf"), float("nan")
@@ -130,6 +130,11 @@ EXAMPLES: dict[str, list[Example]] = {
     "maximum": [Example(torch.maximum, 2)],
     "minimum": [Example(torch.minimum, 2)],
     "power": [of_constant(torch.pow, e) for e in (0.0, 0.5, 1.0, 2.0, -1.0, 4.0)] + [Example(torch.pow, 2)],
+    "floor_divide": [Example(torch.floor_divide, 2)],
+    "floor_mod": [Example(torch.remainder, 2)],
+    "mod": [Example(torch.fmod, 2)],
+    "bitwise_and": [Example(lambda a, b: torch.bitwise_and(integers(a), integers(b)), 2)],
+    "bitwise_or": [Example(lambda a, b: torch.bitwise_or(integers(a), integers(b)), 2)],
     "where": [
         Example(lambda c, a, b: torch.where(c > 0, a, b), 3),
         Example(lambda c, a: torch.where(c > 0, a, 0.0), 2),
@@ -185,6 +190,11 @@ ALL = [(name, example) for name, examples in EXAMPLES.items() for example in exa
 def tiled(x: Tensor) -> Tensor:
     """(1, 1, 4, 4, 4) out of any values."""
     return x.flatten().repeat(1 + 64 // x.numel())[:64].reshape(1, 1, 4, 4, 4)
+
+
+def integers(x: Tensor) -> Tensor:
+    """int64 out of any values."""
+    return x.nan_to_num(0, 0, 0).long()
 
 
 def halves(x: Tensor) -> Tensor:
@@ -261,7 +271,7 @@ def test_masks_are_masks(name: str, example: Example) -> None:
         assert inside(example.apply(torch.tensor(UNIT)), Values.BITS)
 
 
-@pytest.mark.parametrize("name", sorted(ELEMENTWISE | PAIRWISE))
+@pytest.mark.parametrize("name", sorted(UNARY | PAIRWISE))
 def test_elements_stay_apart(name: str) -> None:
     """Changing one element of an operand changes the same element of the result alone."""
     for example in EXAMPLES[name]:

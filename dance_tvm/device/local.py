@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +31,7 @@ class LocalNetwork(LoadedNetwork):
         self.manifest = artifact.manifest
         self._device = compute_device(artifact.manifest, tvm.device, "this machine")
         with gpu_failures_explained(self.manifest, "this machine"):
-            self._module = tvm.runtime.load_module(str(artifact.library))
+            self._module = _load(artifact.library)
             self._machine = relax.VirtualMachine(self._module, self._device)
             self._weights = [tvm.runtime.tensor(array, self._device) for array in artifact.weights()]
 
@@ -83,6 +86,17 @@ class LocalNetwork(LoadedNetwork):
         values = arrange(self.manifest, inputs)
         sent = [tvm.runtime.tensor(value, self._device) if isinstance(value, np.ndarray) else value for value in values]
         return sent + self._weights
+
+
+def _load(library: Path) -> tvm.runtime.Module:
+    """The library that lies at this path now, also where another one was loaded from it before.
+
+    The dynamic loader takes a path that it knows for the library of then, so each is loaded by a path of its own.
+    """
+    with tempfile.TemporaryDirectory(prefix="dance_tvm_load_") as folder:
+        copied = Path(folder) / library.name
+        shutil.copyfile(library, copied)
+        return tvm.runtime.load_module(str(copied))
 
 
 def _asked_threads() -> int | None:

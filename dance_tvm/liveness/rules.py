@@ -240,6 +240,14 @@ RULES: dict[str, Rule] = {
         "0^0 = 1; infinite or NaN for some exponents",
         2,
     ),
+    **dict.fromkeys(
+        ("floor_divide", "floor_mod", "mod"),
+        Rule(Zeros.UNKNOWN, Reads.EVERYTHING, Values.ANY, "infinite or NaN where the divisor is 0", 2),
+    ),
+    **dict.fromkeys(
+        ("bitwise_and", "bitwise_or"),
+        Rule(Zeros.UNKNOWN, Reads.EVERYTHING, Values.ANY, "bits of integers, which are no activations", 2),
+    ),
     "where": Rule(
         Zeros.CHOSEN,
         Reads.CHOSEN,
@@ -282,9 +290,15 @@ RULES: dict[str, Rule] = {
     ),
 }
 
-#: Operators that make each element of the same element of one operand; those that make it of two.
-ELEMENTWISE = {name for name, rule in RULES.items() if rule.elementwise == 1}
+#: Operators with values of their own by channel beside their operand's.
+_BY_CHANNEL = {"nn.prelu", "nn.batch_norm"}
+#: Operators that make each element of the same element of one operand and nothing else; those that make it of two.
+UNARY = {name for name, rule in RULES.items() if rule.elementwise == 1} - _BY_CHANNEL
 PAIRWISE = {name for name, rule in RULES.items() if rule.elementwise == 2}
+#: Operators that make each element of the same element of all their operands, however many.
+ELEMENTWISE = {name for name, rule in RULES.items() if rule.elementwise} - _BY_CHANNEL
+#: Operators of one activation that make each channel of the same channel alone.
+CHANNELWISE = UNARY | _BY_CHANNEL | {name for name, rule in RULES.items() if rule in (_MAX_POOL, _AVERAGE_POOL)}
 
 
 # -- what the answers mean for masks -----------------------------------------------------------------------------------

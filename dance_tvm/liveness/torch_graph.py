@@ -7,7 +7,7 @@ The same analysis and the same rules as for Relax: only names and layouts are tr
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ MODULES: dict[type[nn.Module], str] = {
     nn.MaxPool3d: "nn.max_pool3d",
     nn.AvgPool2d: "nn.avg_pool2d",
     nn.AvgPool3d: "nn.avg_pool3d",
+    nn.BatchNorm1d: "nn.batch_norm",
     nn.BatchNorm2d: "nn.batch_norm",
     nn.BatchNorm3d: "nn.batch_norm",
     nn.ReLU: "nn.relu",
@@ -50,6 +51,7 @@ FUNCTIONS: dict[str, str] = {
     **dict.fromkeys(("cat", "concat"), "concat"),
     **{"sigmoid": "sigmoid", "tanh": "tanh", "silu": "nn.silu", "dropout": "nn.dropout"},
     **{"maximum": "maximum", "minimum": "minimum", "abs": "abs"},
+    **{name: f"nn.{name}" for name in ("max_pool2d", "max_pool3d", "avg_pool2d", "avg_pool3d")},
 }
 
 
@@ -106,8 +108,7 @@ class ModuleView:
 
     def translate(self, node: fx.Node) -> None:
         """Adds the operations that ``node`` stands for."""
-        module = self.module(node)
-        name = MODULES.get(type(module), "") if module is not None else FUNCTIONS.get(_called(node), "")
+        module, name = self.module(node), operator_of(node, self.modules)
         if not name:
             self.add(node, None, tuple(node.all_input_nodes), node)
         elif name in ("nn.conv2d", "nn.conv3d") and module is not None and module.bias is not None:
@@ -148,6 +149,14 @@ class ModuleView:
             self.shapes[key] = (n, *rest[1:], rest[0]) if len(rest) > 1 else (n, *rest)
 
 
+def operator_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
+    """Relax's name of the operator that ``node`` calls; empty where the table of rules has none."""
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        return "" if module is None else MODULES.get(type(module), "")
+    return FUNCTIONS.get(_called(node), "")
+
+
 def _called(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target)) if node.op in ("call_function", "call_method") else ""
 
@@ -171,11 +180,16 @@ def _last_axis(node: fx.Node) -> int:
 
 
 def window_of(node: fx.Node, module: nn.Module) -> Window | None:
-    """The window of a convolution or pool; 2D ones get depth 1. None where its data has no known shape."""
+    """The window of a convolution or pool that ``node`` calls; None where its data has no known shape."""
     source = getattr(node.all_input_nodes[0].meta.get("tensor_meta"), "shape", None)
     result = getattr(node.meta.get("tensor_meta"), "shape", None)
     if source is None or result is None or len(source) not in (4, 5):
         return None
+    return module_window(module, source, result)
+
+
+def module_window(module: nn.Module, source: Sequence[int], result: Sequence[int]) -> Window:
+    """The window of a convolution or pool between shapes (N, C, ...); 1D and 2D ones get extent 1 before theirs."""
     rank = len(source) - 2
     dilation, kernel = _each(getattr(module, "dilation", 1), rank), _each(module.kernel_size, rank)
     padding: Any = module.padding
@@ -268,13 +282,3 @@ def _seen(mask: Tensor, node: Grown) -> Tensor:
             covered = torch.maximum(covered, mask.new_zeros(shape).index_copy(dim, places, mask))
         mask = covered.narrow(dim, window.padding[axis], size)
     return mask
-
-
-def live_taps(window: Window, axis: int, alive: Tensor) -> Tensor:
-    """How many taps along ``axis`` read a live coordinate (N, inputs), for each output coordinate: (N, outputs)."""
-    size, stride, dilation = window.kernel[axis], window.stride[axis], window.dilation[axis]
-    covered = (window.out[axis] - 1) * stride + (size - 1) * dilation + 1
-    before = window.padding[axis]
-    padded = functional.pad(alive[:, None], (before, covered - before - alive.shape[1]))
-    kernel = torch.ones(1, 1, size, device=alive.device, dtype=alive.dtype)
-    return functional.conv1d(padded, kernel, None, stride, 0, dilation)[:, 0]

@@ -14,13 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 class LayerMacs:
     """One layer's dense count: every tap of every output, also the taps that fall on padding, as papers count.
 
-    ``output_shape`` is () for a module whose products are functional calls (a matmul in ``forward``).
+    The shapes are () for a module whose products are functional calls (a matmul in ``forward``).
     """
 
     name: str
     kind: str
     macs: int
-    output_shape: tuple[int, ...]
+    output_shape: tuple[int, ...] = ()
+    input_shape: tuple[int, ...] = ()
 
 
 def count_layers(model: nn.Module, *inputs: torch.Tensor) -> list[LayerMacs]:
@@ -29,7 +30,7 @@ def count_layers(model: nn.Module, *inputs: torch.Tensor) -> list[LayerMacs]:
     Convolutions (transposed too), linear layers and functional matrix products count; additions, norms and
     activations do not. Works on shapes alone: nothing is computed, and ``model`` is left as it is.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     modules = dict(model.named_modules())
     hooks = [module.register_forward_hook(_note_shape(name, shapes)) for name, module in modules.items()]
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -49,12 +50,12 @@ def count_layers(model: nn.Module, *inputs: torch.Tensor) -> list[LayerMacs]:
         if key != "Global"
     }
     layers = []
-    for name, shape in shapes.items():
+    for name, (source, result) in shapes.items():
         inner = _outermost([child for child in totals if child != name and (not name or child.startswith(f"{name}."))])
         own = totals.get(name, 0) - sum(totals.get(child, 0) for child in inner)
         if own:
             kind = type(modules[name]).__name__
-            layers.append(LayerMacs(name, kind, own, shape if not inner else ()))
+            layers.append(LayerMacs(name, kind, own) if inner else LayerMacs(name, kind, own, result, source))
     return layers
 
 
@@ -68,8 +69,14 @@ def count(model: nn.Module, *inputs: torch.Tensor) -> int:
     return sum(layer.macs for layer in count_layers(model, *inputs))
 
 
-def _note_shape(name: str, shapes: dict[str, tuple[int, ...]]) -> Callable[[nn.Module, object, object], None]:
-    def note(module: nn.Module, inputs: object, output: object) -> None:
-        shapes[name] = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
+def _note_shape(
+    name: str, shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+    def note(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        shapes[name] = (_shape(inputs[0] if inputs else None), _shape(output))
 
     return note
+
+
+def _shape(value: object) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()

@@ -8,16 +8,8 @@ import tvm
 from tvm import relax
 
 from dance_tvm.ir.graph import emit, is_tensor, rewrite, shape_of
+from dance_tvm.liveness.rules import ELEMENTWISE
 
-#: Operators that work on each element alone.
-ELEMENTWISE = {
-    *("add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "floor_divide", "mod", "floor_mod"),
-    *("equal", "not_equal", "less", "less_equal", "greater", "greater_equal"),
-    *("logical_and", "logical_or", "logical_xor", "logical_not", "where", "clip", "astype", "bitwise_and"),
-    *("nn.relu", "nn.gelu", "nn.silu", "nn.leakyrelu", "nn.gelu_tanh", "nn.relu6", "nn.dropout", "sigmoid", "tanh"),
-    *("exp", "log", "sqrt", "rsqrt", "abs", "negative", "round", "sign", "floor", "ceil", "square", "erf", "sin"),
-    *("cos", "isnan", "isinf", "isfinite", "trunc", "bitwise_or", "nn.softplus", "nn.selu", "atan"),
-}
 NORMS = {"nn.instance_norm", "nn.group_norm", "nn.layer_norm", "nn.rms_norm"}
 SOFTMAXES = {"nn.softmax", "nn.log_softmax"}
 REDUCTIONS = {"mean", "sum", "max", "min", "prod", "std", "variance"}

@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph, constant, emit, is_tensor, rewrite, shape_of, value_of
+from dance_tvm.ir.windows import CONVOLUTIONS, POOLS
 from dance_tvm.liveness.kernel_groups import choose_kernel_groups
-from dance_tvm.liveness.rules import ELEMENTWISE, PAIRWISE
+from dance_tvm.liveness.rules import PAIRWISE, UNARY
 
-CONVOLUTIONS = ("nn.conv2d", "nn.conv3d")
 #: Operators that leave each channel to itself; those with values of their own by channel are left out.
-UNARY = ELEMENTWISE - {"nn.prelu", "nn.batch_norm"}
-POOLS = ("nn.max_pool2d", "nn.max_pool3d", "nn.avg_pool2d", "nn.avg_pool3d")
+BY_ITSELF = UNARY | POOLS
 
 
 @tvm.transform.module_pass(opt_level=0, name="NarrowChannels")
@@ -137,7 +136,7 @@ class _Channels:
         if name in CONVOLUTIONS:
             return self._convolution(var)
         known = is_tensor(var) and len(shape_of(var)) in (4, 5)
-        if known and (name in UNARY or name in POOLS) and graph.call(var).args[0] in self.of:
+        if known and name in BY_ITSELF and graph.call(var).args[0] in self.of:
             return self.of[graph.call(var).args[0]]
         if known and name in PAIRWISE:
             return self._pair(var)

@@ -1,19 +1,13 @@
 """Multiply-accumulates of a masked network, counted as a kernel that walks index lists executes them.
 
-For each convolution and clip:
-
-    rows of output that somebody reads  x  taps whose input frame is alive  x  live input channels  x  live outputs
-
-*Alive* (read side) is what the masks before it leave; *read* (compute side) is what the masks after it leave, and what
-the windows of later layers reach of that. ``dance_tvm.liveness`` finds both by the rules that the compiler goes by, so
-that training's budgets are those of the built network. Taps that fall on padding are not on the lists, so they are
-never counted, dense or pruned.
+``dance_tvm.liveness`` finds what is alive and what is read by the rules that the compiler goes by, and counts what that
+leaves (``liveness.macs``), so that training's budgets are those of the built network.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,9 +17,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from dance_tvm.liveness.analysis import Key, Liveness
-from dance_tvm.liveness.expressions import Expression, Factor, Live
-from dance_tvm.liveness.torch_graph import ModuleView, evaluate, live_taps
-from dance_tvm.schedules.geometry import Window
+from dance_tvm.liveness.expressions import Expression, Factor
+from dance_tvm.liveness.macs import ConvolutionWork, MaskValue
+from dance_tvm.liveness.torch_graph import ModuleView, evaluate
 from dance_tvm.sparsity.dance.controller import AXES, Controller, Masks, Prune
 from dance_tvm.sparsity.dance.sites import module_of
 
@@ -114,8 +108,15 @@ class MacCounter:
             conv = view.module(node) if isinstance(node, fx.Node) else None
             operation = view.operation(key)
             if isinstance(conv, nn.Conv3d) and operation is not None and operation.window is not None:
-                alive, read = liveness.alive_in(operation.operands[0]), liveness.wanted(key)
-                self._layers.append(_Layer(node, conv, operation.window, alive, read))
+                work = ConvolutionWork(
+                    operation.window,
+                    conv.in_channels,
+                    conv.out_channels,
+                    conv.groups,
+                    liveness.alive_in(operation.operands[0]),
+                    liveness.wanted(key),
+                )
+                self._layers.append(_Layer(node, conv, work))
         self._linear = sum(
             float(module.in_features * node.meta["tensor_meta"].shape.numel())
             for node in graph.graph.nodes
@@ -139,41 +140,17 @@ class MacCounter:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A convolution, and where its input is alive and its output read, as expressions of masks."""
+    """A convolution of the graph and what is left of it."""
 
     node: fx.Node
     conv: nn.Conv3d
-    window: Window
-    alive: Live
-    read: Live
+    work: ConvolutionWork
 
-    def count(self, masks: Callable[[Expression], Tensor], clips: int, one: Tensor) -> LayerMacs:
+    def count(self, masks: MaskValue, clips: int, one: Tensor) -> LayerMacs:
         """Its MACs by clip; `one` is a mask that leaves everything."""
-        dense = float(self._macs(lambda _: one, 1, one)[0].detach())
         outputs = self.node.meta["tensor_meta"].shape[1:].numel()
         nominal = float(outputs * self.conv.weight[0].numel())
-        return LayerMacs(str(self.node.target), self._macs(masks, clips, one), dense, nominal)
-
-    def _macs(self, masks: Callable[[Expression], Tensor], clips: int, one: Tensor) -> Tensor:
-        def of(mask: Expression | None, *shape: int) -> Tensor:
-            """The mask (clips, T, H, W, C), seen in `shape`: extents that it does not vary along are left at 1."""
-            found = one if mask is None else masks(mask)
-            return found.expand(*(own if size == -1 else size for own, size in zip(found.shape, shape, strict=True)))
-
-        window, conv = self.window, self.conv
-        alive = of(self.alive.frames, clips, window.size[0], 1, 1, 1)[:, :, 0, 0, 0]
-        frames = of(self.read.frames, clips, window.out[0], 1, 1, 1)[:, :, 0, 0, 0] * live_taps(window, 0, alive)
-        positions = of(self.read.positions, clips, -1, *window.out[1:], 1)[..., 0]
-        rows, columns = (live_taps(window, axis, one[0, 0, 0].expand(1, window.size[axis])) for axis in (1, 2))
-        positions = positions * rows[:, None, :, None] * columns[:, None, None]
-        if positions.shape[1] == 1:
-            pairs = frames.sum(1) * positions.sum(dim=(1, 2, 3))
-        else:
-            pairs = (frames[:, :, None, None] * positions).sum(dim=(1, 2, 3))
-        grouped = conv.groups > 1  # kernels of grouped convolutions take all their channels
-        inputs, outputs = (None, None) if grouped else (self.alive.channels, self.read.channels)
-        channels = of(inputs, clips, 1, 1, 1, conv.in_channels).sum((1, 2, 3, 4))
-        return pairs * channels * of(outputs, clips, 1, 1, 1, conv.out_channels).sum((1, 2, 3, 4)) / conv.groups
+        return LayerMacs(str(self.node.target), self.work.macs(masks, clips, one), float(self.work.dense), nominal)
 
 
 def controller_macs(graph: fx.GraphModule) -> float:

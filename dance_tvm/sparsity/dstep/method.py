@@ -67,6 +67,7 @@ class DSTEP(Method):
         thinned.temperature = chosen.temperature
         self._epochs, self._clip_shape, self._epoch = context.epochs, context.clip_shape, 0
         self._dense = flops.dense_macs(thinned, context.clip_shape)
+        self._needed = flops.Needed(thinned, context.clip_shape)
         least = 1 - (sum(self._dense.first) + sum(self._dense.second)) / self._dense.total
         if chosen.target_flops < least:
             raise DanceError(
@@ -108,7 +109,7 @@ class DSTEP(Method):
         count, decisions = len(batch.clips), self._taken()
         values = {
             "flops": flops.network_share(self._dense, [flops.paper_shares(one, count) for one in decisions]),
-            "needed": flops.network_share(self._dense, [flops.needed_shares(one, count) for one in decisions]),
+            "needed": flops.network_share(self._dense, self._needed.shares(decisions, count)),
             "tiles": torch.stack([flops.density(one, count) for one in decisions]).mean(0),
         }
         return values | _channel_shares(decisions, count)

@@ -50,14 +50,14 @@ def random_policies(
 ) -> DStepResNet:
     """`network` with random policies that leave `target` of its dense multiply-accumulates on `clip` (1, C, T, H, W).
 
-    The share is what equation 1 needs (`flops.needed_shares`), which is no more than equation 2 counts. Raises
+    The share is what equation 1 needs (`flops.Needed`), which is no more than equation 2 counts. Raises
     DanceError when no mix of decisions comes within `tolerance` of it.
     """
     thinned = DStepResNet(network, options).eval()
-    dense = flops.dense_macs(thinned, clip.shape[1:])
+    dense, needed = flops.dense_macs(thinned, clip.shape[1:]), flops.Needed(thinned, clip.shape[1:])
     aim, share = target, 1.0
     for _ in range(6):
-        share = _share_with(thinned, dense, clip, _mix_for(dense, aim), seed)
+        share = _share_with(thinned, dense, needed, clip, _mix_for(dense, aim), seed)
         if abs(share - target) <= tolerance:
             return thinned
         aim += target - share
@@ -69,13 +69,15 @@ def with_mix(
 ) -> DStepResNet:
     """`network` with random policies whose decisions on `clip` (1, C, T, H, W) have the shares of `mix`."""
     thinned = DStepResNet(network, options).eval()
-    _share_with(thinned, flops.dense_macs(thinned, clip.shape[1:]), clip, mix, seed)
+    shape = clip.shape[1:]
+    _share_with(thinned, flops.dense_macs(thinned, shape), flops.Needed(thinned, shape), clip, mix, seed)
     return thinned
 
 
 def needed_share(network: DStepResNet, clips: Tensor) -> Tensor:
     """Share of the dense multiply-accumulates that equation 1 needs for each of clips (N, C, T, H, W)."""
-    return _share(network, flops.dense_macs(network, clips.shape[1:]), clips)
+    shape = clips.shape[1:]
+    return _share(network, flops.dense_macs(network, shape), flops.Needed(network, shape), clips)
 
 
 def _mix_for(dense: flops.DenseMacs, share: float) -> Mix:
@@ -96,7 +98,9 @@ def _mix(severity: float) -> Mix:
     return Mix(tiles=1 - 0.6 * severity, compute=1 - 0.7 * severity, reuse=0.35 * severity)
 
 
-def _share_with(network: DStepResNet, dense: flops.DenseMacs, clip: Tensor, mix: Mix, seed: int) -> float:
+def _share_with(
+    network: DStepResNet, dense: flops.DenseMacs, needed: flops.Needed, clip: Tensor, mix: Mix, seed: int
+) -> float:
     """Draws the policies anew, places their thresholds for `mix` and returns the share left on `clip`."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -110,17 +114,17 @@ def _share_with(network: DStepResNet, dense: flops.DenseMacs, clip: Tensor, mix:
 
     hooks = [policy.register_forward_pre_hook(place) for policy in network.policies]
     try:
-        return float(_share(network, dense, clip))
+        return float(_share(network, dense, needed, clip))
     finally:
         for hook in hooks:
             hook.remove()
 
 
 @torch.no_grad()
-def _share(network: DStepResNet, dense: flops.DenseMacs, clips: Tensor) -> Tensor:
+def _share(network: DStepResNet, dense: flops.DenseMacs, needed: flops.Needed, clips: Tensor) -> Tensor:
     with network.watched() as decisions:
         network(clips)
-    return flops.network_share(dense, [flops.needed_shares(one, len(clips)) for one in decisions])
+    return flops.network_share(dense, needed.shares(decisions, len(clips)))
 
 
 def _place_tiles(policy: SpatialPolicy, x: Tensor, share: float, generator: torch.Generator) -> None:

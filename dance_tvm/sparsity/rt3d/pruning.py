@@ -1,7 +1,8 @@
 """One global rate: rank the units of all layers together, remove the least until the whole network's cost is reached.
 
 Costs are exact: a weight costs one multiply-accumulate at each output position of its layer, so a layer costs its
-live weights times its positions, and the network costs its layers together, the ones left dense included.
+live weights times its positions, and the network costs its layers together, the ones left dense included. Positions
+at which a weight's tap falls on padding count as well, as in the paper; what a kernel executes leaves them out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.liveness.macs import pairs_by_tap
+from dance_tvm.liveness.rules import CHANNELWISE
+from dance_tvm.liveness.torch_graph import module_window, operator_of
 from dance_tvm.models.macs import count_layers
+from dance_tvm.schedules.geometry import Window
 from dance_tvm.sparsity.rt3d.schemes import Scheme, SchemeName
 
 Budget = Literal["macs", "parameters"]
@@ -35,6 +40,7 @@ class Layer:
     module: nn.Module
     positions: int
     source: str | None
+    window: Window
 
     @property
     def weight(self) -> Tensor:
@@ -60,7 +66,7 @@ class Prunable:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One pruned layer: weights and multiply-accumulates before and after."""
+    """One pruned layer: weights and multiply-accumulates before and after; ``executed_macs`` leaves padding out."""
 
     name: str
     scheme: str
@@ -68,6 +74,7 @@ class LayerReport:
     live_weights: int
     macs: int
     live_macs: int
+    executed_macs: int
 
     @property
     def rate(self) -> float:
@@ -117,7 +124,9 @@ def find_layers(network: nn.Module, *inputs: Tensor, skip_first: bool = True) ->
         elif skip_first and module.in_channels <= input_channels:
             why_dense[entry.name] = "it reads the input: few channels, few MACs, and every feature depends on it"
         else:
-            layers.append(Layer(entry.name, module, entry.macs // module.weight.numel(), sources.get(entry.name)))
+            positions = entry.macs // module.weight.numel()
+            window = module_window(module, entry.input_shape, entry.output_shape)
+            layers.append(Layer(entry.name, module, positions, sources.get(entry.name), window))
     if not layers:
         raise DanceError(f"{type(network).__name__} has no convolution to prune after its first one.")
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -223,10 +232,11 @@ def report(prunable: Prunable, scheme: Scheme, keep: Mapping[str, Tensor]) -> Pr
     """Exact weights and multiply-accumulates that ``keep`` leaves, by layer and in all."""
     rows = []
     for layer in prunable.layers:
-        weights, live = layer.weight.numel(), _live_weights(layer, scheme, keep)
-        rows.append(
-            LayerReport(layer.name, str(scheme), weights, live, weights * layer.positions, live * layer.positions)
-        )
+        by_tap = _live_weights_by_tap(layer, scheme, keep)
+        weights, live = layer.weight.numel(), int(by_tap.sum())
+        executed = int((by_tap * torch.from_numpy(pairs_by_tap(layer.window)).flatten()).sum())
+        dense, left = (count * layer.positions for count in (weights, live))
+        rows.append(LayerReport(layer.name, str(scheme), weights, live, dense, left, executed))
     saved = [(row.macs - row.live_macs, row.weights - row.live_weights) for row in rows]
     return PruneReport(
         tuple(rows),
@@ -252,12 +262,21 @@ def _cost(prunable: Prunable, scheme: Scheme, keep: Mapping[str, Tensor], budget
 
 
 def _live_weights(layer: Layer, scheme: Scheme, keep: Mapping[str, Tensor]) -> int:
-    units = keep[layer.name].cpu()
-    if scheme.name != "filter":
-        return int((scheme.sizes(layer.weight).cpu() * units).sum())
-    linked = layer.source is not None and layer.source in keep
-    channels = int(keep[layer.source or ""].sum()) if linked else layer.weight.shape[1]
-    return int(units.sum()) * channels * layer.weight[0, 0].numel()
+    return int(_live_weights_by_tap(layer, scheme, keep).sum())
+
+
+def _live_weights_by_tap(layer: Layer, scheme: Scheme, keep: Mapping[str, Tensor]) -> Tensor:
+    """int64 (taps,)."""
+    units, taps = keep[layer.name].cpu(), layer.weight[0, 0].numel()
+    if scheme.name == "kgs":
+        return (scheme.sizes(layer.weight).cpu() * units).sum((0, 1)).flatten()
+    if scheme.name == "vanilla":
+        live = int((scheme.sizes(layer.weight).cpu() * units).sum()) // taps
+    else:
+        linked = layer.source is not None and layer.source in keep
+        channels = int(keep[layer.source or ""].sum()) if linked else layer.weight.shape[1]
+        live = int(units.sum()) * channels
+    return torch.full((taps,), live)
 
 
 def _with_floor(scores: Tensor) -> Tensor:
@@ -275,17 +294,6 @@ def _smallest(limit: int, enough: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle + 1, high)
     return low
-
-
-# Operators that leave each channel to itself: the channel a filter made is the channel the next layer reads.
-_CHANNELWISE_MODULES = (
-    nn.Identity, nn.ReLU, nn.Dropout, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
-)  # fmt: skip
-_CHANNELWISE_FUNCTIONS = {
-    torch.relu, nn.functional.relu, nn.functional.dropout,
-    nn.functional.max_pool2d, nn.functional.max_pool3d, nn.functional.avg_pool2d, nn.functional.avg_pool3d,
-}  # fmt: skip
 
 
 def _channel_sources(network: nn.Module) -> dict[str, str]:
@@ -309,6 +317,5 @@ def _channel_sources(network: nn.Module) -> dict[str, str]:
 
 
 def _is_channelwise(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return isinstance(modules.get(str(node.target)), _CHANNELWISE_MODULES)
-    return node.op == "call_function" and node.target in _CHANNELWISE_FUNCTIONS
+    """Whether the channel that a filter made is, behind this operator, the channel that the next layer reads."""
+    return operator_of(node, modules) in CHANNELWISE
