@@ -51,6 +51,18 @@ def test_a_chain_of_constants_becomes_one():
     np.testing.assert_array_equal(run(mod, given), expected)
 
 
+def test_what_reads_tuples_keeps_its_type():
+    x = relax.Var("x", R.Tensor((3, 4), "int32"))
+
+    def halves(emit, op) -> relax.Expr:
+        known = emit(op.strided_slice(relax.const(LIST), [1], [0], [2]))
+        parts = emit(op.split(x, 2, 1))
+        return emit(op.add(emit(relax.TupleGetItem(emit(relax.Tuple([known, emit(parts[1])])), 1)), known))
+
+    mod = module(halves, x)
+    np.testing.assert_array_equal(run(FoldLists()(mod), LIST), LIST[:, 2:] + LIST[:, :2])
+
+
 def test_a_result_that_is_known_stays_a_result():
     folded = FoldLists()(module(chain))
     assert operators(folded) == []

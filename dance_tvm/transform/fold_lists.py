@@ -71,7 +71,7 @@ def _folded(func: relax.Function) -> relax.Function:
 def _replaced(value: relax.Expr, known: dict[relax.Expr, relax.Expr]) -> relax.Expr:
     """``value`` with the constants in it that took the place of variables."""
     new = substitute(value, known) if known else value
-    if new is not value and not isinstance(value, relax.Var):
+    if new is not value and isinstance(new, relax.Call):  # types of tuples and their items follow by themselves
         relax.expr._update_type(new, value.ty)
     return new
 
