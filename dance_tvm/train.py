@@ -33,7 +33,8 @@ def main(
     ] = "aap",
     model: Annotated[str, typer.Option(help="a network of dance_tvm.models")] = "c3d-mini",
     data: Annotated[
-        str, typer.Option(help="motion-digits, ucf101:FOLDER, hmdb51:FOLDER, transnet:VIDEO+VIDEO")
+        str,
+        typer.Option(help="motion-digits, folder:FOLDER, csv:FILE, ucf101:FOLDER, hmdb51:FOLDER, transnet:VIDEO+VIDEO"),
     ] = "motion-digits",
     out: Annotated[
         Path | None,
@@ -44,13 +45,18 @@ def main(
     lr: Annotated[float, typer.Option(min=0)] = 1e-3,
     optimizer: Annotated[Literal["adam", "sgd"], typer.Option()] = "adam",
     init: Annotated[
-        Path | None, typer.Option(help="weights to start from: model.safetensors of an earlier run")
+        Path | None, typer.Option(help="weights to start from: an earlier run's model.safetensors, a state dict")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that --out holds")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's")] = None,
-    amp: Annotated[bool, typer.Option(help="mixed precision on a GPU")] = True,
+    amp: Annotated[bool, typer.Option(help="mixed precision, as --precision says")] = True,
+    precision: Annotated[
+        Literal["float16", "bfloat16", "float32"], typer.Option(help="float16 on a GPU alone; bfloat16 on any device")
+    ] = "float16",
+    accumulate: Annotated[int, typer.Option(min=1, help="batches whose gradients are added up to one step")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="processes that decode clips; 0: this one")] = 0,
     target_macs: Annotated[
         str | None, typer.Option(help="aap: share of the dense MACs (0.5, 50%) or a count (120M)")
     ] = None,
@@ -61,6 +67,9 @@ def main(
     option: Annotated[
         list[str] | None, typer.Option("--set", help="a further option of the method, NAME=VALUE")
     ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="print every setting, the method's defaults too, as JSON and end")
+    ] = False,
     export: Annotated[bool, typer.Option(help="write model.pt2 for `dance-tvm build --model`")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print the card as JSON and nothing else")] = False,
     json_lines: JsonLines = False,
@@ -70,7 +79,7 @@ def main(
 
     entry(model)  # told before the seconds that loading PyTorch takes
     out = out or Path("trained") / f"{model}-{method}"
-    if not (resume or overwrite):
+    if not (resume or overwrite or print_config):
         _require_no_run(out)
     named = {
         "target_macs": target_macs,
@@ -81,9 +90,16 @@ def main(
     }
     options = {name: value for name, value in named.items() if value is not None} | _parsed(option or [])
     progress = Progress(as_json, json_lines)
+    chosen: dict[str, Any] = {
+        "epochs": epochs, "batch": batch, "lr": lr, "optimizer": optimizer, "amp": amp, "precision": precision,
+        "accumulate": accumulate, "workers": workers,
+    }  # fmt: skip
+    if print_config:
+        typer.echo(_config(method=method, model=model, data=data, seed=seed, options=options, init=init, **chosen))
+        return
     result = run(
-        method=method, model=model, data=data, out=out, epochs=epochs, batch=batch, lr=lr, optimizer=optimizer,
-        init=init, resume=resume, seed=seed, threads=threads, amp=amp, options=options,
+        method=method, model=model, data=data, out=out, init=init, resume=resume, seed=seed, threads=threads,
+        options=options, **chosen,
         console=None if as_json or json_lines or level() < 0 else Console(stderr=True),
         on_epoch=lambda row: progress.tell("epoch", "", **{str(name): value for name, value in row.items()}),
     )  # fmt: skip
@@ -95,6 +111,17 @@ def main(
     elif not json_lines:
         rows = [[name, f"{value:.6g}"] for name, value in result.metrics.items()]
         print_table(["figure", "value"], rows, title=f"best epoch, written to {result.folder}")
+
+
+def _config(*, method: str, options: dict[str, Any], init: Path | None, **settings: Any) -> str:
+    """Every setting of a run as JSON. Raises DanceError for a wrong option."""
+    from dance_tvm.sparsity import training
+
+    made = training.create_method(method, options)
+    chosen = training.Settings(
+        method=method, options=made.options.model_dump(mode="json"), init=str(init) if init else None, **settings
+    )
+    return chosen.model_dump_json(indent=2)
 
 
 def _require_no_run(folder: Path) -> None:

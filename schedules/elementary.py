@@ -1,9 +1,12 @@
-"""exp, log, tanh and erf in vectors: what LLVM makes of them on a CPU, in the place of one libm call for each lane.
+"""exp, log, tanh and erf in vectors: what stands on a CPU in the place of one libm call for each lane.
 
-TVM asks a rule for each intrinsic when it lowers a function, after loops have become vectors. The rules here take
-float32 alone and leave other types to TVM's own; every kernel and every other operator of a CPU goes through them, as
-nothing but ``tirx.exp`` and the like stands in a kernel. They are polynomials and quotients without a branch, so that
-AVX2, AVX-512 and NEON all run them by the vector.
+Kernels and all other operators say ``tirx.exp`` and the like. ``written_out`` turns those of float32 into operators of
+our own, which TVM keeps whole until loops have become vectors and then lowers to calls of functions in LLVM's own
+language, one for each number of lanes, which come with the kernel and are inlined. They are polynomials and quotients
+without a branch, so that AVX2, AVX-512 and NEON all run them by the vector.
+
+LLVM's language, because there a value that is read twice has a name. In TVM's it is ``Let``, and TVM simplifies every
+named value with all that it names written out, which grows without bound for functions within functions.
 
 ==================  ==========================================================================
 function            largest error, over all float32 values (tests/test_elementary.py)
@@ -15,25 +18,20 @@ sigmoid             3 ulp; zero from where ``exp(-x)`` overflows
 log1p               3 ulp
 ==================  ==========================================================================
 
-Of functions within functions the inner two are written out, and those around them stay TVM's own: LLVM's code
-generator simplifies each named value with all that it names written out again, so that its time multiplies with every
-function within another. A `Select` multiplies it most, which is why clamping is done by `Max` and `Min`.
-
 NaN stays NaN, infinities give what the limits are, and zeros keep their sign.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache
 
 import tvm
-from tvm import tirx
-
-Expr = Any
-#: Names the value of an expression that is read more than once.
-Bind = Callable[[Expr], Expr]
+import tvm_ffi
+from tvm import s_tir, tirx
+from tvm.ir import _ffi_api
 
 #: (e^r - 1 - r) / r² for |r| ≤ log(2) / 2.
 EXP = (0.0013941146899014711, 0.00836319662630558, 0.04166637361049652, 0.16666576266288757, 0.5)
@@ -65,120 +63,181 @@ LOG2_HIGH, LOG2_LOW = 0.693359375, -2.12194440e-4
 ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000
 #: Beyond these e^x is infinite, and rounds to zero.
 EXP_MOST, EXP_LEAST = 89.0, -104.0
+#: The bits of 1 / √2, of a number's mantissa, and how many those are.
+HALF_ROOT_BITS, MANTISSA, MANTISSA_BITS = 0x3F3504F3, 0x007FFFFF, 23
+#: Lanes that vectors have; others are left to TVM.
+WIDTHS = (1, 2, 4, 8, 16)
+
+FLOAT, INT, BOOL = "float", "i32", "i1"
+NAMES = {"+": ("fadd", "add"), "-": ("fsub", "sub"), "*": ("fmul", "mul"), "/": ("fdiv", "sdiv")}
 
 
-def lanes_of(x: Expr) -> int:
-    """In how many lanes ``x`` is."""
-    return int(x.ty.dtype.lanes)
+class _Body:
+    """The lines of one function over vectors of ``lanes``."""
+
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        self.lines: list[str] = []
+
+    def type(self, kind: str) -> str:
+        """LLVM's name for a vector of ``kind``."""
+        return f"<{self.lanes} x {kind}>" if self.lanes > 1 else kind
+
+    def add(self, kind: str, text: str) -> _Value:
+        """Name the result of an instruction."""
+        name = f"%v{len(self.lines)}"
+        self.lines.append(f"  {name} = {text}")
+        return _Value(self, name, kind)
+
+    def operand(self, value: _Value | float, kind: str) -> str:
+        """A value by its name, or a number in all lanes."""
+        if isinstance(value, _Value):
+            return value.name
+        if kind == INT:
+            number = str(int(value))
+        else:  # LLVM writes a float32 by the bits of the float64 that equals it
+            rounded = struct.unpack("f", struct.pack("f", value))[0]
+            number = f"0x{struct.unpack('<Q', struct.pack('<d', rounded))[0]:016X}"
+        return f"splat ({kind} {number})" if self.lanes > 1 else number
 
 
-def _like(x: Expr, value: float) -> Expr:
-    lanes = lanes_of(x)
-    scalar = tirx.FloatImm("float32", value)
-    return tirx.Broadcast(scalar, lanes) if lanes > 1 else scalar
+class _Value:
+    """A vector that has a name."""
+
+    def __init__(self, body: _Body, name: str, kind: str) -> None:
+        self.body, self.name, self.kind = body, name, kind
+
+    def _apply(self, instruction: str, left: _Value | float, right: _Value | float, result: str) -> _Value:
+        body = self.body
+        operands = f"{body.operand(left, self.kind)}, {body.operand(right, self.kind)}"
+        return body.add(result, f"{instruction} {body.type(self.kind)} {operands}")
+
+    def _arithmetic(self, sign: str, left: _Value | float, right: _Value | float) -> _Value:
+        return self._apply(NAMES[sign][self.kind == INT], left, right, self.kind)
+
+    def __add__(self, other: _Value | float) -> _Value:
+        return self._arithmetic("+", self, other)
+
+    def __sub__(self, other: _Value | float) -> _Value:
+        return self._arithmetic("-", self, other)
+
+    def __rsub__(self, other: float) -> _Value:
+        return self._arithmetic("-", other, self)
+
+    def __mul__(self, other: _Value | float) -> _Value:
+        return self._arithmetic("*", self, other)
+
+    def __truediv__(self, other: _Value) -> _Value:
+        return self._arithmetic("/", self, other)
+
+    def __rtruediv__(self, other: float) -> _Value:
+        return self._arithmetic("/", other, self)
+
+    def shifted(self, bits: int) -> _Value:
+        """An integer times 2^bits; below zero the sign moves along."""
+        return self._apply("shl" if bits > 0 else "ashr", self, abs(bits), INT)
+
+    def masked(self, bits: int) -> _Value:
+        """An integer's bits that ``bits`` has."""
+        return self._apply("and", self, bits, INT)
+
+    def compared(self, how: str, other: _Value | float) -> _Value:
+        """``olt``, ``ogt``, ``oeq``: false for NaN."""
+        return self._apply(f"fcmp {how}", self, other, BOOL)
+
+    def seen_as(self, kind: str) -> _Value:
+        """The same bits."""
+        return self.body.add(kind, f"bitcast {self.body.type(self.kind)} {self.name} to {self.body.type(kind)}")
+
+    def as_float(self) -> _Value:
+        """An integer as a float."""
+        return self.body.add(FLOAT, f"sitofp {self.body.type(INT)} {self.name} to {self.body.type(FLOAT)}")
 
 
-def _whole(x: Expr, value: int) -> Expr:
-    lanes = lanes_of(x)
-    scalar = tirx.IntImm("int32", value)
-    return tirx.Broadcast(scalar, lanes) if lanes > 1 else scalar
+def _select(condition: _Value, then: _Value | float, otherwise: _Value | float) -> _Value:
+    body = condition.body
+    kind = body.type(FLOAT)
+    first, second = body.operand(then, FLOAT), body.operand(otherwise, FLOAT)
+    return body.add(FLOAT, f"select {body.type(BOOL)} {condition.name}, {kind} {first}, {kind} {second}")
 
 
-def _bits(x: Expr) -> Expr:
-    lanes = lanes_of(x)
-    return tirx.reinterpret("int32" if lanes == 1 else f"int32x{lanes}", x)
+def _clamped(x: _Value, least: float, most: float) -> _Value:
+    """``x`` between two numbers; NaN stays."""
+    x = _select(x.compared("olt", least), least, x)
+    return _select(x.compared("ogt", most), most, x)
 
 
-def _from_bits(bits: Expr) -> Expr:
-    lanes = lanes_of(bits)
-    return tirx.reinterpret("float32" if lanes == 1 else f"float32x{lanes}", bits)
-
-
-def _clamped(x: Expr, least: float, most: float, bind: Bind) -> Expr:
-    """``x`` between two numbers; NaN stays, as comparisons with it are false and ``x`` is what is left then."""
-    x = bind(tirx.Max(_like(x, least), x))
-    return bind(tirx.Min(_like(x, most), x))
-
-
-def _polynomial(x: Expr, factors: Sequence[float]) -> Expr:
-    value = _like(x, factors[0])
-    for factor in factors[1:]:
-        value = value * x + _like(x, factor)
+def _polynomial(x: _Value, factors: Sequence[float]) -> _Value:
+    value = x * factors[0] + factors[1]
+    for factor in factors[2:]:
+        value = value * x + factor
     return value
 
 
-def _power_of_two(exponent: Expr) -> Expr:
+def _power_of_two(exponent: _Value) -> _Value:
     """2^exponent for exponents of normal numbers."""
-    return _from_bits((exponent + _whole(exponent, 127)) << _whole(exponent, 23))
+    return (exponent + 127).shifted(MANTISSA_BITS).seen_as(FLOAT)
 
 
-def exp(x: Expr, bind: Bind) -> Expr:
+def exp(x: _Value) -> _Value:
     """e^x = 2^n e^r with |r| ≤ log(2) / 2; 2^n in two factors, of which neither leaves the normal numbers."""
-    x = _clamped(x, EXP_LEAST, EXP_MOST, bind)
-    shifted = bind(x * _like(x, 1 / math.log(2)) + _like(x, ROUNDER))
-    n = bind(_bits(shifted) - _whole(x, ROUNDER_BITS))
-    whole = bind(shifted - _like(x, ROUNDER))
-    r = bind(x - whole * _like(x, LOG2_HIGH) - whole * _like(x, LOG2_LOW))
-    value = _polynomial(r, EXP) * (r * r) + r + _like(x, 1.0)
-    half = bind(n >> _whole(n, 1))
+    x = _clamped(x, EXP_LEAST, EXP_MOST)
+    moved = x * (1 / math.log(2)) + ROUNDER
+    n = moved.seen_as(INT) - ROUNDER_BITS
+    whole = moved - ROUNDER
+    r = x - whole * LOG2_HIGH - whole * LOG2_LOW
+    value = _polynomial(r, EXP) * (r * r) + r + 1.0
+    half = n.shifted(-1)
     return value * _power_of_two(half) * _power_of_two(n - half)
 
 
-def log(x: Expr, bind: Bind) -> Expr:
+def log(x: _Value) -> _Value:
     """log(2^e m) = e log(2) + log(m) with 1 / √2 ≤ m < √2."""
-    tiny = x < _like(x, 2.0**-126)
-    scaled = bind(tirx.Select(tiny, x * _like(x, 2.0**24), x))
-    # The bits of 1 / √2, taken away, leave the exponent of m in the upper bits whatever the lower ones are.
-    moved = bind(_bits(scaled) - _whole(x, 0x3F3504F3))
-    exponent = bind(moved >> _whole(x, 23))
-    m = _from_bits(bind((moved & _whole(x, 0x007FFFFF)) + _whole(x, 0x3F3504F3)))
-    lanes = lanes_of(x)
-    whole = tirx.Cast("float32" if lanes == 1 else f"float32x{lanes}", exponent)
-    e = bind(whole - tirx.Select(tiny, _like(x, 24.0), _like(x, 0.0)))
-    y = bind(m - _like(x, 1.0))
-    square = bind(y * y)
-    rest = _polynomial(y, LOG) * (y * square) + e * _like(x, LOG2_LOW) - square * _like(x, 0.5)
-    result = bind(y + rest + e * _like(x, LOG2_HIGH))
-    result = tirx.Select(x < _like(x, 0.0), _like(x, math.nan), result)
-    result = bind(tirx.Select(x == _like(x, 0.0), _like(x, -math.inf), result))
-    finite = x < _like(x, math.inf)  # false for NaN too, which is then its own logarithm, as infinity is
-    return tirx.Select(finite, result, x)
+    tiny = x.compared("olt", 2.0**-126)
+    bits = _select(tiny, x * 2.0**24, x).seen_as(INT) - HALF_ROOT_BITS
+    m = (bits.masked(MANTISSA) + HALF_ROOT_BITS).seen_as(FLOAT)
+    e = bits.shifted(-MANTISSA_BITS).as_float() - _select(tiny, 24.0, 0.0)
+    y = m - 1.0
+    square = y * y
+    rest = _polynomial(y, LOG) * (y * square) + e * LOG2_LOW - square * 0.5
+    result = y + rest + e * LOG2_HIGH
+    result = _select(x.compared("olt", 0.0), math.nan, result)
+    result = _select(x.compared("oeq", 0.0), -math.inf, result)
+    return _select(x.compared("olt", math.inf), result, x)  # NaN and infinity are their own logarithms
 
 
-def log1p(x: Expr, bind: Bind) -> Expr:
+def log1p(x: _Value) -> _Value:
     """log(1 + x), corrected for what the sum has lost (Kahan): log(u) x / (u - 1)."""
-    u = bind(x + _like(x, 1.0))
-    lost = bind(u - _like(x, 1.0))
-    whole = bind(log(u, bind) * (x / lost))
-    below = tirx.Select(x < _like(x, math.inf), whole, x)
-    return tirx.Select(lost == _like(x, 0.0), x, below)
+    u = x + 1.0
+    lost = u - 1.0
+    finite = _select(x.compared("olt", math.inf), log(u) * (x / lost), x)
+    return _select(lost.compared("oeq", 0.0), x, finite)
 
 
-def tanh(x: Expr, bind: Bind) -> Expr:
-    """A quotient of polynomials."""
-    return _quotient(x, TANH_ABOVE, TANH_BELOW, TANH_END, bind)
-
-
-def erf(x: Expr, bind: Bind) -> Expr:
-    """A quotient of polynomials."""
-    return _quotient(x, ERF_ABOVE, ERF_BELOW, ERF_END, bind)
-
-
-def _quotient(x: Expr, above: Sequence[float], below: Sequence[float], end: float, bind: Bind) -> Expr:
-    x = _clamped(x, -end, end, bind)
-    square = bind(x * x)
+def _quotient(x: _Value, above: Sequence[float], below: Sequence[float], end: float) -> _Value:
+    x = _clamped(x, -end, end)
+    square = x * x
     last = below[-1]  # 1 after the division, so that products with numbers below the normal ones keep their bits
     dividend, divisor = ([factor / last for factor in factors] for factors in (above, below))
-    value = bind(x * _polynomial(square, dividend) / _polynomial(square, divisor))
-    return _clamped(value, -1.0, 1.0, bind)
+    return _clamped(x * _polynomial(square, dividend) / _polynomial(square, divisor), -1.0, 1.0)
 
 
-def sigmoid(x: Expr, bind: Bind) -> Expr:
+def tanh(x: _Value) -> _Value:
+    """A quotient of polynomials."""
+    return _quotient(x, TANH_ABOVE, TANH_BELOW, TANH_END)
+
+
+def erf(x: _Value) -> _Value:
+    """A quotient of polynomials."""
+    return _quotient(x, ERF_ABOVE, ERF_BELOW, ERF_END)
+
+
+def sigmoid(x: _Value) -> _Value:
     """1 / (1 + e^-x)."""
-    return _like(x, 1.0) / (_like(x, 1.0) + exp(_like(x, 0.0) - x, bind))
+    return 1.0 / (exp(0.0 - x) + 1.0)
 
 
-FUNCTIONS: dict[str, Callable[[Expr, Bind], Expr]] = {
+FUNCTIONS: dict[str, Callable[[_Value], _Value]] = {
     "exp": exp,
     "log": log,
     "log1p": log1p,
@@ -188,50 +247,66 @@ FUNCTIONS: dict[str, Callable[[Expr, Bind], Expr]] = {
 }
 
 
-def _is_float32(x: Expr) -> bool:
-    return str(x.ty.dtype).partition("x")[0] == "float32"
+@cache
+def _text(name: str) -> str:
+    """The function called ``name`` in LLVM's language, for all widths."""
+    functions = []
+    for lanes in WIDTHS:
+        body = _Body(lanes)
+        result, kind = FUNCTIONS[name](_Value(body, "%x", FLOAT)), body.type(FLOAT)
+        lines = "\n".join(body.lines)
+        functions.append(
+            f"define {kind} @{_symbol(name, lanes)}({kind} %x) {{\n{lines}\n  ret {kind} {result.name}\n}}"
+        )
+    return "\n".join(functions)
 
 
-def _depth(x: Expr) -> int:
-    """How many of these functions stand within one another in ``x``; a value named before counts as one."""
-    inner = [_depth(arg) for arg in x.args] if isinstance(x, tvm.ir.Call) else []
-    if inner:
-        return max(inner) + (str(getattr(x.op, "name", "")).removeprefix("tirx.") in FUNCTIONS)
-    if isinstance(x, tirx.Var):
-        return int(isinstance(x.ty, tvm.ir.PrimType) and _is_float32(x))
-    parts = (getattr(x, part, None) for part in ("a", "b", "value", "body", "condition", "true_value", "false_value"))
-    return max((_depth(part) for part in parts if isinstance(part, tvm.ir.Expr)), default=0)
+def _symbol(name: str, lanes: int) -> str:
+    return f"dance_{name}_f32x{lanes}"
 
 
-def _lowered(function: Callable[[Expr, Bind], Expr], own: Callable[[Expr], Expr] | None) -> Callable[[Expr], Expr]:
-    """TVM's rule: float32 by ``function``, what it names bound around the result; else as TVM does."""
+def written_out(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """``func`` for a CPU with these functions of float32 in their own form, which comes with it."""
+    used: set[str] = set()
 
-    def rule(call: Expr) -> Expr:
-        (x,) = call.args
-        if not _is_float32(x) or _depth(x) > 1:
-            return call if own is None else own(call)
-        named: list[tuple[tirx.Var, Expr]] = []
+    def replace(call: tvm.ir.Call) -> tvm.ir.Call:
+        name = str(getattr(call.op, "name", "")).removeprefix("tirx.")
+        if name not in FUNCTIONS or str(call.ty.dtype).partition("x")[0] != "float32":
+            return call
+        used.add(name)
+        return tvm.ir.Call(tvm.ir.Op.get(f"dance.{name}"), call.args, ret_ty=call.ty)
 
-        def bind(value: Expr) -> Expr:
-            var = tirx.Var("v", value.ty)
-            named.append((var, value))
-            return var
+    body = tvm_ffi.structural_map(func.body, (tvm.ir.Call, replace))
+    if not used:
+        return func
+    text = tvm.ir.StringImm("\n".join(_text(name) for name in sorted(used)))
 
-        result = function(bind(x), bind)
-        for var, value in reversed(named):
-            result = tirx.Let(var, value, result)
-        return result
+    def importing(statement: tirx.Stmt) -> tirx.Stmt:
+        return tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_llvm", text, statement)
 
-    return rule
+    if isinstance(body, s_tir.SBlockRealize):  # Relax looks for a root block in every function that it calls
+        root = body.block
+        parts = (root.init, root.alloc_buffers, root.match_buffers, root.annotations)
+        inner = s_tir.SBlock(root.iter_vars, root.reads, root.writes, root.name_hint, importing(root.body), *parts)
+        return func.with_body(s_tir.SBlockRealize(body.iter_values, body.predicate, inner))
+    return func.with_body(importing(body))
+
+
+def _lower(call: tvm.ir.Call) -> tvm.ir.Call:
+    """TVM's rule for one of our operators, asked after loops have become vectors."""
+    name, lanes = str(call.op.name).removeprefix("dance."), int(call.ty.dtype.lanes)
+    if lanes not in WIDTHS:
+        return tvm.ir.Call(tvm.ir.Op.get(f"tirx.{name}"), call.args, ret_ty=call.ty)
+    return tirx.call_pure_extern(call.ty.dtype, _symbol(name, lanes), call.args[0])
 
 
 def _register() -> None:
-    for name, function in FUNCTIONS.items():
-        op = tvm.ir.Op.get(f"tirx.{name}")
-        own = op.get_attr("llvm.FLowerIntrinsic") or op.get_attr("default.FLowerIntrinsic")
-        tirx.op.register_intrin_lowering(f"tirx.{name}", target="llvm", f=_lowered(function, own), level=99)
-        if not op.get_attr("TVectorizable"):
-            tvm.ir.register_op_attr(f"tirx.{name}", "TVectorizable", True)
+    pure = 1  # tirx's CallEffectKind
+    for name in FUNCTIONS:
+        _ffi_api.RegisterOp(f"dance.{name}", f"{name} by the vector")
+        tvm.ir.register_op_attr(f"dance.{name}", "TCallEffectKind", pure)
+        tvm.ir.register_op_attr(f"dance.{name}", "TVectorizable", True)
+        tirx.op.register_intrin_lowering(f"dance.{name}", target="llvm", f=_lower, level=99)
 
 
 _register()

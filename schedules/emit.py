@@ -15,8 +15,6 @@ from tvm import s_tir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from . import elementary  # noqa: F401  (what exp and its like are on a CPU)
-
 Expr = Any
 
 FLOAT = "float32"

@@ -60,6 +60,23 @@ def test_infinities_and_nan_agree_in_place():
     assert difference(values + np.array([0, 0, 0, 1e-3]), values) == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize("fill", [-1e9, 65504.0, float(np.finfo(np.float32).min)])
+def test_a_fill_does_not_hide_the_other_values(fill):
+    scores = np.array([0.5, fill, -2.0, fill, 1.0])
+    assert difference(scores + np.array([0, 0, 0, 0, 0.02]), scores) == pytest.approx(0.01)
+    assert difference(scores * np.array([1, 1 + 1e-7, 1, 1, 1]), scores) == pytest.approx(1e-7)
+
+
+def test_a_value_that_is_large_alone_sets_the_scale():
+    values = np.array([4e5, 1.0, -2.0])
+    assert difference(values + np.array([0, 0.4, 0]), values) == pytest.approx(1e-6)
+
+
+def test_a_float_is_no_whole_number():
+    assert difference(np.array([1.0, 2.0]), np.array([1, 2])) == math.inf
+    assert difference(np.array([True, False]), np.array([1.0, 0.0])) == math.inf
+
+
 def test_whole_numbers_agree_or_do_not():
     assert difference(np.array([70_001, 3, 4, 5]), np.array([70_000, 3, 4, 5])) == 0.25
     assert difference(np.array([True, False]), np.array([True, False])) == 0
@@ -150,13 +167,41 @@ def test_a_norm_of_a_constant_volume_is_held_to_its_rounding(tmp_path):
             self.norm = nn.InstanceNorm3d(3)
 
         def forward(self, clip):
-            return self.norm(clip * (clip.mean() > 1e6).float() + 300) + 1
+            return self.norm(clip * (clip.mean() > 1e6).float() - 100) + 1
 
     check = build_network(
         Flat(), tmp_path / "out", example_inputs=(torch.zeros(1, 3, 3, 5, 7),)
     ).artifact.manifest.check
     assert check.status == "passed"
     assert max(one.difference for one in check.outputs) > TOLERANCE
+
+
+class Undecided(nn.Module):
+    """The root of rounding alone: NaN here, a small number there."""
+
+    def __init__(self, other: bool) -> None:
+        super().__init__()
+        self.norm, self.other = nn.InstanceNorm3d(3), other
+
+    def forward(self, clip):
+        y = torch.sqrt(self.norm(clip * (clip.mean() > 1e6).float() + 300))
+        return (y, clip * 2) if self.other else y
+
+
+def test_what_rounding_alone_decides_is_told(tmp_path):
+    artifact = build_network(
+        Undecided(other=True), tmp_path / "out", example_inputs=(torch.zeros(1, 3, 3, 5, 7),)
+    ).artifact
+    check = artifact.manifest.check
+    assert (check.status, check.unclear) == ("passed", ["output_0"])
+    assert {one.output for one in check.outputs} == {"output_1"}
+    assert "rounding alone could make anything of output_0" in check.lines()[-1]
+    assert "Infinity" not in (tmp_path / "out" / "manifest.json").read_text()
+
+
+def test_a_check_that_compared_nothing_was_none(tmp_path):
+    built = build_network(Undecided(other=False), tmp_path / "out", example_inputs=(torch.zeros(1, 3, 3, 5, 7),))
+    assert built.artifact.manifest.check.status == "not run"
 
 
 # -- what is tried -----------------------------------------------------------------------------------------------------

@@ -162,3 +162,45 @@ def test_windows_share_no_frame_between_the_splits() -> None:
     assert int(held_out[0][0].min()) == 30
     with pytest.raises(DanceError, match="shorter than a window"):
         FrameWindows([frames[:5]], 10, 5)
+
+
+def test_videos_in_a_folder_for_each_class(tmp_path: Path, real_frames: np.ndarray) -> None:
+    for name in ("run", "wave"):
+        for number in range(5):
+            path = tmp_path / "side by side" / name / f"{number}.avi"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x")
+    splits = load_data(f"folder:{tmp_path / 'side by side'}", model="c3d")
+    assert (len(splits.train), len(splits.held_out)) == (8, 2)
+    assert splits.train.classes == ("run", "wave")
+    assert {label for _, label in splits.held_out._videos} == {0, 1}
+    for part in ("train", "val"):
+        write_video(tmp_path / "apart" / part / "run" / "a.avi", real_frames[:20])
+    splits = load_data(f"folder:{tmp_path / 'apart'}", model="c3d")
+    assert splits.train[0][0].shape == (3, 16, 112, 112)
+    assert len(splits.held_out) == 1
+    (tmp_path / "apart" / "val" / "jump").mkdir()
+    with pytest.raises(DanceError, match="has the class 'jump', which train has not"):
+        load_data(f"folder:{tmp_path / 'apart'}")
+    with pytest.raises(DanceError, match="holds no folder"):
+        load_data(f"folder:{tmp_path / 'apart' / 'val' / 'jump'}")
+    with pytest.raises(DanceError, match="raise held_out"):
+        load_data(f"folder:{tmp_path / 'side by side'},held_out=1")
+
+
+def test_videos_in_a_list(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / f"{number}.mp4").write_bytes(b"x")
+    (tmp_path / "all.csv").write_text("video,class\n" + "".join(f"{n}.mp4,{n % 11}\n" for n in range(12)))
+    (tmp_path / "more.csv").write_text("11.mp4,10\n")
+    splits = load_data(f"csv:{tmp_path / 'all.csv'},test=more.csv")
+    assert splits.train.classes == tuple(str(n) for n in range(11))  # as numbers, not 0, 1, 10, 2
+    assert splits.held_out._videos == [(tmp_path / "11.mp4", 10)]
+    (tmp_path / "more.csv").write_text("11.mp4,12\n")
+    with pytest.raises(DanceError, match="has the class '12'"):
+        load_data(f"csv:{tmp_path / 'all.csv'},test=more.csv")
+    (tmp_path / "bad.csv").write_text("a.mp4,1\nb.mp4\n")
+    with pytest.raises(DanceError, match=r"video 2: 'b\.mp4' is not of the form"):
+        load_data(f"csv:{tmp_path / 'bad.csv'}")
+    with pytest.raises(DanceError, match="cannot be read"):
+        load_data(f"csv:{tmp_path / 'none.csv'}")

@@ -16,7 +16,7 @@ from dance_tvm import build_network, open_device
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.frontend.importer import import_model
 from dance_tvm.machines.target import load_target
-from dance_tvm.schedules.elementary import FUNCTIONS
+from dance_tvm.schedules.elementary import FUNCTIONS, written_out
 from dance_tvm.schedules.emit import argument, kernel, lanes, serial, store
 
 SIZE = 1 << 18
@@ -41,7 +41,7 @@ def applied(name: str, count: int, size: int = SIZE) -> tirx.PrimFunc:
         with serial(size // count) as index:
             at = lanes(index * count, count)
             store(y, getattr(tirx, name)(x[at]), at)
-    return built.func
+    return written_out(built.func)
 
 
 @pytest.fixture(scope="module")

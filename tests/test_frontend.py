@@ -317,6 +317,22 @@ def test_a_wrong_conversion_is_found_and_its_layer_named(monkeypatch):
         import_model(network, example_inputs=(CLIPS,))
 
 
+def test_operators_that_are_compiled_alone_take_part_in_float64():
+    class Middle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(2, 3, 1)
+
+        def forward(self, x):
+            return self.conv(x.median(2, keepdim=True).values)
+
+    network, x = Middle(), torch.randn(1, 2, 3, 4, 5)
+    imported = import_model(network, example_inputs=(x,))
+    (found,) = interpreter.outputs(imported.mod, {imported.inputs[0].name: x}, wide=True)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, network.double()(x.double()))
+
+
 class Flat(nn.Module):
     """A norm of a constant volume where noise leaves the gate shut: its answer is rounding, magnified 300 times."""
 

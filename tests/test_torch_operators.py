@@ -57,6 +57,7 @@ def shifted_in_place(x):
 def assigned_places(x):
     """Assignment by lists of positions, by constant masks and by masks that the input decides."""
     places, accumulated, pairs, masked, where = (x.clone() for _ in range(5))
+    filled = (x.movedim(1, -1) * 0.5).movedim(-1, 1).index_fill(3, torch.tensor([2]), 0.5)
     places[:, [5, 0, 2]] = x[:, :3]
     accumulated.index_put_((torch.tensor([0, 1, 0]), torch.tensor([2, 2, 2])), x[:1, 0] + 1, accumulate=True)
     pairs[[0, 1], :, [1, 3]] = 7.0
@@ -64,7 +65,7 @@ def assigned_places(x):
     where[where < 0] = 0.5
     diagonal = x.clone()
     torch.diagonal(diagonal, dim1=2, dim2=3).fill_(1.0)
-    return places, accumulated, pairs, masked, where, diagonal
+    return places, accumulated, pairs, masked, where, diagonal, filled
 
 
 def scattered(x):

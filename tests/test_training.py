@@ -230,3 +230,82 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path) -> None
         torch.testing.assert_close(tensor, alone.network.state_dict()[name], rtol=1e-4, atol=1e-6)
     for together, single in zip(about["history"], alone.history, strict=True):
         assert together["task"] == pytest.approx(single["task"], rel=1e-4)
+
+
+def test_gradients_of_small_batches_add_up_to_those_of_one(tmp_path: Path) -> None:
+    found = []
+    for batch, accumulate in ((16, 1), (4, 4)):
+        network = Plain()
+        chosen = settings(epochs=1, optimizer="sgd", batch=batch, accumulate=accumulate, warmup=0.0, lr=0.1)
+        training.train(chosen, network, splits(), tmp_path / str(batch))
+        found.append(network.state_dict())
+    assert not torch.equal(found[0]["fc.weight"], Plain().state_dict()["fc.weight"])
+    rates = [1.0, 0.5 * (1 + torch.cos(torch.tensor(torch.pi * 3 / 4)))]  # the step of four batches is the fourth's
+    for name, start in Plain().state_dict().items():
+        once, four = (each[name] - start for each in found)
+        torch.testing.assert_close(four, once * rates[1] / rates[0], rtol=1e-2, atol=1e-5)
+
+
+def test_bfloat16_trains_on_a_processor_and_float32_is_what_it_was(tmp_path: Path) -> None:
+    weights = {}
+    for precision in ("float16", "float32", "bfloat16"):
+        network = Plain()
+        chosen = settings(epochs=2, precision=precision, optimizer="sgd", lr=0.1)
+        training.train(chosen, network, splits(), tmp_path / precision)
+        weights[precision] = network.state_dict()["fc.weight"]
+    assert torch.equal(weights["float16"], weights["float32"])  # float16 is for GPUs
+    assert not torch.equal(weights["bfloat16"], weights["float32"])
+    torch.testing.assert_close(weights["bfloat16"], weights["float32"], rtol=0.05, atol=0.02)
+    with pytest.raises(DanceError, match="there is no precision called"):
+        training.train(settings(precision="int4"), Plain(), splits(), tmp_path)
+
+
+def test_workers_decode_the_same_clips(tmp_path: Path) -> None:
+    results = [
+        training.train(settings(epochs=2, workers=count), Plain(), splits(), tmp_path / str(count)) for count in (0, 2)
+    ]
+    alike = [{name: value for name, value in each.metrics.items() if name != "seconds"} for each in results]
+    assert alike[0] == alike[1]
+
+
+class Deeper(Plain):
+    """Two convolutions, so that the last layer is the smaller part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        head = self.fc
+        del self.fc
+        self.second = nn.Conv3d(4, 4, 1)
+        self.fc = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.fc(self.second(torch.relu(self.conv(x))).mean((2, 3, 4)))
+        return scores
+
+
+def test_first_weights_of_a_state_dict_are_told_by_name(tmp_path: Path) -> None:
+    state = {f"module.{name}": value + 1 for name, value in Deeper().state_dict().items()}
+    state["module.fc.weight"], state["module.fc.bias"] = torch.ones(9, 4), torch.ones(9)
+    state["module.extra"] = torch.ones(1)
+    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    given = checkpoint.read_weights(tmp_path / "w.pth")
+    told = checkpoint.matched(Deeper(), {name.removeprefix("module."): value for name, value in given.items()}, "w.pth")
+    assert told == (
+        "w.pth gives 4 of 6 tensors; of another shape, and not taken: fc.weight, fc.bias; of no use here: extra"
+    )
+    network = Deeper()
+    training.train(settings(epochs=1, lr=0.0, init=str(tmp_path / "w.pth")), network, splits(), tmp_path / "out")
+    assert torch.equal(network.conv.bias, Deeper().conv.bias + 1)
+    assert torch.equal(network.fc.bias, Deeper().fc.bias)
+    torch.save(Plain(), tmp_path / "whole.pth")
+    with pytest.raises(DanceError, match="holds no plain state dict"):
+        checkpoint.read_weights(tmp_path / "whole.pth")
+
+
+def test_every_setting_is_printed_before_anything_is_trained(tmp_path: Path) -> None:
+    words = ["--method", "aap", "--target-macs", "50%", "--precision", "bfloat16", "--print-config"]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    told = json.loads(done.output)
+    assert (told["precision"], told["accumulate"], told["method"]) == ("bfloat16", 1, "aap")
+    assert len(told["options"]) > 1
+    assert not (tmp_path / "out").exists()

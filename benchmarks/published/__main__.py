@@ -48,9 +48,9 @@ def main() -> int:
         found = results.setdefault(entry.name, {})
         found.update(_exported(entry, chosen))
         if "parameters" not in found:
-            found[source] = {"status": "refused", "message": found.pop("export")}
-        elif source == "onnx" and "onnx" in found and isinstance(found["onnx"], str):
-            found[source] = {"status": "refused", "message": found["onnx"]}
+            found[source] = {"status": "not exported", "message": found.pop("export")}
+        elif source == "onnx" and "no_onnx" in found:
+            found[source] = {"status": "not exported", "message": found["no_onnx"]}
         else:
             found[source] = _attempted(entry, source, chosen)
         print(f"  {_told(found[source])}", flush=True)

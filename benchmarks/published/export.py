@@ -68,15 +68,23 @@ def export(name: str, folder: Path) -> None:
     torch.export.save(program, folder / "network.pt2")
     facts = {"parameters": sum(value.numel() for value in network.parameters()), "float32_error": own}
     try:
-        _write_onnx(program, folder / "network.onnx")
+        facts["exporter"] = _write_onnx(program, network, inputs, folder / "network.onnx")
     except Exception as problem:
-        facts["onnx"] = f"PyTorch does not export it: {(str(problem).splitlines() or [type(problem).__name__])[0]}"
+        facts["no_onnx"] = f"PyTorch does not export it: {(str(problem).splitlines() or [type(problem).__name__])[0]}"
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+def _write_onnx(
+    program: torch.export.ExportedProgram, network: nn.Module, inputs: list[torch.Tensor], path: Path
+) -> str:
+    """Write the file with PyTorch's exporter, or where that cannot with its older one; which it was."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        torch.onnx.export(program, f=path, dynamo=True, verbose=False)
+        try:
+            torch.onnx.export(program, f=path, dynamo=True, verbose=False)
+            return "dynamo"
+        except Exception:
+            torch.onnx.export(network, tuple(inputs), path, dynamo=False, opset_version=17)
+            return "TorchScript"
 
 
 if __name__ == "__main__":

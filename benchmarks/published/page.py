@@ -1,12 +1,98 @@
-"""docs/networks.md from the results."""
+"""docs/networks.md from the results.
+
+python -m benchmarks.published.page
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parents[2] / "docs/networks.md"
+from benchmarks.published.networks import NETWORKS, Network
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results/published.json"
+PAGE = ROOT / "docs/networks.md"
+
+_INTRODUCTION = """\
+# Published networks
+
+Video and volumetric networks that others published, each with random weights through the compiler: exported, imported,
+built for this machine with the default options, run, and compared with PyTorch in float64. **Error**: the largest
+difference as a share of the output's largest value, at most 1e-4 to be right; beside it PyTorch's own in float32.
+
+```console
+$ pip install --no-deps -r benchmarks/published/requirements.txt
+$ python -m benchmarks.published [--only NAME] [--source pt2|onnx] [--json FILE]
+```
+
+The wheels of that list are installed without what they depend on, so that they fit the pinned PyTorch. What no wheel
+holds is defined in `benchmarks/published`. Input sizes are the networks' usual ones, or smaller where the table names
+the usual one in brackets: the architecture is whole, and only fewer positions and frames are computed. ONNX files are
+written by PyTorch's exporter, where that refuses by its older one. A run goes on where the last one ended.
+"""
+
+
+Rows = list[tuple[Network, dict[str, Any]]]
 
 
 def write_page(results: dict[str, Any]) -> None:
     """Write the page."""
+    rows = [(network, results[network.name]) for network in NETWORKS if network.name in results]
+    lines = [_INTRODUCTION, *_counted(rows), "", *_table(rows), *_others(rows), *_recipes(rows)]
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _counted(rows: Rows) -> Iterator[str]:
+    for source, name in (("pt2", ".pt2"), ("onnx", "ONNX")):
+        tried = [result[source] for _, result in rows if source in result]
+        right = sum(one["status"] == "right" for one in tried)
+        yield f"- From {name}: {right} of the {len(tried)} tried so far are built and right."
+
+
+def _table(rows: Rows) -> Iterator[str]:
+    yield "Processor seconds and peak memory are those of the whole build from .pt2, import and check included."
+    yield ""
+    yield (
+        "| network | input (usual) | weights, M | PyTorch float32 | from .pt2 | from ONNX | build, CPU s | peak, MB | "
+        "artifact, MB |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for network, result in rows:
+        shape = network.shapes + (f" ({network.usual})" if network.usual else "")
+        built = next((result[source] for source in ("pt2", "onnx") if "peak_mb" in result.get(source, {})), {})
+        cells = [
+            *(network.name, shape, f"{result.get('parameters', 0) / 1e6:.1f}", f"{result.get('float32_error', 0):.0e}"),
+            *(_error(result.get(source)) for source in ("pt2", "onnx")),
+            *(f"{built[key]:.0f}" if key in built else "" for key in ("cpu_s", "peak_mb", "artifact_mb")),
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _error(one: dict[str, Any] | None) -> str:
+    if one is None:
+        return "not tried"
+    return f"{one['error']:.0e}" if one["status"] == "right" else one["status"]
+
+
+def _others(rows: Rows) -> Iterator[str]:
+    told = [
+        f"- {network.name} from {source}: {result[source]['status']}: {' '.join(result[source]['message'].split())}"
+        for network, result in rows
+        for source in ("pt2", "onnx")
+        if result.get(source, {}).get("status", "right") != "right"
+    ]
+    if told:
+        yield from ("", "## What is not right", "", *told)
+
+
+def _recipes(rows: Rows) -> Iterator[str]:
+    yield from ("", "## How each is made", "", "| network | module | call |", "|---|---|---|")
+    for network, _ in rows:
+        yield f"| {network.name} | `{network.module}` | `{network.call}` |"
+
+
+if __name__ == "__main__":
+    write_page(json.loads(RESULTS.read_text(encoding="utf-8")))

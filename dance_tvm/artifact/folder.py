@@ -100,7 +100,8 @@ class Check(_Strict):
 
     ``difference`` and ``allowed`` are those of the output that came closest to failing. ``masks`` counts the masks that
     the network computes in every call; those of ``uniform`` were on everywhere or off everywhere in every input tried.
-    ``refused`` says of inputs that the source itself does not take why.
+    ``refused`` says of inputs that the source itself does not take why. ``unclear`` are outputs of which rounding alone
+    could make anything on every input tried.
     """
 
     status: Literal["passed", "not run"]
@@ -112,6 +113,7 @@ class Check(_Strict):
     masks: int = 0
     uniform: list[str] = []
     refused: dict[str, str] = {}
+    unclear: list[str] = []
     reason: str = ""
 
     def lines(self) -> list[str]:
@@ -128,6 +130,9 @@ class Check(_Strict):
         if self.uniform:
             always = f"{len(self.uniform)} of {self.masks} masks were on everywhere or off everywhere in all inputs"
             lines.append(f"{always}: name real ones with --check-inputs")
+        if self.unclear:
+            made = f"rounding alone could make anything of {', '.join(self.unclear)} on all inputs"
+            lines.append(f"{made}: name real ones with --check-inputs")
         return lines
 
     def _nearest(self) -> list[OutputCheck]:

@@ -26,6 +26,9 @@ EMULATED_MACS = 2_000_000_000
 #: The same for the kernels of a GPU on a processor, through OpenCL.
 INTERPRETED_MACS = 500_000_000
 
+#: Where rounding may change an output by as much as this share of its largest value, nothing can be compared.
+UNCLEAR = 1.0
+
 #: From this share of what is allowed on, a difference leaves doubt, and float64 tells whose it is.
 DOUBT = 0.25
 
@@ -147,27 +150,29 @@ def _compare(
     tolerance: float,
 ) -> Check:
     """Raises DanceError that names the first input and output that differ."""
-    outputs = []
-    for name, answer in found.items():
-        for output in _judge(tried, name, answer, tolerance):
-            if output.difference > output.allowed:
-                raise DanceError(
-                    f"{manifest.name} as built for {manifest.target.name} differs from its source: output "
-                    f"{output.output} on the {name} input by {output.difference:.3g} of its largest value (allowed "
-                    f"{output.allowed:.3g}); nothing was written, --debug-dump DIR shows each phase"
-                )
-            outputs.append(output)
-    worst = max(outputs, key=_nearness, default=None)
+    judged = [output for name, answer in found.items() for output in _judge(tried, name, answer, tolerance)]
+    outputs = [output for output in judged if output.allowed < UNCLEAR]
+    for output in outputs:
+        if output.difference > output.allowed:
+            raise DanceError(
+                f"{manifest.name} as built for {manifest.target.name} differs from its source: output "
+                f"{output.output} on the {output.input} input by {output.difference:.3g} of its largest value (allowed "
+                f"{output.allowed:.3g}); nothing was written, --debug-dump DIR shows each phase"
+            )
+    if not outputs:
+        return Check(status="not run", device=device, reason="on all inputs rounding alone could make anything of it")
+    worst = max(outputs, key=_nearness)
     return Check(
         status="passed",
         device=device,
-        difference=worst.difference if worst else 0.0,
-        allowed=worst.allowed if worst else tolerance,
+        difference=worst.difference,
+        allowed=worst.allowed,
         inputs=list(tried.arrays),
         outputs=outputs,
         masks=len(tried.masks),
         uniform=tried.uniform,
         refused=tried.refused,
+        unclear=sorted({output.output for output in judged} - {output.output for output in outputs}),
     )
 
 

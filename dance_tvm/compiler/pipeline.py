@@ -36,6 +36,7 @@ from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
+from dance_tvm.transform.vector_math import VectorMath
 from dance_tvm.transform.whole_pools import WholePools
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def lower(
                 ShortNames(),
                 relax.transform.DeadCodeElimination(),
                 ScheduleRestForGpu() if gpu else ScheduleRest(machine.vector_floats, options.threads),
-                *([] if gpu else [JoinSmall()]),
+                *([] if gpu else [JoinSmall(), VectorMath()]),
             ],
         ),
         ("lift weights", [lift_weights]),

@@ -15,12 +15,18 @@ HALF_TOLERANCE = 2e-2
 #: Scale of an output whose values are all smaller, zeros among them; below it float32 has no full precision left.
 LEAST_SCALE = 1e-30
 
+#: NumPy's kinds of truth values and whole numbers.
+_EXACT = "biu"
+
+#: A fill is at least this much, and so many times the largest other size of its output.
+LEAST_FILL = 1000.0
+
 
 def allowed_of(expected: np.ndarray, tolerance: float = TOLERANCE) -> float:
     """The ``difference`` allowed from ``expected``: of whole numbers and truth values none, of floats kept with
     less than single precision one step more."""
     kind = np.asarray(expected).dtype
-    if kind.kind in "biu":
+    if kind.kind in _EXACT:
         return 0.0
     return tolerance + (float(ml_dtypes.finfo(kind).eps) if kind.itemsize < 4 else 0.0)
 
@@ -31,18 +37,33 @@ def scale_of(expected: np.ndarray) -> float:
     return max(LEAST_SCALE, float(sizes.max(initial=0.0, where=np.isfinite(sizes))))
 
 
+def _scales(expected: np.ndarray) -> np.ndarray | float:
+    """The scale of all values, or of each where a fill would hide the others.
+
+    A whole number in several places and far above all other sizes stands for want of a value, as -1e9 does under an
+    attention's mask, and tells nothing of the others: they have their own largest size.
+    """
+    sizes, fill = np.abs(expected), scale_of(expected)
+    if fill >= LEAST_FILL and fill.is_integer() and (sizes == fill).sum() > 1:
+        rest = float(sizes.max(initial=0.0, where=sizes < fill))
+        if 0 < LEAST_FILL * rest < fill:
+            return np.where(sizes < fill, max(LEAST_SCALE, rest), fill)
+    return fill
+
+
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference as a share of the largest finite size expected.
 
-    Infinite where shapes differ, and where the two do not agree in which values are NaN, which are infinite, and with
-    which sign. Of truth values and whole numbers it is the share of values that differ: none is nearly right.
+    Infinite where shapes differ, where only one of the two is of whole numbers, and where the two do not agree in which
+    values are NaN, which are infinite, and with which sign. Of truth values and whole numbers it is the share of values
+    that differ: none is nearly right.
     """
     found, expected = np.asarray(found), np.asarray(expected)
-    if found.shape != expected.shape:
+    if found.shape != expected.shape or (found.dtype.kind in _EXACT) != (expected.dtype.kind in _EXACT):
         return math.inf
     if expected.size == 0:
         return 0.0
-    if expected.dtype.kind in "biu":
+    if expected.dtype.kind in _EXACT:
         return float(np.mean(found != expected))
     got, want = found.astype(np.float64), expected.astype(np.float64)
     finite = np.isfinite(want)
@@ -51,4 +72,4 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
     if not finite.all() and not np.array_equal(got[~finite], want[~finite], equal_nan=True):
         return math.inf
     apart = np.abs(np.subtract(got, want, where=finite, out=np.zeros_like(want)))
-    return float(apart.max(initial=0.0) / scale_of(want))
+    return float((apart / _scales(want)).max(initial=0.0))

@@ -158,6 +158,14 @@ def _as_computed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if wide else tensor
 
 
+def _wide(value: Value) -> Value:
+    """Floats that were computed as the module says, for those that are computed in float64 where that is asked for."""
+    if isinstance(value, tuple):
+        return tuple(map(_wide, value))
+    widened = _floats.get().wide and isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.double() if widened else value
+
+
 def _a_little_off(tensor: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
     return tensor * (1 + _NOISE * torch.randn(tensor.shape, generator=noise)).to(tensor.dtype)
 
@@ -188,7 +196,7 @@ def _evaluate(expression: Any, values: Mapping[relax.Var, Value]) -> Value:
         name = getattr(expression.op, "name", str(expression.op))
         arguments = _as_summed(name, [_evaluate(argument, values) for argument in expression.args])
         kernel = _KERNELS.get(name)
-        return kernel(arguments, expression.attrs) if kernel else compiled_call(expression, arguments)
+        return kernel(arguments, expression.attrs) if kernel else _wide(compiled_call(expression, arguments))
     if isinstance(expression, (tvm.tirx.IntImm, tvm.tirx.FloatImm)):
         return expression.value
     if isinstance(expression, tvm.ir.StringImm):

@@ -124,11 +124,13 @@ def dense(sparse: Any) -> np.ndarray:
 
 def sha256(path: Path) -> str:
     """The file's bytes, and those of the weights that it keeps elsewhere."""
-    digest = hashlib.sha256(path.read_bytes())
+    digest = hashlib.sha256()
     weights = onnx.load(str(path), load_external_data=False).graph.initializer
     files = {entry.value for tensor in weights for entry in tensor.external_data if entry.key == "location"}
-    for name in sorted(files):
-        digest.update((path.parent / name).read_bytes())
+    for file in (path, *(path.parent / name for name in sorted(files))):
+        with file.open("rb") as opened:
+            while part := opened.read(1 << 24):  # external weights may be larger than memory is free
+                digest.update(part)
     return digest.hexdigest()
 
 

@@ -655,6 +655,7 @@ CONVERSIONS: dict[str, Conversion] = {
     "clamp_min.Tensor": _clamp,
     "clamp_max.default": _clamp,
     "clamp_max.Tensor": _clamp,
+    "copy_strided.default": lambda node, importer: importer.env[node.args[0]],  # strides are no part of a value here
     "erfc.default": _composed(_erfc),
     "exp2.default": _composed(_exp2),
     "hypot.default": _composed(_hypot),

@@ -27,6 +27,7 @@ class Graph:
     output: relax.Expr
     readers: dict[relax.Var, list[relax.Var]] = field(default_factory=dict)
     outputs: set[relax.Var] = field(default_factory=set)
+    place: dict[relax.Var, int] = field(default_factory=dict)
 
     @staticmethod
     def of(function: relax.Function) -> Graph:
@@ -44,6 +45,7 @@ class Graph:
             for read in dict.fromkeys(variables(value[var])):
                 graph.readers[read].append(var)
         graph.outputs = _reachable_outputs(graph)
+        graph.place = {var: place for place, var in enumerate(order)}
         return graph
 
     def op(self, expr: relax.Expr) -> str:

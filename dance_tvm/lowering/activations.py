@@ -1,103 +1,91 @@
-"""Activations as exported networks write them: chains of elementwise operators that a kernel applies in one go."""
+"""Activations as exported networks write them: elementwise operators that a kernel applies to its result in one go."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
+import tvm
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, shape_of
+from dance_tvm.schedules.emit import ACTIVATIONS
+from dance_tvm.schedules.epilogue import STEPS, step_text
+
+#: Steps of one program: more than any activation of PyTorch takes.
+MOST_STEPS = 16
 
 
-class ActivationChain(NamedTuple):
-    """``name`` as :data:`~..schedules.emit.ACTIVATIONS` has it; ``bindings`` in order, the last one is the result."""
+class Chain(NamedTuple):
+    """``activation`` as :func:`~..schedules.epilogue.activate` takes it; ``bindings`` in order, the last one is the
+    result."""
 
-    name: str
+    activation: str
     bindings: list[relax.Var]
 
 
-def activation_behind(graph: Graph, var: relax.Var) -> ActivationChain | None:
-    """The chain that makes an activation of ``var``, where nothing else reads ``var`` or what lies between."""
+def activation_behind(graph: Graph, var: relax.Var) -> Chain | None:
+    """The longest chain of steps behind ``var`` whose last value alone is read by others, and ``var`` by none.
+
+    Steps combine ``var``, each other and numbers. Programs of one step that has a name are that name.
+    """
     if var in graph.outputs or not is_tensor(var) or dtype_of(var) != "float32":
         return None
-    readers = graph.readers[var]
-    if len(readers) == 1:
-        return _clipped(graph, readers[0]) or _hard_sigmoid(graph, readers[0])
-    if len(readers) != 2:
+    steps: dict[relax.Var, str] = {}
+    names: dict[relax.Expr, str] = {var: "x"}
+    best = 0
+    for reader in _following(graph, var):
+        text = _step(graph, reader, shape_of(var), names)
+        if text is None:
+            continue
+        names[reader] = f"%{len(steps)}"
+        steps[reader] = text
+        if len(steps) > MOST_STEPS:
+            break
+        if dtype_of(reader) == "float32" and _is_all_that_is_read(graph, var, steps, reader):
+            best = len(steps)
+    if not best:
         return None
-    return _gated(graph, var, *readers) or _gated(graph, var, *reversed(readers))
+    program = "; ".join(list(steps.values())[:best])
+    name = program.removesuffix("(x)")
+    return Chain(name if name in ACTIVATIONS else program, list(steps)[:best])
 
 
-def _gated(graph: Graph, var: relax.Var, inner: relax.Var, outer: relax.Var) -> ActivationChain | None:
-    """``var`` times a function of itself: SiLU, Hardswish."""
-    if graph.op(inner) == "sigmoid":
-        return ActivationChain("silu", [inner, outer]) if _is_product(graph, outer, var, inner) else None
-    clipped = _clipped_sum(graph, inner)
-    if not clipped or not _is_product(graph, outer, var, clipped[-1]):
+def _following(graph: Graph, var: relax.Var) -> list[relax.Var]:
+    """What reads ``var``, directly or not, in the order of the network, as far as a program could go."""
+    found, waiting = {var}, [var]
+    while waiting and len(found) <= 2 * MOST_STEPS:
+        for reader in graph.readers[waiting.pop(0)]:
+            if reader not in found and graph.op(reader).removeprefix("nn.") in STEPS:
+                found.add(reader)
+                waiting.append(reader)
+    found.remove(var)
+    return sorted(found, key=graph.place.__getitem__)
+
+
+def _is_all_that_is_read(graph: Graph, var: relax.Var, steps: dict[relax.Var, str], last: relax.Var) -> bool:
+    """Whether nobody but the steps reads ``var`` and the steps, the last one apart."""
+    inner = [var, *(step for step in steps if not step.same_as(last))]
+    return all(each not in graph.outputs and all(reader in steps for reader in graph.readers[each]) for each in inner)
+
+
+def _step(graph: Graph, var: relax.Var, shape: tuple[int, ...], names: dict[relax.Expr, str]) -> str | None:
+    """``var`` as a step over what has a name; None where it is none."""
+    name = graph.op(var).removeprefix("nn.")
+    if name not in STEPS or not is_tensor(var) or shape_of(var) != shape or dtype_of(var) not in ("float32", "bool"):
         return None
-    end = graph.only_reader(outer)
-    return ActivationChain("hardswish", [*clipped, outer, end]) if _is_sixth(graph, end) else None
+    call = graph.call(var)
+    operands: list[str | float | None] = [names.get(arg, _number(arg)) for arg in call.args]
+    if name == "leakyrelu":
+        operands.append(float(call.attrs.alpha))
+    known = [operand for operand in operands if operand is not None]
+    return step_text(name, known) if len(known) == len(operands) else None
 
 
-def _is_product(graph: Graph, var: relax.Var, left: relax.Var, right: relax.Var) -> bool:
-    if graph.op(var) != "multiply" or graph.only_reader(right) is None or shape_of(var) != shape_of(left):
-        return False
-    args = list(graph.call(var).args)
-    return any(a.same_as(left) and b.same_as(right) for a, b in (args, args[::-1]))
-
-
-def _clipped(graph: Graph, var: relax.Var) -> ActivationChain | None:
-    """ReLU6, which is exported as one clip."""
-    return ActivationChain("relu6", [var]) if _bounds(graph, var) == (0.0, 6.0) else None
-
-
-def _hard_sigmoid(graph: Graph, var: relax.Var) -> ActivationChain | None:
-    clipped = _clipped_sum(graph, var)
-    end = graph.only_reader(clipped[-1]) if clipped else None
-    return ActivationChain("hardsigmoid", [*clipped, end]) if end is not None and _is_sixth(graph, end) else None
-
-
-def _clipped_sum(graph: Graph, var: relax.Var) -> list[relax.Var]:
-    """The bindings from ``x + 3`` on, clipped to between 0 and 6 in one step or two; none where it is not that."""
-    if graph.op(var) != "add" or _number(graph, var) != 3.0:
-        return []
-    found, low, high = [var], -math.inf, math.inf
-    while (low, high) != (0.0, 6.0):
-        reader = graph.only_reader(found[-1])
-        bounds = None if reader is None else _bounds(graph, reader)
-        if reader is None or bounds is None or len(found) > 2:
-            return []
-        found.append(reader)
-        low, high = max(low, bounds[0]), min(high, bounds[1])
-    return found
-
-
-def _is_sixth(graph: Graph, var: relax.Var | None) -> bool:
-    return var is not None and graph.op(var) == "divide" and _number(graph, var) == 6.0
-
-
-def _bounds(graph: Graph, var: relax.Var) -> tuple[float, float] | None:
-    """Between which numbers ``var`` is clipped."""
-    if graph.op(var) in ("maximum", "minimum"):
-        number = _number(graph, var)
-        if number is None:
-            return None
-        return (number, math.inf) if graph.op(var) == "maximum" else (-math.inf, number)
-    if graph.op(var) != "clip":
-        return None
-    low, high = (_value(arg) for arg in graph.call(var).args[1:3])
-    return None if low is None or high is None else (low, high)
-
-
-def _value(expr: relax.Expr) -> float | None:
-    """A number that a call holds as an attribute."""
+def _number(expr: relax.Expr) -> float | None:
+    """A float32 constant of one element, or a number that a call holds as an attribute."""
+    value = constant(expr)
+    if value is not None:
+        return float(value.reshape(())) if value.size == 1 and value.dtype == "float32" else None
     inner = getattr(expr, "value", None)
-    value = inner if isinstance(inner, int | float) else getattr(inner, "value", None)
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _number(graph: Graph, var: relax.Var) -> float | None:
-    """The number that is the second operand of ``var``."""
-    value = constant(graph.call(var).args[1])
-    return float(value.reshape(())) if value is not None and value.size == 1 else None
+    held = inner if isinstance(inner, int | float) else getattr(inner, "value", None)
+    return float(held) if isinstance(held, int | float) and not isinstance(expr, tvm.ir.GenericConst) else None

@@ -21,6 +21,7 @@ from dance_tvm.schedules.emit import one_thread
 from dance_tvm.schedules.gpu import reduce as gpu_reduce
 from dance_tvm.schedules.gpu.tiles import Gpu
 
+from .activations import activation_behind
 from .norm_forms import Span, folded, form_of, runs_of, seen_as, without
 from .sites import FUSED_ACTIVATIONS
 
@@ -95,6 +96,11 @@ class _Lowering:
                 break
             self.inside.add(site.end)
             site.end = reader
+        chain = None if site.activation else activation_behind(self.graph, site.end)
+        if chain is not None and not any(each in self.inside or each in self.ends for each in chain.bindings):
+            site.activation = chain.activation
+            self.inside.update([site.end, *chain.bindings[:-1]])
+            site.end = chain.bindings[-1]
         return site
 
     def _take_residual(self, site: NormSite, reader: relax.Var) -> bool:

@@ -25,6 +25,8 @@ from dance_tvm.schedules.cpu.channel_plan import plan_channels
 from dance_tvm.schedules.cpu.compact_channels import compact_channels
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv, conv3d_gather
 from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv, balanced_order, conv3d_kgs, plan_columns
+from dance_tvm.schedules.cpu.depthwise import DepthwiseConv, depthwise3d, why_no_depthwise
+from dance_tvm.schedules.cpu.depthwise_tiles import default_tile as depthwise_tile
 from dance_tvm.schedules.cpu.mask_window import Field, grow_backward, grow_forward
 from dance_tvm.schedules.cpu.pool3d import Pool, pool3d
 from dance_tvm.schedules.cpu.row_plan import plan_rows
@@ -366,6 +368,8 @@ class Lowering:
     def _site(self, site: Site) -> relax.Expr:
         window = site.window
         alive, wanted = self.sites.alive(site), self.sites.wanted(site)
+        if self._is_depthwise(site, wanted):
+            return self._depthwise(site, Live(alive.frames), wanted)
         live_in = alive.channels if site.groups == 1 else None
         samples = window.batch if window.batch > 1 and (live_in or wanted.channels) else 1
         direct = self._choose(site, alive, wanted, samples)
@@ -394,6 +398,44 @@ class Lowering:
         else:
             func = conv3d_kgs(conv) if isinstance(conv, KernelGroupConv) else conv3d_gather(conv)
         return self._as_video(self._kernel(func, args, [out_shape], "float32"), shape_of(site.end))
+
+    def _is_depthwise(self, site: Site, wanted: Live) -> bool:
+        """Whether the depthwise kernel computes the site; it leaves out frames, and no single positions."""
+        if site.groups == 1 or site.linear or wanted.positions is not None or site.lists.positions:
+            return False
+        channels = (site.channels_in, site.channels_out, site.groups)
+        return not why_no_depthwise(site.window, *channels, self.machine.vector_floats)
+
+    def _depthwise(self, site: Site, alive: Live, wanted: Live) -> relax.Expr:
+        """A site whose output channels read one input channel each."""
+        window, masked = site.window, bool(alive.frames or wanted.frames)
+        conv = DepthwiseConv(
+            window,
+            site.channels_in,
+            site.channels_out,
+            depthwise_tile(self.machine, window, site.channels_out, masked, self.threads),
+            in_frames=alive.frames is not None,
+            out_frames=wanted.frames is not None,
+            residual=site.residual is not None,
+            activation=site.activation,
+            zero_dead=wanted.frames is not None and self.sites.needs_zeros(site.end),
+        )
+        args = [self._as_video(self._emit(site.data), (window.batch, *window.size, site.channels_in))]
+        args += map(relax.const, (conv.pack_weights(site.weight), conv.pack_bias(bias_of(site))))
+        plan = RowPlan(window, 1, 1, window.taps, 1, alive.frames is not None, wanted.frames is not None)
+        pairs: relax.Expr = relax.const(np.array([[window.tap_positions]], "int32"))
+        if masked:  # the lists are planned for their counts alone
+            masks, lists = self._masks_and_lists(plan, alive, wanted)
+            args += [mask for given in masks.values() for mask in given]
+            pairs = self.builder.emit(relax.op.strided_slice(lists[-1], [1], [3], [4]))
+        layer, rest = (relax.const(np.array([row], "int32")) for row in ([len(self.counts)], [1, site.channels_out]))
+        self.counts.append(self.builder.emit(relax.op.concat([layer, pairs, rest], 1)))
+        out_shape = (window.batch, *window.out, site.channels_out)
+        if site.residual is not None:
+            args.append(self._as_video(self._emit(site.residual), out_shape))
+        self.tuned = ""
+        self.layers.append(self._describe(site, conv, alive, wanted, ""))
+        return self._as_video(self._kernel(depthwise3d(conv), args, [out_shape], "float32"), shape_of(site.end))
 
     def _masks_and_lists(
         self, plan: RowPlan | WinogradPlan, alive: Live, wanted: Live
@@ -564,7 +606,9 @@ class Lowering:
         self.viewed[view] = value
         return view
 
-    def _describe(self, site: Site, conv: Convolution | WinogradConv, alive: Live, wanted: Live, why: str) -> LayerInfo:
+    def _describe(
+        self, site: Site, conv: Convolution | WinogradConv | DepthwiseConv, alive: Live, wanted: Live, why: str
+    ) -> LayerInfo:
         skips = [f"input {axis}" for axis in alive.axes if axis != "positions" or site.lists.positions]
         skips += [f"output {axis}" for axis in wanted.axes]
         groups = self.groups.get(site.start)

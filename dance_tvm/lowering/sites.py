@@ -114,13 +114,12 @@ class Sites:
     def _extend(self, site: Site) -> None:
         graph = self.graph
         while True:
-            if self._absorb_chain(site):
-                continue
             reader = graph.only_reader(site.end)
-            if reader is None or not self._absorb(site, reader):
+            if reader is not None and self._absorb(site, reader):
+                site.absorbed.append(reader)
+                site.end = reader
+            elif not self._absorb_chain(site):
                 return
-            site.absorbed.append(reader)
-            site.end = reader
 
     def _absorb_chain(self, site: Site) -> bool:
         """Take an activation into the kernel that is written as several operators."""
@@ -129,7 +128,7 @@ class Sites:
         chain = activation_behind(self.graph, site.end)
         if chain is None or any(var in self.inside or var in self.by_end for var in chain.bindings):
             return False
-        site.activation = chain.name
+        site.activation = chain.activation
         site.absorbed += chain.bindings
         site.end = chain.bindings[-1]
         return True
@@ -138,7 +137,11 @@ class Sites:
         """Take ``reader`` into the kernel if it can be."""
         graph = self.graph
         name = graph.op(reader)
-        if not name or not is_tensor(reader) or shape_of(reader) != shape_of(site.end):
+        if not name or not is_tensor(reader):
+            return False
+        if name == "reshape" and site.linear:  # of the rows alone: their order in memory stays
+            return shape_of(reader)[-1:] == (site.channels_out,)
+        if shape_of(reader) != shape_of(site.end):
             return False
         if reader in self.inside or reader in self.by_end:  # another site's: one that adds a shortcut's convolution
             return False

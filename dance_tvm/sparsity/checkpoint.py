@@ -69,9 +69,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The network's own weights from a checkpoint, or from any plain safetensors file (names as in its state_dict)."""
+    """The network's own weights from a checkpoint, any plain safetensors file, or a state dict of PyTorch's."""
     if not path.is_file():
-        raise DanceError(f"the weights file {path} is missing; name an existing .safetensors file")
+        raise DanceError(f"the weights file {path} is missing; name an existing .safetensors, .pt or .pth file")
+    if path.suffix in (".pt", ".pth"):
+        return _state_dict(path)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -80,6 +82,49 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     ours = {name.removeprefix("network/"): tensor for name, tensor in tensors.items() if name.startswith("network/")}
     return ours or tensors
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    """A state dict, unwrapped; nothing in the file is run."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise DanceError(
+            f"{path} holds no plain state dict ({type(error).__name__}); save model.state_dict()"
+        ) from error
+    for wrapper in ("state_dict", "model_state_dict", "model_state", "model"):
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise DanceError(f"{path} is no state dict (tensors by name); save model.state_dict()")
+    return found
+
+
+def fitting(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` without the last layer's where it has another number of classes, as a pretrained network's has."""
+    own = network.state_dict()
+    wrong = [name for name, tensor in weights.items() if name in own and own[name].shape != tensor.shape]
+    last = list(own)[-1].rpartition(".")[0]
+    if not all(name.rpartition(".")[0] == last and own[name].shape[1:] == weights[name].shape[1:] for name in wrong):
+        return dict(weights)
+    return {name: tensor for name, tensor in weights.items() if name not in wrong}
+
+
+def matched(network: nn.Module, weights: Mapping[str, Tensor], origin: str) -> str:
+    """In one sentence, how much of the network the weights fill, and by name what they leave."""
+    own = network.state_dict()
+    taken = [name for name in own if name in weights and weights[name].shape == own[name].shape]
+    parts = [
+        ("left as they were made", [name for name in own if name not in weights]),
+        ("of another shape, and not taken", [name for name in own if name in weights and name not in taken]),
+        ("of no use here", [name for name in weights if name not in own]),
+    ]
+    told = "".join(f"; {what}: {_some(names)}" for what, names in parts if names)
+    return f"{origin} gives {len(taken)} of {len(own)} tensors{told}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def load_weights(

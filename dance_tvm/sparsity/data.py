@@ -6,6 +6,8 @@ A clip is a float32 tensor (C, T, H, W). `--data` takes a name and options, `NAM
     motion-digits,train=2000,size=32   with another number of clips or edge length
     ucf101:/data/UCF-101,split=1       folders and split files of UCF101 (PyAV reads the videos)
     hmdb51:/data/hmdb51,split=1        the same for HMDB51
+    folder:/data/mine                  a folder of videos for each class, below train/ and val/ or side by side
+    csv:/data/train.csv,test=val.csv   lines of video,class; without test= a fifth of each class is held out
     transnet:a.mp4,window=50           windows of one or more videos (joined by '+'), for label-free distillation
 
 `load_data` returns `Splits`: training and held-out clips that share no clip, no handwritten digit and no frame.
@@ -246,13 +248,15 @@ def _motion_digits(
     )
 
 
-def _from_video(reader: str) -> Callable[..., Splits]:
+def _from_video(reader: str, module: str = "video", function: str = "") -> Callable[..., Splits]:
     def read(path: str, model: str, seed: int, **options: Any) -> Splits:
-        video = importlib.import_module("dance_tvm.sparsity.video")
+        video = importlib.import_module(f"dance_tvm.sparsity.{module}")
 
         if not path:
             raise DanceError(f"--data {reader} needs a path: {reader}:PATH")
-        splits: Splits = getattr(video, reader)(Path(path) if reader != "transnet" else path, model, seed, **options)
+        splits: Splits = getattr(video, function or reader)(
+            Path(path) if reader != "transnet" else path, model, seed, **options
+        )
         return splits
 
     return read
@@ -262,5 +266,7 @@ _READERS: dict[str, Callable[..., Splits]] = {
     "motion-digits": _motion_digits,
     "ucf101": _from_video("ucf101"),
     "hmdb51": _from_video("hmdb51"),
+    "folder": _from_video("folder", "listed_video"),
+    "csv": _from_video("csv", "listed_video", "listed"),
     "transnet": _from_video("transnet"),
 }

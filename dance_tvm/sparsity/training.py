@@ -53,6 +53,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.models.checkpoints import rename
 from dance_tvm.sparsity import checkpoint
 from dance_tvm.sparsity.data import Batch, Clips, Splits
 
@@ -317,10 +318,15 @@ class Settings(BaseModel):
     clip_norm: float = 5.0
     seed: int = 0
     amp: bool = True
+    precision: str = "float16"
+    accumulate: int = 1
+    workers: int = 0
     init: str | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         same = {
+            "precision",
+            "accumulate",
             "method",
             "model",
             "data",
@@ -477,16 +483,18 @@ class _Trainer:
         self._loader = self._make_loader(splits.train, self._sampler, drop_last=len(splits.train) > settings.batch)
         self._method = create_method(settings.method, settings.options)
         self._resting = [module for module in network.modules() if isinstance(module, _RESTS)] if task.imitates else []
-        weights = checkpoint.read_weights(Path(settings.init)) if settings.init else {}
+        weights = rename(network, checkpoint.read_weights(Path(settings.init))) if settings.init else {}
         if weights:
+            self._console.print(checkpoint.matched(network, weights, str(settings.init)), soft_wrap=True)
+            weights = checkpoint.fitting(network, weights)
             checkpoint.load_weights(network, weights, str(settings.init), partial=True)
         self._network = self._method.prepare(network, self._context()).to(self._device)
         if weights.keys() & (self._network.state_dict().keys() - network.state_dict().keys()):
             checkpoint.load_weights(self._network, weights, str(settings.init), partial=True)  # the method's own, too
         self._parallel = self._wrap(self._network)
         self._optimizer = _make_optimizer(settings, list(self._method.parameters(self._network)))
-        self._mixed = settings.amp and self._device.type == "cuda"
-        self._scaler = torch.amp.GradScaler(enabled=self._mixed)
+        self._half = _half(settings, self._device)
+        self._scaler = torch.amp.GradScaler(enabled=self._half is torch.float16)
         self._history: list[dict[str, float]] = []
         self._best: dict[str, float] | None = None
 
@@ -499,7 +507,10 @@ class _Trainer:
         return DistributedSampler(dataset, shuffle=True, seed=self._settings.seed, drop_last=True)
 
     def _make_loader(self, clips: Clips, sampler: Any, drop_last: bool) -> DataLoader[Any]:
-        return DataLoader(_Indexed(clips), self._settings.batch, sampler=sampler, drop_last=drop_last)
+        settings = self._settings  # workers start anew with each epoch, so they see what set_epoch told the clips
+        return DataLoader(
+            _Indexed(clips), settings.batch, sampler=sampler, drop_last=drop_last, num_workers=settings.workers
+        )
 
     def _context(self) -> Context:
         settings, train = self._settings, self._splits.train
@@ -565,7 +576,10 @@ class _Trainer:
         return row | {"seconds": time.perf_counter() - started}
 
     def _step(self, batch: Batch, epoch: int, step: int) -> dict[str, float]:
-        half = torch.autocast(self._device.type, torch.float16) if self._mixed else nullcontext()
+        """One batch; the optimizer steps where a group of `accumulate` of them, or the epoch, ends."""
+        first = step - step % self._settings.accumulate
+        group = min(self._settings.accumulate, len(self._loader) - first)
+        half = torch.autocast(self._device.type, self._half) if self._half else nullcontext()
         with half:
             outputs = self._parallel(batch.clips)
             terms = {"task": self._task.loss(outputs, batch)} | self._method.losses(self._network, outputs, batch)
@@ -573,8 +587,11 @@ class _Trainer:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise DanceError(self._not_finite(name, value, epoch, step))
-        self._optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(torch.stack([term.float() for term in terms.values()]).sum()).backward()
+        if step == first:
+            self._optimizer.zero_grad(set_to_none=True)
+        self._scaler.scale(torch.stack([term.float() for term in terms.values()]).sum() / group).backward()
+        if step + 1 < first + group:
+            return values
         self._scaler.unscale_(self._optimizer)
         trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         nn.utils.clip_grad_norm_(trained, self._settings.clip_norm)
@@ -641,7 +658,9 @@ class _Trainer:
         path = self._folder / CHECKPOINT
         tensors, about = checkpoint.read_checkpoint(path)
         ours, theirs = self._settings.fingerprint(), about["settings"]
-        differing = [name for name in ours if ours[name] != theirs.get(name)]
+        defaults = Settings.model_fields  # of what a checkpoint says nothing, written before there was a choice
+        theirs = {name: theirs.get(name, defaults[name].default) for name in ours}
+        differing = [name for name in ours if ours[name] != theirs[name]]
         if differing:
             name = differing[0]
             raise DanceError(
@@ -691,6 +710,17 @@ def seed_everything(*parts: int) -> None:
     seed = int(np.random.SeedSequence(list(parts)).generate_state(1)[0])
     torch.manual_seed(seed)
     np.random.seed(seed)
+
+
+def _half(settings: Settings, device: torch.device) -> torch.dtype | None:
+    """What forward passes compute in where that is not float32: float16 on GPUs alone, bfloat16 anywhere."""
+    if not settings.amp or settings.precision == "float32":
+        return None
+    if settings.precision not in ("float16", "bfloat16"):
+        raise DanceError(f"there is no precision called {settings.precision!r}; choose float32, float16 or bfloat16")
+    if settings.precision == "float16" and device.type != "cuda":
+        return None
+    return getattr(torch, settings.precision)
 
 
 def _make_optimizer(settings: Settings, parameters: list[Any]) -> torch.optim.Optimizer:

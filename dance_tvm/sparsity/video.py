@@ -122,7 +122,7 @@ def ucf101(path: Path, model: str, seed: int, *, split: int = 1, frames: int = 1
     for part in ("train", "test"):
         names = [line.split()[0] for line in _lines(lists / f"{part}list{split:02}.txt")]
         videos[part] = [(path / name, _class_of(name.split("/")[0], classes, lists)) for name in names]
-    return _splits("ucf101", videos["train"], videos["test"], classes, model, seed, frames, stride)
+    return splits_of("ucf101", videos["train"], videos["test"], classes, model, seed, frames, stride)
 
 
 def hmdb51(path: Path, model: str, seed: int, *, split: int = 1, frames: int = 16, stride: int = 4) -> Splits:
@@ -140,7 +140,7 @@ def hmdb51(path: Path, model: str, seed: int, *, split: int = 1, frames: int = 1
         for line in _lines(lists / f"{name}_test_split{split}.txt"):
             video, part = line.rsplit(maxsplit=1)
             {"1": train, "2": test}.get(part, []).append((path / name / video, label))
-    return _splits("hmdb51", train, test, classes, model, seed, frames, stride)
+    return splits_of("hmdb51", train, test, classes, model, seed, frames, stride)
 
 
 class FrameWindows:
@@ -185,7 +185,7 @@ def transnet(
     return Splits("transnet", seen, unseen, "distillation")
 
 
-def _splits(
+def splits_of(
     name: str,
     train: list[tuple[Path, int]],
     test: list[tuple[Path, int]],
@@ -195,6 +195,7 @@ def _splits(
     frames: int,
     stride: int,
 ) -> Splits:
+    """Training clips that vary and held-out ones that do not, of videos with their classes' numbers."""
     how = Preprocessing(frames=frames, stride=stride, pixels=model.startswith("c3d"))
     return Splits(name, VideoClips(train, classes, how, seed=seed, augment=True), VideoClips(test, classes, how))
 

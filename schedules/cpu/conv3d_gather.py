@@ -18,7 +18,6 @@ from tvm import tirx
 
 from ..convolution import Convolution
 from ..emit import (
-    ACTIVATIONS,
     INT,
     Expr,
     argument,
@@ -37,6 +36,7 @@ from ..emit import (
     store,
     when,
 )
+from ..epilogue import activate
 from ..plans import channel_list_shape
 from .dead_outputs import zero_dead
 from .panel_weights import PanelWeights, WeightPanel, are_consecutive
@@ -332,7 +332,7 @@ class GatherEmitter:
                 self._store_vectors(partial, source, target, start, valid)
 
     def _store_vectors(self, partial: tirx.Buffer, source: Expr, target: Expr, start: Expr, valid: Expr) -> None:
-        """Store the panel's vectors, lane by lane where the output channels end inside one."""
+        """Store the panel's vectors, in smaller ones where the output channels end inside one."""
         tile, conv = self.tile, self.conv
         for v in range(tile.vectors):
             at = v * tile.vector_floats
@@ -341,8 +341,10 @@ class GatherEmitter:
                 self._finish(partial, source + at, target + start + at, start + at, tile.vector_floats)
 
             def part(at: int = at) -> None:
-                with serial(tirx.max(valid - at, 0)) as index:
-                    self._finish(partial, source + at + index, target + start + at + index, start + at + index, 1)
+                with when(valid > at):  # then exactly what whole vectors leave over
+                    for first, count in parts_of(conv.group_out % tile.vector_floats):
+                        place = at + first
+                        self._finish(partial, source + place, target + start + place, start + place, count)
 
             if conv.group_out % tile.nr == 0:
                 whole()
@@ -353,9 +355,19 @@ class GatherEmitter:
         value = partial[lanes(source, count)]
         if self.residual is not None:
             value = value + self.residual[lanes(target, count)]
-        value = ACTIVATIONS[self.conv.activation](value, count)
+        value = activate(self.conv.activation, value, count)
         store(self.y, self._finished(value, channel, count), lanes(target, count))
 
     def _finished(self, value: Expr, channel: Expr, count: int) -> Expr:
         """What is stored for output channels ``channel …``."""
         return value
+
+
+def parts_of(lanes_left: int) -> list[tuple[int, int]]:
+    """So many lanes as vectors of 2^n: where each begins, and its lanes."""
+    found, first = [], 0
+    for bit in reversed(range(lanes_left.bit_length())):
+        if lanes_left >> bit & 1:
+            found.append((first, 1 << bit))
+            first += 1 << bit
+    return found

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..emit import ACTIVATIONS, Expr, argument, flat, kernel, lanes, let, parallel, scratch, serial, splat, store
+from ..emit import Expr, argument, flat, kernel, lanes, let, parallel, scratch, serial, splat, store
+from ..epilogue import activate
 from .moments import (
     DOUBLE,
     MOST_SUMS,
@@ -143,7 +144,7 @@ class _Emitter:
         value = value * gain + added
         if self.residual is not None:
             value = value + self.residual[lanes(at, count)]
-        store(self.y, ACTIVATIONS[self.spec.activation](value, count), lanes(at, count))
+        store(self.y, activate(self.spec.activation, value, count), lanes(at, count))
 
     # -- channels innermost ------------------------------------------------------------------------------------------
 

@@ -22,7 +22,6 @@ from tvm import tirx
 
 from ..convolution import list_marks
 from ..emit import (
-    ACTIVATIONS,
     INT,
     Expr,
     argument,
@@ -43,6 +42,7 @@ from ..emit import (
     store,
     when,
 )
+from ..epilogue import activate
 from ..geometry import Window
 from ..plans import channel_list_shape
 from .dead_outputs import zero_dead
@@ -573,7 +573,7 @@ class _Emitter:
         at = lanes(position + channel, count)
         if self.residual is not None:
             value = value + self.residual[at]
-        store(self.y, ACTIVATIONS[self.conv.activation](value, count), at)
+        store(self.y, activate(self.conv.activation, value, count), at)
 
 
 def linear(matrix: np.ndarray, values: Sequence[Expr], count: int) -> list[Expr]:

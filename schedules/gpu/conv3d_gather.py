@@ -16,7 +16,8 @@ import numpy as np
 from tvm import tirx
 
 from ..convolution import Convolution
-from ..emit import ACTIVATIONS, FLOAT, INT, Expr, argument, flat, kernel, lanes, let, number, serial, store, when
+from ..emit import FLOAT, INT, Expr, argument, flat, kernel, lanes, let, number, serial, store, when
+from ..epilogue import activate
 from ..plans import channel_list_shape
 from .emit import QUAD, barrier, each_element, integer, launch, parts, pick, read, registers, shared, write, zeros
 from .row_plan import BlockPlan, has_border
@@ -145,7 +146,7 @@ class Arguments:
         value = value + self.bias[lanes(channel, count)]
         if self.residual is not None:
             value = value + read(self.residual, target, count)
-        write(self.y, self.finished(ACTIVATIONS[self.conv.activation](value, count), channel, count), target, count)
+        write(self.y, self.finished(activate(self.conv.activation, value, count), channel, count), target, count)
 
     def finished(self, value: Expr, channel: Expr, count: int) -> Expr:
         """What is stored for output channels ``channel …``."""

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +234,8 @@ class Model:
 
 def _api_of(library: Path) -> _Api:
     try:
-        get = ctypes.CDLL(str(library)).dance_model_api
+        written = library.stat()
+        get = _loaded(library, written.st_ino, written.st_mtime_ns).dance_model_api
     except OSError as error:
         raise ModelError(f"{library} cannot be loaded: {error}") from None
     except AttributeError:
@@ -241,6 +245,16 @@ def _api_of(library: Path) -> _Api:
     if not found:
         raise ModelError(f"{library} has no C interface of version {VERSION}: build it anew")
     return found.contents
+
+
+@cache
+def _loaded(library: Path, *_written: int) -> ctypes.CDLL:
+    """The library as it was written then. It is loaded by a path of its own: the dynamic loader takes a path that it
+    knows for what lay there first."""
+    with tempfile.TemporaryDirectory(prefix="dance_model_") as folder:
+        copied = Path(folder, library.name)
+        shutil.copyfile(library, copied)
+        return ctypes.CDLL(str(copied))
 
 
 def _listed(list_: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

@@ -1,0 +1,22 @@
+"""exp and its like become vector code in every function of a module for a CPU."""
+
+from __future__ import annotations
+
+import tvm
+from tvm import tirx
+
+from dance_tvm.schedules.elementary import written_out
+
+
+@tvm.transform.module_pass(opt_level=0, name="VectorMath")
+class VectorMath:
+    """Write the elementary functions of every PrimFunc out, whoever made it."""
+
+    def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        """Rewrite each PrimFunc that has any."""
+        for name, func in list(mod.functions_items()):
+            if isinstance(func, tirx.PrimFunc):
+                changed = written_out(func)
+                if not changed.same_as(func):
+                    mod[name] = changed
+        return mod
