@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeAlias
 
 from tvm import s_tir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-Expr = Any
+#: An expression of TIR; Python's numbers stand for constants.
+Expr: TypeAlias = tirx.Expr
 
 FLOAT = "float32"
 INT = "int32"

@@ -105,7 +105,9 @@ def write(
         lowered = replace(lowered, weights=weights or {})
         with TemporaryDirectory() as folder:
             code = compile_lowered(lowered, target, Options(threads=1), Path(folder))
-            return write_program(out, lowered, code, manifest, target, most_inline=0 if weights else MOST_INLINE)
+            return write_program(
+                out, lowered, code, manifest, target, Options(), most_inline=0 if weights else MOST_INLINE
+            )
     executable = tvm.compile(lowered.mod, target.tvm_target(1))
     linker = shared_library_linker(target)
     return write_artifact(

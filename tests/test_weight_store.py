@@ -59,7 +59,7 @@ def test_what_kernels_read_is_what_was_packed(network, conv, most_inline, tmp_pa
     lowered = lower(imported.mod, target, options)
     code = compile_lowered(lowered, target, options, tmp_path)
     manifest: Manifest = new_manifest(imported, target, options)
-    write_program(tmp_path / "a", lowered, code, manifest, target, most_inline=most_inline)
+    write_program(tmp_path / "a", lowered, code, manifest, target, options, most_inline=most_inline)
     packed = program_of(code.planned, list(lowered.weights.values())).weights
     kinds = {
         lowered.sources[array_digest(each)].preparation.kind for each in packed if array_digest(each) in lowered.sources

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -108,6 +108,22 @@ def link_program(output: str | Path, objects: Sequence[str | Path], target: Targ
     others = [name for name in target.link.needed if name != "libtvm_ffi.so"]
     needed = ["libc.so", *others] if "android" in triple else others
     link_shared(output, objects, triple, needed, target.link.page_size)
+
+
+def join_objects(output: str | Path, objects: Sequence[str | Path], names: Mapping[str, str], triple: str) -> None:
+    """Join object files for `triple` into the object file `output`; `names` are further ones for symbols, name: symbol.
+
+    Raises as linking does.
+    """
+    script = Path(output).with_suffix(".ld")
+    script.write_text("".join(f'"{name}" = "{symbol}";\n' for name, symbol in names.items()), encoding="utf-8")
+    flags = ["-m", _emulation(triple), "-r", "-o", str(output)]
+    _run([*lld_command(), *flags, *map(str, objects), str(script)], tool="lld")
+
+
+def archive(output: str | Path, objects: Sequence[str | Path]) -> None:
+    """Pack object files into the static library `output`, without times and owners; raises as linking does."""
+    _run([*lld_command()[:-1], "ar", "rcsD", str(output), *map(str, objects)], tool="zig ar")
 
 
 def _emulation(triple: str) -> str:

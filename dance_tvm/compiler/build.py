@@ -155,7 +155,7 @@ def build_network(
             manifest.layers = lowered.layers
             clock.start("link")
             if chosen.interface == "c":
-                artifact = write_program(out, lowered, code, manifest, machine, checked, reference)
+                artifact = write_program(out, lowered, code, manifest, machine, chosen, checked, reference)
             else:
                 packing, manifest.device_code = embed_device_code(
                     code.executable, machine, chosen.device_code == "compiled"

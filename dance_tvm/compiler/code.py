@@ -10,6 +10,7 @@ from tvm import relax
 from tvm.relax import vm_build
 from tvm.tirx.build import codegen_build
 
+from dance_tvm.artifact.linker import join_objects, target_triple
 from dance_tvm.compiler.kernel_cache import KernelCache
 from dance_tvm.compiler.kernels import compile_kernels
 from dance_tvm.compiler.pipeline import Options
@@ -20,7 +21,7 @@ from dance_tvm.machines.target import Target
 
 @dataclass(frozen=True)
 class Code:
-    """``executable`` is what the virtual machine walks, ``kernels`` are files to link with it, and ``planned`` is the
+    """``executable`` is what the virtual machine walks, ``kernels`` are object files to link with it, ``planned`` is the
     module whose memory is planned. A GPU's kernels lie within the executable."""
 
     executable: relax.VMExecutable
@@ -38,11 +39,13 @@ def compile_lowered(lowered: Lowered, machine: Target, options: Options, folder:
             planned = relax.get_pipeline("default_build")(lowered.mod)
         builder = relax.ExecBuilder()
         functions = vm_build._filter_tir(vm_build._vmcodegen(builder, planned)) or tvm.IRModule({})
-        kernels = compile_kernels(functions, target, folder, KernelCache() if options.cache else None)
+        objects, names = compile_kernels(functions, target, folder, KernelCache() if options.cache else None)
+        kernels = folder / "kernels.o"
+        join_objects(kernels, objects, names, target_triple(machine))
         # A library without functions: the kernels join it when it is linked.
         library = codegen_build(tvm.IRModule({}), target)
         executable = relax.VMExecutable(vm_build._ffi_api.VMLink(builder, target, library, [], {}))
-    return Code(executable, planned, kernels)
+    return Code(executable, planned, [str(kernels)])
 
 
 def _compile_for_gpu(mod: tvm.IRModule, target: tvm.target.Target) -> Code:

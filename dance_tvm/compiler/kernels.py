@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -52,8 +52,8 @@ def compile_kernels(
     target: tvm.target.Target,
     folder: Path,
     cache: KernelCache | None = None,
-) -> list[str]:
-    """Files in ``folder`` to link: an object for each different PrimFunc of ``kernels``, and a list of their names.
+) -> tuple[list[str], dict[str, str]]:
+    """Object files in ``folder``, one for each different PrimFunc of ``kernels``, and the symbol by each name.
 
     TVM's configuration is that of the current pass context. What ``cache`` holds is taken from there, and what it
     lacks put there.
@@ -76,7 +76,8 @@ def compile_kernels(
     _compile_all(missing, target, folder, config, cache)
     if cache is not None and missing:
         cache.shrink()
-    return [*sorted(str(_object(kernel, folder)) for kernel in wanted.values()), _aliases(names, folder)]
+    objects = sorted(str(_object(kernel, folder)) for kernel in wanted.values())
+    return objects, {f"{SYMBOL}{name}": f"{SYMBOL}{names[name]}" for name in sorted(names)}
 
 
 def _keyed(func: tirx.PrimFunc, fixed: str) -> _Kernel:
@@ -160,11 +161,3 @@ def _without(module: tvm.IRModule, attribute: str) -> tvm.IRModule:
 
 def _object(kernel: _Kernel, folder: Path) -> Path:
     return folder / f"{kernel.name}.o"
-
-
-def _aliases(names: Mapping[str, str], folder: Path) -> str:
-    """A script for the linker that gives each symbol the names it is called by."""
-    path = folder / "names.ld"
-    lines = [f'"{SYMBOL}{name}" = "{SYMBOL}{names[name]}";\n' for name in sorted(names)]
-    path.write_text("".join(lines), encoding="utf-8")
-    return str(path)

@@ -17,7 +17,7 @@ from dance_tvm.compiler.requests import require_buildable
 from dance_tvm.core.errors import DanceError
 from dance_tvm.lowering.gpu_windows import GpuLowering
 from dance_tvm.lowering.lower_norms import LowerNorms
-from dance_tvm.lowering.lower_windows import LowerWindows
+from dance_tvm.lowering.lower_windows import LowerWindows, Memory
 from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.lowering.machine import gpu_of, machine_of
 from dance_tvm.records.group_log import group_cost
@@ -61,6 +61,10 @@ class Options:
     device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16"] = "float32"
     interface: Literal["tvm", "c"] = "tvm"
+    memory: Memory = "fast"
+    weights_dtype: Literal["float32", "float16"] = "float32"
+    prepared: bool = False
+    static: bool = False
     cache: bool = True
 
 
@@ -77,6 +81,7 @@ def lower(
         tuning=options.tuning,
         convolution="direct" if options.numerics == "exact" else options.conv,
         lowering=partial(GpuLowering, dtype=options.dtype) if gpu else None,
+        memory=options.memory,
         group_cost=group_cost(target, options.threads, partial(excess_cycles, machine), options.logs),
     )
     lift_weights = LiftWeights()

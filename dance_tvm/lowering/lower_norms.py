@@ -180,7 +180,7 @@ class _Lowering:
                 outer,
                 math.prod(now[span.first : span.first + span.axes]),
                 inner,
-                kind,  # type: ignore[arg-type]
+                kind,  # type: ignore[arg-type]  # what REDUCTIONS names
                 self.machine.vector_floats if isinstance(self.machine, Machine) else 1,
                 self.threads,
                 squared,

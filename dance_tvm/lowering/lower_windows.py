@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tvm
@@ -53,6 +53,15 @@ WORTH_TELLING = 0.01
 #: thousandth of the time of so large a layer than megabytes in the artifact.
 MOST_CONSTANT_LISTS = 1 << 18
 
+#: How many times its weights a layer's transformed ones may take, and the bytes of weights from which on that counts.
+#: 2.4 lets through tiles of two along every axis, or of three along two; 1 no transform at all.
+Memory = Literal["small", "balanced", "fast"]
+MOST_GROWTH: dict[Memory, tuple[float, int]] = {
+    "small": (1.0, 1 << 18),
+    "balanced": (2.4, 1 << 20),
+    "fast": (math.inf, 0),
+}
+
 #: The function beside ``main`` that runs the planning alone. It takes what ``main`` takes and returns int32 (rows, 4):
 #: for every convolution and linear layer, in the order of ``Lowered.layers``, its number, and how many pairs of output
 #: row and tap, input channels and output channels one call works on: the product of the three is the
@@ -74,7 +83,9 @@ class LowerWindows:
         convolution: str = "direct",
         lowering: Callable[..., Lowering] | None = None,
         group_cost: Callable[[KernelGroups], float] | None = None,
+        memory: Memory = "fast",
     ) -> None:
+        self.memory = memory
         self.group_cost = group_cost
         self.lowering: Callable[..., Lowering] = lowering or Lowering
         self.machine = machine
@@ -106,6 +117,7 @@ class LowerWindows:
             sparsity=self.sparsity,
             convolution=self.convolution,
             group_cost=self.group_cost,
+            memory=self.memory,
             chains={chain.end: chain for chain in chains},
         )
         with one_thread() if self.threads == 1 else nullcontext():
@@ -144,6 +156,7 @@ class Lowering:
     dtype: str = "float32"
     #: What packed weights were made of, by their digest.
     sources: dict[bytes, Source] = field(default_factory=dict)
+    memory: Memory = "fast"
 
     def run(self) -> tvm.IRModule:
         """Emit the network with kernels in the place of sites, and the counts of what they will execute beside it.
@@ -374,7 +387,9 @@ class Lowering:
         samples = window.batch if window.batch > 1 and (live_in or wanted.channels) else 1
         direct = self._choose(site, alive, wanted, samples)
         workload = self.workloads[site.start.name]
-        choice, self.tuned = choose_kernel(direct, self.tuned, workload, self.machine, self.convolution, self.tuning)
+        choice, self.tuned = choose_kernel(
+            direct, self.tuned, workload, self.machine, self.convolution, self.tuning, self._most_growth(site)
+        )
         conv = choice.conv
         plan = conv.plan
         data = self._as_video(self._emit(site.data), (window.batch, *window.size, site.channels_in))
@@ -398,6 +413,11 @@ class Lowering:
         else:
             func = conv3d_kgs(conv) if isinstance(conv, KernelGroupConv) else conv3d_gather(conv)
         return self._as_video(self._kernel(func, args, [out_shape], "float32"), shape_of(site.end))
+
+    def _most_growth(self, site: Site) -> float:
+        """How many times the site's weights a kernel's may take."""
+        most, large = MOST_GROWTH[self.memory]
+        return most if site.weight.nbytes > large else math.inf
 
     def _is_depthwise(self, site: Site, wanted: Live) -> bool:
         """Whether the depthwise kernel computes the site; it leaves out frames, and no single positions."""

@@ -35,6 +35,7 @@ from dance_tvm.schedules.gpu import row_plan as gpu_row_plan
 from dance_tvm.schedules.gpu.conv3d_gather import BlockConv
 from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
 from dance_tvm.schedules.gpu.emit import each_element, read, write
+from dance_tvm.schedules.plans import channel_list_shape
 from dance_tvm.schedules.workload import Workload
 from dance_tvm.tuning.farm import CountedSession
 from dance_tvm.tuning.libraries import Library, device_code_of, open_library
@@ -289,7 +290,7 @@ def _conv_arguments(library: Library, instance: Instance, conv: Conv, masks: Map
         return [*arguments, *lists, *_column_arguments(library, instance.workload, conv, masks)]
     arguments += lists[: len(LISTS)] if isinstance(conv, WinogradConv) else lists
     for name, channels in instance.channel_lists():
-        listed = library.empty(channel_plan.channel_list_shape(instance.workload.samples, channels), INT)
+        listed = library.empty(channel_list_shape(instance.workload.samples, channels), INT)
         library.call(f"plan_{name}", masks[name], listed)
         arguments.append(listed)
     if isinstance(conv, WinogradConv):

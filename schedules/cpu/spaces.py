@@ -22,7 +22,7 @@ from .conv3d_kgs import KernelGroupConv, kernel_group_tile
 from .pool3d import Pool, default_vectors
 from .tiles import Machine, Tile, candidates, default_tile, predicted_cycles, window_cycles
 from .winograd import WinogradConv
-from .winograd_choice import MOST_SCRATCH, Choice, best, choose, configured, options, why_not, winograd_seconds
+from .winograd_choice import MOST_SCRATCH, Choice, best, choose, configured, growth, options, why_not, winograd_seconds
 
 #: Register tiles that the model of ``tiles.predicted_cycles`` holds for this much slower than its best are not tried.
 WORTH_TRYING = 1.5
@@ -605,13 +605,14 @@ def choose_kernel(
     machine: Machine,
     wanted: str = "auto",
     log: TuningLog | None = None,
+    most_growth: float = math.inf,
 ) -> tuple[Choice, str]:
     """``conv`` or Winograd in its place, and the record that chose its sizes ("": the defaults).
 
     The model of time decides, unless the log holds measurements of both for this very workload. ``origin`` tells where
-    the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd.
+    the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd, ``most_growth`` that of ``choose``.
     """
-    choice = choose(conv, machine, workload.threads, wanted)
+    choice = choose(conv, machine, workload.threads, wanted, most_growth)
     default = (choice, origin if choice.conv is conv else "")
     if log is None or wanted == "direct" or why_not(conv):
         return default
@@ -621,6 +622,8 @@ def choose_kernel(
     if advice is None or not space.allows(decisions):
         return default
     tuned = space.fitted(conv, decisions)
+    if growth(tuned) > most_growth:
+        return default
     direct = log.advise(workload)
     if wanted == "auto" and direct and (direct.workload, advice.workload) == (workload, transformed):
         kind = "kernel groups" if isinstance(conv, KernelGroupConv) else "direct"

@@ -6,6 +6,7 @@ them there are, how many weights stream past them, and what the transforms add.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
@@ -82,13 +83,18 @@ def _can_transform(conv: GatherConv, axis: int) -> bool:
     return (window.kernel[axis], window.stride[axis], window.dilation[axis]) == (3, 1, 1)
 
 
-def choose(conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto") -> Choice:
-    """``conv`` itself or the Winograd kernel predicted to be faster; ``wanted`` is auto, direct or winograd."""
+def choose(
+    conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto", most_growth: float = math.inf
+) -> Choice:
+    """``conv`` itself or the Winograd kernel predicted to be faster; ``wanted`` is auto, direct or winograd.
+
+    Transformed weights take at most ``most_growth`` times the memory of the layer's own.
+    """
     if wanted == "direct":
         return Choice(conv, "")
     if refusal := why_not(conv):
         return Choice(conv, f"direct: {refusal}" if wanted == "winograd" else "")
-    found = best(conv, machine, threads)
+    found = best(conv, machine, threads, most_growth=most_growth)
     if found is None:
         return Choice(conv, "direct: no tile's transformed inputs fit the memory allowed")
     direct, transformed = direct_seconds(conv, machine, threads), winograd_seconds(found, machine, threads)
@@ -100,15 +106,26 @@ def choose(conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto
 
 
 def best(
-    conv: GatherConv, machine: Machine, threads: int, densities: Sequence[float] | None = None
+    conv: GatherConv,
+    machine: Machine,
+    threads: int,
+    densities: Sequence[float] | None = None,
+    most_growth: float = math.inf,
 ) -> WinogradConv | None:
     """The Winograd kernel with the shortest predicted time, a smaller one's weights preferred where they are close."""
     chosen, least = None, float("inf")
     for option in sorted(options(conv, machine), key=lambda option: option.plan.xi * option.plan.taps):
+        if growth(option) > most_growth:
+            break
         seconds = winograd_seconds(option, machine, threads, densities)
         if seconds < least * (WORTH_MEMORY if chosen and _weights(option) > _weights(chosen) else 1.0):
             chosen, least = option, seconds
     return chosen
+
+
+def growth(conv: WinogradConv) -> float:
+    """How many times the memory of the layer's own weights the transformed ones take."""
+    return _weights(conv) / conv.window.taps
 
 
 def _weights(conv: WinogradConv) -> int:

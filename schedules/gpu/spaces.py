@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from ..cpu.spaces import SPACES, Decisions, Space, TuningLog, decide
+from ..cpu.spaces import SPACES, Space, TuningLog, decide
 from ..cpu.tiles import Machine
 from ..geometry import Window
-from ..workload import KERNEL_GROUPS, Workload
+from ..workload import KERNEL_GROUPS, Decisions, Workload
 from .conv3d_gather import BlockConv
 from .conv3d_kgs import GroupConv
 from .row_plan import block_plan
