@@ -21,7 +21,7 @@ from dance_tvm.machines.target import Target
 
 @dataclass(frozen=True)
 class Code:
-    """``executable`` is what the virtual machine walks, ``kernels`` are object files to link with it, and ``planned`` is
+    """``executable`` is what the virtual machine walks, ``kernels`` are object files to link with it. ``planned`` is
     the module whose memory is planned. A GPU's kernels lie within the executable."""
 
     executable: relax.VMExecutable

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import mean
 
+from ..convolution import LayerKernel
 from ..geometry import Triple, Window
+from ..layer import Choice
 from .conv3d_gather import GatherConv
 from .conv3d_kgs import KernelGroupConv
 from .tiles import WEIGHTS_SHARE_OF_L1, Machine, Tile, candidates, predicted_cycles, tap_tiles
@@ -54,14 +56,6 @@ PATCHES_IN_TILE = 2
 WORTH_MEMORY = 0.95
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The kernel chosen for a layer, and why in one sentence."""
-
-    conv: GatherConv | WinogradConv
-    reason: str
-
-
 def why_not(conv: GatherConv) -> str:
     """Why no Winograd kernel can compute ``conv``; empty if one can."""
     window = conv.window
@@ -85,7 +79,7 @@ def _can_transform(conv: GatherConv, axis: int) -> bool:
 
 def choose(
     conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto", most_growth: float = math.inf
-) -> Choice:
+) -> Choice[LayerKernel]:
     """``conv`` itself or the Winograd kernel predicted to be faster; ``wanted`` is auto, direct or winograd.
 
     Transformed weights take at most ``most_growth`` times the memory of the layer's own.
@@ -163,8 +157,10 @@ def configured(conv: GatherConv, m: Triple, columns: int, tile: Tile) -> Winogra
     """The Winograd kernel in the place of ``conv``, with tiles of ``m`` outputs and so many columns in a chunk."""
     plan = conv.plan
     return WinogradConv(
+        conv.window,
         conv.channels_in,
         conv.channels_out,
+        1,
         tile,
         WinogradPlan(conv.window, m, tile.mr, columns, plan.samples, plan.in_frames, plan.out_frames, plan.positions),
         conv.live_in,
@@ -183,7 +179,6 @@ def _steps(total: int) -> list[int]:
 
 def _register_tile(conv: GatherConv, machine: Machine, plan: WinogradPlan) -> Tile:
     """The register tile with the fewest predicted cycles over the runs of a full chunk, its sums blocked for L1."""
-
     runs = _runs(plan)
 
     def cycles(tile: tuple[int, int, int]) -> float:
