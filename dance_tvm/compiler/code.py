@@ -21,9 +21,8 @@ from dance_tvm.machines.target import Target
 
 @dataclass(frozen=True)
 class Code:
-    """What a build compiles: ``executable`` is what the virtual machine walks, ``kernels`` are object files to link
-    with it, ``planned`` is the module whose memory is planned. A GPU's kernels lie within the executable.
-    """
+    """``executable`` is what the virtual machine walks, ``kernels`` are object files to link with it. ``planned`` is
+    the module whose memory is planned. A GPU's kernels lie within the executable."""
 
     executable: relax.VMExecutable
     planned: tvm.IRModule

@@ -125,8 +125,7 @@ def _before_kernels(narrow: Passes) -> list[tuple[str, Passes]]:
 def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int) -> list[tuple[str, Passes]]:
     """What is done to the operators that no sparse kernel took."""
     return [
-        ("constant lists", [FoldLists()]),
-        ("norms", [LowerNorms(gpu or machine, threads)]),
+        ("norms", [FoldLists(), LowerNorms(gpu or machine, threads)]),
         (
             "other operators",
             [
