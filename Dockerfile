@@ -1,5 +1,5 @@
 # Builds and runs artifacts for this machine, phones and boards: docker build -t dance-tvm . &&
-#   docker run --rm -v "$PWD:/work" dance-tvm build --model net.pt2 --target snapdragon
+#   docker run --rm -v "$PWD:/data" dance-tvm build --model net.pt2 --target snapdragon
 FROM python:3.12-slim-bookworm
 
 # For the emulated device, on which code for Arm is checked: --build-arg EMULATOR=1 (it then runs with --privileged).
@@ -16,6 +16,6 @@ COPY targets targets
 COPY tuning_logs tuning_logs
 RUN pip install --no-cache-dir -c constraints.txt '.[onnx,train,tune,report]'
 
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["dance-tvm"]
 CMD ["--help"]

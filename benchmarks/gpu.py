@@ -31,8 +31,9 @@ from dance_tvm.core.cli import plain_errors
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.launches import device_code
 from dance_tvm.machines.target import Gpu, Target, load_target
+from dance_tvm.schedules.kernel import Kernel, Weights
 
-from .kernels import C3D, R2PLUS1D, Layer, Masks
+from .kernels import C3D, R2PLUS1D, Layer, Masks, calls_of
 
 STATIC_TARGETS = ("jetson-nano", "jetson-orin-nano")
 NETWORKS = ("c3d", "r2plus1d-18")
@@ -159,10 +160,7 @@ def network_kernels(network: str, target: Target, imported: dict[str, Any]) -> d
 def sparse_kernels(layer: Layer, target: Target) -> dict[str, dict[str, Any]]:
     """Kernels of a layer by what thins it."""
     from dance_tvm.lowering.machine import gpu_of
-    from dance_tvm.schedules.gpu.channel_plan import plan_channels
-    from dance_tvm.schedules.gpu.conv3d_gather import conv3d_gather
-    from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv, conv3d_kgs, plan_columns
-    from dance_tvm.schedules.gpu.row_plan import plan_rows
+    from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
     from dance_tvm.schedules.gpu.tiles import default_tile
 
     some = np.ones((1, *layer.window.out[1:]), bool)
@@ -177,9 +175,7 @@ def sparse_kernels(layer: Layer, target: Target) -> dict[str, dict[str, Any]]:
     kernels: dict[str, dict[str, Any]] = {}
     for name, masks in thinned.items():
         conv = block_conv(layer, target, masks)
-        kernels[name] = {conv.name: conv3d_gather(conv), "plan_rows_gpu": plan_rows(conv.plan)}
-        if masks.live_in is not None:
-            kernels[name]["plan_channels_gpu"] = plan_channels(1, layer.channels_in)
+        kernels[name] = {each.name: each.primfunc() for each in _with_planners(conv)}
     for filters in (8, 16, 32):
         plain = block_conv(layer, target, Masks())
         gpu = gpu_of(target)
@@ -188,11 +184,12 @@ def sparse_kernels(layer: Layer, target: Target) -> dict[str, dict[str, Any]]:
         fields = {field: getattr(plain, field) for field in plain.__dataclass_fields__}
         columns = layer.channels_out // filters * layer.channels_in * layer.window.taps // 3
         groups = GroupConv(**{**fields, "tile": tile, "live_in": True}, columns=columns)
-        kernels[f"groups of {filters} filters"] = {
-            groups.name: conv3d_kgs(groups),
-            "plan_columns_gpu": plan_columns(groups),
-        }
+        kernels[f"groups of {filters} filters"] = {each.name: each.primfunc() for each in _with_planners(groups)}
     return kernels
+
+
+def _with_planners(kernel: Kernel) -> list[Kernel]:
+    return [kernel, *(each.planner for each in kernel.lists())]
 
 
 def static_rows(network: str, function: str, func: Any, target: Target) -> list[StaticRow]:
@@ -349,46 +346,24 @@ class LayerOnGpu:
     """A layer's kernels on a device: its planners, and the convolution on random data."""
 
     def __init__(self, layer: Layer, target: Target, device: Device, masks: Masks | None = None) -> None:
-        from dance_tvm.schedules.gpu.channel_plan import plan_channels
-        from dance_tvm.schedules.gpu.conv3d_gather import conv3d_gather
-        from dance_tvm.schedules.gpu.row_plan import plan_rows
-        from dance_tvm.schedules.plans import channel_list_shape
-
         masks = masks or Masks()
         conv = self.conv = block_conv(layer, target, masks)
-        plan, window = conv.plan, conv.window
-        self._device = device
+        window, self._device = conv.window, device
         rng = np.random.default_rng(0)
-        given = {"in_frames": masks.in_frames, "out_frames": masks.out_frames, "positions": masks.positions}
-        fields = {
-            key: device.upload(np.ascontiguousarray(np.broadcast_to(given[key], shape), "float32"))
-            for key, shape in plan.masks.items()
-        }
-        lists = [device.upload(np.zeros(shape, "int32")) for shape in plan.shapes.values()]
-        tables = [device.upload(table) for table in plan.tables.values()]
-        self._planners = [device.prepare(plan_rows(plan), [*fields.values(), *tables, *lists])]
         x = rng.standard_normal((1, *window.size, conv.channels_in), dtype="float32")
-        weight = rng.standard_normal(conv.weight_shape, dtype="float32") * 0.01
-        arrays = [x, weight, np.zeros(conv.bias_size, "float32"), plan.tap_entries]
-        args = [device.upload(np.ascontiguousarray(array)) for array in arrays] + lists
-        for live, count in ((masks.live_in, conv.depth), (masks.live_out, conv.channels_out)):
-            if live is not None:
-                listed = device.upload(np.zeros(channel_list_shape(1, count), "int32"))
-                mask = device.upload(live[None].astype("float32"))
-                self._planners.append(device.prepare(plan_channels(1, count), [mask, listed]))
-                args.append(listed)
-        if conv.zero_dead:
-            args += [fields[key] for key in ("out_frames", "positions") if key in fields]
-        args.append(device.upload(np.zeros((1, *window.out, conv.channels_out), "float32")))
-        self._run = device.prepare(conv3d_gather(conv), args)
+        weight = rng.standard_normal((conv.channels_out, conv.depth, *window.kernel), dtype="float32") * 0.01
+        given = {"in_frames": masks.in_frames, "out_frames": masks.out_frames, "positions": masks.positions}
+        given |= {"in_channels": masks.live_in, "out_channels": masks.live_out}
+        weights = Weights(weight, np.zeros(conv.channels_out, "float32"))
+        calls = calls_of(conv, device.upload, x, weights, given)
+        self._calls = [device.prepare(kernel.primfunc(), [*args.values()]) for kernel, args in calls]
 
     def seconds(self) -> float:
         """One planning and one run."""
 
         def both() -> None:
-            for planner in self._planners:
-                planner()
-            self._run()
+            for call in self._calls:
+                call()
 
         return self._device.seconds(both)
 
@@ -447,10 +422,10 @@ def _share(shape: tuple[int, ...], density: float) -> np.ndarray:
 
 def launch_overhead(device: Device) -> float:
     """Seconds of a launch that does next to nothing."""
-    from dance_tvm.schedules.gpu.channel_plan import plan_channels
+    from dance_tvm.schedules.gpu.channel_plan import ChannelPlan
 
-    mask, listed = device.upload(np.ones((1, 1), "float32")), device.upload(np.zeros((1, 3), "int32"))
-    call = device.prepare(plan_channels(1, 1), [mask, listed])
+    planner = ChannelPlan(1, 1)
+    call = device.prepare(planner.primfunc(), [device.upload(np.ones(o.shape, o.dtype)) for o in planner.operands()])
     call()
     return median(device.seconds(call) for _ in range(50))
 

@@ -19,6 +19,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from dance_tvm.artifact.c_interface import INTERFACE
 from dance_tvm.artifact.folder import Artifact, load_artifact
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
@@ -29,15 +30,16 @@ from dance_tvm.device.instruction_counter import InstructionCounter
 TIMEOUT_S = 3600
 CALLS = 3
 
-# What the emulated Python runs: model.so, inputs.npz, weights in order, and how often.
+# What the emulated Python runs: an artifact, inputs.npz, the folder of dance_model.py, and how often.
 PROGRAM = """
-import sys, numpy, tvm
-from tvm.runtime.vm import VirtualMachine
-library, inputs, calls = sys.argv[1], numpy.load(sys.argv[2]), int(sys.argv[3])
-machine = VirtualMachine(tvm.runtime.load_module(library), tvm.cpu())
-arguments = [tvm.runtime.tensor(inputs[name]) for name in sorted(inputs.files, key=lambda name: int(name[4:]))]
-for _ in range(calls):
-    machine["main"](*arguments)
+import sys
+sys.path.insert(0, sys.argv[3])
+import numpy
+from dance_model import Model
+inputs = dict(numpy.load(sys.argv[2]))
+with Model(sys.argv[1], 1) as model:
+    for _ in range(int(sys.argv[4])):
+        model.run(inputs)
 """
 
 
@@ -72,10 +74,9 @@ def instructions(artifact: Artifact, calls: int = CALLS) -> int:
     """
     system = prepare(lambda _sentence: None)
     with tempfile.TemporaryDirectory() as folder:
-        inputs = random_inputs(artifact.manifest.inputs)
-        arguments = [inputs[tensor.name] for tensor in artifact.manifest.inputs] + list(artifact.weights())
-        np.savez(Path(folder) / "inputs.npz", *arguments)
-        return count_calls(python_command(system), PROGRAM, [artifact.library, Path(folder) / "inputs.npz"], calls)
+        place = Path(folder) / "inputs.npz"
+        np.savez(place, **random_inputs(artifact.manifest.inputs))  # type: ignore[arg-type]  # names are not options
+        return count_calls(python_command(system), PROGRAM, [artifact.path, place, INTERFACE], calls)
 
 
 def main(artifacts: Annotated[list[Path], typer.Argument(help="built for aarch64, the dense one first")]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import tvm
@@ -10,14 +12,12 @@ from tvm import tirx
 
 from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import Target
-from dance_tvm.schedules.cpu.channel_plan import plan_channels
-from dance_tvm.schedules.cpu.compact_channels import compact_channels
-from dance_tvm.schedules.cpu.conv3d_gather import GatherConv, conv3d_gather
-from dance_tvm.schedules.cpu.row_plan import plan_rows
+from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
+from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.tiles import Tile, default_tile
 from dance_tvm.schedules.emit import argument, kernel, lanes, let, number, parallel, scratch, serial, splat, store
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.schedules.plans import RowPlan, channel_list_shape
+from dance_tvm.schedules.kernel import Kernel, Weights
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,23 @@ class Masks:
     live_out: np.ndarray | None = None  # (C_out,)
 
 
+class Timed:
+    """A compiled kernel with its arguments."""
+
+    def __init__(self, kernel: Kernel, target: tvm.target.Target, args: Mapping[str, tvm.runtime.Tensor]) -> None:
+        self.name, self.args = kernel.name, [*args.values()]
+        self.library = build(kernel.primfunc(), target)
+
+    def __call__(self) -> None:
+        """Run it."""
+        self.library[self.name](*self.args)
+
+    def seconds(self, repeat: int, min_repeat_ms: int) -> float:
+        """Median time of one call."""
+        timer = self.library.mod.time_evaluator(self.name, tvm.cpu(), 1, repeat, min_repeat_ms)
+        return float(np.median(timer(*self.args).results))
+
+
 class Runner:
     """A compiled layer with its lists planned, ready to be timed; weights and input are random."""
 
@@ -110,62 +127,30 @@ class Runner:
         self._prepare(masks)
 
     def _prepare(self, masks: Masks) -> None:
-        conv, plan = self.conv, self.conv.plan
+        conv, window = self.conv, self.conv.window
         rng = np.random.default_rng(0)
-        given = {"in_frames": masks.in_frames, "out_frames": masks.out_frames, "positions": masks.positions}
-        fields = {
-            key: tensor(np.broadcast_to(given[key], shape).astype("float32")) for key, shape in plan.masks.items()
-        }
-        lists = [tensor(np.zeros(shape, "int32")) for shape in plan.shapes.values()]
-        planner = build(plan_rows(plan), self.tvm_target)
-        tables = [tensor(table) for table in plan.tables.values()]
-        self.plan_call = (planner, [*fields.values(), *tables, *lists])
-        planner["plan_rows"](*self.plan_call[1])
-        window = conv.window
         x = rng.standard_normal((window.batch, *window.size, conv.channels_in), dtype="float32")
-        args = [tensor(x), tensor(rng.standard_normal(conv.weight_shape, dtype="float32") * 0.01)]
-        args += [tensor(np.zeros(conv.bias_size, "float32")), tensor(plan.tap_entries), *lists]
-        self.compact_call = None
-        for live, count in ((masks.live_in, conv.depth), (masks.live_out, conv.channels_out)):
-            if live is not None:
-                listed = tensor(np.zeros(channel_list_shape(1, count), "int32"))
-                build(plan_channels(1, count), self.tvm_target)["plan_channels"](
-                    tensor(live[None].astype("float32")), listed
-                )
-                args.append(listed)
-                if live is masks.live_in:
-                    args[0] = self._compact(args[0], listed)
-        if conv.zero_dead:
-            args += [fields[key] for key in ("out_frames", "positions") if key in fields]
-        self.args = [*args, tensor(np.zeros((window.batch, *window.out, conv.channels_out), "float32"))]
-        self.library = build(conv3d_gather(conv), self.tvm_target)
-        pairs = int(lists[-1].numpy()[0, 3])
+        weight = rng.standard_normal((conv.channels_out, conv.depth, *window.kernel), dtype="float32") * 0.01
+        given = {"in_frames": masks.in_frames, "out_frames": masks.out_frames, "positions": masks.positions}
+        given |= {"in_channels": masks.live_in, "out_channels": masks.live_out}
+        weights = Weights(weight, np.zeros(conv.channels_out, "float32"))
+        *planners, (_, args) = calls_of(conv, tensor, x, weights, given)
+        self.planners = [Timed(planner, self.tvm_target, named) for planner, named in planners]
+        for planner in self.planners:
+            planner()
+        self.kernel = Timed(conv, self.tvm_target, args)
+        pairs = int(args["counts"].numpy()[0, 3])
         channels = conv.depth if masks.live_in is None else int(masks.live_in.sum())
         outputs = conv.channels_out if masks.live_out is None else int(masks.live_out.sum())
         self.macs = pairs * channels * outputs
 
-    def _compact(self, x: tvm.runtime.Tensor, listed: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
-        y = tensor(np.zeros(x.shape, "float32"))
-        built = build(
-            compact_channels(self.conv.window, self.conv.channels_in, 1, False, self.conv.tile.vector_floats),
-            self.tvm_target,
-        )
-        self.compact_call = (built, [x, listed, y])
-        built["compact_channels"](x, listed, y)
-        return y
-
     def seconds(self, repeat: int = 3) -> float:
         """Median time of one call."""
-        timer = self.library.mod.time_evaluator(self.conv.name, tvm.cpu(), number=1, repeat=repeat, min_repeat_ms=20)
-        return float(np.median(timer(*self.args).results))
+        return self.kernel.seconds(repeat, min_repeat_ms=20)
 
     def plan_seconds(self) -> float:
-        """Median time of planning the rows and compacting the input, once each."""
-        return sum(
-            float(np.median(call[0].mod.time_evaluator(name, tvm.cpu(), 1, 3, 5)(*call[1]).results))
-            for name, call in (("plan_rows", self.plan_call), ("compact_channels", self.compact_call))
-            if call is not None
-        )
+        """Median time of planning the lists and compacting the input, once each."""
+        return sum(planner.seconds(3, min_repeat_ms=5) for planner in self.planners)
 
     def with_tile(self, target: Target, threads: int, **changes: int) -> Runner:
         """The dense layer again with another tile."""
@@ -175,6 +160,39 @@ class Runner:
 def tensor(array: np.ndarray) -> tvm.runtime.Tensor:
     """A tensor on the CPU, aligned as kernels expect."""
     return tvm.runtime.tensor(np.ascontiguousarray(array))
+
+
+def calls_of(
+    kernel: Kernel,
+    upload: Callable[[np.ndarray], Any],
+    data: np.ndarray,
+    weights: Weights,
+    masks: Mapping[str, np.ndarray | None],
+) -> list[tuple[Kernel, dict[str, Any]]]:
+    """The planners of a kernel and the kernel, in order, each with what it takes by name; ``masks`` by axis."""
+    lists: dict[str, Any] = {}
+
+    def arguments(each: Kernel) -> dict[str, Any]:
+        constants = {name: upload(array) for name, array in each.prepare(weights).items()}
+        found = {}
+        for operand in each.operands():
+            if operand.role == "mask":
+                mask = np.broadcast_to(masks[operand.axis], operand.shape)
+                found[operand.name] = upload(np.ascontiguousarray(mask, "float32"))
+            elif operand.role == "data":
+                found[operand.name] = upload(data)
+            elif operand.role == "output":
+                found[operand.name] = upload(np.zeros(operand.shape, operand.dtype))
+            else:
+                found[operand.name] = {**lists, **constants}[operand.name]
+        return found
+
+    calls = []
+    for plan in kernel.lists():
+        calls.append((plan.planner, arguments(plan.planner)))
+        made = [*calls[-1][1].values()][len(plan.planner.inputs()) :]
+        lists.update(zip(plan.names, made, strict=True))
+    return [*calls, (kernel, arguments(kernel))]
 
 
 def build(func: tirx.PrimFunc, target: tvm.target.Target) -> tvm.runtime.Executable:

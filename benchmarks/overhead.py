@@ -2,7 +2,7 @@
 
     python -m benchmarks.overhead ARTIFACT [ARTIFACT ...]
 
-Bursts as ``dance-tvm bench`` times them take turns with bare calls of TVM's virtual machine under one clock. Printed
+Bursts as ``dance-tvm bench`` times them take turns with bare calls under one clock. Printed
 are the median of the reported times over the bare ones, and how much longer the measuring took than what it reports.
 """
 
@@ -21,7 +21,6 @@ from dance_tvm.benchmarking.measure import Contender
 from dance_tvm.benchmarking.statistics import paired_ratio
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.device import open_device
-from dance_tvm.device.local import LocalNetwork
 
 ROUNDS = 60
 
@@ -32,10 +31,8 @@ def overhead(path: Path, rounds: int = ROUNDS) -> tuple[tuple[float, float, floa
     with open_device("local") as session:
         session.pin(None, artifact.manifest.target.threads)
         network = session.load(artifact)
-        assert isinstance(network, LocalNetwork)
         contender = Contender(network, random_inputs(artifact.manifest.inputs))
         contender.warm_up()
-        arguments, main = network._arguments(contender.inputs), network._machine["main"]
         reported: list[float] = []
         bare: list[float] = []
         whole = 0.0
@@ -51,7 +48,7 @@ def overhead(path: Path, rounds: int = ROUNDS) -> tuple[tuple[float, float, floa
         def call() -> None:
             begin = time.perf_counter()
             for _ in range(contender.burst):
-                main(*arguments)
+                network.run(contender.inputs)
             bare.append((time.perf_counter() - begin) / contender.burst)
 
         shuffle = random.Random(0)

@@ -14,16 +14,17 @@ import numpy as np
 import torch
 import tvm
 import typer
-from kernels import C3D, R2PLUS1D, Layer, Peak, Runner, build, tensor
+from kernels import C3D, R2PLUS1D, Layer, Peak, Runner, build, calls_of, tensor
 from tvm import tirx
 
 from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import Target, load_target
 from dance_tvm.schedules.cpu import winograd
 from dance_tvm.schedules.cpu.tiles import default_tile
-from dance_tvm.schedules.cpu.winograd import WinogradConv, conv3d_winograd
+from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.cpu.winograd_choice import choose, winograd_seconds
-from dance_tvm.schedules.cpu.winograd_plan import LISTS, WinogradPlan, plan_winograd
+from dance_tvm.schedules.cpu.winograd_plan import WinogradPlan
+from dance_tvm.schedules.kernel import Weights
 
 
 @dataclass
@@ -71,20 +72,16 @@ class Timed:
         return float(min(timer(*self.args).results))
 
 
-def prepare(conv: WinogradConv, data: Data, target: tvm.target.Target) -> list[tvm.runtime.Tensor]:
+def prepare(conv: WinogradConv, data: Data, target: tvm.target.Target) -> dict[str, tvm.runtime.Tensor]:
     """Plan the lists of a dense layer and pack its weights."""
-    plan = conv.plan
-    lists = [tensor(np.zeros(shape, "int32")) for shape in plan.shapes.values()]
-    tables = [tensor(table) for table in plan.tables.values()]
-    build(plan_winograd(plan), target)["plan_winograd"](*tables, *lists)
-    y = tensor(np.zeros((1, *plan.window.out, conv.channels_out), "float32"))
-    packed = [tensor(conv.pack_weights(data.weight)), tensor(conv.pack_bias(data.bias))]
-    return [tensor(data.x), *packed, tensor(plan.tap_entries), *lists[: len(LISTS)], y]
+    (plan, lists), (_, args) = calls_of(conv, tensor, data.x, Weights(data.weight, data.bias), {})
+    build(plan.primfunc(), target)[plan.name](*lists.values())
+    return args
 
 
-def executed_macs(conv: WinogradConv, args: list[tvm.runtime.Tensor]) -> int:
+def executed_macs(conv: WinogradConv, args: dict[str, tvm.runtime.Tensor]) -> int:
     """Multiply-adds of the second phase, register tiles that are not full included."""
-    runs, counts = args[8].numpy(), args[9].numpy()
+    runs, counts = args["runs"].numpy(), args["counts"].numpy()
     rows = 0
     for chunk in range(counts[-1, 0]):
         for first, last, low, high in runs[chunk, : counts[chunk, 2]]:
@@ -102,7 +99,7 @@ def phase_kernel(conv: WinogradConv, phase: str) -> tirx.PrimFunc:
         for key, name in PHASES.items():
             if key != phase:
                 setattr(winograd._Emitter, name, lambda *_: None)
-        return conv3d_winograd(conv)
+        return conv.primfunc()
     finally:
         for name, method in kept.items():
             setattr(winograd._Emitter, name, method)
@@ -114,16 +111,16 @@ def report(
     """Print one line: time, rates, error and memory of one tile size."""
     tvm_target = target.tvm_target(threads)
     args = prepare(conv, data, tvm_target)
-    whole = Timed(conv3d_winograd(conv), tvm_target, args)
+    whole = Timed(conv.primfunc(), tvm_target, [*args.values()])
     seconds = whole.seconds(repeat)
-    error = data.error(args[-1].numpy())
+    error = data.error(args["y"].numpy())
     macs = executed_macs(conv, args)
     line = f"{conv.name}  columns {conv.plan.columns}  {1e3 * seconds:.1f} ms  {2e-9 * macs / seconds:.0f} GFLOP/s done"
     nominal = layer.window.positions_out * layer.window.taps * layer.channels_in * layer.channels_out
     line += f"  {2e-9 * nominal / seconds:.0f} nominal  error {error:.1e}"
     line += f"  scratch {conv.scratch_bytes / 2**20:.0f} MiB  weights {4 * np.prod(conv.weight_shape) / 2**20:.0f} MiB"
     if phases:
-        parts = {key: Timed(phase_kernel(conv, key), tvm_target, args).seconds(repeat) for key in PHASES}
+        parts = {key: Timed(phase_kernel(conv, key), tvm_target, [*args.values()]).seconds(repeat) for key in PHASES}
         line += "  alone: " + ", ".join(f"{key} {1e3 * value:.1f}" for key, value in parts.items())
         line += f" ({2e-9 * macs / parts['multiply']:.0f} GFLOP/s)"
     print(line, flush=True)
@@ -158,12 +155,12 @@ def main(
         facts = machine_of(machine)
         tile = default_tile(facts, one.window, one.channels_in, one.channels_out)
         chosen = choose(runner.conv, facts, threads, "winograd")
-        print(f"{chosen.conv.name}: {chosen.reason}", flush=True)
-        if not size and isinstance(chosen.conv, WinogradConv):
-            report(replace(chosen.conv, activation=""), one, data, machine, threads, repeat, phases)
+        print(f"{chosen.kernel.name}: {chosen.reason}", flush=True)
+        if not size and isinstance(chosen.kernel, WinogradConv):
+            report(replace(chosen.kernel, activation=""), one, data, machine, threads, repeat, phases)
         for m, columns in map(parse, size):
             plan = WinogradPlan(one.window, m, tile.mr, columns)
-            conv = WinogradConv(one.channels_in, one.channels_out, tile, plan, activation="")
+            conv = WinogradConv(one.window, one.channels_in, one.channels_out, 1, tile, plan, activation="")
             predicted = winograd_seconds(conv, facts, threads)
             report(conv, one, data, machine, threads, repeat, phases)
             print(f"  predicted {1e3 * predicted:.1f} ms", flush=True)

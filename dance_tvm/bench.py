@@ -91,8 +91,9 @@ def bench(
     baseline = read_results(against) if against else None
     engines = [name.strip() for name in peer.split(",") if name.strip()] if peer else []
     from dance_tvm.benchmarking.accuracy import read_classes
-    from dance_tvm.benchmarking.campaign import Plan, run
+    from dance_tvm.benchmarking.campaign import run
     from dance_tvm.benchmarking.peers import require_peers
+    from dance_tvm.benchmarking.plan import Plan
     from dance_tvm.benchmarking.results import write_results
 
     require_peers(engines, peer_model, device or [])
@@ -161,6 +162,8 @@ def _print(results: Results) -> None:
                 _print_layers(item.name, item.profile)
             if item.clips:
                 _print_clips(item)
+            for note in item.notes:
+                typer.echo(f"{item.name}: {note}")
             for line in _extras(item):
                 typer.echo(line)
             if item.single_stream:

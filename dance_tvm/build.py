@@ -68,14 +68,24 @@ def build(
         Literal["float32", "float16"],
         typer.Option(help="How a GPU stores activations and weights; sums are float32."),
     ] = "float32",
+    interface: Annotated[
+        Literal["tvm", "c"],
+        typer.Option(help="c makes the library a program that runs without TVM (docs/c-interface.md)."),
+    ] = "tvm",
+    memory: Annotated[
+        Literal["small", "balanced", "fast"],
+        typer.Option(help="Of weights prepared for a processor: small transforms none, balanced by 2.4 at most."),
+    ] = "fast",
+    weights_dtype: Annotated[
+        Literal["float32", "float16"],
+        typer.Option(help="How --interface c stores weights; computed is in float32."),
+    ] = "float32",
+    prepared: Annotated[bool, typer.Option(help="With --interface c: store weights as kernels read them.")] = False,
+    static: Annotated[bool, typer.Option(help="With --interface c: libmodel.a too, for apps that link.")] = False,
     device_code: Annotated[
         Literal["compiled", "source"],
         typer.Option(help="Of a CUDA target: PTX, or source that the device compiles."),
     ] = "compiled",
-    interface: Annotated[
-        Literal["tvm", "c"],
-        typer.Option(help="c adds a C interface to the library, which then runs without TVM (docs/c-interface.md)."),
-    ] = "tvm",
     preprocess: Annotated[
         Path | None,
         typer.Option(help="How frames of videos become the input (.toml, docs/run.md).", show_default="the zoo's own"),
@@ -94,6 +104,7 @@ def build(
     shapes = dict(map(_shape, shape or []))
     machine = load_target(target)
     requests.require_buildable(machine, dtype, interface)
+    requests.require_program(interface, weights_dtype, prepared, static)
     requests.require_agreement(numerics, conv)
     requests.require_model(model)
     requests.require_weights(weights)
@@ -120,6 +131,10 @@ def build(
             device_code=device_code,
             dtype=dtype,
             interface=interface,
+            memory=memory,
+            weights_dtype=weights_dtype,
+            prepared=prepared,
+            static=static,
             logs=logs,
         )
         built = build_network(

@@ -129,13 +129,13 @@ def look(tracker: str, probe: bool = False) -> tuple[list[Server], dict[str, int
     return servers, {key: queue["pending"] for key, queue in queues.items() if queue["pending"]}
 
 
-def _probe(host: str, port: int, free: dict[str, int]) -> dict[str, dict]:
+def _probe(host: str, port: int, free: dict[str, int]) -> dict[str, dict[str, Any]]:
     """By address, what each free device told; the tracker hands them out in turn."""
     from dance_tvm.benchmarking.sensing import hottest
     from dance_tvm.device.remote import Connection, RemoteSession
     from dance_tvm.device.tracker import request_device
 
-    told: dict[str, dict] = {}
+    told: dict[str, dict[str, Any]] = {}
     for key in [key for key, count in free.items() for _ in range(count)]:
         address = ""
         try:

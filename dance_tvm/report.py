@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -66,7 +67,11 @@ def report(
     else:
         told = page.page_of(measured[0], [name.value for name in paper or []], tuning or [])
         facts = measured[0].model_dump_json(indent=1)
-    texts = {"html": page.html, "markdown": page.markdown, "json": lambda _: facts + "\n"}
+    texts: dict[str, Callable[[Any], str]] = {
+        "html": page.html,
+        "markdown": page.markdown,
+        "json": lambda _: facts + "\n",
+    }
     path = out or beside
     page.write_text(path, texts[chosen](told))
     typer.echo(path)

@@ -6,16 +6,17 @@ Loops start at zero: a loop whose first index is read from a buffer loses that o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeAlias
 
 from tvm import s_tir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-Expr = Any
+#: An expression of TIR; Python's numbers stand for constants.
+Expr: TypeAlias = tirx.Expr
 
 FLOAT = "float32"
 INT = "int32"
@@ -28,20 +29,21 @@ OPAQUE = 8
 _ONE_THREAD: ContextVar[bool] = ContextVar("one_thread", default=False)
 
 
-class Kernel:
+class Built:
     """A PrimFunc under construction; ``func`` is there once its ``kernel`` block has ended."""
 
     func: tirx.PrimFunc
 
 
 @contextmanager
-def kernel(name: str) -> Iterator[Kernel]:
-    """Open a PrimFunc called ``name``."""
-    built = Kernel()
+def kernel(name: str, attrs: Mapping[str, str] | None = None) -> Iterator[Built]:
+    """Open a PrimFunc called ``name``, with ``attrs`` beside the attributes that all have."""
+    built = Built()
+    usual = {"tir.noalias": True, "global_symbol": name, "tirx.is_scheduled": True, "op_pattern": OPAQUE}
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(name)
-            T.func_attr({"tir.noalias": True, "global_symbol": name, "tirx.is_scheduled": True, "op_pattern": OPAQUE})
+            T.func_attr({**usual, **(attrs or {})})
             yield built
         func = builder.get()
     # Relax looks for a root block in every function that it calls.

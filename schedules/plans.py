@@ -1,14 +1,17 @@
-"""What index lists hold: the shapes of lists, masks and tables that planners write and kernels walk."""
+"""Planners: masks and tables in, index lists out. What those of all machines have in common."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import abstractmethod
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 
 import numpy as np
 
+from .emit import INT
 from .geometry import Window
+from .kernel import Kernel, Operand, Weights, channels_mask, constant, frames_mask, output, positions_mask
 
 #: Frames with more taps than this keep their static tap sets: 2**taps classes would cost more than they save.
 MOST_DYNAMIC_FRAME_TAPS = 5
@@ -16,25 +19,78 @@ MOST_DYNAMIC_FRAME_TAPS = 5
 MOST_DYNAMIC_POSITION_TAPS = 9
 
 
-def mask_shapes(
-    window: Window, in_frames: bool, out_frames: bool, positions: tuple[int, int] | None
-) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a planner's float32 masks, in the order of its parameters; nonzero means alive.
+def masks_of(
+    window: Window,
+    in_frames: bool,
+    out_frames: bool,
+    positions: tuple[int, int] | None = None,
+    in_positions: tuple[int, int] | None = None,
+) -> dict[str, Operand]:
+    """The masks of a window by the axes that they thin, in the order in which kernels take them.
 
-    ``positions`` is how many clips and frames the position mask tells apart, None where there is none.
+    ``positions`` and ``in_positions``: how many clips and frames the mask of output and input positions tells apart,
+    None where there is none.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    masks = []
     if in_frames:
-        shapes["in_frames"] = (window.batch, window.size[0])
+        masks.append(frames_mask("in_frames", window.batch, window.size[0]))
     if out_frames:
-        shapes["out_frames"] = (window.batch, window.out[0])
+        masks.append(frames_mask("out_frames", window.batch, window.out[0]))
     if positions is not None:
-        shapes["positions"] = (*positions, window.out[1], window.out[2])
-    return shapes
+        masks.append(positions_mask("positions", (*positions, *window.out[1:])))
+    if in_positions is not None:
+        masks.append(positions_mask("in_positions", (*in_positions, *window.size[1:])))
+    return {mask.name: mask for mask in masks}
+
+
+class Plan(Kernel):
+    """A planner: masks and constant tables in, lists out. The fields are those of whoever inherits it."""
+
+    kind = "planner"
+    window: Window
+    samples: int
+    in_frames: bool
+    out_frames: bool
+    positions: tuple[int, int] | None
+    in_positions: tuple[int, int] | None = None
+
+    @property
+    @abstractmethod
+    def tap_entries(self) -> np.ndarray:
+        """int32 (entries, …): the taps of each class, class after class, as the convolution reads them."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the int32 lists, in the order of the planner's outputs."""
+
+    @property
+    @abstractmethod
+    def tables(self) -> dict[str, np.ndarray]:
+        """Constant int32 tables that the planner takes after the masks."""
+
+    @property
+    def walked(self) -> tuple[str, ...]:
+        """The lists that the convolution takes."""
+        return tuple(self.shapes)
+
+    @property
+    def masks(self) -> dict[str, Operand]:
+        """The masks that the planner takes."""
+        return masks_of(self.window, self.in_frames, self.out_frames, self.positions, self.in_positions)
+
+    def operands(self) -> list[Operand]:
+        """Masks, tables, lists."""
+        tables = [constant(key, table.shape, INT) for key, table in self.tables.items()]
+        return [*self.masks.values(), *tables, *(output(key, shape, INT) for key, shape in self.shapes.items())]
+
+    def prepare(self, weights: Weights | None = None) -> dict[str, np.ndarray]:
+        """The tables."""
+        return self.tables
 
 
 @dataclass(frozen=True)
-class RowPlan:
+class RowPlan(Plan):
     """How the rows of ``window`` are listed.
 
     ``samples`` is 1 when all clips of a batch share their channel lists (rows of all clips then mix in one list), else
@@ -126,14 +182,6 @@ class RowPlan:
         }
 
     @property
-    def masks(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the float32 masks that the planner takes."""
-        shapes = mask_shapes(self.window, self.in_frames, self.out_frames, self.positions)
-        if self.in_positions is not None:
-            shapes["in_positions"] = (*self.in_positions, *self.window.size[1:])
-        return shapes
-
-    @property
     def tables(self) -> dict[str, np.ndarray]:
         """Constant int32 tables that the planner takes after the masks."""
         window = self.window
@@ -150,3 +198,23 @@ class RowPlan:
 def channel_list_shape(samples: int, channels: int) -> tuple[int, int]:
     """Shape of the list: count, channels."""
     return (samples, 1 + channels)
+
+
+@dataclass(frozen=True)
+class ChannelPlan(Kernel):
+    """The planner of live channels: mask (samples, channels), nonzero meaning alive → int32 (samples, 1 + channels).
+
+    A list is one row per sample: the count, then the live channels in order.
+
+    ``axis`` tells whose mask it is; the same list serves the layer that writes channels and the one that reads them.
+    """
+
+    kind = "planner"
+    samples: int
+    channels: int
+    axis: str = field(default="", compare=False)
+
+    def operands(self) -> list[Operand]:
+        """The mask, the list."""
+        shape = channel_list_shape(self.samples, self.channels)
+        return [channels_mask("mask", self.axis, self.samples, self.channels), output("listed", shape, INT)]

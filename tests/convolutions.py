@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 import tvm
 from hypothesis import strategies as st
 
-from dance_tvm.schedules.cpu.channel_plan import plan_channels
 from dance_tvm.schedules.cpu.tiles import Tile
 from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.kernel import Kernel, Weights
 
+NEVER = -(2**31)
 TARGET = tvm.target.Target({"kind": "llvm", "num-cores": 2})
 
 
@@ -58,11 +60,49 @@ class Case:
         return Window(self.batch, self.size, out, self.kernel, self.stride, self.padding, self.dilation)
 
 
-def channel_list(live: np.ndarray, channels: int) -> tvm.runtime.Tensor:
-    """The list of the live channels of each sample, from a boolean mask (samples, channels)."""
-    listed = tensor(np.full((len(live), 1 + channels), -(2**31), "int32"))
-    compiled(plan_channels(len(live), channels))(tensor(live.astype("float32")), listed)
-    return listed
+Arrays = list[np.ndarray]
+
+
+def on_processor(func: tvm.tirx.PrimFunc, inputs: Arrays, outputs: Arrays) -> Arrays:
+    """What ``func`` makes of ``outputs``."""
+    tensors = [tensor(array) for array in [*inputs, *outputs]]
+    compiled(func)(*tensors)
+    return [each.numpy() for each in tensors[len(inputs) :]]
+
+
+def call(
+    kernel: Kernel,
+    data: np.ndarray | None = None,
+    masks: Mapping[str, np.ndarray | None] | None = None,
+    weights: Weights | None = None,
+    residual: np.ndarray | None = None,
+    run: Callable[[tvm.tirx.PrimFunc, Arrays, Arrays], Arrays] = on_processor,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What a kernel writes, after its planners, and all lists and constants by name.
+
+    ``masks`` by axis. Memory that nobody has written yet holds NaN, or the least integer.
+    """
+    values: dict[str, np.ndarray] = {}
+
+    def outputs(each: Kernel) -> Arrays:
+        constants = each.prepare(weights)
+        given = []
+        for operand in each.inputs():
+            if operand.role == "mask":
+                found = np.asarray((masks or {})[operand.axis]).astype("float32")
+            elif operand.role in ("data", "residual"):
+                found = data if operand.role == "data" else residual
+            else:
+                found = {**values, **constants}[operand.name]
+            assert found.shape == operand.shape
+            given.append(found)
+        blank = [np.full(o.shape, np.nan if "float" in o.dtype else NEVER, o.dtype) for o in each.outputs()]
+        return run(each.primfunc(), given, blank)
+
+    for planned in kernel.lists():
+        values.update(zip(planned.names, outputs(planned.planner), strict=True))
+    (result,) = outputs(kernel)
+    return result, values | kernel.prepare(weights)
 
 
 def draw_masks(draw: st.DrawFn, case: Case) -> None:

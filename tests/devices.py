@@ -104,7 +104,7 @@ def write(
         lowered = replace(lowered, weights=weights or {})
         executable, planned = compile_lowered(lowered, target, Options(threads=1))
         return write_program(
-            out, lowered, executable, planned, manifest, target, most_inline=0 if weights else MOST_INLINE
+            out, lowered, executable, planned, manifest, target, Options(), most_inline=0 if weights else MOST_INLINE
         )
     executable = tvm.compile(lowered.mod, target.tvm_target(1))
     linker = shared_library_linker(target)

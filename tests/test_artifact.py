@@ -122,6 +122,8 @@ def test_a_missing_or_torn_file_is_refused_by_its_name(copy, name):
 def test_a_folder_that_is_no_artifact_is_told(tmp_path):
     with pytest.raises(DanceError, match="not an artifact"):
         load_artifact(tmp_path)
+    with pytest.raises(DanceError, match=r"there is no artifact .*none: `dance-tvm build` writes one"):
+        load_artifact(tmp_path / "none")
 
 
 def test_another_schema_is_told_as_such(copy):

@@ -12,11 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tvm
 from torch import nn
+from tvm import relax
 
-from dance_tvm import DanceError, Options, build_network, open_device
+from dance_tvm import Options, build_network, import_model
 from dance_tvm.artifact.c_interface import HEADER, INTERFACE
 from dance_tvm.artifact.interface.dance_model import Model, ModelError
+from dance_tvm.compiler.build import compile_lowered
+from dance_tvm.compiler.pipeline import lower
+from dance_tvm.machines.target import load_target
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 C = ["-std=c11", "-Wall", "-Wextra", "-pedantic", "-Werror", f"-I{INTERFACE}"]
@@ -63,17 +68,18 @@ def masked(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def call(masked, tmp_path_factory) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def call() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Inputs, and what the virtual machine answers to them."""
-    settings = Options(threads=2)
-    inputs_of = torch.randn(1, 3, 4, 8, 8), torch.randn(1, 5)
     torch.manual_seed(0)
-    out = tmp_path_factory.mktemp("tvm") / "masked"
-    artifact = build_network(Masked().eval(), out, example_inputs=inputs_of, options=settings, check=False).artifact
+    network, example = Masked().eval(), (torch.randn(1, 3, 4, 8, 8), torch.randn(1, 5))
+    imported, target, options = import_model(network, example_inputs=example), load_target("host"), Options(threads=2)
+    lowered = lower(imported.mod, target, options)
+    executable, _ = compile_lowered(lowered, target, options)
     rng = np.random.default_rng(1)
-    inputs = {each.name: rng.standard_normal(each.shape).astype(each.dtype) for each in artifact.manifest.inputs}
-    with open_device("local") as device:
-        return inputs, device.load(artifact).run(inputs)
+    inputs = {each.name: rng.standard_normal(each.shape).astype(each.dtype) for each in imported.inputs}
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    answers = machine["main"](*map(tvm.runtime.tensor, inputs.values()))
+    return inputs, {spec.name: answer.numpy() for spec, answer in zip(imported.outputs, answers, strict=True)}
 
 
 def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -219,17 +225,6 @@ def test_a_library_without_the_interface_is_refused_in_a_sentence(tmp_path):
     shutil.copy(_ctypes.__file__, tmp_path / "model.so")
     with pytest.raises(ModelError, match="has no C interface"):
         Model(tmp_path)
-
-
-def test_a_gpu_target_has_no_c_interface_yet(tmp_path):
-    with pytest.raises(DanceError, match="--interface c"):
-        build_network(
-            nn.Linear(4, 4),
-            tmp_path / "gpu",
-            target="cuda",
-            example_inputs=(torch.zeros(1, 4),),
-            options=Options(interface="c"),
-        )
 
 
 def compiled(command: str, flags: list[str], source: Path, output: Path) -> Path:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from convolutions import compiled, tensor
+from convolutions import call
 
-from dance_tvm.schedules.cpu.carry_frames import Carry, carry_frames
+from dance_tvm.schedules.cpu.carry_frames import Carry
 
 BOTH = ("positions", "channels")
 SHAPE = {"frames": 4, "count": 2, "height": 3, "width": 5, "channels": 11, "vector_floats": 4}
@@ -29,7 +29,7 @@ def test_the_kernel_is_the_recurrence(carry: Carry, density: float) -> None:
     shape = (carry.frames * carry.count, carry.height, carry.width, carry.channels)
     x = rng.integers(-9, 10, shape).astype("float32")
     before = rng.integers(-9, 10, (carry.count, *shape[1:])).astype("float32")
-    masks = {key: (rng.random(extents) < density).astype("float32") for key, extents in carry.masks.items()}
+    masks = {key: (rng.random(each.shape) < density).astype("float32") for key, each in carry.masks.items()}
 
     whole = {of: np.ones(shape, bool) for of in ("fresh", "taken", "kept")}
     for (of, axis), mask in masks.items():
@@ -43,7 +43,5 @@ def test_the_kernel_is_the_recurrence(carry: Carry, density: float) -> None:
 
     poisoned = np.where(whole["fresh"], x, np.nan).astype("float32")
     first = np.where(whole["taken"][: carry.count], before, np.nan).astype("float32")
-    y = tensor(np.full(shape, np.nan, "float32"))
-    arguments = [tensor(poisoned), *(tensor(mask) for mask in masks.values())]
-    compiled(carry_frames(carry))(*arguments, *([tensor(first)] if carry.before else []), y)
-    np.testing.assert_array_equal(y.numpy(), expected)
+    named = {f"{of}_{axis}": mask for (of, axis), mask in masks.items()}
+    np.testing.assert_array_equal(call(carry, poisoned, named, residual=first)[0], expected)

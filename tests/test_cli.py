@@ -54,7 +54,7 @@ def test_every_command_there_is_has_help():
         (["build", "--conv", "magic"], "magic"),
         (["run"], "artifact"),
         (["build", "--target", "snapdragn"], "did you mean 'snapdragon'"),
-        (["run", "/nowhere"], "not an artifact"),
+        (["run", "/nowhere"], "there is no artifact /nowhere"),
     ],
 )
 def test_wrong_words_end_with_2_and_no_traceback(arguments, said):

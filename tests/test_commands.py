@@ -21,7 +21,7 @@ from dance_tvm.artifact.folder import load_artifact
 from dance_tvm.artifact.preprocess import read_preprocess
 from dance_tvm.benchmarking.clips import doubt_of_scale, windows_of
 from dance_tvm.benchmarking.results import Results, write_results
-from dance_tvm.compiler.requests import default_out, is_untrained, known_preprocess, require_buildable
+from dance_tvm.compiler.requests import default_out, is_untrained, known_preprocess, require_buildable, require_program
 from dance_tvm.core import cli, printing, verbosity
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.progress import Progress
@@ -130,6 +130,8 @@ def test_targets_that_contradict_themselves_are_refused():
     require_buildable(load_target("snapdragon-gpu"), dtype="float16")
     with pytest.raises(DanceError, match="--interface c"):
         require_buildable(load_target("snapdragon-gpu"), interface="c")
+    with pytest.raises(DanceError, match="--static is for libraries that run without TVM"):
+        require_program("tvm", "float32", prepared=False, static=True)
 
 
 def test_random_weights_are_known_as_such():

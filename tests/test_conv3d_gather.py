@@ -7,20 +7,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-import tvm
-from convolutions import SMALL_TILE, Case, channel_list, compiled, draw_masks, tensor
+from convolutions import SMALL_TILE, Case, call, draw_masks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dance_tvm.liveness.kernel_groups import KernelGroups, find_kernel_groups
-from dance_tvm.schedules.cpu.compact_channels import compact_channels
-from dance_tvm.schedules.cpu.conv3d_gather import GatherConv, conv3d_gather
-from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv, balanced_order, conv3d_kgs, plan_columns
-from dance_tvm.schedules.cpu.row_plan import plan_rows
+from dance_tvm.liveness.kernel_groups import find_kernel_groups
+from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
+from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv
+from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.spaces import KernelGroupSpace
 from dance_tvm.schedules.cpu.tiles import Machine, Tile
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.schedules.plans import RowPlan
+from dance_tvm.schedules.kernel import Weights
 from dance_tvm.schedules.workload import Workload
 
 
@@ -105,49 +103,22 @@ def run(case: GatherCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     masks = {"in_frames": case.in_frames, "out_frames": case.out_frames}
     masks |= {"positions": case.positions, "in_positions": case.in_positions}
-    mask_args = [tensor(masks[key].astype("float32")) for key in plan.masks]
-    lists = [tensor(np.full(shape, -(2**31), "int32")) for shape in plan.shapes.values()]
-    compiled(plan_rows(plan))(*mask_args, *(tensor(table) for table in plan.tables.values()), *lists)
-    args = [tensor(poisoned)]
-    if case.kernel_groups is None:
-        args += [tensor(conv.pack_weights(weight)), tensor(conv.pack_bias(bias)), tensor(plan.tap_entries), *lists]
-        if case.live_in is not None:
-            args.append(channel_list(case.live_in, conv.depth))
-            args[0] = compacted(plan, args[0], args[-1], mask_args, case.tile.vector_floats)
-        if case.live_out is not None:
-            args.append(channel_list(case.live_out, case.channels_out))
-    else:
+    masks |= {"in_channels": case.live_in, "out_channels": case.live_out}
+    weights = Weights(weight, bias)
+    if case.kernel_groups is not None:
         groups = find_kernel_groups(weight, *case.kernel_groups[:2])
         run = 1 if case.live_in is not None else groups.run
-        conv = KernelGroupConv(*settings_of_kernel, columns=len(groups.columns), run=run)
-        args += group_arguments(conv, groups, bias, lists, case)
-    if case.zero_dead:
-        args += [tensor(masks[key].astype("float32")) for key in ("out_frames", "positions") if key in plan.masks]
-    if case.residual:
-        args.append(tensor(residual))
-    y = tensor(np.full(expected.shape, np.nan, "float32"))
-    emit = conv3d_kgs if isinstance(conv, KernelGroupConv) else conv3d_gather
-    compiled(emit(conv))(*args, y)
-    pairs = int(lists[-1].numpy()[:, 3].sum())
+        conv = KernelGroupConv(*settings_of_kernel, columns=len(groups.columns), run=run, threads=2)
+        weights = Weights(weight, bias, groups.listed, groups.weights)
+    y, lists = call(conv, poisoned, masks, weights, residual)
+    pairs = int(lists["counts"][:, 3].sum())
     alive = np.ones((case.batch, *case.size), bool)
     if case.in_frames is not None and plan.dynamic_taps:
         alive &= case.in_frames[:, :, None, None]
     if case.in_positions is not None:
         alive &= case.in_positions
     assert pairs == count_pairs(window, alive, rows)
-    return y.numpy(), expected, computed
-
-
-def compacted(
-    plan: RowPlan, x: tvm.runtime.Tensor, listed: tvm.runtime.Tensor, masks: list[tvm.runtime.Tensor], floats: int
-) -> tvm.runtime.Tensor:
-    """``x`` with its live channels side by side; what the copy leaves alone is NaN."""
-    channels = int(x.shape[-1])
-    frames = masks[:1] if plan.dynamic_taps else []
-    y = tensor(np.full(x.shape, np.nan, "float32"))
-    kernel = compact_channels(plan.window, channels, plan.samples, plan.dynamic_taps, floats)
-    compiled(kernel)(x, listed, *frames, y)
-    return y
+    return y, expected, computed
 
 
 def prune(weight: np.ndarray, gm: int, gn: int, keep: float, rng: np.random.Generator) -> np.ndarray:
@@ -155,32 +126,6 @@ def prune(weight: np.ndarray, gm: int, gn: int, keep: float, rng: np.random.Gene
     filters, channels, *kernel = weight.shape
     kept = rng.random((-(-filters // gm), -(-channels // gn), *kernel)) < keep
     return weight * kept.repeat(gm, 0)[:filters].repeat(gn, 1)[:, :channels]
-
-
-def group_arguments(
-    conv: KernelGroupConv, groups: KernelGroups, bias: np.ndarray, lists: list[tvm.runtime.Tensor], case: GatherCase
-) -> list[tvm.runtime.Tensor]:
-    """Everything between the input and the masks of a kernel-group convolution."""
-    weights = np.zeros(conv.weight_shape, "float32")
-    weights[: len(groups.weights)] = groups.weights
-    starts = tensor(conv.static_starts(groups.column_ptr))
-    columns = tensor(conv.static_columns(groups.columns, groups.column_ptr))
-    if case.live_in is not None:
-        thinned = [tensor(np.full(shape, -(2**31), "int32")) for shape in conv.column_shapes.values()]
-        compiled(plan_columns(conv))(tensor(case.live_in.astype("float32")), starts, columns, *thinned)
-        starts, columns = thinned
-    order = tensor(balanced_order(np.diff(groups.column_ptr[:, [0, -1]])[:, 0], 2))
-    args = [
-        tensor(weights),
-        tensor(conv.pack_bias(bias)),
-        tensor(conv.plan.tap_entries),
-        *lists,
-        starts,
-        columns,
-        order,
-        tensor(conv.tap_runs),
-    ]
-    return args if case.live_out is None else [*args, tensor(case.live_out.astype("float32"))]
 
 
 def count_pairs(window: Window, alive: np.ndarray, rows: np.ndarray) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
-from convolutions import compiled, tensor
+from convolutions import call, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,10 +14,11 @@ from torch import nn
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.frontend.importer import import_model
 from dance_tvm.machines.target import load_target
-from dance_tvm.schedules.cpu.depthwise import TIME, WIDTH, DepthwiseConv, DepthwiseTile, depthwise3d, why_no_depthwise
+from dance_tvm.schedules.cpu.depthwise import TIME, WIDTH, DepthwiseConv, DepthwiseTile, why_no_depthwise
 from dance_tvm.schedules.cpu.depthwise_tiles import default_tile, fits
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.kernel import Weights
 
 AVX2 = Machine(8, 16, 32768, 1 << 20, broadcast_loads=True)
 Masks = dict[str, np.ndarray]
@@ -40,18 +41,15 @@ def check(conv: DepthwiseConv, masks: Masks, seed: int = 0) -> None:
     poisoned, zeroed = x.copy(), x.copy()
     if "in_frames" in masks:
         poisoned[~masks["in_frames"]], zeroed[~masks["in_frames"]] = np.nan, 0
-    given = [poisoned, conv.pack_weights(weight), conv.pack_bias(bias)]
-    given += [masks[name].astype("float32") for name in conv.masks]
-    y = tensor(np.full(out, np.nan, "float32"))
-    compiled(depthwise3d(conv))(*map(tensor, given), *([tensor(residual)] if conv.residual else []), y)
+    y, _ = call(conv, poisoned, masks, Weights(weight, bias), residual)
     data = torch.from_numpy(zeroed).double().permute(0, 4, 1, 2, 3)
     sizes = (window.stride, window.padding, window.dilation, conv.channels_in)
     wanted = nn.functional.conv3d(data, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), *sizes)
     exact = wanted.permute(0, 2, 3, 4, 1).numpy() + (residual if conv.residual else 0)
     exact = np.maximum(exact, 0) if conv.activation == "relu" else exact
     live = masks.get("out_frames", np.ones(out[:2], bool))
-    np.testing.assert_array_equal(y.numpy()[live], exact[live])
-    dead = y.numpy()[~live]
+    np.testing.assert_array_equal(y[live], exact[live])
+    dead = y[~live]
     assert np.all(dead == 0) if conv.zero_dead else np.all(np.isnan(dead))
 
 
@@ -83,7 +81,7 @@ def convolutions(draw: st.DrawFn) -> tuple[DepthwiseConv, Masks]:
     )
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     density = draw(st.sampled_from([0.0, 0.5, 1.0]))
-    return conv, {name: rng.random(shape) < density for name, shape in conv.masks.items()}
+    return conv, {name: rng.random(mask.shape) < density for name, mask in conv.plan.masks.items()}
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -96,7 +94,7 @@ def test_any_depthwise_convolution(case, seed):
 def test_all_frames_dead_or_alive(density):
     window = window_of(2, (4, 5, 7), (3, 3, 3), padding=(1, 1, 1))
     conv = DepthwiseConv(window, 11, 11, DepthwiseTile(3, 2, 4, 2), True, True, zero_dead=True)
-    check(conv, {name: np.full(shape, bool(density)) for name, shape in conv.masks.items()})
+    check(conv, {name: np.full(mask.shape, bool(density)) for name, mask in conv.plan.masks.items()})
 
 
 def test_a_layer_that_fits_no_vector_is_told():

@@ -5,13 +5,16 @@ NaN lies where nothing may be read. The same kernels are built for CUDA; no GPU 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
 
 import convolutions
 import numpy as np
 import pytest
 import torch
 import tvm
+from convolutions import NEVER, call, on_processor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,22 +22,20 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.device import serve
 from dance_tvm.device.opencl import OpenCLSession
 from dance_tvm.device.opencl_network import run_function
-from dance_tvm.liveness.kernel_groups import find_kernel_groups
-from dance_tvm.schedules.cpu.mask_window import grow_backward, grow_forward, grown_shape
-from dance_tvm.schedules.cpu.row_plan import plan_rows as plan_rows_on_cpu
+from dance_tvm.liveness.kernel_groups import KernelGroups, find_kernel_groups
+from dance_tvm.schedules.cpu.mask_window import GrownMask as OnProcessor
+from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.schedules.gpu.channel_plan import plan_channels
-from dance_tvm.schedules.gpu.conv3d_direct import DirectConv, LinearConv, conv3d_direct, is_few_rows, linear
-from dance_tvm.schedules.gpu.conv3d_gather import BlockConv, conv3d_gather
-from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv, conv3d_kgs, plan_columns
-from dance_tvm.schedules.gpu.mask_window import grow
-from dance_tvm.schedules.gpu.pool3d import BlockPool, pool3d
-from dance_tvm.schedules.gpu.row_plan import block_plan, plan_rows
+from dance_tvm.schedules.gpu.channel_plan import ChannelPlan
+from dance_tvm.schedules.gpu.conv3d_direct import DirectConv, LinearConv, is_few_rows
+from dance_tvm.schedules.gpu.conv3d_gather import BlockConv
+from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
+from dance_tvm.schedules.gpu.mask_window import GrownMask
+from dance_tvm.schedules.gpu.pool3d import BlockPool
+from dance_tvm.schedules.gpu.row_plan import BlockPlan, block_plan
 from dance_tvm.schedules.gpu.tiles import BlockTile
+from dance_tvm.schedules.kernel import Kernel, Weights
 from dance_tvm.schedules.plans import channel_list_shape
-
-CPU = tvm.target.Target({"kind": "llvm"})
-NEVER = -(2**31)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +46,9 @@ def device() -> OpenCLSession:
         pytest.skip(str(error))
 
 
-def run_on_cpu(func: tvm.tirx.PrimFunc, inputs: list[np.ndarray], outputs: list[np.ndarray]) -> list[np.ndarray]:
-    built = tvm.compile(tvm.IRModule({"main": func.with_attr("global_symbol", "main")}), target=CPU)
-    tensors = [tvm.runtime.tensor(array) for array in [*inputs, *outputs]]
-    built["main"](*tensors)
-    return [each.numpy() for each in tensors[len(inputs) :]]
+def vars_of(kernel: Kernel) -> dict[str, object]:
+    """The fields of a kernel."""
+    return {field.name: getattr(kernel, field.name) for field in fields(kernel)}
 
 
 def some(shape: tuple[int, ...], share: float, seed: int) -> np.ndarray:
@@ -78,9 +77,11 @@ class Case(convolutions.Case):
             self.live_in is not None, self.live_out is not None, self.residual, "relu", self.zero_dead,
         )  # fmt: skip
 
-    def masks(self, conv: BlockConv) -> dict[str, np.ndarray]:
-        given = {"in_frames": self.in_frames, "out_frames": self.out_frames, "positions": self.positions}
-        return {key: given[key].astype("float32") for key in conv.plan.masks}
+    @property
+    def masks(self) -> dict[str, np.ndarray | None]:
+        """The masks by axis."""
+        masks = {"in_frames": self.in_frames, "out_frames": self.out_frames, "positions": self.positions}
+        return masks | {"in_channels": self.live_in, "out_channels": self.live_out}
 
 
 def data_of(case: Case, conv: BlockConv) -> dict[str, np.ndarray]:
@@ -125,12 +126,6 @@ def expected_of(case: Case, data: dict[str, np.ndarray]) -> tuple[np.ndarray, np
     return expected, computed, zero
 
 
-def planned(conv: BlockConv, masks: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """The lists by the CPU's planner, which compiles faster; the GPU's makes the same, see below."""
-    lists = [np.full(shape, NEVER, "int32") for shape in conv.plan.shapes.values()]
-    return run_on_cpu(plan_rows_on_cpu(conv.plan), [*masks.values(), *conv.plan.tables.values()], lists)
-
-
 def listed(live: np.ndarray) -> np.ndarray:
     found = np.full(channel_list_shape(*live.shape), NEVER, "int32")
     for row, mask in zip(found, live, strict=True):
@@ -139,33 +134,21 @@ def listed(live: np.ndarray) -> np.ndarray:
 
 
 def run(device: OpenCLSession, case: Case) -> None:
-    conv = case.conv()
-    compare(device, case, conv, conv3d_gather(conv))
+    compare(device, case, case.conv())
 
 
 def compare(
     device: OpenCLSession,
     case: Case,
     conv: BlockConv,
-    kernel: tvm.tirx.PrimFunc,
     data: dict[str, np.ndarray] | None = None,
-    weights: np.ndarray | None = None,
-    lists: list[np.ndarray] | None = None,
+    groups: KernelGroups | None = None,
 ) -> None:
-    """Run ``kernel`` between its planners and PyTorch; ``lists`` stand for those of channels where they are given."""
-    data, masks = data or data_of(case, conv), case.masks(conv)
-    weights = conv.pack_weights(data["weight"]) if weights is None else weights
-    args = [data["poisoned"], weights, conv.pack_bias(data["bias"]), conv.plan.tap_entries]
-    args += planned(conv, masks)
-    if lists is None:
-        lists = [listed(live) for live in (case.live_in, case.live_out) if live is not None]
-    args += lists
-    if case.zero_dead:
-        args += [masks[key] for key in ("out_frames", "positions") if key in masks]
-    if case.residual:
-        args.append(data["residual"])
-    blank = np.full((case.batch, *case.window.out, case.channels_out), np.nan, "float32")
-    (found,) = run_function(device, kernel, args, [blank])
+    """Run ``conv`` and its planners, and PyTorch."""
+    data = data or data_of(case, conv)
+    columns = () if groups is None else (groups.listed, groups.weights)
+    weights = Weights(data["weight"], data["bias"], *columns)
+    found, _ = call(conv, data["poisoned"], case.masks, weights, data["residual"], partial(run_function, device))
     expected, computed, zero = expected_of(case, data)
     assert np.array_equal(found[computed], expected[computed].astype("float32"))
     assert not found[zero].any()
@@ -214,9 +197,12 @@ def test_gathered_convolution_equals_pytorch(device, name):
 def test_rows_are_listed_as_on_the_cpu(device, samples, positions):
     window = Window(2, (5, 9, 7), (5, 5, 4), (3, 3, 3), (1, 2, 2), (1, 1, 1))
     plan = block_plan(window, 16, samples, positions is not None, True, positions)
-    inputs = [some(shape, 0.6, 7).astype("float32") for shape in plan.masks.values()] + list(plan.tables.values())
-    found = run_function(device, plan_rows(plan), inputs, [np.zeros(shape, "int32") for shape in plan.shapes.values()])
-    expected = run_on_cpu(plan_rows_on_cpu(plan), inputs, [np.zeros(shape, "int32") for shape in plan.shapes.values()])
+    inputs = [some(mask.shape, 0.6, 7).astype("float32") for mask in plan.masks.values()]
+    inputs += plan.tables.values()
+    blank = [np.zeros(shape, "int32") for shape in plan.shapes.values()]
+    found = run_function(device, plan.primfunc(), inputs, blank)
+    on_cpu = type("OnProcessor", (BlockPlan,), {"emit": RowPlan.emit})(**vars_of(plan))
+    expected = on_processor(on_cpu.primfunc(), inputs, blank)
     for name, got, want in zip(plan.shapes, found, expected, strict=True):
         assert name == "frame_slots" or np.array_equal(got, want), name
 
@@ -261,14 +247,14 @@ FEW_ROWS = {
 
 def special(case: Case, kind: type[BlockConv], rows: int) -> BlockConv:
     conv = replace(case, tile=BlockTile(rows, 4, 4, 4, 4)).conv()
-    return kind(**{name: getattr(conv, name) for name in conv.__dataclass_fields__})
+    return kind(**vars_of(conv))
 
 
 @pytest.mark.parametrize("name", DIRECT)
 def test_grouped_convolution_equals_pytorch(device, name):
     case = DIRECT[name]
     conv = special(case, DirectConv, 8)
-    compare(device, case, conv, conv3d_direct(conv))
+    compare(device, case, conv)
 
 
 @pytest.mark.parametrize("name", FEW_ROWS)
@@ -276,7 +262,7 @@ def test_linear_layer_equals_pytorch(device, name):
     case = FEW_ROWS[name]
     conv = special(case, LinearConv, case.batch if case.live_in is None else 1)
     assert is_few_rows(conv.window, conv.groups, conv.plan.samples)
-    compare(device, case, conv, linear(conv))
+    compare(device, case, conv)
 
 
 GROUPS = {
@@ -302,19 +288,28 @@ def test_kernel_groups_equal_pytorch(device, name):
     kept = (rng.random((groups, plain.depth, taps)) < share).repeat(8, 0)[: case.channels_out]
     data["weight"] *= kept.reshape(data["weight"].shape)
     found = find_kernel_groups(data["weight"], 8, 1)
-    conv = GroupConv(
-        **{field: getattr(plain, field) for field in plain.__dataclass_fields__}, columns=len(found.columns)
-    )
-    lists = [found.column_ptr[None], conv.static_columns(found.columns, found.column_ptr)]
-    if case.live_in is not None:
-        blank = [np.full(shape, NEVER, "int32") for shape in conv.column_shapes.values()]
-        mask = case.live_in.astype("float32")
-        blank.append(np.zeros((conv.plan.samples, 1), "int32"))
-        lists = run_function(device, plan_columns(conv), [mask, *lists], blank)[:2]
-    if case.live_out is not None:
-        lists.append(case.live_out.astype("float32"))
-    weights = conv.pack_columns(found.weights)
-    compare(device, case, conv, conv3d_kgs(conv), data, weights, lists)
+    compare(device, case, GroupConv(**vars_of(plain), columns=len(found.columns)), data, found)
+
+
+def looked_at(conv: BlockConv, masks: dict[str, np.ndarray | None], weights: Weights) -> dict[str, Any]:
+    """What a device tells of a call that writes ones, its lists made by the processor's planner, which is a GPU's."""
+    plan = type("OnProcessor", (BlockPlan,), {"emit": RowPlan.emit})(**vars_of(conv.plan))
+    lists = dict(zip(plan.shapes, planned(plan, masks), strict=True))
+    lists |= {
+        f"{side}_channels": listed(live)
+        for side in ("in", "out")
+        if (live := masks.get(f"{side}_channels")) is not None
+    }
+    lists |= conv.prepare(weights)
+    shapes = {each.name: each for each in conv.operands()}
+    arrays = [lists.get(name, np.ones(each.shape, each.dtype)) for name, each in shapes.items()]
+    return serve.looked_at(conv.name, [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays])
+
+
+def planned(plan: BlockPlan, masks: dict[str, np.ndarray | None]) -> list[np.ndarray]:
+    given = [masks[each.axis].astype("float32") for each in plan.masks.values()]
+    blank = [np.full(shape, NEVER, "int32") for shape in plan.shapes.values()]
+    return on_processor(plan.primfunc(), [*given, *plan.tables.values()], blank)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -326,10 +321,7 @@ def test_a_kernels_clock_counts_what_the_lists_of_a_gpu_kept(dtype):
         live_in=some((1, 8), 0.4, 4), live_out=some((1, 12), 0.4, 5),
     )  # fmt: skip
     conv = replace(case.conv(), dtype=dtype)
-    blank = np.ones((1, 6, 4, 4, 12), dtype)
-    lists = [*planned(conv, case.masks(conv)), listed(case.live_in), listed(case.live_out)]
-    args = [np.zeros(1), np.zeros(conv.weight_shape), np.zeros(1), conv.plan.tap_entries, *lists, blank]
-    calls = serve._looked_at(conv.name, [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in args])
+    calls = looked_at(conv, case.masks, Weights(None, np.zeros(12)))
     work, kept_in, kept_out = calls["work"], int(case.live_in.sum()), int(case.live_out.sum())
     assert work["macs"] == (2 + 3 + 3) * 9 * 16 * kept_in * kept_out
     assert (work["frames"], work["positions"]) == (0.5, 0.5)
@@ -344,12 +336,8 @@ def test_a_kernels_clock_counts_the_columns_of_kernel_groups_on_a_gpu():
     weight = np.zeros((16, 8, 27), "float32")
     weight[:8, :5], weight[8:, 7] = 1, 1
     found = find_kernel_groups(weight.reshape(16, 8, 3, 3, 3), 8, 1)
-    fields = {field: getattr(plain, field) for field in plain.__dataclass_fields__}
-    conv = GroupConv(**fields, columns=len(found.columns))
-    columns = [found.column_ptr[None], conv.static_columns(found.columns, found.column_ptr)]
-    args = [np.zeros(1), conv.pack_columns(found.weights), np.zeros(1), conv.plan.tap_entries, *planned(conv, {})]
-    args += [*columns, np.ones((1, 1, 4, 4, 16), "float32")]
-    calls = serve._looked_at(conv.name, [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in args])
+    conv = GroupConv(**vars_of(plain), columns=len(found.columns))
+    calls = looked_at(conv, {}, Weights(None, np.zeros(16), found.listed, found.weights))
     assert calls["work"]["macs"] == 16 * 27 * (5 + 1) * 8
 
 
@@ -368,12 +356,11 @@ POOLS = {
 def test_pools_equal_pytorch(device, name, masked):
     kind, window, options = POOLS[name]
     x = np.random.default_rng(0).integers(-9, 9, (window.batch, *window.size, 5)).astype("float32")
-    pool = BlockPool(window, 5, kind, 4, in_frames=masked, out_frames=masked, **options)
+    pool = BlockPool(window, 5, kind, in_frames=masked, out_frames=masked, **options)
     in_frames, out_frames = some((window.batch, window.size[0]), 0.5, 1), some((window.batch, window.out[0]), 0.5, 2)
-    masks = [in_frames.astype("float32"), out_frames.astype("float32")] if masked else []
     given = np.where(in_frames[..., None, None, None], x, np.nan).astype("float32") if masked else x
-    blank = np.full((window.batch, *window.out, 5), np.nan, "float32")
-    (found,) = run_function(device, pool3d(pool), [given, *masks], [blank])
+    masks = {"in_frames": in_frames, "out_frames": out_frames}
+    found, _ = call(pool, given, masks, run=partial(run_function, device))
     data = torch.from_numpy(np.nan_to_num(given)).permute(0, 4, 1, 2, 3)
     sizes = (list(window.kernel), list(window.stride), list(window.padding), "hangs over" in name)
     if kind == "max":
@@ -389,7 +376,7 @@ def test_a_largest_value_of_nan_is_nan(device):
     x = np.random.default_rng(3).integers(-9, 9, (1, *window.size, 3)).astype("float32")
     x[0, 0, 1, 1, 0] = x[0, 1, 3, 4, 2] = np.nan
     x[0, :, 0, :3, 1] = x[0, :, 1, :3, 1] = -np.inf
-    (found,) = run_function(device, pool3d(BlockPool(window, 3, "max", 4)), [x], [np.zeros((1, *window.out, 3), "f4")])
+    found, _ = call(BlockPool(window, 3, "max"), x, run=partial(run_function, device))
     want = torch.nn.functional.max_pool3d(torch.from_numpy(x).permute(0, 4, 1, 2, 3), (2, 2, 3), 1)
     np.testing.assert_array_equal(found, want.permute(0, 2, 3, 4, 1).numpy())
 
@@ -401,14 +388,12 @@ def test_masks_grow_as_on_the_cpu(device, forward):
         extents = window.size if forward else window.out
         field = (2, 1 if flat else extents[0], *extents[1:])
         mask = some(field, 0.2, 5).astype("float32")
-        shape = grown_shape(window, field, forward)
-        (found,) = run_function(device, grow(window, field, forward), [mask], [np.full(shape, np.nan, "float32")])
-        on_cpu = (grow_forward if forward else grow_backward)(window, field)
-        assert np.array_equal(found, run_on_cpu(on_cpu, [mask], [np.zeros(shape, "float32")])[0])
+        found, _ = call(GrownMask(window, field, forward), mask, run=partial(run_function, device))
+        assert np.array_equal(found, call(OnProcessor(window, field, forward), mask)[0])
 
 
 def test_channels_are_listed_in_order(device):
     live = np.concatenate([some((2, 300), 0.4, 1), np.zeros((1, 300), bool), np.ones((1, 300), bool)])
-    blank = np.full(channel_list_shape(*live.shape), NEVER, "int32")
-    found = run_function(device, plan_channels(*live.shape), [live.astype("float32")], [blank])[0]
-    assert np.array_equal(found, listed(live))
+    found, _ = call(ChannelPlan(*live.shape), masks={"": live}, run=partial(run_function, device))
+    for row, want in zip(found, listed(live), strict=True):
+        assert np.array_equal(row[: 1 + want[0]], want[: 1 + want[0]])

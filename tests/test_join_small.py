@@ -177,9 +177,9 @@ def test_joined_kernels_keep_what_is_still_read(shape: tuple[int, ...], threads:
 
 def test_lists_and_masks_outlive_the_kernels_that_make_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planners joined with their readers: every list of a planner is a result of the joined function, read or not."""
-    from dance_tvm.lowering import lower_windows
+    from dance_tvm.lowering import plan_lists
 
-    monkeypatch.setattr(lower_windows, "MOST_CONSTANT_LISTS", 0)
+    monkeypatch.setattr(plan_lists, "MOST_CONSTANT_LISTS", 0)
     network, some = integers(Decides()), clips(2)
     low = lowered(network, some[0])
     assert not hidden_reads(low)
@@ -233,9 +233,9 @@ def test_lists_that_no_mask_thins_are_planned_when_compiled() -> None:
 
 
 def test_long_lists_are_planned_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dance_tvm.lowering import lower_windows
+    from dance_tvm.lowering import plan_lists
 
-    monkeypatch.setattr(lower_windows, "MOST_CONSTANT_LISTS", 0)
+    monkeypatch.setattr(plan_lists, "MOST_CONSTANT_LISTS", 0)
     monkeypatch.setattr(join_small, "SMALL_ELEMENTS", -1)
     network, (clip,) = integers(Decides()), clips(1)
     low = lowered(network, clip)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import tvm
-from convolutions import compiled, tensor
+from convolutions import call, on_processor, tensor
 from torch import nn
 
 from dance_tvm.compiler.pipeline import Options, lower
@@ -19,8 +20,8 @@ from dance_tvm.frontend.importer import import_model
 from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu import moments
-from dance_tvm.schedules.cpu.moments import Reduction, reduce_middle
-from dance_tvm.schedules.cpu.norm import Norm, norm
+from dance_tvm.schedules.cpu.moments import VectorReduction
+from dance_tvm.schedules.cpu.norm import Norm
 
 #: Two units in the last place of the largest value: what rounding factors and products to float32 may come to.
 FLOOR = 2.4e-7
@@ -255,10 +256,11 @@ def test_the_kernel(name, shared, monkeypatch):
         size = spec.lanes if spec.affine == "lanes" else spec.outer
         expected = expected * np.resize(gamma, size).reshape(shape) + np.resize(beta, size).reshape(shape)
     expected = np.maximum(expected + residual, 0)
-    y = tensor(np.full(spec.shape, np.nan, "float32"))
-    given = [tensor(x.reshape(spec.shape)), *([tensor(gamma), tensor(beta)] if spec.affine else [])]
-    compiled(norm(spec))(*given, tensor(residual.reshape(spec.shape)), y)
-    np.testing.assert_allclose(y.numpy().reshape(x.shape), expected, atol=2e-6)
+    values = {"x": x.reshape(spec.shape), "gamma": gamma, "beta": beta, "residual": residual.reshape(spec.shape)}
+    (y,) = on_processor(
+        spec.primfunc(), [values[each.name] for each in spec.inputs()], [np.full(spec.shape, np.nan, "f4")]
+    )
+    np.testing.assert_allclose(y.reshape(x.shape), expected, atol=2e-6)
 
 
 SIZES = [(2, 100, 12), (1, 33, 3), (3, 70, 1), (1, 9, 2500), (4, 1, 5)]
@@ -270,21 +272,19 @@ def test_reductions_in_blocks(size, monkeypatch):
     outer, _, inner = size
     x = (np.random.default_rng(8).standard_normal(size) + 3).astype("float32")
     exact = x.astype("float64")
-    spec = Reduction(size, (outer, inner), *size, "variance", 8, 2)
+    spec = VectorReduction(size, (outer, inner), *size, "variance", vector_floats=8, threads=2)
     for each, expected in (
         (spec, exact.var(1)),
-        (replace(spec, kind="mean", squared=True), (exact**2).mean(1)),
-        (replace(spec, kind="sum"), exact.sum(1)),
+        (replace(spec, statistic="mean", squared=True), (exact**2).mean(1)),
+        (replace(spec, statistic="sum"), exact.sum(1)),
     ):
-        y = tensor(np.full((outer, inner), np.nan, "float32"))
-        compiled(reduce_middle(each))(tensor(x), y)
-        np.testing.assert_allclose(y.numpy(), expected, rtol=2e-7, atol=1e-7)
+        np.testing.assert_allclose(call(each, x)[0], expected, rtol=2e-7, atol=1e-7)
 
 
 def test_reductions_on_a_gpu():
     from dance_tvm.device.opencl import OpenCLSession
     from dance_tvm.device.opencl_network import run_function
-    from dance_tvm.schedules.gpu import reduce
+    from dance_tvm.schedules.gpu.reduce import BlockReduction
 
     try:
         session = OpenCLSession(optimise=False)
@@ -295,12 +295,11 @@ def test_reductions_on_a_gpu():
         x = (np.random.default_rng(9).standard_normal(size) + 30).astype("float32")
         exact = x.astype("float64")
         for kind, expected in (("mean", exact.mean(1)), ("variance", exact.var(1)), ("sum", exact.sum(1))):
-            spec = Reduction(size, (outer, inner), *size, kind, 1)
-            (found,) = run_function(session, reduce.reduce_middle(spec), [x], [np.zeros((outer, inner), "float32")])
+            found, _ = call(BlockReduction(size, (outer, inner), *size, kind), x, run=partial(run_function, session))
             np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     same = np.full((1, 3001, 2), 123.4567, "float32")
-    spec = Reduction(same.shape, (1, 2), *same.shape, "variance", 1)
-    (found,) = run_function(session, reduce.reduce_middle(spec), [same], [np.ones((1, 2), "float32")])
+    spec = BlockReduction(same.shape, (1, 2), *same.shape, "variance")
+    found, _ = call(spec, same, run=partial(run_function, session))
     assert not found.any()
 
 

@@ -167,8 +167,8 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence(host, network, tmp_path)
         assert isinstance(error, DanceError)
         return str(error)
 
-    plain = build_network(network, tmp_path / "plain", example_inputs=(torch.zeros(1, 4),), check=False).artifact
-    assert "--interface c" in refusal(plain.path, "--out", tmp_path / "a")
+    plain = artifact(network, tmp_path / "plain", interface="tvm")
+    assert "--interface c" in refusal(plain, "--out", tmp_path / "a")
     assert "--target snapdragon" in refusal(host, "--format", "android", "--out", tmp_path / "b")
     (tmp_path / "c").mkdir()
     assert "is there already" in refusal(host, "--out", tmp_path / "c")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from convolutions import compiled, tensor
+from convolutions import call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dance_tvm.schedules.cpu.pool3d import Pool, pool3d
+from dance_tvm.schedules.cpu.pool3d import VectorPool
 from dance_tvm.schedules.cpu.spaces import POOLED_VECTORS, PoolSpace
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.geometry import Triple, Window
@@ -19,12 +19,9 @@ from dance_tvm.schedules.workload import POOL, Workload
 Masks = dict[str, np.ndarray]
 
 
-def run(pool: Pool, x: np.ndarray, masks: Masks) -> np.ndarray:
+def run(pool: VectorPool, x: np.ndarray, masks: Masks) -> np.ndarray:
     """The kernel's output over NaN; dead input frames and positions hold NaN too."""
-    given = filled(x, masks, np.nan)
-    y = tensor(np.full((pool.window.batch, *pool.window.out, pool.channels), np.nan, "float32"))
-    compiled(pool3d(pool))(tensor(given), *(tensor(masks[name].astype("float32")) for name in pool.masks), y)
-    return y.numpy()
+    return call(pool, filled(x, masks, np.nan), masks)[0]
 
 
 def filled(x: np.ndarray, masks: Masks, value: float) -> np.ndarray:
@@ -37,12 +34,12 @@ def filled(x: np.ndarray, masks: Masks, value: float) -> np.ndarray:
     return given
 
 
-def expected(pool: Pool, x: np.ndarray, masks: Masks) -> np.ndarray:
+def expected(pool: VectorPool, x: np.ndarray, masks: Masks) -> np.ndarray:
     data = torch.from_numpy(filled(x, masks, 0)).permute(0, 4, 1, 2, 3)
     window = pool.window
     sizes = (window.kernel, window.stride, window.padding)
     ceil = outputs(window.size, *sizes, ceil=False) != window.out
-    if pool.kind == "max":
+    if pool.pooling == "max":
         found = torch.nn.functional.max_pool3d(data, *sizes, ceil_mode=ceil)
     else:
         include = any(pool.counted[0])
@@ -59,7 +56,7 @@ def outputs(size: Triple, kernel: Triple, stride: Triple, padding: Triple, *, ce
 
 
 @st.composite
-def pools(draw: st.DrawFn) -> tuple[Pool, np.ndarray, Masks]:
+def pools(draw: st.DrawFn) -> tuple[VectorPool, np.ndarray, Masks]:
     kernel = draw(st.sampled_from([(1, 2, 2), (2, 2, 2), (3, 3, 3), (1, 3, 3), (4, 5, 6)]))
     stride = draw(st.sampled_from([kernel, (1, 1, 1), (1, 2, 2)]))
     padding = draw(st.sampled_from([(0, 0, 0), tuple(extent // 2 for extent in kernel)]))
@@ -69,11 +66,11 @@ def pools(draw: st.DrawFn) -> tuple[Pool, np.ndarray, Masks]:
     told = (draw(st.sampled_from([1, window.batch])), draw(st.sampled_from([1, size[0]])))
     pool_masks = [draw(st.booleans()) for _ in range(3)]
     channels = draw(st.integers(1, 40))
-    pool = Pool(
+    pool = VectorPool(
         window,
         channels,
         draw(st.sampled_from(["max", "avg"])),
-        draw(st.sampled_from([4, 8])),
+        vector_floats=draw(st.sampled_from([4, 8])),
         counted=draw(st.sampled_from([((0, 0, 0), (0, 0, 0)), (padding, padding)])),
         in_frames=pool_masks[0],
         out_frames=pool_masks[1],
@@ -82,7 +79,7 @@ def pools(draw: st.DrawFn) -> tuple[Pool, np.ndarray, Masks]:
         vectors=draw(st.sampled_from(POOLED_VECTORS)),
     )
     rng = np.random.default_rng(draw(st.integers(0, 999)))
-    alive = {name: rng.random(shape) < draw(st.sampled_from([0.0, 0.5, 1.0])) for name, shape in pool.masks.items()}
+    alive = {name: rng.random(each.shape) < draw(st.sampled_from([0.0, 0.5, 1.0])) for name, each in pool.masks.items()}
     x = rng.integers(-9, 10, (window.batch, *size, channels)).astype("float32")
     return pool, x, alive
 
@@ -93,7 +90,7 @@ def test_pools_equal_pytorch(case) -> None:
     pool, x, masks = case
     found, wanted = run(pool, x, masks), expected(pool, x, masks)
     read = masks.get("out_frames", np.ones(wanted.shape[:2], bool))
-    if pool.kind == "max":
+    if pool.pooling == "max":
         np.testing.assert_array_equal(found[read], wanted[read])
     else:  # sums of small integers are exact, and the one division is rounded alike up to the last bit
         np.testing.assert_allclose(found[read], wanted[read], rtol=2e-7)
@@ -105,7 +102,7 @@ def test_pools_equal_pytorch(case) -> None:
 def test_a_maximum_of_very_small_numbers_is_one_of_them(value: float) -> None:
     window = Window(1, (2, 2, 2), (1, 1, 1), (2, 2, 2), (2, 2, 2))
     x = np.full((1, 2, 2, 2, 9), value, "float32")
-    assert np.all(run(Pool(window, 9, "max", 4), x, {}) == np.float32(value))
+    assert np.all(run(VectorPool(window, 9, "max", vector_floats=4), x, {}) == np.float32(value))
 
 
 @pytest.mark.parametrize("kind", ["max", "avg"])
@@ -115,14 +112,14 @@ def test_every_window_that_reads_nan_gives_nan(kind) -> None:
     for place in ((0, 0, 0, 0), (1, 3, 2, 5), (2, 1, 4, 20), (1, 1, 1, 8)):
         x[(0, *place)] = np.nan
     x[0, 0, 2, 2, 3], x[0, 1, 0, 3, 9] = np.inf, -np.inf
-    pool = Pool(window, 21, kind, 4, vectors=2)
+    pool = VectorPool(window, 21, kind, vector_floats=4, vectors=2)
     np.testing.assert_allclose(run(pool, x, {}), expected(pool, x, {}), rtol=2e-7)
 
 
 def test_padding_that_counts_may_differ_before_and_behind() -> None:
     window = Window(1, (1, 1, 4), (1, 1, 4), (1, 1, 3), (1, 1, 2), (0, 0, 1))  # windows begin at -1, 1, 3 and 5
     x = np.array([6.0, 12, 18, 24], "float32").reshape(1, 1, 1, 4, 1)
-    pool = Pool(window, 1, "avg", 4, counted=((0, 0, 1), (0, 0, 3)))
+    pool = VectorPool(window, 1, "avg", vector_floats=4, counted=((0, 0, 1), (0, 0, 3)))
     assert run(pool, x, {}).ravel().tolist() == [6, 18, 8, 0], "of three taps, of three, of three, of two"
 
 

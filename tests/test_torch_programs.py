@@ -186,3 +186,15 @@ def test_what_only_training_does_is_refused(case, tmp_path):
 def test_training_mode_that_changes_nothing_is_taken(tmp_path):
     network = _with_training(nn.Sequential(nn.Dropout(0.0), nn.InstanceNorm3d(4), nn.ReLU()))
     import_model(saved(network, (CLIP,), tmp_path / "network.pt2"))
+
+
+def test_a_size_that_depends_on_values_is_told_with_its_operator():
+    class Chosen(nn.Module):
+        def forward(self, x, count):
+            size = count.item()
+            torch._check(size >= 1)
+            torch._check(size <= 4)
+            return torch.arange(size, dtype=x.dtype).sum() + x
+
+    with pytest.raises(DanceError, match=r"arange.*depends on the input's values"):
+        import_model(Chosen(), example_inputs=(torch.ones(3), torch.tensor(3)))

@@ -104,30 +104,30 @@ def choice(log: Told | None, wanted: str = "auto", work: Workload | None = None)
 
 
 def test_measurements_of_both_choose_between_direct_and_winograd():
-    predicted, origin = choice(None)
-    assert isinstance(predicted.conv, WinogradConv)
-    assert origin == ""
-    slow, origin = choice(Told(conv3d_gather=0.01, conv3d_winograd=0.02))
-    assert isinstance(slow.conv, GatherConv)
-    assert origin == "direct's"
+    predicted = choice(None)
+    assert isinstance(predicted.kernel, WinogradConv)
+    assert predicted.origin == ""
+    slow = choice(Told(conv3d_gather=0.01, conv3d_winograd=0.02))
+    assert isinstance(slow.kernel, GatherConv)
+    assert slow.origin == "direct's"
     assert "20 ms measured, direct 10 ms" in slow.reason
-    fast, origin = choice(Told(conv3d_gather=0.02, conv3d_winograd=0.01))
-    assert fast.conv.plan.m == (1, 3, 3)
-    assert fast.conv.plan.columns == 2
-    assert origin == "tuned conv3d_winograd"
-    close, _ = choice(Told(conv3d_gather=0.0100, conv3d_winograd=0.0102))
-    assert isinstance(close.conv, WinogradConv)  # as the model has it: the two were not measured in turns
+    fast = choice(Told(conv3d_gather=0.02, conv3d_winograd=0.01))
+    assert fast.kernel.plan.m == (1, 3, 3)
+    assert fast.kernel.plan.columns == 2
+    assert fast.origin == "tuned conv3d_winograd"
+    close = choice(Told(conv3d_gather=0.0100, conv3d_winograd=0.0102))
+    assert isinstance(close.kernel, WinogradConv)  # as the model has it: the two were not measured in turns
 
 
 def test_a_winograd_record_alone_sets_its_sizes_and_changes_no_choice():
-    tuned, origin = choice(Told(conv3d_winograd=0.01))
-    assert tuned.conv.plan.m == (1, 3, 3)
-    assert origin == "tuned conv3d_winograd"
-    direct, origin = choice(Told(conv3d_winograd=0.01), "direct")
-    assert isinstance(direct.conv, GatherConv)
-    assert origin == "direct's"
+    tuned = choice(Told(conv3d_winograd=0.01))
+    assert tuned.kernel.plan.m == (1, 3, 3)
+    assert tuned.origin == "tuned conv3d_winograd"
+    direct = choice(Told(conv3d_winograd=0.01), "direct")
+    assert isinstance(direct.kernel, GatherConv)
+    assert direct.origin == "direct's"
     strided = Workload(Window(1, (4, 8, 8), (2, 4, 4), (3, 3, 3), (2, 2, 2), (1, 1, 1)), 8, 8)
-    assert isinstance(choice(Told(conv3d_winograd=0.01), work=strided)[0].conv, GatherConv)
+    assert isinstance(choice(Told(conv3d_winograd=0.01), work=strided).kernel, GatherConv)
 
 
 @pytest.mark.parametrize("wrong", [{"space_tile": 7}, {"columns": 0}, {"mr": 16, "vectors": 4}])
@@ -137,9 +137,9 @@ def test_winograd_records_that_cannot_be_built_are_not_followed(wrong):
             advice = super().advise(asked)
             return advice and replace(advice, decisions={**advice.decisions, **wrong})
 
-    chosen, origin = choice(Wrong(conv3d_winograd=0.01))
-    assert origin == ""
-    assert chosen.conv == choice(None)[0].conv
+    chosen = choice(Wrong(conv3d_winograd=0.01))
+    assert chosen.origin == ""
+    assert chosen.kernel == choice(None).kernel
 
 
 @pytest.mark.parametrize("lists", [(), ("in_frames", "out_frames", "out_channels")])

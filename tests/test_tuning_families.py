@@ -165,13 +165,13 @@ def test_measurements_choose_between_kernel_groups_and_winograd():
     work = pruned_workload()
     space = KernelGroupSpace(AVX2, work)
     conv = space.kernel(space.default())
-    slow, origin = choose_kernel(conv, "groups'", work, AVX2, "auto", Told(conv3d_kgs=0.01, conv3d_winograd=0.02))
-    assert isinstance(slow.conv, KernelGroupConv)
-    assert origin == "groups'"
+    slow = choose_kernel(conv, "groups'", work, AVX2, "auto", Told(conv3d_kgs=0.01, conv3d_winograd=0.02))
+    assert isinstance(slow.kernel, KernelGroupConv)
+    assert slow.origin == "groups'"
     assert "kernel groups 10 ms" in slow.reason
-    fast, origin = choose_kernel(conv, "groups'", work, AVX2, "auto", Told(conv3d_kgs=0.02, conv3d_winograd=0.01))
-    assert isinstance(fast.conv, WinogradConv)
-    assert origin == "tuned conv3d_winograd"
+    fast = choose_kernel(conv, "groups'", work, AVX2, "auto", Told(conv3d_kgs=0.02, conv3d_winograd=0.01))
+    assert isinstance(fast.kernel, WinogradConv)
+    assert fast.origin == "tuned conv3d_winograd"
 
 
 # -- tuning and building ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
-from convolutions import Case, channel_list, compiled, draw_masks, tensor
+from convolutions import Case, call, draw_masks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,12 +19,13 @@ from tvm.relax.frontend.torch import from_exported_program
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
+from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.tiles import Tile
-from dance_tvm.schedules.cpu.winograd import WinogradConv, conv3d_winograd, mask_arguments
+from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.cpu.winograd_choice import why_not
-from dance_tvm.schedules.cpu.winograd_plan import LISTS, WinogradPlan, plan_winograd
+from dance_tvm.schedules.cpu.winograd_plan import WinogradPlan
 from dance_tvm.schedules.cpu.winograd_transforms import POINTS, matrices, transform_weights
-from dance_tvm.schedules.plans import RowPlan
+from dance_tvm.schedules.kernel import Weights
 from tests.test_transform import outputs
 
 TILE = Tile(mr=3, vectors=2, vector_floats=4, step=1, block_tiles=4, segment_taps=2, depth_block=4)
@@ -51,8 +52,10 @@ def make(case: WinogradCase) -> WinogradConv:
     masks = (case.in_frames is not None, case.out_frames is not None, positions)
     plan = WinogradPlan(case.window, case.m, case.tile.mr, case.columns, samples, *masks)
     return WinogradConv(
+        case.window,
         case.channels_in,
         case.channels_out,
+        1,
         case.tile,
         plan,
         case.live_in is not None,
@@ -120,7 +123,6 @@ def run(case: WinogradCase) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[st
     """Return the kernel's output, PyTorch's, which outputs must be computed, and the plan's lists."""
     rng = np.random.default_rng(case.seed)
     conv = make(case)
-    plan = conv.plan
     x = rng.integers(-4, 5, (case.batch, *case.size, case.channels_in)).astype("float32")
     weight = rng.integers(-3, 4, (case.channels_out, case.channels_in, *case.kernel)).astype("float32")
     bias = rng.integers(-5, 6, case.channels_out).astype("float32")
@@ -128,22 +130,9 @@ def run(case: WinogradCase) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[st
     expected = np.maximum(expected_output(case, x, weight, bias) + (residual if case.residual else 0), 0)
 
     masks = {"in_frames": case.in_frames, "out_frames": case.out_frames, "positions": case.positions}
-    fields = {key: tensor(masks[key].astype("float32")) for key in plan.masks}
-    lists = [tensor(np.full(shape, -(2**31), "int32")) for shape in plan.shapes.values()]
-    compiled(plan_winograd(plan))(*fields.values(), *(tensor(table) for table in plan.tables.values()), *lists)
-    args = [tensor(poison(case, x)), tensor(conv.pack_weights(poison_weight(case, weight)))]
-    args.append(tensor(conv.pack_bias(bias)))
-    args += [tensor(plan.tap_entries), *lists[: len(LISTS)]]
-    for live, count in ((case.live_in, case.channels_in), (case.live_out, case.channels_out)):
-        if live is not None:
-            args.append(channel_list(live, count))
-    args += [fields[key] for key in mask_arguments(conv)]
-    if case.residual:
-        args.append(tensor(residual))
-    y = tensor(np.full(expected.shape, np.nan, "float32"))
-    compiled(conv3d_winograd(conv))(*args, y)
-    named = {key: value.numpy() for key, value in zip(plan.shapes, lists, strict=True)}
-    return y.numpy(), expected, computed_outputs(case, expected.shape), named
+    masks |= {"in_channels": case.live_in, "out_channels": case.live_out}
+    y, lists = call(conv, poison(case, x), masks, Weights(poison_weight(case, weight), bias), residual)
+    return y, expected, computed_outputs(case, expected.shape), lists
 
 
 def check(case: WinogradCase) -> dict[str, np.ndarray]:

@@ -18,11 +18,11 @@ from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu import winograd_choice
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
+from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.tiles import Machine, default_tile
 from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.cpu.winograd_choice import choose, direct_seconds, winograd_seconds
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.schedules.plans import RowPlan
 
 SERVER = Machine(8, 16, 32768, 524288, True, 33554432, 100.0, 25.0)
 
@@ -74,11 +74,11 @@ def gather(channels_in: int, channels_out: int, size: tuple[int, int, int], **ch
 def test_large_layers_are_transformed_and_the_reason_gives_both_times() -> None:
     conv = gather(256, 256, (8, 28, 28))
     choice = choose(conv, SERVER, 1)
-    assert isinstance(choice.conv, WinogradConv)
-    assert winograd_seconds(choice.conv, SERVER, 1) < 0.5 * direct_seconds(conv, SERVER, 1)
+    assert isinstance(choice.kernel, WinogradConv)
+    assert winograd_seconds(choice.kernel, SERVER, 1) < 0.5 * direct_seconds(conv, SERVER, 1)
     assert "predicted, direct" in choice.reason
     assert "scratch" in choice.reason
-    assert choice.conv.scratch_bytes < SERVER.l3 * 2
+    assert choice.kernel.scratch_bytes < SERVER.l3 * 2
 
 
 @pytest.mark.parametrize(
@@ -92,21 +92,21 @@ def test_large_layers_are_transformed_and_the_reason_gives_both_times() -> None:
 )
 def test_what_cannot_be_transformed_stays_direct_and_says_why(changes: dict[str, object], reason: str) -> None:
     choice = choose(gather(16, 16, (4, 8, 8), **changes), SERVER, 1, "winograd")
-    assert isinstance(choice.conv, GatherConv)
+    assert isinstance(choice.kernel, GatherConv)
     assert reason in choice.reason
 
 
 def test_thin_layers_stay_direct() -> None:
     choice = choose(gather(1, 4, (4, 8, 8)), SERVER, 1)
-    assert isinstance(choice.conv, GatherConv)
+    assert isinstance(choice.kernel, GatherConv)
     assert choice.reason.startswith("direct: Winograd")
 
 
 def test_masks_of_frames_are_met_by_the_tile_that_is_fast_whether_they_are_thin_or_full(monkeypatch) -> None:
     """Four frames transformed together save most where all are read; where few are, frames are left out one by one."""
     masked, dense = gather(256, 256, (8, 28, 28), out_frames=True), gather(256, 256, (8, 28, 28))
-    chosen = choose(masked, SERVER, 1).conv
+    chosen = choose(masked, SERVER, 1).kernel
     monkeypatch.setattr(winograd_choice, "ASSUMED_LEFT", (1.0,))
-    assert winograd_seconds(chosen, SERVER, 1) <= 1.2 * winograd_seconds(choose(dense, SERVER, 1).conv, SERVER, 1)
+    assert winograd_seconds(chosen, SERVER, 1) <= 1.2 * winograd_seconds(choose(dense, SERVER, 1).kernel, SERVER, 1)
     monkeypatch.setattr(winograd_choice, "ASSUMED_LEFT", (0.1,))
-    assert choose(masked, SERVER, 1).conv.plan.m[0] == 1
+    assert choose(masked, SERVER, 1).kernel.plan.m[0] == 1

@@ -203,7 +203,7 @@ def _is_kernel(func: Any) -> bool:
 
 
 def _refuse(what: str) -> NoReturn:
-    raise DanceError(f"the C interface cannot call {what}: build without --interface c")
+    raise DanceError(f"{what} would be called in a run, where only kernels are: report this network to dance-tvm")
 
 
 def _extents(shape: Any) -> tuple[int, ...]:
@@ -211,7 +211,7 @@ def _extents(shape: Any) -> tuple[int, ...]:
         return tuple(int(extent) for extent in shape.values)
     except (AttributeError, TypeError):
         raise DanceError(
-            "the C interface needs sizes that are known when compiled: build without --interface c"
+            "a tensor has a size that is known in a run alone: give the inputs their sizes with --shape"
         ) from None
 
 

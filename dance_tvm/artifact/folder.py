@@ -40,6 +40,7 @@ _SHOWN_OUTPUTS = 8  # in words; the manifest lists all
 
 LIBRARY, WEIGHTS, MANIFEST = "model.so", "weights.safetensors", "manifest.json"
 REFERENCE = "reference.safetensors"
+ARCHIVE = "libmodel.a"  # the same objects as the library's, where asked for
 
 # The compiled code calls TVM's runtime by its binary interface, which changes between releases.
 RUNTIME_VERSIONS = ("apache-tvm", "apache-tvm-ffi")
@@ -185,7 +186,7 @@ class Manifest(_Strict):
 
     @property
     def is_program(self) -> bool:
-        """Whether the library runs without TVM, by its C interface."""
+        """Whether the library is a program of its own with a C interface; else TVM's virtual machine runs it."""
         return self.options.get("interface") == "c"
 
     @property
@@ -281,7 +282,7 @@ def write_artifact(
     with staged(out) as folder:
         export_library(folder / LIBRARY)
         parameters = _write_weights(weights, folder / WEIGHTS)
-        names = [LIBRARY] + ([WEIGHTS] if parameters else [])
+        names = [name for name in (LIBRARY, WEIGHTS, ARCHIVE) if (folder / name).exists()]
         manifest = manifest.model_copy(
             update={"files": {name: _describe(folder / name) for name in names}, "parameters": parameters}
         )
@@ -477,6 +478,8 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
+        if not folder.is_dir():
+            raise DanceError(f"there is no artifact {folder}: `dance-tvm build` writes one") from None
         raise DanceError(f"{folder} holds no {MANIFEST}: it is not an artifact of dance-tvm build") from None
     except OSError as error:
         raise DanceError(f"{path} cannot be read: {error.strerror}") from None

@@ -109,6 +109,11 @@ def link_program(output: str | Path, objects: Sequence[str | Path], target: Targ
     link_shared(output, objects, triple, needed, target.link.page_size)
 
 
+def archive(output: str | Path, objects: Sequence[str | Path]) -> None:
+    """Pack object files into the static library `output`, without times and owners; raises as linking does."""
+    _run([*lld_command()[:-1], "ar", "rcsD", str(output), *map(str, objects)], tool="zig ar")
+
+
 def _emulation(triple: str) -> str:
     machine = triple.split("-")[0]
     if machine not in _EMULATION:

@@ -39,7 +39,7 @@ def pack(artifact: Artifact, out: Path, form: Format, version: str = "1.0.0") ->
 
     Raises DanceError where the artifact has no C interface, does not fit the form, or ``out`` exists.
     """
-    if artifact.manifest.options.get("interface") != "c":
+    if not artifact.manifest.is_program:
         raise DanceError(f"{artifact.path} has no C interface: build it with --interface c")
     forms: dict[str, Callable[[Artifact, Path], None]] = {"c": _c, "android": _android}
     if form == "wheel":

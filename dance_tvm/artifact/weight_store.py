@@ -18,7 +18,7 @@ import numpy as np
 
 from dance_tvm.schedules.preparation import Source, array_digest
 
-Encoding = Literal["PLAIN", "SPARSE", "HALF"]
+Encoding = Literal["PLAIN", "SPARSE", "HALF", "DELTAS"]
 
 ALIGNMENT = 64
 #: Where a file's tensors begin: pages of this size are mapped.
@@ -27,10 +27,10 @@ PAGE = 4096
 MOST_INLINE = 16 << 20
 #: Tensors of fewer bytes are stored as they are.
 SMALL_BYTES = 4096
-#: Zeros are left out where the rest takes at most this share.
-WORTH_SPARSE = 0.9
-#: Elements of one block of SPARSE (prepare.c).
-SPARSE_BLOCK = 4096
+#: Something shorter is stored where it takes at most this share.
+WORTHWHILE = 0.9
+#: Elements of one block (prepare.c).
+BLOCK = 4096
 #: Bytes of one leaf of the hash tree (digest.c).
 CHUNK = 1 << 20
 
@@ -105,9 +105,18 @@ class Store:
         return hashlib.sha256(b"".join(leaves)).digest()
 
 
-def store_of(arrays: Sequence[np.ndarray], sources: Mapping[bytes, Source], most_inline: int = MOST_INLINE) -> Store:
-    """A store for ``arrays``, of which those in ``sources`` (by digest) are packed when a model is created."""
-    writer = _Writer()
+def store_of(
+    arrays: Sequence[np.ndarray],
+    sources: Mapping[bytes, Source],
+    most_inline: int = MOST_INLINE,
+    *,
+    halve: bool = False,
+) -> Store:
+    """A store for ``arrays``, of which those in ``sources`` (by digest) are packed when a model is created.
+
+    ``halve``: matrices of float32 are rounded to half precision.
+    """
+    writer = _Writer(halve)
     for array in arrays:
         writer.add(array, sources.get(array_digest(array)))
     return writer.store(most_inline)
@@ -116,7 +125,8 @@ def store_of(arrays: Sequence[np.ndarray], sources: Mapping[bytes, Source], most
 class _Writer:
     """Collects pieces and where they lie, offsets from the first tensor on."""
 
-    def __init__(self) -> None:
+    def __init__(self, halve: bool) -> None:
+        self.halve = halve
         self.pieces: list[bytes] = []
         self.header: dict[str, dict[str, object]] = {}
         self.names: list[str] = []
@@ -139,11 +149,9 @@ class _Writer:
     def _place(self, array: np.ndarray) -> tuple[int, int, Encoding]:
         key = array_digest(array)
         if key not in self._placed:
-            sparse = _sparse(array)
-            encoding: Encoding = "SPARSE" if sparse is not None else "PLAIN"
-            data = np.ascontiguousarray(array).tobytes() if sparse is None else sparse
-            shape = list(array.shape) if sparse is None else [len(data)]
-            dtype = _SAFETENSORS[str(array.dtype)] if sparse is None else "U8"
+            data, encoding = self._encoded(array)
+            shape = [len(data)] if encoding in ("SPARSE", "DELTAS") else list(array.shape)
+            dtype = {"SPARSE": "U8", "DELTAS": "U8", "HALF": "F16"}.get(encoding) or _SAFETENSORS[str(array.dtype)]
             name = f"weight_{len(self.names):03d}"
             self.names.append(name)
             self._placed[key] = self.length, len(data), encoding
@@ -151,6 +159,24 @@ class _Writer:
             if pad := -self.length % ALIGNMENT:  # a tensor too, as the format allows no holes
                 self._append(f"pad_{len(self.names) - 1:03d}", bytes(pad), "U8", [pad])
         return self._placed[key]
+
+    def _encoded(self, array: np.ndarray) -> tuple[bytes, Encoding]:
+        """The shortest form of a large tensor."""
+        plain = np.ascontiguousarray(array)
+        if array.nbytes < SMALL_BYTES or array.dtype.itemsize != 4:
+            return plain.tobytes(), "PLAIN"
+        forms: dict[Encoding, bytes] = {"PLAIN": plain.tobytes()}
+        if array.dtype == np.float32 and self.halve and array.ndim > 1:
+            return plain.astype("float16").tobytes(), "HALF"
+        words = plain.reshape(-1).view("uint32")
+        if array.dtype == np.int32:
+            forms["DELTAS"] = _deltas(words)
+        elif (words != 0).mean() + 1 / 32 <= WORTHWHILE:
+            forms["SPARSE"] = _sparse(words)
+        best = min(forms, key=lambda form: len(forms[form]))
+        if len(forms[best]) > WORTHWHILE * array.nbytes:
+            best = "PLAIN"
+        return forms[best], best
 
     def _append(self, name: str, data: bytes, dtype: str, shape: list[int]) -> None:
         self.header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [self.length, self.length + len(data)]}
@@ -167,16 +193,26 @@ class _Writer:
         return Store(moved, [len(header).to_bytes(8, "little"), header, *self.pieces], self.names)
 
 
-def _sparse(array: np.ndarray) -> bytes | None:
-    """How many values come before each block, a bit for each element, and the elements that are not zero; None where
-    that saves too little."""
-    if array.nbytes < SMALL_BYTES or array.dtype.itemsize != 4:
-        return None
-    words = np.ascontiguousarray(array).reshape(-1).view("uint32")
+def _sparse(words: np.ndarray) -> bytes:
+    """How many values come before each block, a bit for each element, and the elements that are not zero."""
     kept = words != 0
-    if kept.mean() + 1 / 32 > WORTH_SPARSE:
-        return None
-    starts = np.arange(0, len(words), SPARSE_BLOCK)
+    starts = np.arange(0, len(words), BLOCK)
     before = np.cumsum([0, *np.add.reduceat(kept, starts, dtype="int64")[:-1]]).astype("uint32")
-    parts = [before.tobytes(), np.packbits(kept, bitorder="little").tobytes(), words[kept].tobytes()]
-    return b"".join(part + bytes(-len(part) % ALIGNMENT) for part in parts[:2]) + parts[2]
+    parts = [before.tobytes(), np.packbits(kept, bitorder="little").tobytes()]
+    return b"".join(part + bytes(-len(part) % ALIGNMENT) for part in parts) + words[kept].tobytes()
+
+
+def _deltas(words: np.ndarray) -> bytes:
+    """For each block its first element, and where its bytes begin, times eight, plus how many each element takes; then
+    what each element adds to the one before, the sign in the lowest bit. Lists of rows ascend, mostly by little."""
+    table, packed, length = [], [], 0
+    for start in range(0, len(words), BLOCK):
+        block = words[start : start + BLOCK]
+        steps = np.diff(block, prepend=block[:1]).view("int32")
+        folded = ((steps << 1) ^ (steps >> 31)).view("uint32")
+        width = max(1, -(-int(folded.max()).bit_length() // 8))
+        table.append([int(block[0]), length * 8 + width])
+        packed.append(np.ascontiguousarray(folded.view("uint8").reshape(-1, 4)[:, :width]).tobytes())
+        length += len(packed[-1])
+    head = np.array(table, "uint32").tobytes()
+    return head + bytes(-len(head) % ALIGNMENT) + b"".join(packed)

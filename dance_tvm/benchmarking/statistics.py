@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -49,13 +49,13 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> tu
 def unpaired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, float, float]:
     """Ratio of the medians of runs measured at different times, with its 95% bootstrap interval."""
 
-    def ratio(new, old, axis=-1):
+    def ratio(new: np.ndarray, old: np.ndarray, axis: int = -1) -> Any:
         return np.median(new, axis=axis) / np.median(old, axis=axis)
 
     return _interval(ratio, np.asarray(numerator), np.asarray(denominator))
 
 
-def _interval(statistic, *samples: np.ndarray) -> tuple[float, float, float]:
+def _interval(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[float, float, float]:
     middle = float(statistic(*samples))
     if min(len(sample) for sample in samples) < 2 or all(np.ptp(sample) == 0 for sample in samples):
         return middle, middle, middle

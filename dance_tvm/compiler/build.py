@@ -152,7 +152,7 @@ def build_network(
         clock.start("generate and link code")
         checked = None if check is False else lambda artifact: check_there(artifact, lowered)
         if chosen.interface == "c":
-            artifact = write_program(out, lowered, executable, planned, manifest, machine, checked, reference)
+            artifact = write_program(out, lowered, executable, planned, manifest, machine, chosen, checked, reference)
         else:
             packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
             linker = shared_library_linker(machine)
@@ -264,10 +264,17 @@ def new_manifest(imported: Imported, machine: Target, options: Options, logs_fro
     """All that is known before anything is compiled."""
     target = machine.tvm_target(options.threads)
     chosen: dict[str, str] = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}
-    if options.interface != "tvm":
-        chosen["interface"] = options.interface
     if options.dtype != "float32":
         chosen["dtype"] = options.dtype
+    if options.interface != "tvm":
+        chosen["interface"] = options.interface
+    if options.memory != "fast":
+        chosen["memory"] = options.memory
+    if options.weights_dtype != "float32":
+        chosen["weights_dtype"] = options.weights_dtype
+    for each in ("prepared", "static"):
+        if getattr(options, each):
+            chosen[each] = "yes"
     if options.device_code != "compiled":
         chosen["device_code"] = options.device_code
     if digest := digest_of_logs(logs_from or machine, options.logs):

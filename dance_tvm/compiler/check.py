@@ -71,7 +71,8 @@ def check_artifact(
         if insist or spec == "local":
             raise
         return Check(status="not run", device=spec, reason=str(error))
-    check = _compare(artifact.manifest, tried, found, spec, TOLERANCE)
+    halved = artifact.manifest.options.get("weights_dtype") == "float16"
+    check = _compare(artifact.manifest, tried, found, spec, HALF_TOLERANCE if halved else TOLERANCE)
     if calls:
         stored["kernels"] = np.array([[call.mean or 0.0, call.mean_size or 0.0] for call in calls])
     return check

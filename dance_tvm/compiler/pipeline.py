@@ -15,14 +15,15 @@ from tvm import relax
 from dance_tvm.artifact.layers import LayerInfo
 from dance_tvm.compiler.requests import require_buildable
 from dance_tvm.core.errors import DanceError
-from dance_tvm.lowering.gpu_windows import GpuLowering
+from dance_tvm.lowering.choose_kernel import Memory
 from dance_tvm.lowering.lower_norms import LowerNorms
-from dance_tvm.lowering.lower_windows import LowerWindows
+from dance_tvm.lowering.lower_windows import lower_windows
 from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.lowering.machine import gpu_of, machine_of
 from dance_tvm.records.group_log import group_cost
 from dance_tvm.schedules.cpu.spaces import TuningLog
-from dance_tvm.schedules.cpu.tiles import excess_cycles
+from dance_tvm.schedules.cpu.tiles import Machine, excess_cycles
+from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.transform.boolean_logic import BooleanLogic
 from dance_tvm.transform.channels_last import ChannelsLast
 from dance_tvm.transform.compute_empty import ComputeEmpty
@@ -59,6 +60,10 @@ class Options:
     device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16"] = "float32"
     interface: Literal["tvm", "c"] = "tvm"
+    memory: Memory = "fast"
+    weights_dtype: Literal["float32", "float16"] = "float32"
+    prepared: bool = False
+    static: bool = False
 
 
 def lower(
@@ -67,18 +72,36 @@ def lower(
     """Turn an imported Relax module into one whose every operator has a kernel for ``target``."""
     machine, gpu = machine_of(target), gpu_of(target)
     require_buildable(target, options.dtype, options.interface)
-    lower_windows = LowerWindows(
-        gpu or machine,
-        sparsity=options.sparsity == "auto",
-        threads=options.threads,
-        tuning=options.tuning,
-        convolution="direct" if options.numerics == "exact" else options.conv,
-        lowering=partial(GpuLowering, dtype=options.dtype) if gpu else None,
-        group_cost=group_cost(target, options.threads, partial(excess_cycles, machine), options.logs),
-    )
-    lift_weights = LiftWeights()
-    narrow = [NarrowChannels()] if options.sparsity == "auto" else []
-    phases: list[tuple[str, list[tvm.transform.Pass]]] = [
+    lift_weights, narrow = LiftWeights(), NarrowChannels()
+    phases = _Phases(on_phase, options.debug_dump)
+    with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
+        for name, passes in _before_kernels([narrow] if options.sparsity == "auto" else []):
+            mod = phases.run(name, mod, passes)
+        phases.begin("sparse kernels")
+        windows = lower_windows(
+            mod,
+            gpu or machine,
+            sparsity=options.sparsity == "auto",
+            threads=options.threads,
+            tuning=options.tuning,
+            convolution="direct" if options.numerics == "exact" else options.conv,
+            group_cost=group_cost(target, options.threads, partial(excess_cycles, machine), options.logs),
+            dtype=options.dtype,
+            memory=options.memory,
+        )
+        phases.end("sparse kernels", mod := windows.mod)
+        for name, passes in [*_behind_kernels(machine, gpu, options.threads), ("lift weights", [lift_weights])]:
+            mod = phases.run(name, mod, passes)
+    layers = [_with_reason(layer, narrow.told.get(layer.name, "")) for layer in windows.layers]
+    return Lowered(mod, layers, lift_weights.weights, windows.workloads, windows.sources)
+
+
+Passes = list[tvm.transform.Pass]
+
+
+def _before_kernels(narrow: Passes) -> list[tuple[str, Passes]]:
+    """What is done to the network while its operators are still those of the source."""
+    return [
         (
             "simplify",
             [
@@ -93,8 +116,13 @@ def lower(
             "channels last",
             [ChannelsLast(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
         ),
-        ("sparse kernels", [lower_windows]),
-        ("norms", [LowerNorms(gpu or machine, options.threads)]),
+    ]
+
+
+def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int) -> list[tuple[str, Passes]]:
+    """What is done to the operators that no sparse kernel took."""
+    return [
+        ("norms", [LowerNorms(gpu or machine, threads)]),
         (
             "other operators",
             [
@@ -106,31 +134,44 @@ def lower(
                 relax.transform.FuseTIR(),
                 ShortNames(),
                 relax.transform.DeadCodeElimination(),
-                ScheduleRestForGpu() if gpu else ScheduleRest(machine.vector_floats, options.threads),
+                ScheduleRestForGpu() if gpu else ScheduleRest(machine.vector_floats, threads),
                 *([] if gpu else [JoinSmall(), VectorMath()]),
             ],
         ),
-        ("lift weights", [lift_weights]),
     ]
-    with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
-        for number, (phase, passes) in enumerate(phases):
-            if on_phase:
-                on_phase(phase)
-            for each in passes:
-                mod = each(mod)
-            if options.debug_dump is not None:
-                _dump(mod, options.debug_dump, number, phase)
-    told = narrow[0].told if narrow else {}
-    layers = [_with_reason(layer, told.get(layer.name, "")) for layer in lower_windows.layers]
-    return Lowered(mod, layers, lift_weights.weights, lower_windows.workloads, lower_windows.sources)
+
+
+@dataclass
+class _Phases:
+    """Tells of each phase, and writes the module that it leaves into the folder ``dump`` where there is one."""
+
+    tell: Callable[[str], None] | None
+    dump: Path | None
+    done: int = 0
+
+    def run(self, name: str, mod: tvm.IRModule, passes: Passes) -> tvm.IRModule:
+        """``mod`` after the passes of a phase."""
+        self.begin(name)
+        for each in passes:
+            mod = each(mod)
+        self.end(name, mod)
+        return mod
+
+    def begin(self, name: str) -> None:
+        """Tell of the phase."""
+        if self.tell:
+            self.tell(name)
+
+    def end(self, name: str, mod: tvm.IRModule) -> None:
+        """Write what it left."""
+        if self.dump is not None:
+            self.dump.mkdir(parents=True, exist_ok=True)
+            path = self.dump / f"{self.done}-{name.replace(' ', '-')}.py"
+            path.write_text(mod.script(show_meta=False), encoding="utf-8")
+        self.done += 1
 
 
 def _with_reason(layer: LayerInfo, reason: str) -> LayerInfo:
     """``layer`` with one more thing that was decided about it."""
     joined = "; ".join(part for part in (reason, layer.reason) if part)
     return layer.model_copy(update={"reason": joined})
-
-
-def _dump(mod: tvm.IRModule, folder: Path, number: int, phase: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{number}-{phase.replace(' ', '-')}.py").write_text(mod.script(show_meta=False), encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,10 @@ from tvm import relax
 
 from dance_tvm.artifact.c_interface import compile_interface
 from dance_tvm.artifact.c_program import Names, program_of
-from dance_tvm.artifact.folder import Artifact, Check, Manifest, write_artifact
-from dance_tvm.artifact.linker import link_program
+from dance_tvm.artifact.folder import ARCHIVE, Artifact, Check, Manifest, write_artifact
+from dance_tvm.artifact.linker import archive, link_program
 from dance_tvm.artifact.weight_store import MOST_INLINE, store_of
+from dance_tvm.compiler.pipeline import Options
 from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import Target
 
@@ -27,6 +27,7 @@ def write_program(
     planned: tvm.IRModule,
     manifest: Manifest,
     machine: Target,
+    options: Options,
     check: Callable[[Artifact], Check] | None = None,
     reference: Mapping[str, np.ndarray] | None = None,
     most_inline: int = MOST_INLINE,
@@ -36,7 +37,8 @@ def write_program(
     Up to ``most_inline`` bytes of weights lie within the library. Raises DanceError as ``write_artifact`` does.
     """
     program = program_of(planned, list(lowered.weights.values()))
-    store = store_of(program.weights, lowered.sources, most_inline)
+    sources = {} if options.prepared else lowered.sources
+    store = store_of(program.weights, sources, most_inline, halve=options.weights_dtype == "float16")
     names = Names(
         [tensor.name for tensor in manifest.inputs],
         [tensor.name for tensor in manifest.outputs],
@@ -46,13 +48,18 @@ def write_program(
     with tempfile.TemporaryDirectory(prefix="dance_tvm_objects_") as folder:
         objects = [
             *compile_interface(program, store, names, machine, Path(folder)),
-            *_kernels(executable, Path(folder)),
+            *kernel_objects(executable, Path(folder)),
         ]
-        link = partial(link_program, objects=objects, target=machine)
+
+        def link(library: Path) -> None:
+            link_program(library, objects, machine)
+            if options.static:
+                archive(library.with_name(ARCHIVE), objects)
+
         return write_artifact(out, link, store, manifest, check, reference)
 
 
-def _kernels(executable: relax.VMExecutable, folder: Path) -> list[str]:
+def kernel_objects(executable: relax.VMExecutable, folder: Path) -> list[str]:
     """The kernels as object files in ``folder``."""
     modules = [module for module in executable.mod.imports if module.kind == "llvm"]
     paths = [str(folder / f"kernels_{number}.o") for number in range(len(modules))]

@@ -61,6 +61,14 @@ def require_buildable(target: Target, dtype: str = "float32", interface: str = "
         raise DanceError(f"{target.name} is a GPU, which --interface c cannot run yet: leave it out")
 
 
+def require_program(interface: str, weights_dtype: str, prepared: bool, static: bool) -> None:
+    """Raise DanceError where an option is given that only a program has."""
+    given = {"--weights-dtype": weights_dtype != "float32", "--prepared": prepared, "--static": static}
+    for option, is_given in given.items():
+        if is_given and interface != "c":
+            raise DanceError(f"{option} is for libraries that run without TVM: give --interface c too")
+
+
 def known_preprocess(model: object) -> Preprocess | None:
     """How frames of a video become the input of a network of the zoo; None where it is not known."""
     if not isinstance(model, (str, Path)) or Path(model).suffix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork
@@ -58,7 +59,7 @@ def emulator_available() -> str | None:
     return why_not()
 
 
-def prepare_emulator(progress=print) -> None:
+def prepare_emulator(progress: Callable[[str], object] = print) -> None:
     """Fetch the emulated device's system once into the user's cache folder; `progress` takes sentences."""
     from dance_tvm.device.emulator import prepare
 

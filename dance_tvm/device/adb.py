@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from dance_tvm.core.errors import DanceError
 
@@ -37,7 +37,7 @@ _SENSORS = (
 class PhoneServer:
     """TVM's server as it runs on a phone, and what it has printed."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     said: IO[bytes]
 
     def last_words(self) -> str:
@@ -67,9 +67,15 @@ class Adb:
         """Copy a file or folder onto the phone."""
         self._run(["push", str(local), remote], PUSH_TIMEOUT_S)
 
-    def sensors(self) -> dict[str, dict]:
+    def sensors(self) -> dict[str, dict[str, Any]]:
         """Clocks, governors, temperatures, and the battery's power in milliwatts, as far as the phone lets us read."""
-        found: dict[str, dict] = {"khz": {}, "max_khz": {}, "governor": {}, "millidegrees": {}, "milliwatts": {}}
+        found: dict[str, dict[str, Any]] = {
+            "khz": {},
+            "max_khz": {},
+            "governor": {},
+            "millidegrees": {},
+            "milliwatts": {},
+        }
         for line in self.shell(_SENSORS).splitlines():
             words = line.split()
             if len(words) == 4 and words[0] == "battery":  # microampere and microvolt

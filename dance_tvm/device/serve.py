@@ -28,7 +28,7 @@ import threading
 import time
 import zlib
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 if __name__ == "__main__":  # a device needs no compiler, and starts twice as fast without
     os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
@@ -141,7 +141,7 @@ class Weights:
         self.store = store
         self.loaded: dict[tuple[str, str], object] = {}
 
-    def get(self, sha256: str, name: str):
+    def get(self, sha256: str, name: str) -> Any:
         """The tensor `name` of the file."""
         if (sha256, name) not in self.loaded:
             self._load(sha256)
@@ -220,13 +220,13 @@ class KernelClock:
         self.calls: list[dict[str, Any]] = []
         self.started = 0.0
 
-    def instrument(self, look: int):
+    def instrument(self, look: int) -> Any:
         """The callback for `set_instrument`: it takes the time of every call, or, with `look`, looks at its tensors.
 
         Looking reads what a kernel wrote, which warms caches for the next one: it is no measurement of time.
         """
 
-        def each_call(_function, symbol, before, _value, *arguments):
+        def each_call(_function: Any, symbol: str, before: bool, _value: Any, *arguments: Any) -> int:
             if before:
                 self.started = time.perf_counter()
                 return 0
@@ -245,7 +245,7 @@ class KernelClock:
         return json.dumps(calls)
 
 
-def looked_at(symbol: str, tensors: list) -> dict[str, Any]:
+def looked_at(symbol: str, tensors: list[Any]) -> dict[str, Any]:
     """Bytes of a call's tensors; of a listed convolution what its lists kept, and means of what it wrote."""
     size = sum(int(np.prod(tensor.shape, dtype="int64")) * np.dtype(str(tensor.dtype)).itemsize for tensor in tensors)
     if not symbol.startswith(LISTED):
@@ -263,7 +263,7 @@ def looked_at(symbol: str, tensors: list) -> dict[str, Any]:
     return {"bytes": size, "work": work, **means}
 
 
-def _work(symbol: str, tensors: list) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
+def _work(symbol: str, tensors: list[Any]) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
     """What a listed convolution executed, and which frames, positions and channels its lists kept.
 
     `share` is what was left of the dense layer's multiply-accumulates before padding is taken off; the arguments are
@@ -306,7 +306,7 @@ def _work(symbol: str, tensors: list) -> tuple[dict[str, Any], np.ndarray, np.nd
     return kept, alive, channels
 
 
-def _gathered_rows(symbol: str, tensors: list, shape: list[int]) -> tuple[np.ndarray, np.ndarray, list]:
+def _gathered_rows(symbol: str, tensors: list[Any], shape: list[int]) -> tuple[np.ndarray, np.ndarray, list[Any]]:
     """Rows that read each tap by sample, and the positions that were computed.
 
     Lists: rows_in, rows_out (samples, tiles, mr), segments (samples, segments, 4), blocks, on a GPU frame_slots
@@ -325,7 +325,7 @@ def _gathered_rows(symbol: str, tensors: list, shape: list[int]) -> tuple[np.nda
     return by_tap, alive.reshape(shape[:4]), tensors[place + 1 : place + 3]
 
 
-def _winograd_rows(symbol: str, tensors: list, shape: list[int]) -> tuple[np.ndarray, np.ndarray, list]:
+def _winograd_rows(symbol: str, tensors: list[Any], shape: list[int]) -> tuple[np.ndarray, np.ndarray, list[Any]]:
     """The same for Winograd's tiles: columns (chunks, columns), inputs, rows_in, rows_out, runs (chunks, classes, 4),
     counts (chunks + 1, 4) of inputs, tiles, runs and the sample; the last row tells the chunks."""
     columns, rows_out, runs, counts = (tensors[index].numpy() for index in (4, 7, 8, 9))
@@ -368,14 +368,14 @@ def _rows_of_tiles(symbol: str, shape: list[int]) -> int:
     return shape[0] * tiles[0] * tiles[1] * tiles[2]
 
 
-def _sha256(stream) -> str:
+def _sha256(stream: BinaryIO) -> str:
     digest = hashlib.sha256()
     while chunk := stream.read(1 << 20):
         digest.update(chunk)
     return digest.hexdigest()
 
 
-def describe() -> dict:
+def describe() -> dict[str, Any]:
     """What this device is."""
     return {
         "machine": platform.machine(),
@@ -420,7 +420,7 @@ def sensors() -> str:
     """Clocks in kHz, governors, temperatures in millidegrees and energy counters, as JSON; what cannot be read is
     missing."""
     cpus = Path("/sys/devices/system/cpu")
-    state: dict[str, dict] = {
+    state: dict[str, dict[str, Any]] = {
         "khz": {},
         "max_khz": {},
         "governor": {},
@@ -470,7 +470,7 @@ def _rails(folder: Path) -> dict[str, float]:
     return rails
 
 
-def _read(path) -> str:
+def _read(path: str | os.PathLike[str]) -> str:
     try:
         return Path(path).read_text(errors="replace").strip()
     except OSError:
@@ -486,7 +486,7 @@ def pin(choice: str) -> None:
     configure(_SHARE_ALL_CORES, wanted["threads"] or len(cpus), [str(cpu) for cpu in cpus])
 
 
-def opencl(what: str, *arguments):
+def opencl(what: str, *arguments: Any) -> Any:
     """Kernels through OpenCL where TVM's runtime has none: the one thing here that needs the package, and pyopencl."""
     from dance_tvm.device.opencl_server import served
 

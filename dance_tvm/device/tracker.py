@@ -60,7 +60,7 @@ def _nothing_free(host: str, port: int, key: str, timeout: float) -> str:
     return f"the tracker at {host}:{port} has no device {key!r}: {known}"
 
 
-def _ask(host: str, port: int, message: list, timeout: float) -> Any:
+def _ask(host: str, port: int, message: list[Any], timeout: float) -> Any:
     deadline = time.monotonic() + timeout
     with socket.create_connection((host, port), timeout=max(0.01, timeout)) as connection:
         connection.sendall(struct.pack("<i", _MAGIC))

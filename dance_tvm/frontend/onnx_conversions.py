@@ -255,7 +255,7 @@ def _mirrored(op: Operator, x: Any, before: np.ndarray, after: np.ndarray, mode:
     for axis in padded:
         positions = np.arange(max(0, -before[axis]), shape[axis] - max(0, -after[axis]))
         amount = (max(0, before[axis]), max(0, after[axis]))
-        x = op.emit(relax.op.take(x, op.constant(np.pad(positions, amount, mode)), axis))  # type: ignore[call-overload]
+        x = op.emit(relax.op.take(x, op.constant(np.pad(positions, amount, mode)), axis))  # type: ignore[call-overload]  # mode is one of names
     return x
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,6 +13,7 @@ import torch
 import tvm
 from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from tvm import relax
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
@@ -76,7 +78,7 @@ def decompose(program: torch.export.ExportedProgram) -> Decomposed:
                 break
             program = program.run_decompositions(further)
     except Exception as problem:
-        raise DanceError(f"PyTorch cannot decompose the exported program: {first_line(problem)}") from problem
+        raise DanceError(_not_decomposed(problem)) from problem
     _require_stateless(program)
     # Run-time assertions have no result and would keep the whole function from being a dataflow graph.
     for node in reversed(program.graph.nodes):
@@ -84,6 +86,15 @@ def decompose(program: torch.export.ExportedProgram) -> Decomposed:
             program.graph.erase_node(node)
     declared = compute_in_float32(program)
     return Decomposed(program, declared, fold_constants(program))
+
+
+def _not_decomposed(problem: Exception) -> str:
+    """What to say where PyTorch fails to take a program apart; its own words run over many lines and name no layer."""
+    found = re.search(r"target=torch\.ops\.([\w.]+)", str(problem))
+    operator = f"the operator {found[1]}" if found else "an operator"
+    if isinstance(problem, GuardOnDataDependentSymNode):
+        return f"A size that depends on the input's values reaches {operator}: export the network with fixed sizes."
+    return f"PyTorch cannot take {operator} of the exported program apart: export the network without it."
 
 
 def _further_decompositions(program: torch.export.ExportedProgram) -> dict[Any, Callable[..., Any]]:
@@ -262,6 +273,11 @@ class _Importer(ExportedProgramImporter):
             return value
         if not isinstance(value.ty, relax.TensorType):
             return value
+        if not all(isinstance(extent, tvm.tirx.IntImm) for extent in value.ty.shape):
+            raise DanceError(
+                f"The operator {node.target} of layer {describe(node)!r} has a result whose size depends on the "
+                "input's values: export the network with fixed sizes."
+            )
         shape = tuple(int(extent) for extent in value.ty.shape)
         known = all(isinstance(extent, int) for extent in expected.shape)
         if known and shape != tuple(expected.shape):

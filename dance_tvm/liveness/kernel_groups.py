@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -284,7 +284,7 @@ def _flatten(weight: NDArray[np.floating]) -> NDArray[np.float32]:
     return np.ascontiguousarray(weight, np.float32).reshape(*weight.shape[:2], -1)
 
 
-def _pad(weight: NDArray, groups: tuple[int, int]) -> NDArray:
+def _pad(weight: NDArray[Any], groups: tuple[int, int]) -> NDArray[Any]:
     """Grow filters and channels with zeros to multiples of the group."""
     grow = [(0, _round_up(size, group) - size) for size, group in zip(weight.shape[:2], groups, strict=True)]
     return np.pad(weight, [*grow, (0, 0)])

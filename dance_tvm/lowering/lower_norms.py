@@ -12,16 +12,17 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, Shape, constant, dtype_of, is_tensor, rewrite, shape_of, substitute
-from dance_tvm.schedules.cpu import moments
-from dance_tvm.schedules.cpu.moments import Reduction
-from dance_tvm.schedules.cpu.norm import Norm, norm
+from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, rewrite, shape_of, substitute
+from dance_tvm.schedules.cpu.moments import VectorReduction
+from dance_tvm.schedules.cpu.norm import Norm
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.emit import one_thread
-from dance_tvm.schedules.gpu import reduce as gpu_reduce
+from dance_tvm.schedules.gpu.reduce import BlockReduction
 from dance_tvm.schedules.gpu.tiles import Gpu
+from dance_tvm.schedules.reduction import Reduction
 
 from .activations import activation_behind
+from .calls import call_kernel
 from .norm_forms import Span, folded, form_of, runs_of, seen_as, without
 from .sites import FUSED_ACTIVATIONS
 
@@ -173,21 +174,24 @@ class _Lowering:
             final = span is spans[0]
             out = without(shape, reduced, keepdims) if final else folded(shape_of(data), span)
             now = shape_of(data)
-            outer, inner = math.prod(now[: span.first]), math.prod(now[span.first + span.axes :])
-            spec = Reduction(
-                now,
-                out,
-                outer,
-                math.prod(now[span.first : span.first + span.axes]),
-                inner,
-                kind,  # type: ignore[arg-type]
-                self.machine.vector_floats if isinstance(self.machine, Machine) else 1,
-                self.threads,
-                squared,
-            )
-            emitted = moments if isinstance(self.machine, Machine) else gpu_reduce
-            data = _call(builder, emitted.reduce_middle(spec), [data], out)
+            fields = {
+                "shape": now,
+                "out_shape": out,
+                "outer": math.prod(now[: span.first]),
+                "reduced": math.prod(now[span.first : span.first + span.axes]),
+                "inner": math.prod(now[span.first + span.axes :]),
+                "statistic": kind,
+                "squared": squared,
+            }
+            data = call_kernel(builder, self._reduction(fields), {"x": data})
         return data
+
+    def _reduction(self, fields: dict[str, Any]) -> Reduction:
+        """The machine's reduction."""
+        machine = self.machine
+        if isinstance(machine, Machine):
+            return VectorReduction(**fields, vector_floats=machine.vector_floats, threads=self.threads)
+        return BlockReduction(**fields)
 
     def _norm(
         self, builder: relax.BlockBuilder, call: relax.Call, site: NormSite, new: dict[relax.Var, relax.Expr]
@@ -196,10 +200,11 @@ class _Lowering:
         if plan is None:
             return self._by_parts(builder, call)
         spec, scales = plan
-        residual = [] if site.residual is None else [substitute(site.residual, new)]
-        data, shape = call.args[0], shape_of(call.args[0])
-        spec = replace(spec, residual=bool(residual), activation=site.activation)
-        return _call(builder, norm(spec), [data, *map(relax.const, scales), *residual], shape)
+        values = {"x": call.args[0]} | {name: relax.const(array) for name, array in scales.items()}
+        if site.residual is not None:
+            values["residual"] = substitute(site.residual, new)
+        spec = replace(spec, residual=site.residual is not None, activation=site.activation)
+        return call_kernel(builder, spec, values)
 
     def _softmax(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         """Exponentials of differences from the largest, beside their sum."""
@@ -240,7 +245,7 @@ def _scale_and_shift(call: relax.Call) -> list[tuple[Callable[..., relax.Expr], 
     return [(op, values) for op, values, has in zip(operators, call.args[1:], flags, strict=False) if has]
 
 
-def _plan(call: relax.Call, machine: Machine | Gpu, threads: int) -> tuple[Norm, list[np.ndarray]] | None:
+def _plan(call: relax.Call, machine: Machine | Gpu, threads: int) -> tuple[Norm, dict[str, np.ndarray]] | None:
     """The one kernel that does this norm, and gamma and beta as it reads them; None where there is none."""
     if not isinstance(machine, Machine):
         return None
@@ -252,9 +257,10 @@ def _plan(call: relax.Call, machine: Machine | Gpu, threads: int) -> tuple[Norm,
     gamma, beta = given.get(relax.op.multiply, np.ones(size)), given.get(relax.op.add, np.zeros(size))
     assert gamma is not None
     assert beta is not None
-    scales = [np.ascontiguousarray(value, "float32").reshape(-1) for value in (gamma, beta)]
-    if (scales[0] == 1).all() and not scales[1].any():
-        scales = []
+    named = {"gamma": gamma, "beta": beta}
+    scales = {name: np.ascontiguousarray(value, "float32").reshape(-1) for name, value in named.items()}
+    if (scales["gamma"] == 1).all() and not scales["beta"].any():
+        scales = {}
     seen = seen_as(form, shape, threads, size if scales else 0)
     if seen is None:
         return None
@@ -272,9 +278,3 @@ def _plan(call: relax.Call, machine: Machine | Gpu, threads: int) -> tuple[Norm,
         form.centred,
     )
     return spec, scales
-
-
-def _call(builder: relax.BlockBuilder, func: tvm.tirx.PrimFunc, args: list[relax.Expr], shape: Shape) -> relax.Expr:
-    name = str(func.attrs["global_symbol"])
-    gvar = builder.add_func(func.without_attr("global_symbol"), name)
-    return builder.emit(relax.call_tir(gvar, args, relax.TensorType(list(shape), "float32")), name_hint=name)

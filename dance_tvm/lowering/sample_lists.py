@@ -15,9 +15,10 @@ from itertools import product
 
 from dance_tvm.liveness.expressions import Live
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
+from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.tiles import Machine, default_tile
 from dance_tvm.schedules.cpu.winograd_choice import axis_densities, best, direct_seconds, why_not, winograd_seconds
-from dance_tvm.schedules.plans import MOST_DYNAMIC_POSITION_TAPS, RowPlan
+from dance_tvm.schedules.plans import MOST_DYNAMIC_POSITION_TAPS
 
 from .sites import Site, SiteLists
 

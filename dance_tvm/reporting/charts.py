@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dance_tvm.benchmarking.results import Device, Layer, Measured, Pair, Results
 from dance_tvm.core.errors import DanceError
@@ -240,7 +241,7 @@ def _named(known: Iterable[Measured], artifact: str) -> Measured:
     return next(item for item in known if item.artifact == artifact)
 
 
-def _record(line: str) -> dict | None:
+def _record(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except ValueError:

@@ -56,7 +56,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _told(item: Measured) -> list:
+def _told(item: Measured) -> list[Any]:
     return [layer for layer in item.profile.layers if layer.why or layer.tuned] if item.profile else []
 
 

@@ -23,7 +23,7 @@ class ComputeEmpty:
 
 @relax.expr_functor.mutator
 class _Rewriter(relax.PyExprMutator):
-    def visit_generic_const_(self, op: tvm.ir.GenericConst) -> relax.Expr:  # type: ignore[override]
+    def visit_generic_const_(self, op: tvm.ir.GenericConst) -> relax.Expr:
         shape = [int(extent) for extent in op.ty.shape]
         if math.prod(shape):
             return op

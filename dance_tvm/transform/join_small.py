@@ -14,6 +14,7 @@ from tvm import relax, s_tir, tirx
 
 from dance_tvm.ir.graph import Graph, is_tensor, substitute, variables
 from dance_tvm.schedules.emit import OPAQUE
+from dance_tvm.schedules.kernel import LAYER, described
 
 #: A call that reads and writes at most so many elements is small: that much takes about as long as calling it.
 SMALL_ELEMENTS = 65536
@@ -21,8 +22,6 @@ SMALL_ELEMENTS = 65536
 ALIGNMENT = 64
 #: Most calls of one function: compiling it takes longer than in proportion to its length.
 MOST_JOINED = 16
-#: Kernels by whose calls a run is told: convolutions and linear layers.
-LAYERS = ("conv3d_", "linear_")
 
 
 @tvm.transform.module_pass(opt_level=0, name="JoinSmall")
@@ -66,7 +65,10 @@ class _Joining:
         value = self.graph.value[var]
         if isinstance(value, relax.TupleGetItem):
             return isinstance(value.tuple_value, relax.Var) and self._is_small(value.tuple_value)
-        if self.graph.op(var) != "call_tir" or value.args[0].name_hint.startswith(LAYERS):
+        if self.graph.op(var) != "call_tir":
+            return False
+        told = described(self.builder.get()[value.args[0]])
+        if told is not None and told["kind"] == LAYER:
             return False
         if not all(map(_is_whole, self.builder.get()[value.args[0]].params)):
             return False

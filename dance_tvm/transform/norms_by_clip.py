@@ -70,7 +70,8 @@ def _norm_of_view(graph: Graph, var: relax.Var) -> tuple[relax.Call, relax.Expr,
     if name == "nn.instance_norm" and sorted(int(axis) % rank for axis in value.attrs.axes) != [0, *axes]:
         return None
     scales = [_one_clip(constant(arg), shape) for arg in value.args[1:]]
-    return None if any(each is None for each in scales) else (value, source, scales, axes)  # type: ignore[return-value]
+    known = [each for each in scales if each is not None]
+    return (value, source, known, axes) if len(known) == len(scales) else None
 
 
 def _one_clip(values: np.ndarray | None, shape: Shape) -> np.ndarray | None:

@@ -8,7 +8,7 @@ digest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,22 +20,11 @@ from tvm import tirx
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.remote import RemoteSession
-from dance_tvm.schedules.convolution import Convolution
-from dance_tvm.schedules.cpu import channel_plan, conv3d_gather, conv3d_kgs, row_plan
-from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
-from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv, balanced_order
-from dance_tvm.schedules.cpu.pool3d import Pool, pool3d
-from dance_tvm.schedules.cpu.winograd import WinogradConv, conv3d_winograd, mask_arguments
-from dance_tvm.schedules.cpu.winograd_plan import LISTS, plan_winograd
-from dance_tvm.schedules.emit import FLOAT, INT, Expr, argument, flat, kernel, let, parallel, serial, store, when
-from dance_tvm.schedules.gpu import channel_plan as gpu_channel_plan
-from dance_tvm.schedules.gpu import conv3d_gather as gpu_conv3d_gather
-from dance_tvm.schedules.gpu import conv3d_kgs as gpu_conv3d_kgs
-from dance_tvm.schedules.gpu import row_plan as gpu_row_plan
-from dance_tvm.schedules.gpu.conv3d_gather import BlockConv
-from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
+from dance_tvm.schedules.elementary import written_out
+from dance_tvm.schedules.emit import FLOAT, Expr, argument, flat, kernel, let, parallel, serial, store, when
 from dance_tvm.schedules.gpu.emit import each_element, read, write
-from dance_tvm.schedules.workload import Workload
+from dance_tvm.schedules.kernel import Kernel, Operand, Weights
+from dance_tvm.schedules.workload import KERNEL_GROUPS, Workload
 from dance_tvm.tuning.farm import CountedSession
 from dance_tvm.tuning.libraries import Library, device_code_of, open_library
 
@@ -58,7 +47,6 @@ SAME_COUNT, MOST_COUNTS = 0.002, 8
 
 #: Loops over the elements of a tensor, shared out over the device: a context that gives the index.
 Each = Callable[[int], AbstractContextManager[Expr]]
-Conv = Convolution | WinogradConv
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ class Instance:
     """One workload with one kernel."""
 
     workload: Workload
-    kernel: Conv | Pool
+    kernel: Kernel
 
     @property
     def dtype(self) -> str:
@@ -83,49 +71,39 @@ class Instance:
         """Output: (N, T, H, W, C_out)."""
         return (self.workload.window.batch, *self.workload.window.out, self.workload.channels_out)
 
-    def module(self) -> tvm.IRModule:
-        """All functions of the library."""
-        each = each_element if isinstance(self.kernel, BlockConv) else _each_by_threads
+    def module(self, gpu: bool = False) -> tvm.IRModule:
+        """All functions of the library, for a GPU or a processor."""
+        each: Each = each_element if gpu else _each_by_threads
         functions = {
             "fill_x": _fill("fill_x", self.x_shape, self.dtype, each),
             "fill_y": _fill("fill_y", self.y_shape, self.dtype, each),
             DIGEST: _digest(self.y_shape, self.dtype, each),
+            KERNEL: self.kernel.primfunc(KERNEL) if gpu else written_out(self.kernel.primfunc(KERNEL)),
         }
-        if isinstance(self.kernel, Pool):
-            functions[KERNEL] = pool3d(self.kernel)
-        else:
-            functions["fill_weights"] = _fill_weights(self.kernel, self.dtype, each)
-            functions[KERNEL], functions["plan_rows"] = _convolution(self.kernel), _row_planner(self.kernel)
-            functions.update(self._channel_planners(self.kernel))
-        functions[KERNEL] = functions[KERNEL].with_attr("global_symbol", KERNEL)
+        for operand in self.left_open():
+            functions["fill_weights"] = _fill_weights(self.kernel, operand, each)
+        for index, each_list in enumerate(self.kernel.lists()):
+            functions[f"plan{index}"] = each_list.planner.primfunc(f"plan{index}")
         return tvm.IRModule(functions)
 
-    def _channel_planners(self, conv: Conv) -> dict[str, tirx.PrimFunc]:
-        """What makes the lists of live channels; kernel groups thin their columns, and test output channels."""
-        if isinstance(conv, KernelGroupConv):
-            return {"plan_columns": conv3d_kgs.plan_columns(conv)} if conv.live_in else {}
-        if isinstance(conv, GroupConv):
-            return {"plan_columns": gpu_conv3d_kgs.plan_columns(conv, "plan_columns")} if conv.live_in else {}
-        planner = gpu_channel_plan if isinstance(conv, BlockConv) else channel_plan
-        return {
-            f"plan_{name}": planner.plan_channels(self.workload.samples, channels, f"plan_{name}")
-            for name, channels in self.channel_lists()
-        }
+    @property
+    def weights(self) -> Weights:
+        """What the kernel prepares its constants from: weights themselves are filled in on the device."""
+        columns = self.workload.columns() if self.workload.family == KERNEL_GROUPS else None
+        return Weights(None, (np.arange(self.workload.channels_out) % 5 - 2.0).astype(FLOAT), columns)
 
-    def channel_lists(self) -> list[tuple[str, int]]:
-        """Axes of channels that are thinned, and how many channels they have."""
-        lists = [("in_channels", self.workload.depth), ("out_channels", self.workload.channels_out)]
-        return [listed for listed in lists if listed[0] in self.workload.lists]
+    def left_open(self) -> list[Operand]:
+        """The constants that ``weights`` do not settle."""
+        settled = self.kernel.prepare(self.weights)
+        return [each for each in self.kernel.inputs() if each.role == "constant" and each.name not in settled]
 
     def masks(self) -> dict[str, np.ndarray]:
-        """A mask for each list, of the workload's density, at least one element alive; the same at every call."""
-        kernel = self.kernel
-        if isinstance(kernel, Pool):
-            shapes = dict(kernel.masks)
-        else:
-            shapes = dict(kernel.plan.masks)
-            shapes.update({name: (self.workload.samples, channels) for name, channels in self.channel_lists()})
-        return {name: _mask(shape, self.workload.density, seed) for seed, (name, shape) in enumerate(shapes.items())}
+        """A mask for each axis that lists thin, of the workload's density, at least one element alive; the same at
+        every call."""
+        kernels = [*(each.planner for each in self.kernel.lists()), self.kernel]
+        operands = [operand for each in kernels for operand in each.inputs() if operand.role == "mask"]
+        shapes = {operand.axis: operand.shape for operand in operands}
+        return {axis: _mask(shape, self.workload.density, seed) for seed, (axis, shape) in enumerate(shapes.items())}
 
 
 def _mask(shape: tuple[int, ...], density: float, seed: int) -> np.ndarray:
@@ -139,29 +117,6 @@ def _mask(shape: tuple[int, ...], density: float, seed: int) -> np.ndarray:
     return flat_mask.reshape(shape)
 
 
-def _convolution(conv: Conv) -> tirx.PrimFunc:
-    """The kernel of a convolution."""
-    if isinstance(conv, WinogradConv):
-        return conv3d_winograd(conv)
-    if isinstance(conv, GroupConv):
-        return gpu_conv3d_kgs.conv3d_kgs(conv)
-    if isinstance(conv, BlockConv):
-        return gpu_conv3d_gather.conv3d_gather(conv)
-    if isinstance(conv, KernelGroupConv):
-        return conv3d_kgs.conv3d_kgs(conv)
-    assert isinstance(conv, GatherConv), conv
-    return conv3d_gather.conv3d_gather(conv)
-
-
-def _row_planner(conv: Conv) -> tirx.PrimFunc:
-    """What makes the lists of its rows."""
-    if isinstance(conv, WinogradConv):
-        return plan_winograd(conv.plan, "plan_rows")
-    if isinstance(conv, BlockConv):
-        return gpu_row_plan.plan_rows(conv.plan, "plan_rows")
-    return row_plan.plan_rows(conv.plan)
-
-
 def build_instance(instance: Instance, target: Target, path: Path) -> None:
     """Compile and link the library of ``instance`` for ``target``; for OpenCL, its device code beside it as well."""
     from dance_tvm.artifact.device_code import embed_device_code
@@ -169,7 +124,7 @@ def build_instance(instance: Instance, target: Target, path: Path) -> None:
     from dance_tvm.device.launches import device_code
     from dance_tvm.lowering.machine import host_code_of
 
-    module, tvm_target = instance.module(), target.tvm_target(instance.workload.threads)
+    module, tvm_target = instance.module(target.gpu is not None), target.tvm_target(instance.workload.threads)
     with tvm_target, tvm.transform.PassContext(config=host_code_of(target)):
         built = tvm.compile(module, target=tvm_target)
     packing, _ = embed_device_code(built, target)
@@ -198,7 +153,7 @@ class Loaded:
 
     def digest(self) -> int | None:
         """A number that all tiles of the workload agree on; None where results are not exact."""
-        if self.instance.workload.activation not in EXACT or isinstance(self.instance.kernel, WinogradConv):
+        if self.instance.workload.activation not in EXACT or not self.instance.kernel.exact:
             return None
         y, sums = self.arguments[-1], self.library.empty((PARTS,), "int64")
         self.library.call("fill_y", y)
@@ -263,59 +218,38 @@ def interleaved(loaded: Sequence[Loaded], rounds: int = 9) -> list[list[float]]:
 
 def _arguments(library: Library, instance: Instance) -> list[Any]:
     """The kernel's arguments in its order, filled on the device."""
-    kernel = instance.kernel
-    x = library.empty(instance.x_shape, instance.dtype)
-    library.call("fill_x", x)
-    masks = {name: library.send(mask) for name, mask in instance.masks().items()}
-    arguments = [x]
-    arguments += masks.values() if isinstance(kernel, Pool) else _conv_arguments(library, instance, kernel, masks)
-    for _ in range(2 if instance.workload.residual else 1):
-        arguments.append(library.empty(instance.y_shape, instance.dtype))
-        library.call("fill_y", arguments[-1])
-    return arguments
+    masks = {axis: library.send(mask) for axis, mask in instance.masks().items()}
+    lists: dict[str, Any] = {}
+    x = _filled(library, "fill_x", instance.x_shape, instance.dtype)
+
+    def given(kernel: Kernel) -> list[Any]:
+        """What a planner or the kernel takes, in its order."""
+        constants = {name: library.send(array) for name, array in kernel.prepare(instance.weights).items()}
+
+        def tensor(operand: Operand) -> Any:
+            if operand.role == "output" and kernel is not instance.kernel:
+                return library.empty(operand.shape, operand.dtype)
+            if operand.role in ("residual", "output"):
+                return _filled(library, "fill_y", operand.shape, operand.dtype)
+            if operand.role == "constant" and operand.name not in constants:
+                return _filled(library, "fill_weights", operand.shape, operand.dtype)
+            return {"data": lambda: x, "mask": lambda: masks[operand.axis]}.get(
+                operand.role, lambda: {**constants, **lists}[operand.name]
+            )()
+
+        return [tensor(operand) for operand in kernel.operands()]
+
+    for index, each in enumerate(instance.kernel.lists()):
+        arguments = given(each.planner)
+        library.call(f"plan{index}", *arguments)
+        lists.update(zip(each.names, arguments[len(each.planner.inputs()) :], strict=True))
+    return given(instance.kernel)
 
 
-def _conv_arguments(library: Library, instance: Instance, conv: Conv, masks: Mapping[str, Any]) -> list[Any]:
-    """Weights, bias, taps and lists of a convolution."""
-    plan = conv.plan
-    weights = library.empty(conv.weight_shape, instance.dtype)
-    library.call("fill_weights", weights)
-    lists = [library.empty(shape, INT) for shape in plan.shapes.values()]
-    tables = [library.send(table) for table in plan.tables.values()]
-    library.call("plan_rows", *(masks[name] for name in plan.masks), *tables, *lists)
-    bias = conv.pack_bias(np.arange(instance.workload.channels_out) % 5 - 2.0)
-    arguments = [weights, library.send(bias.astype(FLOAT)), library.send(plan.tap_entries)]
-    if isinstance(conv, KernelGroupConv | GroupConv):
-        return [*arguments, *lists, *_column_arguments(library, instance.workload, conv, masks)]
-    arguments += lists[: len(LISTS)] if isinstance(conv, WinogradConv) else lists
-    for name, channels in instance.channel_lists():
-        listed = library.empty(channel_plan.channel_list_shape(instance.workload.samples, channels), INT)
-        library.call(f"plan_{name}", masks[name], listed)
-        arguments.append(listed)
-    if isinstance(conv, WinogradConv):
-        arguments += [masks[name] for name in mask_arguments(conv)]
-    return arguments
-
-
-def _column_arguments(
-    library: Library, workload: Workload, conv: KernelGroupConv | GroupConv, masks: Mapping[str, Any]
-) -> list[Any]:
-    """Lists of the columns that kernel groups keep, and the mask of output channels where there is one."""
-    columns = workload.columns()
-    arguments = [
-        library.send(conv.static_starts(columns.ptr)),
-        library.send(conv.static_columns(columns.channel, columns.ptr)),
-    ]
-    if conv.live_in:
-        shapes = [*conv.column_shapes.values()]
-        shapes += [(workload.samples, 1)] if isinstance(conv, GroupConv) else []
-        thinned = [library.empty(shape, INT) for shape in shapes]
-        library.call("plan_columns", masks["in_channels"], *arguments, *thinned)
-        arguments = thinned[:2]
-    if isinstance(conv, KernelGroupConv):
-        order = balanced_order(np.diff(columns.ptr[:, [0, -1]])[:, 0], workload.threads)
-        arguments += [library.send(order), library.send(conv.tap_runs)]
-    return arguments + ([masks["out_channels"]] if conv.live_out else [])
+def _filled(library: Library, fill: str, shape: tuple[int, ...], dtype: str) -> Any:
+    tensor = library.empty(shape, dtype)
+    library.call(fill, tensor)
+    return tensor
 
 
 @contextmanager
@@ -339,31 +273,23 @@ def _fill(name: str, shape: tuple[int, ...], dtype: str, each: Each) -> tirx.Pri
     return built.func
 
 
-def _fill_weights(conv: Conv, dtype: str, each: Each) -> tirx.PrimFunc:
+def _fill_weights(layer: Kernel, weights: Operand, each: Each) -> tirx.PrimFunc:
     """Fill packed weights so that they do not depend on how they are packed; padding is zero.
 
     Transformed weights depend on the tile of outputs: any small numbers do, as only time is asked of them. Those of
     kernel groups are packed alike by every tile.
     """
-    if isinstance(conv, WinogradConv | KernelGroupConv | GroupConv):
-        return _fill("fill_weights", conv.weight_shape, dtype, each)
-    taps, depth, inner = conv.window.taps, conv.depth, conv.weight_shape[-1]
-    in_panels = len(conv.weight_shape) == 4
-    per_group = conv.panels // conv.groups
     with kernel("fill_weights") as built:
-        values = flat(argument("weights", conv.weight_shape, dtype))
-        with each(math.prod(conv.weight_shape)) as at:
-            line = let(tirx.floordiv(at, inner * depth))
-            channel, lane = let(tirx.floormod(tirx.floordiv(at, inner), depth)), let(tirx.floormod(at, inner))
-            if in_panels:
-                panel, tap = let(tirx.floordiv(line, taps)), let(tirx.floormod(line, taps))
-                within = let(tirx.floormod(panel, per_group) * conv.tile.nr + lane)
-                out = let(tirx.floordiv(panel, per_group) * conv.group_out + within)
-                there = within < conv.group_out
+        values = flat(argument("weights", weights.shape, weights.dtype))
+        with each(math.prod(weights.shape)) as at:
+            place = layer.unpacked(at)
+            if place is None:
+                value = _small(at, 9)
             else:
-                out, tap, there = lane, line, tirx.const(True, "bool")
-            value = _small(out * 7 + tap * 5 + channel * 3, 9)
-            write(values, tirx.if_then_else(there, value, tirx.FloatImm(FLOAT, 0.0)), at)
+                out, tap, channel, there = place
+                value = _small(out * 7 + tap * 5 + channel * 3, 9)
+                value = tirx.if_then_else(there, value, tirx.FloatImm(FLOAT, 0.0))
+            write(values, value, at)
     return built.func
 
 

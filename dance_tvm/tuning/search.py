@@ -25,9 +25,9 @@ from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 from tvm.script import tirx as T
 
-from dance_tvm.schedules.cpu.spaces import Decisions, Space, VectorSpace
+from dance_tvm.schedules.cpu.spaces import Space, VectorSpace
 from dance_tvm.schedules.gpu.spaces import BlockSpace
-from dance_tvm.schedules.workload import Workload
+from dance_tvm.schedules.workload import Decisions, Workload
 
 POPULATION, GENERATIONS = 48, 2
 #: Trials before the cost model says anything.
@@ -56,7 +56,7 @@ def stand_in(workload: Workload) -> tvm.tirx.PrimFunc:
     taps, sources = workload.window.taps, workload.window.positions_in + workload.window.positions_out
 
     @T.prim_func(s_tir=True)
-    def implicit_gemm(
+    def implicit_gemm(  # type: ignore[no-untyped-def]  # TVMScript
         x: T.Buffer((sources, depth), "float32"),  # type: ignore[valid-type]  # TVMScript
         rows_in: T.Buffer((rows,), "int32"),  # type: ignore[valid-type]  # TVMScript
         offsets: T.Buffer((taps,), "int32"),  # type: ignore[valid-type]  # TVMScript

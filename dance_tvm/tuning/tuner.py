@@ -25,10 +25,11 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.device.serve import end_with_parent_process
 from dance_tvm.records.advice import tuned_tiles
 from dance_tvm.records.kernel_log import Log, append, log_path, new_record, require_writable
-from dance_tvm.schedules.cpu.spaces import Decisions, Space
+from dance_tvm.schedules.cpu.spaces import Space
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.gpu.spaces import space_of
 from dance_tvm.schedules.gpu.tiles import Gpu
+from dance_tvm.schedules.workload import Decisions
 from dance_tvm.tuning.farm import DeviceLostError, Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
 from dance_tvm.tuning.libraries import device_code_of
@@ -198,7 +199,7 @@ class Tuner:
 
     def _search(self) -> None:
         """Batches in turn. On devices of their own, a batch is measured while the next one is proposed and built."""
-        pending: tuple[Task, list[tuple[Decisions, Future]]] | None = None
+        pending: tuple[Task, list[tuple[Decisions, Future[Any]]]] | None = None
         while not self._over():
             task = self._next()
             if pending is not None and (task is None or task is pending[0] or self.farm.is_here):
@@ -261,13 +262,13 @@ class Tuner:
             with suppress(OSError, ValueError):
                 worker.kill()
 
-    def _build(self, task: Task, decisions: Decisions) -> tuple[Instance, Path, Future]:
+    def _build(self, task: Task, decisions: Decisions) -> tuple[Instance, Path, Future[Any]]:
         self._number += 1
         path = self._folder / f"trial-{self._number}.so"
         instance = Instance(task.layer.workload, task.space.kernel(decisions))
         return instance, path, self._pool.submit(build_instance, instance, self.target, path)
 
-    def _start(self, task: Task, batch: list[Decisions]) -> list[tuple[Decisions, Future]]:
+    def _start(self, task: Task, batch: list[Decisions]) -> list[tuple[Decisions, Future[Any]]]:
         """Build the batch, and measure each trial as soon as it is built, or after all where cores are shared."""
         builds = [(decisions, *self._build(task, decisions)) for decisions in batch]
         all_built = threading.Event()
@@ -285,7 +286,7 @@ class Tuner:
         return measured
 
     def _measure(
-        self, task: Task, instance: Instance, path: Path, build: Future, all_built: threading.Event
+        self, task: Task, instance: Instance, path: Path, build: Future[Any], all_built: threading.Event
     ) -> tuple[list[float], str, str]:
         """Times, the device's name and, where there are none, why."""
         try:
@@ -313,7 +314,7 @@ class Tuner:
                     device_code_of(path).unlink(missing_ok=True)
         return [], "", said
 
-    def _collect(self, task: Task, measured: list[tuple[Decisions, Future]]) -> None:
+    def _collect(self, task: Task, measured: list[tuple[Decisions, Future[Any]]]) -> None:
         """Keep the results of a batch: in the log first, one by one, as they come."""
         before, told = task.best, []
         for decisions, future in measured:

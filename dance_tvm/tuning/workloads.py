@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
-from dance_tvm.schedules.cpu.spaces import SPACES, WORTH_TRYING, WinogradSpace
+from dance_tvm.schedules.cpu.spaces import WORTH_TRYING, WinogradSpace, direct_space
 from dance_tvm.schedules.cpu.winograd_choice import direct_seconds, why_not, winograd_seconds
 from dance_tvm.schedules.workload import KERNEL_GROUPS, LISTS, POOL, TYPICAL_DENSITY, WINOGRAD, Workload
 from dance_tvm.tuning.calibration import density_of, kept_shares
@@ -89,18 +88,20 @@ def layers_of(
 
 def _families(workload: Workload, machine: Machine, conv: str) -> list[Workload]:
     """The workload for each family worth tuning: not what is far behind the other, as the model of time has it."""
-    kernel = SPACES[workload.family](machine, workload)
-    direct = kernel.kernel(kernel.default())
-    if not isinstance(direct, GatherConv) or conv == "direct" or why_not(direct):
+    if workload.family == POOL or conv == "direct":
         return [] if conv == "winograd" else [workload]
-    space = WinogradSpace(machine, workload.winograd)
+    space = direct_space(machine, workload)
+    direct = space.kernel(space.default())
+    if why_not(direct):
+        return [] if conv == "winograd" else [workload]
+    winograd = WinogradSpace(machine, workload.winograd)
     try:
-        other = winograd_seconds(space.kernel(space.default()), machine, workload.threads)
+        other = winograd_seconds(winograd.kernel(winograd.default()), machine, workload.threads)
     except ValueError:
         return [] if conv == "winograd" else [workload]
     seconds = direct_seconds(direct, machine, workload.threads)
     found = [workload] if conv == "auto" and seconds <= WORTH_TRYING * other else []
-    return found + ([space.workload] if conv == "winograd" or other <= WORTH_TRYING * seconds else [])
+    return found + ([winograd.workload] if conv == "winograd" or other <= WORTH_TRYING * seconds else [])
 
 
 def _variants(workload: Workload, densities: Sequence[float], lists: Sequence[str]) -> list[Workload]:

@@ -7,16 +7,17 @@ need not clear what it left out. The running value of a line of positions stays 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 
-from ..emit import Expr, argument, choose, flat, kernel, lanes, let, number, parallel, scratch, serial, splat, store
+from ..emit import Expr, choose, flat, lanes, let, number, parallel, scratch, serial, splat, store
+from ..kernel import Kernel, Operand, channels_mask, output
 
 
 @dataclass(frozen=True)
-class Carry:
+class Carry(Kernel):
     """``frames`` frames of ``count`` clips, (frames · count, height, width, channels), frame-major.
 
     Of ``fresh`` (x), ``taken`` (y of the frame before) and ``kept`` (what is stored of y), each names the masks that it
@@ -24,6 +25,7 @@ class Carry:
     of the frame before the first one is given, else there is none.
     """
 
+    kind = "carry"
     frames: int
     count: int
     height: int
@@ -41,26 +43,34 @@ class Carry:
         return f"carry_frames_f32_v{self.vector_floats}"
 
     @property
-    def masks(self) -> dict[tuple[str, str], tuple[int, ...]]:
-        """Shapes of the float32 masks by what they are of and their axis, in the order of the parameters."""
-        total = self.frames * self.count
-        shapes = {"positions": (total, self.height, self.width), "channels": (total, self.channels)}
+    def shape(self) -> tuple[int, ...]:
+        """(frames · count, height, width, channels)."""
+        return (self.frames * self.count, self.height, self.width, self.channels)
+
+    @property
+    def masks(self) -> dict[tuple[str, str], Operand]:
+        """The masks by what they are of and their axis, in the order of the parameters."""
+        total, height, width, channels = self.shape
+        positions = Operand("", (total, height, width), role="mask", field=(total, 1, height, width, 1))
+        shapes = {"positions": positions, "channels": channels_mask("", "", total, channels)}
         named = {"fresh": self.fresh, "taken": self.taken, "kept": self.kept}
-        return {(of, axis): shapes[axis] for of, axes in named.items() for axis in axes}
+        return {
+            (of, axis): replace(shapes[axis], name=f"{of}_{axis}", axis=f"{of}_{axis}")
+            for of, axes in named.items()
+            for axis in axes
+        }
 
+    def operands(self) -> list[Operand]:
+        """x, the masks, where asked for before (count, height, width, channels), and y."""
+        before = [Operand("before", (self.count, *self.shape[1:]), role="residual")] if self.before else []
+        return [Operand("x", self.shape), *self.masks.values(), *before, output("y", self.shape)]
 
-def carry_frames(carry: Carry) -> tirx.PrimFunc:
-    """Emit the kernel: x, the masks, where asked for before (count, height, width, channels), and y."""
-    shape = (carry.frames * carry.count, carry.height, carry.width, carry.channels)
-    with kernel(carry.name) as built:
-        x = argument("x", shape)
-        masks = {key: argument("_".join(key), extents) for key, extents in carry.masks.items()}
-        before = argument("before", (carry.count, *shape[1:])) if carry.before else None
-        y = argument("y", shape)
-        emitter = _Emitter(carry, flat(x), masks, flat(y))
-        with parallel(carry.count * carry.height) as line:
-            emitter.line(line, None if before is None else flat(before))
-    return built.func
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Line by line of positions, frame after frame."""
+        masks = {key: args[each.name] for key, each in self.masks.items()}
+        emitter = _Emitter(self, flat(args["x"]), masks, flat(args["y"]))
+        with parallel(self.count * self.height) as line:
+            emitter.line(line, flat(args["before"]) if self.before else None)
 
 
 class _Emitter:

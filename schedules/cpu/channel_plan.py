@@ -1,31 +1,34 @@
-"""From a channel mask to the list of live channels.
-
-A list is one int32 row per sample: the count, then the live channels in order.
-"""
+"""From a channel mask to the list of live channels, on a processor."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from tvm import tirx
 
-from ..emit import INT, Expr, argument, clear, kernel, let, number, scratch, serial, store, when
-from ..plans import channel_list_shape
+from .. import plans
+from ..emit import INT, Expr, clear, let, number, scratch, serial, store, when
 
 
-def plan_channels(samples: int, channels: int, name: str = "plan_channels") -> tirx.PrimFunc:
-    """The planner: mask (samples, channels), nonzero meaning alive → int32 list (samples, 1 + channels)."""
-    with kernel(name) as built:
-        mask = argument("mask", (samples, channels))
-        listed = argument("listed", channel_list_shape(samples, channels), INT)
+@dataclass(frozen=True)
+class ChannelPlan(plans.ChannelPlan):
+    """The planner for a processor."""
+
+    name = "plan_channels"
+
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """List them in one sweep."""
+        mask, listed = args["mask"], args["listed"]
         count = scratch((1,), INT)
         clear(listed)
-        with serial(samples) as sample:
+        with serial(self.samples) as sample:
             store(count, tirx.IntImm(INT, 0), 0)
-            with serial(channels) as channel, when(mask[sample, channel] != number(0.0)):
+            with serial(self.channels) as channel, when(mask[sample, channel] != number(0.0)):
                 slot = let(count[0])
                 store(listed, channel, sample, 1 + slot)
                 store(count, slot + 1, 0)
             store(listed, count[0], sample, 0)
-    return built.func
 
 
 def in_whole_vectors(listed: tirx.Buffer, sample: Expr, floats: int) -> Expr:

@@ -7,42 +7,53 @@ vectors of channels they are copied as such.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 from tvm import tirx
 
-from ..emit import INT, argument, big, choose, flat, kernel, lanes, let, number, parallel, serial, store, when
+from ..emit import big, choose, flat, lanes, let, number, parallel, serial, store, when
 from ..geometry import Window
+from ..kernel import Kernel, Operand, frames_mask, listed, output
 from ..plans import channel_list_shape
 from .channel_plan import in_whole_vectors
 
 
-def compact_channels(
-    window: Window,
-    channels: int,
-    samples: int,
-    in_frames: bool,
-    vector_floats: int,
-    name: str = "compact_channels",
-) -> tirx.PrimFunc:
-    """Emit the kernel.
+@dataclass(frozen=True)
+class CompactChannels(Kernel):
+    """The kernel. Position ``p`` of a sample begins ``p`` times its live channels after the sample's beginning.
 
-    Parameters: x (N, T, H, W, C), in_channels (:mod:`~.channel_plan`), where asked for in_frames (N, T), a mask whose
-    dead frames are not read, and y (N, T, H, W, C). Position ``p`` of a sample begins ``p`` times the sample's live
-    channels after the sample's beginning.
+    ``in_frames``: a mask is given whose dead frames are not read.
     """
-    frames, height, width = window.size
-    area, shape = height * width, (window.batch, *window.size, channels)
-    with kernel(name) as built:
-        source = argument("x", shape)
-        listed = argument("in_channels", channel_list_shape(samples, channels), INT)
-        mask = argument("in_frames", (window.batch, frames)) if in_frames else None
-        target = argument("y", shape)
-        x, y = flat(source), flat(target)
+
+    kind = "planner"
+    name = "compact_channels"
+    window: Window
+    channels: int
+    samples: int
+    in_frames: bool
+    vector_floats: int
+
+    def operands(self) -> list[Operand]:
+        """x (N, T, H, W, C), in_channels, where asked for in_frames (N, T), and y (N, T, H, W, C)."""
+        window = self.window
+        shape = (window.batch, *window.size, self.channels)
+        masks = [frames_mask("in_frames", window.batch, window.size[0])] if self.in_frames else []
+        lists = listed("in_channels", channel_list_shape(self.samples, self.channels))
+        return [Operand("x", shape), lists, *masks, output("y", shape)]
+
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Copy line by line."""
+        window, channels, samples = self.window, self.channels, self.samples
+        frames, height, width = window.size
+        area = height * width
+        listed, mask = args["in_channels"], args.get("in_frames")
+        x, y = flat(args["x"]), flat(args["y"])
         frames_each = window.batch // samples * frames
         with serial(samples) as sample:
             live = let(listed[sample, 0])
-            whole = in_whole_vectors(listed, sample, vector_floats)
+            whole = in_whole_vectors(listed, sample, self.vector_floats)
             skipped = let(big(sample * (frames_each * area)) * (channels - live))
             with parallel(frames_each * height) as offset:
                 line = let(sample * (frames_each * height) + offset)
@@ -59,5 +70,4 @@ def compact_channels(
                             channel = let(listed[sample, 1 + vector * floats])
                             store(y, x[lanes(old + channel, floats)], lanes(new + vector * floats, floats))
 
-                    choose(whole, partial(copy, vector_floats), partial(copy, 1))
-    return built.func
+                    choose(whole, partial(copy, self.vector_floats), partial(copy, 1))

@@ -8,9 +8,9 @@ the weights of one segment are reused from the first-level cache by every tile o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,11 @@ from tvm import tirx
 
 from ..convolution import Convolution
 from ..emit import (
-    INT,
     Expr,
-    argument,
     big,
     ceil_div,
     choose,
     flat,
-    kernel,
     lane,
     lanes,
     let,
@@ -37,7 +34,10 @@ from ..emit import (
     when,
 )
 from ..epilogue import activate
-from ..plans import channel_list_shape
+from ..kernel import Operand, Planned
+from ..plans import RowPlan
+from .channel_plan import ChannelPlan
+from .compact_channels import CompactChannels
 from .dead_outputs import zero_dead
 from .panel_weights import PanelWeights, WeightPanel, are_consecutive
 from .tiles import Tile
@@ -52,17 +52,35 @@ class GatherConv(Convolution):
     """
 
     tile: Tile
-
-    @property
-    def compact_in(self) -> bool:
-        """Whether the kernel takes its input compacted to the live channels."""
-        return self.live_in
+    plan: RowPlan
 
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
         step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
         return f"conv3d_gather{self.marks}_f32_mr{self.tile.mr}_nr{self.tile.nr}{step}"
+
+    @property
+    def compact(self) -> bool:
+        """Whether the kernel takes its input compacted to the live channels."""
+        return self.live_in
+
+    def source(self) -> Operand:
+        """The input, compacted where ``compact`` says so."""
+        return replace(super().source(), role="list" if self.compact else "data")
+
+    def channel_planner(self, axis: str, channels: int) -> ChannelPlan:
+        """One sweep over the mask."""
+        return ChannelPlan(self.plan.samples, channels, axis)
+
+    def channel_lists(self) -> list[Planned]:
+        """The planners of live channels, and what brings live input channels side by side."""
+        found, plan = super().channel_lists(), self.plan
+        if self.compact:
+            floats = self.tile.vector_floats
+            compact = CompactChannels(self.window, self.channels_in, plan.samples, plan.dynamic_taps, floats)
+            found.insert(1, Planned(compact, ("x",)))
+        return found
 
     @property
     def bias_size(self) -> int:
@@ -72,40 +90,38 @@ class GatherConv(Convolution):
     def pack_bias(self, bias: np.ndarray) -> np.ndarray:
         """Pad the bias of each group to whole panels."""
         if self.live_out:
-            return np.ascontiguousarray(bias, "float32")
+            return super().pack_bias(bias)
         padded = np.zeros((self.groups, self.bias_size // self.groups), "float32")
         padded[:, : self.group_out] = bias.reshape(self.groups, self.group_out)
         return padded.reshape(-1)
 
-
-def conv3d_gather(conv: GatherConv) -> tirx.PrimFunc:
-    """Emit the kernel.
-
-    Parameters in order: x (N, T, H, W, C_in), compacted where ``compact_in`` says so, weights, bias, tap entries
-    (entries, 2), the five lists of the row plan, then where asked for: in_channels and out_channels
-    (:mod:`~.channel_plan`), out_frames, positions (masks, for ``zero_dead``), residual, and y (N, T, H, W, C_out).
-    """
-    with kernel(conv.name) as built:
-        GatherEmitter(conv).emit()
-    return built.func
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Blocks of rows by panels of output channels."""
+        GatherEmitter(self, args).emit()
 
 
 class GatherEmitter:
-    """The kernel's parts, from its signature down to the multiply-add."""
+    """The kernel's parts, down to the multiply-add."""
 
-    def __init__(self, conv: GatherConv) -> None:
-        self.conv = conv
+    def __init__(self, conv: GatherConv, args: Mapping[str, tirx.Buffer]) -> None:
+        self.conv, self.args = conv, args
         self.tile = conv.tile
         #: Whether a panel is any ``nr`` live output channels, or ``nr`` consecutive ones.
         self.listed_panels = conv.live_out
-        self.in_channels: Any = None
-        self.out_channels: Any = None
+        self.bias, self.taps, self.counts = args["bias"], args["tap_entries"], args["counts"]
+        self.rows_in, self.rows_out = args["rows_in"], args["rows_out"]
+        self.segments, self.blocks = args["segments"], args["blocks"]
+        self.x, self.weights, self.y = flat(args["x"]), flat(args["weights"]), flat(args["y"])
+        self.in_channels: Any = args.get("in_channels")
+        self.out_channels: Any = args.get("out_channels")
+        self.residual = flat(args["residual"]) if conv.residual else None
+        lists = (self.in_channels, self.out_channels)
+        self.panel_weights = PanelWeights(self.weights, self.tile, conv.window.taps, conv.depth, *lists)
 
     def emit(self) -> None:
         conv = self.conv
-        self._declare()
         if conv.zero_dead:
-            zero_dead(conv, self.masks, self.y)
+            zero_dead(conv, self.args, self.y)
         with serial(conv.plan.samples) as sample:
             blocks = let(self.counts[sample, 0])
             panels = self.panel_weights.live_panels(sample, conv.panels)
@@ -115,39 +131,6 @@ class GatherEmitter:
                 else:
                     block, panel = let(tirx.floordiv(task, panels)), let(tirx.floormod(task, panels))
                 self._block(sample, block, panel)
-
-    def _declare(self) -> None:
-        conv, plan = self.conv, self.conv.plan
-        window = conv.window
-        x = argument("x", (window.batch, *window.size, conv.channels_in))
-        weights = argument("weights", conv.weight_shape)
-        self.bias = argument("bias", (conv.bias_size,))
-        self.taps = argument("tap_entries", plan.tap_entries.shape, INT)
-        shapes = plan.shapes
-        self.rows_in = argument("rows_in", shapes["rows_in"], INT)
-        self.rows_out = argument("rows_out", shapes["rows_out"], INT)
-        self.segments = argument("segments", shapes["segments"], INT)
-        self.blocks = argument("blocks", shapes["blocks"], INT)
-        self.counts = argument("counts", shapes["counts"], INT)
-        self._declare_lists()
-        if conv.zero_dead:
-            needed = {"out_frames", "positions"}
-            self.masks = {key: argument(key, shape) for key, shape in plan.masks.items() if key in needed}
-        out_shape = (window.batch, *window.out, conv.channels_out)
-        residual = argument("residual", out_shape) if conv.residual else None
-        y = argument("y", out_shape)
-        self.x, self.weights, self.y = flat(x), flat(weights), flat(y)
-        lists = (self.in_channels, self.out_channels)
-        self.panel_weights = PanelWeights(self.weights, self.tile, window.taps, conv.depth, *lists)
-        self.residual = flat(residual) if residual is not None else None
-
-    def _declare_lists(self) -> None:
-        """Parameters between the row plan and the masks: the channel lists."""
-        conv, samples = self.conv, self.conv.plan.samples
-        if conv.live_in:
-            self.in_channels = argument("in_channels", channel_list_shape(samples, conv.depth), INT)
-        if conv.live_out:
-            self.out_channels = argument("out_channels", channel_list_shape(samples, conv.channels_out), INT)
 
     def _block(self, sample: Expr, block: Expr, panel: Expr) -> None:
         """All segments of one block for one panel of output channels."""
@@ -229,7 +212,7 @@ class GatherEmitter:
     def _input_layout(self, sample: Expr, panel: Expr) -> tuple[Expr, Expr]:
         """Floats from one input position to the next, and where the first one read lies."""
         conv = self.conv
-        if conv.compact_in:
+        if conv.compact:
             live = self.panel_weights.live_in(sample)
             positions = conv.window.positions_in // conv.plan.samples
             return live, let(sample * positions * (conv.channels_in - live))

@@ -9,33 +9,37 @@ A mask of live input channels thins the lists once per clip (:func:`plan_columns
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from tvm import tirx
 
-from ..emit import INT, Expr, argument, big, kernel, lane, lanes, let, number, scratch, serial, splat, store, when
+from .. import kernel_group_conv
+from ..emit import INT, Expr, big, lane, lanes, let, number, scratch, serial, splat, store, when
 from ..geometry import Window
+from ..kernel import Operand, Weights, constant
+from ..kernel_group_conv import KernelGroupLists
 from .conv3d_gather import GatherConv, GatherEmitter
 from .panel_weights import WeightPanel
 from .tiles import Machine, Tile, default_tile
 
 
 @dataclass(frozen=True)
-class KernelGroupConv(GatherConv):
+class KernelGroupConv(KernelGroupLists, GatherConv):
     """As :class:`GatherConv`, with ``tile.nr`` = gm filters in a group and ``columns`` columns over all groups.
 
-    ``run``: how many columns always come together, of consecutive input channels; one list entry stands for all of
-    them. It is 1 where ``live_in`` thins the columns one by one. ``live_out``: a mask (samples, C_out) of live output
-    channels is given; groups without any are skipped, and dead channels of other groups are stored as zeros.
+    ``run`` is 1 where ``live_in`` thins the columns one by one. ``threads`` share the groups out evenly.
     """
 
     columns: int = 0
     run: int = 1
+    threads: int = 1
 
     @property
-    def compact_in(self) -> bool:
+    def compact(self) -> bool:
         """Dead channels are left out of the column lists; the input stays as it is."""
         return False
 
@@ -46,31 +50,10 @@ class KernelGroupConv(GatherConv):
         return f"conv3d_kgs{self.marks}_f32_mr{self.tile.mr}_gm{self.tile.nr}{step}"
 
     @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """(columns, gm); a layer without any column keeps one run that no list names."""
-        return (max(self.run, self.columns), self.tile.nr)
-
-    @property
-    def column_samples(self) -> int:
-        """Column lists given: one for each sample where input channels die at run time, else one."""
-        return self.plan.samples if self.live_in else 1
-
-    @property
-    def entries(self) -> int:
-        """List entries, each for ``run`` columns; an empty list keeps one that nothing names."""
-        return max(1, self.columns // self.run)
-
-    @property
-    def column_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the int32 lists: where each group and tap begins, and what is known of each entry.
-
-        That is how far its input lies from the first channel of the window's first tap, and, where ``live_in`` thins
-        the list, where its weights are.
-        """
-        return {
-            "column_starts": (self.column_samples, self.panels, self.window.taps + 1),
-            "columns": (self.column_samples, 2 if self.live_in else 1, self.entries),
-        }
+    def entry_fields(self) -> int:
+        """How far an entry's input lies from the first channel of the window's first tap; of thinned ones also where
+        their weights are."""
+        return 2 if self.live_in else 1
 
     @property
     def bias_size(self) -> int:
@@ -81,16 +64,32 @@ class KernelGroupConv(GatherConv):
         """Pad the bias to whole groups."""
         return np.concatenate([bias, np.zeros(self.bias_size - len(bias))]).astype("float32")
 
-    def static_starts(self, column_ptr: np.ndarray) -> np.ndarray:
-        """The ``column_starts`` list of the weights, from where the columns of each group and tap begin."""
-        return (column_ptr[None] // self.run).astype(INT)
+    def channel_operands(self) -> list[Operand]:
+        """Also the order of groups (groups,), and the runs of consecutive taps."""
+        lists = super().channel_operands()
+        lists[2:2] = [constant("group_order", (self.panels,), INT), constant("tap_runs", self.tap_runs.shape, INT)]
+        return lists
 
-    def static_columns(self, columns: np.ndarray, column_ptr: np.ndarray) -> np.ndarray:
-        """The ``columns`` list of the weights, from the input channel of each column and where each tap begins."""
-        taps = np.tile(np.arange(self.window.taps), len(column_ptr)).repeat(np.diff(column_ptr, axis=1).reshape(-1))
+    def column_planner(self) -> ColumnPlan:
+        """One sweep over the columns."""
+        return ColumnPlan(self)
+
+    def prepare(self, weights: Weights | None) -> dict[str, np.ndarray]:
+        """Also the order of groups that shares them out evenly, and the runs of taps."""
+        constants = super().prepare(weights)
+        assert weights is not None
+        assert weights.columns is not None
+        order = balanced_order(np.diff(weights.columns.ptr[:, [0, -1]])[:, 0], self.threads)
+        return {**constants, "group_order": order, "tap_runs": self.tap_runs}
+
+    def static_columns(self, weights: Weights) -> np.ndarray:
+        """The ``columns`` list of the weights."""
+        assert weights.columns is not None
+        taps = self.column_taps(weights.columns.ptr)
         offsets = np.array([self.window.offset(tap) for tap in range(self.window.taps)], "int64")
-        listed = np.zeros((1, 2 if self.live_in else 1, self.entries), INT)
-        listed[0, 0, : self.columns // self.run] = (offsets[taps] * self.channels_in + columns)[:: self.run]
+        listed = np.zeros((1, self.entry_fields, self.entries), INT)
+        places = (offsets[taps] * self.channels_in + weights.columns.channel)[:: self.run]
+        listed[0, 0, : self.columns // self.run] = places
         if self.live_in:
             listed[0, 1, : self.columns] = np.arange(self.columns) * self.tile.nr
         return listed
@@ -104,6 +103,10 @@ class KernelGroupConv(GatherConv):
         table[0, :-1] = np.repeat(np.arange(len(begins)), np.diff([*begins, len(taps)]))
         table[1, : len(begins)] = begins
         return table
+
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Blocks of rows by kernel groups."""
+        KernelGroupEmitter(self, args).emit()
 
 
 #: General registers that may point to rows: on x86 the other six of sixteen hold the stack, the list and its end, the
@@ -140,18 +143,17 @@ def balanced_order(columns_per_group: np.ndarray, threads: int) -> np.ndarray:
     return np.array([group for share in shares for group in share], INT)
 
 
-def plan_columns(conv: KernelGroupConv, name: str = "plan_columns") -> tirx.PrimFunc:
-    """Thin the column lists by a mask of live input channels.
+@dataclass(frozen=True)
+class ColumnPlan(kernel_group_conv.ColumnPlan):
+    """Thin the column lists; a place modulo C_in is its channel."""
 
-    Parameters: mask (samples, C_in) float32, column_starts (1, groups, taps + 1) and columns (1, 2, columns) of the
-    weights, then the two lists of each sample, filled. A place modulo C_in is its channel.
-    """
-    samples, panels, entries = conv.plan.samples, conv.panels, conv.window.taps + 1
-    with kernel(name) as built:
-        mask = argument("mask", (samples, conv.channels_in))
-        starts = argument("starts", (1, panels, entries), INT)
-        static = argument("static", (1, 2, conv.entries), INT)
-        out_starts, out_columns = (argument(key, shape, INT) for key, shape in conv.column_shapes.items())
+    name = "plan_columns"
+
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """One sweep over the columns of all groups and taps."""
+        conv = self.conv
+        samples, panels, entries = conv.plan.samples, conv.panels, conv.window.taps + 1
+        mask, starts, static, out_starts, out_columns = args.values()
         used = scratch((1,), INT)
         with serial(samples) as sample:
             with serial(out_columns.shape[2]) as index:
@@ -171,19 +173,6 @@ def plan_columns(conv: KernelGroupConv, name: str = "plan_columns") -> tirx.Prim
                             store(out_columns, static[0, 1, column], sample, 1, slot)
                             store(used, slot + 1, 0)
                     store(out_starts, used[0], sample, panel, tap + 1)
-    return built.func
-
-
-def conv3d_kgs(conv: KernelGroupConv) -> tirx.PrimFunc:
-    """Emit the kernel.
-
-    Parameters in order: x (N, T, H, W, C_in), weights (columns, gm), bias, tap entries, the five lists of the row
-    plan, column_starts, columns, group order (groups,), tap runs, then where asked for: out_mask (samples, C_out),
-    out_frames, positions (masks, for ``zero_dead``), residual, and y (N, T, H, W, C_out).
-    """
-    with kernel(conv.name) as built:
-        KernelGroupEmitter(conv).emit()
-    return built.func
 
 
 class KernelGroupEmitter(GatherEmitter):
@@ -191,19 +180,12 @@ class KernelGroupEmitter(GatherEmitter):
 
     conv: KernelGroupConv
 
-    def __init__(self, conv: KernelGroupConv) -> None:
-        super().__init__(conv)
+    def __init__(self, conv: KernelGroupConv, args: Mapping[str, tirx.Buffer]) -> None:
+        super().__init__(conv, args)
         self.listed_panels = False
-
-    def _declare_lists(self) -> None:
-        conv = self.conv
-        shapes = conv.column_shapes
-        self.column_starts = argument("column_starts", shapes["column_starts"], INT)
-        self.columns = argument("columns", shapes["columns"], INT)
-        self.order = argument("group_order", (conv.panels,), INT)
-        self.tap_runs = argument("tap_runs", conv.tap_runs.shape, INT)
-        if conv.live_out:
-            self.out_mask = argument("out_mask", (conv.plan.samples, conv.channels_out))
+        self.column_starts, self.columns = args["column_starts"], args["columns"]
+        self.order, self.tap_runs = args["group_order"], args["tap_runs"]
+        self.out_mask: Any = args.get("out_mask")
 
     def _block(self, sample: Expr, block: Expr, panel: Expr) -> None:
         group = let(self.order[panel])

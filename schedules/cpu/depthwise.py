@@ -19,13 +19,12 @@ from typing import NamedTuple
 import numpy as np
 from tvm import tirx
 
+from ..convolution import LayerKernel
 from ..emit import (
     Expr,
-    argument,
     big,
     choose,
     flat,
-    kernel,
     lanes,
     let,
     number,
@@ -37,8 +36,9 @@ from ..emit import (
     when,
 )
 from ..epilogue import activate
-from ..geometry import GroupedChannels, Window
-from ..plans import mask_shapes
+from ..geometry import Window
+from ..kernel import Count, Operand, Planned, Weights, constant, output
+from .row_plan import RowPlan
 
 TIME, HEIGHT, WIDTH = range(3)
 
@@ -55,7 +55,7 @@ class DepthwiseTile:
 
 
 @dataclass(frozen=True)
-class DepthwiseConv(GroupedChannels):
+class DepthwiseConv(LayerKernel):
     """A depthwise convolution with what is fused behind it.
 
     ``groups`` is the number of input channels; each makes ``group_out`` output channels. ``in_frames`` and
@@ -89,9 +89,42 @@ class DepthwiseConv(GroupedChannels):
         return min(self.tile.vector_floats, 1 << (self.channels_out.bit_length() - 1))
 
     @property
-    def masks(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the float32 masks, in the order of the kernel's parameters; nonzero means alive."""
-        return mask_shapes(self.window, self.in_frames, self.out_frames, None)
+    def plan(self) -> RowPlan:
+        """Its rows, which are planned for their counts alone."""
+        return RowPlan(self.window, 1, 1, self.window.taps, 1, self.in_frames, self.out_frames)
+
+    def operands(self) -> list[Operand]:
+        """x (N, T, H, W, C_in), weights (taps, C_out), bias, the masks, residual where asked for, y."""
+        return [
+            Operand("x", self.x_shape),
+            constant("weights", self.weight_shape),
+            constant("bias", (self.channels_out,)),
+            *self.plan.masks.values(),
+            *([Operand("residual", self.y_shape, role="residual")] if self.residual else []),
+            output("y", self.y_shape),
+        ]
+
+    def lists(self) -> list[Planned]:
+        """What counts its rows, where masks leave some out."""
+        return [Planned(self.plan, tuple(self.plan.shapes))] if self.plan.masks else []
+
+    def work(self) -> tuple[Count, Count, Count]:
+        """One input channel for each output channel."""
+        pairs = Count(operand="counts", at=(3,)) if self.plan.masks else Count(self.window.tap_positions)
+        return pairs, Count(1), Count(self.channels_out)
+
+    def prepare(self, weights: Weights | None) -> dict[str, np.ndarray]:
+        """Weights with channels innermost, and the bias as it is."""
+        assert weights is not None
+        constants = {"bias": np.ascontiguousarray(weights.bias, "float32")}
+        if weights.weight is not None:
+            constants["weights"] = self.pack_weights(weights.weight)
+        return constants
+
+    def unpacked(self, at: Expr) -> tuple[Expr, Expr, Expr, Expr]:
+        """Channels are innermost."""
+        out, tap = let(tirx.floormod(at, self.channels_out)), let(tirx.floordiv(at, self.channels_out))
+        return out, tap, tirx.IntImm("int32", 0), tirx.IntImm("bool", 1)
 
     @property
     def line_axis(self) -> int:
@@ -107,9 +140,9 @@ class DepthwiseConv(GroupedChannels):
         """Float32 weights (C_out, 1, KT, KH, KW) with channels innermost, as the kernel reads them."""
         return np.ascontiguousarray(weight.reshape(self.channels_out, self.window.taps).T, "float32")
 
-    def pack_bias(self, bias: np.ndarray) -> np.ndarray:
-        """The bias, float32 (C_out,), as it is."""
-        return np.ascontiguousarray(bias, "float32")
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Blocks of rows, tile by tile."""
+        _Emitter(self, args).emit()
 
 
 def line_axis(window: Window, masked_frames: bool) -> int:
@@ -127,14 +160,6 @@ def why_no_depthwise(window: Window, channels_in: int, channels_out: int, groups
     if count % each:
         return f"{each} output channels for each input channel, which fill no vector of {count}"
     return ""
-
-
-def depthwise3d(conv: DepthwiseConv) -> tirx.PrimFunc:
-    """Emit the kernel: x (N, T, H, W, C_in), weights (taps, C_out), bias, the masks, residual where asked for, and
-    y (N, T, H, W, C_out)."""
-    with kernel(conv.name) as built:
-        _Emitter(conv).emit()
-    return built.func
 
 
 class _Line(NamedTuple):
@@ -156,7 +181,10 @@ class _Piece(NamedTuple):
 class _Emitter:
     """The kernel's parts, from its loops down to the multiply-add."""
 
-    def __init__(self, conv: DepthwiseConv) -> None:
+    def __init__(self, conv: DepthwiseConv, args: Mapping[str, tirx.Buffer]) -> None:
+        self.bias, self.masks = args["bias"], args
+        self.x, self.weights, self.y = flat(args["x"]), flat(args["weights"]), flat(args["y"])
+        self.residual = flat(args["residual"]) if conv.residual else None
         self.conv, self.window, self.tile = conv, conv.window, conv.tile
         self.axis = conv.line_axis
         self.outer = (HEIGHT, WIDTH) if self.axis == TIME else (TIME, HEIGHT)
@@ -171,16 +199,7 @@ class _Emitter:
         self.tap_steps = (kernel_h * kernel_w, kernel_w, 1)
 
     def emit(self) -> None:
-        conv, window = self.conv, self.window
-        x = argument("x", (window.batch, *window.size, conv.channels_in))
-        weights = argument("weights", conv.weight_shape)
-        self.bias = argument("bias", (conv.channels_out,))
-        self.masks: Mapping[str, tirx.Buffer] = {name: argument(name, shape) for name, shape in conv.masks.items()}
-        out_shape = (window.batch, *window.out, conv.channels_out)
-        residual = argument("residual", out_shape) if conv.residual else None
-        y = argument("y", out_shape)
-        self.x, self.weights, self.y = flat(x), flat(weights), flat(y)
-        self.residual = None if residual is None else flat(residual)
+        window = self.window
         first, second = (window.out[axis] for axis in self.outer)
         rows = min(self.tile.rows, second)
         blocks = -(-second // rows)

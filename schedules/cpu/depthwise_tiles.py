@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ..convolution import LayerKernel
 from ..geometry import Window
-from .depthwise import TIME, DepthwiseTile, line_axis
+from ..layer import Choice, Layer
+from .depthwise import TIME, DepthwiseConv, DepthwiseTile, line_axis, why_no_depthwise
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine
 
 #: Outputs of one tile that are tried.
@@ -54,3 +56,25 @@ def default_rows(machine: Machine, window: Window, axis: int, channels_out: int,
     fitting = max(4, int(ROWS_SHARE_OF_L2 * machine.l2) // row_bytes)
     blocks = max(-(-second // fitting), min(second, -(-threads // window.batch)))
     return -(-second // blocks)
+
+
+def offer(layer: Layer, machine: Machine, _wanted: str, _log: object) -> Choice[LayerKernel] | None:
+    """The depthwise kernel, which leaves out frames and no single positions."""
+    channels = (layer.channels_in, layer.channels_out, layer.groups)
+    if layer.groups == 1 or layer.positions is not None or layer.in_positions is not None:
+        return None
+    if why_no_depthwise(layer.window, *channels, machine.vector_floats):
+        return None
+    masked = layer.in_frames or layer.out_frames
+    conv = DepthwiseConv(
+        layer.window,
+        layer.channels_in,
+        layer.channels_out,
+        default_tile(machine, layer.window, layer.channels_out, masked, layer.threads),
+        layer.in_frames,
+        layer.out_frames,
+        layer.residual,
+        layer.activation,
+        layer.zero_dead == "all",
+    )
+    return Choice(conv)

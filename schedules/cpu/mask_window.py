@@ -1,44 +1,32 @@
-"""Carry a mask through a sliding window: forward (what a window touches) and backward (what windows read)."""
+"""Carry a mask through a sliding window on a processor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..emit import Expr, argument, kernel, let, number, serial, store, when
-from ..geometry import Window, triple
-
-Field = tuple[int, int, int, int]
-
-
-def grow_forward(window: Window, field: Field, name: str = "mask_forward") -> tirx.PrimFunc:
-    """Output alive where any input that its window reads is: field (N, T, H, W) → (N, T', H', W').
-
-    Axes of extent 1 in ``field`` that are longer in the window are broadcast axes and stay of extent 1.
-    """
-    return _grow(window, field, name, forward=True)
+from .. import mask_window
+from ..emit import Expr, let, number, serial, store, when
+from ..geometry import Window
 
 
-def grow_backward(window: Window, field: Field, name: str = "mask_backward") -> tirx.PrimFunc:
-    """Input read where any living output's window reads it: field (N, T', H', W') → (N, T, H, W)."""
-    return _grow(window, field, name, forward=False)
+@dataclass(frozen=True)
+class GrownMask(mask_window.GrownMask):
+    """The kernel for a processor."""
 
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return "mask_forward" if self.forward else "mask_backward"
 
-def grown_shape(window: Window, field: Field, forward: bool) -> Field:
-    """Shape of the grown field."""
-    source, target = (window.size, window.out) if forward else (window.out, window.size)
-    extents = (1 if field[axis + 1] == 1 and source[axis] != 1 else target[axis] for axis in range(3))
-    return (field[0], *triple(extents))
-
-
-def _grow(window: Window, field: Field, name: str, forward: bool) -> tirx.PrimFunc:
-    shape = grown_shape(window, field, forward)
-    source = window.size if forward else window.out
-    spans = [field[axis + 1] != 1 or source[axis] == 1 for axis in range(3)]
-    with kernel(name) as built:
-        mask = argument("mask", field)
-        grown = argument("grown", shape)
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Visit every tap of every output position."""
+        window, field, shape, forward = self.window, self.field, self.shape, self.forward
+        mask, grown = args.values()
+        source = window.size if forward else window.out
+        spans = [field[axis + 1] != 1 or source[axis] == 1 for axis in range(3)]
         out_shape = shape if forward else field
         if not forward:
             with serial(shape[0]) as n, serial(shape[1]) as t, serial(shape[2]) as h, serial(shape[3]) as w:
@@ -55,7 +43,6 @@ def _grow(window: Window, field: Field, name: str, forward: bool) -> tirx.PrimFu
             else:
                 with when(mask[n, t, h, w] != number(0.0)):
                     _each_tap(window, spans, (t, h, w), lambda at: store(grown, number(1.0), n, *at))
-    return built.func
 
 
 def _raise(grown: tirx.Buffer, value: Expr, *at: Expr) -> None:

@@ -7,13 +7,14 @@ elements have a variance of exactly zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from tvm import tirx
 
-from ..emit import Expr, argument, flat, kernel, lanes, let, parallel, scratch, serial, splat, store
+from ..emit import Expr, flat, lanes, let, parallel, scratch, serial, splat, store
+from ..reduction import Reduction
 
 DOUBLE = "float64"
 #: Vectors whose sums are held in registers at once: each takes two registers for each kind of sum.
@@ -147,46 +148,30 @@ def accumulate_line(
 
 
 @dataclass(frozen=True)
-class Reduction:
-    """Reduce the middle of ``(outer, reduced, inner)``, as which ``shape`` is seen; the result is ``out_shape``.
+class VectorReduction(Reduction):
+    """As :class:`..reduction.Reduction`, in vectors of ``vector_floats`` lanes, shared out over ``threads``."""
 
-    ``squared``: of the elements' squares (a sum or mean). ``kind`` variance and deviation divide by the number of
-    elements.
-    """
-
-    shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    outer: int
-    reduced: int
-    inner: int
-    kind: Literal["sum", "mean", "variance", "std"]
-    vector_floats: int
+    vector_floats: int = 1
     threads: int = 1
-    squared: bool = False
-
-    @property
-    def name(self) -> str:
-        """The kernel's name, as docs/kernels.md decodes it."""
-        return f"reduce_{self.kind}{'_squares' if self.squared else ''}_f32"
-
-    @property
-    def centred(self) -> bool:
-        """Whether differences from the first element are summed."""
-        return self.kind in ("variance", "std")
 
     @property
     def with_squares(self) -> bool:
         """Whether squares are summed."""
         return self.centred or self.squared
 
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Along lines, or lanes that stay apart."""
+        x, y = flat(args["x"]), flat(args["y"])
+        (_reduce_lines if self.inner == 1 else _reduce_rows)(self, x, y)
+
     def result(self, sums: Expr, squares: Expr | None, count: int) -> Expr:
         """What the moments of all elements give, in ``count`` lanes of float32."""
         number = real(1.0 / self.reduced, count)
         if self.centred:
             value = variance_of(sums, squares, self.reduced, count)
-            return single(tirx.sqrt(value) if self.kind == "std" else value, count)
+            return single(tirx.sqrt(value) if self.statistic == "std" else value, count)
         total = squares if self.squared else sums
-        return single(total if self.kind == "sum" else total * number, count)
+        return single(total if self.statistic == "sum" else total * number, count)
 
 
 def variance_of(sums: Expr, squares: Expr, elements: int, count: int) -> Expr:
@@ -197,15 +182,6 @@ def variance_of(sums: Expr, squares: Expr, elements: int, count: int) -> Expr:
     return tirx.Select(value < real(0.0, count), real(0.0, count), value)
 
 
-def reduce_middle(reduction: Reduction) -> tirx.PrimFunc:
-    """Emit the kernel: x, y."""
-    with kernel(reduction.name) as built:
-        x, y = argument("x", reduction.shape), argument("y", reduction.out_shape)
-        x, y = flat(x), flat(y)
-        (_reduce_lines if reduction.inner == 1 else _reduce_rows)(reduction, x, y)
-    return built.func
-
-
 def blocks_of(tasks: int, elements: int, rows: int, threads: int) -> int:
     """Into how many blocks each of ``tasks`` cuts its ``rows``, so that no thread waits and each block is worth it."""
     if threads == 1 or tasks >= 2 * threads:
@@ -213,7 +189,7 @@ def blocks_of(tasks: int, elements: int, rows: int, threads: int) -> int:
     return max(1, min(rows, -(-2 * threads // tasks), elements // TASK_ELEMENTS))
 
 
-def _reduce_rows(reduction: Reduction, x: tirx.Buffer, y: tirx.Buffer) -> None:
+def _reduce_rows(reduction: VectorReduction, x: tirx.Buffer, y: tirx.Buffer) -> None:
     """Lanes are elements that stay apart."""
     outer, reduced, inner = reduction.outer, reduction.reduced, reduction.inner
     count = lanes_for(inner, reduction.vector_floats)
@@ -259,7 +235,7 @@ def _reduce_rows(reduction: Reduction, x: tirx.Buffer, y: tirx.Buffer) -> None:
             store(y, _joined(reduction, parts, at, inner, blocks, outer * blocks * inner), clip * inner + lane)
 
 
-def _reduce_lines(reduction: Reduction, x: tirx.Buffer, y: tirx.Buffer) -> None:
+def _reduce_lines(reduction: VectorReduction, x: tirx.Buffer, y: tirx.Buffer) -> None:
     """Lanes are elements that are summed."""
     outer, reduced = reduction.outer, reduction.reduced
     count = lanes_for(reduced, reduction.vector_floats)
@@ -284,7 +260,7 @@ def _reduce_lines(reduction: Reduction, x: tirx.Buffer, y: tirx.Buffer) -> None:
             store(y, _joined(reduction, parts, let(line * blocks), 1, blocks, outer * blocks), line)
 
 
-def _joined(reduction: Reduction, parts: tirx.Buffer, at: Expr, stride: int, blocks: int, half: int) -> Expr:
+def _joined(reduction: VectorReduction, parts: tirx.Buffer, at: Expr, stride: int, blocks: int, half: int) -> Expr:
     """The result for one element whose blocks' moments lie ``stride`` apart from ``parts[at]`` on."""
     sums, squares = (joined(parts, let(at + half * index), stride, blocks) for index in (0, 1))
     return reduction.result(sums, squares if reduction.with_squares else None, 1)

@@ -6,13 +6,14 @@ sweep, and the mean is kept in two parts, so that what is subtracted is the mean
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..emit import Expr, argument, flat, kernel, lanes, let, parallel, scratch, serial, splat, store
+from ..emit import Expr, flat, lanes, let, parallel, scratch, serial, splat, store
 from ..epilogue import activate
+from ..kernel import Kernel, Operand, constant, output
 from .moments import (
     DOUBLE,
     MOST_SUMS,
@@ -33,7 +34,7 @@ SIDE_BY_SIDE = 4
 
 
 @dataclass(frozen=True)
-class Norm:
+class Norm(Kernel):
     """Normalise ``(outer, rows, lanes)``, as which ``shape`` is seen.
 
     Statistics are those of all ``rows`` of ``group`` consecutive lanes. With one row and one group the kernel goes line
@@ -42,6 +43,7 @@ class Norm:
     ``""`` not at all. ``centred``: whether the mean is subtracted; RMS norm does not.
     """
 
+    kind = "norm"
     shape: tuple[int, ...]
     outer: int
     rows: int
@@ -71,33 +73,32 @@ class Norm:
         """Over how many elements statistics are taken."""
         return self.rows * self.group
 
+    def operands(self) -> list[Operand]:
+        """x, gamma and beta (``scales`` each) where ``affine``, residual where asked for, y."""
+        affine = [constant(name, (self.scales,)) for name in ("gamma", "beta")] if self.affine else []
+        residual = [Operand("residual", self.shape, role="residual")] if self.residual else []
+        return [Operand("x", self.shape), *affine, *residual, output("y", self.shape)]
 
-def norm(spec: Norm) -> tirx.PrimFunc:
-    """Emit the kernel: x, gamma and beta (``scales`` each) where ``affine``, residual where asked for, y."""
-    with kernel(spec.name) as built:
-        x = argument("x", spec.shape)
-        affine = [argument(name, (spec.scales,)) for name in ("gamma", "beta")] if spec.affine else []
-        residual = argument("residual", spec.shape) if spec.residual else None
-        y = argument("y", spec.shape)
-        emitter = _Emitter(spec, flat(x), affine, None if residual is None else flat(residual), flat(y))
-        if spec.lines:
-            emitter.lines()
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Line by line, or channel by channel."""
+        emitter = _Emitter(self, args)
+        if self.lines:
+            emitter.by_line()
         else:
-            emitter.channels()
-    return built.func
+            emitter.by_channel()
 
 
 class _Emitter:
-    def __init__(
-        self, spec: Norm, x: tirx.Buffer, affine: list[tirx.Buffer], residual: tirx.Buffer | None, y: tirx.Buffer
-    ) -> None:
+    def __init__(self, spec: Norm, args: Mapping[str, tirx.Buffer]) -> None:
         self.spec = spec
-        self.x, self.residual, self.y = x, residual, y
-        self.gamma, self.beta = affine or [x, x]  # unread where there are none
+        self.x = flat(args["x"])
+        self.residual = flat(args["residual"]) if spec.residual else None
+        self.y = flat(args["y"])
+        self.gamma, self.beta = args.get("gamma", args["x"]), args.get("beta", args["x"])  # unread where not given
 
     # -- line by line ------------------------------------------------------------------------------------------------
 
-    def lines(self) -> None:
+    def by_line(self) -> None:
         """Each line: its statistics, then its elements."""
         spec = self.spec
         count = lanes_for(spec.lanes, spec.vector_floats)
@@ -148,7 +149,7 @@ class _Emitter:
 
     # -- channels innermost ------------------------------------------------------------------------------------------
 
-    def channels(self) -> None:
+    def by_channel(self) -> None:
         """Moments of each lane, by blocks of rows; from them center, gain and term of each lane; then all elements."""
         spec = self.spec
         size = spec.outer * spec.lanes

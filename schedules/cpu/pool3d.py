@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from tvm import tirx
 
 from ..emit import (
     Expr,
-    argument,
     choose,
     flat,
-    kernel,
     lanes,
     let,
     number,
@@ -25,80 +22,7 @@ from ..emit import (
     store,
     when,
 )
-from ..geometry import Triple, Window
-from ..plans import mask_shapes
-
-#: What a maximum starts from: less than any number.
-LOWEST = -math.inf
-
-
-@dataclass(frozen=True)
-class Pool:
-    """One pooling kernel. ``in_frames``/``out_frames`` say which masks are given, as in the row plan.
-
-    ``in_positions``: how many clips and frames the mask of input positions tells apart, None where there is none. What
-    is dead of the input is not read and counts as zeros; an output frame that nobody reads is set to zero if
-    ``zero_dead``, else left alone. An average divides by the taps that lie inside the clip or in the ``counted``
-    padding, before and behind it on each axis. ``vectors`` vectors of channels are reduced at once, in registers.
-    """
-
-    window: Window
-    channels: int
-    kind: Literal["max", "avg"]
-    vector_floats: int
-    counted: tuple[Triple, Triple] = ((0, 0, 0), (0, 0, 0))
-    in_frames: bool = False
-    out_frames: bool = False
-    zero_dead: bool = True
-    vectors: int = 1
-    in_positions: tuple[int, int] | None = None
-
-    @property
-    def masks(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the float32 masks, in the order of the kernel's parameters; nonzero means alive."""
-        window = self.window
-        shapes = mask_shapes(window, self.in_frames, self.out_frames, None)
-        if self.in_positions is not None:
-            shapes["in_positions"] = (*self.in_positions, *window.size[1:])
-        return shapes
-
-    def span(self, axis: int, start: Expr, before: int = 0, behind: int = 0) -> tuple[Expr, Expr]:
-        """The first tap that is inside the clip, widened by so much, and the one past the last: of a window that begins
-        at ``start``."""
-        window, step = self.window, self.window.dilation[axis]
-        first = tirx.floordiv(step - 1 - before - start, step)
-        past = tirx.floordiv(window.size[axis] + behind - start + step - 1, step)
-        return tirx.max(0, first), tirx.max(0, tirx.min(window.kernel[axis], past))
-
-    def divisor(self, starts: Sequence[Expr]) -> Expr:
-        """int32: how many taps count in the average over the window that begins at ``starts``."""
-        taps: Expr = tirx.IntImm("int32", 1)
-        for axis, start in enumerate(starts):
-            before, behind = (side[axis] for side in self.counted)
-            counts = {self._counted(axis, index, before, behind) for index in range(self.window.out[axis])}
-            if len(counts) > 1:
-                first, past = self.span(axis, start, before, behind)
-                taps = taps * tirx.max(past - first, 0)
-            else:
-                taps = taps * counts.pop()
-        return taps
-
-    def _counted(self, axis: int, index: int, before: int, behind: int) -> int:
-        window = self.window
-        sources = [window.source(axis, index, tap) for tap in range(window.kernel[axis])]
-        return sum(-before <= source < window.size[axis] + behind for source in sources)
-
-    @property
-    def shares_columns(self) -> bool:
-        """Whether windows overlap by half along the width, so that a column is reduced once for all that it is in."""
-        window = self.window
-        return window.kernel[2] >= 2 * window.stride[2] and window.dilation[2] == 1 and window.kernel[:2] != (1, 1)
-
-    @property
-    def name(self) -> str:
-        """The kernel's name, as docs/kernels.md decodes it."""
-        return f"pool3d_{self.kind}_f32_v{self.vectors * self.vector_floats}"
-
+from ..pool import LOWEST, Pool
 
 #: Vectors of channels that hide the latency of their loads from one another: ``benchmarks.pools`` has four at 0.28 to
 #: 1.05 of the time of one, and eight ahead of them over whole clips alone.
@@ -110,17 +34,24 @@ def default_vectors(channels: int, vector_floats: int) -> int:
     return max(1, min(HIDING_VECTORS, channels // vector_floats))
 
 
-def pool3d(pool: Pool) -> tirx.PrimFunc:
-    """Emit the kernel: x (N, T, H, W, C), the masks, y (N, T, H, W, C)."""
-    window = pool.window
-    out_t, out_h, _ = window.out
-    with kernel(pool.name) as built:
-        x = argument("x", (window.batch, *window.size, pool.channels))
-        masks = {name: argument(name, shape) for name, shape in pool.masks.items()}
-        out_frames = masks.get("out_frames")
-        y = argument("y", (window.batch, *window.out, pool.channels))
-        emitter = _Emitter(pool, flat(x), masks, flat(y))
-        with parallel(window.batch * out_t * out_h) as line:
+@dataclass(frozen=True)
+class VectorPool(Pool):
+    """As :class:`..pool.Pool`; ``vectors`` vectors of channels are reduced at once, in registers."""
+
+    vector_floats: int = 1
+    vectors: int = 1
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as docs/kernels.md decodes it."""
+        return f"pool3d_{self.pooling}_f32_v{self.vectors * self.vector_floats}"
+
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Line by line of output positions."""
+        out_t, out_h, _ = self.window.out
+        out_frames = args.get("out_frames")
+        emitter = _Emitter(self, args)
+        with parallel(self.window.batch * out_t * out_h) as line:
             clip = let(tirx.floordiv(line, out_t * out_h))
             frame = let(tirx.floormod(tirx.floordiv(line, out_h), out_t))
             row = let(tirx.floormod(line, out_h))
@@ -128,12 +59,17 @@ def pool3d(pool: Pool) -> tirx.PrimFunc:
                 emitter.line(clip, frame, row)
             else:
                 alive = out_frames[clip, frame] != number(0.0)
-                if pool.zero_dead:
+                if self.zero_dead:
                     choose(alive, lambda: emitter.line(clip, frame, row), lambda: emitter.clear(clip, frame, row))
                 else:
                     with when(alive):
                         emitter.line(clip, frame, row)
-    return built.func
+
+    @property
+    def shares_columns(self) -> bool:
+        """Whether windows overlap by half along the width, so that a column is reduced once for all that it is in."""
+        window = self.window
+        return window.kernel[2] >= 2 * window.stride[2] and window.dilation[2] == 1 and window.kernel[:2] != (1, 1)
 
 
 #: First coordinate of a window on one axis, and its taps inside the clip: begin, end.
@@ -168,10 +104,10 @@ class _Sums(NamedTuple):
 
 
 class _Emitter:
-    def __init__(self, pool: Pool, x: tirx.Buffer, masks: Mapping[str, tirx.Buffer], y: tirx.Buffer) -> None:
+    def __init__(self, pool: VectorPool, args: Mapping[str, tirx.Buffer]) -> None:
         self.pool, self.window = pool, pool.window
-        self.x, self.y = x, y
-        self.in_frames, self.in_positions = masks.get("in_frames"), masks.get("in_positions")
+        self.x, self.y = flat(args["x"]), flat(args["y"])
+        self.in_frames, self.in_positions = args.get("in_frames"), args.get("in_positions")
 
     def _target(self, clip: Expr, frame: Expr, row: Expr) -> Expr:
         out_t, out_h, out_w = self.window.out
@@ -274,14 +210,14 @@ class _Emitter:
         """One output position: maxima as they are, sums divided by how many values they are of."""
         place = let(place)
         for v, value in enumerate(found):
-            if self.pool.kind == "avg":
+            if self.pool.pooling == "avg":
                 taps = self.pool.divisor((area.frames[0], area.rows[0], first_column))
                 value = value / splat(tirx.Cast("float32", taps), count)
             store(self.y, value, lanes(place + v * count, count))
 
     def _started(self, count: int) -> _Sums:
         """A sum of nothing, or a maximum of nothing and the NaN met so far."""
-        average = self.pool.kind == "avg"
+        average = self.pool.pooling == "avg"
         sums = _Sums(scratch((count,)), None if average else scratch((count,)))
         store(sums.values, number(0.0 if average else LOWEST, count), lanes(0, count))
         if sums.not_numbers is not None:

@@ -22,34 +22,30 @@ last row: the same value is then computed and stored twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..emit import INT, Expr, argument, ceil_div, clear, kernel, let, number, scratch, serial, store, when
-from ..plans import RowPlan
+from .. import plans
+from ..emit import INT, Expr, ceil_div, clear, let, number, scratch, serial, store, when
 
 
-def plan_rows(plan: RowPlan, name: str = "plan_rows") -> tirx.PrimFunc:
-    """The planner: masks and tables in, the five lists out. One counting sort over the rows of each sample."""
-    with kernel(name) as built:
-        masks = {key: argument(key, shape) for key, shape in plan.masks.items()}
-        tables = {key: argument(key, table.shape, INT) for key, table in plan.tables.items()}
-        lists = {key: argument(key, shape, INT) for key, shape in plan.shapes.items()}
-        for memory in lists.values():
-            clear(memory)
-        with serial(plan.samples) as sample:
-            _plan_sample(plan, sample, masks, tables, lists)
-    return built.func
+@dataclass(frozen=True)
+class RowPlan(plans.RowPlan):
+    """The planner for a processor."""
+
+    name = "plan_rows"
+
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """One counting sort over the rows of each sample."""
+        for name in self.shapes:
+            clear(args[name])
+        with serial(self.samples) as sample:
+            _plan_sample(self, sample, args)
 
 
-def _plan_sample(
-    plan: RowPlan,
-    sample: Expr,
-    masks: dict[str, tirx.Buffer],
-    tables: dict[str, tirx.Buffer],
-    lists: dict[str, tirx.Buffer],
-) -> None:
+def _plan_sample(plan: plans.RowPlan, sample: Expr, args: Mapping[str, tirx.Buffer]) -> None:
     classes = len(plan.tap_sets)
     frames = plan.window.batch // plan.samples * plan.window.out[0]
     filled = scratch((classes,), INT)
@@ -59,53 +55,48 @@ def _plan_sample(
     with serial(classes) as c:
         store(filled, tirx.IntImm(INT, 0), c)
     with serial(frames) as frame:
-        classify_frame(plan, sample, frame, masks, tables, frame_class)
-    _for_live_rows(plan, sample, masks, tables, frame_class, lambda c, *_: store(filled, filled[c] + 1, c))
+        classify_frame(plan, sample, frame, args, frame_class)
+    _for_live_rows(plan, sample, args, frame_class, lambda c, *_: store(filled, filled[c] + 1, c))
 
     store(first_tile, tirx.IntImm(INT, 0), 0)
     store(pairs, tirx.IntImm(INT, 0), 0)
-    store(lists["counts"], tirx.IntImm(INT, 0), sample, 2)
-    starts = tables["tap_starts"]
+    store(args["counts"], tirx.IntImm(INT, 0), sample, 2)
+    starts = args["tap_starts"]
     with serial(classes) as c:
         rows = let(filled[c])
         store(pairs, pairs[0] + rows * (starts[c + 1] - starts[c]), 0)
-        store(lists["counts"], lists["counts"][sample, 2] + rows, sample, 2)
+        store(args["counts"], args["counts"][sample, 2] + rows, sample, 2)
         store(first_tile, first_tile[c] + ceil_div(rows, plan.mr), c + 1)
         store(filled, first_tile[c] * plan.mr, c)
-    store(lists["counts"], pairs[0], sample, 3)
+    store(args["counts"], pairs[0], sample, 3)
 
     def list_row(c: Expr, source: Expr, target: Expr) -> None:
         slot = let(filled[c])
-        _store_row(plan, lists, sample, slot, source, target)
+        _store_row(plan, args, sample, slot, source, target)
         store(filled, slot + 1, c)
 
-    _for_live_rows(plan, sample, masks, tables, frame_class, list_row)
+    _for_live_rows(plan, sample, args, frame_class, list_row)
     with serial(classes) as c:
-        _repeat_last_row(plan, sample, c, filled, first_tile, lists)
-    _list_segments(plan, sample, classes, first_tile, starts, lists)
+        _repeat_last_row(plan, sample, c, filled, first_tile, args)
+    _list_segments(plan, sample, classes, first_tile, starts, args)
 
 
 def _store_row(
-    plan: RowPlan, lists: dict[str, tirx.Buffer], sample: Expr, slot: Expr, source: Expr, target: Expr
+    plan: plans.RowPlan, args: Mapping[str, tirx.Buffer], sample: Expr, slot: Expr, source: Expr, target: Expr
 ) -> None:
     tile, row = tirx.floordiv(slot, plan.mr), tirx.floormod(slot, plan.mr)
-    store(lists["rows_in"], source, sample, tile, row)
-    store(lists["rows_out"], target, sample, tile, row)
+    store(args["rows_in"], source, sample, tile, row)
+    store(args["rows_out"], target, sample, tile, row)
 
 
 def classify_frame(
-    plan: RowPlan,
-    sample: Expr,
-    frame: Expr,
-    masks: dict[str, tirx.Buffer],
-    tables: dict[str, tirx.Buffer],
-    frame_class: tirx.Buffer,
+    plan: plans.RowPlan, sample: Expr, frame: Expr, args: Mapping[str, tirx.Buffer], frame_class: tirx.Buffer
 ) -> None:
     """Set ``frame_class[frame]`` to the first class of the frame's tap set, or to -1 where nobody reads the frame."""
     window = plan.window
     clip = let(sample * (window.batch // plan.samples) + tirx.floordiv(frame, window.out[0]))
     out_frame = let(tirx.floormod(frame, window.out[0]))
-    index: Expr = tables["frame_class"][out_frame]
+    index: Expr = args["frame_class"][out_frame]
     if plan.in_positions is not None:  # the class is that of each row
         index = tirx.IntImm(INT, 0)
     elif plan.dynamic_taps:
@@ -114,19 +105,18 @@ def classify_frame(
             source = let(out_frame * window.stride[0] + (tap * window.dilation[0] - window.padding[0]))
             inside = tirx.all(source >= 0, source < window.size[0])
             safe = tirx.max(tirx.min(source, window.size[0] - 1), 0)
-            alive = tirx.all(inside, masks["in_frames"][clip, safe] != number(0.0))
+            alive = tirx.all(inside, args["in_frames"][clip, safe] != number(0.0))
             index = index + tirx.if_then_else(alive, 1 << tap, 0)
     index = index * (len(window.classes[1]) * len(window.classes[2]))
     if plan.out_frames:
-        index = tirx.if_then_else(masks["out_frames"][clip, out_frame] != number(0.0), index, -1)
+        index = tirx.if_then_else(args["out_frames"][clip, out_frame] != number(0.0), index, -1)
     store(frame_class, index, frame)
 
 
 def _for_live_rows(
-    plan: RowPlan,
+    plan: plans.RowPlan,
     sample: Expr,
-    masks: dict[str, tirx.Buffer],
-    tables: dict[str, tirx.Buffer],
+    args: Mapping[str, tirx.Buffer],
     frame_class: tirx.Buffer,
     visit: Callable[[Expr, Expr, Expr], None],
 ) -> None:
@@ -140,16 +130,16 @@ def _for_live_rows(
         clip = let(sample * (window.batch // plan.samples) + tirx.floordiv(frame, window.out[0]))
         out_frame = let(tirx.floormod(frame, window.out[0]))
         source_frame = let(clip * window.size[0] + out_frame * window.stride[0] - window.padding[0])
-        living = None if plan.in_positions is None else _LivingTaps(plan, masks, clip, out_frame)
+        living = None if plan.in_positions is None else _LivingTaps(plan, args, clip, out_frame)
         with serial(out_h) as row:
-            of_row: Expr = let(of_frame + tables["row_class"][row]) if living is None else None
+            of_row: Expr = let(of_frame + args["row_class"][row]) if living is None else None
             source_row = let((source_frame * height + row * window.stride[1] - window.padding[1]) * width)
             target_row = let(((clip * window.out[0] + out_frame) * out_h + row) * out_w)
             with serial(out_w) as column:
 
                 def visit_row(row: Expr = row, column: Expr = column) -> None:
                     source = source_row + column * window.stride[2] - window.padding[2]
-                    of_position = living.of(row, column) if living else of_row + tables["column_class"][column]
+                    of_position = living.of(row, column) if living else of_row + args["column_class"][column]
                     visit(let(of_position), source, target_row + column)
 
                 if plan.positions is None:
@@ -157,7 +147,7 @@ def _for_live_rows(
                 else:
                     at_clip = clip if plan.positions[0] > 1 else 0
                     at_frame = out_frame if plan.positions[1] > 1 else 0
-                    with when(masks["positions"][at_clip, at_frame, row, column] != number(0.0)):
+                    with when(args["positions"][at_clip, at_frame, row, column] != number(0.0)):
                         visit_row()
 
 
@@ -167,14 +157,14 @@ class _LivingTaps:
     Bits along the width are found once for each line of the input and shared by the lines of output that read it.
     """
 
-    def __init__(self, plan: RowPlan, masks: dict[str, tirx.Buffer], clip: Expr, out_frame: Expr) -> None:
+    def __init__(self, plan: plans.RowPlan, args: Mapping[str, tirx.Buffer], clip: Expr, out_frame: Expr) -> None:
         assert plan.in_positions is not None
         self.window = window = plan.window
         self.across = scratch((window.size[1], window.out[2]), INT)
         at = (clip if plan.in_positions[0] > 1 else 0, out_frame if plan.in_positions[1] > 1 else 0)
         read: Expr = tirx.IntImm("bool", 1)
         if plan.in_frames:
-            read = let(masks["in_frames"][clip, out_frame] != number(0.0))
+            read = let(args["in_frames"][clip, out_frame] != number(0.0))
         with serial(window.size[1]) as line, serial(window.out[2]) as column:
             bits: Expr = tirx.IntImm(INT, 0)
             for tap in range(window.kernel[2]):
@@ -182,7 +172,7 @@ class _LivingTaps:
                 safe = tirx.max(tirx.min(source, window.size[2] - 1), 0)
                 position = (*at, line, safe)
                 inside = tirx.all(read, source >= 0, source < window.size[2])
-                alive = tirx.all(inside, masks["in_positions"][position] != number(0.0))
+                alive = tirx.all(inside, args["in_positions"][position] != number(0.0))
                 bits = bits + tirx.if_then_else(alive, 1 << tap, 0)
             store(self.across, bits, line, column)
 
@@ -199,40 +189,40 @@ class _LivingTaps:
 
 
 def _repeat_last_row(
-    plan: RowPlan,
+    plan: plans.RowPlan,
     sample: Expr,
     c: Expr,
     filled: tirx.Buffer,
     first_tile: tirx.Buffer,
-    lists: dict[str, tirx.Buffer],
+    args: Mapping[str, tirx.Buffer],
 ) -> None:
     end = let(first_tile[c + 1] * plan.mr)
     used = let(filled[c])
     with when(used < end):
         last_tile, last_row = let(tirx.floordiv(used - 1, plan.mr)), let(tirx.floormod(used - 1, plan.mr))
-        source = let(lists["rows_in"][sample, last_tile, last_row])
-        target = let(lists["rows_out"][sample, last_tile, last_row])
+        source = let(args["rows_in"][sample, last_tile, last_row])
+        target = let(args["rows_out"][sample, last_tile, last_row])
         with serial(end - used) as missing:
-            _store_row(plan, lists, sample, used + missing, source, target)
+            _store_row(plan, args, sample, used + missing, source, target)
 
 
 def _list_segments(
-    plan: RowPlan,
+    plan: plans.RowPlan,
     sample: Expr,
     classes: int,
     first_tile: tirx.Buffer,
     starts: tirx.Buffer,
-    lists: dict[str, tirx.Buffer],
+    args: Mapping[str, tirx.Buffer],
 ) -> None:
     tiles = let(first_tile[classes])
     blocks = let(ceil_div(tiles, plan.block_tiles))
-    store(lists["counts"], blocks, sample, 0)
-    store(lists["counts"], tiles, sample, 1)
+    store(args["counts"], blocks, sample, 0)
+    store(args["counts"], tiles, sample, 1)
     used = scratch((1,), INT)
     store(used, tirx.IntImm(INT, 0), 0)
-    segments = lists["segments"]
+    segments = args["segments"]
     with serial(blocks) as block:
-        store(lists["blocks"], used[0], sample, block)
+        store(args["blocks"], used[0], sample, block)
         with serial(classes) as c:
             low = let(tirx.max(first_tile[c], block * plan.block_tiles))
             high = let(tirx.min(first_tile[c + 1], (block + 1) * plan.block_tiles))
@@ -244,4 +234,4 @@ def _list_segments(
                     for field, value in enumerate((begin, tirx.min(begin + plan.segment_taps, last), low, high)):
                         store(segments, value, sample, slot, field)
                     store(used, slot + 1, 0)
-    store(lists["blocks"], used[0], sample, blocks)
+    store(args["blocks"], used[0], sample, blocks)

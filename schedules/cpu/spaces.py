@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Protocol
 
-from ..convolution import Convolution
+from ..convolution import LayerKernel
 from ..geometry import Triple, Window
-from ..kernel_columns import Columns, column_run
-from ..plans import RowPlan
+from ..kernel import Kernel
+from ..layer import Choice, Layer
+from ..pool import Pool
 from ..workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Decisions, Workload
 from .conv3d_gather import GatherConv
 from .conv3d_kgs import KernelGroupConv, kernel_group_tile
-from .pool3d import Pool, default_vectors
+from .pool3d import VectorPool, default_vectors
+from .row_plan import RowPlan
 from .tiles import Machine, Tile, candidates, default_tile, predicted_cycles, window_cycles
 from .winograd import WinogradConv
-from .winograd_choice import MOST_SCRATCH, Choice, best, choose, configured, options, why_not, winograd_seconds
+from .winograd_choice import MOST_SCRATCH, best, choose, configured, growth, options, why_not, winograd_seconds
 
 #: Register tiles that the model of ``tiles.predicted_cycles`` holds for this much slower than its best are not tried.
 WORTH_TRYING = 1.5
@@ -39,29 +41,14 @@ WORTH_SWITCHING = 1.05
 Loops = dict[str, tuple[str | int, ...]]
 
 
-def row_plan(workload: Workload, tile: Tile) -> RowPlan:
-    """The row plan of a workload; masks over positions differ by frame, as D-STEP's do."""
-    window, lists = workload.window, workload.lists
-    positions = (window.batch, window.out[0]) if "positions" in lists else None
-    in_positions = (window.batch, window.size[0]) if "in_positions" in lists else None
-    dynamic = ("in_frames" in lists, "out_frames" in lists, positions, in_positions)
-    return RowPlan(window, tile.mr, tile.block_tiles, tile.segment_taps, workload.samples, *dynamic)
-
-
-def fields_of(workload: Workload, tile: Tile) -> dict[str, Any]:
-    """The fields of the direct kernel of a workload."""
-    return {
-        "window": workload.window,
-        "channels_in": workload.channels_in,
-        "channels_out": workload.channels_out,
-        "groups": workload.groups,
-        "tile": tile,
-        "plan": row_plan(workload, tile),
-        "live_in": "in_channels" in workload.lists,
-        "live_out": "out_channels" in workload.lists,
-        "residual": workload.residual,
-        "activation": workload.activation,
-    }
+def direct(layer: Layer, tile: Tile) -> GatherConv:
+    """The direct kernel of a layer: over its live columns where it is pruned."""
+    dynamic = (layer.samples, *layer.masks, layer.in_positions)
+    plan = RowPlan(layer.window, tile.mr, tile.block_tiles, tile.segment_taps, *dynamic)
+    if layer.columns is None:
+        return GatherConv(**layer.fields, tile=tile, plan=plan)
+    fields = {**layer.fields, "columns": layer.columns, "run": layer.run, "threads": layer.threads}
+    return KernelGroupConv(**fields, tile=tile, plan=plan)
 
 
 def register_tiles(
@@ -126,7 +113,7 @@ class Space(Protocol):
     def parts(self) -> list[dict[str, list[int]]]:
         """The values of each decision, in parts within which each goes with each."""
 
-    def kernel(self, decisions: Mapping[str, int]) -> Convolution | WinogradConv | Pool:
+    def kernel(self, decisions: Mapping[str, int]) -> Kernel:
         """The kernel that the decisions describe."""
 
 
@@ -244,7 +231,7 @@ class GatherSpace:
 
     def kernel(self, decisions: Mapping[str, int]) -> GatherConv:
         """The direct kernel."""
-        return GatherConv(**fields_of(self.workload, self.tile(decisions)))
+        return direct(Layer.of(self.workload), self.tile(decisions))
 
 
 @dataclass(frozen=True)
@@ -267,14 +254,8 @@ class KernelGroupSpace:
 
     @property
     def run(self) -> int:
-        """Columns of consecutive channels that one list entry stands for; a mask of channels lists them singly."""
-        listed = "in_channels" in self.workload.lists
-        return 1 if listed else column_run(self.workload.channels_in, self.workload.group[1])
-
-    @cached_property
-    def columns(self) -> Columns:
-        """The columns of static instances."""
-        return self.workload.columns()
+        """Columns of consecutive channels that one list entry stands for."""
+        return Layer.of(self.workload).run
 
     @property
     def rows(self) -> list[int]:
@@ -345,10 +326,9 @@ class KernelGroupSpace:
         floats, outer = self.machine.vector_floats, bool(decisions["panels_outer"])
         return Tile(vectors=self.vectors, vector_floats=floats, panels_outer=outer, **sizes)
 
-    def kernel(self, decisions: Mapping[str, int]) -> KernelGroupConv:
+    def kernel(self, decisions: Mapping[str, int]) -> GatherConv:
         """The kernel over the made-up columns."""
-        fields = fields_of(self.workload, self.tile(decisions))
-        return KernelGroupConv(**fields, columns=self.columns.count, run=self.run)
+        return direct(Layer.of(self.workload), self.tile(decisions))
 
 
 @dataclass(frozen=True)
@@ -388,17 +368,17 @@ class PoolSpace:
         """Vectors of channels."""
         return {"channels_out": ("vectors", self.machine.vector_floats)}
 
-    def kernel(self, decisions: Mapping[str, int]) -> Pool:
+    def kernel(self, decisions: Mapping[str, int]) -> VectorPool:
         """The pool."""
         work, lists = self.workload, self.workload.lists
-        return Pool(
+        return VectorPool(
             work.window,
             work.channels_in,
             work.pooling,  # type: ignore[arg-type]  # a pool's is "max" or "avg"
-            self.machine.vector_floats,
             in_frames="in_frames" in lists,
             out_frames="out_frames" in lists,
             zero_dead=False,
+            vector_floats=self.machine.vector_floats,
             vectors=decisions["vectors"],
             in_positions=(work.window.batch, 1) if "in_positions" in lists else None,
         )
@@ -582,10 +562,14 @@ def choose_tile(workload: Workload, machine: Machine, log: TuningLog | None = No
 
     The workload is one of a gathered convolution or of kernel groups.
     """
-    kind = KernelGroupSpace if workload.family == KERNEL_GROUPS else GatherSpace
-    space = kind(machine, workload)
+    space = direct_space(machine, workload)
     decisions, origin = decide(space, log)
     return space.tile(decisions), origin
+
+
+def direct_space(machine: Machine, workload: Workload) -> GatherSpace | KernelGroupSpace:
+    """The space of the direct kernel of a workload."""
+    return (KernelGroupSpace if workload.family == KERNEL_GROUPS else GatherSpace)(machine, workload)
 
 
 def decide(space: Space, log: TuningLog | None) -> tuple[Decisions, str]:
@@ -605,14 +589,15 @@ def choose_kernel(
     machine: Machine,
     wanted: str = "auto",
     log: TuningLog | None = None,
-) -> tuple[Choice, str]:
+    most_growth: float = math.inf,
+) -> Choice[LayerKernel]:
     """``conv`` or Winograd in its place, and the record that chose its sizes ("": the defaults).
 
     The model of time decides, unless the log holds measurements of both for this very workload. ``origin`` tells where
-    the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd.
+    the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd, ``most_growth`` that of ``choose``.
     """
-    choice = choose(conv, machine, workload.threads, wanted)
-    default = (choice, origin if choice.conv is conv else "")
+    choice = replace(choose(conv, machine, workload.threads, wanted, most_growth), workload=workload)
+    default = replace(choice, origin=origin if choice.kernel is conv else "")
     if log is None or wanted == "direct" or why_not(conv):
         return default
     transformed = workload.winograd
@@ -620,13 +605,29 @@ def choose_kernel(
     decisions = space.normal(advice.decisions) if advice is not None else {}
     if advice is None or not space.allows(decisions):
         return default
-    tuned = space.fitted(conv, decisions)
-    direct = log.advise(workload)
-    if wanted == "auto" and direct and (direct.workload, advice.workload) == (workload, transformed):
-        kind = "kernel groups" if isinstance(conv, KernelGroupConv) else "direct"
-        told = f"{1e3 * advice.seconds:.3g} ms measured, {kind} {1e3 * direct.seconds:.3g} ms"
-        if direct.seconds > WORTH_SWITCHING * advice.seconds:
-            return Choice(tuned, told), advice.origin
-        if advice.seconds > WORTH_SWITCHING * direct.seconds:
-            return Choice(conv, f"{kind}: Winograd {told}"), origin
-    return default if choice.conv is conv else (Choice(tuned, choice.reason), advice.origin)
+    fitted = space.fitted(conv, decisions)
+    if growth(fitted) > most_growth:
+        return default
+    tuned: Choice[LayerKernel] = Choice(fitted, choice.reason, advice.origin, workload)
+    measured = log.advise(workload)
+    if wanted == "auto" and measured and (measured.workload, advice.workload) == (workload, transformed):
+        kind = "kernel groups" if workload.family == KERNEL_GROUPS else "direct"
+        told = f"{1e3 * advice.seconds:.3g} ms measured, {kind} {1e3 * measured.seconds:.3g} ms"
+        if measured.seconds > WORTH_SWITCHING * advice.seconds:
+            return replace(tuned, reason=told)
+        if advice.seconds > WORTH_SWITCHING * measured.seconds:
+            return Choice(conv, f"{kind}: Winograd {told}", origin, workload)
+    return default if choice.kernel is conv else tuned
+
+
+def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) -> Choice[LayerKernel]:
+    """The direct kernel of a layer, or Winograd in its place."""
+    tile, origin = choose_tile(layer.workload, machine, log)
+    return choose_kernel(direct(layer, tile), origin, layer.workload, machine, wanted, log, layer.most_growth)
+
+
+def offer_pool(workload: Workload, fields: Mapping[str, Any], machine: Machine, log: TuningLog | None) -> Choice[Pool]:
+    """The pool of a workload; ``fields`` are those that its sizes do not decide."""
+    decisions, origin = decide(PoolSpace(machine, workload), log)
+    pool = VectorPool(**fields, vector_floats=machine.vector_floats, vectors=decisions["vectors"])
+    return Choice(pool, "", origin, workload)

@@ -12,24 +12,22 @@ Depth taps are summed in the transformed domain where frames are not transformed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 from tvm import tirx
 
-from ..convolution import list_marks
+from ..convolution import Convolution
 from ..emit import (
     INT,
     Expr,
-    argument,
     big,
     ceil_div,
     choose,
     flat,
-    kernel,
     lane,
     lanes,
     let,
@@ -43,12 +41,12 @@ from ..emit import (
     when,
 )
 from ..epilogue import activate
-from ..geometry import Window
-from ..plans import channel_list_shape
+from ..kernel import Count
+from .channel_plan import ChannelPlan
 from .dead_outputs import zero_dead
 from .panel_weights import PanelWeights, WeightPanel
 from .tiles import Tile
-from .winograd_plan import LISTS, WinogradPlan
+from .winograd_plan import WinogradPlan
 from .winograd_transforms import WinogradPanels, matrices
 
 #: Floats between the ξ planes of a scratch buffer beyond their content: planes a power of two apart would share the
@@ -59,45 +57,27 @@ LINE_FLOATS = 16
 
 
 @dataclass(frozen=True)
-class WinogradConv:
-    """One Winograd kernel; the fields mean what they mean in :class:`~.convolution.Convolution`.
+class WinogradConv(Convolution):
+    """One Winograd kernel, of one convolution group.
 
     Of ``tile``, the register tile (``mr``, ``vectors``, ``vector_floats``, ``step``) and the cache blocking of the sum
     (``segment_taps``, ``depth_block``) are used.
     """
 
-    channels_in: int
-    channels_out: int
+    exact = False
     tile: Tile
     plan: WinogradPlan
-    live_in: bool = False
-    live_out: bool = False
-    residual: bool = False
-    activation: str = ""
-    zero_dead: str = ""
-
-    @property
-    def window(self) -> Window:
-        """The convolution's window."""
-        return self.plan.window
-
-    @property
-    def depth(self) -> int:
-        """Input channels that one output channel reads."""
-        return self.channels_in
-
-    @cached_property
-    def panels(self) -> int:
-        """Blocks of ``nr`` output channels."""
-        return -(-self.channels_out // self.tile.nr)
 
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        marks = list_marks(self.live_in, self.live_out)
         size = "x".join(str(m) for m in self.plan.m)
         step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
-        return f"conv3d_winograd_{size}{marks}_f32_mr{self.tile.mr}_nr{self.tile.nr}{step}"
+        return f"conv3d_winograd_{size}{self.marks}_f32_mr{self.tile.mr}_nr{self.tile.nr}{step}"
+
+    def describe(self) -> dict[str, Any]:
+        """Also the tile of outputs: what skipping saves in one piece."""
+        return {**super().describe(), "tile": list(self.plan.m)}
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -113,18 +93,22 @@ class WinogradConv:
             self.channels_out, self.channels_in, plan.window.kernel, plan.m, plan.transformed, self.tile.nr
         )
 
-    def pack_weights(self, weight: np.ndarray) -> np.ndarray:
-        """Transform float32 weights (C_out, C_in, KT, KH, KW) and pack them the way the kernel reads them."""
-        return self.preparation.apply(weight)
+    def unpacked(self, at: Expr) -> None:
+        """Transformed weights are none of the layer's."""
+
+    def channel_planner(self, axis: str, channels: int) -> ChannelPlan:
+        """One sweep over the mask."""
+        return ChannelPlan(self.plan.samples, channels, axis)
 
     @property
-    def bias_size(self) -> int:
-        """Length of the bias."""
-        return self.channels_out
+    def masks_read(self) -> list[str]:
+        """What is wanted of the output, and where frames are transformed what is alive of the input."""
+        needed = {"out_frames", "positions"} | ({"in_frames"} if self.plan.transformed[0] else set())
+        return [key for key in self.plan.masks if key in needed]
 
-    def pack_bias(self, bias: np.ndarray) -> np.ndarray:
-        """The bias as it is."""
-        return np.ascontiguousarray(bias, "float32")
+    def work(self) -> tuple[Count, Count, Count]:
+        """A pair of row and tap is one of each of the ξ products."""
+        return Count(self.plan.xi, "pairs", (0,)), *super().work()[1:]
 
     @property
     def source_plane(self) -> int:
@@ -141,24 +125,9 @@ class WinogradConv:
         """Memory of V and M."""
         return 4 * self.plan.xi * (self.source_plane + self.product_plane)
 
-
-def conv3d_winograd(conv: WinogradConv) -> tirx.PrimFunc:
-    """Emit the kernel.
-
-    Parameters in order: x (N, T, H, W, C_in), weights, bias, tap entries (entries, 2), the six lists of the plan, then
-    where asked for: in_channels and out_channels (:mod:`~.channel_plan`), in_frames (where frames are transformed),
-    out_frames and positions (masks), residual, and y (N, T, H, W, C_out).
-    """
-    with kernel(conv.name) as built:
-        _Emitter(conv).emit()
-    return built.func
-
-
-def mask_arguments(conv: WinogradConv) -> list[str]:
-    """Which masks of the plan the kernel takes as well."""
-    plan = conv.plan
-    needed = {"out_frames", "positions"} | ({"in_frames"} if plan.transformed[0] else set())
-    return [key for key in plan.masks if key in needed]
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Chunk by chunk, three phases each."""
+        _Emitter(self, args).emit()
 
 
 @dataclass(frozen=True)
@@ -210,19 +179,23 @@ class ChannelVector:
 class _Emitter:
     """The kernel's phases, from its signature down to the multiply-add."""
 
-    def __init__(self, conv: WinogradConv) -> None:
-        self.conv = conv
-        self.plan = conv.plan
-        self.tile = conv.tile
-        self.window = conv.window
-        self.in_channels: Any = None
-        self.out_channels: Any = None
+    def __init__(self, conv: WinogradConv, args: Mapping[str, tirx.Buffer]) -> None:
+        self.conv, self.plan, self.tile, self.window = conv, conv.plan, conv.tile, conv.window
+        self.args = args
+        self.in_channels: Any = args.get("in_channels")
+        self.out_channels: Any = args.get("out_channels")
+        self.bias, self.taps = args["bias"], args["tap_entries"]
+        self.columns, self.inputs, self.runs = args["columns"], args["inputs"], args["runs"]
+        self.rows_in, self.rows_out, self.counts = args["rows_in"], args["rows_out"], args["counts"]
+        self.x, self.y = flat(args["x"]), flat(args["y"])
+        lists = (self.in_channels, self.out_channels)
+        self.panel_weights = PanelWeights(flat(args["weights"]), self.tile, self.plan.taps, conv.channels_in, *lists)
+        self.residual = flat(args["residual"]) if conv.residual else None
 
     def emit(self) -> None:
         conv, plan = self.conv, self.plan
-        self._declare()
         if conv.zero_dead:
-            zero_dead(conv, self.masks, self.y)
+            zero_dead(conv, self.args, self.y)
         self.sources = scratch((plan.xi * conv.source_plane,))
         self.products = scratch((plan.xi * conv.product_plane,))
         with serial(self.counts[plan.chunks, 0]) as chunk:
@@ -234,28 +207,6 @@ class _Emitter:
                 self._multiply_panel(chunk, sample, let(tirx.floordiv(task, panels)), let(tirx.floormod(task, panels)))
             with parallel(self.counts[chunk, 1] * self.tile.mr) as slot:
                 self._transform_outputs(chunk, sample, slot)
-
-    def _declare(self) -> None:
-        conv, plan, window = self.conv, self.plan, self.window
-        x = argument("x", (window.batch, *window.size, conv.channels_in))
-        weights = argument("weights", conv.weight_shape)
-        self.bias = argument("bias", (conv.bias_size,))
-        self.taps = argument("tap_entries", plan.tap_entries.shape, INT)
-        lists = {key: argument(key, plan.shapes[key], INT) for key in LISTS}
-        self.columns, self.inputs, self.rows_in, self.rows_out, self.runs, self.counts = lists.values()
-        if conv.live_in:
-            self.in_channels = argument("in_channels", channel_list_shape(plan.samples, conv.channels_in), INT)
-        if conv.live_out:
-            self.out_channels = argument("out_channels", channel_list_shape(plan.samples, conv.channels_out), INT)
-        self.masks = {key: argument(key, plan.masks[key]) for key in mask_arguments(conv)}
-        out_shape = (window.batch, *window.out, conv.channels_out)
-        residual = argument("residual", out_shape) if conv.residual else None
-        y = argument("y", out_shape)
-        self.x, self.y = flat(x), flat(y)
-        self.panel_weights = PanelWeights(
-            flat(weights), self.tile, plan.taps, conv.channels_in, self.in_channels, self.out_channels
-        )
-        self.residual = flat(residual) if residual is not None else None
 
     # -- channels ----------------------------------------------------------------------------------------------------
 
@@ -320,10 +271,10 @@ class _Emitter:
         with serial(frames) as offset:
             source = let(start + offset)
             reasons = [source >= 0, source < window.size[0]]
-            if "in_frames" in self.masks:
+            if "in_frames" in self.args:
                 safe = tirx.max(tirx.min(source, window.size[0] - 1), 0)
-                reasons.append(self.masks["in_frames"][clip, safe] != number(0.0))
-            if "out_frames" in self.masks:
+                reasons.append(self.args["in_frames"][clip, safe] != number(0.0))
+            if "out_frames" in self.args:
                 reasons.append(tirx.any(*(self._is_live(clip, source + window.padding[0] - tap) for tap in range(3))))
             store(readable, tirx.Cast(INT, tirx.all(*reasons)), offset)
         return readable
@@ -331,7 +282,7 @@ class _Emitter:
     def _is_live(self, clip: Expr, frame: Expr) -> Expr:
         """Whether ``frame`` is an output frame that is read."""
         last = self.window.out[0] - 1
-        alive = self.masks["out_frames"][clip, tirx.max(tirx.min(frame, last), 0)] != number(0.0)
+        alive = self.args["out_frames"][clip, tirx.max(tirx.min(frame, last), 0)] != number(0.0)
         return tirx.all(frame >= 0, frame <= last, alive)
 
     def _first_input(self, axis: int, index: Expr) -> Expr:
@@ -560,12 +511,12 @@ class _Emitter:
         plan, out = self.plan, self.window.out
         inside = [at[axis] < out[axis] for axis in range(3) if out[axis] % plan.m[axis]]
         safe = [tirx.min(at[axis], out[axis] - 1) for axis in range(3)]
-        if "out_frames" in self.masks and plan.transformed[0]:
-            inside.append(self.masks["out_frames"][clip, safe[0]] != number(0.0))
+        if "out_frames" in self.args and plan.transformed[0]:
+            inside.append(self.args["out_frames"][clip, safe[0]] != number(0.0))
         if plan.positions is not None:
             sample = clip if plan.positions[0] > 1 else 0
             frame = safe[0] if plan.positions[1] > 1 else 0
-            inside.append(self.masks["positions"][sample, frame, safe[1], safe[2]] != number(0.0))
+            inside.append(self.args["positions"][sample, frame, safe[1], safe[2]] != number(0.0))
         return tirx.all(*inside) if inside else tirx.IntImm("bool", 1)
 
     def _store_result(self, position: Expr, value: Expr, channel: Expr, count: int) -> None:

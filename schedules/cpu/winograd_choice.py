@@ -6,11 +6,14 @@ them there are, how many weights stream past them, and what the transforms add.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import mean
 
+from ..convolution import LayerKernel
 from ..geometry import Triple, Window
+from ..layer import Choice
 from .conv3d_gather import GatherConv
 from .conv3d_kgs import KernelGroupConv
 from .tiles import WEIGHTS_SHARE_OF_L1, Machine, Tile, candidates, predicted_cycles, tap_tiles
@@ -53,14 +56,6 @@ PATCHES_IN_TILE = 2
 WORTH_MEMORY = 0.95
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The kernel chosen for a layer, and why in one sentence."""
-
-    conv: GatherConv | WinogradConv
-    reason: str
-
-
 def why_not(conv: GatherConv) -> str:
     """Why no Winograd kernel can compute ``conv``; empty if one can."""
     window = conv.window
@@ -82,13 +77,18 @@ def _can_transform(conv: GatherConv, axis: int) -> bool:
     return (window.kernel[axis], window.stride[axis], window.dilation[axis]) == (3, 1, 1)
 
 
-def choose(conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto") -> Choice:
-    """``conv`` itself or the Winograd kernel predicted to be faster; ``wanted`` is auto, direct or winograd."""
+def choose(
+    conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto", most_growth: float = math.inf
+) -> Choice[LayerKernel]:
+    """``conv`` itself or the Winograd kernel predicted to be faster; ``wanted`` is auto, direct or winograd.
+
+    Transformed weights take at most ``most_growth`` times the memory of the layer's own.
+    """
     if wanted == "direct":
         return Choice(conv, "")
     if refusal := why_not(conv):
         return Choice(conv, f"direct: {refusal}" if wanted == "winograd" else "")
-    found = best(conv, machine, threads)
+    found = best(conv, machine, threads, most_growth=most_growth)
     if found is None:
         return Choice(conv, "direct: no tile's transformed inputs fit the memory allowed")
     direct, transformed = direct_seconds(conv, machine, threads), winograd_seconds(found, machine, threads)
@@ -100,15 +100,26 @@ def choose(conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto
 
 
 def best(
-    conv: GatherConv, machine: Machine, threads: int, densities: Sequence[float] | None = None
+    conv: GatherConv,
+    machine: Machine,
+    threads: int,
+    densities: Sequence[float] | None = None,
+    most_growth: float = math.inf,
 ) -> WinogradConv | None:
     """The Winograd kernel with the shortest predicted time, a smaller one's weights preferred where they are close."""
     chosen, least = None, float("inf")
     for option in sorted(options(conv, machine), key=lambda option: option.plan.xi * option.plan.taps):
+        if growth(option) > most_growth:
+            break
         seconds = winograd_seconds(option, machine, threads, densities)
         if seconds < least * (WORTH_MEMORY if chosen and _weights(option) > _weights(chosen) else 1.0):
             chosen, least = option, seconds
     return chosen
+
+
+def growth(conv: WinogradConv) -> float:
+    """How many times the memory of the layer's own weights the transformed ones take."""
+    return _weights(conv) / conv.window.taps
 
 
 def _weights(conv: WinogradConv) -> int:
@@ -146,8 +157,10 @@ def configured(conv: GatherConv, m: Triple, columns: int, tile: Tile) -> Winogra
     """The Winograd kernel in the place of ``conv``, with tiles of ``m`` outputs and so many columns in a chunk."""
     plan = conv.plan
     return WinogradConv(
+        conv.window,
         conv.channels_in,
         conv.channels_out,
+        1,
         tile,
         WinogradPlan(conv.window, m, tile.mr, columns, plan.samples, plan.in_frames, plan.out_frames, plan.positions),
         conv.live_in,

@@ -20,22 +20,20 @@ pairs      (samples, 1)                      pairs of row and tap, for counting;
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from tvm import tirx
 
-from ..emit import INT, Expr, argument, kernel, let, number, scratch, serial, store, when
+from ..emit import INT, Expr, let, number, scratch, serial, store, when
 from ..geometry import Triple, Window, triple
-from ..plans import MOST_DYNAMIC_FRAME_TAPS, mask_shapes
-
-#: The lists that the kernel takes.
-LISTS = ("columns", "inputs", "rows_in", "rows_out", "runs", "counts")
+from ..plans import MOST_DYNAMIC_FRAME_TAPS, Plan
 
 
 @dataclass(frozen=True)
-class WinogradPlan:
+class WinogradPlan(Plan):
     """How the tiles of ``window`` are listed; ``m`` is the tile of outputs, 1 on axes that are not transformed.
 
     Height and width are transformed where the kernel is 3 long, and may have any stride where it is 1 long; frames are
@@ -43,6 +41,7 @@ class WinogradPlan:
     are those of :class:`~.row_plan.RowPlan`.
     """
 
+    name = "plan_winograd"
     window: Window
     m: Triple
     mr: int
@@ -151,9 +150,9 @@ class WinogradPlan:
         }
 
     @property
-    def masks(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the float32 masks that the planner takes."""
-        return mask_shapes(self.window, self.in_frames, self.out_frames, self.positions)
+    def walked(self) -> tuple[str, ...]:
+        """All but the pairs, which are for counting alone."""
+        return tuple(name for name in self.shapes if name != "pairs")
 
     @property
     def tables(self) -> dict[str, np.ndarray]:
@@ -163,15 +162,9 @@ class WinogradPlan:
         classes = [self.tap_sets.index(self.live_taps(frame)) for frame in range(self.tiles[0])]
         return {"frame_class": np.array(classes, "int32")}
 
-
-def plan_winograd(plan: WinogradPlan, name: str = "plan_winograd") -> tirx.PrimFunc:
-    """The planner: masks and the table in, the seven lists out."""
-    with kernel(name) as built:
-        masks = {key: argument(key, shape) for key, shape in plan.masks.items()}
-        frame_class = argument("frame_class", (plan.tiles[0],), INT)
-        lists = {key: argument(key, shape, INT) for key, shape in plan.shapes.items()}
-        _Planner(plan, masks, frame_class, lists).emit()
-    return built.func
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Masks and the table in, the seven lists out."""
+        _Planner(self, args).emit()
 
 
 def _zero() -> Expr:
@@ -181,14 +174,8 @@ def _zero() -> Expr:
 class _Planner:
     """Three passes: the class of every row, columns into chunks, rows of a chunk into tiles."""
 
-    def __init__(
-        self,
-        plan: WinogradPlan,
-        masks: dict[str, tirx.Buffer],
-        frame_class: tirx.Buffer,
-        lists: dict[str, tirx.Buffer],
-    ) -> None:
-        self.plan, self.masks, self.frame_class, self.lists = plan, masks, frame_class, lists
+    def __init__(self, plan: WinogradPlan, args: Mapping[str, tirx.Buffer]) -> None:
+        self.plan, self.masks, self.lists, self.frame_class = plan, args, args, args["frame_class"]
         self.frames = plan.tiles[0]
 
     def emit(self) -> None:

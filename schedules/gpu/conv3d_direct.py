@@ -6,17 +6,18 @@ nothing else counts, so a block takes 32 output channels and shares the input ch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from tvm import tirx
 
-from ..emit import Expr, ceil_div, kernel, let, number, serial, store, when
+from ..emit import Expr, ceil_div, let, number, serial, store, when
 from ..geometry import Window
-from .conv3d_gather import Arguments, BlockConv, short
-from .emit import BLOCK, barrier, integer, launch, pick, read, registers, shared
+from .conv3d_gather import Arguments, BlockConv
+from .emit import BLOCK, barrier, integer, launch, pick, read, registers, shared, short
 
-#: Output channels of a block of :func:`linear`, and how many ways its sums are split.
+#: Output channels of a block of :class:`LinearConv`, and how many ways its sums are split.
 COLUMNS, SLICES = 32, 8
 #: Rows up to which a linear layer is bound by reading its weights.
 FEW_ROWS = 8
@@ -45,6 +46,23 @@ class DirectConv(BlockConv):
         """Put output channels innermost."""
         return self.pack_unpanelled(weight)
 
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """One thread an output value."""
+        tiles, rows = self.plan.tiles_capacity, self.tile.mr
+        blocks = -(-rows * self.channels_out // BLOCK)
+        given = Arguments(self, args)
+        given.zero_dead()
+        with launch(self.plan.samples * tiles * blocks, BLOCK) as (block, thread):
+            current = let(tirx.floormod(tirx.floordiv(block, blocks), tiles))
+            sample = let(tirx.floordiv(block, blocks * tiles)) if self.plan.samples > 1 else integer(0)
+            index = let(tirx.floormod(block, blocks) * BLOCK + thread)
+            row = let(tirx.floordiv(index, self.channels_out))
+            slot = let(tirx.floormod(index, self.channels_out))
+            with when(tirx.all(current < given.lists["counts"][sample, 1], row < rows)):
+                channel, there = _place(self, given, sample, slot)
+                with when(let(there)):
+                    _sum_of_one(self, given, sample, current, row, let(channel))
+
 
 @dataclass(frozen=True)
 class LinearConv(DirectConv):
@@ -55,6 +73,30 @@ class LinearConv(DirectConv):
         """The kernel's name, as docs/kernels.md decodes it."""
         return f"linear_gpu{self.marks}_{short(self.dtype)}_r{self.tile.mr}"
 
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """A block takes :data:`COLUMNS` output channels."""
+        rows, blocks = self.tile.mr, -(-self.channels_out // COLUMNS)
+        given = Arguments(self, args)
+        given.zero_dead()
+        with launch(self.plan.samples * blocks, COLUMNS * SLICES) as (block, thread):
+            sample = let(tirx.floordiv(block, blocks)) if self.plan.samples > 1 else integer(0)
+            column, part = let(tirx.floormod(thread, COLUMNS)), let(tirx.floordiv(thread, COLUMNS))
+            channel, there = _place(self, given, sample, let(tirx.floormod(block, blocks) * COLUMNS + column))
+            channel, there = let(tirx.min(channel, self.channels_out - 1)), let(there)
+            sums, acc = shared((SLICES * rows * COLUMNS,)), registers((rows,))
+            some = let(given.lists["counts"][sample, 1] > 0)
+            for row in range(rows):
+                store(acc, number(0.0), row)
+            with when(some):
+                _slice_of_sums(self, given, sample, part, channel, acc)
+            for row in range(rows):
+                store(sums, acc[row], (part * rows + row) * COLUMNS + column)
+            barrier()
+            with serial(ceil_div(integer(rows), SLICES)) as turn:
+                row = let(turn * SLICES + part)
+                with when(tirx.all(some, there, row < rows)):
+                    _finish_row(self, given, sample, row, column, channel, sums)
+
 
 def _place(conv: BlockConv, args: Arguments, sample: Expr, slot: Expr) -> tuple[Expr, Expr]:
     """Output channel of ``slot`` among those computed, and whether there is one."""
@@ -63,26 +105,6 @@ def _place(conv: BlockConv, args: Arguments, sample: Expr, slot: Expr) -> tuple[
     live = args.out_channels[sample, 0]
     listed = args.out_channels[sample, 1 + tirx.max(tirx.min(slot, live - 1), 0)]
     return pick(live > 0, listed, integer(0)), slot < live
-
-
-def conv3d_direct(conv: DirectConv) -> tirx.PrimFunc:
-    """Emit the kernel; parameters as of the gathered convolution."""
-    tiles, rows = conv.plan.tiles_capacity, conv.tile.mr
-    blocks = -(-rows * conv.channels_out // BLOCK)
-    with kernel(conv.name) as built:
-        args = Arguments(conv)
-        args.zero_dead()
-        with launch(conv.plan.samples * tiles * blocks, BLOCK) as (block, thread):
-            current = let(tirx.floormod(tirx.floordiv(block, blocks), tiles))
-            sample = let(tirx.floordiv(block, blocks * tiles)) if conv.plan.samples > 1 else integer(0)
-            index = let(tirx.floormod(block, blocks) * BLOCK + thread)
-            row = let(tirx.floordiv(index, conv.channels_out))
-            slot = let(tirx.floormod(index, conv.channels_out))
-            with when(tirx.all(current < args.lists["counts"][sample, 1], row < rows)):
-                channel, there = _place(conv, args, sample, slot)
-                with when(let(there)):
-                    _sum_of_one(conv, args, sample, current, row, let(channel))
-    return built.func
 
 
 def _sum_of_one(conv: BlockConv, args: Arguments, sample: Expr, current: Expr, row: Expr, channel: Expr) -> None:
@@ -115,33 +137,6 @@ def _sum_of_one(conv: BlockConv, args: Arguments, sample: Expr, current: Expr, r
     args.finish(acc[0], target * conv.channels_out + channel, channel, 1)
 
 
-def linear(conv: LinearConv) -> tirx.PrimFunc:
-    """Emit the kernel; parameters as of the gathered convolution."""
-    rows, blocks = conv.tile.mr, -(-conv.channels_out // COLUMNS)
-    with kernel(conv.name) as built:
-        args = Arguments(conv)
-        args.zero_dead()
-        with launch(conv.plan.samples * blocks, COLUMNS * SLICES) as (block, thread):
-            sample = let(tirx.floordiv(block, blocks)) if conv.plan.samples > 1 else integer(0)
-            column, part = let(tirx.floormod(thread, COLUMNS)), let(tirx.floordiv(thread, COLUMNS))
-            channel, there = _place(conv, args, sample, let(tirx.floormod(block, blocks) * COLUMNS + column))
-            channel, there = let(tirx.min(channel, conv.channels_out - 1)), let(there)
-            sums, acc = shared((SLICES * rows * COLUMNS,)), registers((rows,))
-            some = let(args.lists["counts"][sample, 1] > 0)
-            for row in range(rows):
-                store(acc, number(0.0), row)
-            with when(some):
-                _slice_of_sums(conv, args, sample, part, channel, acc)
-            for row in range(rows):
-                store(sums, acc[row], (part * rows + row) * COLUMNS + column)
-            barrier()
-            with serial(ceil_div(integer(rows), SLICES)) as turn:
-                row = let(turn * SLICES + part)
-                with when(tirx.all(some, there, row < rows)):
-                    _finish_row(conv, args, sample, row, column, channel, sums)
-    return built.func
-
-
 def _slice_of_sums(conv: BlockConv, args: Arguments, sample: Expr, part: Expr, channel: Expr, acc: tirx.Buffer) -> None:
     """Add up every ``SLICES``-th input channel."""
     rows = conv.tile.mr
@@ -167,6 +162,6 @@ def _finish_row(
 
 
 def is_few_rows(window: Window, groups: int, samples: int) -> bool:
-    """Whether :func:`linear` can compute it: one tap, one convolution group, few rows of each sample."""
+    """Whether :class:`LinearConv` can compute it: one tap, one convolution group, few rows of each sample."""
     few = window.positions_out // samples <= FEW_ROWS
     return few and window.taps == 1 and groups == 1 and window.size == window.out

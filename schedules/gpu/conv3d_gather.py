@@ -8,18 +8,33 @@ dense layer; blocks past the counts of the lists end at once, so that no count h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tvm import tirx
 
 from ..convolution import Convolution
-from ..emit import FLOAT, INT, Expr, argument, flat, kernel, lanes, let, number, serial, store, when
+from ..emit import FLOAT, INT, Expr, flat, lanes, let, number, serial, store, when
 from ..epilogue import activate
-from ..plans import channel_list_shape
-from .emit import QUAD, barrier, each_element, integer, launch, parts, pick, read, registers, shared, write, zeros
+from .channel_plan import ChannelPlan
+from .emit import (
+    QUAD,
+    barrier,
+    each_element,
+    integer,
+    launch,
+    parts,
+    pick,
+    read,
+    registers,
+    shared,
+    short,
+    write,
+    zeros,
+)
 from .row_plan import BlockPlan, has_border
 from .tiles import BlockTile
 
@@ -37,6 +52,10 @@ class BlockConv(Convolution):
         """The kernel's name, as docs/kernels.md decodes it."""
         return f"conv3d_gather_gpu{self.marks}_{short(self.dtype)}_{self.tile.name}"
 
+    def channel_planner(self, axis: str, channels: int) -> ChannelPlan:
+        """One block of threads a sample."""
+        return ChannelPlan(self.plan.samples, channels, axis)
+
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the packed weights: (panels, taps, depth, nr), or (taps, depth, channels_out) for gathered ones."""
@@ -44,40 +63,26 @@ class BlockConv(Convolution):
 
     def pack_weights(self, weight: np.ndarray) -> np.ndarray:
         """Pack float32 weights (C_out, C_in / groups, KT, KH, KW) the way the kernel reads them."""
-        if not self.live_out:
-            return super().pack_weights(weight).astype(self.dtype, copy=False)
-        return self.pack_unpanelled(weight)
+        if self.live_out:
+            return self.pack_unpanelled(weight)
+        return super().pack_weights(weight).astype(self.dtype, copy=False)
 
     def pack_unpanelled(self, weight: np.ndarray) -> np.ndarray:
         """Put output channels innermost: (taps, depth, channels_out)."""
         taps_last = weight.reshape(self.channels_out, self.depth, self.window.taps)
         return np.ascontiguousarray(taps_last.transpose(2, 1, 0), self.dtype)
 
-    @property
-    def bias_size(self) -> int:
-        """Length of the packed bias, which stays float32."""
-        return self.channels_out
+    def unpacked(self, at: Expr) -> tuple[Expr, Expr, Expr, Expr] | None:
+        """Where output channels are innermost, too."""
+        if len(self.weight_shape) == 4:
+            return super().unpacked(at)
+        tap = let(tirx.floordiv(at, self.channels_out * self.depth))
+        channel = let(tirx.floormod(tirx.floordiv(at, self.channels_out), self.depth))
+        return let(tirx.floormod(at, self.channels_out)), tap, channel, tirx.const(True, "bool")
 
-    def pack_bias(self, bias: np.ndarray) -> np.ndarray:
-        """The bias as it is."""
-        return np.ascontiguousarray(bias, FLOAT)
-
-
-def short(dtype: str) -> str:
-    """``f32`` or ``f16``."""
-    return dtype.replace("float", "f")
-
-
-def conv3d_gather(conv: BlockConv) -> tirx.PrimFunc:
-    """Emit the kernel.
-
-    Parameters in order: x (N, T, H, W, C_in), weights, bias, tap entries (entries, 4), the six lists of the row plan,
-    then where asked for: in_channels and out_channels (:mod:`..channel_plan`), out_frames, positions (masks, for
-    ``zero_dead``), residual, and y (N, T, H, W, C_out).
-    """
-    with kernel(conv.name) as built:
-        GatherEmitter(conv).emit()
-    return built.func
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Blocks of rows by panels of output channels."""
+        GatherEmitter(self, Arguments(self, args)).emit()
 
 
 @dataclass
@@ -91,33 +96,16 @@ class Term:
 
 
 class Arguments:
-    """The parameters that all kernels of convolutions share, declared in the order in which they are passed."""
+    """The parameters that all kernels of convolutions share, and what all do with them."""
 
-    def __init__(self, conv: BlockConv, declare_lists: Callable[[], None] | None = None) -> None:
-        plan, window = conv.plan, conv.window
-        self.conv = conv
-        x = argument("x", (window.batch, *window.size, conv.channels_in), conv.dtype)
-        weights = argument("weights", conv.weight_shape, conv.dtype)
-        self.bias = argument("bias", (conv.bias_size,))
-        taps = argument("tap_entries", plan.tap_entries.shape, INT)
-        self.lists = {key: argument(key, shape, INT) for key, shape in plan.shapes.items()}
-        (declare_lists or self._declare_channels)()
-        self.masks: dict[str, tirx.Buffer] = {}
-        if conv.zero_dead:
-            masks = plan.masks
-            self.masks = {key: argument(key, masks[key]) for key in ("out_frames", "positions") if key in masks}
-        shape = (window.batch, *window.out, conv.channels_out)
-        residual = argument("residual", shape, conv.dtype) if conv.residual else None
-        y = argument("y", shape, conv.dtype)
-        self.x, self.weights, self.y, self.taps = flat(x), flat(weights), flat(y), flat(taps)
-        self.residual = flat(residual) if residual is not None else None
-
-    def _declare_channels(self) -> None:
-        conv, samples = self.conv, self.conv.plan.samples
-        if conv.live_in:
-            self.in_channels = argument("in_channels", channel_list_shape(samples, conv.depth), INT)
-        if conv.live_out:
-            self.out_channels = argument("out_channels", channel_list_shape(samples, conv.channels_out), INT)
+    def __init__(self, conv: BlockConv, args: Mapping[str, tirx.Buffer]) -> None:
+        self.conv, self.lists, self.masks = conv, args, {key: args[key] for key in conv.masks_read}
+        self.bias = args["bias"]
+        self.in_channels: Any = args.get("in_channels")
+        self.out_channels: Any = args.get("out_channels")
+        self.x, self.weights = flat(args["x"]), flat(args["weights"])
+        self.y, self.taps = flat(args["y"]), flat(args["tap_entries"])
+        self.residual = flat(args["residual"]) if conv.residual else None
 
     def tap_range(self, sample: Expr, tile: Expr) -> tuple[Expr, Expr]:
         """First tap entry of a tile, and how many it has."""
@@ -181,14 +169,13 @@ class Arguments:
 class GatherEmitter:
     """The kernel's parts, from its launch down to the multiply-add."""
 
-    def __init__(self, conv: BlockConv) -> None:
-        self.conv, self.tile = conv, conv.tile
+    def __init__(self, conv: BlockConv, args: Arguments) -> None:
+        self.conv, self.tile, self.args = conv, conv.tile, args
         #: Whether a panel is any ``nr`` live output channels, or ``nr`` consecutive ones.
         self.gathers = conv.live_out
 
     def emit(self) -> None:
         conv, tile = self.conv, self.tile
-        self.args = self._declare()
         self.args.zero_dead()
         tiles = conv.plan.tiles_capacity
         with launch(conv.plan.samples * tiles * conv.panels, tile.threads) as (block, thread):
@@ -198,9 +185,6 @@ class GatherEmitter:
             self.sample = let(tirx.floordiv(block, conv.panels * tiles)) if conv.plan.samples > 1 else integer(0)
             with when(tirx.all(current < self.args.lists["counts"][self.sample, 1], *self._panel_alive(panel))):
                 self._block(current, panel)
-
-    def _declare(self) -> Arguments:
-        return Arguments(self.conv)
 
     def _panel_alive(self, panel: Expr) -> list[Expr]:
         """Conditions under which the panel has anything to compute."""

@@ -6,23 +6,24 @@ taps are one stretch of the list, from its first tap to its last; columns of a d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tvm import tirx
 
-from ..emit import INT, Expr, argument, ceil_div, kernel, lanes, let, number, serial, store, when
-from .conv3d_gather import Arguments, BlockConv, GatherEmitter, Term, short
-from .emit import BLOCK, compact, each_element, integer, launch, pick, registers
+from .. import kernel_group_conv
+from ..emit import INT, Expr, ceil_div, lanes, let, number, serial, store, when
+from ..kernel import Operand, Weights, output
+from ..kernel_group_conv import KernelGroupLists
+from .conv3d_gather import Arguments, BlockConv, GatherEmitter, Term
+from .emit import BLOCK, compact, each_element, integer, launch, pick, registers, short
 
 
 @dataclass(frozen=True)
-class GroupConv(BlockConv):
-    """As :class:`BlockConv`, with ``tile.nr`` filters in a group and ``columns`` columns over all groups.
-
-    ``live_out``: a mask (samples, C_out) of live output channels is given; groups without any are skipped, and dead
-    channels of other groups are stored as zeros.
-    """
+class GroupConv(KernelGroupLists, BlockConv):
+    """As :class:`BlockConv`, with ``tile.nr`` filters in a group and ``columns`` columns over all groups."""
 
     columns: int = 0
 
@@ -32,61 +33,43 @@ class GroupConv(BlockConv):
         return f"conv3d_kgs_gpu{self.marks}_{short(self.dtype)}_{self.tile.name}"
 
     @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """(columns, nr); a layer without any column keeps one that no list names."""
-        return (max(1, self.columns), self.tile.nr)
+    def entry_fields(self) -> int:
+        """Channel, tap and weights of each column."""
+        return 3
 
-    @property
-    def run(self) -> int:
-        """Columns that one list entry stands for."""
-        return 1
+    def column_planner(self) -> ColumnPlan:
+        """A launch that lists them, and one that finds where groups begin."""
+        return ColumnPlan(self)
 
-    @property
-    def column_samples(self) -> int:
-        """Column lists given: one for each sample where input channels die at run time, else one."""
-        return self.plan.samples if self.live_in else 1
-
-    @property
-    def column_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the int32 lists: where each group and tap begins; channel, tap and weights of each column."""
-        return {
-            "column_starts": (self.column_samples, self.panels, self.window.taps + 1),
-            "columns": (self.column_samples, 3, max(1, self.columns)),
-        }
-
-    def static_starts(self, column_ptr: np.ndarray) -> np.ndarray:
-        """The ``column_starts`` list of the weights, from where the columns of each group and tap begin."""
-        return column_ptr[None]
-
-    def static_columns(self, columns: np.ndarray, column_ptr: np.ndarray) -> np.ndarray:
-        """The ``columns`` list when no channel dies at run time, from each column's channel and where taps begin."""
-        listed = np.zeros((1, 3, max(1, self.columns)), INT)
-        taps = np.tile(np.arange(self.window.taps), self.panels)
-        listed[0, 0, : self.columns] = columns
-        listed[0, 1, : self.columns] = np.repeat(taps, np.diff(column_ptr, axis=1).reshape(-1))
+    def static_columns(self, weights: Weights) -> np.ndarray:
+        """The ``columns`` list of the weights."""
+        assert weights.columns is not None
+        listed = np.zeros((1, self.entry_fields, self.entries), INT)
+        listed[0, 0, : self.columns] = weights.columns.channel
+        listed[0, 1, : self.columns] = self.column_taps(weights.columns.ptr)
         listed[0, 2, : self.columns] = np.arange(self.columns) * self.tile.nr
         return listed
 
-    def pack_columns(self, weights: np.ndarray) -> np.ndarray:
-        """The weights of the columns, (columns, nr), as the kernel reads them."""
-        packed = np.zeros(self.weight_shape, self.dtype)
-        packed[: len(weights)] = weights
-        return packed
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Blocks of rows by kernel groups."""
+        GroupEmitter(self, _GroupArguments(self, args)).emit()
 
 
-def plan_columns(conv: GroupConv, name: str = "plan_columns_gpu") -> tirx.PrimFunc:
-    """Thin the column lists by a mask of live input channels.
+@dataclass(frozen=True)
+class ColumnPlan(kernel_group_conv.ColumnPlan):
+    """Thin the column lists; how many are left of each sample is a list of its own."""
 
-    Parameters: mask (samples, C_in) float32, column_starts (1, groups, taps + 1) and columns (1, 3, columns) of the
-    weights, then the two lists of each sample, filled.
-    """
-    samples, panels, entries = conv.plan.samples, conv.panels, conv.window.taps + 1
-    with kernel(name) as built:
-        mask = argument("mask", (samples, conv.channels_in))
-        starts = argument("starts", (1, panels, entries), INT)
-        static = argument("static", (1, 3, max(1, conv.columns)), INT)
-        out_starts, out_columns = (argument(key, shape, INT) for key, shape in conv.column_shapes.items())
-        used = argument("used", (samples, 1), INT)
+    name = "plan_columns_gpu"
+
+    def operands(self) -> list[Operand]:
+        """Also what the first launch leaves for the second."""
+        return [*super().operands(), output("used", (self.conv.plan.samples, 1), INT)]
+
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """List the columns, then find where each group and tap begins."""
+        conv = self.conv
+        samples, panels, entries = conv.plan.samples, conv.panels, conv.window.taps + 1
+        mask, starts, static, out_starts, out_columns, used = args.values()
         with launch(samples, BLOCK) as (sample, thread):
 
             def list_it(slot: Expr, column: Expr) -> None:
@@ -104,7 +87,6 @@ def plan_columns(conv: GroupConv, name: str = "plan_columns_gpu") -> tirx.PrimFu
             panel, tap = tirx.floordiv(entry, entries), tirx.floormod(entry, entries)
             begin = let(starts[0, panel, tap] * conv.tile.nr)
             store(out_starts, _first_from(out_columns, sample, used[sample, 0], begin), sample, panel, tap)
-    return built.func
 
 
 def _first_from(columns: tirx.Buffer, sample: Expr, used: Expr, begin: Expr) -> Expr:
@@ -120,33 +102,17 @@ def _first_from(columns: tirx.Buffer, sample: Expr, used: Expr, begin: Expr) -> 
     return bounds[0]
 
 
-def conv3d_kgs(conv: GroupConv) -> tirx.PrimFunc:
-    """Emit the kernel.
-
-    Parameters in order: x, weights (columns, nr), bias, tap entries, the six lists of the row plan, column_starts,
-    columns, then where asked for: out_mask (samples, C_out), out_frames, positions (masks, for ``zero_dead``),
-    residual, and y.
-    """
-    with kernel(conv.name) as built:
-        GroupEmitter(conv).emit()
-    return built.func
-
-
 class _GroupArguments(Arguments):
     conv: GroupConv
-
-    def _declare_channels(self) -> None:
-        conv = self.conv
-        shapes = conv.column_shapes
-        self.column_starts = argument("column_starts", shapes["column_starts"], INT)
-        self.columns = argument("columns", shapes["columns"], INT)
-        if conv.live_out:
-            self.out_mask = argument("out_mask", (conv.plan.samples, conv.channels_out))
-
     sample: Expr
 
+    def __init__(self, conv: GroupConv, args: Mapping[str, tirx.Buffer]) -> None:
+        super().__init__(conv, args)
+        self.column_starts, self.columns = args["column_starts"], args["columns"]
+        self.out_mask: Any = args.get("out_mask")
+
     def finished(self, value: Expr, channel: Expr, count: int) -> Expr:
-        return value * self.out_mask[self.sample, lanes(channel, count)] if self.conv.live_out else value
+        return value * self.out_mask[self.sample, lanes(channel, count)] if self.out_mask is not None else value
 
 
 class GroupEmitter(GatherEmitter):
@@ -155,17 +121,14 @@ class GroupEmitter(GatherEmitter):
     conv: GroupConv
     args: _GroupArguments
 
-    def __init__(self, conv: GroupConv) -> None:
-        super().__init__(conv)
+    def __init__(self, conv: GroupConv, args: _GroupArguments) -> None:
+        super().__init__(conv, args)
         self.gathers = False
 
     @property
     def vector(self) -> int:
         """Columns that lie next to each other need not be of channels that do."""
         return 1
-
-    def _declare(self) -> Arguments:
-        return _GroupArguments(self.conv)
 
     def _panel_alive(self, panel: Expr) -> list[Expr]:
         self.args.sample = self.sample

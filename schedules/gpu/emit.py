@@ -16,6 +16,11 @@ BLOCK = 256
 QUAD = 4
 
 
+def short(dtype: str) -> str:
+    """``f32`` or ``f16``, as kernels' names have it."""
+    return dtype.replace("float", "f")
+
+
 @contextmanager
 def launch(blocks: int, threads: int) -> Iterator[tuple[Expr, Expr]]:
     """One kernel launch: (block, thread). Launches of a function run one after the other.

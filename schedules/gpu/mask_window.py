@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from tvm import tirx
 
-from ..cpu.mask_window import Field, grown_shape
-from ..emit import Expr, argument, kernel, let, number, serial, store, when
+from .. import mask_window
+from ..emit import Expr, let, number, serial, store, when
 from ..geometry import Window
+from ..mask_window import Field
 from .emit import each_element, registers
 
 
-def grow(window: Window, field: Field, forward: bool, name: str = "mask_grown_gpu") -> tirx.PrimFunc:
-    """As :func:`..mask_window.grow_forward` or ``grow_backward``: field (N, T, H, W) → (N, T', H', W')."""
-    shape = grown_shape(window, field, forward)
-    with kernel(name) as built:
-        mask, grown = argument("mask", field), argument("grown", shape)
+@dataclass(frozen=True)
+class GrownMask(mask_window.GrownMask):
+    """The kernel for a GPU."""
+
+    name = "mask_grown_gpu"
+
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Search what each element would be grown from."""
+        window, field, shape, forward = self.window, self.field, self.shape, self.forward
+        mask, grown = args.values()
         with each_element(shape[0] * shape[1] * shape[2] * shape[3]) as index:
             clip, at = _place(index, shape)
             found = registers((1,))
@@ -34,7 +43,6 @@ def grow(window: Window, field: Field, forward: bool, name: str = "mask_grown_gp
                 with when(tirx.all(mask[clip, source[0], source[1], source[2]] != number(0.0), *inside)):
                     store(found, number(1.0), 0)
             store(grown, found[0], clip, *at)
-    return built.func
 
 
 def _extent(window: Window, forward: bool, axis: int) -> int:

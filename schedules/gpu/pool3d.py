@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..cpu.pool3d import LOWEST, Pool
-from ..emit import FLOAT, Expr, argument, choose, flat, kernel, let, number, serial, store, when
-from .conv3d_gather import short
-from .emit import each_element, read, registers, write
+from ..emit import FLOAT, Expr, choose, flat, let, number, serial, store, when
+from ..pool import LOWEST, Pool
+from .emit import each_element, read, registers, short, write
 
 
 @dataclass(frozen=True)
 class BlockPool(Pool):
-    """As :class:`..pool3d.Pool`; ``dtype`` is how activations are stored."""
+    """As :class:`..pool.Pool`; ``dtype`` is how activations are stored."""
 
     dtype: str = FLOAT
 
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        return f"pool3d_{self.kind}_gpu_{short(self.dtype)}"
+        return f"pool3d_{self.pooling}_gpu_{short(self.dtype)}"
 
-
-def pool3d(pool: BlockPool) -> tirx.PrimFunc:
-    """Emit the kernel: x (N, T, H, W, C), in_frames (N, T), out_frames (N, T) where given, y (N, T, H, W, C)."""
-    window, channels = pool.window, pool.channels
-    out_t, out_h, out_w = window.out
-    with kernel(pool.name) as built:
-        x = argument("x", (window.batch, *window.size, channels), pool.dtype)
-        in_frames = argument("in_frames", (window.batch, window.size[0])) if pool.in_frames else None
-        out_frames = argument("out_frames", (window.batch, out_t)) if pool.out_frames else None
-        y = argument("y", (window.batch, *window.out, channels), pool.dtype)
-        x, y = flat(x), flat(y)
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """One thread an output value."""
+        window, channels = self.window, self.channels
+        out_t, out_h, out_w = window.out
+        in_frames, out_frames = args.get("in_frames"), args.get("out_frames")
+        x, y = flat(args["x"]), flat(args["y"])
         with each_element(window.positions_out * channels) as index:
             channel, position = let(tirx.truncmod(index, channels)), let(tirx.truncdiv(index, channels))
             column, line = tirx.truncmod(position, out_w), let(tirx.truncdiv(position, out_w))
@@ -41,7 +36,7 @@ def pool3d(pool: BlockPool) -> tirx.PrimFunc:
             clip, of_clip = let(tirx.truncdiv(frame, out_t)), let(tirx.truncmod(frame, out_t))
 
             def compute() -> None:
-                write(y, _pooled(pool, x, in_frames, clip, (of_clip, row, column), channel), index)
+                write(y, _pooled(self, x, in_frames, clip, (of_clip, row, column), channel), index)
 
             if out_frames is None:
                 compute()
@@ -49,10 +44,9 @@ def pool3d(pool: BlockPool) -> tirx.PrimFunc:
                 alive = let(out_frames[clip, of_clip] != number(0.0))
                 with when(alive):
                     compute()
-                if pool.zero_dead:
+                if self.zero_dead:
                     with when(tirx.Not(alive)):
                         write(y, number(0.0), index)
-    return built.func
 
 
 def _pooled(
@@ -68,11 +62,11 @@ def _pooled(
     size_t, size_h, size_w = window.size
     starts, begins, counts = zip(*(_bounds(pool, axis, index) for axis, index in enumerate(at)), strict=True)
     acc = registers((1,))
-    store(acc, number(LOWEST if pool.kind == "max" else 0.0), 0)
+    store(acc, number(LOWEST if pool.pooling == "max" else 0.0), 0)
 
     def combine(value: Expr) -> None:
         value = let(value)
-        if pool.kind == "avg":
+        if pool.pooling == "avg":
             store(acc, acc[0] + value, 0)
         else:  # ``max`` would forget NaN
             with when(tirx.any(acc[0] < value, tirx.isnan(value))):
@@ -92,7 +86,7 @@ def _pooled(
             read_frame()
         else:
             choose(let(in_frames[clip, frame] != number(0.0)), read_frame, lambda: combine(number(0.0)))
-    if pool.kind == "max":
+    if pool.pooling == "max":
         return acc[0]
     return acc[0] / tirx.Cast(FLOAT, pool.divisor(starts))
 

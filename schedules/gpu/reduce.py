@@ -7,12 +7,13 @@ own value for a mean, and variance is that about the mean (two sweeps), never a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..cpu.moments import Reduction
-from ..emit import Expr, argument, flat, kernel, let, number, serial, store, when
+from ..emit import Expr, flat, let, number, serial, store, when
+from ..reduction import Reduction
 from .emit import BLOCK, barrier, integer, launch, registers, shared
 
 #: Elements that a thread adds up before it adds them to the rest.
@@ -21,38 +22,44 @@ RUN = 32
 LINE = 32
 
 
-def reduce_middle(reduction: Reduction) -> tirx.PrimFunc:
-    """Emit the kernel: x, y; one block of threads for each :data:`LINE` results."""
-    inner = reduction.inner
-    across = min(LINE, 1 << (inner - 1).bit_length())
-    tiles = -(-inner // across)
-    with kernel(f"{reduction.name}_gpu") as built:
-        x, y = argument("x", reduction.shape), argument("y", reduction.out_shape)
-        with launch(reduction.outer * tiles, BLOCK) as (block, thread):
+@dataclass(frozen=True)
+class BlockReduction(Reduction):
+    """As :class:`..reduction.Reduction`; one block of threads for each :data:`LINE` results."""
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as docs/kernels.md decodes it."""
+        return f"{super().name}_gpu"
+
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Sums of runs, then of threads in pairs."""
+        inner = self.inner
+        across = min(LINE, 1 << (inner - 1).bit_length())
+        tiles = -(-inner // across)
+        with launch(self.outer * tiles, BLOCK) as (block, thread):
             lane = let(tirx.truncmod(thread, across))
             # Lanes past the end do the last one's work again: every thread meets every barrier.
             column = let(tirx.min(tirx.truncmod(block, tiles) * across + lane, inner - 1))
             line = let(tirx.truncdiv(block, tiles))
-            top = let(line * (reduction.reduced * inner) + column)
-            total = _Total(reduction, flat(x), top, let(tirx.truncdiv(thread, across)), thread, across)
-            store(flat(y), _result(reduction, total), line * inner + column)
-    return built.func
+            top = let(line * (self.reduced * inner) + column)
+            total = _Total(self, flat(args["x"]), top, let(tirx.truncdiv(thread, across)), thread, across)
+            store(flat(args["y"]), _result(self, total), line * inner + column)
 
 
 def _result(reduction: Reduction, total: _Total) -> Expr:
     share = number(1.0 / reduction.reduced)
-    if reduction.kind == "sum":
+    if reduction.statistic == "sum":
         return total(lambda value: value * value if reduction.squared else value)
     if reduction.squared:
         return total(lambda value: value * value) * share
     first = let(total(lambda value: value) * share)
     apart = let(total(lambda value: value - first) * share)
-    if reduction.kind == "mean":
+    if reduction.statistic == "mean":
         return first + apart
     variance = total(lambda value: (value - first) * (value - first)) * share - apart * apart
     variance = let(variance)
     variance = tirx.Select(variance < number(0.0), number(0.0), variance)
-    return tirx.sqrt(variance) if reduction.kind == "std" else variance
+    return tirx.sqrt(variance) if reduction.statistic == "std" else variance
 
 
 class _Total:

@@ -12,7 +12,7 @@ frame_slots  (samples, frames, 4)    class or -1, slot of the frame's first row,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +20,7 @@ import numpy as np
 from tvm import tirx
 
 from ..cpu.row_plan import classify_frame
-from ..emit import INT, Expr, argument, ceil_div, kernel, let, number, serial, store, when
+from ..emit import INT, Expr, ceil_div, let, number, serial, store, when
 from ..geometry import Window
 from ..plans import RowPlan
 from .emit import BLOCK, barrier, compact, exclusive_scan, integer, launch, registers, shared
@@ -49,6 +49,8 @@ def has_border(window: Window) -> bool:
 class BlockPlan(RowPlan):
     """A :class:`RowPlan` for blocks of threads: ``mr`` rows a block; its window is a :class:`PredicatedWindow`."""
 
+    name = "plan_rows_gpu"
+
     @cached_property
     def tap_entries(self) -> np.ndarray:
         """int32 (entries, 4): tap, its offset in positions, and in rows and columns of the picture."""
@@ -70,6 +72,14 @@ class BlockPlan(RowPlan):
         counts = lists.pop("counts")
         return {**lists, "frame_slots": (self.samples, self.frames, 4), "counts": counts}
 
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """One launch sizes the tiles, a second lists the rows."""
+        planner = _Planner(self, args)
+        with launch(self.samples, BLOCK) as (sample, thread):
+            planner.size_tiles(sample, thread)
+        with launch(self.samples * self.frames, BLOCK) as (block, thread):
+            planner.list_rows(let(tirx.floordiv(block, self.frames)), let(tirx.floormod(block, self.frames)), thread)
+
 
 def block_plan(
     window: Window,
@@ -85,29 +95,9 @@ def block_plan(
     return BlockPlan(seen, mr, 1, max(1, window.taps), samples, in_frames, out_frames, positions)
 
 
-def plan_rows(plan: BlockPlan, name: str = "plan_rows_gpu") -> tirx.PrimFunc:
-    """The planner: masks and tables in, the lists out. One launch sizes the tiles, a second lists the rows."""
-    with kernel(name) as built:
-        masks = {key: argument(key, shape) for key, shape in plan.masks.items()}
-        tables = {key: argument(key, table.shape, INT) for key, table in plan.tables.items()}
-        lists = {key: argument(key, shape, INT) for key, shape in plan.shapes.items()}
-        planner = _Planner(plan, masks, tables, lists)
-        with launch(plan.samples, BLOCK) as (sample, thread):
-            planner.size_tiles(sample, thread)
-        with launch(plan.samples * plan.frames, BLOCK) as (block, thread):
-            planner.list_rows(let(tirx.floordiv(block, plan.frames)), let(tirx.floormod(block, plan.frames)), thread)
-    return built.func
-
-
 class _Planner:
-    def __init__(
-        self,
-        plan: BlockPlan,
-        masks: dict[str, tirx.Buffer],
-        tables: dict[str, tirx.Buffer],
-        lists: dict[str, tirx.Buffer],
-    ) -> None:
-        self.plan, self.masks, self.tables, self.lists = plan, masks, tables, lists
+    def __init__(self, plan: BlockPlan, args: Mapping[str, tirx.Buffer]) -> None:
+        self.plan, self.args = plan, args
         self.area = plan.window.out[1] * plan.window.out[2]
         self.classes = len(plan.tap_sets)
 
@@ -119,7 +109,7 @@ class _Planner:
         with serial(ceil_div(plan.frames, BLOCK)) as turn:
             frame = let(turn * BLOCK + thread)
             with when(frame < plan.frames):
-                classify_frame(plan, sample, frame, self.masks, self.tables, frame_class)
+                classify_frame(plan, sample, frame, self.args, frame_class)
         barrier()
         self._count_rows(sample, thread, frame_class, frame_rows)
         barrier()
@@ -156,7 +146,7 @@ class _Planner:
         clip = sample * (plan.window.batch // plan.samples) + tirx.floordiv(frame, out_t)
         row, column = tirx.floordiv(place, plan.window.out[2]), tirx.floormod(place, plan.window.out[2])
         at = (clip if clips > 1 else 0, tirx.floormod(frame, out_t) if frames > 1 else 0, row, column)
-        return self.masks["positions"][at] != number(0.0)
+        return self.args["positions"][at] != number(0.0)
 
     def _deal_slots(
         self,
@@ -167,8 +157,8 @@ class _Planner:
         first_segment: tirx.Buffer,
     ) -> None:
         """One thread: classes one after the other, each in whole tiles; its frames in order."""
-        plan, lists = self.plan, self.lists
-        starts, slots = self.tables["tap_starts"], lists["frame_slots"]
+        plan, lists = self.plan, self.args
+        starts, slots = self.args["tap_starts"], lists["frame_slots"]
         sums = registers((3,), INT)  # slot, rows, pairs
         for index in range(3):
             store(sums, integer(0), index)
@@ -202,14 +192,14 @@ class _Planner:
             visit(frame)
 
     def _deal_frame(self, sample: Expr, frame: Expr, c: Expr, frame_rows: tirx.Buffer, sums: tirx.Buffer) -> None:
-        slots = self.lists["frame_slots"]
+        slots = self.args["frame_slots"]
         store(slots, c, sample, frame, 0)
         store(slots, sums[0], sample, frame, 1)
         store(sums, sums[0] + frame_rows[frame], 0)
 
     def _list_segments(self, sample: Expr, thread: Expr, first_tile: tirx.Buffer, first_segment: tirx.Buffer) -> None:
         """One segment for each tile of a class that has taps."""
-        lists, starts = self.lists, self.tables["tap_starts"]
+        lists, starts = self.args, self.args["tap_starts"]
         with serial(self.classes) as c:
             tiles = let(first_tile[c + 1] - first_tile[c])
             some = let(tirx.if_then_else(starts[c + 1] > starts[c], 1, 0))
@@ -226,7 +216,7 @@ class _Planner:
 
     def list_rows(self, sample: Expr, frame: Expr, thread: Expr) -> None:
         """The rows of one frame."""
-        slots = self.lists["frame_slots"]
+        slots = self.args["frame_slots"]
         with when(slots[sample, frame, 0] >= 0):
             first = let(slots[sample, frame, 1])
             if self.plan.positions is None:
@@ -243,7 +233,7 @@ class _Planner:
                 )
 
     def _list_row(self, sample: Expr, frame: Expr, at: Expr, place: Expr) -> None:
-        plan, window, slots = self.plan, self.plan.window, self.lists["frame_slots"]
+        plan, window, slots = self.plan, self.plan.window, self.args["frame_slots"]
         _, height, width = window.size
         _, out_h, out_w = window.out
         clip = let(sample * (window.batch // plan.samples) + tirx.floordiv(frame, window.out[0]))
@@ -260,5 +250,5 @@ class _Planner:
 
     def _store(self, sample: Expr, slot: Expr, source: Expr, target: Expr) -> None:
         tile, row = tirx.floordiv(slot, self.plan.mr), tirx.floormod(slot, self.plan.mr)
-        store(self.lists["rows_in"], source, sample, tile, row)
-        store(self.lists["rows_out"], target, sample, tile, row)
+        store(self.args["rows_in"], source, sample, tile, row)
+        store(self.args["rows_out"], target, sample, tile, row)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
-from ..cpu.spaces import SPACES, Decisions, Space, TuningLog, decide
+from ..convolution import LayerKernel
+from ..cpu.spaces import SPACES, Space, TuningLog, decide
 from ..cpu.tiles import Machine
 from ..geometry import Window
-from ..workload import KERNEL_GROUPS, Workload
+from ..layer import Choice, Layer
+from ..pool import Pool
+from ..workload import KERNEL_GROUPS, Decisions, Workload
+from .conv3d_direct import DirectConv, LinearConv, is_few_rows
 from .conv3d_gather import BlockConv
 from .conv3d_kgs import GroupConv
+from .pool3d import BlockPool
 from .row_plan import block_plan
 from .tiles import BlockTile, Gpu, candidates, default_tile, predicted_cost
 
+#: Output channels of a convolution group under which a tile would stay nearly empty.
+FEW_CHANNELS = 8
 #: Tiles that the model holds for this much slower than its best are not tried.
 WORTH_TRYING = 2.0
 
@@ -89,29 +96,16 @@ class BlockSpace:
 
     def kernel(self, decisions: Mapping[str, int]) -> BlockConv:
         """The kernel."""
-        return blocked(self.workload, BlockTile(**decisions))
+        return blocked(Layer.of(self.workload), BlockTile(**decisions))
 
 
-def blocked(workload: Workload, tile: BlockTile) -> BlockConv:
-    """The kernel of a workload; masks over positions differ by frame, as D-STEP's do."""
-    window, lists = workload.window, workload.lists
-    positions = (window.batch, window.out[0]) if "positions" in lists else None
-    kind: Callable[..., BlockConv] = BlockConv
-    if workload.family == KERNEL_GROUPS:
-        kind = partial(GroupConv, columns=workload.columns().count)
-    return kind(
-        window,
-        workload.channels_in,
-        workload.channels_out,
-        workload.groups,
-        tile,
-        block_plan(window, tile.mr, workload.samples, "in_frames" in lists, "out_frames" in lists, positions),
-        live_in="in_channels" in lists,
-        live_out="out_channels" in lists,
-        residual=workload.residual,
-        activation=workload.activation,
-        dtype=workload.dtype,
-    )
+def blocked(layer: Layer, tile: BlockTile, kind: type[BlockConv] = BlockConv) -> BlockConv:
+    """The kernel of a layer: over its live columns where it is pruned, else of this kind."""
+    fields = {**layer.fields, "tile": tile, "dtype": layer.dtype}
+    plan = block_plan(layer.window, tile.mr, layer.samples, *layer.masks)
+    if layer.columns is None:
+        return kind(**fields, plan=plan)
+    return GroupConv(**fields, plan=plan, columns=layer.columns)
 
 
 def decisions_of(tile: BlockTile) -> Decisions:
@@ -123,6 +117,31 @@ def choose_block_tile(workload: Workload, gpu: Gpu, log: TuningLog | None = None
     """The tile for a workload and where it comes from: a record of the log, or the default (an empty origin)."""
     decisions, origin = decide(BlockSpace(gpu, workload), log)
     return BlockTile(**decisions), origin
+
+
+def offer_few_rows(layer: Layer, _gpu: Gpu, _wanted: str, _log: TuningLog | None) -> Choice[LayerKernel] | None:
+    """A linear layer that is bound by reading its weights."""
+    if layer.columns is not None or not is_few_rows(layer.window, layer.groups, layer.samples):
+        return None
+    return Choice(blocked(layer, BlockTile(layer.window.positions_out // layer.samples, 0, 0, 0, 0), LinearConv))
+
+
+def offer_few_channels(layer: Layer, _gpu: Gpu, _wanted: str, _log: TuningLog | None) -> Choice[LayerKernel] | None:
+    """Convolution groups that would leave a tile nearly empty."""
+    if layer.groups == 1 or layer.group_out >= FEW_CHANNELS:
+        return None
+    return Choice(blocked(layer, BlockTile(32, 0, 0, 0, 0), DirectConv))
+
+
+def offer(layer: Layer, gpu: Gpu, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel]:
+    """Any layer, in tiles."""
+    tile, origin = choose_block_tile(layer.workload, gpu, log)
+    return Choice(blocked(layer, tile), "", origin, layer.workload)
+
+
+def offer_pool(workload: Workload, fields: Mapping[str, Any], _gpu: Gpu, _log: TuningLog | None) -> Choice[Pool]:
+    """The pool of a workload."""
+    return Choice(BlockPool(**fields, dtype=workload.dtype))
 
 
 def space_of(machine: Machine | Gpu, workload: Workload) -> Space:

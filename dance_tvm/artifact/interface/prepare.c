@@ -6,7 +6,7 @@
 
 #pragma STDC FP_CONTRACT OFF
 
-#define SPARSE_BLOCK 4096 /* elements behind one count */
+#define BLOCK 4096 /* elements that are decoded together */
 #define LANES 16
 #define MOST_POINTS 512 /* of a transform in three dimensions */
 
@@ -25,8 +25,8 @@ static float wide(uint16_t half) {
 
 /* One block of SPARSE: how many values stand before each block, a bit for each element, then the values. */
 static void decode_sparse(const unsigned char *stored, uint64_t elements, uint64_t block, uint32_t *to) {
-  uint64_t blocks = (elements + SPARSE_BLOCK - 1) / SPARSE_BLOCK, first = block * SPARSE_BLOCK;
-  uint64_t count = elements - first < SPARSE_BLOCK ? elements - first : SPARSE_BLOCK;
+  uint64_t blocks = (elements + BLOCK - 1) / BLOCK, first = block * BLOCK;
+  uint64_t count = elements - first < BLOCK ? elements - first : BLOCK;
   const unsigned char *bits = stored + rounded(4 * (size_t)blocks);
   const unsigned char *values = bits + rounded((size_t)(elements + 7) / 8);
   uint32_t before;
@@ -35,6 +35,23 @@ static void decode_sparse(const unsigned char *stored, uint64_t elements, uint64
   for (uint64_t each = first; each < first + count; each++) {
     to[each] = 0;
     if (bits[each / 8] >> (each % 8) & 1) memcpy(&to[each], values, 4), values += 4;
+  }
+}
+
+/* One block of DELTAS: for each block its first element and eight times where its bytes begin, plus their number for each
+ * element; then what each element adds, the sign in the lowest bit. */
+static void decode_deltas(const unsigned char *stored, uint64_t elements, uint64_t block, uint32_t *to) {
+  uint64_t blocks = (elements + BLOCK - 1) / BLOCK, first = block * BLOCK;
+  uint64_t count = elements - first < BLOCK ? elements - first : BLOCK;
+  uint32_t head[2];
+  memcpy(head, stored + 8 * block, sizeof head);
+  const unsigned char *at = stored + rounded(8 * (size_t)blocks) + (head[1] >> 3);
+  const uint32_t width = head[1] & 7u;
+  for (uint64_t each = 0; each < count; each++) {
+    uint32_t folded = 0;
+    for (uint32_t byte = 0; byte < width; byte++) folded |= (uint32_t)*at++ << (8 * byte);
+    head[0] += (folded >> 1) ^ (0u - (folded & 1u));
+    to[first + each] = head[0];
   }
 }
 
@@ -47,14 +64,18 @@ typedef struct {
 
 static int decode(int task, parallel_env *env, void *closure) {
   const job *given = closure;
-  uint64_t elements = given->weight->source / 4, first = (uint64_t)task * SPARSE_BLOCK;
+  uint64_t elements = given->weight->source / 4, first = (uint64_t)task * BLOCK;
   (void)env;
   if (given->weight->encoding == SPARSE) {
     decode_sparse(given->stored, elements, (uint64_t)task, (uint32_t *)given->to);
     return 0;
   }
+  if (given->weight->encoding == DELTAS) {
+    decode_deltas(given->stored, elements, (uint64_t)task, (uint32_t *)given->to);
+    return 0;
+  }
   const uint16_t *halves = (const uint16_t *)given->stored;
-  for (uint64_t each = first; each < elements && each < first + SPARSE_BLOCK; each++) given->to[each] = wide(halves[each]);
+  for (uint64_t each = first; each < elements && each < first + BLOCK; each++) given->to[each] = wide(halves[each]);
   return 0;
 }
 
@@ -139,7 +160,7 @@ int prepare_weight(const program_weight *weight, const unsigned char *stored, vo
   if (weight->encoding != PLAIN) {
     if (weight->preparation != AS_STORED && !(decoded = aligned((size_t)weight->source))) return 0;
     job decoding = {weight, stored, NULL, decoded ? decoded : to};
-    run_loop(decode, &decoding, (int)((weight->source / 4 + SPARSE_BLOCK - 1) / SPARSE_BLOCK));
+    run_loop(decode, &decoding, (int)((weight->source / 4 + BLOCK - 1) / BLOCK));
     given.source = decoding.to;
   }
   if (weight->preparation == PANELS)

@@ -46,8 +46,9 @@ typedef struct {
   int32_t first, count; /* its arguments */
 } program_step;
 
-/* How numbers are stored: as they are; those that are not zero, behind a bit for each; as half-precision floats. */
-typedef enum { PLAIN, SPARSE, HALF } encoding;
+/* How numbers are stored: as they are; those that are not zero, behind a bit for each; as half-precision floats; as
+ * differences from one to the next. */
+typedef enum { PLAIN, SPARSE, HALF, DELTAS } encoding;
 
 /* What a kernel reads: the stored tensor, its panels, or the panels of its transform (schedules/preparation.py). */
 typedef enum { AS_STORED, PANELS, WINOGRAD_PANELS } preparation;

@@ -1,0 +1,218 @@
+"""Does the C interface hold: damaged files, a thousand models, and its own code under sanitizers and valgrind.
+
+    python -m benchmarks.c_interface fuzz        every one of 10,000 changes of the file of weights is refused
+    python -m benchmarks.c_interface leaks       1,000 models leave no memory, threads or descriptors
+    python -m benchmarks.c_interface sanitize    create, 100 runs, 4 models in 4 threads, destroy
+
+A small network with masks is built for it. ``sanitize`` needs gcc, and valgrind for its last part; kernels are compiled
+for AVX2 at most, which is what valgrind knows.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from torch import nn
+
+from dance_tvm import DanceError, Options, import_model
+from dance_tvm.artifact.c_interface import INTERFACE, compile_interface
+from dance_tvm.artifact.c_program import Names, program_of
+from dance_tvm.artifact.folder import Artifact
+from dance_tvm.artifact.interface.dance_model import Model, ModelError
+from dance_tvm.artifact.weight_store import store_of
+from dance_tvm.compiler.build import compile_lowered, new_manifest
+from dance_tvm.compiler.pipeline import lower
+from dance_tvm.compiler.program import kernel_objects, write_program
+from dance_tvm.machines.target import Target, load_target
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+DRIVER = """
+#define DANCE_MODEL_NO_OPEN
+#include "dance_model.h"
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const dance_api *api;
+static char *weights;
+
+static dance_model *made(dance_model *share) {
+  char error[512];
+  dance_options options = {.size = sizeof options, .threads = 3, .weights_path = weights, .share = share};
+  dance_model *model = api->create(&options, error, sizeof error);
+  if (!model) puts(error), exit(2);
+  return model;
+}
+
+static void *run(void *given) {
+  dance_model *model = given ? made(given) : made(NULL);
+  const dance_tensor *inputs, *outputs;
+  const int32_t in = api->inputs(&inputs), out = api->outputs(&outputs);
+  const void *from[8];
+  void *to[8];
+  for (int32_t each = 0; each < in; each++) from[each] = calloc(1, inputs[each].bytes);
+  for (int32_t each = 0; each < out; each++) to[each] = malloc(outputs[each].bytes);
+  for (int times = 0; times < 100; times++)
+    if (api->run(model, from, to)) puts(api->error(model)), exit(3);
+  for (int32_t each = 0; each < in; each++) free((void *)from[each]);
+  for (int32_t each = 0; each < out; each++) free(to[each]);
+  api->destroy(model);
+  return NULL;
+}
+
+int main(int count, char **words) {
+  pthread_t threads[4];
+  weights = count > 1 ? words[1] : NULL;
+  api = dance_model_api(DANCE_VERSION);
+  run(NULL);
+  dance_model *first = made(NULL);
+  for (int each = 0; each < 4; each++) pthread_create(&threads[each], NULL, run, each % 2 ? first : NULL);
+  for (int each = 0; each < 4; each++) pthread_join(threads[each], NULL);
+  api->destroy(first);
+  puts("done");
+  return 0;
+}
+"""
+
+
+class Masked(nn.Module):
+    """Two convolutions, the second under a mask; weights of every form: packed, transformed, sparse, lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(3, 16, 3, padding=1)
+        self.second = nn.Conv3d(16, 24, (1, 3, 3), padding=(0, 1, 1))
+        self.score = nn.Linear(24, 64)
+        self.score.weight.data[torch.rand_like(self.score.weight) < 0.6] = 0
+
+    def forward(self, clip: torch.Tensor) -> torch.Tensor:
+        features = torch.relu(self.first(clip))
+        mask = (features.mean((2, 3, 4), keepdim=True) > 0).float()
+        return self.score(torch.relu(self.second(features * mask)).mean((2, 3, 4)))
+
+
+def build(target: Target, folder: Path) -> Artifact:
+    """The network with its weights in a file."""
+    torch.manual_seed(0)
+    imported = import_model(Masked().eval(), example_inputs=(torch.randn(1, 3, 4, 8, 8),))
+    options = Options(threads=2, conv="winograd")
+    lowered = lower(imported.mod, target, options)
+    executable, planned = compile_lowered(lowered, target, options)
+    (folder / "objects").mkdir()
+    program = program_of(planned, list(lowered.weights.values()))
+    names = Names([each.name for each in imported.inputs], [each.name for each in imported.outputs], "network", 2)
+    compile_interface(program, store_of(program.weights, lowered.sources, 0), names, target, folder / "objects")
+    kernel_objects(executable, folder / "objects")
+    manifest = new_manifest(imported, target, options)
+    return write_program(folder / "artifact", lowered, executable, planned, manifest, target, options, most_inline=0)
+
+
+@app.command()
+def fuzz(changes: int = 10_000, seed: int = 0) -> None:
+    """Change the file of weights; every change must be refused in a sentence."""
+    random, said = np.random.default_rng(seed), {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = build(load_target("host"), Path(name)).path
+        path = folder / "weights.safetensors"
+        sound = path.read_bytes()
+        for number in range(changes):
+            path.write_bytes(changed(sound, random))
+            try:
+                Model(folder, 1).close()
+            except ModelError as error:
+                said[str(error)] = said.get(str(error), 0) + 1
+            else:
+                raise DanceError(f"change {number} of seed {seed} was not refused")
+    for sentence, times in said.items():
+        print(f"{times} x {sentence}")
+    print(f"{sum(said.values())} of {changes} changes refused")
+
+
+def changed(sound: bytes, random: np.random.Generator) -> bytes:
+    """Bits turned in header or data, pieces zeroed, moved, cut or added."""
+    data = bytearray(sound)
+    header = 8 + int.from_bytes(sound[:8], "little")
+    border = header if random.random() < 0.5 else len(data)
+    kind = random.integers(0, 5)
+    begin = int(random.integers(0, border))
+    if kind == 0:
+        data[begin] ^= 1 << int(random.integers(0, 8))
+    elif kind == 1:
+        for place in random.integers(0, border, 5):
+            data[place] = (data[place] + int(random.integers(1, 256))) % 256
+        data[0] ^= data == sound
+    elif kind == 2:
+        del data[begin : begin + int(random.integers(1, 5000))]
+    elif kind == 3:
+        data[begin:begin] = random.bytes(int(random.integers(1, 5000)))
+    else:
+        piece = random.bytes(16)
+        data[begin : begin + 16] = piece if data[begin : begin + 16] != piece else bytes(16)
+        del data[len(sound) :]
+    return bytes(data)
+
+
+@app.command()
+def leaks(models: int = 1000) -> None:
+    """Create, run, destroy; print resident memory, threads and descriptors after the first hundred and at the end."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = build(load_target("host"), Path(name)).path
+
+        def once() -> None:
+            with Model(folder, 3) as model:
+                model.run({key: np.zeros(shape, dtype) for key, (shape, dtype) in model.inputs.items()})
+
+        for number in range(1, models + 1):
+            once()
+            if number in (min(100, models), models):
+                print(f"after {number} models: {kept()}")
+
+
+def kept() -> str:
+    """Of this process."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    return f"{lines['VmRSS'].strip()} resident, {lines['Threads'].strip()} threads, {files} descriptors"
+
+
+@app.command()
+def sanitize() -> None:
+    """Compile the library's own code with sanitizers, and run it; then under valgrind."""
+    host = load_target("host")
+    target = host.model_copy(update={"tvm": {**host.tvm, "mcpu": "haswell"}})
+    with tempfile.TemporaryDirectory() as name:
+        artifact = build(target, Path(name))
+        objects = artifact.path.parent / "objects"
+        (objects / "driver.c").write_text(DRIVER)
+        sources = [*map(str, sorted(objects.glob("*.c"))), "store.S", *map(str, sorted(objects.glob("kernels_*.o")))]
+        for kinds in ("address,undefined", "thread", ""):
+            program = objects / f"driver-{kinds or 'plain'}"
+            flags = [f"-fsanitize={kinds}", "-fno-sanitize-recover=all"] if kinds else []
+            compile_flags = ["-std=c11", "-D_GNU_SOURCE", "-O1", "-g", "-mavx2", f"-I{INTERFACE}", "-I."]
+            told(["gcc", *compile_flags, *flags, *sources, "-o", str(program), "-lm", "-lpthread"], objects)
+            run = [str(program), str(artifact.path / "weights.safetensors")]
+            if kinds:
+                print(f"{kinds}: {told(run, objects)}")
+            elif shutil.which("valgrind"):
+                checks = ["valgrind", "--quiet", "--leak-check=full", "--error-exitcode=9", *run]
+                print(f"valgrind: {told(checks, objects)}")
+
+
+def told(command: list[str], folder: Path) -> str:
+    """What a program prints. Raises DanceError where it fails."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise DanceError(f"{command[0]} failed ({done.returncode}):\n{done.stdout}{done.stderr}")
+    return (done.stdout + done.stderr).strip()
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,139 @@
+"""Which kernel a site gets: what is asked of it, and what its weights leave out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from tvm import relax
+
+from dance_tvm.liveness.expressions import Expression, Live
+from dance_tvm.liveness.kernel_groups import (
+    GROUP_CHANNELS,
+    KernelGroups,
+    choose_kernel_groups,
+    fitting_groups,
+    lane_cost,
+)
+from dance_tvm.schedules.convolution import LayerKernel
+from dance_tvm.schedules.cpu.spaces import TuningLog
+from dance_tvm.schedules.cpu.tiles import Machine
+from dance_tvm.schedules.gpu.spaces import groups_cost
+from dance_tvm.schedules.gpu.tiles import Gpu
+from dance_tvm.schedules.kernel import Weights
+from dance_tvm.schedules.layer import Choice, Layer
+
+from .registry import choose
+from .sample_lists import positions_of_input
+from .sites import Site, Sites
+
+#: Filters of a kernel group that a block of threads can take.
+BLOCK_GROUP_FILTERS = (16, 32, 8)
+
+#: How many times its weights a layer's transformed ones may take, and the bytes of weights from which on that counts.
+#: 2.4 lets through tiles of two along every axis, or of three along two; 1 no transform at all.
+Memory = Literal["small", "balanced", "fast"]
+MOST_GROWTH: dict[Memory, tuple[float, int]] = {
+    "small": (1.0, 1 << 18),
+    "balanced": (2.4, 1 << 20),
+    "fast": (math.inf, 0),
+}
+
+GroupCost = Callable[[KernelGroups], float]
+
+
+@dataclass
+class Chooser:
+    """Chooses for a machine. ``wanted`` is auto, direct or winograd; ``sparsity``: zero weights may be left out, in
+    groups that are chosen by ``group_cost`` where it is given."""
+
+    machine: Machine | Gpu
+    sites: Sites
+    threads: int
+    dtype: str
+    wanted: str
+    sparsity: bool
+    log: TuningLog | None
+    group_cost: GroupCost | None = None
+    memory: Memory = "fast"
+    groups: dict[relax.Var, KernelGroups] = field(default_factory=dict)
+
+    def choose(self, site: Site) -> Choice[LayerKernel]:
+        """The kernel of a site."""
+        return choose(self.layer(site), self.machine, self.wanted, self.log)
+
+    def layer(self, site: Site) -> Layer:
+        """What is asked of the site's kernel."""
+        alive, wanted, groups = self.sites.alive(site), self.sites.wanted(site), self.kernel_groups(site)
+        return Layer(
+            site.window,
+            site.channels_in,
+            site.channels_out,
+            site.groups,
+            alive.frames is not None,
+            wanted.frames is not None,
+            None if wanted.positions is None else (wanted.positions.shape[0], wanted.positions.shape[1]),
+            positions_of_input(site, alive) if site.lists.positions else None,
+            alive.channels is not None and site.groups == 1,
+            wanted.channels is not None,
+            site.residual is not None,
+            site.activation,
+            self._zeros(site.end) if wanted.axes else "",
+            self.threads,
+            self.dtype,
+            (1, 1) if groups is None else (groups.gm, groups.gn),
+            None if groups is None else len(groups.columns),
+            1.0 if groups is None else groups.kept,
+            self._most_growth(site),
+        )
+
+    def _most_growth(self, site: Site) -> float:
+        """How many times the site's weights a kernel's may take."""
+        most, large = MOST_GROWTH[self.memory]
+        return most if site.weight.nbytes > large else math.inf
+
+    def weights(self, site: Site) -> Weights:
+        """What the site's kernel packs."""
+        bias = np.zeros(site.channels_out) if site.bias is None else site.bias
+        groups = self.kernel_groups(site)
+        columns = () if groups is None else (groups.listed, groups.weights)
+        return Weights(site.weight, bias.astype("float32"), *columns)
+
+    def kernel_groups(self, site: Site) -> KernelGroups | None:
+        """The zero columns of the site's weights, if skipping them pays."""
+        if not self.sparsity or site.linear or site.groups > 1:
+            return None
+        if site.start not in self.groups:
+            self.groups[site.start] = choose_kernel_groups(site.weight, *self._group_options(site))
+        groups = self.groups[site.start]
+        return None if groups.scheme == "dense" else groups
+
+    def _group_options(self, site: Site) -> tuple[list[tuple[int, int]], GroupCost]:
+        """Sizes of kernel groups that kernels can take, and what groups cost."""
+        machine = self.machine
+        if isinstance(machine, Gpu):
+            sizes = [(gm, gn) for gm in BLOCK_GROUP_FILTERS for gn in GROUP_CHANNELS]
+            return sizes, groups_cost(machine, site.window)
+        lanes = machine.vector_floats
+        return fitting_groups(lanes), self.group_cost or lane_cost(lanes)
+
+    def _zeros(self, end: relax.Var) -> str:
+        """What a kernel that ends in ``end`` sets to zero of what it leaves out."""
+        if self.sites.needs_zeros(end):
+            return "all"
+        return "rows" if self.sites.needs_zero_positions(end) else ""
+
+
+def masks_of(site: Site, alive: Live, wanted: Live) -> dict[str, Expression | None]:
+    """The site's masks by the axes that they thin."""
+    return {
+        "in_frames": alive.frames,
+        "out_frames": wanted.frames,
+        "positions": wanted.positions,
+        "in_positions": alive.positions,
+        "in_channels": alive.channels if site.groups == 1 else None,
+        "out_channels": wanted.channels,
+    }

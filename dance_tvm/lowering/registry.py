@@ -1,0 +1,66 @@
+"""Which kernels there are on each kind of machine, and which of them is asked first.
+
+A new kernel of a convolution or linear layer is one new file and one ``register``: a function that is offered every
+layer, and answers with a kernel or with None where another one should take it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dance_tvm.schedules.convolution import LayerKernel
+from dance_tvm.schedules.cpu import depthwise_tiles
+from dance_tvm.schedules.cpu import mask_window as cpu_mask_window
+from dance_tvm.schedules.cpu import spaces as cpu
+from dance_tvm.schedules.cpu.spaces import TuningLog
+from dance_tvm.schedules.cpu.tiles import Machine
+from dance_tvm.schedules.gpu import mask_window as gpu_mask_window
+from dance_tvm.schedules.gpu import spaces as gpu
+from dance_tvm.schedules.gpu.tiles import Gpu
+from dance_tvm.schedules.layer import Choice, Layer
+from dance_tvm.schedules.mask_window import GrownMask
+from dance_tvm.schedules.pool import Pool
+from dance_tvm.schedules.workload import Workload
+
+#: What is offered a layer: on a machine, "auto", "direct" or "winograd" being wanted, with a log of what was tuned.
+Offer = Callable[[Layer, Any, str, TuningLog | None], Choice[LayerKernel] | None]
+#: The same for pools: their workload and the fields that no size decides.
+PoolOffer = Callable[[Workload, Mapping[str, Any], Any, TuningLog | None], Choice[Pool]]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of one kind of machine; ``convolutions`` are asked in order."""
+
+    convolutions: list[Offer]
+    pool: PoolOffer
+    grown_mask: type[GrownMask]
+
+
+_KERNELS: dict[type, Kernels] = {
+    Machine: Kernels([depthwise_tiles.offer, cpu.offer], cpu.offer_pool, cpu_mask_window.GrownMask),
+    Gpu: Kernels([gpu.offer_few_rows, gpu.offer_few_channels, gpu.offer], gpu.offer_pool, gpu_mask_window.GrownMask),
+}
+
+
+def kernels_of(machine: Machine | Gpu) -> Kernels:
+    """The kernels of a machine of this kind."""
+    return _KERNELS[type(machine)]
+
+
+def register(kind: type[Machine] | type[Gpu], offer: Offer) -> None:
+    """Let ``offer`` be asked before all others, on machines of this kind."""
+    _KERNELS[kind].convolutions.insert(0, offer)
+
+
+def choose(
+    layer: Layer, machine: Machine | Gpu, wanted: str = "auto", log: TuningLog | None = None
+) -> Choice[LayerKernel]:
+    """The kernel of a layer: the first that is offered. Raises LookupError where none is."""
+    offers = (offer(layer, machine, wanted, log) for offer in kernels_of(machine).convolutions)
+    choice = next((found for found in offers if found is not None), None)
+    if choice is None:
+        raise LookupError(f"no kernel takes {layer}")
+    return choice
