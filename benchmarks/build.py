@@ -67,7 +67,17 @@ def main(
 def measure(model: str, target: str, seed: int) -> dict:
     """One build by the command itself, start of Python included; the manifest tells the hashes of all files."""
     with tempfile.TemporaryDirectory(prefix="dance_tvm_build_") as folder:
-        command = [sys.executable, "-m", "dance_tvm.build", "--model", model, "--target", target, "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "dance_tvm.build",
+            "--model",
+            model,
+            "--target",
+            target,
+            "--json",
+            "--no-cache",
+        ]
         begin = time.perf_counter()
         with open(f"{folder}/told", "w") as told:
             environment = {**os.environ, "PYTHONHASHSEED": str(seed)}

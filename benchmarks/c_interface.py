@@ -26,9 +26,10 @@ from dance_tvm.artifact.c_program import Names, program_of
 from dance_tvm.artifact.folder import Artifact
 from dance_tvm.artifact.interface.dance_model import Model, ModelError
 from dance_tvm.artifact.weight_store import store_of
-from dance_tvm.compiler.build import compile_lowered, new_manifest
+from dance_tvm.compiler.build import new_manifest
+from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.pipeline import lower
-from dance_tvm.compiler.program import kernel_objects, write_program
+from dance_tvm.compiler.program import write_program
 from dance_tvm.machines.target import Target, load_target
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -105,14 +106,13 @@ def build(target: Target, folder: Path) -> Artifact:
     imported = import_model(Masked().eval(), example_inputs=(torch.randn(1, 3, 4, 8, 8),))
     options = Options(threads=2, conv="winograd")
     lowered = lower(imported.mod, target, options)
-    executable, planned = compile_lowered(lowered, target, options)
     (folder / "objects").mkdir()
-    program = program_of(planned, list(lowered.weights.values()))
+    code = compile_lowered(lowered, target, options, folder / "objects")
+    program = program_of(code.planned, list(lowered.weights.values()))
     names = Names([each.name for each in imported.inputs], [each.name for each in imported.outputs], "network", 2)
     compile_interface(program, store_of(program.weights, lowered.sources, 0), names, target, folder / "objects")
-    kernel_objects(executable, folder / "objects")
     manifest = new_manifest(imported, target, options)
-    return write_program(folder / "artifact", lowered, executable, planned, manifest, target, options, most_inline=0)
+    return write_program(folder / "artifact", lowered, code, manifest, target, options, most_inline=0)
 
 
 @app.command()
@@ -192,7 +192,7 @@ def sanitize() -> None:
         artifact = build(target, Path(name))
         objects = artifact.path.parent / "objects"
         (objects / "driver.c").write_text(DRIVER)
-        sources = [*map(str, sorted(objects.glob("*.c"))), "store.S", *map(str, sorted(objects.glob("kernels_*.o")))]
+        sources = [*map(str, sorted(objects.glob("*.c"))), "store.S", "kernels.o"]
         for kinds in ("address,undefined", "thread", ""):
             program = objects / f"driver-{kinds or 'plain'}"
             flags = [f"-fsanitize={kinds}", "-fno-sanitize-recover=all"] if kinds else []

@@ -33,7 +33,7 @@ from dance_tvm.models.fetch import Wheel
 from dance_tvm.models.resnet import VideoResNet
 from dance_tvm.sparsity.checkpoint import write_atomically
 from dance_tvm.sparsity.dstep import flops
-from dance_tvm.sparsity.dstep.export import export
+from dance_tvm.sparsity.dstep.export import export_network
 from dance_tvm.sparsity.dstep.method import load_trained
 from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet, Stream
 from dance_tvm.sparsity.dstep.random_policies import Mix, example_clip, needed_share, random_policies, with_mix
@@ -373,7 +373,7 @@ def real(
         files = {form: artifacts / f"{form}.pt2" for form in ("clip", "stream")}
         artifacts.mkdir(parents=True, exist_ok=True)
         for form, path in files.items():
-            export(network, (channels, length, height, width), path, stream=form == "stream")
+            export_network(network, (channels, length, height, width), path, stream=form == "stream")
         rows.append((target, device, *_streamed(files, target, device, artifacts, seen, expected, length)))
         print(rows[-1], flush=True)
     header = ("target", "device", "frames", "largest difference from PyTorch", "same class", "stream against clip")

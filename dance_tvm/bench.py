@@ -162,6 +162,8 @@ def _print(results: Results) -> None:
                 _print_layers(item.name, item.profile)
             if item.clips:
                 _print_clips(item)
+            for note in item.notes:
+                typer.echo(f"{item.name}: {note}")
             for line in _extras(item):
                 typer.echo(line)
             if item.single_stream:

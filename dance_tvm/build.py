@@ -93,6 +93,9 @@ def build(
     reuse: Annotated[
         bool, typer.Option(help="Keep what --out holds where the same network, target, options and versions made it.")
     ] = True,
+    cache: Annotated[
+        bool, typer.Option(help="Take compiled kernels from the user's cache, and keep new ones there.")
+    ] = True,
     debug_dump: Annotated[Path | None, typer.Option(help="Write the IR after every phase to this folder.")] = None,
     as_json: AsJson = False,
     json_lines: JsonLines = False,
@@ -136,6 +139,7 @@ def build(
             prepared=prepared,
             static=static,
             logs=logs,
+            cache=cache,
         )
         built = build_network(
             model,

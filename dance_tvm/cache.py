@@ -19,7 +19,11 @@ from dance_tvm.core.printing import print_table
 app = application(help="List or clear what was fetched and made for this user.", no_args_is_help=True)
 
 #: What the beginning of a name in the cache tells; anything else was unpacked from a wheel.
-_KINDS = {"emulator-": "emulated device", "store": "uploads to this machine's device server", "kernels": "kernels"}
+_KINDS = {
+    "emulator-": "emulated device",
+    "store": "uploads to this machine's device server",
+    "kernels": "compiled kernels",
+}
 
 
 @dataclass(frozen=True)

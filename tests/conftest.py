@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,16 @@ class Server:
     @property
     def tracker(self) -> str:
         return f"tracker://127.0.0.1:{self.tracker_port}/{self.key}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_of_this_session(tmp_path_factory) -> Iterator[None]:
+    """What one test compiled, the others take, in all processes of the session; the user's cache stays out of it."""
+    base = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        patch.setenv("DANCE_TVM_KERNELS", str(folder / "kernels"))
+        yield
 
 
 @pytest.fixture

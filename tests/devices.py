@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tvm import relax
 from dance_tvm.artifact.folder import RUNTIME_VERSIONS, Artifact, BuiltFor, Check, Manifest, Tensor, write_artifact
 from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.artifact.weight_store import MOST_INLINE
-from dance_tvm.compiler.build import compile_lowered
+from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.compiler.program import write_program
 from dance_tvm.lowering.lowered import Lowered
@@ -102,10 +103,11 @@ def write(
     if target.gpu is None:
         manifest.options["interface"] = "c"
         lowered = replace(lowered, weights=weights or {})
-        executable, planned = compile_lowered(lowered, target, Options(threads=1))
-        return write_program(
-            out, lowered, executable, planned, manifest, target, Options(), most_inline=0 if weights else MOST_INLINE
-        )
+        with TemporaryDirectory() as folder:
+            code = compile_lowered(lowered, target, Options(threads=1), Path(folder))
+            return write_program(
+                out, lowered, code, manifest, target, Options(), most_inline=0 if weights else MOST_INLINE
+            )
     executable = tvm.compile(lowered.mod, target.tvm_target(1))
     linker = shared_library_linker(target)
     return write_artifact(

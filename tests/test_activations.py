@@ -143,3 +143,32 @@ def test_what_others_read_is_not_taken():
     found, _ = compiled(network, x)
     for ours, theirs in zip(found, network(x), strict=True):
         np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+class Masked(nn.Module):
+    """A mask of frames, positions or channels behind each activation, also behind those that must see every value."""
+
+    def __init__(self, *activations: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.convolutions = nn.ModuleList([nn.Conv3d(3, 8, 3, padding=1) for _ in activations for _ in range(3)])
+        self.activations = activations
+        self.scores = nn.Buffer(torch.tensor([1.0, -2.0, 3.0, -4.0, -5.0, 6.0, 7.0, -8.0]).view(1, 8, 1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scores = x.mean((1, 3, 4), keepdim=True), x.mean((1, 2), keepdim=True), x.mean() * self.scores
+        masks = [(score > 0).to(x.dtype) for score in scores]
+        layers = iter(self.convolutions)
+        return tuple(act(next(layers)(x)) * mask for act in self.activations for mask in masks)
+
+
+def test_masks_behind_activations_hold():
+    network = Masked(lambda y: 1 / y, lambda y: torch.log(y.abs()), lambda y: torch.exp(y) + 2, nn.functional.gelu)
+    x = torch.randn(1, 3, 4, 6, 7)
+    found, _ = compiled(network, x)
+    with torch.no_grad():
+        wanted = network.double()(x.double())
+    for ours, theirs in zip(found, wanted, strict=True):
+        scale = float(theirs.abs().max())
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-5 * scale)
+        assert 0 < float((theirs == 0).double().mean()) < 1

@@ -501,6 +501,7 @@ def test_another_engine_is_measured_in_turns(dense, tmp_path):
     done = CliRunner().invoke(bench.app, [*words, "--out", str(tmp_path / "r.json")])
     assert done.exit_code == 0, done.output
     assert "x as fast as onnxruntime" in done.output
+    assert "video-dense: random input: a dynamic network may keep more or less" in done.output
     (peer,) = read_results(tmp_path / "r.json").peers
     assert peer.difference < 1e-6
     assert peer.low <= peer.speed_up <= peer.high

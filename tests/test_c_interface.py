@@ -19,7 +19,8 @@ from tvm import relax
 from dance_tvm import Options, build_network, import_model
 from dance_tvm.artifact.c_interface import HEADER, INTERFACE
 from dance_tvm.artifact.interface.dance_model import Model, ModelError
-from dance_tvm.compiler.build import compile_lowered
+from dance_tvm.artifact.linker import shared_library_linker
+from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.pipeline import lower
 from dance_tvm.machines.target import load_target
 
@@ -68,16 +69,18 @@ def masked(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def call() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def call(tmp_path_factory) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Inputs, and what the virtual machine answers to them."""
     torch.manual_seed(0)
     network, example = Masked().eval(), (torch.randn(1, 3, 4, 8, 8), torch.randn(1, 5))
     imported, target, options = import_model(network, example_inputs=example), load_target("host"), Options(threads=2)
     lowered = lower(imported.mod, target, options)
-    executable, _ = compile_lowered(lowered, target, options)
+    folder = tmp_path_factory.mktemp("call")
+    code = compile_lowered(lowered, target, options, folder)
+    code.executable.export_library(str(folder / "model.so"), fcompile=shared_library_linker(target, code.kernels))
     rng = np.random.default_rng(1)
     inputs = {each.name: rng.standard_normal(each.shape).astype(each.dtype) for each in imported.inputs}
-    machine = relax.VirtualMachine(executable, tvm.cpu())
+    machine = relax.VirtualMachine(tvm.runtime.load_module(str(folder / "model.so")), tvm.cpu())
     answers = machine["main"](*map(tvm.runtime.tensor, inputs.values()))
     return inputs, {spec.name: answer.numpy() for spec, answer in zip(imported.outputs, answers, strict=True)}
 

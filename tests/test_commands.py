@@ -408,16 +408,19 @@ def test_what_is_kept_is_listed_and_cleared(tmp_path, monkeypatch):
     monkeypatch.setenv("DANCE_TVM_CACHE", str(tmp_path))
     (tmp_path / "emulator-12" / "root").mkdir(parents=True)
     (tmp_path / "emulator-12" / "root" / "libc").write_bytes(b"x" * 2**20)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "ab.o").write_bytes(b"x" * 10)
     (tmp_path / "networks-1.0").mkdir()
     (tmp_path / "emulator-12.lock").touch()
     found = json.loads(CliRunner().invoke(cache.app, ["list", "--json"]).stdout)
     assert [(entry["name"], entry["bytes"]) for entry in found["entries"]] == [
-        ("emulator-12", 2**20), ("networks-1.0", 0),
+        ("emulator-12", 2**20), ("kernels", 10), ("networks-1.0", 0),
     ]  # fmt: skip
-    assert found["entries"][0]["kind"] == "emulated device"
+    assert [entry["kind"] for entry in found["entries"][:2]] == ["emulated device", "compiled kernels"]
     unknown = CliRunner().invoke(cache.app, ["clear", "emulator-13"])
     assert "holds no emulator-13" in str(unknown.exception)
     assert "1 removed, 1.0 MiB" in CliRunner().invoke(cache.app, ["clear", "emulator-12"]).stdout
+    assert "1 removed, 0.0 MiB" in CliRunner().invoke(cache.app, ["clear", "kernels"]).stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["emulator-12.lock", "networks-1.0"]
 
 

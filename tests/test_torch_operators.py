@@ -172,6 +172,15 @@ def cut_and_taken(x):
 KINDS = {
     "running extremes": (running_extremes, (CLIP,)),
     "nothing inside": (with_nothing_inside, (CLIP,)),
+    "running sums": (
+        lambda x, gain: [
+            x.cumsum(2),
+            (x > 0).cumsum(1),
+            gain.cumsum(0) + gain.cumprod(-1),
+            x[0, 0, 0].cumprod(1, dtype=torch.float64),
+        ],
+        (CLIP, torch.tensor(0.7)),
+    ),
     "cut and taken": (cut_and_taken, (CLIP,)),
     "axes of a scalar": (lambda x: x.mean().permute(()) + 1, (CLIP,)),
     "slices": (assigned_slices, (CLIP,)),
@@ -201,7 +210,8 @@ def test_a_kind_of_operators_agrees_with_its_source(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["slices", "temporal shift", "places", "scatter", "scalars", "points of a grid", "nothing inside"]
+    "kind",
+    ["slices", "temporal shift", "places", "scatter", "scalars", "points of a grid", "nothing inside", "running sums"],
 )
 def test_what_moves_elements_is_built_right(kind, tmp_path):
     function, inputs = KINDS[kind]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from dance_tvm import Options, build_network, import_model
+from dance_tvm import Options, import_model
 from dance_tvm.artifact.c_program import program_of
 from dance_tvm.artifact.folder import Manifest
 from dance_tvm.artifact.interface.dance_model import Model
 from dance_tvm.artifact.weight_store import CHUNK, PAGE, Store, store_of
-from dance_tvm.compiler.build import compile_lowered, new_manifest
+from dance_tvm.compiler.build import new_manifest
+from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.pipeline import lower
 from dance_tvm.compiler.program import write_program
 from dance_tvm.machines.target import load_target
@@ -56,10 +57,10 @@ def test_what_kernels_read_is_what_was_packed(network, conv, most_inline, tmp_pa
     target, options = load_target("host"), Options(threads=2, conv=conv, sparsity="off", interface="c")
     imported = import_model(network, example_inputs=(x,))
     lowered = lower(imported.mod, target, options)
-    executable, planned = compile_lowered(lowered, target, options)
+    code = compile_lowered(lowered, target, options, tmp_path)
     manifest: Manifest = new_manifest(imported, target, options)
-    write_program(tmp_path / "a", lowered, executable, planned, manifest, target, options, most_inline=most_inline)
-    packed = program_of(planned, list(lowered.weights.values())).weights
+    write_program(tmp_path / "a", lowered, code, manifest, target, options, most_inline=most_inline)
+    packed = program_of(code.planned, list(lowered.weights.values())).weights
     kinds = {
         lowered.sources[array_digest(each)].preparation.kind for each in packed if array_digest(each) in lowered.sources
     }
@@ -98,45 +99,6 @@ def _is_a_readable_file(path: Path, store: Store) -> None:
     assert all(begin % 64 == 0 for begin in begins)
     leaves = b"".join(hashlib.sha256(data[at : at + CHUNK]).digest() for at in range(0, len(data), CHUNK))
     assert store.digest() == hashlib.sha256(leaves).digest()
-
-
-def test_half_precision_and_an_archive_are_options(tmp_path):
-    torch.manual_seed(1)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
-    x = torch.randn(1, 300)
-    options = Options(interface="c", weights_dtype="float16", static=True)
-    halved = build_network(network, tmp_path / "half", example_inputs=(x,), options=options, check=True).artifact
-    assert halved.manifest.check.difference is not None
-    assert 0 < halved.manifest.check.difference < 1e-2
-    assert {"libmodel.a", "model.so"} <= set(halved.manifest.files)
-    rounded = nn.Sequential(*network)
-    for layer in (rounded[1], rounded[3]):
-        layer.weight.data = layer.weight.data.half().float()
-    with Model(halved.path) as model:
-        (found,) = model.run({next(iter(model.inputs)): x.numpy()}).values()
-    np.testing.assert_allclose(found, rounded(x).detach().numpy(), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [np.arange(10_000), np.arange(9_999)[::-1] * 300, np.full(5000, -7), np.array([2**31 - 1, -(2**31)] * 4000)],
-)
-def test_lists_are_stored_by_their_steps(values):
-    words = values.astype("int32")
-    (stored,) = (store := store_of([words], {})).tensors
-    data = store.data[0]
-    found, blocks = [], -(-len(words) // 4096)
-    head = np.frombuffer(data[: 8 * blocks], "uint32").reshape(blocks, 2)
-    if stored.encoding == "PLAIN":
-        assert np.ptp(values) > 2**31
-        return
-    for block, (value, place) in enumerate(head.tolist()):
-        width, at = place & 7, -(-8 * blocks // 64) * 64 + (place >> 3)
-        for _ in range(min(4096, len(words) - 4096 * block)):
-            folded, at = int.from_bytes(data[at : at + width], "little"), at + width
-            value = (value + ((folded >> 1) ^ -(folded & 1))) % 2**32
-            found.append(value)
-    np.testing.assert_array_equal(np.array(found, "uint32").view("int32"), words)
 
 
 @pytest.mark.parametrize("sizes", [[0], [1], [CHUNK], [CHUNK - 1, 1, 1], [3, 2 * CHUNK, 5]])

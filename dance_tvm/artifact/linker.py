@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -79,9 +79,10 @@ def link_shared(
 
 @dataclass(frozen=True)
 class SharedLibraryLinker:
-    """An `fcompile` for TVM's `export_library` that links for `target` by its `link` facts."""
+    """An `fcompile` for TVM's `export_library` that links for `target` by its `link` facts, `kernels` with the rest."""
 
     target: Target
+    kernels: tuple[str, ...] = ()
     output_format: ClassVar = "so"
     object_format: ClassVar = "o"
 
@@ -93,12 +94,12 @@ class SharedLibraryLinker:
         del options  # compiler flags of TVM's default fcompile: there is no compiler here
         inputs = [objects] if isinstance(objects, str) else objects
         link = self.target.link
-        link_shared(output, inputs, self.get_target_triple(), link.needed, link.page_size)
+        link_shared(output, [*inputs, *self.kernels], self.get_target_triple(), link.needed, link.page_size)
 
 
-def shared_library_linker(target: Target) -> SharedLibraryLinker:
-    """What links for `target`, to be given to `export_library`."""
-    return SharedLibraryLinker(target)
+def shared_library_linker(target: Target, kernels: Sequence[str] = ()) -> SharedLibraryLinker:
+    """What links for `target`, to be given to `export_library`; `kernels` are object files beside TVM's."""
+    return SharedLibraryLinker(target, tuple(kernels))
 
 
 def link_program(output: str | Path, objects: Sequence[str | Path], target: Target) -> None:
@@ -107,6 +108,17 @@ def link_program(output: str | Path, objects: Sequence[str | Path], target: Targ
     others = [name for name in target.link.needed if name != "libtvm_ffi.so"]
     needed = ["libc.so", *others] if "android" in triple else others
     link_shared(output, objects, triple, needed, target.link.page_size)
+
+
+def join_objects(output: str | Path, objects: Sequence[str | Path], names: Mapping[str, str], triple: str) -> None:
+    """Join object files for `triple` into the object file `output`; `names` are further ones for symbols, name: symbol.
+
+    Raises as linking does.
+    """
+    script = Path(output).with_suffix(".ld")
+    script.write_text("".join(f'"{name}" = "{symbol}";\n' for name, symbol in names.items()), encoding="utf-8")
+    flags = ["-m", _emulation(triple), "-r", "-o", str(output)]
+    _run([*lld_command(), *flags, *map(str, objects), str(script)], tool="lld")
 
 
 def archive(output: str | Path, objects: Sequence[str | Path]) -> None:

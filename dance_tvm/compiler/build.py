@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -30,6 +31,7 @@ from dance_tvm.artifact.folder import (
 )
 from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.artifact.preprocess import Preprocess
+from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.compiler.program import write_program
 from dance_tvm.compiler.requests import known_preprocess, require_buildable
@@ -38,7 +40,6 @@ from dance_tvm.core.hashing import file_sha256
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.versions import versions
 from dance_tvm.lowering.lowered import Lowered
-from dance_tvm.lowering.machine import host_code_of
 from dance_tvm.machines.host import needed_flags
 from dance_tvm.machines.target import Target, load_target
 from dance_tvm.records.advice import tuned_tiles
@@ -145,25 +146,29 @@ def build_network(
             clock.start("")
             return Built(standing, clock.seconds, _peak_memory())
         lowered = lower(imported.mod, machine, chosen, clock.start)
-        clock.start("compile")
-        executable, planned = compile_lowered(lowered, machine, chosen)
-        manifest.memory_peak_bytes = _memory(lowered, planned)
-        manifest.layers = lowered.layers
-        clock.start("generate and link code")
         checked = None if check is False else lambda artifact: check_there(artifact, lowered)
-        if chosen.interface == "c":
-            artifact = write_program(out, lowered, executable, planned, manifest, machine, chosen, checked, reference)
-        else:
-            packing, manifest.device_code = embed_device_code(executable, machine, chosen.device_code == "compiled")
-            linker = shared_library_linker(machine)
-            artifact = write_artifact(
-                out,
-                lambda path: executable.export_library(str(path), fcompile=linker, **packing),
-                lowered.weights,
-                manifest,
-                checked,
-                reference,
-            )
+        with tempfile.TemporaryDirectory(prefix="dance_tvm_kernels_") as folder:
+            clock.start("compile")
+            code = compile_lowered(lowered, machine, chosen, Path(folder))
+            _dump(chosen.debug_dump, "planned", code.planned)
+            manifest.memory_peak_bytes = _memory(lowered, code.planned)
+            manifest.layers = lowered.layers
+            clock.start("link")
+            if chosen.interface == "c":
+                artifact = write_program(out, lowered, code, manifest, machine, chosen, checked, reference)
+            else:
+                packing, manifest.device_code = embed_device_code(
+                    code.executable, machine, chosen.device_code == "compiled"
+                )
+                linker = shared_library_linker(machine, code.kernels)
+                artifact = write_artifact(
+                    out,
+                    lambda path: code.executable.export_library(str(path), fcompile=linker, **packing),
+                    lowered.weights,
+                    manifest,
+                    checked,
+                    reference,
+                )
         clock.start("")
         return Built(artifact, clock.seconds, _peak_memory())
 
@@ -201,34 +206,10 @@ def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes:
     return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes, batch=batch)
 
 
-def compile_lowered(lowered: Lowered, machine: Target, options: Options) -> tuple[relax.VMExecutable, tvm.IRModule]:
-    """The executable, and the module whose memory is planned."""
-    target = machine.tvm_target(options.threads)
-    planned: list[tvm.IRModule] = []
-    base = _gpu_pipeline(target) if machine.gpu else relax.get_pipeline("default_build")
-
-    @tvm.transform.module_pass(opt_level=0, name="PlanAndRemember")
-    def pipeline(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
-        planned.append(base(module))
-        return planned[-1]
-
-    with tvm.transform.PassContext(config=host_code_of(machine)):
-        executable = relax.build(lowered.mod, target, relax_pipeline=pipeline)
-    _dump(options.debug_dump, "planned", planned[0])
-    return executable, planned[0]
-
-
 def _memory(lowered: Lowered, planned: tvm.IRModule) -> int:
     """Bytes of all weights and planned activations."""
     weights = _constant_bytes(lowered.mod) + sum(array.nbytes for array in lowered.weights.values())
     return weights + _planned_storage(planned)
-
-
-def _gpu_pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
-    """From kernels to the virtual machine; TVM's own pipeline for GPUs would schedule and fold once more."""
-    from tvm.relax.backend import gpu_generic
-
-    return tvm.transform.Sequential(gpu_generic.dataflow_lower_passes(target) + gpu_generic.finalize_passes(target))
 
 
 def _constant_bytes(mod: tvm.IRModule) -> int:
@@ -264,17 +245,10 @@ def new_manifest(imported: Imported, machine: Target, options: Options, logs_fro
     """All that is known before anything is compiled."""
     target = machine.tvm_target(options.threads)
     chosen: dict[str, str] = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}
-    if options.dtype != "float32":
-        chosen["dtype"] = options.dtype
     if options.interface != "tvm":
         chosen["interface"] = options.interface
-    if options.memory != "fast":
-        chosen["memory"] = options.memory
-    if options.weights_dtype != "float32":
-        chosen["weights_dtype"] = options.weights_dtype
-    for each in ("prepared", "static"):
-        if getattr(options, each):
-            chosen[each] = "yes"
+    if options.dtype != "float32":
+        chosen["dtype"] = options.dtype
     if options.device_code != "compiled":
         chosen["device_code"] = options.device_code
     if digest := digest_of_logs(logs_from or machine, options.logs):

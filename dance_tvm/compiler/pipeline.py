@@ -28,6 +28,7 @@ from dance_tvm.transform.boolean_logic import BooleanLogic
 from dance_tvm.transform.channels_last import ChannelsLast
 from dance_tvm.transform.compute_empty import ComputeEmpty
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
+from dance_tvm.transform.fold_lists import FoldLists
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
 from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.keep_nan import KEEP_NAN
@@ -48,7 +49,8 @@ tvm_ffi.register_error("DanceError", DanceError)
 
 @dataclass(frozen=True)
 class Options:
-    """What a build may choose. ``logs``: the folder of tuning logs to use alone, in place of the usual ones."""
+    """What a build may choose. ``logs``: the folder of tuning logs to use alone, in place of the usual ones;
+    ``cache``: whether kernels are taken from and kept in the user's cache, which changes no byte of the result."""
 
     threads: int = 1
     numerics: Literal["fast", "exact"] = "fast"
@@ -64,6 +66,7 @@ class Options:
     weights_dtype: Literal["float32", "float16"] = "float32"
     prepared: bool = False
     static: bool = False
+    cache: bool = True
 
 
 def lower(
@@ -122,7 +125,7 @@ def _before_kernels(narrow: Passes) -> list[tuple[str, Passes]]:
 def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int) -> list[tuple[str, Passes]]:
     """What is done to the operators that no sparse kernel took."""
     return [
-        ("norms", [LowerNorms(gpu or machine, threads)]),
+        ("norms", [FoldLists(), LowerNorms(gpu or machine, threads)]),
         (
             "other operators",
             [

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import tvm
-from tvm import relax
 
 from dance_tvm.artifact.c_interface import compile_interface
 from dance_tvm.artifact.c_program import Names, program_of
 from dance_tvm.artifact.folder import ARCHIVE, Artifact, Check, Manifest, write_artifact
 from dance_tvm.artifact.linker import archive, link_program
 from dance_tvm.artifact.weight_store import MOST_INLINE, store_of
+from dance_tvm.compiler.code import Code
 from dance_tvm.compiler.pipeline import Options
 from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import Target
@@ -23,8 +22,7 @@ from dance_tvm.machines.target import Target
 def write_program(
     out: str | Path,
     lowered: Lowered,
-    executable: relax.VMExecutable,
-    planned: tvm.IRModule,
+    code: Code,
     manifest: Manifest,
     machine: Target,
     options: Options,
@@ -32,11 +30,11 @@ def write_program(
     reference: Mapping[str, np.ndarray] | None = None,
     most_inline: int = MOST_INLINE,
 ) -> Artifact:
-    """Write the artifact of ``lowered``, compiled into ``executable``, whose memory is planned in ``planned``.
+    """Write the artifact of ``lowered``, compiled into ``code``.
 
     Up to ``most_inline`` bytes of weights lie within the library. Raises DanceError as ``write_artifact`` does.
     """
-    program = program_of(planned, list(lowered.weights.values()))
+    program = program_of(code.planned, list(lowered.weights.values()))
     sources = {} if options.prepared else lowered.sources
     store = store_of(program.weights, sources, most_inline, halve=options.weights_dtype == "float16")
     names = Names(
@@ -46,10 +44,7 @@ def write_program(
         manifest.target.threads,
     )
     with tempfile.TemporaryDirectory(prefix="dance_tvm_objects_") as folder:
-        objects = [
-            *compile_interface(program, store, names, machine, Path(folder)),
-            *kernel_objects(executable, Path(folder)),
-        ]
+        objects = [*compile_interface(program, store, names, machine, Path(folder)), *code.kernels]
 
         def link(library: Path) -> None:
             link_program(library, objects, machine)
@@ -57,12 +52,3 @@ def write_program(
                 archive(library.with_name(ARCHIVE), objects)
 
         return write_artifact(out, link, store, manifest, check, reference)
-
-
-def kernel_objects(executable: relax.VMExecutable, folder: Path) -> list[str]:
-    """The kernels as object files in ``folder``."""
-    modules = [module for module in executable.mod.imports if module.kind == "llvm"]
-    paths = [str(folder / f"kernels_{number}.o") for number in range(len(modules))]
-    for module, path in zip(modules, paths, strict=True):
-        module.write_to_file(path)
-    return paths

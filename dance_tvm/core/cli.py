@@ -31,6 +31,7 @@ COMMANDS = {
     "targets": ("dance_tvm.show_targets", "List the machines that networks can be built for."),
     "units": ("dance_tvm.units", "Show in which units the kernels of a network leave work out."),
     "train": ("dance_tvm.train", "Train or prune a sparse network."),
+    "export-dstep": ("dance_tvm.export_dstep", "Write a trained D-STEP network, by clip or by frame, for a build."),
     "tune": ("dance_tvm.tune", "Search the fastest kernels for a network on a real device."),
     "groups": ("dance_tvm.groups", "Measure which kernel groups a device runs fastest."),
     "logs": ("dance_tvm.logs", "Check, merge and show tuning logs."),

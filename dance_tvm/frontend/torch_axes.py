@@ -1,4 +1,4 @@
-"""ATen operators that walk along one axis or cut it: running extremes, splits, ``take`` from the flattened tensor."""
+"""ATen operators that walk along one axis or cut it: running sums and extremes, splits, flat ``take``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dance_tvm.frontend.torch_values import (
     cast,
     constant,
     dtype_of,
+    name_of,
     shape_of,
 )
 
@@ -58,6 +59,17 @@ def _running(extreme: Callable[..., relax.Expr], lowest: float) -> Conversion:
     return convert
 
 
+def _scan(operator: Callable[..., relax.Expr]) -> Conversion:
+    """``cumsum`` and ``cumprod`` in the type that PyTorch gives; of a scalar it is the scalar."""
+
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        given = arguments(node)
+        x = cast(importer, importer.env[given["self"]], name_of(node.meta["val"].dtype))
+        return importer.block_builder.emit(operator(x, given["dim"])) if shape_of(x) else x
+
+    return convert
+
+
 def _split_with_sizes(node: fx.Node, importer: Importer) -> relax.Expr:
     """``x`` cut into parts of given sizes; one part alone is ``x`` itself."""
     given, emit = arguments(node), importer.block_builder.emit
@@ -80,6 +92,8 @@ def _take(node: fx.Node, importer: Importer) -> relax.Expr:
 AXES: dict[str, Callable[[fx.Node, Importer], Any]] = {
     "cummax.default": _running(relax.op.max, -math.inf),
     "cummin.default": _running(relax.op.min, math.inf),
+    "cumsum.default": _scan(relax.op.cumsum),
+    "cumprod.default": _scan(relax.op.cumprod),
     "split_with_sizes.default": _split_with_sizes,
     "take.default": _take,
 }

@@ -160,6 +160,7 @@ def gather(node: fx.Node, importer: Importer) -> relax.Expr:
 
 
 def gather_along(importer: Importer, x: relax.Expr, axis: int, positions: relax.Expr) -> relax.Expr:
+    """The elements of ``x`` at ``positions`` along ``axis``, as ``torch.gather`` takes them."""
     emit, shape = importer.block_builder.emit, shape_of(positions)
     axis %= len(shape)
     others = [i for i in range(len(shape)) if i != axis and shape[i] < shape_of(x)[i]]
@@ -430,6 +431,7 @@ def _scatter_apart(
 
 
 def scatter_add(node: fx.Node, importer: Importer) -> relax.Expr:
+    """As ``torch.scatter_add``."""
     return scatter("add")(node, importer)
 
 

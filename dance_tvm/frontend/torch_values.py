@@ -16,10 +16,12 @@ Conversion = Callable[[fx.Node, Importer], Any]
 
 
 def shape_of(value: relax.Expr) -> list[int]:
+    """Static shape of a tensor."""
     return [int(extent) for extent in value.ty.shape]
 
 
 def dtype_of(value: relax.Expr) -> str:
+    """Element type of a tensor."""
     return str(value.ty.dtype.dtype)
 
 

@@ -186,6 +186,9 @@ class Sites:
             return False
         if mask.channels is not None and (site.groups > 1 or not site.lists.outputs):
             return False
+        wanted = self.wanted(site)
+        if wanted & mask != wanted:  # behind an activation that must see every value, the kernel computes all of them
+            return False
         site.masked = True
         return True
 

@@ -1,0 +1,1 @@
+"""Training: the loop, data, checkpoints, and a package for each paper."""

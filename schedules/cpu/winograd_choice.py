@@ -179,9 +179,10 @@ def _steps(total: int) -> list[int]:
 
 def _register_tile(conv: GatherConv, machine: Machine, plan: WinogradPlan) -> Tile:
     """The register tile with the fewest predicted cycles over the runs of a full chunk, its sums blocked for L1."""
+    runs = _runs(plan)
 
     def cycles(tile: tuple[int, int, int]) -> float:
-        return sum(predicted_cycles(machine, rows, conv.channels_out, tile) * taps for rows, taps in _runs(plan))
+        return sum(predicted_cycles(machine, rows, conv.channels_out, tile) * taps for rows, taps in runs)
 
     mr, vectors, step = min(candidates(machine), key=cycles)
     nr = vectors * machine.vector_floats

@@ -344,7 +344,7 @@ def controller_of(graph: nn.Module) -> Controller:
 
 
 def parse_amount(value: Any) -> Any:
-    """ "50%" is 0.5, "120M" is 120e6; other strings and numbers go through float."""
+    """As numbers: "50%" is 0.5, "120M" is 120e6; other strings and numbers go through float."""
     if not isinstance(value, str):
         return value
     units = {"%": 0.01, "k": 1e3, "M": 1e6, "G": 1e9}

@@ -1,0 +1,1 @@
+"""RT3D: pruning in kernel groups."""

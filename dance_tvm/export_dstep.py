@@ -1,0 +1,43 @@
+"""``dance-tvm export-dstep``: a trained D-STEP network as a .pt2 file, whole clips or one frame a call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dance_tvm.core.cli import application, examples, start
+from dance_tvm.core.files import require_suffix
+
+app = application()
+
+SHIPPED = Path(__file__).parent / "models" / "weights" / "resnet-mini-dstep.safetensors"
+
+
+@app.command(
+    epilog=examples(
+        "dance-tvm export-dstep runs/dstep/model.safetensors --stream --out stream.pt2",
+        "dance-tvm export-dstep --out clip.pt2 && dance-tvm build --model clip.pt2",
+    )
+)
+def export_dstep(
+    weights: Annotated[
+        Path, typer.Argument(help="model.safetensors of a run with --method dstep.", show_default="the one shipped")
+    ] = SHIPPED,
+    stream: Annotated[bool, typer.Option("--stream", help="One frame a call, state as inputs and outputs.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The .pt2 file.", show_default="beside the weights")] = None,
+) -> None:
+    """Export a trained D-STEP network for `dance-tvm build --model`."""
+    path = out or weights.with_name("stream.pt2" if stream else "clip.pt2")
+    require_suffix(path, "--out", (".pt2",))
+    from dance_tvm.sparsity.dstep.export import export_network
+    from dance_tvm.sparsity.dstep.method import load_trained
+
+    network, card = load_trained(weights)
+    export_network(network, tuple(card["clip_shape"]), path, stream=stream)
+    typer.echo(path)
+
+
+if __name__ == "__main__":
+    start(app, "python -m dance_tvm.export_dstep")
