@@ -18,6 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of our own."""
+    parser.addoption("--refresh-golden", action="store_true", help="write the files of tests/golden anew")
+
+
 @dataclass(frozen=True)
 class Server:
     """A device server with its tracker."""
