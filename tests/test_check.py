@@ -13,7 +13,7 @@ from torch import nn
 from dance_tvm import build
 from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.check import check_artifact
-from dance_tvm.compiler.check_inputs import check_inputs
+from dance_tvm.compiler.check_inputs import MIXED, STATES, USUAL, check_inputs
 from dance_tvm.core.agreement import LEAST_SCALE, TOLERANCE, difference
 from dance_tvm.core.cli import start
 from dance_tvm.core.errors import DanceError
@@ -319,3 +319,26 @@ def test_an_artifact_that_is_kept_is_checked_once(scaled, tmp_path):
         again = build_network(scaled, out, reuse=True, check_inputs=[tmp_path / "real.npz"])
         assert len(again.artifact.manifest.check.inputs) == 4
     assert "check" not in again.seconds
+
+
+class OneFrame(nn.Module):
+    """Keeps the frame with the largest mean of a clip alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.conv = nn.Conv3d(2, 4, 3, padding=1)
+
+    def forward(self, clip: torch.Tensor) -> torch.Tensor:
+        energy = clip.mean((1, 3, 4), keepdim=True)
+        kept = (energy >= energy.amax(2, keepdim=True)).float()
+        return self.conv(clip * kept)
+
+
+def test_entries_of_masks_are_on_and_off_in_turn():
+    """Each input keeps one of twelve frames: the usual inputs and a few mixed ones would leave most of them out."""
+    imported = import_model(OneFrame().eval(), example_inputs=(torch.randn(1, 2, 12, 6, 6),))
+    tried = check_inputs(imported)
+    kept = {int(arrays["clip"].mean((0, 1, 3, 4)).argmax()) for arrays in tried.arrays.values()}
+    assert len(kept) >= 10
+    assert len(tried.arrays) <= len(USUAL) + MIXED + STATES

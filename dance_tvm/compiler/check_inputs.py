@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -27,8 +27,13 @@ if TYPE_CHECKING:
 #: What every network is tried on.
 USUAL: tuple[Kind, ...] = ("normal", "offset", "varied")
 
-#: Inputs with mixed masks that are kept of a network that has masks, and of any network besides the usual ones.
+#: Inputs with mixed masks that are kept of a network that has masks.
 MIXED = 4
+
+#: More of them, each for states of masks that no input had before: entries that are on, or off, and how many are on.
+#: Kernels have other code for other numbers of rows, and for one frame's or position's state.
+STATES = 8
+_STATES_MACS = 4e9  # that they may cost together
 
 #: Multiply-accumulates that the search for mixed masks may spend, and how many inputs it may try.
 _SEARCH_MACS = 30e9
@@ -99,12 +104,13 @@ def _mix_masks(tried: CheckInputs) -> None:
     part = Part(tried.imported.mod, masks)
 
     def measured(arrays: Arrays) -> _Candidate:
-        return _Candidate(arrays, [float(value.double().mean()) for value in part.values(list(arrays.values()))])
+        return _Candidate(arrays, [value.bool().flatten().numpy() for value in part.values(list(arrays.values()))])
 
     pool = [measured(arrays) for arrays in tried.arrays.values()]
     uniform = set(range(len(masks))).difference(*(one.mixed for one in pool))
     _breed(pool, measured, tried.imported, _tries(graph, masks))
-    for number, found in enumerate(_chosen(pool), start=1):
+    states = int(min(STATES, _STATES_MACS / max(_macs(graph, graph.order), 1.0)))
+    for number, found in enumerate(_chosen(pool, len(tried.arrays), states), start=1):
         tried.add(f"mixed {number}", found.arrays)
         uniform -= found.mixed
     tried.masks = [var.name for var in masks]
@@ -113,10 +119,15 @@ def _mix_masks(tried: CheckInputs) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Candidate:
-    """An input, and the share of each mask that is on."""
+    """An input, and where each mask is on."""
 
     arrays: Arrays
-    shares: list[float]
+    on: list[np.ndarray]
+
+    @cached_property
+    def shares(self) -> list[float]:
+        """The share of each mask that is on."""
+        return [float(mask.mean()) for mask in self.on]
 
     @cached_property
     def mixed(self) -> set[int]:
@@ -146,8 +157,11 @@ def _breed(pool: list[_Candidate], measured: Measure, imported: Imported, size: 
         pool.append(measured(crossed_inputs(generator, one.arrays, other.arrays)))
 
 
-def _chosen(pool: list[_Candidate]) -> list[_Candidate]:
-    """At most ``MIXED`` of ``pool``: first the worthiest, then those that mix other masks."""
+def _chosen(pool: list[_Candidate], tried: int, states: int) -> list[_Candidate]:
+    """At most ``MIXED`` of ``pool``, first the worthiest, then those that mix other masks; and some for other states.
+
+    The first ``tried`` of the pool are inputs of the check already.
+    """
     chosen: list[_Candidate] = []
     rest, seen = list(pool), set[int]()
     while len(chosen) < MIXED and rest:
@@ -155,20 +169,58 @@ def _chosen(pool: list[_Candidate]) -> list[_Candidate]:
         rest.remove(found)
         chosen.append(found)
         seen |= found.mixed
-    return chosen
+    known = pool[:tried]
+    return [*chosen, *_with_new_states([*known, *chosen], [one for one in rest if one not in known], states)]
+
+
+def _with_new_states(known: list[_Candidate], rest: list[_Candidate], most: int) -> list[_Candidate]:
+    """At most ``most`` of ``rest``: those with most states of masks that are in none before.
+
+    Each mask weighs the same: how many of its entries are on counts as much as which.
+    """
+    entries = [np.zeros((2, len(mask)), bool) for mask in known[0].on]
+    counts: list[set[int]] = [set() for _ in entries]
+
+    def see(one: _Candidate) -> None:
+        for mask, seen, numbers in zip(one.on, entries, counts, strict=True):
+            seen |= np.array([mask, ~mask])
+            numbers.add(int(mask.sum()))
+
+    def gain(one: _Candidate) -> float:
+        new = [float((np.array([mask, ~mask]) & ~seen).mean()) for mask, seen in zip(one.on, entries, strict=True)]
+        return sum(new) + sum(int(mask.sum()) not in numbers for mask, numbers in zip(one.on, counts, strict=True))
+
+    for one in known:
+        see(one)
+    found: list[_Candidate] = []
+    while len(found) < most and rest:
+        best = max(rest, key=lambda one: gain(one) - _SHUT * one.shut)
+        if not gain(best):
+            break
+        found.append(best)
+        rest.remove(best)
+        see(best)
+    return found
 
 
 def _tries(graph: Graph, masks: list[relax.Var]) -> int:
     """How many inputs the search may try: what masks depend on may be nearly the whole network."""
-    needed, macs = set(masks), 0.0
+    needed = set(masks)
     for var in reversed(graph.order):
         if var in needed:
             needed.update(variables(graph.value[var]))
-            if graph.op(var) in ("nn.conv2d", "nn.conv3d", "matmul"):
-                weight = shape_of(graph.call(var).args[1])
-                per_value = math.prod(weight[1:]) if graph.op(var) != "matmul" else weight[-2]
-                macs += math.prod(shape_of(var)) * per_value
-    return int(min(_MOST_TRIES, max(_FEWEST_TRIES, _SEARCH_MACS / max(macs, 1.0))))
+    return int(min(_MOST_TRIES, max(_FEWEST_TRIES, _SEARCH_MACS / max(_macs(graph, needed), 1.0))))
+
+
+def _macs(graph: Graph, needed: Iterable[relax.Var]) -> float:
+    """Multiply-accumulates of those of the graph's variables."""
+    macs = 0.0
+    for var in set(graph.order).intersection(needed):
+        if graph.op(var) in ("nn.conv2d", "nn.conv3d", "matmul"):
+            weight = shape_of(graph.call(var).args[1])
+            per_value = math.prod(weight[1:]) if graph.op(var) != "matmul" else weight[-2]
+            macs += math.prod(shape_of(var)) * per_value
+    return macs
 
 
 def computed_masks(graph: Graph) -> list[relax.Var]:
