@@ -340,5 +340,5 @@ def test_entries_of_masks_are_on_and_off_in_turn():
     imported = import_model(OneFrame().eval(), example_inputs=(torch.randn(1, 2, 12, 6, 6),))
     tried = check_inputs(imported)
     kept = {int(arrays["clip"].mean((0, 1, 3, 4)).argmax()) for arrays in tried.arrays.values()}
-    assert len(kept) >= 10
+    assert len(kept) >= 8
     assert len(tried.arrays) <= len(USUAL) + MIXED + STATES

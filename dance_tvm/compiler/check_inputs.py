@@ -32,7 +32,7 @@ MIXED = 4
 
 #: More of them, each for states of masks that no input had before: entries that are on, or off, and how many are on.
 #: Kernels have other code for other numbers of rows, and for one frame's or position's state.
-STATES = 8
+STATES = 4
 _STATES_MACS = 4e9  # that they may cost together
 
 #: Multiply-accumulates that the search for mixed masks may spend, and how many inputs it may try.
@@ -163,14 +163,14 @@ def _chosen(pool: list[_Candidate], tried: int, states: int) -> list[_Candidate]
     The first ``tried`` of the pool are inputs of the check already.
     """
     chosen: list[_Candidate] = []
-    rest, seen = list(pool), set[int]()
+    known, rest = pool[:tried], pool[tried:]
+    seen = set[int]().union(*(one.mixed for one in known))
     while len(chosen) < MIXED and rest:
         found = max(rest, key=lambda one: _SEEN * len(one.mixed - seen) + one.worth)
         rest.remove(found)
         chosen.append(found)
         seen |= found.mixed
-    known = pool[:tried]
-    return [*chosen, *_with_new_states([*known, *chosen], [one for one in rest if one not in known], states)]
+    return [*chosen, *_with_new_states([*known, *chosen], rest, states)]
 
 
 def _with_new_states(known: list[_Candidate], rest: list[_Candidate], most: int) -> list[_Candidate]:

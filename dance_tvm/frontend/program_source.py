@@ -22,6 +22,7 @@ class ProgramSource:
 
     def __init__(self, program: torch.export.ExportedProgram, decomposed: Decomposed) -> None:
         self.program, self.decomposed = program, decomposed
+        self._kept: torch.nn.Module | None = None
 
     def inputs(self) -> list[TensorSpec]:
         """The tensors that the network takes; what else it takes was fixed when it was exported."""
@@ -102,6 +103,14 @@ class ProgramSource:
             taken.append((spec, value))
         return taken
 
+    def _module(self) -> torch.nn.Module:
+        """The program as a module; one with a state that its calls change begins anew each time."""
+        if self.program.graph_signature.buffers_to_mutate:
+            return self.program.module()
+        if self._kept is None:
+            self._kept = self.program.module()
+        return self._kept
+
     def _as_it_came(self, arrays: Arrays) -> list[Any]:
         leaves = [
             spec.arg.value if isinstance(spec.arg, ConstantArgument) else tensor_of(arrays[spec.arg.name]).clone()
@@ -110,7 +119,7 @@ class ProgramSource:
         ]
         args, kwargs = pytree.tree_unflatten(leaves, self.program.call_spec.in_spec)
         with torch.inference_mode():
-            results = self.program.module()(*args, **kwargs)
+            results = self._module()(*args, **kwargs)
         return [value for value in pytree.tree_leaves(results) if value is not None]
 
     def _in_float32(self, arrays: Arrays) -> list[Any]:
