@@ -454,7 +454,7 @@ def main(
     peers: Annotated[str, typer.Option(help="Comma-separated peers.")] = ",".join(PEERS),
     threads: Annotated[str, typer.Option(help="Comma-separated numbers of threads.")] = "1,2",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each peer.")] = 15,
-    out: Annotated[Path, typer.Option(help="Folder for peers.json and peers.html.")] = Path("benchmarks/results"),
+    out: Annotated[Path, typer.Option(help="Folder for peers.json.")] = Path("benchmarks/results"),
 ) -> None:
     """Measure, print a table, and write JSON (`benchmarks.plots` draws it)."""
     chosen = [peer for peer in peers.split(",") if peer]

@@ -50,7 +50,6 @@ def test_a_short_run_measures_and_compares(tmp_path):
     assert (run["case"], run["threads"], len(figures["rounds_ms"])) == ("c3d-mini", 1, 2)
     assert 0 < figures["error"] < 1e-5
     assert figures["ms"] > 0
-    assert (tmp_path / "peers-quick.html").read_text().count("pytorch")
 
 
 def test_an_unknown_peer_is_named():
