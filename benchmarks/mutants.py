@@ -29,14 +29,13 @@ import tvm_ffi
 import typer
 from torch import nn
 from tvm import relax, tirx
-from tvm.relax import vm_build
-from tvm.tirx.build import codegen_build
 
 from dance_tvm import DanceError, Options, import_model
-from dance_tvm.artifact.linker import join_objects, shared_library_linker, target_triple
+from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.compiler.build import new_manifest
-from dance_tvm.compiler.check import _compare
+from dance_tvm.compiler.check import compare
 from dance_tvm.compiler.check_inputs import CheckInputs, check_inputs
+from dance_tvm.compiler.code import assemble
 from dance_tvm.compiler.kernels import compile_kernels
 from dance_tvm.compiler.pipeline import lower
 from dance_tvm.core.agreement import TOLERANCE, allowed_of, difference
@@ -155,17 +154,13 @@ class Subject:
 
     def library(self, planned: tvm.IRModule, changed: dict[str, tirx.PrimFunc], folder: Path) -> Path:
         """The library of ``planned`` with ``changed`` kernels."""
-        builder = relax.ExecBuilder()
-        vm_build._vmcodegen(builder, planned)
         names, objects = dict(self.names), list(self.objects)
         if changed:
             more, others = compile_kernels(tvm.IRModule(changed), self.target, folder)
             names, objects = {**names, **others}, [*objects, *(each for each in more if each not in objects)]
-        join_objects(folder / "joined.o", objects, names, target_triple(self.machine))
-        library = codegen_build(tvm.IRModule({}), self.target)
-        executable = relax.VMExecutable(vm_build._ffi_api.VMLink(builder, self.target, library, [], {}))
-        linker = shared_library_linker(self.machine, [str(folder / "joined.o")])
-        executable.export_library(str(folder / "model.so"), fcompile=linker)
+        code = assemble(planned, objects, names, self.machine, self.target, folder)
+        linker = shared_library_linker(self.machine, code.kernels)
+        code.executable.export_library(str(folder / "model.so"), fcompile=linker)
         return folder / "model.so"
 
     def runner(self, library: Path) -> Callable[[Arrays], Arrays]:
@@ -370,7 +365,7 @@ def judged(subject: Subject, seed: int) -> Mutant:
             run = subject.runner(library)
             try:
                 found = {name: run(arrays) for name, arrays in subject.tried.arrays.items()}
-                _compare(subject.manifest, subject.tried, found, "local", TOLERANCE)
+                compare(subject.manifest, subject.tried, found, "local")
                 sender.send("passed")
             except Exception as error:
                 sender.send(f"caught: {str(error).splitlines()[0][:120]}")

@@ -22,10 +22,13 @@ from dance_tvm import build, models, run
 from dance_tvm.artifact import linker
 from dance_tvm.artifact.folder import load_artifact
 from dance_tvm.compiler import check
-from dance_tvm.compiler.build import build_network
+from dance_tvm.compiler.build import build_network, new_manifest
 from dance_tvm.compiler.pipeline import Options
+from dance_tvm.core.agreement import HALF_TOLERANCE
 from dance_tvm.core.cli import start
 from dance_tvm.core.errors import DanceError
+from dance_tvm.frontend import import_model
+from dance_tvm.machines.target import load_target
 
 
 class Tiny(nn.Module):
@@ -117,6 +120,27 @@ def test_a_build_is_kept_only_for_the_same_network_target_and_options(program, t
     (out / "model.so").write_bytes(raw[:-1])
     assert "compile" in build_network(program, out, check=False, reuse=True, options=options).seconds
     assert (out / "model.so").read_bytes() == raw
+
+
+def test_weights_in_half_precision_are_told_allowed_for_and_not_kept_for_a_build_in_whole(program, tmp_path):
+    halves = Options(interface="c", weights_dtype="float16")
+    built = build_network(program, tmp_path / "out", options=halves)
+    check = built.artifact.manifest.check
+    assert built.artifact.manifest.options["weights_dtype"] == "float16"
+    assert (check.status, check.allowed) == ("passed", HALF_TOLERANCE)
+    assert "compile" not in build_network(program, tmp_path / "out", options=halves, reuse=True).seconds
+    whole = build_network(program, tmp_path / "out", options=Options(interface="c"), reuse=True)
+    assert "compile" in whole.seconds
+    assert whole.artifact.manifest.check.allowed < HALF_TOLERANCE
+
+
+@pytest.mark.parametrize("changed", [{"memory": "small"}, {"prepared": True}, {"static": True}, {"interface": "c"}])
+def test_what_an_artifact_follows_from_is_told(changed, program):
+    imported, host = import_model(program, check=False), load_target("host")
+    usual = new_manifest(imported, host, Options()).options
+    (name, value), *_ = changed.items()
+    assert new_manifest(imported, host, Options(**changed)).options == usual | {name: str(value)}
+    assert new_manifest(imported, host, Options(cache=False)).options == usual
 
 
 class Gathering(nn.Module):

@@ -31,6 +31,7 @@ from safetensors.numpy import load_file, save_file
 from dance_tvm.artifact.layers import LayerInfo
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.artifact.weight_store import Store
+from dance_tvm.core.agreement import HALF_TOLERANCE, TOLERANCE
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.machines.host import cpu_flags
@@ -188,6 +189,12 @@ class Manifest(_Strict):
     def is_program(self) -> bool:
         """Whether the library is a program of its own with a C interface; else TVM's virtual machine runs it."""
         return self.options.get("interface") == "c"
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference allowed from the source, as a share of an output's largest value."""
+        halved = "float16" in (self.options.get("dtype"), self.options.get("weights_dtype"))
+        return HALF_TOLERANCE if halved else TOLERANCE
 
     @property
     def macs(self) -> int:

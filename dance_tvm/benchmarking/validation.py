@@ -6,7 +6,7 @@ import numpy as np
 
 from dance_tvm.artifact.folder import Artifact
 from dance_tvm.benchmarking.results import Validation
-from dance_tvm.core.agreement import HALF_TOLERANCE, TOLERANCE, allowed_of, difference
+from dance_tvm.core.agreement import allowed_of, difference
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.device import KernelTime, LoadedNetwork
@@ -39,9 +39,8 @@ def validate(artifact: Artifact, network: LoadedNetwork, device: str) -> Validat
 def _allowed(artifact: Artifact, expected: dict[str, np.ndarray]) -> dict[str, float]:
     """By output, what the check of the build allowed on the input that was stored, or what checks allow."""
     manifest = artifact.manifest
-    usual = HALF_TOLERANCE if manifest.options.get("dtype") == "float16" else TOLERANCE
     told = {output.output: output.allowed for output in manifest.check.outputs if output.input == "normal"}
-    return {name: max(told.get(name, 0.0), allowed_of(array, usual)) for name, array in expected.items()}
+    return {name: max(told.get(name, 0.0), allowed_of(array, manifest.tolerance)) for name, array in expected.items()}
 
 
 def _first_divergence(artifact: Artifact, network: LoadedNetwork, stored: np.ndarray | None) -> str:

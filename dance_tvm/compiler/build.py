@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,10 @@ if TYPE_CHECKING:
 
     from dance_tvm.frontend import Imported
     from dance_tvm.frontend.interface import Arrays
+
+#: Options that the manifest tells whatever they are, and those that it tells elsewhere or that change no byte.
+ALWAYS_TOLD = ("numerics", "conv", "sparsity")
+TOLD_ELSEWHERE = ("threads", "debug_dump", "tuning", "logs", "cache")
 
 
 @dataclass(frozen=True)
@@ -101,14 +105,13 @@ def build_network(
     """Compile ``model`` for ``target`` into the artifact folder ``out``.
 
     ``model`` is a name of the zoo, a ``.pt2`` or ``.onnx`` file, a network in memory (with ``example_inputs``), or one
-    that was imported before; ``shapes`` fix what its inputs leave open, ``batch`` how many
-    clips a call takes. ``check`` runs the built network against its
-    source, on this machine or on the emulated device; None does so unless that would take long. ``check_inputs`` are
-    ``.npz`` files of real inputs, which the check takes beside its own. Tile sizes come from the target's tuning logs,
-    or from those of the target ``logs_from``. With ``reuse`` an intact artifact at ``out`` that the same network,
-    target, options and versions made is kept as it is; it is checked if it was not, or on fewer inputs. ``preprocess``
-    tells how frames of videos become the input, for the manifest. Raises DanceError for bad input, with nothing left
-    behind.
+    that was imported before; ``shapes`` fix what its inputs leave open, ``batch`` how many clips a call takes.
+    ``check`` runs the built network against its source, on this machine or on the emulated device; None does so unless
+    that would take long. ``check_inputs`` are ``.npz`` files of real inputs, which the check takes beside its own. Tile
+    sizes come from the target's tuning logs, or from those of the target ``logs_from``. With ``reuse`` an intact
+    artifact at ``out`` that the same network, target, options and versions made is kept as it is; it is checked if it
+    was not, or on fewer inputs. ``preprocess`` tells how frames of videos become the input, for the manifest. Raises
+    DanceError for bad input, with nothing left behind.
     """
     machine = target if isinstance(target, Target) else load_target(target)
     chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
@@ -244,13 +247,7 @@ def _planned_storage(mod: tvm.IRModule) -> int:
 def new_manifest(imported: Imported, machine: Target, options: Options, logs_from: Target | None = None) -> Manifest:
     """All that is known before anything is compiled."""
     target = machine.tvm_target(options.threads)
-    chosen: dict[str, str] = {"numerics": options.numerics, "conv": options.conv, "sparsity": options.sparsity}
-    if options.interface != "tvm":
-        chosen["interface"] = options.interface
-    if options.dtype != "float32":
-        chosen["dtype"] = options.dtype
-    if options.device_code != "compiled":
-        chosen["device_code"] = options.device_code
+    chosen = _recorded(options)
     if digest := digest_of_logs(logs_from or machine, options.logs):
         chosen["tuning_logs"] = digest
     if logs_from is not None:
@@ -275,6 +272,17 @@ def new_manifest(imported: Imported, machine: Target, options: Options, logs_fro
         memory_peak_bytes=0,
         check=Check(status="not run", reason="not asked for"),
     )
+
+
+def _recorded(options: Options) -> dict[str, str]:
+    """The options that the artifact follows from: three always, others where they are not as usual."""
+    usual = Options()
+    values = {each.name: (getattr(options, each.name), getattr(usual, each.name)) for each in fields(Options)}
+    return {
+        name: str(value)
+        for name, (value, default) in values.items()
+        if name not in TOLD_ELSEWHERE and (name in ALWAYS_TOLD or value != default)
+    }
 
 
 def _tensor(spec: Any) -> Tensor:

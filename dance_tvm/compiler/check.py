@@ -10,7 +10,7 @@ import numpy as np
 
 from dance_tvm.artifact.folder import Artifact, Check, Manifest, OutputCheck
 from dance_tvm.compiler.check_inputs import USUAL, CheckInputs, check_inputs
-from dance_tvm.core.agreement import HALF_TOLERANCE, TOLERANCE, allowed_of, difference
+from dance_tvm.core.agreement import allowed_of, difference
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend.rounding import MULTIPLE, Rounding
@@ -71,8 +71,7 @@ def check_artifact(
         if insist or spec == "local":
             raise
         return Check(status="not run", device=spec, reason=str(error))
-    halved = artifact.manifest.options.get("weights_dtype") == "float16"
-    check = _compare(artifact.manifest, tried, found, spec, HALF_TOLERANCE if halved else TOLERANCE)
+    check = compare(artifact.manifest, tried, found, spec)
     if calls:
         stored["kernels"] = np.array([[call.mean or 0.0, call.mean_size or 0.0] for call in calls])
     return check
@@ -114,9 +113,7 @@ def check_kernels(
         if insist:
             raise
         return Check(status="not run", reason=str(error))
-    tolerance = HALF_TOLERANCE if manifest.options.get("dtype") == "float16" else TOLERANCE
-    where = f"{session.name} over OpenCL, the kernels alone"
-    return _compare(manifest, tried, found, where, tolerance)
+    return compare(manifest, tried, found, f"{session.name} over OpenCL, the kernels alone")
 
 
 def was_checked(check: Check, given: Mapping[str, Arrays]) -> bool:
@@ -143,15 +140,13 @@ def _device_for(manifest: Manifest, insist: bool) -> tuple[str, str]:
     return "emulator", ""
 
 
-def _compare(
-    manifest: Manifest,
-    tried: CheckInputs,
-    found: Mapping[str, Arrays],
-    device: str,
-    tolerance: float,
-) -> Check:
-    """Raises DanceError that names the first input and output that differ."""
-    judged = [output for name, answer in found.items() for output in _judge(tried, name, answer, tolerance)]
+def compare(manifest: Manifest, tried: CheckInputs, found: Mapping[str, Arrays], device: str) -> Check:
+    """What ``device`` ``found`` on the inputs that were ``tried``, by their names, beside the source's answers.
+
+    Raises DanceError that names the first input and output that differ.
+    """
+    allowed = manifest.tolerance
+    judged = [output for name, answer in found.items() for output in _judge(tried, name, answer, allowed)]
     outputs = [output for output in judged if output.allowed < UNCLEAR]
     for output in outputs:
         if output.difference > output.allowed:

@@ -37,14 +37,27 @@ def compile_lowered(lowered: Lowered, machine: Target, options: Options, folder:
             return _compile_for_gpu(lowered.mod, target)
         with target:
             planned = relax.get_pipeline("default_build")(lowered.mod)
-        builder = relax.ExecBuilder()
-        functions = vm_build._filter_tir(vm_build._vmcodegen(builder, planned)) or tvm.IRModule({})
+        functions = vm_build._filter_tir(planned) or tvm.IRModule({})
         objects, names = compile_kernels(functions, target, folder, KernelCache() if options.cache else None)
-        kernels = folder / "kernels.o"
-        join_objects(kernels, objects, names, target_triple(machine))
-        # A library without functions: the kernels join it when it is linked.
-        library = codegen_build(tvm.IRModule({}), target)
-        executable = relax.VMExecutable(vm_build._ffi_api.VMLink(builder, target, library, [], {}))
+        return assemble(planned, objects, names, machine, target, folder)
+
+
+def assemble(
+    planned: tvm.IRModule,
+    objects: list[str],
+    names: dict[str, str],
+    machine: Target,
+    target: tvm.target.Target,
+    folder: Path,
+) -> Code:
+    """What ``planned`` and its compiled kernels make, joined in ``folder``; ``names``: each kernel's symbol."""
+    builder = relax.ExecBuilder()
+    vm_build._vmcodegen(builder, planned)
+    kernels = folder / "kernels.o"
+    join_objects(kernels, objects, names, target_triple(machine))
+    # A library without functions: the kernels join it when it is linked.
+    library = codegen_build(tvm.IRModule({}), target)
+    executable = relax.VMExecutable(vm_build._ffi_api.VMLink(builder, target, library, [], {}))
     return Code(executable, planned, [str(kernels)])
 
 
