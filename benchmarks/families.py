@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from benchmarks.peers import _write, export_case, measure, table
+from benchmarks.peers import export_case, measure, table, write_runs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,7 +100,7 @@ def main(
             for count in (int(number) for number in threads.split(",")):
                 runs.append(measure(case, PEERS, count, rounds, lambda text: print(text, file=sys.stderr)))
                 print(table(runs[-1:]), flush=True)
-                _write(runs, out / "families.json")
+                write_runs(runs, out / "families.json")
     if not runs:
         print(f"error: no family's name has {only!r} in it", file=sys.stderr)
         raise typer.Exit(2)

@@ -120,31 +120,17 @@ def _inductor(case: Case, threads: int) -> Run:
 
 
 def _onnxruntime(case: Case, threads: int) -> Run:
-    import onnxruntime
+    from dance_tvm.benchmarking.engines import onnxruntime_session
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    # Threads that spin between runs would take the cores of the engine whose turn it is.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(str(case.folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime_session(case.folder / "model.onnx", threads)
     inputs = {session.get_inputs()[0].name: _input(case)}
     return lambda: session.run(None, inputs)
 
 
 def _openvino(case: Case, threads: int) -> Run:
-    import openvino
+    from dance_tvm.benchmarking.engines import openvino_request
 
-    core = openvino.Core()
-    # Without the hint it computes in bfloat16 where the processor can.
-    settings = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": 1,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    compiled = core.compile_model(core.read_model(str(case.folder / "model.onnx")), "CPU", settings)
-    request, x = compiled.create_infer_request(), _input(case)
+    request, x = openvino_request(case.folder / "model.onnx", threads), _input(case)
     return lambda: list(request.infer([x]).values())
 
 
@@ -469,14 +455,14 @@ def main(
             for count in (int(number) for number in threads.split(",")):
                 runs.append(measure(case, chosen, count, rounds, lambda text: print(text, file=sys.stderr)))
                 print(table(runs[-1:]), flush=True)
-                _write(runs, out / f"{name}.json")
+                write_runs(runs, out / f"{name}.json")
     if not runs:
         print(f"error: no case is called {only!r}", file=sys.stderr)
         raise typer.Exit(2)
     print(f"written: {out / name}.json")
 
 
-def _write(runs: list[dict[str, Any]], path: Path) -> None:
+def write_runs(runs: list[dict[str, Any]], path: Path) -> None:
     """Write what has been measured so far; figures of other cases that the file holds are kept."""
     done = {(run["case"], run["threads"]) for run in runs}
     before = json.loads(path.read_text())["runs"] if path.exists() else []

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dance_tvm.artifact.folder import Manifest
+from dance_tvm.benchmarking.engines import onnxruntime_session, openvino_request
 from dance_tvm.benchmarking.measure import Contender, Inputs
 from dance_tvm.benchmarking.results import Peer
 from dance_tvm.benchmarking.statistics import paired_ratio
@@ -74,14 +73,7 @@ class PeerNetwork(LoadedNetwork):
 class _OnnxRuntime(PeerNetwork):
     def __init__(self, manifest: Manifest, model: Path, threads: int) -> None:
         super().__init__(manifest)
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 3
-        # Threads that spin between runs would take the cores of the engine whose turn it is.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime_session(model, threads)
         self._names = [each.name for each in self._session.get_inputs()]
 
     def infer(self, arrays: list[np.ndarray]) -> Sequence[np.ndarray]:
@@ -91,12 +83,7 @@ class _OnnxRuntime(PeerNetwork):
 class _OpenVino(PeerNetwork):
     def __init__(self, manifest: Manifest, model: Path, threads: int) -> None:
         super().__init__(manifest)
-        openvino: Any = importlib.import_module("openvino")
-        core = openvino.Core()
-        # Without the hint of precision it computes in bfloat16 where the processor can.
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1,
-                    "PERFORMANCE_HINT": "LATENCY"}  # fmt: skip
-        self._request = core.compile_model(core.read_model(str(model)), "CPU", settings).create_infer_request()
+        self._request = openvino_request(model, threads)
 
     def infer(self, arrays: list[np.ndarray]) -> Sequence[np.ndarray]:
         return list(self._request.infer(arrays).values())

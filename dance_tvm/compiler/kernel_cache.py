@@ -99,6 +99,6 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _limit() -> int:
-    with suppress(ValueError):
-        return int(os.environ["DANCE_TVM_KERNELS_MIB"]) << 20 if "DANCE_TVM_KERNELS_MIB" in os.environ else LIMIT
+    with suppress(KeyError, ValueError):
+        return int(os.environ["DANCE_TVM_KERNELS_MIB"]) << 20
     return LIMIT

@@ -94,10 +94,8 @@ def _common_key(target: tvm.target.Target, config: dict[str, Any]) -> str:
         {
             "target": str(target),
             "config": {key: str(config[key]) for key in sorted(config)},
-            "here": [
-                codegen.llvm_get_system_triple(),
-                codegen.llvm_get_system_cpu(),
-            ],  # where a target leaves them open
+            # what a target leaves open
+            "here": [codegen.llvm_get_system_triple(), codegen.llvm_get_system_cpu()],
             "versions": [known[package] for package in _PACKAGES] + [codegen.llvm_version_major()],
             "rules": _rules_sha256(),
         },

@@ -5,7 +5,8 @@ TVM's own FoldConstant compiles a function for each operator; these are a handfu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tvm
@@ -106,8 +107,8 @@ def _number(value: relax.Expr) -> np.ndarray | list[int] | None:
     return None
 
 
-def _numbers(values: object) -> list[int] | None:
+def _numbers(values: Iterable[Any]) -> list[int] | None:
     try:
-        return [int(value) for value in values]  # type: ignore[attr-defined]
+        return [int(value) for value in values]
     except (TypeError, ValueError):
         return None  # known only in a call

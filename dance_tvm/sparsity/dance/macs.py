@@ -6,7 +6,6 @@ leaves (``liveness.macs``), so that training's budgets are those of the built ne
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from dance_tvm.liveness.analysis import Key, Liveness
 from dance_tvm.liveness.expressions import Expression, Factor
 from dance_tvm.liveness.macs import ConvolutionWork, MaskValue
 from dance_tvm.liveness.torch_graph import ModuleView, evaluate
+from dance_tvm.schedules.geometry import Window
 from dance_tvm.sparsity.dance.controller import AXES, Controller, Masks, Prune
 from dance_tvm.sparsity.dance.sites import module_of
 
@@ -167,8 +166,7 @@ def controller_macs(graph: fx.GraphModule) -> float:
         assert isinstance(module, nn.Conv2d | nn.Linear)
         pairs = output[0].numel() / module.weight.shape[0]
         if isinstance(module, nn.Conv2d):
-            sides = (torch.ones(1, side) for side in inputs[0].shape[2:])
-            pairs = math.prod(float(_taps_inside(module, axis, side).sum()) for axis, side in enumerate(sides))
+            pairs = _window(module, inputs[0].shape, output.shape).tap_positions
         total += pairs * module.weight.shape[0] * module.weight.shape[1]
 
     layers = [module for module in controller.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
@@ -185,12 +183,13 @@ def controller_macs(graph: fx.GraphModule) -> float:
     return total
 
 
-def _taps_inside(conv: nn.Conv2d, axis: int, side: Tensor) -> Tensor:
-    """How many taps along `axis` fall inside the picture, for each output coordinate: (1, outputs)."""
+def _window(conv: nn.Conv2d, taken: torch.Size, given: torch.Size) -> Window:
+    """The convolution's window over one clip, from inputs and outputs (N, C, H, W)."""
     assert isinstance(conv.padding, tuple)
-    kernel = torch.ones(1, 1, conv.kernel_size[axis])
-    padding, stride, dilation = (int(each[axis]) for each in (conv.padding, conv.stride, conv.dilation))
-    return functional.conv1d(side[:, None], kernel, None, stride, padding, dilation)[:, 0]
+    sizes = (taken[2:], given[2:], conv.kernel_size)
+    size, out, kernel = ((1, int(height), int(width)) for height, width in sizes)
+    strides, padding, dilation = ((int(a), int(b)) for a, b in (conv.stride, conv.padding, conv.dilation))
+    return Window(1, size, out, kernel, (1, *strides), (0, *padding), (1, *dilation))
 
 
 def _device(graph: fx.GraphModule) -> torch.device:
