@@ -38,6 +38,12 @@ class Counting(Net):
         Counting.seen += 1
         return self.conv(clip) * Counting.seen
 
+class Breaking(Net):
+    seen = 0
+    def forward(self, clip):
+        Breaking.seen += 1
+        return self.conv(clip) * (float("nan") if Breaking.seen > 1 else 1.0)
+
 class Fixed(Net):
     def forward(self, clip):
         return self.conv(clip).view(2, -1)
@@ -92,6 +98,7 @@ def test_own_weights_are_loaded_and_told_where_they_do_not_fit(here):
     [
         (["users_net:Deciding"], "multiply by a mask or take torch.where"),
         (["users_net:Counting"], "changes from call to call"),
+        (["users_net:Breaking"], "changes from call to call"),
         (["users_net:Fixed", "--open-batch"], "write -1 or x.shape"),
         (["users_net:Net", "--shape", "2x2"], "give one --shape for each"),
         (["users_net:no_net"], "gives a int: it must give a torch.nn.Module"),
