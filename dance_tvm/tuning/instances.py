@@ -233,9 +233,9 @@ def _arguments(library: Library, instance: Instance) -> list[Any]:
                 return _filled(library, "fill_y", operand.shape, operand.dtype)
             if operand.role == "constant" and operand.name not in constants:
                 return _filled(library, "fill_weights", operand.shape, operand.dtype)
-            return {"data": lambda: x, "mask": lambda: masks[operand.axis]}.get(
-                operand.role, lambda: {**constants, **lists}[operand.name]
-            )()
+            if operand.role == "data":
+                return x
+            return masks[operand.axis] if operand.role == "mask" else {**constants, **lists}[operand.name]
 
         return [tensor(operand) for operand in kernel.operands()]
 
