@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import platform
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -314,7 +315,13 @@ def _in_a_process(work: Callable[[Connection], None], timeout: float = TIMEOUT_S
     """What ``work`` sends in a process of its own, and how that ended where it did not end well."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(sender,))
+
+    def fragile(sender: Connection) -> None:
+        for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL):
+            signal.signal(number, signal.SIG_DFL)  # a library's handler may let the process go on
+        work(sender)
+
+    process = context.Process(target=fragile, args=(sender,))
     process.start()
     sender.close()
     told: list[Any] = []
