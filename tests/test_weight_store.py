@@ -54,7 +54,7 @@ def network() -> nn.Module:
 @pytest.mark.parametrize(("conv", "most_inline"), [("winograd", 1 << 20), ("direct", 0)])
 def test_what_kernels_read_is_what_was_packed(network, conv, most_inline, tmp_path):
     x = torch.randn(1, 3, 5, 11, 12)
-    target, options = load_target("host"), Options(threads=2, conv=conv, sparsity="off", interface="c")
+    target, options = load_target("host"), Options(threads=2, conv=conv, sparsity="off")
     imported = import_model(network, example_inputs=(x,))
     lowered = lower(imported.mod, target, options)
     code = compile_lowered(lowered, target, options, tmp_path)

@@ -36,7 +36,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.machines.host import cpu_flags
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _SHOWN_OUTPUTS = 8  # in words; the manifest lists all
 
 LIBRARY, WEIGHTS, MANIFEST = "model.so", "weights.safetensors", "manifest.json"
@@ -187,8 +187,8 @@ class Manifest(_Strict):
 
     @property
     def is_program(self) -> bool:
-        """Whether the library is a program of its own with a C interface; else TVM's virtual machine runs it."""
-        return self.options.get("interface") == "c"
+        """Whether the library is a program of its own with a C interface; a GPU's is run by TVM's virtual machine."""
+        return self.target.tvm.get("kind") == "llvm"
 
     @property
     def tolerance(self) -> float:
@@ -211,7 +211,7 @@ class Artifact:
 
     @property
     def library(self) -> Path:
-        """The compiled network: a shared library that TVM's runtime loads."""
+        """The compiled network: a shared library."""
         return self.path / LIBRARY
 
     def weights(self) -> list[np.ndarray]:

@@ -61,7 +61,6 @@ class Options:
     logs: Path | None = None
     device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16"] = "float32"
-    interface: Literal["tvm", "c"] = "tvm"
     memory: Memory = "fast"
     weights_dtype: Literal["float32", "float16"] = "float32"
     prepared: bool = False
@@ -74,7 +73,7 @@ def lower(
 ) -> Lowered:
     """Turn an imported Relax module into one whose every operator has a kernel for ``target``."""
     machine, gpu = machine_of(target), gpu_of(target)
-    require_buildable(target, options.dtype, options.interface)
+    require_buildable(target, options.dtype)
     lift_weights, narrow = LiftWeights(), NarrowChannels()
     phases = _Phases(on_phase, options.debug_dump)
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
