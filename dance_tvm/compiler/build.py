@@ -203,7 +203,7 @@ def _describe(manifest: Manifest, lowered: Lowered, planned: tvm.IRModule, optio
     """What is known once memory is planned."""
     _dump(options.debug_dump, "planned", planned)
     manifest.memory_peak_bytes = _memory(lowered, planned)
-    manifest.layers = lowered.layers
+    manifest.layers, manifest.kernels = lowered.layers, lowered.kernels
 
 
 def _memory(lowered: Lowered, planned: tvm.IRModule) -> int:

@@ -23,10 +23,10 @@ from typing import Any, TypeVar
 
 from tvm import rpc
 
-from dance_tvm.artifact.folder import Artifact
+from dance_tvm.artifact.folder import Artifact, Manifest
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.remote_program import RemoteProgram
-from dance_tvm.device.session import DeviceSession, LoadedNetwork
+from dance_tvm.device.session import DeviceSession, LoadedNetwork, kernel_table
 from dance_tvm.device.virtual_machine import RemoteGpuNetwork
 
 UPLOAD_CHUNK = 256 << 10
@@ -215,10 +215,25 @@ class RemoteSession(DeviceSession):
         find = self.connection.session.get_function("tvm.rpc.server.workpath")
         return str(self.connection.call("answering a question", lambda: find(uploaded), timeout=60))
 
+    def describe_kernels(self, manifest: Manifest) -> None:
+        """Give `serve.py` the manifest's table of kernels; raises DanceError where the device cannot take it."""
+        describe = self.function("kernels.describe")
+        if describe is None:
+            raise (
+                self._other_version()
+                if self._facts
+                else DanceError(f"{self.name} runs TVM's own server, which has no kernel clock: start serve.py")
+            )
+        table = json.dumps(kernel_table(manifest))
+        self.connection.call("taking the table of kernels", lambda: describe(table), timeout=60)
+
+    def _other_version(self) -> DanceError:
+        return DanceError(f"{self.name} has another version of serve.py: copy this one to it")
+
     def _store(self, what: str, path: Path, name: str, *arguments: Any) -> Any:
         function = self.function(f"store.{name}")
         if function is None:
-            raise DanceError(f"{self.name} has another version of serve.py: copy this one to it")
+            raise self._other_version()
         try:
             return self.connection.call(what, partial(function, *arguments))
         except DanceError as error:
