@@ -52,6 +52,7 @@ class Case:
     residual: bool = False
     zero_dead: str = "all"
     seed: int = 0
+    dtype: str = "float32"
 
     @property
     def window(self) -> Window:
@@ -91,7 +92,7 @@ def call(
             if operand.role == "mask":
                 found = np.asarray((masks or {})[operand.axis]).astype("float32")
             elif operand.role in ("data", "residual"):
-                found = data if operand.role == "data" else residual
+                found = np.asarray(data if operand.role == "data" else residual).astype(operand.dtype, copy=False)
             else:
                 found = {**values, **constants}[operand.name]
             assert found.shape == operand.shape

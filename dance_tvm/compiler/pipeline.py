@@ -88,7 +88,9 @@ def lower(
             threads=options.threads,
             tuning=options.tuning,
             convolution="direct" if options.numerics == "exact" else options.conv,
-            group_cost=group_cost(target, options.threads, partial(excess_cycles, machine), options.logs),
+            group_cost=group_cost(
+                target, options.threads, partial(excess_cycles, machine.storing(options.dtype)), options.logs
+            ),
             dtype=options.dtype,
             memory=options.memory,
         )

@@ -22,6 +22,7 @@ from tvm import tirx
 
 from ..convolution import Convolution
 from ..emit import (
+    FLOAT,
     INT,
     Expr,
     big,
@@ -34,11 +35,14 @@ from ..emit import (
     number,
     parallel,
     prefetch,
+    read,
     scratch,
     serial,
+    short,
     splat,
     store,
     when,
+    write,
 )
 from ..epilogue import activate
 from ..kernel import Count
@@ -73,7 +77,7 @@ class WinogradConv(Convolution):
         """The kernel's name, as docs/kernels.md decodes it."""
         size = "x".join(str(m) for m in self.plan.m)
         step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
-        return f"conv3d_winograd_{size}{self.marks}_f32_mr{self.tile.mr}_nr{self.tile.nr}{step}"
+        return f"conv3d_winograd_{size}{self.marks}_{short(self.dtype)}_mr{self.tile.mr}_nr{self.tile.nr}{step}"
 
     def describe(self) -> dict[str, Any]:
         """Also the tile of outputs: what skipping saves in one piece."""
@@ -86,7 +90,12 @@ class WinogradConv(Convolution):
         return (plan.xi, self.panels, plan.taps, self.channels_in, self.tile.nr)
 
     @property
-    def preparation(self) -> WinogradPanels:
+    def weight_dtype(self) -> str:
+        """Transformed values are float32, whatever the activations are: transforms magnify rounding."""
+        return FLOAT
+
+    @property
+    def panelled(self) -> WinogradPanels:
         """How weights become what the kernel reads."""
         plan = self.plan
         return WinogradPanels(
@@ -157,10 +166,10 @@ class ChannelVector:
 
     def read(self, buffer: tirx.Buffer, start: Expr) -> Expr:
         """The channels' values, the first of all channels lying at ``start``."""
-        together = buffer[lanes(start + self.first, self.count)]
+        together = read(buffer, start + self.first, self.count)
         if not self.apart:
             return together
-        values = [buffer[start + channel] for channel in self.apart]
+        values = [read(buffer, start + channel) for channel in self.apart]
         return tirx.if_then_else(self.side_by_side, together, tirx.Shuffle(values, list(range(self.count))))
 
     def write(self, put: Callable[[Expr, Expr, int], None], value: Expr) -> None:
@@ -241,7 +250,7 @@ class _Emitter:
         def channels(channel: Expr, count: int) -> None:
             together = ChannelVector.live(listed, sample, channel, count)
 
-            def read(place: list[Expr]) -> Expr:
+            def value_at(place: list[Expr]) -> Expr:
                 at = [start + offset for start, offset in zip(starts, place, strict=True)]
                 inside = [
                     tirx.all(at[axis] >= 0, at[axis] < window.size[axis])
@@ -254,10 +263,10 @@ class _Emitter:
                 value = together.read(self.x, big(position) * conv.channels_in)
                 return tirx.if_then_else(tirx.all(*inside), value, number(0.0, count)) if inside else value
 
-            def write(at: Expr, value: Expr) -> None:
+            def transformed(at: Expr, value: Expr) -> None:
                 store(self.sources, value, lanes(big(at) * conv.source_plane + target + channel, count))
 
-            self._along_axes(axes[::-1], 2, read, write, waiting, count)
+            self._along_axes(axes[::-1], 2, value_at, transformed, waiting, count)
 
         self._each_vector(self.panel_weights.live_in(sample), channels)
 
@@ -483,11 +492,11 @@ class _Emitter:
             together = ChannelVector.live(listed, sample, channel, count)
             bias = let(together.read(self.bias, 0))
 
-            def read(at: list[Expr]) -> Expr:
+            def product_at(at: list[Expr]) -> Expr:
                 xi = (at[0] * alpha[1] + at[1]) * alpha[2] + at[2]
                 return self.products[lanes(big(xi) * conv.product_plane + source + channel, count)]
 
-            def write(at: Expr, value: Expr) -> None:
+            def result(at: Expr, value: Expr) -> None:
                 offsets = (
                     tirx.floordiv(at, alpha[1] * alpha[2]),
                     tirx.floormod(tirx.floordiv(at, alpha[2]), alpha[1]),
@@ -501,7 +510,7 @@ class _Emitter:
                     target = let(big(position + coordinates[2]) * conv.channels_out)
                     together.write(partial(self._store_result, target), let(value + bias))
 
-            self._along_axes(axes, 0, read, write, waiting, count)
+            self._along_axes(axes, 0, product_at, result, waiting, count)
 
         live = let(self.out_channels[sample, 0]) if conv.live_out else conv.channels_out
         self._each_vector(live, channels)
@@ -521,10 +530,10 @@ class _Emitter:
 
     def _store_result(self, position: Expr, value: Expr, channel: Expr, count: int) -> None:
         """Residual, activation and the store of consecutive channels of the position that begins there."""
-        at = lanes(position + channel, count)
+        at = position + channel
         if self.residual is not None:
-            value = value + self.residual[at]
-        store(self.y, activate(self.conv.activation, value, count), at)
+            value = value + read(self.residual, at, count)
+        write(self.y, activate(self.conv.activation, value, count), at, count)
 
 
 def linear(matrix: np.ndarray, values: Sequence[Expr], count: int) -> list[Expr]:
