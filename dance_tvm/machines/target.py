@@ -48,8 +48,8 @@ class Caches(_Facts):
 
 
 class Vector(_Facts):
-    """fp32 lanes of one vector register (4 NEON, 8 AVX2, 16 AVX-512) and the number of such registers; ``fp16``: whether
-    it multiplies twice as many halves at once (Armv8.2's FP16)."""
+    """fp32 lanes of one vector register (4 NEON, 8 AVX2, 16 AVX-512) and the number of such registers; ``fp16``:
+    whether it multiplies twice as many halves at once (Armv8.2's FP16)."""
 
     floats: int = Field(ge=1)
     registers: int = Field(ge=1)

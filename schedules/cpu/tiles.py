@@ -47,8 +47,14 @@ class Machine:
         """The same machine as kernels see it that multiply what is stored as ``dtype``."""
         if dtype == FLOAT or self.element_bytes == 2:
             return self
-        facts = {"vector_floats": 2 * self.vector_floats, "gflops": 2 * self.gflops}
-        return replace(self, **facts, element_bytes=2, most_rows=HALF_ROWS, most_terms=HALF_TERMS)
+        return replace(
+            self,
+            vector_floats=2 * self.vector_floats,
+            gflops=2 * self.gflops,
+            element_bytes=2,
+            most_rows=HALF_ROWS,
+            most_terms=HALF_TERMS,
+        )
 
 
 @dataclass(frozen=True)

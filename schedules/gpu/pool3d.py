@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..emit import Expr, choose, flat, let, number, read, serial, short, store, when, write
+from ..emit import FLOAT, Expr, choose, flat, let, number, read, serial, short, store, when, write
 from ..pool import LOWEST, Pool
 from .emit import each_element, registers
 
