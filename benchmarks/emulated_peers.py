@@ -16,8 +16,8 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.core.places import cache_folder
 from dance_tvm.device.emulator import GLIBC_2_36, PYTHON, python_command
 
-from .instructions import count_calls
 from .engines import Case, mnn_model
+from .instructions import count_calls
 
 PEERS = ("onnxruntime", "mnn", "mnn-exact")
 WHEELS = ("onnxruntime", "MNN")

@@ -6,8 +6,8 @@
     python -m benchmarks.networks --profile X3D-XS           what ours spends a call on
 
 Networks are those of ``benchmarks.published`` (its requirements hold their wheels) and of the zoo, at their usual
-input sizes or at the smaller ones named here. Engines and turns are those of ``engines.py``. docs/networks.md is written
-from the results.
+input sizes or at the smaller ones named here. Engines and turns are those of ``engines.py``. docs/networks.md is
+written from the results.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import re
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from dance_tvm.artifact.folder import Artifact
+    from dance_tvm.artifact.layers import LayerInfo
     from dance_tvm.device import KernelTime
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -113,7 +113,8 @@ def main(
     names = [peer for peer in peers.split(",") if peer]
     if not chosen or set(names) - set(ENGINES):
         wrong = f"no network is called {pattern!r}" if not chosen else f"unknown peer in {peers}"
-        print(f"error: {wrong}: choose among {', '.join(e.name for e in MEASURED)}; {', '.join(ENGINES)}", file=sys.stderr)
+        known = ", ".join([*(entry.name for entry in MEASURED), *ENGINES])
+        print(f"error: {wrong}: choose among {known}", file=sys.stderr)
         raise typer.Exit(2)
     with tempfile.TemporaryDirectory(prefix="networks-") as scratch:
         for entry in chosen:
@@ -143,6 +144,7 @@ def _case(entry: Measured, folder: Path) -> Case:
 
 def _profile(case: Case, threads: int) -> Iterator[str]:
     """Kernels above TOLD_SHARE of a call, then the same time by kind of kernel."""
+    from dance_tvm.benchmarking.layers import layers_run
     from dance_tvm.device import open_device
 
     artifact = build_ours(case, threads)
@@ -152,32 +154,23 @@ def _profile(case: Case, threads: int) -> Iterator[str]:
         calls = network.kernels(inputs, repeats=11)
     whole = sum(call.seconds for call in calls)
     yield f"{case.name}, {threads} threads: {len(calls)} kernels, {1e3 * whole:.2f} ms in all (medians of 11 calls)"
-    told = _named(artifact, calls)
-    for (name, kernel), call in sorted(zip(told, calls, strict=True), key=lambda pair: -pair[1].seconds):
+    told = [(_work(layer, call), call) for call, layer in layers_run(artifact.manifest, calls)]
+    for work, call in sorted(told, key=lambda pair: -pair[1].seconds):
         if call.seconds >= TOLD_SHARE * whole:
-            yield f"  {call.seconds / whole:6.1%} {1e3 * call.seconds:8.3f} ms {call.bytes / 1e6:8.2f} MB  {kernel}  {name}"
+            figures = f"{call.seconds / whole:6.1%} {1e3 * call.seconds:8.3f} ms {call.bytes / 1e6:8.2f} MB"
+            yield f"  {figures}  {call.symbol}  {work}"
     yield "by kind:"
     kinds: dict[str, list[float]] = defaultdict(list)
-    for (name, kernel), call in zip(told, calls, strict=True):
-        kinds[("" if name else "between: ") + re.sub(r"\d+", "", kernel).rstrip("_")].append(call.seconds)
+    for work, call in told:
+        kinds[("" if work else "between: ") + re.sub(r"\d+", "", call.symbol).rstrip("_")].append(call.seconds)
     for kind, seconds in sorted(kinds.items(), key=lambda pair: -sum(pair[1])):
         if sum(seconds) >= 0.01 * whole:
             yield f"  {sum(seconds) / whole:6.1%} {1e3 * sum(seconds):8.3f} ms in {len(seconds):3} calls  {kind}"
 
 
-def _named(artifact: Artifact, calls: Sequence[KernelTime]) -> list[tuple[str, str]]:
-    """Of each call its layer's name with its work (empty where it is no layer's) and its kernel."""
-    from dance_tvm.benchmarking.layers import ran
-
-    waiting, found = list(artifact.manifest.layers), []
-    for call in calls:
-        layer = next((layer for layer in waiting if ran(layer.kernel, call.symbol)), None)
-        told: Any = ""
-        if layer is not None:
-            waiting.remove(layer)
-            told = f"{layer.name} ({layer.kind}, {layer.macs / 1e6 / max(call.seconds, 1e-9) / 1e3:.1f} GMAC/s)"
-        found.append((told, call.symbol))
-    return found
+def _work(layer: LayerInfo | None, call: KernelTime) -> str:
+    """The layer that a call runs and how fast; empty where it runs none."""
+    return f"{layer.name} ({layer.kind}, {layer.macs / 1e9 / max(call.seconds, 1e-9):.1f} GMAC/s)" if layer else ""
 
 
 if __name__ == "__main__":

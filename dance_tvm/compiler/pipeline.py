@@ -30,6 +30,7 @@ from dance_tvm.transform.channels_last import ChannelsLast
 from dance_tvm.transform.compute_empty import ComputeEmpty
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.fold_lists import FoldLists
+from dance_tvm.transform.fold_pads import FoldPads
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
 from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.keep_nan import KEEP_NAN
@@ -115,7 +116,7 @@ def _before_kernels(narrow: Passes) -> list[tuple[str, Passes]]:
                 relax.transform.DeadCodeElimination(),
             ],
         ),
-        ("fold batch norm", [WholePools(), NormsByClip(), FoldBatchNorm(), *narrow]),
+        ("fold batch norm", [WholePools(), FoldPads(), NormsByClip(), FoldBatchNorm(), *narrow]),
         (
             "channels last",
             [ChannelsLast(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
