@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, rewrite, shape_of, substitute
+from dance_tvm.ir.graph import Graph, emit, rewrite, shape_of, substitute
 
 CONVOLUTIONS = {f"nn.conv{rank}d" for rank in (1, 2, 3)}
 
@@ -23,7 +23,7 @@ class FoldPads:
         folded = {var: pads for var in graph.order if (pads := _zeros_before(graph, var)) is not None}
 
         def visit(
-            _builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr, new: dict[relax.Var, relax.Expr]
+            builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr, new: dict[relax.Var, relax.Expr]
         ) -> relax.Expr | None:
             if var not in folded:
                 return None
@@ -31,7 +31,7 @@ class FoldPads:
             given = [int(width) for width in attrs.padding]
             geometry = {key: [int(extent) for extent in getattr(attrs, key)] for key in ("strides", "dilation")}
             layouts = {key: str(getattr(attrs, key)) for key in ("data_layout", "kernel_layout", "out_layout")}
-            return getattr(relax.op.nn, graph.op(var).removeprefix("nn."))(
+            convolution = getattr(relax.op.nn, graph.op(var).removeprefix("nn."))(
                 substitute(pads.source, new),
                 value.args[1],
                 padding=[more + own for more, own in zip(pads.widths, given, strict=True)],
@@ -39,6 +39,7 @@ class FoldPads:
                 **geometry,
                 **layouts,
             )
+            return emit(builder, convolution, var.name)
 
         return relax.transform.DeadCodeElimination()(rewrite(mod, visit)) if folded else mod
 
