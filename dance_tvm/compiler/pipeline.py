@@ -39,6 +39,7 @@ from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
+from dance_tvm.transform.store_halves import StoreHalves
 from dance_tvm.transform.vector_math import VectorMath
 from dance_tvm.transform.whole_pools import WholePools
 
@@ -128,8 +129,18 @@ def _before_kernels(narrow: Passes) -> list[tuple[str, Passes]]:
 
 def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int) -> list[tuple[str, Passes]]:
     """What is done to the operators that no sparse kernel took."""
+    halves = [] if gpu else [StoreHalves()]
     return [
-        ("norms and sorts", [FoldLists(), LowerNorms(gpu or machine, threads), LowerSorts(gpu or machine, threads)]),
+        (
+            "norms and sorts",
+            [
+                FoldLists(),
+                *halves,
+                LowerNorms(gpu or machine, threads),
+                *halves,
+                LowerSorts(gpu or machine, threads),
+            ],
+        ),
         (
             "other operators",
             [
