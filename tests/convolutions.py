@@ -76,6 +76,7 @@ def call(
     masks: Mapping[str, np.ndarray | None] | None = None,
     weights: Weights | None = None,
     residual: np.ndarray | None = None,
+    gate: np.ndarray | None = None,
     run: Callable[[tvm.tirx.PrimFunc, Arrays, Arrays], Arrays] = on_processor,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """What a kernel writes, after its planners, and all lists and constants by name.
@@ -90,8 +91,8 @@ def call(
         for operand in each.inputs():
             if operand.role == "mask":
                 found = np.asarray((masks or {})[operand.axis]).astype("float32")
-            elif operand.role in ("data", "residual"):
-                found = data if operand.role == "data" else residual
+            elif operand.role in ("data", "residual", "gate"):
+                found = {"data": data, "residual": residual, "gate": gate}[operand.role]
             else:
                 found = {**values, **constants}[operand.name]
             assert found.shape == operand.shape
