@@ -25,6 +25,8 @@ from .preparation import Preparation
 Role = Literal["data", "residual", "gate", "constant", "mask", "list", "output"]
 #: The kind of kernels by whose calls a run is told: convolutions and linear layers.
 LAYER = "convolution"
+#: The kind of kernels that make lists.
+PLANNER = "planner"
 #: The attribute of a function that holds what ``Kernel.describe`` tells, as JSON.
 DESCRIPTION = "dance.kernel"
 
@@ -157,8 +159,8 @@ class Kernel(ABC):
         """Emit the body of the function, its parameters given by the names of their operands."""
 
     def describe(self) -> dict[str, Any]:
-        """What a device needs to know of its calls, ready for JSON."""
-        return {"kind": self.kind, "operands": [operand.name for operand in self.operands()]}
+        """What reading its calls takes, ready for JSON: the manifest keeps it for devices."""
+        return {"name": self.name, "kind": self.kind, "operands": [operand.name for operand in self.operands()]}
 
     def inputs(self) -> list[Operand]:
         """The operands that it reads."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from .convolution import Convolution
 from .emit import INT, Expr
-from .kernel import Count, Kernel, Operand, Planned, Weights, channels_mask, constant, listed, output
+from .kernel import PLANNER, Count, Kernel, Operand, Planned, Weights, channels_mask, constant, listed, output
 
 
 class KernelGroupLists(Convolution):
@@ -120,7 +120,7 @@ def _constant_list(name: str, shape: tuple[int, ...]) -> Operand:
 class ColumnPlan(Kernel):
     """Thin the column lists by a mask of live input channels."""
 
-    kind = "planner"
+    kind = PLANNER
     conv: KernelGroupLists
 
     def operands(self) -> list[Operand]:

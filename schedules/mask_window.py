@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .geometry import Window, triple
-from .kernel import Kernel, Operand, output
+from .kernel import PLANNER, Kernel, Operand, output
 
 Field = tuple[int, int, int, int]
 
@@ -25,7 +25,7 @@ class GrownMask(Kernel):
     ``field`` that are longer in the window are broadcast axes and stay of extent 1.
     """
 
-    kind = "planner"
+    kind = PLANNER
     window: Window
     field: Field
     forward: bool

@@ -11,7 +11,7 @@ import numpy as np
 
 from .emit import INT
 from .geometry import Window
-from .kernel import Kernel, Operand, Weights, channels_mask, constant, frames_mask, output, positions_mask
+from .kernel import PLANNER, Kernel, Operand, Weights, channels_mask, constant, frames_mask, output, positions_mask
 
 #: Frames with more taps than this keep their static tap sets: 2**taps classes would cost more than they save.
 MOST_DYNAMIC_FRAME_TAPS = 5
@@ -46,7 +46,7 @@ def masks_of(
 class Plan(Kernel):
     """A planner: masks and constant tables in, lists out. The fields are those of whoever inherits it."""
 
-    kind = "planner"
+    kind = PLANNER
     window: Window
     samples: int
     in_frames: bool
@@ -209,7 +209,7 @@ class ChannelPlan(Kernel):
     ``axis`` tells whose mask it is; the same list serves the layer that writes channels and the one that reads them.
     """
 
-    kind = "planner"
+    kind = PLANNER
     samples: int
     channels: int
     axis: str = field(default="", compare=False)

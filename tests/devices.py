@@ -96,6 +96,7 @@ def write(
             threads=1,
         ),
         layers=lowered.layers,
+        kernels=lowered.kernels,
         versions={package: version(package) for package in RUNTIME_VERSIONS},
         memory_peak_bytes=0,
         check=Check(status="not run"),

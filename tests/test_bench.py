@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 from dance_tvm import bench, models
 from dance_tvm.artifact.folder import REFERENCE, _describe, _write_manifest, load_artifact
+from dance_tvm.artifact.layers import KernelInfo, LayerInfo
 from dance_tvm.benchmarking import peers, sensing, statistics
 from dance_tvm.benchmarking.accuracy import accuracy, read_classes
 from dance_tvm.benchmarking.campaign import Plan, run
 from dance_tvm.benchmarking.clips import AS_TRAINED, UP_TO_ONE, doubt_of_scale, frames_of, load_clips
-from dance_tvm.benchmarking.layers import ran
+from dance_tvm.benchmarking.layers import MACHINE, OTHER, PLANNING, profile
 from dance_tvm.benchmarking.loading import measure_loading
 from dance_tvm.benchmarking.measure import Contender, in_turns, single_stream
 from dance_tvm.benchmarking.peers import require_peers
@@ -28,7 +29,7 @@ from dance_tvm.benchmarking.results import read_results, write_results
 from dance_tvm.benchmarking.validation import validate
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.random_inputs import random_inputs
-from dance_tvm.device import open_device, serve
+from dance_tvm.device import KernelTime, open_device, serve
 from dance_tvm.machines.target import Energy, load_target
 
 
@@ -102,12 +103,15 @@ def test_everything_of_a_dynamic_network(sparse, dense, clips, tmp_path):
 def test_every_frame_of_a_winograd_tile_counts_as_computed():
     """Two tiles of four frames at 16 places, the second one's at the first place left out: frames 4 to 7 lack it."""
     rows = np.array([row for row in range(32) if row != 16] + [-1], "int32")
-    lists = [np.zeros(1, "int32")] * 12
-    lists[3], lists[4] = np.zeros((1, 2), "int32"), np.arange(16, dtype="int32")[None]
-    lists[7], lists[8] = rows.reshape(1, 4, 8), np.array([[[0, 1, 0, 4]]], "int32")
-    lists[9] = np.array([[32, 4, 1, 0], [1, 0, 0, 0]], "int32")
-    tensors = [tvm.runtime.tensor(array) for array in lists]
-    by_tap, alive, _ = serve._winograd_rows("conv3d_winograd_4x4x4_f32_mr8_nr8", tensors, [1, 8, 16, 16, 8])
+    lists = {
+        "tap_entries": np.zeros((1, 2), "int32"),
+        "columns": np.arange(16, dtype="int32")[None],
+        "rows_out": rows.reshape(1, 4, 8),
+        "runs": np.array([[[0, 1, 0, 4]]], "int32"),
+        "counts": np.array([[32, 4, 1, 0], [1, 0, 0, 0]], "int32"),
+    }
+    tensors = {name: tvm.runtime.tensor(array) for name, array in lists.items()}
+    by_tap, alive = serve._winograd_rows(tensors, [4, 4, 4], [1, 8, 16, 16, 8])
     assert by_tap.tolist() == [[31]]
     assert alive[0, :4].all()
     assert alive[0, 4:].sum() == 4 * (16 * 16 - 4 * 4)
@@ -456,10 +460,27 @@ def test_clusters_become_cpus():
         bench.parse_cpus("big")
 
 
-def test_kernels_are_told_from_their_neighbours():
-    assert ran("conv3d_gather_f32_mr4_nr16", "conv3d_gather_f32_mr4_nr16")
-    assert ran("conv3d_gather_f32_mr4_nr16", "conv3d_gather_f32_mr4_nr163")
-    assert not ran("conv3d_gather_f32_mr4_nr16", "conv3d_gather_f32_mr4_nr16_k4")
+def test_calls_find_their_layers_by_the_table_of_kernels(dense):
+    """Two kernels of one name, one of which runs among joined ones, and a layer whose name begins another's."""
+    layers = [("a", "conv"), ("b", "pool"), ("c", "conv_k4"), ("d", "pool")]
+    kernels = {
+        "conv": {"name": "conv", "kind": "convolution"},
+        "joined": {"kind": "planner", "parts": ["plan_rows", "pool"]},
+        "conv_k4": {"name": "conv_k4", "kind": "convolution"},
+        "pool7": {"name": "pool", "kind": "pool"},
+        "add": {},
+    }
+    manifest = dense.manifest.model_copy(
+        update={
+            "layers": [LayerInfo(name=name, kind="", kernel=kernel, macs=1) for name, kernel in layers],
+            "kernels": {symbol: KernelInfo(**kernel) for symbol, kernel in kernels.items()},
+        }
+    )
+    calls = [KernelTime(symbol, 1.0, 8) for symbol in ["conv", "joined", "add", "conv_k4", "vm.alloc", "pool7"]]
+    found = profile(manifest, calls, 6.0)
+    assert [layer.name for layer in found.layers] == ["a", "c", "d", PLANNING, OTHER, MACHINE]
+    assert [layer.bytes for layer in found.layers[3:]] == [8, 8, 0]
+    assert found.explained == 1.0
 
 
 def test_bad_results_files(tmp_path):

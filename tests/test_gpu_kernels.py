@@ -18,6 +18,7 @@ from convolutions import NEVER, call, on_processor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dance_tvm.artifact.layers import KernelInfo
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device import serve
 from dance_tvm.device.opencl import OpenCLSession
@@ -303,7 +304,10 @@ def looked_at(conv: BlockConv, masks: dict[str, np.ndarray | None], weights: Wei
     lists |= conv.prepare(weights)
     shapes = {each.name: each for each in conv.operands()}
     arrays = [lists.get(name, np.ones(each.shape, each.dtype)) for name, each in shapes.items()]
-    return serve.looked_at(conv.name, [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays])
+    return serve.looked_at(
+        KernelInfo(**conv.describe()).model_dump(),
+        [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays],
+    )
 
 
 def planned(plan: BlockPlan, masks: dict[str, np.ndarray | None]) -> list[np.ndarray]:

@@ -76,6 +76,10 @@ def test_small_operators_become_few_calls_and_change_nothing(monkeypatch: pytest
     small = [name for name in calls(joined) if name.startswith("small")]
     assert small
     assert len(calls(joined)) <= len(calls(apart)) / 2
+    known = joined.kernels
+    assert all(known[name].parts for name in small)
+    assert {part for name in small for part in known[name].parts} >= {"plan_channels", "compact_channels"}
+    assert all(known[name].is_planner == ("plan_channels" in known[name].parts) for name in small)
     layers = [name for name in calls(apart) if name.startswith("conv3d_")]
     assert [name for name in calls(joined) if name.startswith("conv3d_")] == layers, "layers are calls of their own"
     compiled, before = machine_of(joined), machine_of(apart)

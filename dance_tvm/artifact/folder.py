@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from dance_tvm.artifact.layers import LayerInfo
+from dance_tvm.artifact.layers import KernelInfo, LayerInfo
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.artifact.weight_store import Store
 from dance_tvm.core.agreement import HALF_TOLERANCE, TOLERANCE
@@ -36,7 +36,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.machines.host import cpu_flags
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _SHOWN_OUTPUTS = 8  # in words; the manifest lists all
 
 LIBRARY, WEIGHTS, MANIFEST = "model.so", "weights.safetensors", "manifest.json"
@@ -163,7 +163,8 @@ class File(_Strict):
 
 class Manifest(_Strict):
     """All that is known of an artifact; ``parameters`` are the weights that the network takes after its inputs, and
-    ``preprocess`` tells how frames of a video become its input, where that is known.
+    ``preprocess`` tells how frames of a video become its input, where that is known. ``kernels`` has every compiled
+    function by its symbol.
 
     ``memory_peak_bytes`` are the weights and the planned storage of activations during one call.
     """
@@ -179,6 +180,7 @@ class Manifest(_Strict):
     options: dict[str, Any] = {}
     versions: dict[str, str]
     layers: list[LayerInfo] = []
+    kernels: dict[str, KernelInfo] = {}
     device_code: DeviceCode | None = None
     memory_peak_bytes: int
     check: Check

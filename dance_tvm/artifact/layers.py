@@ -1,8 +1,8 @@
-"""What a build decided, layer by layer."""
+"""What a build decided, layer by layer, and what is known of the functions it compiled."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class LayerInfo(BaseModel):
@@ -20,3 +20,25 @@ class LayerInfo(BaseModel):
     reason: str = ""
     tuned: str = ""
     scratch_bytes: int = 0
+
+
+class KernelInfo(BaseModel):
+    """One compiled function, as its calls are read.
+
+    ``name`` is the kernel's own, which layers are told by; several functions may have it. ``operands`` are its tensors
+    in order. ``tile`` are the frames, rows and columns of a tile of Winograd's, else nothing. ``parts``: the kernels
+    that a function of joined small ones runs, in order.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = ""
+    kind: str = "other"
+    operands: list[str] = []
+    tile: list[int] = []
+    parts: list[str] = []
+
+    @property
+    def is_planner(self) -> bool:
+        """Whether it makes index lists."""
+        return self.kind == "planner"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dance_tvm.artifact.folder import Manifest
-from dance_tvm.artifact.layers import LayerInfo
+from dance_tvm.artifact.layers import KernelInfo, LayerInfo
 from dance_tvm.benchmarking.results import Layer, Profile
 from dance_tvm.device import KernelTime
 
@@ -18,32 +18,45 @@ def profile(manifest: Manifest, calls: Sequence[KernelTime], whole_seconds: floa
     """The layers of a run in order, then index lists, other operators and the virtual machine itself."""
     layers: list[Layer] = []
     rest = {PLANNING: _nothing(PLANNING), OTHER: _nothing(OTHER), MACHINE: _nothing(MACHINE)}
-    waiting = list(manifest.layers)
-    for call in calls:
-        match = next((layer for layer in waiting if ran(layer.kernel, call.symbol)), None)
+    for call, match in layers_run(manifest, calls):
         if match is None:
-            kind = _kind(call.symbol)
+            kind = _kind(manifest.kernels.get(call.symbol))
             moved = 0 if kind == MACHINE else call.bytes  # it hands tensors on and reads none
             rest[kind] = rest[kind].model_copy(
                 update={"seconds": rest[kind].seconds + call.seconds, "bytes": rest[kind].bytes + moved}
             )
         else:
-            waiting.remove(match)
             layers.append(_layer(match, call))
     everything = [*layers, *rest.values()]
     explained = sum(layer.seconds for layer in everything) / whole_seconds if whole_seconds else 0.0
     return Profile(clip=clip, layers=everything, whole_seconds=whole_seconds, explained=explained)
 
 
-def ran(kernel: str, symbol: str) -> bool:
-    """Whether `symbol` is the kernel's function: its name, with a number behind it where several have the name."""
-    return symbol == kernel or (symbol.startswith(kernel) and symbol[len(kernel) :].lstrip("_").isdigit())
+def layers_run(manifest: Manifest, calls: Sequence[KernelTime]) -> Iterator[tuple[KernelTime, LayerInfo | None]]:
+    """Each call, with the layer that it runs alone.
+
+    Layers come in the order of their calls. One that runs within a function of joined small kernels has no call.
+    """
+    waiting = list(manifest.layers)
+    for call in calls:
+        kernel = manifest.kernels.get(call.symbol, KernelInfo())
+        for part in kernel.parts:
+            _take(waiting, part)
+        yield call, _take(waiting, kernel.name)
 
 
-def _kind(symbol: str) -> str:
-    if symbol.startswith("vm."):
+def _take(waiting: list[LayerInfo], kernel: str) -> LayerInfo | None:
+    """The next layer with the kernel, which waits no longer."""
+    found = next((layer for layer in waiting if layer.kernel == kernel), None)
+    if found is not None:
+        waiting.remove(found)
+    return found
+
+
+def _kind(kernel: KernelInfo | None) -> str:
+    if kernel is None:
         return MACHINE
-    return PLANNING if symbol.startswith(("plan_", "grow_", "compact_")) else OTHER
+    return PLANNING if kernel.is_planner else OTHER
 
 
 def _nothing(name: str) -> Layer:

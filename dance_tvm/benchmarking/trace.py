@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dance_tvm.artifact.folder import Manifest
-from dance_tvm.benchmarking.layers import ran
+from dance_tvm.benchmarking.layers import layers_run
 from dance_tvm.core.files import written_whole
 from dance_tvm.device import KernelTime
 
@@ -19,12 +19,10 @@ def events(process: int, title: str, manifest: Manifest, calls: Sequence[KernelT
     Times are the medians of several runs, so the line is that of a typical run without what lies between the kernels.
     """
     found: list[dict[str, Any]] = [{"ph": "M", "pid": process, "name": "process_name", "args": {"name": title}}]
-    waiting, since = list(manifest.layers), 0.0
-    for call in calls:
-        layer = next((each for each in waiting if ran(each.kernel, call.symbol)), None)
+    since = 0.0
+    for call, layer in layers_run(manifest, calls):
         told: dict[str, Any] = {"kernel": call.symbol, "bytes": call.bytes}
         if layer is not None:
-            waiting.remove(layer)
             told |= {"macs": layer.macs, "why": layer.reason}
         if call.work is not None:
             told |= {key: value for key, value in call.work.items() if key not in ("alive", "shape")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dance_tvm.artifact.folder import Artifact
+from dance_tvm.benchmarking.layers import layers_run
 from dance_tvm.benchmarking.results import Validation
 from dance_tvm.core.agreement import allowed_of, difference
 from dance_tvm.core.errors import DanceError
@@ -51,13 +52,9 @@ def _first_divergence(artifact: Artifact, network: LoadedNetwork, stored: np.nda
         calls = network.kernels(random_inputs(artifact.manifest.inputs), repeats=0)
     except DanceError:
         return ", and this device cannot show its layers"
-    waiting = list(artifact.manifest.layers)
     if len(calls) != len(stored):
         return f", and it calls {len(calls)} kernels instead of {len(stored)}"
-    for call, (mean, size) in zip(calls, stored, strict=True):
-        layer = next((layer for layer in waiting if call.symbol.startswith(layer.kernel)), None)
-        if layer is not None:
-            waiting.remove(layer)
+    for (call, layer), (mean, size) in zip(layers_run(artifact.manifest, calls), stored, strict=True):
         if call.mean is not None and not _alike(call, mean, size):
             name = f"layer {layer.name} ({call.symbol})" if layer else f"operator {call.symbol}"
             return f", first in {name}"

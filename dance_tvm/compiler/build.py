@@ -155,7 +155,7 @@ def build_network(
             code = compile_lowered(lowered, machine, chosen, Path(folder))
             _dump(chosen.debug_dump, "planned", code.planned)
             manifest.memory_peak_bytes = _memory(lowered, code.planned)
-            manifest.layers = lowered.layers
+            manifest.layers, manifest.kernels = lowered.layers, lowered.kernels
             clock.start("link")
             if chosen.interface == "c":
                 artifact = write_program(out, lowered, code, manifest, machine, chosen, checked, reference)

@@ -16,6 +16,7 @@ from dance_tvm.artifact.layers import LayerInfo
 from dance_tvm.compiler.requests import require_buildable
 from dance_tvm.core.errors import DanceError
 from dance_tvm.lowering.choose_kernel import Memory
+from dance_tvm.lowering.describe_layers import kernels_of
 from dance_tvm.lowering.lower_norms import LowerNorms
 from dance_tvm.lowering.lower_windows import lower_windows
 from dance_tvm.lowering.lowered import Lowered
@@ -96,7 +97,7 @@ def lower(
         for name, passes in [*_behind_kernels(machine, gpu, options.threads), ("lift weights", [lift_weights])]:
             mod = phases.run(name, mod, passes)
     layers = [_with_reason(layer, narrow.told.get(layer.name, "")) for layer in windows.layers]
-    return Lowered(mod, layers, lift_weights.weights, windows.workloads, windows.sources)
+    return Lowered(mod, layers, lift_weights.weights, windows.workloads, windows.sources, kernels_of(mod))
 
 
 Passes = list[tvm.transform.Pass]

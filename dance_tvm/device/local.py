@@ -21,7 +21,7 @@ from dance_tvm.device import serve
 from dance_tvm.device.placement import compute_device, gpu_failures_explained
 from dance_tvm.device.processes import THREADS_BY_ENVIRONMENT
 from dance_tvm.device.program import ProgramNetwork
-from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange, merge_kernels
+from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange, kernel_table, merge_kernels
 
 
 class LocalNetwork(LoadedNetwork):
@@ -54,7 +54,7 @@ class LocalNetwork(LoadedNetwork):
 
     def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
         # A virtual machine keeps its instrument for good, so it gets one of its own.
-        clock = serve.KernelClock()
+        clock = serve.KernelClock(kernel_table(self.manifest))
         machine = relax.VirtualMachine(self._module, self._device)
         arguments = self._arguments(inputs)
 

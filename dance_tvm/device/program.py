@@ -11,7 +11,7 @@ import numpy as np
 from dance_tvm.artifact.folder import Artifact
 from dance_tvm.artifact.interface.dance_model import Model, ModelError
 from dance_tvm.core.errors import DanceError
-from dance_tvm.device.session import KernelTime, LoadedNetwork, arrange, merge_kernels
+from dance_tvm.device.session import KernelTime, LoadedNetwork, arrange, kernel_table, merge_kernels
 
 
 class ProgramNetwork(LoadedNetwork):
@@ -35,7 +35,10 @@ class ProgramNetwork(LoadedNetwork):
         with _refusals(self.manifest.name):
             timed = self._timed(named, repeats)
             seen: list[dict[str, Any]] = []
-            self._model.watch(named, lambda kernel, tensors: seen.append(_looked_at(kernel, tensors)))
+            table = kernel_table(self.manifest)
+            self._model.watch(
+                named, lambda symbol, tensors: seen.append(_looked_at(symbol, table.get(symbol), tensors))
+            )
         return merge_kernels(timed, seen)
 
     def peak_memory(self, inputs: Mapping[str, np.ndarray]) -> int | None:
@@ -63,10 +66,10 @@ class ProgramNetwork(LoadedNetwork):
         return {tensor.name: value for tensor, value in zip(self.manifest.inputs, values, strict=True)}
 
 
-def _looked_at(kernel: str, tensors: list[np.ndarray]) -> dict[str, Any]:
+def _looked_at(symbol: str, kernel: dict[str, Any] | None, tensors: list[np.ndarray]) -> dict[str, Any]:
     from dance_tvm.device import serve
 
-    return {"symbol": kernel, "seconds": 0.0, **serve.looked_at(kernel, [serve.Seen.of(each) for each in tensors])}
+    return {"symbol": symbol, "seconds": 0.0, **serve.looked_at(kernel, [serve.Seen.of(each) for each in tensors])}
 
 
 @contextmanager

@@ -25,11 +25,11 @@ import numpy as np
 import tvm
 from tvm import relax, rpc
 
-from dance_tvm.artifact.folder import WEIGHTS, Artifact
+from dance_tvm.artifact.folder import WEIGHTS, Artifact, Manifest
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.placement import compute_device, gpu_failures_explained
 from dance_tvm.device.remote_program import RemoteProgram
-from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange, merge_kernels
+from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange, kernel_table, merge_kernels
 
 UPLOAD_CHUNK = 256 << 10
 _BIG_CORES_FIRST = 1  # TVM's affinity mode for devices that cannot be told their CPUs one by one
@@ -217,10 +217,25 @@ class RemoteSession(DeviceSession):
         find = self.connection.session.get_function("tvm.rpc.server.workpath")
         return str(self.connection.call("answering a question", lambda: find(uploaded), timeout=60))
 
+    def describe_kernels(self, manifest: Manifest) -> None:
+        """Give `serve.py` the manifest's table of kernels; raises DanceError where the device cannot take it."""
+        describe = self.function("kernels.describe")
+        if describe is None:
+            raise (
+                self._other_version()
+                if self._facts
+                else DanceError(f"{self.name} runs TVM's own server, which has no kernel clock: start serve.py")
+            )
+        table = json.dumps(kernel_table(manifest))
+        self.connection.call("taking the table of kernels", lambda: describe(table), timeout=60)
+
+    def _other_version(self) -> DanceError:
+        return DanceError(f"{self.name} has another version of serve.py: copy this one to it")
+
     def _store(self, what: str, path: Path, name: str, *arguments: Any) -> Any:
         function = self.function(f"store.{name}")
         if function is None:
-            raise DanceError(f"{self.name} has another version of serve.py: copy this one to it")
+            raise self._other_version()
         try:
             return self.connection.call(what, partial(function, *arguments))
         except DanceError as error:
@@ -308,9 +323,9 @@ class RemoteNetwork(LoadedNetwork):
         return self._connection.call("being timed", measure)
 
     def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
+        self._session.describe_kernels(self.manifest)
         read = self._session.function("clock.read")
-        if read is None:
-            raise DanceError(f"{self._session.name} runs TVM's own server, which has no kernel clock: start serve.py")
+        assert read is not None
 
         def once() -> list[dict[str, Any]]:
             machine.invoke_stateful("main")

@@ -12,8 +12,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import tvm
 
-from dance_tvm.artifact.folder import WEIGHTS, Artifact
-from dance_tvm.core.errors import DanceError
+from dance_tvm.artifact.folder import WEIGHTS, Artifact, Manifest
 from dance_tvm.device.session import KernelTime, LoadedNetwork, arrange, merge_kernels
 
 _NAME_BYTES = 1024
@@ -47,6 +46,9 @@ class Server(Protocol):
 
     def function(self, name: str) -> Any | None:
         """A function of `serve.py`, or None."""
+
+    def describe_kernels(self, manifest: Manifest) -> None:
+        """Give `serve.py` the manifest's table of kernels; raises DanceError where the device cannot take it."""
 
 
 class RemoteProgram(LoadedNetwork):
@@ -84,9 +86,7 @@ class RemoteProgram(LoadedNetwork):
         return [1e-9 * float(each) for each in self._measured("dance_time", inputs, repeats, (repeats,))]
 
     def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
-        read = self._session.function("watcher.read")
-        if read is None:
-            raise DanceError(f"{self._session.name} runs TVM's own server, which has no kernel clock: start serve.py")
+        self._session.describe_kernels(self.manifest)
         timed: list[list[dict[str, Any]]] = []
         if repeats:
             names = self._step_names()
@@ -96,8 +96,10 @@ class RemoteProgram(LoadedNetwork):
                 [{"symbol": name, "seconds": 1e-9 * float(spent)} for name, spent in zip(names, row, strict=True)]
                 for row in rows
             ]
-        address, watch = self._session.function("watcher.address"), self._function("dance_watch")
+        address, read = self._session.function("watcher.address"), self._session.function("watcher.read")
+        watch = self._function("dance_watch")
         assert address is not None
+        assert read is not None
         call = self._connection.call
         place = call("setting its watcher", address)
         call("setting its watcher", lambda: watch(self._model, place))

@@ -16,7 +16,6 @@ import logging
 import mmap
 import os
 import platform
-import re
 import shutil
 import signal
 import socket
@@ -38,11 +37,10 @@ import tvm
 import tvm_ffi
 from tvm.rpc import server as tvm_server
 
-PROTOCOL = 3
+PROTOCOL = 4
 READY = "dance-tvm device ready on port "
 _PR_SET_PDEATHSIG = 1
-GATHERING, WINOGRAD, KERNEL_GROUPS = "conv3d_gather", "conv3d_winograd", "conv3d_kgs"
-LISTED = (GATHERING, WINOGRAD, KERNEL_GROUPS)  # kernels that walk index lists, by the beginnings of their names
+CONVOLUTION = "convolution"  # the kind of kernel whose executed work is counted
 _SHARE_ALL_CORES = -3  # TVM's affinity mode: the pool's threads may move among the given cores
 log = logging.getLogger("dance_tvm.serve")
 
@@ -190,10 +188,14 @@ class _View(ctypes.Structure):
         return Seen.of(np.frombuffer(memoryview(memory), dtype).reshape(shape))
 
 
+Kernels = dict[str, dict[str, Any]]  # what an artifact's manifest says of its kernels, by symbol
+
+
 class Watcher:
     """What each kernel of a program read and wrote (`dance_model.h`, watch)."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
         self.calls: list[dict[str, Any]] = []
         kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(_View), ctypes.c_int32)
         self.function = kind(self._each_call)
@@ -205,7 +207,7 @@ class Watcher:
     def _each_call(self, _context: object, kernel: bytes, views: Any, count: int) -> None:
         symbol = kernel.decode()
         tensors = [views[index].array() for index in range(count)]
-        self.calls.append({"symbol": symbol, "seconds": 0.0, **looked_at(symbol, tensors)})
+        self.calls.append({"symbol": symbol, "seconds": 0.0, **looked_at(self.kernels.get(symbol), tensors)})
 
     def read(self) -> str:
         """The calls since the last reading, in order, as JSON."""
@@ -216,7 +218,8 @@ class Watcher:
 class KernelClock:
     """Instrument of the virtual machine: what each call of a run took, or what it read and wrote."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
         self.calls: list[dict[str, Any]] = []
         self.started = 0.0
 
@@ -233,7 +236,7 @@ class KernelClock:
             call: dict[str, Any] = {"symbol": str(symbol), "seconds": time.perf_counter() - self.started}
             if look:
                 tensors = [argument for argument in arguments if isinstance(argument, tvm.runtime.Tensor)]
-                call.update(looked_at(call["symbol"], tensors))
+                call.update(looked_at(self.kernels.get(call["symbol"]), tensors))
             self.calls.append(call)
             return 0
 
@@ -245,17 +248,17 @@ class KernelClock:
         return json.dumps(calls)
 
 
-def looked_at(symbol: str, tensors: list[Any]) -> dict[str, Any]:
-    """Bytes of a call's tensors; of a listed convolution what its lists kept, and means of what it wrote."""
+def looked_at(kernel: dict[str, Any] | None, tensors: list[Any]) -> dict[str, Any]:
+    """Bytes of a call's tensors; of a convolution with index lists what they kept, and means of what it wrote.
+
+    `kernel` is what the manifest says of it: its `kind`, its `operands` in order and, of Winograd's, the `tile`.
+    """
     size = sum(int(np.prod(tensor.shape, dtype="int64")) * np.dtype(str(tensor.dtype)).itemsize for tensor in tensors)
-    if not symbol.startswith(LISTED):
+    if kernel is None or kernel["kind"] != CONVOLUTION or "counts" not in kernel["operands"]:
         return {"bytes": size}
-    try:
-        work, alive, channels = _work(symbol, tensors)
-    except (IndexError, ValueError) as error:  # a kernel of another generation: its time is told all the same
-        log.warning("the lists of %s cannot be read: %s", symbol, error)
-        return {"bytes": size}
-    written = tensors[-1].numpy()[alive]  # (positions, C): elsewhere nothing was written that is read
+    named = dict(zip(kernel["operands"], tensors, strict=True))
+    work, alive, channels = _work(named, kernel["tile"])
+    written = named["y"].numpy()[alive]  # (positions, C): elsewhere nothing was written that is read
     values = written if channels is None else written[:, channels]
     means = {}
     if values.size:
@@ -263,38 +266,31 @@ def looked_at(symbol: str, tensors: list[Any]) -> dict[str, Any]:
     return {"bytes": size, "work": work, **means}
 
 
-def _work(symbol: str, tensors: list[Any]) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
-    """What a listed convolution executed, and which frames, positions and channels its lists kept.
+def _work(named: dict[str, Any], tile: list[int]) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
+    """What a convolution executed, and which frames, positions and channels its lists kept.
 
-    `share` is what was left of the dense layer's multiply-accumulates before padding is taken off; the arguments are
-    those that docs/kernels.md names: data (N, T, H, W, C), weights (..., depth, channels), bias, taps, lists, ...,
-    output (N, T, H, W, C).
-    Also gives which positions (N, T, H, W) were computed, and which channels of them where a list tells.
+    `share` is what was left of the dense layer's multiply-accumulates before padding is taken off. `named` are the
+    tensors by the operands' names (docs/kernels.md): x (N, T, H, W, C), weights (..., depth, channels), lists,
+    y (N, T, H, W, C); `tile` is empty but for Winograd's kernels.
+    Also gives which positions (N, T, H, W) were computed, and which channels of them where a list says.
     """
-    family = next(family for family in LISTED if symbol.startswith(family))
-    marks = re.split("_f(?:16|32)", symbol[len(family) :])[0].split("_")[-1]
-    shape = [int(extent) for extent in tensors[-1].shape]
-    read = _winograd_rows if family == WINOGRAD else _gathered_rows
-    rows_by_tap, alive, channel_lists = read(symbol, tensors, shape)  # (samples, taps), (N, T, H, W)
-    lists = iter(tensor.numpy() for tensor in channel_lists)
-    channels_in, channels_out = float(tensors[0].shape[-1]), float(shape[-1])
-    if family == KERNEL_GROUPS:
-        starts, columns = channel_lists[:2]
-        macs = _kernel_group_macs(rows_by_tap, tensors[1], starts, columns, shape[-1])
+    shape = [int(extent) for extent in named["y"].shape]
+    rows_by_tap, alive = _winograd_rows(named, tile, shape) if tile else _gathered_rows(named, shape)
+    channels_in, channels_out = float(named["x"].shape[-1]), float(shape[-1])
+    if "column_starts" in named:
+        macs = _kernel_group_macs(rows_by_tap, named["weights"], named["column_starts"], named["columns"], shape[-1])
         kept_in = kept_out = channels = None
     else:
-        depth = int(tensors[1].shape[-2])
-        live_in = next(lists)[:, 0] if "i" in marks else np.full(len(rows_by_tap), depth)
-        listed = next(lists) if "o" in marks else None
-        live_out = np.full(len(rows_by_tap), shape[-1]) if listed is None else listed[:, 0]
-        channels = None if listed is None else listed[0, 1 : 1 + listed[0, 0]]
+        depth = int(named["weights"].shape[-2])
+        live_in, _ = _listed(named, "in_channels", len(rows_by_tap), depth)
+        live_out, channels = _listed(named, "out_channels", len(rows_by_tap), shape[-1])
         macs = int((rows_by_tap.sum(1) * live_in * live_out).sum())
         kept_in, kept_out = float(np.mean(live_in)) / depth, float(np.mean(live_out)) / channels_out
         channels_in = depth
     taps = rows_by_tap.shape[1]
-    rows = _rows_of_tiles(symbol, shape) if family == WINOGRAD else int(np.prod(shape[:4]))
+    rows = _rows_of_tiles(tile, shape) if tile else int(np.prod(shape[:4]))
     kept = {
-        "macs": macs if family != WINOGRAD else None,
+        "macs": None if tile else macs,
         "share": macs / (rows * taps * channels_in * channels_out),
         "positions": float(alive.mean()),
         "frames": float(alive.reshape(shape[0] * shape[1], -1).any(1).mean()),
@@ -306,14 +302,22 @@ def _work(symbol: str, tensors: list[Any]) -> tuple[dict[str, Any], np.ndarray, 
     return kept, alive, channels
 
 
-def _gathered_rows(symbol: str, tensors: list[Any], shape: list[int]) -> tuple[np.ndarray, np.ndarray, list[Any]]:
+def _listed(named: dict[str, Any], name: str, samples: int, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """How many channels of each sample a list names, and which of the first sample; all where there is no list."""
+    if name not in named:
+        return np.full(samples, channels), None
+    listed = named[name].numpy()
+    return listed[:, 0], listed[0, 1 : 1 + listed[0, 0]]
+
+
+def _gathered_rows(named: dict[str, Any], shape: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Rows that read each tap by sample, and the positions that were computed.
 
-    Lists: rows_in, rows_out (samples, tiles, mr), segments (samples, segments, 4), blocks, on a GPU frame_slots
-    (samples, frames, 4), then counts (samples, 4). The last tile of a class repeats its last row.
+    Lists: rows_out (samples, tiles, mr), segments (samples, segments, 4), blocks and counts (samples, 4). The last tile
+    of a class repeats its last row.
     """
-    place = 9 if len(tensors[8].shape) == 3 else 8
-    taps, rows_out, segments, blocks, counts = (tensors[index].numpy() for index in (3, 5, 6, 7, place))
+    names = ("tap_entries", "rows_out", "segments", "blocks", "counts")
+    taps, rows_out, segments, blocks, counts = (named[name].numpy() for name in names)
     by_tap = np.zeros((len(counts), int(taps[:, 0].max()) + 1), "int64")
     alive = np.zeros(int(np.prod(shape[:4])), bool)
     for sample, (count, tiles) in enumerate(counts[:, :2]):
@@ -322,14 +326,15 @@ def _gathered_rows(symbol: str, tensors: list[Any], shape: list[int]) -> tuple[n
         before = np.concatenate([[0], np.cumsum(1 + (np.diff(used, axis=1) != 0).sum(1))])
         for first, last, begin, end in segments[sample, : blocks[sample, count]]:
             np.add.at(by_tap[sample], taps[first:last, 0], before[end] - before[begin])
-    return by_tap, alive.reshape(shape[:4]), tensors[place + 1 : place + 3]
+    return by_tap, alive.reshape(shape[:4])
 
 
-def _winograd_rows(symbol: str, tensors: list[Any], shape: list[int]) -> tuple[np.ndarray, np.ndarray, list[Any]]:
-    """The same for Winograd's tiles: columns (chunks, columns), inputs, rows_in, rows_out, runs (chunks, classes, 4),
-    counts (chunks + 1, 4) of inputs, tiles, runs and the sample; the last row tells the chunks."""
-    columns, rows_out, runs, counts = (tensors[index].numpy() for index in (4, 7, 8, 9))
-    taps, deep, tall, wide = tensors[3].numpy(), *_tile_of(symbol)
+def _winograd_rows(named: dict[str, Any], tile: list[int], shape: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The same for Winograd's tiles: columns (chunks, columns), rows_out, runs (chunks, classes, 4), counts
+    (chunks + 1, 4) of inputs, tiles, runs and the sample; the last row counts the chunks."""
+    names = ("tap_entries", "columns", "rows_out", "runs", "counts")
+    taps, columns, rows_out, runs, counts = (named[name].numpy() for name in names)
+    deep, tall, wide = tile
     batch, frames, height, width = shape[:4]
     places = -(-height // tall), -(-width // wide)
     alive = np.zeros((batch, -(-frames // deep), *places), bool)
@@ -345,7 +350,7 @@ def _winograd_rows(symbol: str, tensors: list[Any], shape: list[int]) -> tuple[n
         clip, place = np.divmod(columns[chunk, index], places[0] * places[1])
         alive[clip, frame, place // places[1], place % places[1]] = True
     enlarged = alive.repeat(deep, axis=1).repeat(tall, axis=2).repeat(wide, axis=3)[:, :frames, :height, :width]
-    return by_tap, enlarged, tensors[10:12]
+    return by_tap, enlarged
 
 
 def _kernel_group_macs(rows_by_tap: np.ndarray, weights: Any, starts: Any, columns: Any, filters: int) -> int:
@@ -358,13 +363,8 @@ def _kernel_group_macs(rows_by_tap: np.ndarray, weights: Any, starts: Any, colum
     return run * int((rows_by_tap * by_tap).sum())
 
 
-def _tile_of(symbol: str) -> list[int]:
-    """Frames, rows and columns of one Winograd tile, as its kernel's name tells them: `conv3d_winograd_1x4x4_...`."""
-    return [int(extent) for extent in symbol[len(WINOGRAD) + 1 :].split("_")[0].split("x")]
-
-
-def _rows_of_tiles(symbol: str, shape: list[int]) -> int:
-    tiles = [-(-extent // size) for extent, size in zip(shape[1:4], _tile_of(symbol), strict=True)]
+def _rows_of_tiles(tile: list[int], shape: list[int]) -> int:
+    tiles = [-(-extent // size) for extent, size in zip(shape[1:4], tile, strict=True)]
     return shape[0] * tiles[0] * tiles[1] * tiles[2]
 
 
@@ -495,8 +495,14 @@ def opencl(what: str, *arguments: Any) -> Any:
 
 def register(store: Store) -> None:
     """Offer the functions to sessions, under names that begin with `dance.`."""
-    clock, watcher = KernelClock(), Watcher()
+    kernels: Kernels = {}
+    clock, watcher = KernelClock(kernels), Watcher(kernels)
     weights = Weights(store)
+
+    def describe_kernels(table: str) -> None:
+        kernels.clear()
+        kernels.update(json.loads(table))
+
     offered: dict[str, Any] = {
         "facts": lambda: facts(store),
         "store.path": store.path,
@@ -504,6 +510,7 @@ def register(store: Store) -> None:
         "store.append": store.append,
         "store.finish": store.finish,
         "weights.get": weights.get,
+        "kernels.describe": describe_kernels,
         "clock.instrument": clock.instrument,
         "clock.read": clock.read,
         "watcher.address": watcher.address,

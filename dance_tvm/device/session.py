@@ -30,6 +30,11 @@ class KernelTime:
     work: dict[str, Any] | None = None
 
 
+def kernel_table(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """What `serve.py` needs to know of each kernel, by its symbol, ready for JSON."""
+    return {symbol: kernel.model_dump() for symbol, kernel in manifest.kernels.items()}
+
+
 def merge_kernels(timed: list[list[dict[str, Any]]], seen: list[dict[str, Any]]) -> list[KernelTime]:
     """The median time of each call over several runs, with what was seen of it in another run."""
     calls = []

@@ -1,13 +1,17 @@
-"""What a build tells of each layer: its kernel, what it skips, and why not more."""
+"""What a build says of each layer: its kernel, what it skips, and why not more; and of each compiled function."""
 
 from __future__ import annotations
 
-from dance_tvm.artifact.layers import LayerInfo
+import tvm
+from tvm import tirx
+
+from dance_tvm.artifact.layers import KernelInfo, LayerInfo
 from dance_tvm.ir.graph import Graph
 from dance_tvm.liveness.analysis import Liveness
 from dance_tvm.liveness.expressions import Live
 from dance_tvm.liveness.kernel_groups import KernelGroups
 from dance_tvm.schedules.convolution import LayerKernel
+from dance_tvm.schedules.kernel import described
 from dance_tvm.schedules.layer import Choice
 
 from .sites import Site
@@ -42,6 +46,12 @@ def describe(
         tuned=choice.origin,
         scratch_bytes=kernel.scratch_bytes,
     )
+
+
+def kernels_of(mod: tvm.IRModule) -> dict[str, KernelInfo]:
+    """The functions of a module by their symbols; of TVM's own nothing more is known."""
+    functions = {gvar.name_hint: func for gvar, func in mod.functions_items() if isinstance(func, tirx.PrimFunc)}
+    return {symbol: KernelInfo(**(described(functions[symbol]) or {})) for symbol in sorted(functions)}
 
 
 def why_dense(site: Site, graph: Graph, liveness: Liveness) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import tvm
 
-from dance_tvm.artifact.layers import LayerInfo
+from dance_tvm.artifact.layers import KernelInfo, LayerInfo
 from dance_tvm.schedules.preparation import Source
 from dance_tvm.schedules.workload import Workload
 
@@ -18,6 +18,7 @@ class Lowered:
 
     ``workloads``: what the sizes of a layer's kernel were chosen for, by the layer's name; layers whose kernels have
     nothing to choose are not there. ``sources``: what packed weights were made of, by their digest.
+    ``kernels``: every function of the module by its symbol.
     """
 
     mod: tvm.IRModule
@@ -25,3 +26,4 @@ class Lowered:
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     workloads: dict[str, Workload] = field(default_factory=dict)
     sources: dict[bytes, Source] = field(default_factory=dict)
+    kernels: dict[str, KernelInfo] = field(default_factory=dict)

@@ -7,14 +7,16 @@ calls of their own, so that a run can still be told layer by layer.
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
 import tvm
 from tvm import relax, s_tir, tirx
 
 from dance_tvm.ir.graph import Graph, is_tensor, substitute, variables
 from dance_tvm.schedules.emit import OPAQUE
-from dance_tvm.schedules.kernel import LAYER, described
+from dance_tvm.schedules.kernel import DESCRIPTION, LAYER, PLANNER, described
 
 #: A call that reads and writes at most so many elements is small: that much takes about as long as calling it.
 SMALL_ELEMENTS = 65536
@@ -32,11 +34,14 @@ class JoinSmall:
         """Rewrite ``main``."""
         others = {gvar: func for gvar, func in mod.functions_items() if gvar.name_hint != "main"}
         builder = relax.BlockBuilder(tvm.IRModule(others))
-        _Joining(builder, Graph.of(mod["main"])).emit(mod["main"])
+        joining = _Joining(builder, Graph.of(mod["main"]))
+        joining.emit(mod["main"])
         joined = relax.transform.FuseTIR()(builder.finalize())
         for gvar, func in joined.functions_items():
             if isinstance(func, tirx.PrimFunc):
                 joined[gvar] = func.with_attr("tirx.is_scheduled", True)
+        for name, description in joining.descriptions.items():
+            joined[name] = joined[name].with_attr(DESCRIPTION, json.dumps(description))
         return relax.transform.DeadCodeElimination()(joined)
 
 
@@ -47,6 +52,7 @@ class _Joining:
         self.builder, self.graph = builder, graph
         self.new: dict[relax.Expr, relax.Expr] = {}
         self.small = {var for var in graph.order if self._is_small(var)}
+        self.descriptions: dict[str, dict[str, Any]] = {}  # of the functions made here, by their names
 
     def emit(self, main: relax.Function) -> None:
         params = [relax.Var(param.name, param.ty) for param in main.params]
@@ -116,10 +122,18 @@ class _Joining:
         given = list(dict.fromkeys(given))
         left = [var for var in group if is_tensor(var) and self._is_left(var, members)]
         callee = self._function(group, given, left)
+        self.descriptions[callee.name_hint] = self._description(group)
         call = self.builder.emit(relax.Call(callee, [substitute(read, self.new) for read in given]), name_hint="small")
         for index, var in enumerate(left):
             one = len(left) == 1
             self.new[var] = call if one else self.builder.emit(relax.TupleGetItem(call, index), name_hint=var.name)
+
+    def _description(self, group: list[relax.Var]) -> dict[str, Any]:
+        """What is known of the joined function: the kernels that it runs in order. It plans if any of them does."""
+        called = [self.builder.get()[self.graph.value[var].args[0]] for var in group if self._is_call(var)]
+        parts = [told for told in map(described, called) if told is not None]
+        kind = PLANNER if any(part["kind"] == PLANNER for part in parts) else "other"
+        return {"kind": kind, "parts": [part["name"] for part in parts]}
 
     def _with_every_result(self, group: list[relax.Var]) -> list[relax.Var]:
         """``group``, and a name for each result of a kernel written by hand that nobody reads."""

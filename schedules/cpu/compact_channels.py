@@ -15,7 +15,7 @@ from tvm import tirx
 
 from ..emit import big, choose, flat, lanes, let, number, parallel, serial, store, when
 from ..geometry import Window
-from ..kernel import Kernel, Operand, frames_mask, listed, output
+from ..kernel import PLANNER, Kernel, Operand, frames_mask, listed, output
 from ..plans import channel_list_shape
 from .channel_plan import in_whole_vectors
 
@@ -27,7 +27,7 @@ class CompactChannels(Kernel):
     ``in_frames``: a mask is given whose dead frames are not read.
     """
 
-    kind = "planner"
+    kind = PLANNER
     name = "compact_channels"
     window: Window
     channels: int
