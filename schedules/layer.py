@@ -59,7 +59,7 @@ class Layer(GroupedChannels):
     def fields(self) -> dict[str, Any]:
         """The fields of its kernel that do not depend on a tile."""
         names = ("window", "channels_in", "channels_out", "groups", "live_in", "live_out", "residual", "activation")
-        return {name: getattr(self, name) for name in (*names, "zero_dead")}
+        return {name: getattr(self, name) for name in (*names, "zero_dead", "dtype")}
 
     @property
     def masks(self) -> tuple[bool, bool, tuple[int, int] | None]:

@@ -52,6 +52,7 @@ class Case:
     residual: bool = False
     zero_dead: str = "all"
     seed: int = 0
+    dtype: str = "float32"
 
     @property
     def window(self) -> Window:
@@ -92,7 +93,8 @@ def call(
             if operand.role == "mask":
                 found = np.asarray((masks or {})[operand.axis]).astype("float32")
             elif operand.role in ("data", "residual", "gate"):
-                found = {"data": data, "residual": residual, "gate": gate}[operand.role]
+                whole = {"data": data, "residual": residual, "gate": gate}[operand.role]
+                found = np.asarray(whole).astype(operand.dtype, copy=False)
             else:
                 found = {**values, **constants}[operand.name]
             assert found.shape == operand.shape

@@ -73,7 +73,7 @@ def lower_windows(
     dtype: str = "float32",
     memory: Memory = "fast",
 ) -> Windows:
-    """Lower every site of ``main``; kernels of a GPU store activations and weights as ``dtype``."""
+    """Lower every site of ``main``; kernels store activations and weights as ``dtype``."""
     graph = Graph.of(mod["main"])
     liveness = liveness_of(graph)
     cpu = isinstance(machine, Machine)
@@ -229,12 +229,18 @@ class _Lowering:
         fresh, taken, kept = (
             tuple(axis for axis in live.axes if axis != "frames") for live in (chain.fresh, chain.taken, chain.kept)
         )
-        machine, before = self.chooser.machine, chain.before
+        machine, before, dtype = self.chooser.machine, chain.before, self.chooser.dtype
         assert isinstance(machine, Machine)
+        machine = machine.storing(dtype)
         sizes = (chain.frames, total // chain.frames, height, width, channels, machine.vector_floats)
-        kernel = Carry(*sizes, fresh, taken, kept, before is not None)
-        given = Given(self._emit(chain.source), masks, None, None if before is None else lambda: self._emit(before))
-        return call_kernel(self.builder, kernel, self.lists.arguments(kernel, given, {}))
+        kernel = Carry(*sizes, fresh, taken, kept, before is not None, dtype)
+        given = Given(
+            self._stored(self._emit(chain.source), kernel.shape),
+            masks,
+            None,
+            None if before is None else lambda: self._stored(self._emit(before), (kernel.count, *kernel.shape[1:])),
+        )
+        return self._seen(call_kernel(self.builder, kernel, self.lists.arguments(kernel, given, {})), kernel.shape)
 
     def _pool(self, var: relax.Var) -> relax.Expr:
         call, window = self.graph.call(var), window_of(self.graph, var)
@@ -257,6 +263,7 @@ class _Lowering:
             "out_frames": wanted.frames is not None,
             "zero_dead": self.sites.needs_zeros(var),
             "in_positions": None if read is None else read.shape[:2],
+            "dtype": self.chooser.dtype,
         }
         choice = self.kernels.pool(self._pool_workload(fields), fields, self.chooser.machine, self.chooser.log)
         if choice.workload is not None:
