@@ -77,8 +77,8 @@ def call(
     masks: Mapping[str, np.ndarray | None] | None = None,
     weights: Weights | None = None,
     residual: np.ndarray | None = None,
-    gate: np.ndarray | None = None,
     run: Callable[[tvm.tirx.PrimFunc, Arrays, Arrays], Arrays] = on_processor,
+    gate: np.ndarray | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """What a kernel writes, after its planners, and all lists and constants by name.
 

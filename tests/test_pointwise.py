@@ -39,7 +39,7 @@ def check(conv: PointwiseConv, seed: int = 0) -> None:
     bias = rng.integers(-9, 10, conv.channels_out).astype("float32")
     residual = rng.integers(-9, 10, conv.y_shape).astype("float32")
     gate = rng.integers(-3, 4, (conv.window.batch, conv.channels_in)).astype("float32")
-    y, _ = call(conv, x, {}, Weights(weight.reshape(*weight.shape, 1, 1, 1), bias), residual, gate)
+    y, _ = call(conv, x, {}, Weights(weight.reshape(*weight.shape, 1, 1, 1), bias), residual, gate=gate)
     read = x * gate[:, None, None, None, :] if conv.gate else x
     read = np.maximum(read, 0) if conv.before else read
     exact = read.astype("float64") @ weight.T + bias + (residual if conv.residual else 0)
