@@ -41,7 +41,8 @@ from dance_tvm.models.macs import count as count_macs
 from dance_tvm.records.group_choice import SynthesisedLayer
 from dance_tvm.sparsity.checkpoint import load_weights, read_weights, write_atomically
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
-from dance_tvm.sparsity.training import CARD, MODEL, Logits
+from dance_tvm.sparsity.tasks import Logits
+from dance_tvm.sparsity.training import CARD, MODEL
 from dance_tvm.tuning.measure_groups import one_convolution
 
 from .agreement import Agreement, Judge

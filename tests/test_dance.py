@@ -31,7 +31,9 @@ from dance_tvm.sparsity.dance.start import leave_out_least, refit
 from dance_tvm.sparsity.dance.trained import SHIPPED, load
 from dance_tvm.sparsity.dance.untrained import keep_at_random
 from dance_tvm.sparsity.data import Batch, MotionDigits, Splits
-from dance_tvm.sparsity.training import Classification, Context, Distillation, Logits, Settings
+from dance_tvm.sparsity.method import Context
+from dance_tvm.sparsity.settings import Settings
+from dance_tvm.sparsity.tasks import Classification, Distillation, Logits
 from dance_tvm.sparsity.video import FrameWindows
 from dance_tvm.train import run
 

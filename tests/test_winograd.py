@@ -99,12 +99,13 @@ def poison(case: WinogradCase, x: np.ndarray) -> np.ndarray:
 
 
 def poison_weight(case: WinogradCase, weight: np.ndarray) -> np.ndarray:
-    """NaN in the weights of channels that are dead in every clip."""
-    weight = weight.copy()
-    if case.live_in is not None:
-        weight[:, ~case.live_in.any(axis=0)] = np.nan
-    if case.live_out is not None:
-        weight[~case.live_out.any(axis=0)] = np.nan
+    """NaN in the weights of channels whose whole units are dead in every clip."""
+    weight, conv = weight.copy(), make(case)
+    for live, unit, axis in ((case.live_in, conv.unit, 1), (case.live_out, case.tile.vector_floats, 0)):
+        if live is not None:
+            channels = live.any(axis=0)
+            kept = np.logical_or.reduceat(channels, np.arange(0, len(channels), unit)).repeat(unit)[: len(channels)]
+            weight[(slice(None),) * axis + (~kept,)] = np.nan
     return weight
 
 
@@ -307,6 +308,7 @@ def alive(channels: int, *runs: tuple[int, int]) -> np.ndarray:
         pytest.param([(2, 10)], id="side by side across vectors"),
         pytest.param([(0, 5), (6, 18)], id="one missing"),
         pytest.param([(17, 18)], id="one alone"),
+        pytest.param([(1, 2), (16, 17)], id="a unit between is dead"),
     ],
 )
 def test_listed_channels_are_found_wherever_they_are(runs: list[tuple[int, int]]) -> None:

@@ -528,8 +528,14 @@ def _index_tensor(args: list[Value], attrs: Any) -> torch.Tensor:
     return x[tuple(index.long() if index.dtype != torch.bool else index for index in indices)]
 
 
+def _ordered(x: torch.Tensor, axis: int, descending: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and places, equal ones in the order in which they stood."""
+    return torch.sort(x, dim=axis, descending=descending, stable=True)
+
+
 def _topk(args: list[Value], attrs: Any) -> Value:
-    found, indices = args[0].topk(int(attrs.k), int(attrs.axis), bool(attrs.largest))
+    axis = int(attrs.axis)
+    found, indices = (part.narrow(axis, 0, int(attrs.k)) for part in _ordered(args[0], axis, bool(attrs.largest)))
     indices = indices.to(_dtype(attrs.dtype))
     kind = str(attrs.ret_type)
     return {"both": (found, indices), "values": found, "indices": indices}[kind]
@@ -666,9 +672,9 @@ _TENSORS: dict[str, Kernel] = {
     "arange": lambda args, attrs: torch.arange(*(int(a) for a in args), dtype=_dtype(attrs.dtype)),
     "argmax": _argument(torch.argmax),
     "argmin": _argument(torch.argmin),
-    "argsort": lambda args, attrs: torch.argsort(
-        args[0], dim=int(attrs.axis), descending=bool(attrs.descending), stable=True
-    ).to(_dtype(attrs.dtype)),
+    "argsort": lambda args, attrs: _ordered(args[0], int(attrs.axis), bool(attrs.descending))[1].to(
+        _dtype(attrs.dtype)
+    ),
     "astype": lambda args, attrs: args[0].to(_dtype(attrs.dtype)),
     "broadcast_to": _tensors(torch.broadcast_to),
     "clip": _tensors(lambda x, low, high: torch.clamp(x, float(low), float(high)).to(x.dtype)),

@@ -14,7 +14,8 @@ from tvm import relax
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.frontend.torch_axes import AXES
-from dance_tvm.frontend.torch_indexing import INDEXING, gather_along
+from dance_tvm.frontend.torch_indexing import INDEXING
+from dance_tvm.frontend.torch_order import ORDER
 from dance_tvm.frontend.torch_resampling import RESAMPLING
 from dance_tvm.frontend.torch_values import Conversion, Importer, arguments, cast, constant, dtype_of, name_of, shape_of
 
@@ -336,14 +337,15 @@ def _max_pool(rank: int, *, with_indices: bool) -> Conversion:
 def _places_of_maxima(
     importer: Importer, x: relax.Expr, rank: int, window: list[list[int]], output: torch.Tensor
 ) -> relax.Expr:
-    """The flat position of each window's largest value, the first of equal ones: tap by tap."""
+    """The flat position of each window's largest value, the first of equal ones and the last NaN: tap by tap."""
     padding, after, stride, dilation, size = window
     emit, extents, dtype = importer.block_builder.emit, shape_of(x)[-rank:], dtype_of(x)
     lead = len(shape_of(x)) - rank
     width = [0, 0] * lead + [amount for pair in zip(padding, after, strict=True) for amount in pair]
     lowest = -math.inf if "float" in dtype else torch.iinfo(getattr(torch, dtype)).min
     x = emit(relax.op.nn.pad(x, width, pad_value=lowest)) if any(width) else x
-    grid = np.pad(np.arange(math.prod(extents)).reshape(extents), [*zip(padding, after, strict=True)])
+    grid = np.arange(math.prod(extents)).reshape(extents)
+    grid = np.pad(grid, [*zip(padding, after, strict=True)], constant_values=-1)
     best, places = None, None
     for tap in product(*map(range, size)):
         begin = [tap[i] * dilation[i] for i in range(rank)]
@@ -355,6 +357,10 @@ def _places_of_maxima(
             best, places = value, emit(relax.op.broadcast_to(at, list(output.shape)))
             continue
         larger = emit(relax.op.greater(value, best))
+        if "float" in dtype:
+            larger = emit(relax.op.logical_or(larger, emit(relax.op.not_equal(value, value))))
+        if any(width):  # where all is the lowest, a place in the padding is none
+            larger = emit(relax.op.logical_or(larger, emit(relax.op.less(places, relax.const(0, "int64")))))
         best, places = emit(relax.op.where(larger, value, best)), emit(relax.op.where(larger, at, places))
     assert places is not None
     return places
@@ -424,11 +430,22 @@ def _adaptive_max_with_places(importer: Importer, x: relax.Expr, cells: tuple[in
         piece = emit(relax.op.strided_slice(x, list(range(len(lead), len(shape))), low, high))
         line = emit(relax.op.reshape(piece, [*lead, -1]))
         best = emit(relax.op.argmax(line, len(lead), True))
+        most = emit(relax.op.max(line, [len(lead)], True))
+        if dtype_of(x).startswith("float"):
+            best = _last_nan_or(importer, line, most, best)
         here = grid[tuple(map(slice, low, high))].reshape(-1).astype(np.int64)
-        values.append(emit(relax.op.max(line, [len(lead)], True)))
+        values.append(most)
         places.append(emit(relax.op.take(constant(here), best, 0)))
     joined = [emit(relax.op.concat(parts, len(lead))) if len(parts) > 1 else parts[0] for parts in (values, places)]
     return emit(relax.Tuple([emit(relax.op.reshape(each, [*lead, *cells])) for each in joined]))
+
+
+def _last_nan_or(importer: Importer, line: relax.Expr, most: relax.Expr, best: relax.Expr) -> relax.Expr:
+    """The place of the last NaN along the last axis where ``most`` is NaN; else ``best``."""
+    emit, axis = importer.block_builder.emit, len(shape_of(line)) - 1
+    backwards = emit(relax.op.argmax(emit(relax.op.flip(line, axis)), axis, True))
+    last = emit(relax.op.subtract(relax.const(shape_of(line)[axis] - 1, "int64"), backwards))
+    return emit(relax.op.where(emit(relax.op.not_equal(most, most)), last, best))
 
 
 def _elu(node: fx.Node, importer: Importer) -> relax.Expr:
@@ -564,17 +581,6 @@ def _trilinear(node: fx.Node, importer: Importer) -> relax.Expr:
     return emit(relax.op.sum(result, list(given["sumdim"])))
 
 
-def _sort(node: fx.Node, importer: Importer) -> relax.Expr:
-    """Values and their places, equal ones in the order in which they stood."""
-    given, emit = arguments(node), importer.block_builder.emit
-    x = importer.env[node.args[0]]
-    if not shape_of(x):
-        return emit(relax.Tuple([x, relax.const(0, "int64")]))
-    axis = given.get("dim", -1)
-    places = emit(relax.op.argsort(x, axis, bool(given.get("descending", False)), "int64"))
-    return emit(relax.Tuple([gather_along(importer, x, axis, places), places]))
-
-
 def _arithmetic() -> dict[str, Conversion]:
     operators: dict[str, Conversion] = {
         "add": _binary(relax.op.add, relax.op.logical_or),
@@ -665,9 +671,8 @@ CONVERSIONS: dict[str, Conversion] = {
     "fmin.default": _composed(_number_preferred(relax.op.minimum)),
     "addbmm.default": _batch_product_summed,
     "_trilinear.default": _trilinear,
-    "sort.default": _sort,
-    "sort.stable": _sort,
     **RESAMPLING,
     **AXES,
     **INDEXING,
+    **ORDER,
 }

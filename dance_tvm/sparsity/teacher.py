@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dance_tvm.sparsity.data import Batch
-from dance_tvm.sparsity.training import Context
+from dance_tvm.sparsity.method import Context
 
 
 class Teacher:

@@ -13,21 +13,35 @@ from ..emit import INT, Expr, clear, let, number, scratch, serial, store, when
 
 @dataclass(frozen=True)
 class ChannelPlan(plans.ChannelPlan):
-    """The planner for a processor."""
+    """The planner for a processor. Channels are listed by whole units of ``unit``, in which some channel is alive."""
 
-    name = "plan_channels"
+    unit: int = 1
+
+    @property
+    def name(self) -> str:
+        """With the unit, where there is one."""
+        return f"plan_channels_u{self.unit}" if self.unit > 1 else "plan_channels"
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """List them in one sweep."""
         mask, listed = args["mask"], args["listed"]
-        count = scratch((1,), INT)
+        count = scratch((2,), INT)  # channels listed, and of the unit those alive
         clear(listed)
         with serial(self.samples) as sample:
             store(count, tirx.IntImm(INT, 0), 0)
-            with serial(self.channels) as channel, when(mask[sample, channel] != number(0.0)):
-                slot = let(count[0])
-                store(listed, channel, sample, 1 + slot)
-                store(count, slot + 1, 0)
+            with serial(-(-self.channels // self.unit)) as unit:
+                first = let(unit * self.unit)
+                size = self.unit
+                if self.channels % self.unit:
+                    size = let(tirx.min(self.channels - first, self.unit))
+                store(count, tirx.IntImm(INT, 0), 1)
+                with serial(size) as index, when(mask[sample, first + index] != number(0.0)):
+                    store(count, tirx.IntImm(INT, 1), 1)
+                with when(count[1] != 0):
+                    slot = let(count[0])
+                    with serial(size) as index:
+                        store(listed, first + index, sample, 1 + slot + index)
+                    store(count, slot + size, 0)
             store(listed, count[0], sample, 0)
 
 

@@ -19,8 +19,8 @@ from dance_tvm.sparsity.data import Batch
 from dance_tvm.sparsity.dstep import flops, losses
 from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet
 from dance_tvm.sparsity.dstep.policy import Decision
+from dance_tvm.sparsity.method import Context, Method
 from dance_tvm.sparsity.teacher import Teacher
-from dance_tvm.sparsity.training import Context, Method
 
 
 class DSTEP(Method):

@@ -1,0 +1,74 @@
+"""Products of a constant matrix with vectors in registers, what its rows and columns share computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..emit import Expr, let, number
+
+
+def linear(matrix: np.ndarray, values: Sequence[Expr], count: int) -> list[Expr]:
+    """``matrix @ values`` with what pairs of points ±a share computed once.
+
+    Columns that agree in some rows and differ in sign in the others are added and subtracted first; rows that do so
+    over the columns become a sum and a difference.
+    """
+    matrix, values = _fold_columns(matrix, list(values))
+    results: list[Expr | None] = [None] * len(matrix)
+    for row, coefficients in enumerate(matrix):
+        if results[row] is not None:
+            continue
+        twin = _twin(matrix, row, [r for r in range(row + 1, len(matrix)) if results[r] is None])
+        if twin is None:
+            results[row] = let(_sum(coefficients, values, count))
+            continue
+        same = np.isclose(matrix[twin], coefficients)
+        even = let(_sum(np.where(same, coefficients, 0), values, count))
+        odd = let(_sum(np.where(same, 0, coefficients), values, count))
+        results[row], results[twin] = let(even + odd), let(even - odd)
+    return results
+
+
+def _fold_columns(matrix: np.ndarray, values: list[Expr]) -> tuple[np.ndarray, list[Expr]]:
+    columns, folded, left = [], [], list(range(matrix.shape[1]))
+    while left:
+        column = left.pop(0)
+        twin = _twin(matrix.T, column, left)
+        if twin is None:
+            columns.append(matrix[:, column])
+            folded.append(values[column])
+            continue
+        left.remove(twin)
+        same = np.isclose(matrix[:, twin], matrix[:, column])
+        columns += [np.where(same, matrix[:, column], 0), np.where(same, 0, matrix[:, column])]
+        folded += [let(values[column] + values[twin]), let(values[column] - values[twin])]
+    return np.stack(columns, axis=1), folded
+
+
+def _twin(matrix: np.ndarray, row: int, others: list[int]) -> int | None:
+    """A row equal to ``row`` up to some signs, each of the two parts shared being worth a sum of its own."""
+    for other in others:
+        same = np.isclose(matrix[other], matrix[row])
+        opposite = np.isclose(matrix[other], -matrix[row])
+        nonzero = ~np.isclose(matrix[row], 0)
+        if (same | opposite).all() and (same & nonzero).any() and (opposite & nonzero).any():
+            return other
+    return None
+
+
+def _sum(coefficients: np.ndarray, values: Sequence[Expr], count: int) -> Expr:
+    total: Expr | None = None
+    for coefficient, value in zip(coefficients, values, strict=True):
+        if np.isclose(coefficient, 0):
+            continue
+        if total is None:
+            total = value if coefficient == 1 else value * number(float(coefficient), count)
+        elif coefficient == 1:
+            total = total + value
+        elif coefficient == -1:
+            total = total - value
+        else:
+            total = total + value * number(float(coefficient), count)
+    return number(0.0, count) if total is None else total

@@ -1,0 +1,243 @@
+"""The products of a Winograd kernel: for each of the ξ planes and each panel of output channels, rows times weights.
+
+Weights (ξ, panels, taps, C_in, nr) are read where they are. Live output channels are whole vectors, which any panel may
+hold; live input channels are whole units, of which one after the other is multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from tvm import tirx
+
+from ..emit import Expr, big, ceil_div, choose, lane, lanes, let, number, prefetch, scratch, serial, splat, store, when
+
+if TYPE_CHECKING:
+    from .winograd import WinogradConv
+
+#: Floats of a cache line: one prefetch for each is enough.
+LINE_FLOATS = 16
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Where the weights of each vector of a panel begin, and how many floats lie between two taps."""
+
+    weights: tirx.Buffer
+    starts: Sequence[Expr]
+    tap_floats: int
+
+    def at(self, tap: Expr) -> Panel:
+        """The panel at one tap."""
+        moved = let(big(tap) * self.tap_floats)
+        return replace(self, starts=[let(start + moved) for start in self.starts])
+
+
+@dataclass(frozen=True)
+class Channels:
+    """``count`` input channels: where they begin in V, in a panel's weights, and those whose weights come next."""
+
+    source: Expr
+    row: Expr
+    count: Expr
+    ahead: Expr
+
+
+class Products:
+    """Emits ``M[ξ][row][oc] = Σ_tap Σ_channel V · U``; ``sources`` is V, ``products`` M."""
+
+    def __init__(
+        self, conv: WinogradConv, args: Mapping[str, tirx.Buffer], weights: tirx.Buffer,
+        sources: tirx.Buffer, products: tirx.Buffer,
+    ) -> None:  # fmt: skip
+        self.conv, self.tile, self.weights = conv, conv.tile, weights
+        self.sources, self.products = sources, products
+        self.taps, self.runs, self.rows_in, self.counts = (
+            args[name] for name in ("tap_entries", "runs", "rows_in", "counts")
+        )
+        self.in_channels = args.get("in_channels")
+        self.out_channels = args.get("out_channels")
+
+    # -- what is alive -----------------------------------------------------------------------------------------------
+
+    def live_in(self, sample: Expr) -> Expr:
+        """How many input channels V holds."""
+        return self.conv.channels_in if self.in_channels is None else let(self.in_channels[sample, 0])
+
+    def live_out(self, sample: Expr) -> Expr:
+        """How many output channels M holds."""
+        return self.conv.channels_out if self.out_channels is None else let(self.out_channels[sample, 0])
+
+    def live_panels(self, sample: Expr) -> Expr:
+        """How many panels the live output channels fill."""
+        return self.conv.panels if self.out_channels is None else let(ceil_div(self.live_out(sample), self.tile.nr))
+
+    def _panel(self, sample: Expr, xi: Expr, panel: Expr) -> Panel:
+        conv, tile = self.conv, self.tile
+        floats, tap_floats = tile.vector_floats, conv.channels_in * tile.nr
+        panel_floats = conv.plan.taps * tap_floats
+        plane = let(big(xi) * (conv.panels * panel_floats))
+        if self.out_channels is None:
+            start = let(plane + big(panel) * panel_floats)
+            return Panel(self.weights, [start + v * floats for v in range(tile.vectors)], tap_floats)
+        last = let(tirx.floordiv(self.out_channels[sample, 0] - 1, floats))
+        starts = []
+        for v in range(tile.vectors):  # past the end of the list the last vector again
+            first = let(self.out_channels[sample, 1 + tirx.min(panel * tile.vectors + v, last) * floats])
+            starts.append(
+                let(plane + big(tirx.floordiv(first, tile.nr)) * panel_floats + tirx.floormod(first, tile.nr))
+            )
+        return Panel(self.weights, starts, tap_floats)
+
+    # -- loops -------------------------------------------------------------------------------------------------------
+
+    def multiply_panel(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr) -> None:
+        """One ξ, one panel of output channels, all rows of the chunk."""
+        conv = self.conv
+        columns = self._panel(sample, xi, panel)
+        if not conv.live_in:
+            self._multiply_runs(chunk, sample, xi, panel, columns, listed=False)
+            return
+        choose(
+            self.live_in(sample) == conv.channels_in,
+            lambda: self._multiply_runs(chunk, sample, xi, panel, columns, listed=False),
+            lambda: self._multiply_runs(chunk, sample, xi, panel, columns, listed=True),
+        )
+
+    def _multiply_runs(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr, columns: Panel, *, listed: bool) -> None:
+        """All rows of the chunk times ``columns`` of the weights, run by run."""
+        conv, tile, depth = self.conv, self.tile, self.conv.channels_in
+        live = self.live_in(sample) if listed else depth
+        source = let(big(xi) * conv.source_plane)
+        target = let(big(xi) * conv.product_plane + panel * tile.nr)
+        most = max(1, tile.depth_block // conv.unit) * conv.unit if listed else tile.depth_block
+        with serial(self.counts[chunk, 2]) as run:
+            tap, last_tap, low, high = (let(self.runs[chunk, run, field]) for field in range(4))
+            with when(tirx.any(tap == last_tap, live == 0) if listed else tap == last_tap):
+                self._zero_products(target, low, high)
+            with serial(ceil_div(last_tap - tap, tile.segment_taps)) as segment, serial(ceil_div(live, most)) as block:
+                first_tap = let(tap + segment * tile.segment_taps)
+                taps = (first_tap, let(tirx.min(first_tap + tile.segment_taps, last_tap)))
+                first = let(block * most)
+                count = let(tirx.min(live - first, most)) if depth > most or listed else live
+                fresh = let(tirx.all(segment == 0, block == 0))
+                with serial(high - low) as offset:
+                    current = let(low + offset)
+                    rows = [let(self.rows_in[chunk, current, r]) for r in range(tile.mr)]
+                    place = let(target + big(current) * (tile.mr * conv.panels * tile.nr))
+                    self._register_tile(
+                        rows, source, place, columns, taps, (sample if listed else None, first, count), fresh
+                    )
+
+    def _zero_products(self, target: Expr, low: Expr, high: Expr) -> None:
+        """Rows that read no live frame or channel: their sums are empty."""
+        tile, row_floats = self.tile, self.conv.panels * self.tile.nr
+        with serial((high - low) * tile.mr) as row:
+            place = let(target + big(low * tile.mr + row) * row_floats)
+            for v in range(tile.vectors):
+                store(self.products, number(0.0, tile.vector_floats), self._vector(place, v))
+
+    def _vector(self, start: Expr, v: int) -> Expr:
+        return lanes(start + v * self.tile.vector_floats, self.tile.vector_floats)
+
+    def _register_tile(
+        self,
+        rows: list[Expr],
+        source: Expr,
+        place: Expr,
+        columns: Panel,
+        taps: tuple[Expr, Expr],
+        channels: tuple[Expr, Expr, Expr],
+        fresh: Expr,
+    ) -> None:
+        """Accumulate ``taps`` × ``channels`` of one tile of rows and put it (back) at ``place``.
+
+        ``channels``: the sample whose list they are taken from (None: they are all alive), the first in V, how many.
+        """
+        conv, tile = self.conv, self.tile
+        count, row_floats = tile.vector_floats, conv.panels * tile.nr
+        acc = [[scratch((count,)) for _ in range(tile.vectors)] for _ in range(tile.mr)]
+        cells = [(r, v) for r in range(tile.mr) for v in range(tile.vectors)]
+
+        def clear() -> None:
+            for r, v in cells:
+                store(acc[r][v], number(0.0, count), lanes(0, count))
+
+        def resume() -> None:
+            for r, v in cells:
+                store(acc[r][v], self.products[self._vector(place + r * row_floats, v)], lanes(0, count))
+
+        choose(fresh, clear, resume)
+        sample, first, depth = channels
+        with serial(taps[1] - taps[0]) as offset:
+            entry = let(taps[0] + offset)
+            shift = let(self.taps[entry, 1])
+            sources = [let(source + big(row + shift) * conv.channels_in) for row in rows]
+            at_tap = columns.at(self.taps[entry, 0])
+            if sample is None:
+                self._multiply(sources, at_tap, Channels(first, first, depth, first + tile.depth_block), acc)
+            else:
+                self._multiply_units(sources, at_tap, sample, first, depth, acc)
+        for r, v in cells:
+            store(self.products, acc[r][v][lanes(0, count)], self._vector(place + r * row_floats, v))
+
+    def _multiply_units(
+        self, sources: list[Expr], columns: Panel, sample: Expr, first: Expr, depth: Expr, acc: list[list[tirx.Buffer]]
+    ) -> None:
+        """Unit after unit of the ``depth`` live channels from the ``first`` on."""
+        conv, unit = self.conv, self.conv.unit
+        assert self.in_channels is not None
+        live = self.live_in(sample)
+        with serial(ceil_div(depth, unit)) as index:
+            start = let(first + index * unit)
+            size = let(tirx.min(first + depth - start, unit)) if conv.channels_in % unit else unit
+            # What comes next is the block after this one, or the first channels of the panel behind.
+            later = let(start + max(unit, self.tile.depth_block // unit * unit))
+            wraps = let(later >= live)
+            place = let(tirx.Select(wraps, tirx.min(later - ceil_div(live, unit) * unit, live - 1), later))
+            ahead = let(self.in_channels[sample, 1 + tirx.max(place, 0)] + tirx.Select(wraps, conv.channels_in, 0))
+            self._multiply(
+                sources, columns, Channels(start, let(self.in_channels[sample, 1 + start]), size, ahead), acc
+            )
+
+    # -- the innermost loop ------------------------------------------------------------------------------------------
+
+    def _multiply(self, sources: list[Expr], columns: Panel, channels: Channels, acc: list[list[tirx.Buffer]]) -> None:
+        """``acc[r] += v[r, k] · u[k]`` over ``channels``."""
+        tile, count = self.tile, channels.count
+        whole = let(tirx.floordiv(count, tile.step)) if tile.step > 1 else 0
+        if tile.step > 1:
+            with serial(whole) as chunk:
+                start = let(chunk * tile.step)
+                values = [let(self.sources[lanes(at + channels.source + start, tile.step)]) for at in sources]
+                for k in range(tile.step):
+                    spread = [splat(lane(value, k), tile.vector_floats) for value in values]
+                    new_line = k * tile.nr // LINE_FLOATS != (k - 1) * tile.nr // LINE_FLOATS
+                    self._multiply_add(spread, columns, channels, start + k, acc, new_line)
+        if tile.step == 1 or not isinstance(count, int) or count % tile.step:
+            with serial(count - whole * tile.step) as rest:
+                k = let(whole * tile.step + rest)
+                spread = [splat(self.sources[at + big(channels.source + k)], tile.vector_floats) for at in sources]
+                self._multiply_add(spread, columns, channels, k, acc)
+
+    def _multiply_add(
+        self,
+        values: list[Expr],
+        columns: Panel,
+        channels: Channels,
+        k: Expr,
+        acc: list[list[tirx.Buffer]],
+        ahead: bool = True,
+    ) -> None:
+        """One channel, the ``k``-th of ``channels``; ``ahead``: ask for weights to come too."""
+        tile, count = self.tile, self.tile.vector_floats
+        row = let(big(channels.row + k) * tile.nr)
+        w = [let(columns.weights[lanes(start + row, count)]) for start in columns.starts]
+        if ahead:
+            prefetch(columns.weights, columns.starts[0] + big(channels.ahead + k) * tile.nr)
+        for r, value in enumerate(values):
+            x = let(value)
+            for v in range(tile.vectors):
+                store(acc[r][v], acc[r][v][lanes(0, count)] + x * w[v], lanes(0, count))
