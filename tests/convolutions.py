@@ -78,6 +78,7 @@ def call(
     weights: Weights | None = None,
     residual: np.ndarray | None = None,
     run: Callable[[tvm.tirx.PrimFunc, Arrays, Arrays], Arrays] = on_processor,
+    gate: np.ndarray | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """What a kernel writes, after its planners, and all lists and constants by name.
 
@@ -91,8 +92,9 @@ def call(
         for operand in each.inputs():
             if operand.role == "mask":
                 found = np.asarray((masks or {})[operand.axis]).astype("float32")
-            elif operand.role in ("data", "residual"):
-                found = np.asarray(data if operand.role == "data" else residual).astype(operand.dtype, copy=False)
+            elif operand.role in ("data", "residual", "gate"):
+                whole = {"data": data, "residual": residual, "gate": gate}[operand.role]
+                found = np.asarray(whole).astype(operand.dtype, copy=False)
             else:
                 found = {**values, **constants}[operand.name]
             assert found.shape == operand.shape

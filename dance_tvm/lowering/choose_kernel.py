@@ -88,6 +88,8 @@ class Chooser:
             columns=None if groups is None else len(groups.columns),
             kept=1.0 if groups is None else groups.kept,
             most_growth=self._most_growth(site),
+            gate=site.gate is not None,
+            before=site.before,
         )
 
     def _most_growth(self, site: Site) -> float:

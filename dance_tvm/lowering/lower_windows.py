@@ -22,6 +22,7 @@ from dance_tvm.liveness.expressions import Expression
 from dance_tvm.liveness.relax_graph import liveness_of
 from dance_tvm.schedules.convolution import LayerKernel
 from dance_tvm.schedules.cpu.carry_frames import Carry
+from dance_tvm.schedules.cpu.pointwise_tiles import is_pointwise
 from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.emit import one_thread
@@ -34,6 +35,7 @@ from .calls import call_kernel
 from .carries import Chain, find_chains
 from .choose_kernel import Chooser, GroupCost, Memory, masks_of
 from .describe_layers import describe, why_dense
+from .gates import absorb_gates
 from .masks import Masks
 from .plan_lists import Given, Lists, Values, counted
 from .registry import kernels_of
@@ -79,6 +81,8 @@ def lower_windows(
     sites = Sites.of(graph, liveness, lists, pools_skip=cpu)
     chains = find_chains(graph, liveness, sites) if cpu else []
     chooser = Chooser(machine, sites, threads if cpu else 1, dtype, convolution, sparsity, tuning, group_cost, memory)
+    if cpu:
+        absorb_gates(graph, sites, lambda site: is_pointwise(chooser.layer(site)))
     lowering = _Lowering(mod, graph, liveness, sites, chooser, {chain.end: chain for chain in chains})
     with one_thread() if threads == 1 else nullcontext():
         lowered = lowering.run()
@@ -201,12 +205,13 @@ class _Lowering:
         kernel = choice.kernel
         if choice.workload is not None:
             self.workloads[site.start.name] = choice.workload
-        residual = site.residual
+        residual, gate = site.residual, site.gate
         given = Given(
             self._stored(self._emit(site.data), kernel.x_shape),
             masks_of(site, alive, wanted),
             self.chooser.weights(site),
             None if residual is None else lambda: self._stored(self._emit(residual), kernel.y_shape),
+            None if gate is None else lambda: self._as_video(self._emit(gate), (site.window.batch, site.channels_in)),
         )
         values = self.lists.of(kernel, given)
         self._count(kernel, values)

@@ -17,9 +17,10 @@ from ..geometry import Triple, Window
 from ..kernel import Kernel
 from ..layer import Choice, Layer
 from ..pool import Pool
-from ..workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Decisions, Workload
+from ..workload import GATHER, KERNEL_GROUPS, POINTWISE, POOL, WINOGRAD, Decisions, Workload
 from .conv3d_gather import GatherConv
 from .conv3d_kgs import KernelGroupConv, kernel_group_tile
+from .pointwise_tiles import PointwiseSpace, is_pointwise, pointwise
 from .pool3d import VectorPool, default_vectors
 from .row_plan import RowPlan
 from .tiles import Machine, Tile, candidates, default_tile, predicted_cycles, window_cycles
@@ -541,6 +542,7 @@ SPACES: dict[str, Callable[[Machine, Workload], VectorSpace]] = {
     WINOGRAD: WinogradSpace,
     KERNEL_GROUPS: lambda machine, workload: KernelGroupSpace(machine.storing(workload.dtype), workload),
     POOL: lambda machine, workload: PoolSpace(machine.storing(workload.dtype), workload),
+    POINTWISE: PointwiseSpace,
 }
 
 
@@ -629,6 +631,15 @@ def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) ->
     """The direct kernel of a layer, or Winograd in its place."""
     tile, origin = choose_tile(layer.workload, machine, log)
     return choose_kernel(direct(layer, tile), origin, layer.workload, machine, wanted, log, layer.most_growth)
+
+
+def offer_pointwise(layer: Layer, machine: Machine, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel] | None:
+    """The pointwise kernel of a layer that leaves nothing out."""
+    if not is_pointwise(layer):
+        return None
+    space = PointwiseSpace(machine, pointwise(layer.workload))
+    decisions, origin = decide(space, log)
+    return Choice(space.fitted(layer, decisions), "", origin, space.workload)
 
 
 def offer_pool(workload: Workload, fields: Mapping[str, Any], machine: Machine, log: TuningLog | None) -> Choice[Pool]:
