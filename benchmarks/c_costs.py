@@ -1,6 +1,6 @@
 """What an artifact costs in a C program: disk, opening, first call, memory; and its time against the virtual machine.
 
-    python -m benchmarks.c_costs cost ARTIFACT ...               bytes, seconds and resident memory, as shares of weights
+    python -m benchmarks.c_costs cost ARTIFACT ...               bytes, seconds, resident memory, as shares of weights
     python -m benchmarks.c_costs speed MODEL [--memory ...]      calls in turns with TVM's virtual machine
     python -m benchmarks.c_costs modes ARTIFACT ARTIFACT ...     calls of several artifacts of a network in turns
 
