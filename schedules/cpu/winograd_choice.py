@@ -38,6 +38,8 @@ NOT_HIDDEN = 0.5
 ONE_CORE_SHARE = 0.6
 #: How much faster the last-level cache is than memory.
 CACHE_RATE = 3.0
+#: Bytes of a last-level cache on which one network may count: servers have larger ones, but share them among many.
+MOST_SHARED_CACHE = 32 << 20
 #: Share of a cache that the scratch of a chunk may fill before it is taken to spill.
 SCRATCH_SHARE = 0.6
 #: Bytes of scratch beyond which a chunk is never made.
@@ -52,7 +54,7 @@ GATHER_COLUMN_CYCLES, GATHER_ROW_CYCLES = 0.8, 0.2
 ASSUMED_LEFT = (0.5, 1.0)
 #: Of the positions of a tile, so many are taken to live or die on their own: masks come in patches.
 PATCHES_IN_TILE = 2
-#: A kernel with the larger weights must be this much faster to be worth its memory.
+#: A kernel with the larger weights or scratch must be this much faster to be worth its memory.
 WORTH_MEMORY = 0.95
 #: Masks must not make a layer slower than it is without any: where they leave everything, a kernel may be predicted to
 #: take so much longer than the fastest one does.
@@ -123,7 +125,10 @@ def best(
     for option in sorted(fitting, key=_weights):
         seconds = winograd_seconds(option, machine, threads, densities)
         keeps_pace = dense[id(option)] <= bound or _densities(conv) == [1.0]
-        if keeps_pace and seconds < least * (WORTH_MEMORY if chosen and _weights(option) > _weights(chosen) else 1.0):
+        larger = chosen is not None and (
+            _weights(option) > _weights(chosen) or option.scratch_bytes > chosen.scratch_bytes
+        )
+        if keeps_pace and seconds < least * (WORTH_MEMORY if larger else 1.0):
             chosen, least = option, seconds
     return chosen
 
@@ -246,6 +251,11 @@ def _seconds_per_cycle(machine: Machine) -> float:
     return 4 * machine.vector_floats / (1e9 * machine.gflops)
 
 
+def _l3(machine: Machine) -> int:
+    """Bytes of the last level of cache that are ours."""
+    return min(machine.l3, MOST_SHARED_CACHE)
+
+
 def _memory_rate(machine: Machine, threads: int) -> float:
     """Bytes per second that the threads get from memory together."""
     return 1e9 * machine.memory_gb_per_s * min(1.0, ONE_CORE_SHARE * threads)
@@ -338,7 +348,7 @@ def _winograd_seconds(conv: WinogradConv, machine: Machine, threads: int, densit
     elements = plan.taps * conv.channels_in * conv.channels_out * share
     weights = 4.0 * plan.xi * elements
     repeats = max(0.0, chunks - 1)  # from memory, from the last level that the cores share, or from a core's own cache
-    repeats /= 1.0 if weights > machine.l3 / 2 else CACHE_RATE if weights > machine.l2 / 2 else math.inf
+    repeats /= 1.0 if weights > _l3(machine) / 2 else CACHE_RATE if weights > machine.l2 / 2 else math.inf
     multiply = _with_traffic(machine, threads, cycles * plan.xi * chunks, weights * (1 + repeats))
 
     read, written = (density if listed else 1.0 for listed in (conv.live_in, conv.live_out))
@@ -354,5 +364,5 @@ def _spill_seconds(scratch_bytes: int, machine: Machine, threads: int) -> float:
     """Time to write the scratch of a chunk and read it back, beyond what the second-level cache hides."""
     if scratch_bytes <= SCRATCH_SHARE * machine.l2:
         return 0.0
-    cached = scratch_bytes <= SCRATCH_SHARE * machine.l3
+    cached = scratch_bytes <= SCRATCH_SHARE * _l3(machine)
     return 2.0 * scratch_bytes / (_memory_rate(machine, threads) * (CACHE_RATE if cached else 1.0))

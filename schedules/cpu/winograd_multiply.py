@@ -8,17 +8,56 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from tvm import tirx
 
 from ..emit import Expr, big, ceil_div, choose, lane, lanes, let, number, prefetch, scratch, serial, splat, store, when
-
-if TYPE_CHECKING:
-    from .winograd import WinogradConv
+from .tiles import Tile
+from .winograd_plan import WinogradPlan
 
 #: Floats of a cache line: one prefetch for each is enough.
 LINE_FLOATS = 16
+
+
+class Transformed(Protocol):
+    """A Winograd kernel, as far as its products go."""
+
+    @property
+    def plan(self) -> WinogradPlan:
+        """Its tiles and lists."""
+
+    @property
+    def tile(self) -> Tile:
+        """Its register tile and cache blocks."""
+
+    @property
+    def channels_in(self) -> int:
+        """Input channels."""
+
+    @property
+    def channels_out(self) -> int:
+        """Output channels."""
+
+    @property
+    def panels(self) -> int:
+        """Panels of output channels, all of them alive."""
+
+    @property
+    def live_in(self) -> bool:
+        """Whether it walks a list of input channels."""
+
+    @property
+    def unit(self) -> int:
+        """Input channels that are left out together."""
+
+    @property
+    def source_plane(self) -> int:
+        """Floats of one ξ plane of V."""
+
+    @property
+    def product_plane(self) -> int:
+        """Floats of one ξ plane of M."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +88,7 @@ class Products:
     """Emits ``M[ξ][row][oc] = Σ_tap Σ_channel V · U``; ``sources`` is V, ``products`` M."""
 
     def __init__(
-        self, conv: WinogradConv, args: Mapping[str, tirx.Buffer], weights: tirx.Buffer,
+        self, conv: Transformed, args: Mapping[str, tirx.Buffer], weights: tirx.Buffer,
         sources: tirx.Buffer, products: tirx.Buffer,
     ) -> None:  # fmt: skip
         self.conv, self.tile, self.weights = conv, conv.tile, weights
