@@ -12,7 +12,7 @@ from torch import nn
 from dance_tvm import models
 from dance_tvm.models import transnetv2
 from dance_tvm.sparsity.data import load_data
-from dance_tvm.sparsity.training import Logits, sequences_of_logits
+from dance_tvm.sparsity.tasks import Logits, sequences_of_logits
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,14 @@ from torch.utils.data import DataLoader, Subset
 
 from dance_tvm import models, train
 from dance_tvm.core.errors import DanceError
-from dance_tvm.sparsity import checkpoint, training
+from dance_tvm.sparsity import checkpoint, tasks, training
 from dance_tvm.sparsity.dance import trained
 from dance_tvm.sparsity.dance.controller import Masks
 from dance_tvm.sparsity.dance.macs import MacCounter
 from dance_tvm.sparsity.dance.method import controller_of, prune
 from dance_tvm.sparsity.dance.sites import trace
-from dance_tvm.sparsity.data import MotionDigits, load_data
+from dance_tvm.sparsity.data import load_data
+from dance_tvm.sparsity.motion_digits import MotionDigits
 
 from .agreement import Agreement, Judge
 
@@ -458,7 +459,7 @@ def transnet(
 
 def _pruned_transnet(path: Path) -> tuple[fx.GraphModule, dict[str, Any]]:
     tensors, card = checkpoint.read_checkpoint(path)
-    network = prune(training.Logits(models.create("transnetv2")), tuple(card["clip_shape"]), **card["dance"])
+    network = prune(tasks.Logits(models.create("transnetv2")), tuple(card["clip_shape"]), **card["dance"])
     checkpoint.load_weights(network, checkpoint.without_prefix("network", tensors), path)
     return network.eval(), card
 

@@ -119,10 +119,11 @@ def main(
 
 def _config(*, method: str, options: dict[str, Any], init: Path | None, **settings: Any) -> str:
     """Every setting of a run as JSON. Raises DanceError for a wrong option."""
-    from dance_tvm.sparsity import training
+    from dance_tvm.sparsity.method import create_method
+    from dance_tvm.sparsity.settings import Settings
 
-    made = training.create_method(method, options)
-    chosen = training.Settings(
+    made = create_method(method, options)
+    chosen = Settings(
         method=method, options=made.options.model_dump(mode="json"), init=str(init) if init else None, **settings
     )
     return chosen.model_dump_json(indent=2)
@@ -170,32 +171,35 @@ def run(
     import torch
 
     from dance_tvm import models
-    from dance_tvm.sparsity import training
     from dance_tvm.sparsity.data import load_data
+    from dance_tvm.sparsity.method import create_method
+    from dance_tvm.sparsity.settings import Settings
+    from dance_tvm.sparsity.tasks import Classification, Distillation, Task
+    from dance_tvm.sparsity.training import train
 
     if threads is not None:
         torch.set_num_threads(threads)
-    chosen = training.Settings(
+    chosen = Settings(
         method=method, model=model, data=data, options=options or {}, seed=seed,
         init=str(init) if init else None, **settings,
     )  # fmt: skip
-    training.create_method(method, chosen.options)  # a wrong option is told before the clips are read
+    create_method(method, chosen.options)  # a wrong option is told before the clips are read
     splits = load_data(data, model=model, seed=seed)
     if splits.task == "distillation":
         network, teacher = (_published_or_seeded(model, seed) for _ in range(2))
-        task: training.Task = training.Distillation(teacher, varying=hasattr(splits.train, "set_epoch"))
+        task: Task = Distillation(teacher, varying=hasattr(splits.train, "set_epoch"))
     else:
         classes, channels = len(splits.train.classes), splits.train.shape[0]
         given = {} if channels == models.entry(model).input_shape[0] else {"in_channels": channels}
         network = models.create(model, num_classes=classes, seed=seed, **given)
-        task = training.Classification()
-    return training.train(chosen, network, splits, out, resume=resume, task=task, console=console, on_epoch=on_epoch)
+        task = Classification()
+    return train(chosen, network, splits, out, resume=resume, task=task, console=console, on_epoch=on_epoch)
 
 
 def _published_or_seeded(model: str, seed: int) -> Any:
     """A network that gives logits, with its published weights where there are any."""
     from dance_tvm import models
-    from dance_tvm.sparsity.training import Logits
+    from dance_tvm.sparsity.tasks import Logits
 
     found = models.entry(model)
     return Logits(models.pretrained(model) if found.pretrained else models.create(model, seed=seed))

@@ -30,7 +30,7 @@ from dance_tvm.machines import host
 from dance_tvm.machines.target import load_target
 from dance_tvm.models import names
 from dance_tvm.records.kernel_log import append, log_path, new_record, parse_loosely
-from dance_tvm.sparsity.training import METHODS
+from dance_tvm.sparsity.method import METHODS
 
 HEAVY = re.compile(r"\| +(tvm|torch|scipy|onnx)$", re.MULTILINE)
 

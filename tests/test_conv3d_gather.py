@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from dance_tvm.liveness.kernel_groups import find_kernel_groups
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv
+from dance_tvm.schedules.cpu.direct_spaces import KernelGroupSpace
 from dance_tvm.schedules.cpu.row_plan import RowPlan
-from dance_tvm.schedules.cpu.spaces import KernelGroupSpace
 from dance_tvm.schedules.cpu.tiles import Machine, Tile
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.kernel import Weights
@@ -61,6 +61,7 @@ def run(case: GatherCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         case.residual,
         "relu",
         case.zero_dead,
+        case.dtype,
     )
     conv = GatherConv(*settings_of_kernel)
     x = rng.integers(-4, 5, (case.batch, *case.size, case.channels_in)).astype("float32")

@@ -318,19 +318,17 @@ def test_a_wrong_conversion_is_found_and_its_layer_named(monkeypatch):
 
 
 def test_operators_that_are_compiled_alone_take_part_in_float64():
-    class Middle(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv3d(2, 3, 1)
-
-        def forward(self, x):
-            return self.conv(x.median(2, keepdim=True).values)
-
-    network, x = Middle(), torch.randn(1, 2, 3, 4, 5)
-    imported = import_model(network, example_inputs=(x,))
-    (found,) = interpreter.outputs(imported.mod, {imported.inputs[0].name: x}, wide=True)
+    builder, shape = relax.BlockBuilder(), (2, 3, 4, 5)
+    x = relax.Var("x", relax.TensorType(shape, "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            both = builder.emit(relax.op.median(builder.emit(relax.op.negative(x)), [2], True))
+            result = builder.emit_output(relax.Tuple([builder.emit(relax.TupleGetItem(both, 0))]))
+        builder.emit_func_output(result)
+    value = torch.randn(shape)
+    (found,) = interpreter.outputs(builder.finalize(), {"x": value}, wide=True)
     assert found.dtype == torch.float64
-    torch.testing.assert_close(found, network.double()(x.double()))
+    torch.testing.assert_close(found, (-value.double()).median(2, keepdim=True).values)
 
 
 class Flat(nn.Module):

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from dance_tvm import models
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
-from dance_tvm.frontend import import_model, interpreter, onnx_conversions, onnx_graph
+from dance_tvm.frontend import import_model, interpreter, onnx_conversions, onnx_nodes
 
 
 def export(network, x, path):
@@ -122,9 +122,9 @@ def test_a_file_too_new_for_onnx_runtime_is_checked_all_the_same(tmp_path):
 
 
 def test_names_of_older_exports_become_module_names():
-    assert onnx_graph.joined("/layer1/layer1.0/conv1/Conv") == "layer1.0.conv1"
-    assert onnx_graph.joined("/layer1/layer1.0/Relu") == "layer1.0.Relu"
-    assert onnx_graph.joined("Add_3") == "Add_3"
+    assert onnx_nodes.joined("/layer1/layer1.0/conv1/Conv") == "layer1.0.conv1"
+    assert onnx_nodes.joined("/layer1/layer1.0/Relu") == "layer1.0.Relu"
+    assert onnx_nodes.joined("Add_3") == "Add_3"
 
 
 def test_a_wrong_conversion_is_found_and_its_layer_named(tmp_path, monkeypatch):

@@ -260,12 +260,12 @@ def test_rows_at_the_edges_fill_tiles_of_their_own() -> None:
 
 
 class Ordered(nn.Module):
-    """A small operator whose result is sorted, by a kernel that asks for less alignment than its neighbours do."""
+    """A small operator whose result is sorted, and what is taken of the order."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.median(x * 2 + 1, 2, keepdim=True)[0]
 
 
-def test_kernels_that_ask_for_other_alignments_stay_alone() -> None:
+def test_a_sort_among_small_operators_is_right() -> None:
     x = torch.randn(1, 3, 7, 2)
     np.testing.assert_allclose(outputs(machine_of(lowered(Ordered(), x)), x)[0], Ordered()(x), rtol=1e-6)

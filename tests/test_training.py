@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.sparsity import checkpoint, training
-from dance_tvm.sparsity.data import Splits
-from dance_tvm.sparsity.training import Settings
+from dance_tvm.sparsity import checkpoint, method, training
+from dance_tvm.sparsity.clips import Splits
+from dance_tvm.sparsity.settings import Settings
 from dance_tvm.train import app, run
 
 SMALL = "motion-digits,train=48,test=16,size=24,frames=8"
@@ -118,7 +118,7 @@ def test_curves_card_and_model_are_written(tmp_path: Path) -> None:
 def test_the_best_epoch_is_within_the_budget_or_the_last(
     budget: float, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Thinning(training.Method):
+    class Thinning(method.Method):
         """Reaches a share of 4, 2, 1, 0.5 of the work and loses accuracy with each epoch."""
 
         def epoch_ended(self, network: nn.Module, epoch: int, metrics: object) -> dict[str, float]:

@@ -47,9 +47,18 @@ Attempt = Callable[[str, Path, bool], None]
 
 
 def run_suite(
-    suite: str, cases: Sequence[tuple[str, str]], *, build: bool = True, processes: int = 1, timeout: float = 120
+    suite: str,
+    cases: Sequence[tuple[str, str]],
+    *,
+    build: bool = True,
+    processes: int = 1,
+    timeout: float = 120,
+    told: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Run ``cases``, pairs of a case and its operator, of the module ``suite``; ``build`` False stops at the import."""
+    """Run ``cases``, pairs of a case and its operator, of the module ``suite``; ``build`` False stops at the import.
+
+    ``told`` hears of each case as it ends.
+    """
     queue, done = list(enumerate(cases))[::-1], {}
     started = time.monotonic()
 
@@ -66,6 +75,7 @@ def run_suite(
                     child = _replaced(child, suite)
                 done[index] = Outcome(case, operator, status, message, round(time.monotonic() - since, 2))
                 _report(done[index], len(done), len(cases), time.monotonic() - started)
+                told(done[index])
         if child is not None:
             child.end()
 
@@ -179,6 +189,7 @@ def suite_options(text: str | None) -> argparse.ArgumentParser:
     options.add_argument("--processes", type=int, default=1)
     options.add_argument("--timeout", type=float, default=120, help="seconds for one case")
     options.add_argument("--out", type=Path)
+    options.add_argument("--log", type=Path, help="a line for each case as it ends; cases that it holds are not run")
     return options
 
 
@@ -187,11 +198,26 @@ def run_command(
 ) -> int:
     """Run ``cases`` as ``chosen`` says, print how many ended how, and write the results."""
     build, processes, timeout = not chosen.import_only, chosen.processes, chosen.timeout
-    outcomes = run_suite(suite, cases, build=build, processes=processes, timeout=timeout)
+    known = logged(chosen.log) if chosen.log else {}
+
+    def told(outcome: Outcome) -> None:
+        if chosen.log:
+            with chosen.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(outcome)) + "\n")
+
+    left = [case for case in cases if case[0] not in known]
+    outcomes = [known[case] for case, _ in cases if case in known]
+    outcomes += run_suite(suite, left, build=build, processes=processes, timeout=timeout, told=told)
     print(summary(outcomes))
     if chosen.out:
         write_results(chosen.out, title, outcomes, packages)
     return 0
+
+
+def logged(path: Path) -> dict[str, Outcome]:
+    """What a run that was broken off said of its cases."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {outcome.case: outcome for outcome in (Outcome(**json.loads(line)) for line in lines)}
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, int]:

@@ -208,7 +208,7 @@ def _reads(value: relax.Expr) -> list[relax.Expr]:
 
 def _is_whole(param: tirx.Var) -> bool:
     """Whether a kernel takes a tensor as it lies from its beginning, aligned as all are; FuseTIR hands on no other
-    (scatter reads at an offset that its caller would tell, sort asks for less alignment than its neighbours)."""
+    (scatter reads at an offset that its caller would tell)."""
     kind = param.ty
     if not isinstance(kind, tirx.BufferType):
         return True

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import tvm
 from tvm import relax, te, tirx, topi
 
-from dance_tvm.ir.graph import dtype_of
+from dance_tvm.ir.graph import constant, dtype_of, is_tensor
 from dance_tvm.schedules.emit import Expr
 
 Legalize = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
@@ -149,6 +149,54 @@ def _comparison(of_nan: bool, own: Legalize) -> Legalize:
     return legalize
 
 
+def _negation(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    """TVM takes ``not a < b`` for ``b <= a``, which NaN is not; what is chosen by a condition it leaves alone."""
+
+    def negated(x: te.Tensor) -> te.Tensor:
+        def at(*index: Expr) -> Expr:
+            value = x(*index)
+            truth = value if x.dtype == "bool" else value != tirx.const(0, x.dtype)
+            return tirx.Select(truth, tirx.const(False, "bool"), tirx.const(True, "bool"))
+
+        return te.compute(x.shape, at, name="logical_not")
+
+    return builder.call_te(negated, call.args[0], primfunc_name_hint="logical_not")
+
+
+def _zero(is_zero: Callable[[relax.Call], bool], own: Legalize) -> Legalize:
+    """What is zero of every finite value, and NaN of infinities and NaN: a value less itself, or times zero."""
+
+    def legalize(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+        if not (_is_float(call) and is_zero(call)):
+            return own(builder, call)
+        shape = [int(extent) for extent in call.ty.shape.values]
+
+        def zero_of(x: te.Tensor) -> te.Tensor:
+            def at(*index: Expr) -> Expr:
+                finite = tirx.abs(_broadcast(x, index)) < tirx.const(math.inf, x.dtype)
+                return tirx.Select(finite, tirx.const(0.0, x.dtype), tirx.const(math.nan, x.dtype))
+
+            return te.compute(shape, at, name=_name(call))
+
+        values = [arg for arg in call.args if not _is_number_zero(arg)]
+        return builder.call_te(zero_of, values[0], primfunc_name_hint=_name(call))
+
+    return legalize
+
+
+def _is_number_zero(value: relax.Expr) -> bool:
+    array = constant(value)
+    return array is not None and array.size == 1 and float(array.reshape(())) == 0
+
+
+def _is_less_itself(call: relax.Call) -> bool:
+    return bool(call.args[0].same_as(call.args[1])) and constant(call.args[0]) is None
+
+
+def _is_times_zero(call: relax.Call) -> bool:
+    return [_is_number_zero(arg) for arg in call.args].count(True) == 1 and all(map(is_tensor, call.args))
+
+
 def _name(call: relax.Call) -> str:
     return str(call.op.name.rpartition(".")[2])
 
@@ -168,4 +216,7 @@ KEEP_NAN: dict[str, Legalize] = {
     "relax.min": _reduction(_LEAST, _own("relax.min")),
     "relax.equal": _comparison(of_nan=False, own=_own("relax.equal")),
     "relax.not_equal": _comparison(of_nan=True, own=_own("relax.not_equal")),
+    "relax.logical_not": _negation,
+    "relax.subtract": _zero(_is_less_itself, _own("relax.subtract")),
+    "relax.multiply": _zero(_is_times_zero, _own("relax.multiply")),
 }

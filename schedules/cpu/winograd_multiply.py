@@ -84,6 +84,46 @@ class Channels:
     ahead: Expr
 
 
+class Transformed(Protocol):
+    """What the products ask of their convolution."""
+
+    @property
+    def channels_in(self) -> int:
+        """Input channels."""
+
+    @property
+    def channels_out(self) -> int:
+        """Output channels."""
+
+    @property
+    def live_in(self) -> bool:
+        """Whether live input channels are listed."""
+
+    @property
+    def tile(self) -> Tile:
+        """The register tile."""
+
+    @property
+    def plan(self) -> WinogradPlan:
+        """What is transformed, and the lists."""
+
+    @property
+    def panels(self) -> int:
+        """Blocks of output channels."""
+
+    @property
+    def unit(self) -> int:
+        """Input channels that come and go together."""
+
+    @property
+    def source_plane(self) -> int:
+        """Floats of one plane of V."""
+
+    @property
+    def product_plane(self) -> int:
+        """Floats of one plane of M."""
+
+
 class Products:
     """Emits ``M[ξ][row][oc] = Σ_tap Σ_channel V · U``; ``sources`` is V, ``products`` M."""
 

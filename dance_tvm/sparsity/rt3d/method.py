@@ -26,7 +26,8 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.machines.target import load_target
 from dance_tvm.records.group_choice import best_group
 from dance_tvm.records.group_log import measurements_for
-from dance_tvm.sparsity.data import Batch
+from dance_tvm.sparsity.clips import Batch
+from dance_tvm.sparsity.method import Context, Method
 from dance_tvm.sparsity.rt3d.importance import importance
 from dance_tvm.sparsity.rt3d.masks import add_mask, bake_masks, set_mask
 from dance_tvm.sparsity.rt3d.penalty import Penalty
@@ -40,7 +41,6 @@ from dance_tvm.sparsity.rt3d.pruning import (
     weight_masks,
 )
 from dance_tvm.sparsity.rt3d.schemes import Scheme, SchemeName
-from dance_tvm.sparsity.training import Context, Method
 
 # The paper's preference for SIMD of today's phones, where nothing was measured.
 DEFAULT_GROUP = (8, 4)
