@@ -20,46 +20,6 @@ from .winograd_plan import WinogradPlan
 LINE_FLOATS = 16
 
 
-class Transformed(Protocol):
-    """A Winograd kernel, as far as its products go."""
-
-    @property
-    def plan(self) -> WinogradPlan:
-        """Its tiles and lists."""
-
-    @property
-    def tile(self) -> Tile:
-        """Its register tile and cache blocks."""
-
-    @property
-    def channels_in(self) -> int:
-        """Input channels."""
-
-    @property
-    def channels_out(self) -> int:
-        """Output channels."""
-
-    @property
-    def panels(self) -> int:
-        """Panels of output channels, all of them alive."""
-
-    @property
-    def live_in(self) -> bool:
-        """Whether it walks a list of input channels."""
-
-    @property
-    def unit(self) -> int:
-        """Input channels that are left out together."""
-
-    @property
-    def source_plane(self) -> int:
-        """Floats of one ξ plane of V."""
-
-    @property
-    def product_plane(self) -> int:
-        """Floats of one ξ plane of M."""
-
-
 @dataclass(frozen=True)
 class Panel:
     """Where the weights of each vector of a panel begin, and how many floats lie between two taps."""
