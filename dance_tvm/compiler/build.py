@@ -26,11 +26,11 @@ from dance_tvm.artifact.folder import (
     Tensor,
     load_artifact,
     record_check,
-    require_writable,
     write_artifact,
 )
 from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.artifact.preprocess import Preprocess
+from dance_tvm.artifact.staging import require_writable
 from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.compiler.program import write_program
