@@ -66,7 +66,7 @@ def build(
     logs_from: Annotated[str | None, typer.Option(help="Use the tuning logs of this target instead.")] = None,
     dtype: Annotated[
         Literal["float32", "float16"],
-        typer.Option(help="How a GPU stores activations and weights; sums are float32."),
+        typer.Option(help="How activations and weights are stored; Arm processors multiply in it (docs/kernels.md)."),
     ] = "float32",
     interface: Annotated[
         Literal["tvm", "c"],

@@ -72,7 +72,7 @@ class Convolution(LayerKernel):
     activation: str = ""
     zero_dead: str = ""
     #: How activations and weights are stored.
-    dtype = FLOAT
+    dtype: str = FLOAT
 
     @property
     def panels(self) -> int:
@@ -96,7 +96,7 @@ class Convolution(LayerKernel):
         """Input, weights, bias, taps, the plan's lists, those of channels or columns, masks, residual, output."""
         return [
             self.source(),
-            constant("weights", self.weight_shape, self.dtype),
+            constant("weights", self.weight_shape, self.weight_dtype),
             constant("bias", (self.bias_size,)),
             constant("tap_entries", self.plan.tap_entries.shape, INT),
             *(listed(key, self.plan.shapes[key]) for key in self.plan.walked),
@@ -151,6 +151,11 @@ class Convolution(LayerKernel):
         return (self.panels, self.window.taps, self.depth, self.tile.nr)
 
     @property
+    def weight_dtype(self) -> str:
+        """How the packed weights are stored."""
+        return self.dtype
+
+    @property
     def bias_size(self) -> int:
         """Length of the packed bias, which is always float32."""
         return self.channels_out
@@ -166,12 +171,16 @@ class Convolution(LayerKernel):
     @property
     def preparation(self) -> Preparation | None:
         """How weights become what the kernel reads, where the artifact's library can do it."""
+        return self.panelled if self.weight_dtype == FLOAT else None
+
+    @property
+    def panelled(self) -> Preparation:
+        """How weights are laid out."""
         return Panels(self.groups, self.group_out, self.depth, self.window.taps, self.tile.nr)
 
     def pack_weights(self, weight: np.ndarray) -> np.ndarray:
         """Pack float32 weights (C_out, C_in / groups, KT, KH, KW) the way the kernel reads them."""
-        assert self.preparation is not None
-        return self.preparation.apply(weight)
+        return self.panelled.apply(weight).astype(self.weight_dtype, copy=False)
 
     def unpacked(self, at: Expr) -> tuple[Expr, Expr, Expr, Expr] | None:
         """In panels."""

@@ -19,6 +19,7 @@ from tvm.tirx.script.builder import ir as T
 Expr: TypeAlias = tirx.Expr
 
 FLOAT = "float32"
+HALF = "float16"
 INT = "int32"
 BIG_INT = "int64"
 
@@ -94,14 +95,37 @@ def lane(vector: Expr, index: int) -> Expr:
     return tirx.Shuffle([vector], [index])
 
 
-def number(value: float, count: int = 1) -> Expr:
-    """A float32 constant in ``count`` lanes."""
-    return splat(tirx.FloatImm(FLOAT, value), count)
+def number(value: float, count: int = 1, dtype: str = FLOAT) -> Expr:
+    """A constant in ``count`` lanes."""
+    return splat(tirx.FloatImm(dtype, value), count)
 
 
 def store(buffer: tirx.Buffer, value: Expr, *index: Expr) -> None:
     """Write ``value`` to ``buffer[index]``."""
     T.buffer_store(buffer, value, list(index))
+
+
+def read(buffer: tirx.Buffer, start: Expr, count: int = 1) -> Expr:
+    """``count`` consecutive elements as float32, whatever they are stored as."""
+    value = buffer[lanes(start, count)]
+    return value if buffer.dtype == FLOAT else cast(value, FLOAT, count)
+
+
+def write(buffer: tirx.Buffer, value: Expr, start: Expr, count: int = 1) -> None:
+    """Store ``count`` consecutive float32 values as what ``buffer`` holds."""
+    if buffer.dtype != FLOAT:
+        value = cast(value, str(buffer.dtype), count)
+    store(buffer, value, lanes(start, count))
+
+
+def cast(value: Expr, dtype: str, count: int = 1) -> Expr:
+    """``count`` lanes as another type."""
+    return tirx.Cast(dtype + (f"x{count}" if count > 1 else ""), value)
+
+
+def short(dtype: str) -> str:
+    """A type's name as kernels' names tell it."""
+    return {FLOAT: "f32", HALF: "f16"}[dtype]
 
 
 def clear(buffer: tirx.Buffer) -> None:

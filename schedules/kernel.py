@@ -20,9 +20,9 @@ from .emit import FLOAT, INT, Expr, argument, kernel
 from .kernel_columns import Columns
 from .preparation import Preparation
 
-#: Where an operand comes from: the layer's input, what is added to its result, ``Kernel.prepare``, a mask, one of
-#: ``Kernel.lists``, or nowhere: the kernel writes it.
-Role = Literal["data", "residual", "constant", "mask", "list", "output"]
+#: Where an operand comes from: the layer's input, what is added to its result, what its input is multiplied by,
+#: ``Kernel.prepare``, a mask, one of ``Kernel.lists``, or nowhere: the kernel writes it.
+Role = Literal["data", "residual", "gate", "constant", "mask", "list", "output"]
 #: The kind of kernels by whose calls a run is told: convolutions and linear layers.
 LAYER = "convolution"
 #: The kind of kernels that make lists.

@@ -19,7 +19,8 @@ class Layer(GroupedChannels):
     ``positions`` and ``in_positions``: how many clips and frames the mask of output and input positions tells apart.
     Of a layer whose zero weights are left out, ``group`` is the kernel group, ``columns`` how many columns are left and
     ``kept`` which share of all columns that is. What a kernel packs takes at most ``most_growth`` times the memory of
-    the layer's own weights. The other fields are those of :class:`.convolution.Convolution`.
+    the layer's own weights. ``gate``: its input is multiplied by a value for each clip and channel, then passes the
+    activation ``before``. The other fields are those of :class:`.convolution.Convolution`.
     """
 
     window: Window
@@ -41,6 +42,8 @@ class Layer(GroupedChannels):
     columns: int | None = None
     kept: float = 1.0
     most_growth: float = math.inf
+    gate: bool = False
+    before: str = ""
 
     @property
     def samples(self) -> int:
@@ -56,7 +59,7 @@ class Layer(GroupedChannels):
     def fields(self) -> dict[str, Any]:
         """The fields of its kernel that do not depend on a tile."""
         names = ("window", "channels_in", "channels_out", "groups", "live_in", "live_out", "residual", "activation")
-        return {name: getattr(self, name) for name in (*names, "zero_dead")}
+        return {name: getattr(self, name) for name in (*names, "zero_dead", "dtype")}
 
     @property
     def masks(self) -> tuple[bool, bool, tuple[int, int] | None]:

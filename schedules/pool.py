@@ -38,7 +38,7 @@ class Pool(Kernel):
     zero_dead: bool = True
     in_positions: tuple[int, int] | None = None
     #: How activations are stored.
-    dtype = FLOAT
+    dtype: str = FLOAT
 
     @property
     def masks(self) -> dict[str, Operand]:

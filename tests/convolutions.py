@@ -52,6 +52,7 @@ class Case:
     residual: bool = False
     zero_dead: str = "all"
     seed: int = 0
+    dtype: str = "float32"
 
     @property
     def window(self) -> Window:
@@ -77,6 +78,7 @@ def call(
     weights: Weights | None = None,
     residual: np.ndarray | None = None,
     run: Callable[[tvm.tirx.PrimFunc, Arrays, Arrays], Arrays] = on_processor,
+    gate: np.ndarray | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """What a kernel writes, after its planners, and all lists and constants by name.
 
@@ -90,8 +92,9 @@ def call(
         for operand in each.inputs():
             if operand.role == "mask":
                 found = np.asarray((masks or {})[operand.axis]).astype("float32")
-            elif operand.role in ("data", "residual"):
-                found = data if operand.role == "data" else residual
+            elif operand.role in ("data", "residual", "gate"):
+                whole = {"data": data, "residual": residual, "gate": gate}[operand.role]
+                found = np.asarray(whole).astype(operand.dtype, copy=False)
             else:
                 found = {**values, **constants}[operand.name]
             assert found.shape == operand.shape

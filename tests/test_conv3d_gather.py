@@ -61,6 +61,7 @@ def run(case: GatherCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         case.residual,
         "relu",
         case.zero_dead,
+        case.dtype,
     )
     conv = GatherConv(*settings_of_kernel)
     x = rng.integers(-4, 5, (case.batch, *case.size, case.channels_in)).astype("float32")

@@ -17,6 +17,7 @@ from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv
 from dance_tvm.schedules.cpu.depthwise import DepthwiseConv, DepthwiseTile
 from dance_tvm.schedules.cpu.moments import VectorReduction
 from dance_tvm.schedules.cpu.norm import Norm
+from dance_tvm.schedules.cpu.pointwise import PointwiseConv, PointwiseTile
 from dance_tvm.schedules.cpu.pool3d import VectorPool
 from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.tiles import Tile
@@ -42,6 +43,7 @@ KERNELS: dict[str, Kernel] = {
     "conv3d_kgs": KernelGroupConv(*LAYER, TILE, PLAN, columns=8, run=4),
     "conv3d_winograd": WinogradConv(*LAYER, TILE, WinogradPlan(WINDOW, (1, 2, 2), 2, 4), activation="relu"),
     "depthwise3d": DepthwiseConv(WINDOW, 8, 8, DepthwiseTile(2, 1, 4, 2), out_frames=True),
+    "pointwise": PointwiseConv(WINDOW, 8, 10, PointwiseTile(2, 2, 4, 1, 4), residual=True, activation="relu"),
     "pool3d_max": VectorPool(WINDOW, 8, "max", in_frames=True, vector_floats=4),
     "norm": Norm((1, 32, 8), 1, 32, 8, 4, 1e-5, 4, affine="lanes", scales=8),
     "reduce_mean": VectorReduction((2, 16, 8), (2, 8), 2, 16, 8, "mean", vector_floats=4),

@@ -23,7 +23,7 @@ from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv, kernel_group_til
 from dance_tvm.schedules.cpu.spaces import SPACES, KernelGroupSpace, choose_kernel
 from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.schedules.workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Workload
+from dance_tvm.schedules.workload import KERNEL_GROUPS, POINTWISE, POOL, WINOGRAD, Workload
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
 from dance_tvm.tune import app as tune_command
 from dance_tvm.tuning import search, tuner
@@ -208,10 +208,10 @@ def test_a_pruned_network_is_tuned_and_built_by_its_records(tmp_path, own_logs, 
     said = capsys.readouterr()
     assert left.value.code in (0, None), said.err
     layers = {layer["family"]: layer for layer in json.loads(said.out)["layers"]}
-    assert set(layers) == {GATHER, KERNEL_GROUPS, POOL}
+    assert set(layers) == {POINTWISE, KERNEL_GROUPS, POOL}
     assert all(layer["verified"] and not layer["failed"] for layer in layers.values())
     assert layers[POOL]["share_of_peak"] is None
-    for family in (KERNEL_GROUPS, POOL):
+    for family in (POINTWISE, KERNEL_GROUPS, POOL):
         log = Log.read(log_path(HOST, family))
         assert {found.status for found in log.records()} == {"trial", "verified"}
         assert not log.problems

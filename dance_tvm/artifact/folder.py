@@ -31,7 +31,7 @@ from safetensors.numpy import load_file, save_file
 from dance_tvm.artifact.layers import KernelInfo, LayerInfo
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.artifact.weight_store import Store
-from dance_tvm.core.agreement import HALF_TOLERANCE, TOLERANCE
+from dance_tvm.core.agreement import HALF_ON_PROCESSOR, HALF_TOLERANCE, TOLERANCE
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.machines.host import cpu_flags
@@ -195,6 +195,8 @@ class Manifest(_Strict):
     @property
     def tolerance(self) -> float:
         """Largest difference allowed from the source, as a share of an output's largest value."""
+        if self.options.get("dtype") == "float16" and self.target.tvm.get("kind") == "llvm":
+            return HALF_ON_PROCESSOR
         halved = "float16" in (self.options.get("dtype"), self.options.get("weights_dtype"))
         return HALF_TOLERANCE if halved else TOLERANCE
 

@@ -53,9 +53,9 @@ def require_buildable(target: Target, dtype: str = "float32", interface: str = "
             f"target {target.name} says that it is a {target.link.machine} machine (link.machine) and that its code is "
             f"for {triple} (mtriple): correct one of them"
         )
-    if dtype != "float32" and not (target.gpu and target.gpu.fp16):
+    if dtype != "float32" and not (target.gpu.fp16 if target.gpu else target.vector.fp16):
         raise DanceError(
-            f"{target.name} cannot store half precision: leave --dtype out, or name a GPU target with fp16"
+            f"{target.name} cannot compute in half precision: leave --dtype out, or name a target with fp16"
         )
     if interface == "c" and target.gpu:
         raise DanceError(f"{target.name} is a GPU, which --interface c cannot run yet: leave it out")

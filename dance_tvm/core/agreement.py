@@ -9,8 +9,9 @@ import numpy as np
 
 #: Largest difference allowed between what was built and its source, as a share of the output's largest value.
 TOLERANCE = 1e-4
-#: The same where activations and weights are stored in half precision.
+#: The same where activations and weights are stored in half precision, and where a processor computes in it.
 HALF_TOLERANCE = 2e-2
+HALF_ON_PROCESSOR = 1e-2
 
 #: Scale of an output whose values are all smaller, zeros among them; below it float32 has no full precision left.
 LEAST_SCALE = 1e-30

@@ -88,6 +88,8 @@ class Chooser:
             columns=None if groups is None else len(groups.columns),
             kept=1.0 if groups is None else groups.kept,
             most_growth=self._most_growth(site),
+            gate=site.gate is not None,
+            before=site.before,
         )
 
     def _most_growth(self, site: Site) -> float:
@@ -117,7 +119,7 @@ class Chooser:
         if isinstance(machine, Gpu):
             sizes = [(gm, gn) for gm in BLOCK_GROUP_FILTERS for gn in GROUP_CHANNELS]
             return sizes, groups_cost(machine, site.window)
-        lanes = machine.vector_floats
+        lanes = machine.storing(self.dtype).vector_floats
         return fitting_groups(lanes), self.group_cost or lane_cost(lanes)
 
     def _zeros(self, end: relax.Var) -> str:

@@ -22,6 +22,7 @@ from dance_tvm.liveness.expressions import Expression
 from dance_tvm.liveness.relax_graph import liveness_of
 from dance_tvm.schedules.convolution import LayerKernel
 from dance_tvm.schedules.cpu.carry_frames import Carry
+from dance_tvm.schedules.cpu.pointwise_tiles import is_pointwise
 from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.emit import one_thread
@@ -34,6 +35,7 @@ from .calls import call_kernel
 from .carries import Chain, find_chains
 from .choose_kernel import Chooser, GroupCost, Memory, masks_of
 from .describe_layers import describe, why_dense
+from .gates import absorb_gates
 from .masks import Masks
 from .plan_lists import Given, Lists, Values, counted
 from .registry import kernels_of
@@ -71,7 +73,7 @@ def lower_windows(
     dtype: str = "float32",
     memory: Memory = "fast",
 ) -> Windows:
-    """Lower every site of ``main``; kernels of a GPU store activations and weights as ``dtype``."""
+    """Lower every site of ``main``; kernels store activations and weights as ``dtype``."""
     graph = Graph.of(mod["main"])
     liveness = liveness_of(graph)
     cpu = isinstance(machine, Machine)
@@ -79,6 +81,8 @@ def lower_windows(
     sites = Sites.of(graph, liveness, lists, pools_skip=cpu)
     chains = find_chains(graph, liveness, sites) if cpu else []
     chooser = Chooser(machine, sites, threads if cpu else 1, dtype, convolution, sparsity, tuning, group_cost, memory)
+    if cpu:
+        absorb_gates(graph, sites, lambda site: is_pointwise(chooser.layer(site)))
     lowering = _Lowering(mod, graph, liveness, sites, chooser, {chain.end: chain for chain in chains})
     with one_thread() if threads == 1 else nullcontext():
         lowered = lowering.run()
@@ -201,12 +205,13 @@ class _Lowering:
         kernel = choice.kernel
         if choice.workload is not None:
             self.workloads[site.start.name] = choice.workload
-        residual = site.residual
+        residual, gate = site.residual, site.gate
         given = Given(
             self._stored(self._emit(site.data), kernel.x_shape),
             masks_of(site, alive, wanted),
             self.chooser.weights(site),
             None if residual is None else lambda: self._stored(self._emit(residual), kernel.y_shape),
+            None if gate is None else lambda: self._as_video(self._emit(gate), (site.window.batch, site.channels_in)),
         )
         values = self.lists.of(kernel, given)
         self._count(kernel, values)
@@ -224,12 +229,18 @@ class _Lowering:
         fresh, taken, kept = (
             tuple(axis for axis in live.axes if axis != "frames") for live in (chain.fresh, chain.taken, chain.kept)
         )
-        machine, before = self.chooser.machine, chain.before
+        machine, before, dtype = self.chooser.machine, chain.before, self.chooser.dtype
         assert isinstance(machine, Machine)
+        machine = machine.storing(dtype)
         sizes = (chain.frames, total // chain.frames, height, width, channels, machine.vector_floats)
-        kernel = Carry(*sizes, fresh, taken, kept, before is not None)
-        given = Given(self._emit(chain.source), masks, None, None if before is None else lambda: self._emit(before))
-        return call_kernel(self.builder, kernel, self.lists.arguments(kernel, given, {}))
+        kernel = Carry(*sizes, fresh, taken, kept, before is not None, dtype)
+        given = Given(
+            self._stored(self._emit(chain.source), kernel.shape),
+            masks,
+            None,
+            None if before is None else lambda: self._stored(self._emit(before), (kernel.count, *kernel.shape[1:])),
+        )
+        return self._seen(call_kernel(self.builder, kernel, self.lists.arguments(kernel, given, {})), kernel.shape)
 
     def _pool(self, var: relax.Var) -> relax.Expr:
         call, window = self.graph.call(var), window_of(self.graph, var)
@@ -252,6 +263,7 @@ class _Lowering:
             "out_frames": wanted.frames is not None,
             "zero_dead": self.sites.needs_zeros(var),
             "in_positions": None if read is None else read.shape[:2],
+            "dtype": self.chooser.dtype,
         }
         choice = self.kernels.pool(self._pool_workload(fields), fields, self.chooser.machine, self.chooser.log)
         if choice.workload is not None:

@@ -32,6 +32,7 @@ class Given:
     masks: Mapping[str, Expression | None]
     weights: Weights | None = None
     residual: Callable[[], relax.Expr] | None = None
+    gate: Callable[[], relax.Expr] | None = None
 
 
 @dataclass
@@ -68,6 +69,9 @@ class Lists:
         if operand.role == "residual":
             assert given.residual is not None
             return given.residual()
+        if operand.role == "gate":
+            assert given.gate is not None
+            return given.gate()
         if operand.role == "mask":
             expression = given.masks[operand.axis]
             assert expression is not None

@@ -40,7 +40,9 @@ class Kernels:
 
 
 _KERNELS: dict[type, Kernels] = {
-    Machine: Kernels([depthwise_tiles.offer, cpu.offer], cpu.offer_pool, cpu_mask_window.GrownMask),
+    Machine: Kernels(
+        [depthwise_tiles.offer, cpu.offer_pointwise, cpu.offer], cpu.offer_pool, cpu_mask_window.GrownMask
+    ),
     Gpu: Kernels([gpu.offer_few_rows, gpu.offer_few_channels, gpu.offer], gpu.offer_pool, gpu_mask_window.GrownMask),
 }
 

@@ -43,6 +43,9 @@ class Site:
     bias: np.ndarray | None = None
     residual: relax.Var | None = None
     activation: str = ""
+    #: What the data is multiplied by for each clip and channel, and the activation between that and the layer.
+    gate: relax.Var | None = None
+    before: str = ""
     absorbed: list[relax.Var] = field(default_factory=list)
     masked: bool = False
     lists: SiteLists = field(default_factory=SiteLists)
@@ -283,7 +286,10 @@ def _start(graph: Graph, var: relax.Var) -> Site | None:
     if dtype_of(data) != "float32":
         return None
     if name == "matmul":
-        if weight.ndim != 2 or len(shape_of(data)) < 2:
+        first = weight[(0,) * (weight.ndim - 2)] if weight.ndim > 2 else weight
+        if weight.ndim > 2 and (weight == first).all():
+            weight = first  # as linear layers over permuted tensors are exported
+        if weight.ndim != 2 or len(shape_of(data)) < 2 or shape_of(var)[:-1] != shape_of(data)[:-1]:
             return None
         rows = int(np.prod(shape_of(data)[:-1]))
         return Site(var, var, data, weight.T, Window(rows, (1, 1, 1), (1, 1, 1), (1, 1, 1)))

@@ -131,7 +131,7 @@ def _aarch64() -> dict[str, Any]:
         },
         "tuning_log": "host-aarch64",
         "link": {"machine": "aarch64", "page_size": 65536},
-        "vector": {"floats": 4, "registers": 32},
+        "vector": {"floats": 4, "registers": 32, "fp16": "asimdhp" in cpu_flags()},
         "clusters": [_cluster(mcpu, by_clock[clock], mcpu, clock, 2.0) for clock in sorted(by_clock, reverse=True)],
     }
 

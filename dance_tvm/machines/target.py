@@ -48,10 +48,12 @@ class Caches(_Facts):
 
 
 class Vector(_Facts):
-    """fp32 lanes of one vector register (4 NEON, 8 AVX2, 16 AVX-512) and the number of such registers."""
+    """fp32 lanes of one vector register (4 NEON, 8 AVX2, 16 AVX-512) and the number of such registers; ``fp16``:
+    whether it multiplies twice as many halves at once (Armv8.2's FP16)."""
 
     floats: int = Field(ge=1)
     registers: int = Field(ge=1)
+    fp16: bool = False
 
 
 class Link(_Facts):
@@ -140,7 +142,7 @@ class Target(_Facts):
         facts = {
             "tvm": self.tvm,
             "host": self.host,
-            "vector": self.vector.model_dump(),
+            "vector": self.vector.model_dump(exclude={"fp16"}),  # a workload tells its type
             "caches": self.caches.model_dump(),
             "cores": [[cluster.mcpu, cluster.fma_per_cycle] for cluster in self.clusters],
         }

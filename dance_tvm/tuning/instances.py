@@ -21,8 +21,21 @@ from tvm import tirx
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.remote import RemoteSession
 from dance_tvm.schedules.elementary import written_out
-from dance_tvm.schedules.emit import FLOAT, Expr, argument, flat, kernel, let, parallel, serial, store, when
-from dance_tvm.schedules.gpu.emit import each_element, read, write
+from dance_tvm.schedules.emit import (
+    FLOAT,
+    Expr,
+    argument,
+    flat,
+    kernel,
+    let,
+    parallel,
+    read,
+    serial,
+    store,
+    when,
+    write,
+)
+from dance_tvm.schedules.gpu.emit import each_element
 from dance_tvm.schedules.kernel import Kernel, Operand, Weights
 from dance_tvm.schedules.workload import KERNEL_GROUPS, Workload
 from dance_tvm.tuning.farm import CountedSession

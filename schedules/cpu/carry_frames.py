@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from tvm import tirx
 
-from ..emit import Expr, choose, flat, lanes, let, number, parallel, scratch, serial, splat, store
+from ..emit import FLOAT, Expr, choose, flat, lanes, let, number, parallel, scratch, serial, short, splat, store
 from ..kernel import Kernel, Operand, channels_mask, output
 
 
@@ -36,11 +36,13 @@ class Carry(Kernel):
     taken: tuple[str, ...]
     kept: tuple[str, ...] = ()
     before: bool = False
+    #: How activations are stored; a sum of two is the same rounded once.
+    dtype: str = FLOAT
 
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        return f"carry_frames_f32_v{self.vector_floats}"
+        return f"carry_frames_{short(self.dtype)}_v{self.vector_floats}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,8 +64,9 @@ class Carry(Kernel):
 
     def operands(self) -> list[Operand]:
         """x, the masks, where asked for before (count, height, width, channels), and y."""
-        before = [Operand("before", (self.count, *self.shape[1:]), role="residual")] if self.before else []
-        return [Operand("x", self.shape), *self.masks.values(), *before, output("y", self.shape)]
+        before = [Operand("before", (self.count, *self.shape[1:]), self.dtype, "residual")] if self.before else []
+        x, y = Operand("x", self.shape, self.dtype), output("y", self.shape, self.dtype)
+        return [x, *self.masks.values(), *before, y]
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Line by line of positions, frame after frame."""
@@ -77,14 +80,17 @@ class _Emitter:
     def __init__(self, carry: Carry, x: tirx.Buffer, masks: dict[tuple[str, str], tirx.Buffer], y: tirx.Buffer) -> None:
         self.carry, self.x, self.masks, self.y = carry, x, masks, y
 
+    def _zero(self, count: int) -> Expr:
+        return number(0.0, count, self.carry.dtype)
+
     def line(self, line: Expr, before: tirx.Buffer | None) -> None:
         """One line of positions of one clip, frame after frame."""
         carry = self.carry
         floats = carry.width * carry.channels
-        running = scratch((floats,))
+        running = scratch((floats,), carry.dtype)
 
         def begin(at: Expr, count: int) -> None:
-            value = number(0.0, count) if before is None else before[lanes(line * floats + at, count)]
+            value = self._zero(count) if before is None else before[lanes(line * floats + at, count)]
             store(running, value, lanes(at, count))
 
         self._each_vector(floats, begin)
@@ -115,7 +121,7 @@ class _Emitter:
                 mask = splat(alive[of], count) if of in alive else number(1.0, count)
                 if (of, "channels") in self.masks:
                     mask = mask * self.masks[of, "channels"][at[0], lanes(channel, count)]
-                return tirx.Select(mask != number(0.0, count), value, number(0.0, count))
+                return tirx.Select(mask != number(0.0, count), value, self._zero(count))
 
             fresh = under("fresh", self.x[lanes(target + channel, count)])
             value = let(fresh + under("taken", running[lanes(here + channel, count)]))
@@ -123,8 +129,8 @@ class _Emitter:
             store(self.y, under("kept", value), lanes(target + channel, count))
 
         def clear(channel: Expr, count: int) -> None:
-            store(running, number(0.0, count), lanes(here + channel, count))
-            store(self.y, number(0.0, count), lanes(target + channel, count))
+            store(running, self._zero(count), lanes(here + channel, count))
+            store(self.y, self._zero(count), lanes(target + channel, count))
 
         if {"fresh", "taken"} <= alive.keys():
             some = alive["fresh"] + alive["taken"] != number(0.0)

@@ -13,7 +13,7 @@ from functools import partial
 
 from tvm import tirx
 
-from ..emit import big, choose, flat, lanes, let, number, parallel, serial, store, when
+from ..emit import FLOAT, big, choose, flat, lanes, let, number, parallel, serial, store, when
 from ..geometry import Window
 from ..kernel import PLANNER, Kernel, Operand, frames_mask, listed, output
 from ..plans import channel_list_shape
@@ -34,6 +34,7 @@ class CompactChannels(Kernel):
     samples: int
     in_frames: bool
     vector_floats: int
+    dtype: str = FLOAT
 
     def operands(self) -> list[Operand]:
         """x (N, T, H, W, C), in_channels, where asked for in_frames (N, T), and y (N, T, H, W, C)."""
@@ -41,7 +42,7 @@ class CompactChannels(Kernel):
         shape = (window.batch, *window.size, self.channels)
         masks = [frames_mask("in_frames", window.batch, window.size[0])] if self.in_frames else []
         lists = listed("in_channels", channel_list_shape(self.samples, self.channels))
-        return [Operand("x", shape), lists, *masks, output("y", shape)]
+        return [Operand("x", shape, self.dtype), lists, *masks, output("y", shape, self.dtype)]
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Copy line by line."""

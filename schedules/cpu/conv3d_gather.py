@@ -18,20 +18,26 @@ from tvm import tirx
 
 from ..convolution import Convolution
 from ..emit import (
+    FLOAT,
     Expr,
     big,
+    cast,
     ceil_div,
     choose,
     flat,
     lane,
     lanes,
     let,
+    number,
     parallel,
+    read,
     scratch,
     serial,
+    short,
     splat,
     store,
     when,
+    write,
 )
 from ..epilogue import activate
 from ..kernel import Operand, Planned
@@ -58,7 +64,7 @@ class GatherConv(Convolution):
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
         step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
-        return f"conv3d_gather{self.marks}_f32_mr{self.tile.mr}_nr{self.tile.nr}{step}"
+        return f"conv3d_gather{self.marks}_{short(self.dtype)}_mr{self.tile.mr}_nr{self.tile.nr}{step}"
 
     @property
     def compact(self) -> bool:
@@ -78,7 +84,8 @@ class GatherConv(Convolution):
         found, plan = super().channel_lists(), self.plan
         if self.compact:
             floats = self.tile.vector_floats
-            compact = CompactChannels(self.window, self.channels_in, plan.samples, plan.dynamic_taps, floats)
+            sizes = (self.window, self.channels_in, plan.samples, plan.dynamic_taps, floats)
+            compact = CompactChannels(*sizes, self.dtype)
             found.insert(1, Planned(compact, ("x",)))
         return found
 
@@ -195,19 +202,41 @@ class GatherEmitter:
         weights: WeightPanel,
     ) -> None:
         """Accumulate the segment's taps over one tile."""
-        tile = self.tile
         tap, last_tap = taps
-        count = tile.vector_floats
-        acc = [[scratch((count,)) for _ in range(tile.vectors)] for _ in range(tile.mr)]
-        rows = [let(self.rows_in[sample, current, r]) for r in range(tile.mr)]
-        self._each_vector(lambda r, v, at: store(acc[r][v], partial[lanes(place + at, count)], lanes(0, count)))
+        rows = [let(self.rows_in[sample, current, r]) for r in range(self.tile.mr)]
+        acc = self._started(partial, place)
         stride, start = self._input_layout(sample, panel)
         with serial(last_tap - tap) as offset:
             entry = let(tap + offset)
             shift = let(self.taps[entry, 1])
             sources = [let(big((row + shift) * stride + start)) for row in rows]
             self._multiply(sources, weights.at(self.taps[entry, 0]), channels, acc)
-        self._each_vector(lambda r, v, at: store(partial, acc[r][v][lanes(0, count)], lanes(place + at, count)))
+        self._put_back(acc, partial, place)
+
+    def _started(self, partial: tirx.Buffer, place: Expr) -> list[list[tirx.Buffer]]:
+        """Registers of one tile: they go on from the partial sums, or in half precision, which must not add up too many
+        products, from zero."""
+        tile, count, dtype = self.tile, self.tile.vector_floats, self.conv.dtype
+        acc = [[scratch((count,), dtype) for _ in range(tile.vectors)] for _ in range(tile.mr)]
+
+        def start(r: int, v: int, at: int) -> None:
+            value = partial[lanes(place + at, count)] if dtype == FLOAT else number(0.0, count, dtype)
+            store(acc[r][v], value, lanes(0, count))
+
+        self._each_vector(start)
+        return acc
+
+    def _put_back(self, acc: list[list[tirx.Buffer]], partial: tirx.Buffer, place: Expr) -> None:
+        """The partial sums, which are float32, after a pass over one tile."""
+        count, dtype = self.tile.vector_floats, self.conv.dtype
+
+        def end(r: int, v: int, at: int) -> None:
+            value = acc[r][v][lanes(0, count)]
+            if dtype != FLOAT:
+                value = partial[lanes(place + at, count)] + cast(value, FLOAT, count)
+            store(partial, value, lanes(place + at, count))
+
+        self._each_vector(end)
 
     def _input_layout(self, sample: Expr, panel: Expr) -> tuple[Expr, Expr]:
         """Floats from one input position to the next, and where the first one read lies."""
@@ -337,9 +366,9 @@ class GatherEmitter:
     def _finish(self, partial: tirx.Buffer, source: Expr, target: Expr, channel: Expr, count: int) -> None:
         value = partial[lanes(source, count)]
         if self.residual is not None:
-            value = value + self.residual[lanes(target, count)]
+            value = value + read(self.residual, target, count)
         value = activate(self.conv.activation, value, count)
-        store(self.y, self._finished(value, channel, count), lanes(target, count))
+        write(self.y, self._finished(value, channel, count), target, count)
 
     def _finished(self, value: Expr, channel: Expr, count: int) -> Expr:
         """What is stored for output channels ``channel …``."""

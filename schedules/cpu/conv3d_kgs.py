@@ -18,13 +18,13 @@ import numpy as np
 from tvm import tirx
 
 from .. import kernel_group_conv
-from ..emit import INT, Expr, big, lane, lanes, let, number, scratch, serial, splat, store, when
+from ..emit import FLOAT, INT, Expr, big, ceil_div, lane, lanes, let, number, scratch, serial, short, splat, store, when
 from ..geometry import Window
 from ..kernel import Operand, Weights, constant
 from ..kernel_group_conv import KernelGroupLists
 from .conv3d_gather import GatherConv, GatherEmitter
 from .panel_weights import WeightPanel
-from .tiles import Machine, Tile, default_tile
+from .tiles import HALF_TERMS, Machine, Tile, default_tile
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class KernelGroupConv(KernelGroupLists, GatherConv):
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
         step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
-        return f"conv3d_kgs{self.marks}_f32_mr{self.tile.mr}_gm{self.tile.nr}{step}"
+        return f"conv3d_kgs{self.marks}_{short(self.dtype)}_mr{self.tile.mr}_gm{self.tile.nr}{step}"
 
     @property
     def entry_fields(self) -> int:
@@ -212,28 +212,46 @@ class KernelGroupEmitter(GatherEmitter):
         weights: WeightPanel,
     ) -> None:
         """Accumulate the segment's taps over one tile, one loop for each run of consecutive taps."""
-        tile, count = self.tile, self.tile.vector_floats
-        acc = [[scratch((count,)) for _ in range(tile.vectors)] for _ in range(tile.mr)]
-        rows = [let(big(self.rows_in[sample, current, r]) * self.conv.channels_in) for r in range(tile.mr)]
-        self._each_vector(lambda r, v, at: store(acc[r][v], partial[lanes(place + at, count)], lanes(0, count)))
+        rows = [let(big(self.rows_in[sample, current, r]) * self.conv.channels_in) for r in range(self.tile.mr)]
+        whole = self.conv.dtype == FLOAT
+        acc = self._started(partial, place) if whole else []
         first, end = taps
         first_run = let(self.tap_runs[0, first])
         with serial(self.tap_runs[0, end - 1] + 1 - first_run) as index:
             run = let(first_run + index)
             begin = let(tirx.max(self.tap_runs[1, run], first))
             last = let(tirx.min(self.tap_runs[1, run + 1], end) - 1)
-            self._run(sample, panel, self.taps[begin, 0], self.taps[last, 0], rows, acc)
-        self._each_vector(lambda r, v, at: store(partial, acc[r][v][lanes(0, count)], lanes(place + at, count)))
+            listed = self._listed(sample, panel, self.taps[begin, 0], self.taps[last, 0])
+            if whole:
+                self._run(sample, listed, rows, acc)
+            else:
+                self._parts(sample, listed, rows, partial, place)
+        if whole:
+            self._put_back(acc, partial, place)
 
-    def _run(
-        self, sample: Expr, panel: Expr, first: Expr, last: Expr, rows: list[Expr], acc: list[list[tirx.Buffer]]
+    def _parts(
+        self, sample: Expr, listed: tuple[Expr, Expr], rows: list[Expr], partial: tirx.Buffer, place: Expr
     ) -> None:
-        """Accumulate the columns of the taps ``first`` to ``last``."""
+        """Accumulate the ``listed`` columns, no more at a time than half precision may add up."""
+        most = max(1, HALF_TERMS // self.conv.run)
+        with serial(ceil_div(listed[1], most)) as part:
+            some = let(tirx.min(most, listed[1] - part * most))
+            acc = self._started(partial, place)
+            self._run(sample, (let(listed[0] + part * most), some), rows, acc)
+            self._put_back(acc, partial, place)
+
+    def _listed(self, sample: Expr, panel: Expr, first: Expr, last: Expr) -> tuple[Expr, Expr]:
+        """The first entry of the columns of the taps ``first`` to ``last``, and how many there are."""
+        of_sample = sample if self.conv.column_samples > 1 else 0
+        begin = let(self.column_starts[of_sample, panel, first])
+        return begin, let(self.column_starts[of_sample, panel, last + 1] - begin)
+
+    def _run(self, sample: Expr, listed: tuple[Expr, Expr], rows: list[Expr], acc: list[list[tirx.Buffer]]) -> None:
+        """Accumulate the ``listed`` columns (first entry, how many)."""
         conv = self.conv
         of_sample = sample if conv.column_samples > 1 else 0
-        begin = let(self.column_starts[of_sample, panel, first])
-        with serial(self.column_starts[of_sample, panel, last + 1] - begin) as step:
-            entry = let(begin + step)
+        with serial(listed[1]) as step:
+            entry = let(listed[0] + step)
             source = let(big(self.columns[of_sample, 0, entry]))
             at = self.columns[of_sample, 1, entry] if conv.live_in else entry * (conv.run * conv.tile.nr)
             weights = let(big(at))

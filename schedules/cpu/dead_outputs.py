@@ -7,7 +7,7 @@ from typing import Protocol
 
 from tvm import tirx
 
-from ..emit import Expr, choose, lanes, number, parallel, serial, store, when
+from ..emit import Expr, choose, number, parallel, serial, when, write
 from ..geometry import Window
 from .tiles import Tile
 
@@ -90,6 +90,6 @@ def zero_dead(conv: DeadOutputs, masks: Mapping[str, tirx.Buffer], y: tirx.Buffe
 def _clear(buffer: tirx.Buffer, start: Expr, length: int, vector_floats: int) -> None:
     whole = length // vector_floats
     with serial(whole) as v:
-        store(buffer, number(0.0, vector_floats), lanes(start + v * vector_floats, vector_floats))
+        write(buffer, number(0.0, vector_floats), start + v * vector_floats, vector_floats)
     for index in range(whole * vector_floats, length):
-        store(buffer, number(0.0), start + index)
+        write(buffer, number(0.0), start + index)

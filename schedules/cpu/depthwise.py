@@ -21,24 +21,30 @@ from tvm import tirx
 
 from ..convolution import LayerKernel
 from ..emit import (
+    FLOAT,
     Expr,
     big,
+    cast,
     choose,
     flat,
     lanes,
     let,
     number,
     parallel,
+    read,
     scratch,
     serial,
+    short,
     splat,
     store,
     when,
+    write,
 )
 from ..epilogue import activate
 from ..geometry import Window
 from ..kernel import Count, Operand, Planned, Weights, constant, output
 from .row_plan import RowPlan
+from .tiles import HALF_TERMS
 
 TIME, HEIGHT, WIDTH = range(3)
 
@@ -72,6 +78,8 @@ class DepthwiseConv(LayerKernel):
     residual: bool = False
     activation: str = ""
     zero_dead: bool = False
+    #: How activations and weights are stored.
+    dtype: str = FLOAT
 
     @property
     def groups(self) -> int:  # type: ignore[override]  # a field of others
@@ -81,7 +89,12 @@ class DepthwiseConv(LayerKernel):
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        return f"depthwise3d_f32_mr{self.tile.mr}_nr{self.tile.vectors * self.lanes}"
+        return f"depthwise3d_{short(self.dtype)}_mr{self.tile.mr}_nr{self.tile.vectors * self.lanes}"
+
+    @property
+    def sums(self) -> str:
+        """What adds up the products of one output."""
+        return self.dtype if self.window.taps <= HALF_TERMS else FLOAT
 
     @property
     def lanes(self) -> int:
@@ -96,12 +109,12 @@ class DepthwiseConv(LayerKernel):
     def operands(self) -> list[Operand]:
         """x (N, T, H, W, C_in), weights (taps, C_out), bias, the masks, residual where asked for, y."""
         return [
-            Operand("x", self.x_shape),
-            constant("weights", self.weight_shape),
+            Operand("x", self.x_shape, self.dtype),
+            constant("weights", self.weight_shape, self.dtype),
             constant("bias", (self.channels_out,)),
             *self.plan.masks.values(),
-            *([Operand("residual", self.y_shape, role="residual")] if self.residual else []),
-            output("y", self.y_shape),
+            *([Operand("residual", self.y_shape, self.dtype, "residual")] if self.residual else []),
+            output("y", self.y_shape, self.dtype),
         ]
 
     def lists(self) -> list[Planned]:
@@ -138,7 +151,7 @@ class DepthwiseConv(LayerKernel):
 
     def pack_weights(self, weight: np.ndarray) -> np.ndarray:
         """Float32 weights (C_out, 1, KT, KH, KW) with channels innermost, as the kernel reads them."""
-        return np.ascontiguousarray(weight.reshape(self.channels_out, self.window.taps).T, "float32")
+        return np.ascontiguousarray(weight.reshape(self.channels_out, self.window.taps).T, self.dtype)
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Blocks of rows, tile by tile."""
@@ -225,7 +238,7 @@ class _Emitter:
         size = self.steps_out[TIME] * self.conv.channels_out
         top = let(big(clip * self.window.out[TIME] + frame) * size)
         with serial(size) as index:
-            store(self.y, number(0.0), top + index)
+            write(self.y, number(0.0), top + index)
 
     def _rows(self, clip: Expr, index: Expr, start: Expr, rows: int) -> None:
         """A block of lines, one pass of channels after the other."""
@@ -281,9 +294,12 @@ class _Emitter:
         """``mr`` outputs of a line, all their taps."""
         window, axis = self.window, self.axis
         mr, count = len(piece.inside), self.count
-        acc = [[scratch((count,)) for _ in channels] for _ in range(mr)]
+        dtype = self.conv.sums
+        acc = [[scratch((count,), dtype) for _ in channels] for _ in range(mr)]
         for v, channel in enumerate(channels):
             bias = let(self.bias[lanes(channel, count)])
+            if dtype != FLOAT:
+                bias = let(cast(bias, dtype, count))
             for r in range(mr):
                 store(acc[r][v], bias, lanes(0, count))
         start = let(piece.first * window.stride[axis] - window.padding[axis])
@@ -292,7 +308,7 @@ class _Emitter:
             tap0 = let(first0 + index0)
             place0 = let(source0 + tap0 * window.dilation[self.outer[0]])
 
-            def read() -> None:
+            def multiply() -> None:
                 with serial(past1 - first1) as index1:
                     tap1 = let(first1 + index1)
                     place1 = let(source1 + tap1 * window.dilation[self.outer[1]])
@@ -305,9 +321,9 @@ class _Emitter:
 
             if "in_frames" in self.masks:
                 with when(self.masks["in_frames"][line.clip, place0] != number(0.0)):
-                    read()
+                    multiply()
             else:
-                read()
+                multiply()
         self._finish(line, piece, channels, acc)
 
     def _multiply(
@@ -325,12 +341,17 @@ class _Emitter:
             weights = {}
             for k in used:
                 row = (tap + k * self.tap_steps[axis]) * self.conv.channels_out
-                weights[k] = let(self.weights[lanes(channel + row, count)])
+                weights[k] = let(self._summed(self.weights[lanes(channel + row, count)]))
             source = top + (channel if each == 1 else tirx.floordiv(channel, each))
             for distance in sorted(users):
-                x = let(self._inputs(let(source + distance * self.steps_in[axis] * self.conv.channels_in)))
+                at = let(source + distance * self.steps_in[axis] * self.conv.channels_in)
+                x = let(self._summed(self._inputs(at)))
                 for r, k in users[distance]:
                     store(acc[r][v], acc[r][v][lanes(0, count)] + x * weights[k], lanes(0, count))
+
+    def _summed(self, value: Expr) -> Expr:
+        """What is stored, in the type that sums it up."""
+        return value if self.conv.sums == self.conv.dtype else cast(value, self.conv.sums, self.count)
 
     def _inputs(self, at: Expr) -> Expr:
         """The inputs of one vector of output channels, each repeated for the output channels that read it."""
@@ -353,8 +374,8 @@ class _Emitter:
         top = let(big(top) * conv.channels_out)
         for v, channel in enumerate(channels):
             for r, row in enumerate(acc):
-                at = lanes(top + channel + r * self.steps_out[self.axis] * conv.channels_out, count)
-                value = row[v][lanes(0, count)]
+                at = top + channel + r * self.steps_out[self.axis] * conv.channels_out
+                value = read(row[v], 0, count)
                 if self.residual is not None:
-                    value = value + self.residual[at]
-                store(self.y, activate(conv.activation, value, count), at)
+                    value = value + read(self.residual, at, count)
+                write(self.y, activate(conv.activation, value, count), at, count)

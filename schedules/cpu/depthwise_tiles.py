@@ -52,7 +52,7 @@ def default_rows(machine: Machine, window: Window, axis: int, channels_out: int,
     """Rows of a block: as many as the cache holds of all frames, and no more than leave each thread a block."""
     second = window.out[2] if axis == TIME else window.out[1]
     across = 1 if axis == TIME else window.size[2] * window.stride[1]
-    row_bytes = 4 * channels_out * window.size[0] * across
+    row_bytes = machine.element_bytes * channels_out * window.size[0] * across
     fitting = max(4, int(ROWS_SHARE_OF_L2 * machine.l2) // row_bytes)
     blocks = max(-(-second // fitting), min(second, -(-threads // window.batch)))
     return -(-second // blocks)
@@ -61,6 +61,7 @@ def default_rows(machine: Machine, window: Window, axis: int, channels_out: int,
 def offer(layer: Layer, machine: Machine, _wanted: str, _log: object) -> Choice[LayerKernel] | None:
     """The depthwise kernel, which leaves out frames and no single positions."""
     channels = (layer.channels_in, layer.channels_out, layer.groups)
+    machine = machine.storing(layer.dtype)
     if layer.groups == 1 or layer.positions is not None or layer.in_positions is not None:
         return None
     if why_no_depthwise(layer.window, *channels, machine.vector_floats):
@@ -76,5 +77,6 @@ def offer(layer: Layer, machine: Machine, _wanted: str, _log: object) -> Choice[
         layer.residual,
         layer.activation,
         layer.zero_dead == "all",
+        layer.dtype,
     )
     return Choice(conv)

@@ -140,7 +140,7 @@ class PanelWeights:
     def gather(self, sample: Expr, panel: Expr, plane: Expr, entries: tirx.Buffer | None = None) -> WeightPanel:
         """The panel's weights side by side: all taps now, or, with tap ``entries``, each when it is prepared."""
         live = self.live_in(sample)
-        gathered = scratch((self.panel_floats,))
+        gathered = scratch((self.panel_floats,), str(self.weights.dtype))
         copy_row = self._copy_columns(sample, panel) if self.out_channels is not None else self._copy_panel(panel)
 
         def gather_tap(tap: Expr) -> None:

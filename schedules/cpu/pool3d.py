@@ -9,7 +9,9 @@ from typing import NamedTuple
 from tvm import tirx
 
 from ..emit import (
+    FLOAT,
     Expr,
+    cast,
     choose,
     flat,
     lanes,
@@ -18,9 +20,11 @@ from ..emit import (
     parallel,
     scratch,
     serial,
+    short,
     splat,
     store,
     when,
+    write,
 )
 from ..pool import LOWEST, Pool
 
@@ -44,7 +48,7 @@ class VectorPool(Pool):
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        return f"pool3d_{self.pooling}_f32_v{self.vectors * self.vector_floats}"
+        return f"pool3d_{self.pooling}_{short(self.dtype)}_v{self.vectors * self.vector_floats}"
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Line by line of output positions."""
@@ -108,6 +112,13 @@ class _Emitter:
         self.pool, self.window = pool, pool.window
         self.x, self.y = flat(args["x"]), flat(args["y"])
         self.in_frames, self.in_positions = args.get("in_frames"), args.get("in_positions")
+        #: What is reduced: maxima as they are stored, sums in float32.
+        self.kept = FLOAT if pool.pooling == "avg" else pool.dtype
+
+    def _input(self, start: Expr, count: int) -> Expr:
+        """Consecutive inputs as they are reduced."""
+        value = self.x[lanes(start, count)]
+        return value if self.pool.dtype == self.kept else cast(value, self.kept, count)
 
     def _target(self, clip: Expr, frame: Expr, row: Expr) -> Expr:
         out_t, out_h, out_w = self.window.out
@@ -117,7 +128,7 @@ class _Emitter:
         """Zeros for one line of output positions."""
         target = let(self._target(clip, frame, row))
         with serial(self.window.out[2] * self.pool.channels) as index:
-            store(self.y, number(0.0), target + index)
+            write(self.y, number(0.0), target + index)
 
     def _bounds(self, axis: int, index: Expr) -> Bounds:
         """First coordinate of the window, and the taps that lie inside the clip: begin, end."""
@@ -134,7 +145,7 @@ class _Emitter:
         target = let(self._target(clip, frame, row))
         area = _Area(clip, self._bounds(0, frame), self._bounds(1, row))
         widest = pool.vectors * pool.vector_floats
-        reduced = scratch((window.size[2] * widest,)) if pool.shares_columns else None
+        reduced = scratch((window.size[2] * widest,), self.kept) if pool.shares_columns else None
         done = 0
         # As many channels as one pass takes, then single vectors, then what does not fill one.
         for vectors, count in ((pool.vectors, pool.vector_floats), (1, pool.vector_floats), (1, 1)):
@@ -180,7 +191,7 @@ class _Emitter:
 
             def read_zeros() -> None:
                 for sums in acc:
-                    self._combine(sums, number(0.0, count), count)
+                    self._combine(sums, number(0.0, count, self.kept), count)
 
             def read_frame() -> None:
                 with serial(rows[2] - rows[1]) as r, serial(columns[2] - columns[1]) as c:
@@ -191,7 +202,7 @@ class _Emitter:
 
                     def read_position() -> None:
                         for v, sums in enumerate(acc):
-                            self._combine(sums, self.x[lanes(source + v * count, count)], count)
+                            self._combine(sums, self._input(source + v * count, count), count)
 
                     if self.in_positions is None or pool.in_positions is None:
                         read_position()
@@ -212,16 +223,19 @@ class _Emitter:
         for v, value in enumerate(found):
             if self.pool.pooling == "avg":
                 taps = self.pool.divisor((area.frames[0], area.rows[0], first_column))
-                value = value / splat(tirx.Cast("float32", taps), count)
-            store(self.y, value, lanes(place + v * count, count))
+                value = value / splat(tirx.Cast(FLOAT, taps), count)
+                write(self.y, value, place + v * count, count)
+            else:
+                store(self.y, value, lanes(place + v * count, count))
 
     def _started(self, count: int) -> _Sums:
         """A sum of nothing, or a maximum of nothing and the NaN met so far."""
         average = self.pool.pooling == "avg"
-        sums = _Sums(scratch((count,)), None if average else scratch((count,)))
-        store(sums.values, number(0.0 if average else LOWEST, count), lanes(0, count))
+        kept = self.kept
+        sums = _Sums(scratch((count,), kept), None if average else scratch((count,), kept))
+        store(sums.values, number(0.0 if average else LOWEST, count, kept), lanes(0, count))
         if sums.not_numbers is not None:
-            store(sums.not_numbers, number(0.0, count), lanes(0, count))
+            store(sums.not_numbers, number(0.0, count, kept), lanes(0, count))
         return sums
 
     def _combine(self, sums: _Sums, value: Expr, count: int) -> None:

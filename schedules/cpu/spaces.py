@@ -17,9 +17,10 @@ from ..geometry import Triple, Window
 from ..kernel import Kernel
 from ..layer import Choice, Layer
 from ..pool import Pool
-from ..workload import GATHER, KERNEL_GROUPS, POOL, WINOGRAD, Decisions, Workload
+from ..workload import GATHER, KERNEL_GROUPS, POINTWISE, POOL, WINOGRAD, Decisions, Workload
 from .conv3d_gather import GatherConv
 from .conv3d_kgs import KernelGroupConv, kernel_group_tile
+from .pointwise_tiles import PointwiseSpace, is_pointwise, pointwise
 from .pool3d import VectorPool, default_vectors
 from .row_plan import RowPlan
 from .tiles import Machine, Tile, candidates, default_tile, predicted_cycles, window_cycles
@@ -163,9 +164,10 @@ class GatherSpace:
     def depth_blocks(self, vectors: int) -> list[int]:
         """Input channels that fit shares of the first-level cache beside one tap, and all of them."""
         step, nr = self.steps[-1], vectors * self.machine.vector_floats
-        fitting = {max(step, int(share * self.machine.l1d) // (4 * nr) // step * step) for share in CACHE_SHARES}
-        depth = self.workload.depth
-        return sorted({min(size, depth) for size in fitting} | {min(64, depth), min(128, depth)})
+        room = self.machine.l1d // (self.machine.element_bytes * nr)
+        fitting = {max(step, int(share * room) // step * step) for share in CACHE_SHARES}
+        most = min(self.workload.depth, self.machine.most_terms)
+        return sorted({min(size, most) for size in {*fitting, 64, 128}})
 
     @property
     def size(self) -> int:
@@ -183,8 +185,9 @@ class GatherSpace:
         """Decisions of another shape fitted to this one; equal kernels get equal decisions."""
         window, floats = self.workload.window, self.machine.vector_floats
         fitted = dict(decisions)
-        fitted["depth_block"] = min(fitted["depth_block"], self.workload.depth)
-        fitted["segment_taps"] = min(fitted["segment_taps"], window.taps)
+        most = self.machine.most_terms
+        fitted["depth_block"] = min(fitted["depth_block"], self.workload.depth, most)
+        fitted["segment_taps"] = min(fitted["segment_taps"], window.taps, max(1, most // fitted["depth_block"]))
         fitted["step"] = fitted["step"] if self.workload.depth >= fitted["step"] and fitted["step"] <= floats else 1
         fitted["block_tiles"] = min(fitted["block_tiles"], most_tiles(window, fitted["mr"]))
         return fitted
@@ -381,6 +384,7 @@ class PoolSpace:
             vector_floats=self.machine.vector_floats,
             vectors=decisions["vectors"],
             in_positions=(work.window.batch, 1) if "in_positions" in lists else None,
+            dtype=work.dtype,
         )
 
 
@@ -406,7 +410,8 @@ class WinogradSpace:
     @cached_property
     def direct(self) -> GatherConv:
         """The direct kernel that it stands in for."""
-        return self._gather.kernel(self._gather.default())
+        space = direct_space(self.machine, self.workload.direct)
+        return space.kernel(space.default())
 
     @cached_property
     def tiles(self) -> dict[tuple[int, int], list[int]]:
@@ -533,10 +538,11 @@ def _winograd_tile(conv: WinogradConv) -> tuple[int, int]:
 
 #: The space of each kernel family.
 SPACES: dict[str, Callable[[Machine, Workload], VectorSpace]] = {
-    GATHER: GatherSpace,
+    GATHER: lambda machine, workload: GatherSpace(machine.storing(workload.dtype), workload),
     WINOGRAD: WinogradSpace,
-    KERNEL_GROUPS: KernelGroupSpace,
-    POOL: PoolSpace,
+    KERNEL_GROUPS: lambda machine, workload: KernelGroupSpace(machine.storing(workload.dtype), workload),
+    POOL: lambda machine, workload: PoolSpace(machine.storing(workload.dtype), workload),
+    POINTWISE: PointwiseSpace,
 }
 
 
@@ -569,7 +575,8 @@ def choose_tile(workload: Workload, machine: Machine, log: TuningLog | None = No
 
 def direct_space(machine: Machine, workload: Workload) -> GatherSpace | KernelGroupSpace:
     """The space of the direct kernel of a workload."""
-    return (KernelGroupSpace if workload.family == KERNEL_GROUPS else GatherSpace)(machine, workload)
+    kind = KernelGroupSpace if workload.family == KERNEL_GROUPS else GatherSpace
+    return kind(machine.storing(workload.dtype), workload)
 
 
 def decide(space: Space, log: TuningLog | None) -> tuple[Decisions, str]:
@@ -626,8 +633,18 @@ def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) ->
     return choose_kernel(direct(layer, tile), origin, layer.workload, machine, wanted, log, layer.most_growth)
 
 
+def offer_pointwise(layer: Layer, machine: Machine, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel] | None:
+    """The pointwise kernel of a layer that leaves nothing out."""
+    if not is_pointwise(layer):
+        return None
+    space = PointwiseSpace(machine, pointwise(layer.workload))
+    decisions, origin = decide(space, log)
+    return Choice(space.fitted(layer, decisions), "", origin, space.workload)
+
+
 def offer_pool(workload: Workload, fields: Mapping[str, Any], machine: Machine, log: TuningLog | None) -> Choice[Pool]:
     """The pool of a workload; ``fields`` are those that its sizes do not decide."""
+    machine = machine.storing(workload.dtype)
     decisions, origin = decide(PoolSpace(machine, workload), log)
     pool = VectorPool(**fields, vector_floats=machine.vector_floats, vectors=decisions["vectors"])
     return Choice(pool, "", origin, workload)

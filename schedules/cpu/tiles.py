@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
+from ..emit import FLOAT
 from ..geometry import Window
 
 #: Share of the first-level cache that a segment's weights may take; rows of the input and partial sums need the rest.
@@ -18,6 +19,12 @@ ROWS_SHARE_OF_L2 = 0.4
 GATHERING_ROWS_SHARE_OF_L2 = 1.0
 #: Cycles that one fused multiply-add takes until its result can be added to again, times two a cycle.
 CHAINS_TO_HIDE_LATENCY = 8
+#: Products in half precision that are added up before their sum goes to float32: their largest error is then 1e-3 of
+#: a layer's largest output, whatever its depth, and the sums take a tenth of the time (docs/kernels.md).
+HALF_TERMS = 64
+#: Rows of a register tile in half precision: an instruction reaches the lanes of 16 registers alone, and with more rows
+#: LLVM moves inputs between memory and those.
+HALF_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,22 @@ class Machine:
     l3: int = 0  #: shared by the cores
     gflops: float = 50.0  #: peak of one core
     memory_gb_per_s: float = 10.0
+    element_bytes: int = 4  #: of activations and weights
+    most_rows: int = 16  #: of a register tile
+    most_terms: int = 1 << 30  #: products that a register of sums adds up before they are put back
+
+    def storing(self, dtype: str) -> Machine:
+        """The same machine as kernels see it that multiply what is stored as ``dtype``."""
+        if dtype == FLOAT or self.element_bytes == 2:
+            return self
+        return replace(
+            self,
+            vector_floats=2 * self.vector_floats,
+            gflops=2 * self.gflops,
+            element_bytes=2,
+            most_rows=HALF_ROWS,
+            most_terms=HALF_TERMS,
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +86,7 @@ def candidates(machine: Machine) -> list[tuple[int, int, int]]:
     """Every (rows, vectors, step) whose accumulators, weights and inputs fit in the registers."""
     found = []
     for vectors in range(1, 9):
-        for rows in range(1, 17):
+        for rows in range(1, machine.most_rows + 1):
             if machine.broadcast_loads:
                 step, inputs = 1, 1
             else:
@@ -137,14 +160,16 @@ def default_tile(
     options = [tile for tile in fitting if nr is None or tile[1] * machine.vector_floats == nr]
     mr, vectors, step = min(options, key=lambda tile: window_cycles(machine, window, group_out, tile))
     nr = vectors * machine.vector_floats
-    depth_block = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (4 * nr) // step * step)
+    size = machine.element_bytes
+    depth_block = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (size * nr) // step * step)
+    depth_block = min(depth_block, machine.most_terms)
     block_depth = min(depth, depth_block)
     segment_taps = max(1, min(window.taps, depth_block // block_depth))
     share = GATHERING_ROWS_SHARE_OF_L2 if gathers else ROWS_SHARE_OF_L2
-    rows = max(mr, int(share * machine.l2) // (4 * block_depth))
+    rows = max(mr, int(share * machine.l2) // (size * block_depth))
     block_tiles = min(max(8, rows // mr), 128, -(-window.positions_out // mr) + 8)
     if depth < step:
         step = 1
     # Weights that stay in the second-level cache are read again for each block, so that its rows are read but once.
-    outer = 4 * window.taps * depth * group_out > machine.l2
+    outer = size * window.taps * depth * group_out > machine.l2
     return Tile(mr, vectors, machine.vector_floats, step, block_tiles, segment_taps, depth_block, panels_outer=outer)

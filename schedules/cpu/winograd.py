@@ -19,7 +19,24 @@ from typing import Any
 from tvm import tirx
 
 from ..convolution import Convolution
-from ..emit import INT, Expr, big, flat, lanes, let, number, parallel, scratch, serial, store, when
+from ..emit import (
+    FLOAT,
+    INT,
+    Expr,
+    big,
+    flat,
+    lanes,
+    let,
+    number,
+    parallel,
+    read,
+    scratch,
+    serial,
+    short,
+    store,
+    when,
+    write,
+)
 from ..epilogue import activate
 from ..kernel import Count, Operand, channels_mask
 from .channel_plan import ChannelPlan
@@ -54,7 +71,7 @@ class WinogradConv(Convolution):
         """The kernel's name, as docs/kernels.md decodes it."""
         size = "x".join(str(m) for m in self.plan.m)
         step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
-        return f"conv3d_winograd_{size}{self.marks}_f32_mr{self.tile.mr}_nr{self.tile.nr}{step}"
+        return f"conv3d_winograd_{size}{self.marks}_{short(self.dtype)}_mr{self.tile.mr}_nr{self.tile.nr}{step}"
 
     def describe(self) -> dict[str, Any]:
         """Also the tile of outputs: what skipping saves in one piece."""
@@ -67,7 +84,12 @@ class WinogradConv(Convolution):
         return (plan.xi, self.panels, plan.taps, self.channels_in, self.tile.nr)
 
     @property
-    def preparation(self) -> WinogradPanels:
+    def weight_dtype(self) -> str:
+        """Transformed values are float32, whatever the activations are: transforms magnify rounding."""
+        return FLOAT
+
+    @property
+    def panelled(self) -> WinogradPanels:
         """How weights become what the kernel reads."""
         plan = self.plan
         return WinogradPanels(
@@ -204,7 +226,7 @@ class _Emitter:
         def channels(channel: Expr, count: int) -> None:
             first, alive = self._named("in", sample, channel, count)
 
-            def read(place: list[Expr]) -> Expr:
+            def value_at(place: list[Expr]) -> Expr:
                 at = [start + offset for start, offset in zip(starts, place, strict=True)]
                 inside = [
                     tirx.all(at[axis] >= 0, at[axis] < window.size[axis])
@@ -214,15 +236,15 @@ class _Emitter:
                 if readable is not None:
                     inside.append(readable[place[0]] != 0)
                 position = ((clip * window.size[0] + at[0]) * window.size[1] + at[1]) * window.size[2] + at[2]
-                value = self.x[lanes(big(position) * conv.channels_in + first, count)]
+                value = read(self.x, big(position) * conv.channels_in + first, count)
                 if alive is not None:
                     value = tirx.Select(alive != number(0.0, count), value, number(0.0, count))
                 return tirx.if_then_else(tirx.all(*inside), value, number(0.0, count)) if inside else value
 
-            def write(at: Expr, value: Expr) -> None:
+            def transformed(at: Expr, value: Expr) -> None:
                 store(self.sources, value, lanes(big(at) * conv.source_plane + target + channel, count))
 
-            self._along_axes(axes[::-1], 2, read, write, waiting, count)
+            self._along_axes(axes[::-1], 2, value_at, transformed, waiting, count)
 
         self._each_vector(self.multiply.live_in(sample), channels)
 
@@ -329,11 +351,11 @@ class _Emitter:
             first, alive = self._named("out", sample, channel, count)
             bias = let(self.bias[lanes(first, count)])
 
-            def read(at: list[Expr]) -> Expr:
+            def product_at(at: list[Expr]) -> Expr:
                 xi = (at[0] * alpha[1] + at[1]) * alpha[2] + at[2]
                 return self.products[lanes(big(xi) * conv.product_plane + source + channel, count)]
 
-            def write(at: Expr, value: Expr) -> None:
+            def result(at: Expr, value: Expr) -> None:
                 offsets = (
                     tirx.floordiv(at, alpha[1] * alpha[2]),
                     tirx.floormod(tirx.floordiv(at, alpha[2]), alpha[1]),
@@ -347,7 +369,7 @@ class _Emitter:
                     target = let(big(position + coordinates[2]) * conv.channels_out + first)
                     self._store_result(target, let(value + bias), alive, count)
 
-            self._along_axes(axes, 0, read, write, waiting, count)
+            self._along_axes(axes, 0, product_at, result, waiting, count)
 
         self._each_vector(self.multiply.live_out(sample), channels)
 
@@ -366,10 +388,9 @@ class _Emitter:
 
     def _store_result(self, start: Expr, value: Expr, alive: Expr, count: int) -> None:
         """Residual, activation and the store of the ``count`` channels from ``start`` on; zeros where they are dead."""
-        at = lanes(start, count)
         if self.residual is not None:
-            value = value + self.residual[at]
+            value = value + read(self.residual, start, count)
         value = activate(self.conv.activation, value, count)
         if alive is not None:
             value = tirx.Select(alive != number(0.0, count), value, number(0.0, count))
-        store(self.y, value, at)
+        write(self.y, value, start, count)

@@ -91,7 +91,8 @@ def choose(
     found = best(conv, machine, threads, most_growth=most_growth)
     if found is None:
         return Choice(conv, "direct: no tile's transformed inputs fit the memory allowed")
-    direct, transformed = direct_seconds(conv, machine, threads), winograd_seconds(found, machine, threads)
+    direct = direct_seconds(conv, machine.storing(conv.dtype), threads)
+    transformed = winograd_seconds(found, machine, threads)
     kind = "kernel groups" if isinstance(conv, KernelGroupConv) else "direct"
     times = f"{1e3 * transformed:.2g} ms predicted, {kind} {1e3 * direct:.2g} ms"
     if wanted == "auto" and transformed > direct:
@@ -168,6 +169,7 @@ def configured(conv: GatherConv, m: Triple, columns: int, tile: Tile) -> Winogra
         conv.residual,
         conv.activation,
         conv.zero_dead,
+        conv.dtype,
     )
 
 
@@ -273,8 +275,8 @@ def _direct_seconds(conv: GatherConv, machine: Machine, threads: int, density: f
     elements = window.taps * conv.depth * conv.channels_out * _channel_share(conv, density)
     blocks = max(1.0, window.positions_out * _row_share(conv, density) / plan.samples / (tile.mr * tile.block_tiles))
     cycles += _gather_cycles(conv, elements) * plan.samples * blocks
-    repeats = 1 + (plan.samples - 1) / (1 if 4 * elements > machine.l3 / 2 else CACHE_RATE)
-    weights = 4.0 * window.taps * conv.depth * conv.channels_out * share * repeats
+    repeats = 1 + (plan.samples - 1) / (1 if machine.element_bytes * elements > machine.l3 / 2 else CACHE_RATE)
+    weights = float(machine.element_bytes) * window.taps * conv.depth * conv.channels_out * share * repeats
     return _with_traffic(machine, threads, cycles, weights)
 
 

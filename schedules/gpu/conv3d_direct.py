@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from tvm import tirx
 
-from ..emit import Expr, ceil_div, let, number, serial, store, when
+from ..emit import Expr, ceil_div, let, number, read, serial, short, store, when
 from ..geometry import Window
 from .conv3d_gather import Arguments, BlockConv
-from .emit import BLOCK, barrier, integer, launch, pick, read, registers, shared, short
+from .emit import BLOCK, barrier, integer, launch, pick, registers, shared
 
 #: Output channels of a block of :class:`LinearConv`, and how many ways its sums are split.
 COLUMNS, SLICES = 32, 8

@@ -17,7 +17,7 @@ import numpy as np
 from tvm import tirx
 
 from ..convolution import Convolution
-from ..emit import FLOAT, INT, Expr, flat, lanes, let, number, serial, store, when
+from ..emit import FLOAT, INT, Expr, flat, lanes, let, number, read, serial, short, store, when, write
 from ..epilogue import activate
 from .channel_plan import ChannelPlan
 from .emit import (
@@ -28,11 +28,8 @@ from .emit import (
     launch,
     parts,
     pick,
-    read,
     registers,
     shared,
-    short,
-    write,
     zeros,
 )
 from .row_plan import BlockPlan, has_border
@@ -45,7 +42,6 @@ class BlockConv(Convolution):
 
     tile: BlockTile
     plan: BlockPlan
-    dtype: str = FLOAT
 
     @property
     def name(self) -> str:
@@ -65,7 +61,7 @@ class BlockConv(Convolution):
         """Pack float32 weights (C_out, C_in / groups, KT, KH, KW) the way the kernel reads them."""
         if self.live_out:
             return self.pack_unpanelled(weight)
-        return super().pack_weights(weight).astype(self.dtype, copy=False)
+        return super().pack_weights(weight)
 
     def pack_unpanelled(self, weight: np.ndarray) -> np.ndarray:
         """Put output channels innermost: (taps, depth, channels_out)."""

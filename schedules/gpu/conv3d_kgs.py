@@ -14,11 +14,11 @@ import numpy as np
 from tvm import tirx
 
 from .. import kernel_group_conv
-from ..emit import INT, Expr, ceil_div, lanes, let, number, serial, store, when
+from ..emit import INT, Expr, ceil_div, lanes, let, number, serial, short, store, when
 from ..kernel import Operand, Weights, output
 from ..kernel_group_conv import KernelGroupLists
 from .conv3d_gather import Arguments, BlockConv, GatherEmitter, Term
-from .emit import BLOCK, compact, each_element, integer, launch, pick, registers, short
+from .emit import BLOCK, compact, each_element, integer, launch, pick, registers
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,12 @@ from contextlib import contextmanager
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from ..emit import FLOAT, INT, Expr, lane, lanes, let, serial, splat, store, when
+from ..emit import FLOAT, INT, Expr, lane, let, serial, splat, store, when
 
 #: Threads of a block that plans lists or walks elements.
 BLOCK = 256
 #: Lanes of one vector load.
 QUAD = 4
-
-
-def short(dtype: str) -> str:
-    """``f32`` or ``f16``, as kernels' names have it."""
-    return dtype.replace("float", "f")
 
 
 @contextmanager
@@ -72,19 +67,6 @@ def pick(condition: Expr, value: Expr, otherwise: Expr) -> Expr:
 def parts(vector: Expr, count: int) -> list[Expr]:
     """The lanes of a vector of ``count``."""
     return [lane(vector, index) for index in range(count)] if count > 1 else [vector]
-
-
-def read(buffer: tirx.Buffer, index: Expr, count: int = 1) -> Expr:
-    """``count`` consecutive elements as float32, whatever they are stored as."""
-    value = buffer[lanes(index, count)]
-    return value if buffer.dtype == FLOAT else tirx.Cast(FLOAT + (f"x{count}" if count > 1 else ""), value)
-
-
-def write(buffer: tirx.Buffer, value: Expr, index: Expr, count: int = 1) -> None:
-    """Store ``count`` consecutive float32 values as what ``buffer`` holds."""
-    if buffer.dtype != FLOAT:
-        value = tirx.Cast(str(buffer.dtype) + (f"x{count}" if count > 1 else ""), value)
-    store(buffer, value, lanes(index, count))
 
 
 def zeros(count: int) -> Expr:

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..emit import FLOAT, Expr, choose, flat, let, number, serial, store, when
+from ..emit import FLOAT, Expr, choose, flat, let, number, read, serial, short, store, when, write
 from ..pool import LOWEST, Pool
-from .emit import each_element, read, registers, short, write
+from .emit import each_element, registers
 
 
 @dataclass(frozen=True)
 class BlockPool(Pool):
     """As :class:`..pool.Pool`; ``dtype`` is how activations are stored."""
-
-    dtype: str = FLOAT
 
     @property
     def name(self) -> str:

@@ -101,7 +101,7 @@ class BlockSpace:
 
 def blocked(layer: Layer, tile: BlockTile, kind: type[BlockConv] = BlockConv) -> BlockConv:
     """The kernel of a layer: over its live columns where it is pruned, else of this kind."""
-    fields = {**layer.fields, "tile": tile, "dtype": layer.dtype}
+    fields = {**layer.fields, "tile": tile}
     plan = block_plan(layer.window, tile.mr, layer.samples, *layer.masks)
     if layer.columns is None:
         return kind(**fields, plan=plan)
@@ -141,7 +141,7 @@ def offer(layer: Layer, gpu: Gpu, _wanted: str, log: TuningLog | None) -> Choice
 
 def offer_pool(workload: Workload, fields: Mapping[str, Any], _gpu: Gpu, _log: TuningLog | None) -> Choice[Pool]:
     """The pool of a workload."""
-    return Choice(BlockPool(**fields, dtype=workload.dtype))
+    return Choice(BlockPool(**fields))
 
 
 def space_of(machine: Machine | Gpu, workload: Workload) -> Space:

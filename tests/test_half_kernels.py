@@ -1,0 +1,91 @@
+"""Kernels in half precision: small integers stay exact in them, on every kind of list, and the ends of the range are
+what IEEE says.
+
+A processor without half precision computes each step in float32 and rounds it: slow, and the same values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from convolutions import call
+from test_conv3d_gather import DENSE, IN_POSITIONS, GatherCase, check
+
+from dance_tvm.schedules.cpu.carry_frames import Carry
+from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
+from dance_tvm.schedules.cpu.depthwise import DepthwiseConv, DepthwiseTile
+from dance_tvm.schedules.cpu.pool3d import VectorPool
+from dance_tvm.schedules.cpu.row_plan import RowPlan
+from dance_tvm.schedules.cpu.tiles import HALF_TERMS, Machine, Tile, default_tile
+from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.kernel import Weights
+
+HALF = "float16"
+CASES = [DENSE[8], DENSE[11], DENSE[12], IN_POSITIONS[5], IN_POSITIONS[6]]
+#: The largest number, the least normal one, the least of all, and what is none.
+EDGES = np.array([65504, -65504, 2.0**-14, 2.0**-24, -(2.0**-24), np.inf, -np.inf, np.nan], HALF)
+NEON = Machine(4, 32, 65536, 524288, False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=["residual", "depth blocks", "kernel groups", "all lists", "positions"])
+def test_a_convolution_of_small_integers_is_exact(case: GatherCase) -> None:
+    check(replace(case, dtype=HALF))
+
+
+def test_sums_go_to_single_precision_before_half_loses_their_units() -> None:
+    """8,192 ones: half precision alone would stay at 2,048."""
+    window, depth = Window(1, (2, 4, 4), (1, 1, 1), (2, 4, 4)), 256
+    tile = default_tile(NEON.storing(HALF), window, depth, 8)
+    assert min(tile.depth_block, depth) * tile.segment_taps <= HALF_TERMS
+    plan = RowPlan(window, tile.mr, tile.block_tiles, tile.segment_taps)
+    conv = GatherConv(window, depth, 8, 1, tile, plan, dtype=HALF)
+    weights = Weights(np.ones((8, depth, 2, 4, 4), "float32"), np.zeros(8, "float32"))
+    found, _ = call(conv, np.ones((1, 2, 4, 4, depth)), weights=weights)
+    assert found.dtype == HALF
+    assert np.all(found == 8192)
+
+
+def test_what_a_kernel_passes_on_is_what_ieee_says() -> None:
+    window = Window(1, (1, 1, 8), (1, 1, 8), (1, 1, 1))
+    conv = GatherConv(window, 1, 8, 1, Tile(1, 1, 8, 1, 8, 1), RowPlan(window, 1, 8, 1), dtype=HALF)
+    weights = Weights(np.ones((8, 1, 1, 1, 1), "float32"), np.zeros(8, "float32"))
+    x = EDGES.reshape(1, 1, 1, 8, 1)
+    found, _ = call(conv, x, weights=weights)
+    np.testing.assert_array_equal(found, np.broadcast_to(x, found.shape))
+    pool = VectorPool(window, 1, "max", vector_floats=8, dtype=HALF)
+    np.testing.assert_array_equal(call(pool, x)[0], x)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (5, 5, 5)], ids=["sums in half", "too many taps for that"])
+def test_a_depthwise_convolution_of_small_integers_is_exact(kernel: tuple[int, int, int]) -> None:
+    rng, size, padding = np.random.default_rng(0), (4, 5, 6), tuple(k // 2 for k in kernel)
+    window = Window(1, size, size, kernel, padding=padding)
+    conv = DepthwiseConv(window, 11, 11, DepthwiseTile(3, 2, 8, 2), residual=True, dtype=HALF)
+    x, residual = rng.integers(-4, 5, (2, 1, *size, 11)).astype("float32")
+    weight, bias = rng.integers(-3, 4, (11, 1, *kernel)).astype("float32"), rng.integers(-9, 9, 11).astype("float32")
+    found, _ = call(conv, x, weights=Weights(weight, bias), residual=residual)
+    arrays = (torch.from_numpy(x.transpose(0, 4, 1, 2, 3)), torch.from_numpy(weight), torch.from_numpy(bias))
+    expected = torch.nn.functional.conv3d(*arrays, padding=padding, groups=11).numpy().transpose(0, 2, 3, 4, 1)
+    np.testing.assert_array_equal(found, expected + residual)
+
+
+@pytest.mark.parametrize("pooling", ["max", "avg"])
+def test_a_pool_rounds_once(pooling) -> None:
+    rng, window = np.random.default_rng(0), Window(1, (4, 6, 6), (2, 3, 6), (3, 2, 3), (2, 2, 1), (1, 0, 1))
+    masks = {"in_frames": np.array([[True, True, False, True]])}
+    pool = VectorPool(window, 13, pooling, in_frames=True, vector_floats=8, dtype=HALF)
+    x = rng.normal(0, 100, (1, 4, 6, 6, 13)).astype(HALF)
+    whole = VectorPool(window, 13, pooling, in_frames=True, vector_floats=8)
+    np.testing.assert_array_equal(call(pool, x, masks)[0], call(whole, x.astype("float32"), masks)[0].astype(HALF))
+
+
+def test_a_carry_is_the_same_in_half_precision() -> None:
+    rng, both = np.random.default_rng(0), ("positions", "channels")
+    carry = Carry(3, 2, 2, 3, 10, 8, fresh=both, taken=both, kept=both)
+    masks = {each.axis: rng.random(each.shape) < 0.5 for each in carry.masks.values()}
+    x = rng.integers(-9, 10, carry.shape)
+    found, _ = call(replace(carry, dtype=HALF), x, masks)
+    np.testing.assert_array_equal(found, call(carry, x.astype("float32"), masks)[0])

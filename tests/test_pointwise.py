@@ -1,0 +1,188 @@
+"""The pointwise kernel equals PyTorch for any shape, tile and epilogue; dense layers of one tap take it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import tvm
+from convolutions import call, tensor
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.frontend.importer import import_model
+from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.cpu.pointwise import PointwiseConv, PointwiseTile, panel_widths
+from dance_tvm.schedules.cpu.pointwise_tiles import PointwiseSpace, is_pointwise, pointwise
+from dance_tvm.schedules.cpu.tiles import Machine
+from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.kernel import Weights
+from dance_tvm.schedules.layer import Layer
+from dance_tvm.schedules.workload import Workload
+
+AVX2 = Machine(8, 16, 32768, 1 << 20, broadcast_loads=True)
+AVX512 = Machine(16, 32, 49152, 2 << 20, broadcast_loads=True)
+NEON = Machine(4, 32, 65536, 1 << 19, broadcast_loads=False)
+
+
+def window_of(batch: int, *size: int) -> Window:
+    return Window(batch, size, size, (1, 1, 1))  # type: ignore[arg-type]
+
+
+def check(conv: PointwiseConv, seed: int = 0) -> None:
+    """Small integers, so that sums are exact; the output is NaN beforehand."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-9, 10, conv.x_shape).astype("float32")
+    weight = rng.integers(-4, 5, (conv.channels_out, conv.channels_in)).astype("float32")
+    bias = rng.integers(-9, 10, conv.channels_out).astype("float32")
+    residual = rng.integers(-9, 10, conv.y_shape).astype("float32")
+    gate = rng.integers(-3, 4, (conv.window.batch, conv.channels_in)).astype("float32")
+    y, _ = call(conv, x, {}, Weights(weight.reshape(*weight.shape, 1, 1, 1), bias), residual, gate=gate)
+    read = x * gate[:, None, None, None, :] if conv.gate else x
+    read = np.maximum(read, 0) if conv.before else read
+    exact = read.astype("float64") @ weight.T + bias + (residual if conv.residual else 0)
+    np.testing.assert_array_equal(y, np.maximum(exact, 0) if conv.activation else exact)
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> PointwiseConv:
+    window = window_of(
+        draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    )
+    floats, step = draw(st.sampled_from([(4, 1), (4, 4), (8, 1), (16, 1)]))
+    tile = PointwiseTile(
+        draw(st.integers(1, 7)),
+        draw(st.integers(1, 3)),
+        floats,
+        step,
+        draw(st.integers(1, 5)),
+        draw(st.sampled_from([1, 1, 2, 3])),
+    )
+    channels = draw(st.integers(1, 13)), draw(st.integers(1, 53))
+    gate = draw(st.booleans())
+    before = draw(st.sampled_from(["", "relu"])) if gate else ""
+    behind = draw(st.booleans()), draw(st.sampled_from(["", "relu"]))
+    return PointwiseConv(window, *channels, tile, *behind, gate, before)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(convolutions(), st.integers(0, 99))
+def test_any_pointwise_convolution(conv, seed):
+    check(conv, seed)
+
+
+@pytest.mark.parametrize("machine", [AVX2, AVX512, NEON], ids=["avx2", "avx512", "neon"])
+@pytest.mark.parametrize("channels", [(24, 54), (432, 192), (3, 2), (1024, 1000)])
+@pytest.mark.parametrize("rows", [1, 3, 100, 12800])
+def test_a_space_holds_its_default_and_only_what_fits(machine, channels, rows):
+    for threads in (1, 2):
+        space = PointwiseSpace(machine, pointwise(Workload(window_of(1, 1, 1, rows), *channels, threads=threads)))
+        default = space.default()
+        assert space.allows(default)
+        assert space.normal(default) == default
+        tile = space.kernel(default).tile
+        assert tile.mr * tile.vectors + tile.vectors <= machine.registers
+        assert tile.mr <= rows
+        blocks = -(-rows // (tile.mr * tile.block_tiles))
+        assert rows < 100 or blocks >= threads
+        assert all(space.allows({**default, "splits": part}) for part in space.parts()[0]["splits"])
+        assert not space.allows({**default, "mr": machine.registers})
+        assert not space.allows({name: value for name, value in default.items() if name != "splits"})
+
+
+def test_output_channels_are_shared_evenly_by_panels():
+    assert panel_widths(7, 4) == [(1, 4), (1, 3)]
+    assert panel_widths(14, 4) == [(2, 4), (2, 3)]
+    assert panel_widths(8, 4) == [(2, 4)]
+    assert panel_widths(1, 6) == [(1, 1)]
+
+
+def test_what_is_no_matrix_product_of_all_positions_has_another_kernel():
+    layer = Layer(window_of(1, 2, 4, 4), 8, 8)
+    assert is_pointwise(layer)
+    others = (
+        Layer(Window(1, (2, 4, 4), (2, 2, 2), (1, 1, 1), (1, 2, 2)), 8, 8),
+        Layer(Window(1, (2, 4, 4), (2, 6, 6), (1, 1, 1), padding=(0, 1, 1)), 8, 8),
+        Layer(Window(1, (2, 4, 4), (2, 4, 4), (1, 3, 3), padding=(0, 1, 1)), 8, 8),
+        Layer(window_of(1, 2, 4, 4), 8, 8, groups=2),
+        Layer(window_of(1, 2, 4, 4), 8, 8, out_frames=True),
+        Layer(window_of(1, 2, 4, 4), 8, 8, live_in=True),
+        Layer(window_of(1, 2, 4, 4), 8, 8, dtype="float16"),
+        Layer(window_of(1, 2, 4, 4), 8, 8, columns=12),
+    )
+    assert not any(map(is_pointwise, others))
+
+
+class Narrow(nn.Module):
+    """Pointwise layers of odd widths, with what may be fused behind them, one with a stride, and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.narrow = nn.Conv3d(6, 27, 1), nn.Conv3d(27, 6, 1, bias=False)
+        self.strided = nn.Conv3d(6, 10, 1, (1, 2, 2))
+        self.linear, self.head = nn.Linear(10, 19), nn.Linear(19, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.narrow(nn.functional.silu(self.wide(x))) + x)
+        y = self.linear(torch.relu(self.strided(y)).permute(0, 2, 3, 4, 1))
+        return self.head(nn.functional.gelu(y).mean((1, 2, 3)))
+
+
+class Excited(nn.Module):
+    """Gates before pointwise layers: with an activation between, in one clip of two, with another reader."""
+
+    def __init__(self, twice: bool, act: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.depthwise = nn.Conv3d(9, 9, 3, padding=1, groups=9)
+        self.squeeze, self.excite, self.act = nn.Conv3d(9, 3, 1), nn.Conv3d(3, 9, 1), act
+        self.behind = nn.Conv3d(9, 7, 1)
+        self.twice, self.gate = twice, nn.Hardsigmoid() if twice else nn.Sigmoid()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.depthwise(x)
+        gate = self.gate(self.excite(torch.relu(self.squeeze(x.mean((2, 3, 4), keepdim=True)))))
+        gated = self.act(x * gate)
+        return self.behind(gated) + gated.sum() if self.twice else self.behind(gated)
+
+
+@pytest.mark.parametrize(
+    ("twice", "act", "taken"),
+    [(False, nn.SiLU(), True), (False, nn.Identity(), True), (False, nn.PReLU(9), False), (True, nn.GELU(), False)],
+)
+def test_a_gate_is_applied_by_the_layer_that_reads_it(twice, act, taken):
+    network, x, target = Excited(twice, act).eval(), torch.randn(2, 9, 3, 5, 4), load_target("host")
+    lowered = lower(import_model(network, example_inputs=(x,), check=False).mod, target, Options())
+    assert lowered.layers[-1].kernel.startswith("pointwise_g_") == taken
+    machine = tvm.relax.VirtualMachine(tvm.compile(lowered.mod, target=target.tvm_target(1)), tvm.cpu())
+    found = machine["main"](tensor(x.numpy()), *map(tensor, lowered.weights.values()))[0].numpy()
+    exact = network.double()(x.double()).detach().numpy()
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
+
+
+def test_a_hard_gate_is_applied_by_the_layer_too():
+    network, x = Excited(False, nn.Identity()), torch.randn(1, 9, 2, 4, 4)
+    network.gate = nn.Hardsigmoid()
+    lowered = lower(import_model(network.eval(), example_inputs=(x,), check=False).mod, load_target("host"), Options())
+    assert lowered.layers[-1].kernel.startswith("pointwise_g_")
+
+
+def test_networks_take_the_kernel():
+    network, x = Narrow(), torch.randn(2, 6, 3, 5, 7)
+    target = load_target("host")
+    for threads in (1, 2):
+        imported = import_model(network.float().eval(), example_inputs=(x,), check=False)
+        lowered = lower(imported.mod, target, Options(threads=threads))
+        kernels = [layer.kernel.split("_")[0] for layer in lowered.layers]
+        assert kernels == ["pointwise", "pointwise", "conv3d", "pointwise", "pointwise"]
+        machine = tvm.relax.VirtualMachine(tvm.compile(lowered.mod, target=target.tvm_target(threads)), tvm.cpu())
+        given = [tensor(x.numpy()), *map(tensor, lowered.weights.values())]
+        exact = network.double()(x.double()).detach().numpy()
+        found = machine["main"](*given)[0].numpy()
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
+        counts = machine["counts"](*given).numpy()
+        macs = [int(np.prod(row[1:], dtype=np.int64)) for row in counts]
+        assert macs == [210 * 6 * 27, 210 * 27 * 6, 2 * 3 * 3 * 4 * 60, 2 * 3 * 3 * 4 * 190, 2 * 95]
