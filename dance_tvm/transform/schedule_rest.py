@@ -33,10 +33,11 @@ class ScheduleRest:
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Schedule each function; one that TVM's primitives refuse stays as it was."""
-        for name, func in list(mod.functions_items()):
+        functions = dict(mod.functions_items())
+        for name, func in functions.items():
             if isinstance(func, tirx.PrimFunc) and not is_scheduled(func):
-                mod[name] = self._scheduled(func, name.name_hint).with_attr("tirx.is_scheduled", True)
-        return mod
+                functions[name] = self._scheduled(func, name.name_hint).with_attr("tirx.is_scheduled", True)
+        return tvm.IRModule(functions, attrs=mod.attrs)
 
     def _scheduled(self, func: tirx.PrimFunc, name: str) -> tirx.PrimFunc:
         schedule = s_tir.Schedule(func)
