@@ -13,7 +13,7 @@ from statistics import mean
 from ..geometry import Triple
 from ..workload import Workload
 from .conv3d_gather import GatherConv
-from .spaces import GatherSpace
+from .direct_spaces import GatherSpace
 from .tiles import Machine
 from .winograd import WinogradConv
 from .winograd_choice import direct_seconds, options, why_not, winograd_seconds
