@@ -29,8 +29,12 @@ INTERPRETED_MACS = 500_000_000
 #: Where rounding may change an output by as much as this share of its largest value, nothing can be compared.
 UNCLEAR = 1.0
 
-#: From this share of what is allowed on, a difference leaves doubt, and float64 tells whose it is.
+#: From this share of what is allowed on, a difference leaves doubt, and float64 decides whose it is.
 DOUBT = 0.25
+
+
+class DisagreementError(DanceError):
+    """What was built does not answer as its source does."""
 
 
 def check_artifact(
@@ -152,7 +156,7 @@ def compare(manifest: Manifest, tried: CheckInputs, found: Mapping[str, Arrays],
     outputs = [output for output in judged if output.allowed < UNCLEAR]
     for output in outputs:
         if output.difference > output.allowed:
-            raise DanceError(
+            raise DisagreementError(
                 f"{manifest.name} as built for {manifest.target.name} differs from its source: output "
                 f"{output.output} on the {output.input} input by {output.difference:.3g} of its largest value (allowed "
                 f"{output.allowed:.3g}); nothing was written, --debug-dump DIR shows each phase"
