@@ -184,7 +184,8 @@ def _require_types(manifest: Manifest, answer: Arrays) -> None:
         if answer[spec.name].dtype != dtype_of(spec.dtype):
             raise DanceError(
                 f"{manifest.name} as built for {manifest.target.name} differs from its source: output {spec.name} is "
-                f"of {answer[spec.name].dtype}, not {spec.dtype}; nothing was written, --debug-dump DIR shows each phase"
+                f"of {answer[spec.name].dtype}, not {spec.dtype}; nothing was written, --debug-dump DIR shows each "
+                "phase"
             )
 
 
