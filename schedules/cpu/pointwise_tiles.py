@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from ..layer import Layer
 from ..workload import POINTWISE, Decisions, Workload
-from .pointwise import PointwiseConv, PointwiseTile, panel_widths
+from .pointwise import PointwiseConv, PointwiseTile
+from .row_tiles import panel_widths
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine, candidates
 
 #: Cycles of a tile beside its sums: addresses and loops, and for each vector its bias and its store.
