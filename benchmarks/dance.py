@@ -35,7 +35,8 @@ from dance_tvm.sparsity.dance.controller import Masks
 from dance_tvm.sparsity.dance.macs import MacCounter
 from dance_tvm.sparsity.dance.method import controller_of, prune
 from dance_tvm.sparsity.dance.sites import trace
-from dance_tvm.sparsity.data import MotionDigits, load_data
+from dance_tvm.sparsity.data import load_data
+from dance_tvm.sparsity.motion_digits import MotionDigits
 
 from .agreement import Agreement, Judge
 

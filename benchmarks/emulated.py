@@ -27,9 +27,9 @@ from dance_tvm.device import prepare_emulator
 from dance_tvm.device.emulator import prepare
 
 from .emulated_peers import PEERS, EmulatedPeers
+from .engines import export_case
 from .instructions import instructions
 from .kernels import C3D, R2PLUS1D, Layer
-from .peers import export_case
 
 CONV: tuple[Literal["direct", "auto"], ...] = ("direct", "auto")
 

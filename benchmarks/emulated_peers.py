@@ -16,8 +16,8 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.core.places import cache_folder
 from dance_tvm.device.emulator import GLIBC_2_36, PYTHON, python_command
 
+from .engines import Case, mnn_model
 from .instructions import count_calls
-from .peers import Case, mnn_model
 
 PEERS = ("onnxruntime", "mnn", "mnn-exact")
 WHEELS = ("onnxruntime", "MNN")
@@ -39,7 +39,7 @@ import numpy, onnxruntime
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = options.inter_op_num_threads = 1
 session = onnxruntime.InferenceSession(sys.argv[2] + "/model.onnx", options, providers=["CPUExecutionProvider"])
-inputs = {session.get_inputs()[0].name: numpy.load(sys.argv[2] + "/input.npy")}
+inputs = {session.get_inputs()[0].name: numpy.load(sys.argv[2] + "/input-0.npy")}
 for _ in range(int(sys.argv[3])):
     session.run(None, inputs)
 """
@@ -51,7 +51,7 @@ interpreter = MNN.Interpreter(sys.argv[2] + "/model.mnn")
 if EXACT:
     interpreter.setSessionHint(3, 0)  # no Winograd
 session = interpreter.createSession({"numThread": 1, "backend": "CPU", "precision": "high"})
-x = numpy.load(sys.argv[2] + "/input.npy")
+x = numpy.load(sys.argv[2] + "/input-0.npy")
 held = MNN.Tensor(x.shape, MNN.Halide_Type_Float, x, MNN.Tensor_DimensionType_Caffe)
 interpreter.getSessionInput(session).copyFrom(held)
 for _ in range(int(sys.argv[3])):

@@ -4,8 +4,8 @@
     python -m benchmarks.families --only depthwise --threads 1,2
     python -m benchmarks.families --rounds 5 --out /tmp/figures
 
-Engines, turns, ratios and errors are those of ``peers.py``; the last line is the geometric mean of ours over the faster
-of the two. Every family is a few layers, so that the changes of layout at its ends weigh as in a network.
+Engines, turns, ratios and errors are those of ``engines.py``; the last line is the geometric mean of ours over the
+faster of the two. Every family is a few layers, so that the changes of layout at its ends weigh as in a network.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from benchmarks.peers import export_case, measure, table, write_runs
+from benchmarks.engines import export_case, measure
+from benchmarks.runs import table, write_runs
 
 if TYPE_CHECKING:
     from torch import nn

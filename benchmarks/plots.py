@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from .peers import PEERS
+from .engines import PEERS
 
 DOCS = Path(__file__).parent.parent / "docs"
 FIGURES, PICTURES = DOCS / "benchmarks", DOCS / "images"

@@ -46,8 +46,8 @@ from dance_tvm.sparsity.training import CARD, MODEL
 from dance_tvm.tuning.measure_groups import one_convolution
 
 from .agreement import Agreement, Judge
-from .peers import Case as PeerCase
-from .peers import Engine, export_case
+from .engines import Case as PeerCase
+from .engines import Engine, export_case
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 RESULTS = Path(__file__).parent / "results" / "rt3d.json"
@@ -311,12 +311,12 @@ class _Peer(LoadedNetwork):
         raise DanceError("A peer's outputs stay in its process.")
 
     def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
-        before = len(self._engine.seconds)
+        before = len(self._engine.turns)
         for _ in range(repeats):
             self._engine.run()
         if self._engine.failed:
             raise DanceError(f"{self._engine.peer} failed: {self._engine.failed}")
-        return self._engine.seconds[before:]
+        return [turn.wall for turn in self._engine.turns[before:]]
 
     def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
         raise DanceError("Peers' kernels are not profiled here.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .emit import FLOAT, short
 from .kernel import Kernel, Operand, output
 
 
@@ -24,11 +25,13 @@ class Reduction(Kernel):
     inner: int
     statistic: Literal["sum", "mean", "variance", "std"]
     squared: bool = False
+    #: How x is stored; the result is float32.
+    dtype: str = FLOAT
 
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        return f"reduce_{self.statistic}{'_squares' if self.squared else ''}_f32"
+        return f"reduce_{self.statistic}{'_squares' if self.squared else ''}_{short(self.dtype)}"
 
     @property
     def centred(self) -> bool:
@@ -37,4 +40,4 @@ class Reduction(Kernel):
 
     def operands(self) -> list[Operand]:
         """x, y."""
-        return [Operand("x", self.shape), output("y", self.out_shape)]
+        return [Operand("x", self.shape, self.dtype), output("y", self.out_shape)]

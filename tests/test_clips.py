@@ -11,7 +11,8 @@ import torch
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.models import transnetv2
-from dance_tvm.sparsity.data import MOTIONS, MotionDigits, load_data
+from dance_tvm.sparsity.data import load_data
+from dance_tvm.sparsity.motion_digits import MOTIONS, MotionDigits
 from dance_tvm.sparsity.video import FrameWindows, Preprocessing, VideoClips, read_video
 
 

@@ -22,6 +22,7 @@ from dance_tvm.device import open_device
 from dance_tvm.frontend import import_model
 from dance_tvm.machines.target import load_target
 from dance_tvm.sparsity import checkpoint, training
+from dance_tvm.sparsity.clips import Batch, Splits
 from dance_tvm.sparsity.dance.adaptors import AdaptorSpatial, AdaptorTemporal
 from dance_tvm.sparsity.dance.controller import AXES, Masks
 from dance_tvm.sparsity.dance.macs import MacCounter
@@ -30,8 +31,8 @@ from dance_tvm.sparsity.dance.sites import trace
 from dance_tvm.sparsity.dance.start import leave_out_least, refit
 from dance_tvm.sparsity.dance.trained import SHIPPED, load
 from dance_tvm.sparsity.dance.untrained import keep_at_random
-from dance_tvm.sparsity.data import Batch, MotionDigits, Splits
 from dance_tvm.sparsity.method import Context
+from dance_tvm.sparsity.motion_digits import MotionDigits
 from dance_tvm.sparsity.settings import Settings
 from dance_tvm.sparsity.tasks import Classification, Distillation, Logits
 from dance_tvm.sparsity.video import FrameWindows

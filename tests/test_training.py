@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity import checkpoint, method, training
-from dance_tvm.sparsity.data import Splits
+from dance_tvm.sparsity.clips import Splits
 from dance_tvm.sparsity.settings import Settings
 from dance_tvm.train import app, run
 

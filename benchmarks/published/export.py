@@ -68,19 +68,19 @@ def export(name: str, folder: Path) -> None:
     torch.export.save(program, folder / "network.pt2")
     facts = {"parameters": sum(value.numel() for value in network.parameters()), "float32_error": own}
     try:
-        facts["exporter"] = _write_onnx(program, network, inputs, folder / "network.onnx")
+        facts["exporter"] = write_onnx(program, network, inputs, folder / "network.onnx")
     except Exception as problem:
         facts["no_onnx"] = f"PyTorch does not export it: {(str(problem).splitlines() or [type(problem).__name__])[0]}"
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def _write_onnx(
+def write_onnx(
     program: torch.export.ExportedProgram, network: nn.Module, inputs: list[torch.Tensor], path: Path
 ) -> str:
     """Write the file with PyTorch's exporter, or where that cannot with its older one; which it was."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
-            torch.onnx.export(program, f=path, dynamo=True, verbose=False)
+            torch.onnx.export(program, f=path, dynamo=True, verbose=False, external_data=False)
             return "dynamo"
         except Exception:
             torch.onnx.export(network, tuple(inputs), path, dynamo=False, opset_version=17)

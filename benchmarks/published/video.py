@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.published.networks import declare_torchvision
+
 
 def shifted(x: torch.Tensor, frames: int, folds: int = 8) -> torch.Tensor:
     """An eighth of the channels of ``(N T, C, H, W)`` from the next frame, an eighth from the one before."""
@@ -62,6 +64,7 @@ class OnFrames(nn.Module):
 
 def tsn(backbone: str) -> nn.Module:
     """timm's network on frames."""
+    declare_torchvision()
     import timm
 
     return OnFrames(timm.create_model(backbone, pretrained=False, num_classes=400))

@@ -36,6 +36,11 @@ def latency(seconds: Sequence[float], warm_up_runs: int, steady: bool) -> Latenc
     )
 
 
+def median_interval(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Median of runs, with its 95% bootstrap interval."""
+    return _interval(lambda sample, axis=-1: np.median(sample, axis=axis), np.asarray(seconds))
+
+
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, float, float]:
     """Median of the ratios of runs measured in turns, with its 95% bootstrap interval.
 

@@ -31,6 +31,7 @@ from dance_tvm.transform.channels_last import ChannelsLast
 from dance_tvm.transform.compute_empty import ComputeEmpty
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.fold_lists import FoldLists
+from dance_tvm.transform.fold_pads import FoldPads
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
 from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.keep_nan import KEEP_NAN
@@ -39,6 +40,7 @@ from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
+from dance_tvm.transform.store_halves import StoreHalves
 from dance_tvm.transform.vector_math import VectorMath
 from dance_tvm.transform.whole_pools import WholePools
 
@@ -118,7 +120,7 @@ def _before_kernels(narrow: Passes) -> list[tuple[str, Passes]]:
                 relax.transform.DeadCodeElimination(),
             ],
         ),
-        ("fold batch norm", [WholePools(), NormsByClip(), FoldBatchNorm(), *narrow]),
+        ("fold batch norm", [WholePools(), FoldPads(), NormsByClip(), FoldBatchNorm(), *narrow]),
         (
             "channels last",
             [ChannelsLast(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
@@ -128,8 +130,18 @@ def _before_kernels(narrow: Passes) -> list[tuple[str, Passes]]:
 
 def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int) -> list[tuple[str, Passes]]:
     """What is done to the operators that no sparse kernel took."""
+    halves = [] if gpu else [StoreHalves()]
     return [
-        ("norms and sorts", [FoldLists(), LowerNorms(gpu or machine, threads), LowerSorts(gpu or machine, threads)]),
+        (
+            "norms and sorts",
+            [
+                FoldLists(),
+                *halves,
+                LowerNorms(gpu or machine, threads),
+                *halves,
+                LowerSorts(gpu or machine, threads),
+            ],
+        ),
         (
             "other operators",
             [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,26 @@ from tvm import relax
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.frontend.torch_axes import AXES
+from dance_tvm.frontend.torch_convolutions import CONVOLUTIONS
 from dance_tvm.frontend.torch_indexing import INDEXING
 from dance_tvm.frontend.torch_order import ORDER
+from dance_tvm.frontend.torch_pools import POOLS
+from dance_tvm.frontend.torch_reductions import (
+    REDUCTIONS,
+)
 from dance_tvm.frontend.torch_resampling import RESAMPLING
-from dance_tvm.frontend.torch_values import Conversion, Importer, arguments, cast, constant, dtype_of, name_of, shape_of
-
-Operator = Callable[..., relax.Expr]
-
-# Each takes an operator or two of its own.
-_MOST_CELLS = 512
-
-
-# --- arithmetic with PyTorch's promotion of types ---
+from dance_tvm.frontend.torch_scattering import SCATTERING
+from dance_tvm.frontend.torch_values import (
+    Conversion,
+    Importer,
+    Operator,
+    arguments,
+    cast,
+    constant,
+    dtype_of,
+    name_of,
+    shape_of,
+)
 
 
 def _operands(node: fx.Node, importer: Importer) -> tuple[relax.Expr, relax.Expr, str]:
@@ -95,359 +102,6 @@ def _shift(operator: Operator) -> Conversion:
     return convert
 
 
-# --- reductions ---
-
-
-def _axes(argument: Any) -> list[int] | None:
-    if argument is None or argument == []:
-        return None
-    return [argument] if isinstance(argument, int) else list(argument)
-
-
-def _reduction(operator: Operator) -> Conversion:
-    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
-        value, *rest = importer.retrieve_args(node)
-        axes = _axes(rest[0]) if rest else None
-        keep = bool(rest[1]) if len(rest) > 1 else bool(node.kwargs.get("keepdim", False))
-        expected = node.meta["val"]
-        if isinstance(expected, torch.Tensor):
-            value = cast(importer, value, name_of(expected.dtype))
-        if not shape_of(value):
-            return value
-        return importer.block_builder.emit(operator(value, axes, keep))
-
-    return convert
-
-
-def _any(node: fx.Node, importer: Importer) -> relax.Expr:
-    value, *rest = importer.retrieve_args(node)
-    axes = _axes(rest[0]) if rest else None
-    keep = bool(rest[1]) if len(rest) > 1 else False
-    if not shape_of(value):
-        return cast(importer, value, "bool")
-    hits = cast(importer, cast(importer, value, "bool"), "int32")
-    found = importer.block_builder.emit(relax.op.max(hits, axes, keep))
-    return cast(importer, found, "bool")
-
-
-def _variance_of(node: fx.Node, importer: Importer) -> tuple[relax.Expr, relax.Expr]:
-    """Variance with PyTorch's correction, and mean."""
-    value, *rest = importer.retrieve_args(node)
-    axes = _axes(rest[0] if rest else None) or list(range(len(shape_of(value))))
-    given: Any = node.kwargs.get("correction")
-    correction = 1 if given is None else int(given)
-    keep = bool(node.kwargs.get("keepdim", False))
-    emit = importer.block_builder.emit
-    count = math.prod(shape_of(value)[axis] for axis in axes)
-    scale = relax.const(count / max(0, count - correction) if count > correction else math.inf, dtype_of(value))
-    variance = emit(relax.op.multiply(emit(relax.op.variance(value, axes, keep)), scale))
-    return variance, emit(relax.op.mean(value, axes, keep))
-
-
-def _variance(node: fx.Node, importer: Importer) -> relax.Expr:
-    return _variance_of(node, importer)[0]
-
-
-def _deviation(node: fx.Node, importer: Importer) -> relax.Expr:
-    return importer.block_builder.emit(relax.op.sqrt(_variance_of(node, importer)[0]))
-
-
-def _variance_and_mean(node: fx.Node, importer: Importer) -> relax.Expr:
-    return importer.block_builder.emit(relax.Tuple(list(_variance_of(node, importer))))
-
-
-def _argument_of(operator: Operator) -> Conversion:
-    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
-        given = arguments(node)
-        x, axis, keep = importer.env[node.args[0]], given.get("dim"), bool(given.get("keepdim", False))
-        if not shape_of(x):
-            return relax.const(0, "int64")
-        return importer.block_builder.emit(operator(x, axis, keep))
-
-    return convert
-
-
-def _bucketize(node: fx.Node, importer: Importer) -> relax.Expr:
-    """How many boundaries lie below each value; NaN lies above all."""
-    given = arguments(node)
-    emit, dtype = importer.block_builder.emit, name_of(node.meta["val"].dtype)
-    x, bounds = importer.retrieve_args(node)[:2]
-    x = cast(importer, x, dtype_of(bounds))
-    beyond = relax.op.greater if given.get("right") else relax.op.greater_equal
-    above = emit(beyond(bounds, emit(relax.op.expand_dims(x, len(shape_of(x))))))
-    return emit(relax.op.sum(cast(importer, emit(relax.op.logical_not(above)), dtype), [-1]))
-
-
-def _extreme_with_index(value_of: Operator, index_of: Operator) -> Conversion:
-    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
-        value, axis, *rest = importer.retrieve_args(node)
-        keep, emit = bool(rest and rest[0]), importer.block_builder.emit
-        if not shape_of(value):
-            return emit(relax.Tuple([value, relax.const(0, "int64")]))
-        return emit(relax.Tuple([emit(value_of(value, [axis], keep)), emit(index_of(value, axis, keep))]))
-
-    return convert
-
-
-# --- convolution and pooling ---
-
-
-def _spread(argument: Any, rank: int) -> list[int]:
-    values = [argument] if isinstance(argument, int) else list(argument)
-    return values * rank if len(values) == 1 else values
-
-
-_LAYOUTS = {1: ("NCW", "OIW"), 2: ("NCHW", "OIHW"), 3: ("NCDHW", "OIDHW")}
-_CONVOLUTIONS: dict[int, Operator] = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d, 3: relax.op.nn.conv3d}
-
-
-def _convolution(node: fx.Node, importer: Importer) -> relax.Expr:
-    """Any convolution; a transposed one as an ordinary one over its input spread out by zeros, weights flipped."""
-    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = importer.retrieve_args(node)
-    rank = len(shape_of(x)) - 2
-    stride, padding, dilation = (_spread(item, rank) for item in (stride, padding, dilation))
-    before, after = padding, padding
-    if transposed:
-        kernel = shape_of(weight)[2:]
-        weight = _turned_weight(node, importer, groups)
-        x = _spread_by_zeros(importer, x, stride)
-        reach = [dilation[axis] * (kernel[axis] - 1) - padding[axis] for axis in range(rank)]
-        extra = _spread(output_padding, rank)
-        # The spread input ends in stride - 1 zeros that the transposed convolution does not have.
-        before, after = reach, [reach[axis] + extra[axis] - stride[axis] + 1 for axis in range(rank)]
-        x, before, after = _crop_negative(importer, x, before, after)
-        stride = [1] * rank
-    data_layout, kernel_layout = _LAYOUTS[rank]
-    y = importer.block_builder.emit(
-        _CONVOLUTIONS[rank](
-            x,
-            weight,
-            strides=stride,
-            padding=[*before, *after],
-            dilation=dilation,
-            groups=groups,
-            data_layout=data_layout,
-            kernel_layout=kernel_layout,
-        )
-    )
-    if bias is None:
-        return y
-    column = importer.block_builder.emit(relax.op.reshape(bias, (1, -1, *[1] * rank)))
-    return importer.block_builder.emit(relax.op.add(y, column))
-
-
-def _turned_weight(node: fx.Node, importer: Importer, groups: int) -> relax.Expr:
-    """A transposed convolution's weight (in, out / groups, ...) as an ordinary one's (out, in / groups, ...)."""
-    weight = importer.parameter(node.args[1])
-    if weight is None:
-        return _turned_at_run_time(importer, importer.env[node.args[1]], groups)
-    inputs, outputs, *kernel = weight.shape
-    grouped = weight.reshape(groups, inputs // groups, outputs, *kernel).transpose(1, 2)
-    turned = grouped.reshape(groups * outputs, inputs // groups, *kernel).flip(tuple(range(2, weight.ndim)))
-    return constant(np.ascontiguousarray(turned.numpy()))
-
-
-def _turned_at_run_time(importer: Importer, weight: relax.Expr, groups: int) -> relax.Expr:
-    emit = importer.block_builder.emit
-    inputs, outputs, *kernel = shape_of(weight)
-    rest = list(range(3, 3 + len(kernel)))
-    grouped = emit(relax.op.reshape(weight, [groups, inputs // groups, outputs, *kernel]))
-    turned = emit(relax.op.permute_dims(grouped, [0, 2, 1, *rest]))
-    turned = emit(relax.op.reshape(turned, [groups * outputs, inputs // groups, *kernel]))
-    for axis in range(2, 2 + len(kernel)):
-        turned = emit(relax.op.flip(turned, axis))
-    return turned
-
-
-def _spread_by_zeros(importer: Importer, x: relax.Expr, stride: list[int]) -> relax.Expr:
-    """``x`` with ``stride - 1`` zeros after each element of each spatial axis."""
-    emit = importer.block_builder.emit
-    for axis, step in enumerate(stride, start=2):
-        if step == 1:
-            continue
-        shape = shape_of(x)
-        x = emit(relax.op.expand_dims(x, axis + 1))
-        width = [0] * (2 * len(shape) + 2)
-        width[2 * axis + 3] = step - 1
-        x = emit(relax.op.nn.pad(x, width))
-        x = emit(relax.op.reshape(x, [*shape[:axis], shape[axis] * step, *shape[axis + 1 :]]))
-    return x
-
-
-def _crop_negative(
-    importer: Importer, x: relax.Expr, before: list[int], after: list[int]
-) -> tuple[relax.Expr, list[int], list[int]]:
-    """Padding cannot be negative in Relax: cut instead."""
-    shape = shape_of(x)[2:]
-    axes = [axis for axis in range(len(before)) if before[axis] < 0 or after[axis] < 0]
-    if axes:
-        begin = [max(0, -before[axis]) for axis in axes]
-        end = [shape[axis] - max(0, -after[axis]) for axis in axes]
-        x = importer.block_builder.emit(relax.op.strided_slice(x, [axis + 2 for axis in axes], begin, end))
-    return x, [max(0, pad) for pad in before], [max(0, pad) for pad in after]
-
-
-_MAX_POOLS: dict[int, Operator] = {
-    1: relax.op.nn.max_pool1d,
-    2: relax.op.nn.max_pool2d,
-    3: relax.op.nn.max_pool3d,
-}
-_AVG_POOLS: dict[int, Operator] = {
-    1: relax.op.nn.avg_pool1d,
-    2: relax.op.nn.avg_pool2d,
-    3: relax.op.nn.avg_pool3d,
-}
-
-
-def _argument(node: fx.Node, importer: Importer, index: int, name: str, default: Any) -> Any:
-    args = importer.retrieve_args(node)
-    value = args[index] if len(args) > index else node.kwargs.get(name, default)
-    return default if value is None or value == [] else value
-
-
-def _overhang(x: relax.Expr, output: torch.Tensor, span: list[int], stride: list[int], padding: list[int]) -> list[int]:
-    """How far the last window of each axis reaches past the padded input: what ceil_mode adds, often nothing."""
-    rank = len(span)
-    inputs, outputs = shape_of(x)[-rank:], output.shape[-rank:]
-    return [max(0, (outputs[i] - 1) * stride[i] + span[i] - inputs[i] - 2 * padding[i]) for i in range(rank)]
-
-
-def _max_pool(rank: int, *, with_indices: bool) -> Conversion:
-    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
-        x = importer.env[node.args[0]]
-        size = _spread(node.args[1], rank)
-        stride = _spread(_argument(node, importer, 2, "stride", size), rank)
-        padding = _spread(_argument(node, importer, 3, "padding", 0), rank)
-        dilation = _spread(_argument(node, importer, 4, "dilation", 1), rank)
-        output = node.meta["val"][0] if with_indices else node.meta["val"]
-        span = [dilation[i] * (size[i] - 1) + 1 for i in range(rank)]
-        after = [a + b for a, b in zip(padding, _overhang(x, output, span, stride, padding), strict=True)]
-        pooled = _MAX_POOLS[rank](x, size, stride, [*padding, *after], dilation, layout=_LAYOUTS[rank][0])
-        pooled = importer.block_builder.emit(pooled)
-        if not with_indices:
-            return pooled
-        places = pooled  # nobody reads them
-        if any(user.args[1] == 1 and user.users for user in node.users):
-            places = _places_of_maxima(importer, x, rank, [padding, after, stride, dilation, size], output)
-        return importer.block_builder.emit(relax.Tuple([pooled, places]))
-
-    return convert
-
-
-def _places_of_maxima(
-    importer: Importer, x: relax.Expr, rank: int, window: list[list[int]], output: torch.Tensor
-) -> relax.Expr:
-    """The flat position of each window's largest value, the first of equal ones and the last NaN: tap by tap."""
-    padding, after, stride, dilation, size = window
-    emit, extents, dtype = importer.block_builder.emit, shape_of(x)[-rank:], dtype_of(x)
-    lead = len(shape_of(x)) - rank
-    width = [0, 0] * lead + [amount for pair in zip(padding, after, strict=True) for amount in pair]
-    lowest = -math.inf if "float" in dtype else torch.iinfo(getattr(torch, dtype)).min
-    x = emit(relax.op.nn.pad(x, width, pad_value=lowest)) if any(width) else x
-    grid = np.arange(math.prod(extents)).reshape(extents)
-    grid = np.pad(grid, [*zip(padding, after, strict=True)], constant_values=-1)
-    best, places = None, None
-    for tap in product(*map(range, size)):
-        begin = [tap[i] * dilation[i] for i in range(rank)]
-        end = [begin[i] + (output.shape[lead + i] - 1) * stride[i] + 1 for i in range(rank)]
-        value = emit(relax.op.strided_slice(x, list(range(lead, lead + rank)), begin, end, stride))
-        here = grid[tuple(slice(begin[i], end[i], stride[i]) for i in range(rank))]
-        at = constant(np.ascontiguousarray(here, np.int64).reshape([1] * lead + list(here.shape)))
-        if best is None:
-            best, places = value, emit(relax.op.broadcast_to(at, list(output.shape)))
-            continue
-        larger = emit(relax.op.greater(value, best))
-        if "float" in dtype:
-            larger = emit(relax.op.logical_or(larger, emit(relax.op.not_equal(value, value))))
-        if any(width):  # where all is the lowest, a place in the padding is none
-            larger = emit(relax.op.logical_or(larger, emit(relax.op.less(places, relax.const(0, "int64")))))
-        best, places = emit(relax.op.where(larger, value, best)), emit(relax.op.where(larger, at, places))
-    assert places is not None
-    return places
-
-
-def _avg_pool(rank: int) -> Conversion:
-    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
-        emit, x = importer.block_builder.emit, importer.env[node.args[0]]
-        size = _spread(node.args[1], rank)
-        stride = _spread(_argument(node, importer, 2, "stride", size), rank)
-        padding = _spread(_argument(node, importer, 3, "padding", 0), rank)
-        include = bool(_argument(node, importer, 5, "count_include_pad", True))
-        divisor = _argument(node, importer, 6, "divisor_override", None)
-        overhang = _overhang(x, node.meta["val"], size, stride, padding)
-        after = [a + b for a, b in zip(padding, overhang, strict=True)]
-        if divisor is None and include and any(overhang):
-            # PyTorch counts padding but not what lies beyond it: pad first, then count what is there.
-            x = emit(relax.op.nn.pad(x, [0, 0, 0, 0, *(p for pad in padding for p in (pad, pad))]))
-            padding, after, include = [0] * rank, overhang, False
-        pooled = emit(
-            _AVG_POOLS[rank](
-                x,
-                size,
-                stride,
-                [*padding, *after],
-                count_include_pad=include or divisor is not None,
-                layout=_LAYOUTS[rank][0],
-            )
-        )
-        if divisor is None:
-            return pooled
-        return emit(relax.op.multiply(pooled, relax.const(math.prod(size) / divisor, dtype_of(pooled))))
-
-    return convert
-
-
-def _adaptive_max_pool(rank: int) -> Conversion:
-    """Axis by axis: the largest of each stretch, the stretches as PyTorch cuts them."""
-
-    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
-        emit, x = importer.block_builder.emit, importer.env[node.args[0]]
-        if any(user.args[1] == 1 and user.users for user in node.users):
-            return _adaptive_max_with_places(importer, x, node.meta["val"][0].shape[-rank:])
-        lead = len(shape_of(x)) - rank
-        for axis, parts in enumerate(node.meta["val"][0].shape[-rank:], start=lead):
-            extent = shape_of(x)[axis]
-            cuts = [(i * extent // parts, -((i + 1) * extent // -parts)) for i in range(parts)]
-            slices = [emit(relax.op.strided_slice(x, [axis], [low], [high])) for low, high in cuts]
-            largest = [emit(relax.op.max(piece, [axis], True)) for piece in slices]
-            x = largest[0] if parts == 1 else emit(relax.op.concat(largest, axis))
-        return emit(relax.Tuple([x, x]))
-
-    return convert
-
-
-def _adaptive_max_with_places(importer: Importer, x: relax.Expr, cells: tuple[int, ...]) -> relax.Expr:
-    """Each cell's largest value and its flat position, cell by cell."""
-    emit, shape, rank = importer.block_builder.emit, shape_of(x), len(cells)
-    if math.prod(cells) > _MOST_CELLS:
-        raise DanceError(f"the indices of adaptive max pooling to more than {_MOST_CELLS} cells are not supported")
-    lead, extents = shape[:-rank], shape[-rank:]
-    grid = np.arange(math.prod(extents)).reshape(extents)
-    values, places = [], []
-    for cell in product(*map(range, cells)):
-        low = [i * extent // parts for i, extent, parts in zip(cell, extents, cells, strict=True)]
-        high = [-((i + 1) * extent // -parts) for i, extent, parts in zip(cell, extents, cells, strict=True)]
-        piece = emit(relax.op.strided_slice(x, list(range(len(lead), len(shape))), low, high))
-        line = emit(relax.op.reshape(piece, [*lead, -1]))
-        best = emit(relax.op.argmax(line, len(lead), True))
-        most = emit(relax.op.max(line, [len(lead)], True))
-        if dtype_of(x).startswith("float"):
-            best = _last_nan_or(importer, line, most, best)
-        here = grid[tuple(map(slice, low, high))].reshape(-1).astype(np.int64)
-        values.append(most)
-        places.append(emit(relax.op.take(constant(here), best, 0)))
-    joined = [emit(relax.op.concat(parts, len(lead))) if len(parts) > 1 else parts[0] for parts in (values, places)]
-    return emit(relax.Tuple([emit(relax.op.reshape(each, [*lead, *cells])) for each in joined]))
-
-
-def _last_nan_or(importer: Importer, line: relax.Expr, most: relax.Expr, best: relax.Expr) -> relax.Expr:
-    """The place of the last NaN along the last axis where ``most`` is NaN; else ``best``."""
-    emit, axis = importer.block_builder.emit, len(shape_of(line)) - 1
-    backwards = emit(relax.op.argmax(emit(relax.op.flip(line, axis)), axis, True))
-    last = emit(relax.op.subtract(relax.const(shape_of(line)[axis] - 1, "int64"), backwards))
-    return emit(relax.op.where(emit(relax.op.not_equal(most, most)), last, best))
-
-
 def _elu(node: fx.Node, importer: Importer) -> relax.Expr:
     """``scale * x`` above zero, ``scale * alpha * (exp(input_scale * x) - 1)`` below (SELU and CELU too)."""
     x, *factors = importer.retrieve_args(node)
@@ -492,9 +146,6 @@ def _scale_and_shift(given: dict[str, Any], importer: Importer, channels: int) -
     weight, bias = (importer.env[given[name]] if given.get(name) is not None else None for name in ("weight", "bias"))
     ones, zeros = constant(np.ones(channels, "float32")), constant(np.zeros(channels, "float32"))
     return (ones if weight is None else weight), (zeros if bias is None else bias)
-
-
-# --- activations and arithmetic that Relax lacks ---
 
 
 def _clamp(node: fx.Node, importer: Importer) -> relax.Expr:
@@ -626,32 +277,6 @@ CONVERSIONS: dict[str, Conversion] = {
     "logical_not.default": _logical_not,
     "bitwise_not.default": _not,
     "where.self": _where,
-    "amax.default": _reduction(relax.op.max),
-    "amin.default": _reduction(relax.op.min),
-    "sum.default": _reduction(relax.op.sum),
-    "sum.dim_IntList": _reduction(relax.op.sum),
-    "prod.default": _reduction(relax.op.prod),
-    "prod.dim_int": _reduction(relax.op.prod),
-    "mean.default": _reduction(relax.op.mean),
-    "mean.dim": _reduction(relax.op.mean),
-    "argmax.default": _argument_of(relax.op.argmax),
-    "argmin.default": _argument_of(relax.op.argmin),
-    "bucketize.Tensor": _bucketize,
-    "max.default": _reduction(relax.op.max),
-    "min.default": _reduction(relax.op.min),
-    "any.default": _any,
-    "any.dim": _any,
-    "any.dims": _any,
-    "max.dim": _extreme_with_index(relax.op.max, relax.op.argmax),
-    "min.dim": _extreme_with_index(relax.op.min, relax.op.argmin),
-    "var.correction": _variance,
-    "std.correction": _deviation,
-    "var_mean.correction": _variance_and_mean,
-    "convolution.default": _convolution,
-    **{f"max_pool{rank}d.default": _max_pool(rank, with_indices=False) for rank in (1, 2, 3)},
-    **{f"max_pool{rank}d_with_indices.default": _max_pool(rank, with_indices=True) for rank in (2, 3)},
-    **{f"avg_pool{rank}d.default": _avg_pool(rank) for rank in (1, 2, 3)},
-    **{f"adaptive_max_pool{rank}d.default": _adaptive_max_pool(rank) for rank in (2, 3)},
     "elu.default": _elu,
     "_native_batch_norm_legit.no_stats": _norm_without_statistics,
     "native_group_norm.default": _group_norm,
@@ -671,8 +296,12 @@ CONVERSIONS: dict[str, Conversion] = {
     "fmin.default": _composed(_number_preferred(relax.op.minimum)),
     "addbmm.default": _batch_product_summed,
     "_trilinear.default": _trilinear,
+    **REDUCTIONS,
+    **CONVOLUTIONS,
+    **POOLS,
     **RESAMPLING,
     **AXES,
     **INDEXING,
+    **SCATTERING,
     **ORDER,
 }

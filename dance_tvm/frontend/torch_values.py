@@ -13,6 +13,7 @@ from tvm import relax
 
 Importer = Any  # TVM's BaseFXGraphImporter: env maps nodes to Relax values, block_builder emits them
 Conversion = Callable[[fx.Node, Importer], Any]
+Operator = Callable[..., relax.Expr]  # one of Relax
 
 
 def shape_of(value: relax.Expr) -> list[int]:

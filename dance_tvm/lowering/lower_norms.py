@@ -16,10 +16,11 @@ from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, rewrite, sh
 from dance_tvm.schedules.cpu.moments import VectorReduction
 from dance_tvm.schedules.cpu.norm import Norm
 from dance_tvm.schedules.cpu.tiles import Machine
-from dance_tvm.schedules.emit import one_thread
+from dance_tvm.schedules.emit import FLOAT, HALF, one_thread
 from dance_tvm.schedules.gpu.reduce import BlockReduction
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.reduction import Reduction
+from dance_tvm.transform.store_halves import narrows, widens
 
 from .activations import activation_behind
 from .calls import call_kernel
@@ -67,6 +68,8 @@ class _Lowering:
     threads: int
     ends: dict[relax.Var, NormSite] = field(default_factory=dict)
     inside: set[relax.Var] = field(default_factory=set)
+    #: What holds a widened value in half precision.
+    halves: dict[relax.Expr, relax.Expr] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.found = any(self._is_ours(var) for var in self.graph.order)
@@ -118,6 +121,10 @@ class _Lowering:
     def visit(
         self, builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr, new: dict[relax.Var, relax.Expr]
     ) -> relax.Expr | None:
+        if isinstance(self.machine, Machine) and widens(self.graph, var):
+            wide = builder.emit(value, name_hint=var.name)
+            self.halves[wide] = value.args[0]
+            return wide
         if var in self.inside:
             return value.args[0]  # computed with what is read behind it; nobody reads it itself
         if var in self.ends:
@@ -183,6 +190,9 @@ class _Lowering:
                 "statistic": kind,
                 "squared": squared,
             }
+            data = self.halves.get(data, data)
+            if dtype_of(data) != FLOAT:
+                fields["dtype"] = dtype_of(data)
             data = call_kernel(builder, self._reduction(fields), {"x": data})
         return data
 
@@ -203,8 +213,15 @@ class _Lowering:
         values = {"x": call.args[0]} | {name: relax.const(array) for name, array in scales.items()}
         if site.residual is not None:
             values["residual"] = substitute(site.residual, new)
-        spec = replace(spec, residual=site.residual is not None, activation=site.activation)
-        return call_kernel(builder, spec, values)
+        values = {name: self.halves.get(value, value) for name, value in values.items()}
+        types: dict[str, Any] = {
+            f"{name}_dtype": dtype_of(values[name]) for name in ("x", "residual") if name in values
+        }
+        spec = replace(spec, residual=site.residual is not None, activation=site.activation, **types)
+        readers = self.graph.readers[site.end]
+        if site.end in self.graph.outputs or not all(narrows(self.graph, reader) for reader in readers):
+            return call_kernel(builder, spec, values)
+        return builder.emit(relax.op.astype(call_kernel(builder, replace(spec, y_dtype=HALF), values), FLOAT))
 
     def _softmax(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         """Exponentials of differences from the largest, beside their sum."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from dance_tvm.sparsity.data import Clips
+from dance_tvm.sparsity.clips import Clips
 
 
 class ShuffledByEpoch(Sampler[int]):

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.sparsity.data import Splits
+from dance_tvm.sparsity.clips import Splits
 from dance_tvm.sparsity.video import splits_of
 
 _VIDEOS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v"}

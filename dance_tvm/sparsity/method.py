@@ -38,7 +38,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.sparsity.data import Batch, Clips
+from dance_tvm.sparsity.clips import Batch, Clips
 from dance_tvm.sparsity.tasks import Task
 
 METHODS = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dance_tvm.sparsity.data import Batch
+from dance_tvm.sparsity.clips import Batch
 
 
 class Task(Protocol):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dance_tvm.sparsity.data import Batch
+from dance_tvm.sparsity.clips import Batch
 from dance_tvm.sparsity.method import Context
 
 

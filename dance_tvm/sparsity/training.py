@@ -28,7 +28,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.models.checkpoints import rename
 from dance_tvm.sparsity import checkpoint
 from dance_tvm.sparsity.batches import Indexed, ShuffledByEpoch
-from dance_tvm.sparsity.data import Batch, Clips, Splits
+from dance_tvm.sparsity.clips import Batch, Clips, Splits
 from dance_tvm.sparsity.method import Context, create_method
 from dance_tvm.sparsity.optimization import half_precision, make_optimizer, seed_everything, set_rate
 from dance_tvm.sparsity.processes import Processes, processes_of_run

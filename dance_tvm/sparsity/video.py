@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.sparsity.data import Splits
+from dance_tvm.sparsity.clips import Splits
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_DEVIATION = (0.229, 0.224, 0.225)

@@ -17,7 +17,8 @@ class ScheduleRestForGpu:
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Schedule each function. Raises DanceError for one that no rule fits: it could not run on a GPU."""
         rules = [dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()]
-        mod = dlight.ApplyDefaultSchedule(*rules)(mod)
+        copy = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)  # TVM's pass changes the module it is given
+        mod = dlight.ApplyDefaultSchedule(*rules)(copy)
         for name, func in mod.functions_items():
             if isinstance(func, tirx.PrimFunc) and not is_scheduled(func):
                 raise DanceError(

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import tvm
 from tvm import s_tir, tirx
+from tvm.s_tir.schedule import LoopRV
 from tvm_ffi import structural_walk
 
 from dance_tvm.ir.graph import is_scheduled
@@ -19,6 +20,9 @@ PARALLEL_ELEMENTS = 16384
 #: each link would double what is written.
 INLINED_NODES = 256
 
+#: Rows shorter than this are not cut into vectors of their own.
+NARROWEST = 4
+
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleRest")
 class ScheduleRest:
@@ -29,10 +33,11 @@ class ScheduleRest:
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Schedule each function; one that TVM's primitives refuse stays as it was."""
-        for name, func in list(mod.functions_items()):
+        functions = dict(mod.functions_items())
+        for name, func in functions.items():
             if isinstance(func, tirx.PrimFunc) and not is_scheduled(func):
-                mod[name] = self._scheduled(func, name.name_hint).with_attr("tirx.is_scheduled", True)
-        return mod
+                functions[name] = self._scheduled(func, name.name_hint).with_attr("tirx.is_scheduled", True)
+        return tvm.IRModule(functions, attrs=mod.attrs)
 
     def _scheduled(self, func: tirx.PrimFunc, name: str) -> tirx.PrimFunc:
         schedule = s_tir.Schedule(func)
@@ -43,7 +48,7 @@ class ScheduleRest:
         blocks = schedule.get_child_blocks(root)
         if len(blocks) == 1 and (kernel := self._change_of_layout(func, schedule.get(blocks[0]), name)):
             return kernel
-        for block in blocks:
+        for block in reversed(blocks):  # so that what several links of a chain read has one reader by its turn
             _inline(schedule, block)
         for block in schedule.get_child_blocks(root):
             if schedule.get_loops(block):
@@ -73,21 +78,49 @@ class ScheduleRest:
         if not spatial or any(schedule.get(loop).extent == 0 for loop in loops):
             return
         schedule.reorder(*spatial, *reduction)
-        extents = [int(schedule.get(loop).extent) for loop in loops]
         last = int(schedule.get(spatial[-1]).extent)
-        whole_vectors = last % self.vector_floats == 0
-        if whole_vectors:  # each axis keeps its loop: an index taken apart again costs divisions in every lane
-            before, split = spatial[:-1], spatial[-1]
+        if last % self.vector_floats == 0:  # each axis keeps its loop: an index taken apart again costs divisions
+            self._vectorize(schedule, spatial[:-1], spatial[-1], reduction)
+        elif reduction or last < NARROWEST:
+            self._vectorize(schedule, [], schedule.fuse(*spatial) if len(spatial) > 1 else spatial[0], [*reduction])
         else:
-            before, split = [], schedule.fuse(*spatial) if len(spatial) > 1 else spatial[0]
+            self._vectorize_parts(schedule, spatial)
+        if reduction:
+            schedule.decompose_reduction(block, reduction[0])
+
+    def _vectorize(
+        self, schedule: s_tir.Schedule, before: list[LoopRV], split: LoopRV, reduction: list[LoopRV]
+    ) -> None:
+        """Vectors of the loop ``split``, the loops ``before`` it and its own spread over threads."""
+        elements = math.prod(int(schedule.get(loop).extent) for loop in [*before, split, *reduction])
         middle, inner = schedule.split(split, [None, self.vector_floats])
         if reduction:
             schedule.reorder(*before, middle, *reduction, inner)
         schedule.vectorize(inner)
-        if self.threads > 1 and math.prod(extents) >= PARALLEL_ELEMENTS:
-            schedule.parallel(schedule.fuse(*before) if len(before) > 1 else [*before, middle][0])
-        if reduction:
-            schedule.decompose_reduction(block, reduction[0])
+        self._parallelize(schedule, before or [middle], elements)
+
+    def _vectorize_parts(self, schedule: s_tir.Schedule, spatial: list[LoopRV]) -> None:
+        """Whole vectors of the last of these loops, then what is left of it in vectors of 8, 4, 2 and 1: one loop over
+        all elements would take each index apart in every lane."""
+        *before, split = spatial
+        extents = [int(schedule.get(loop).extent) for loop in spatial]
+        parts = _parts(extents[-1], self.vector_floats)
+        loops = schedule.loop_partition(split, parts[:-1]) if len(parts) > 1 else [split]
+        for loop, part in zip(loops, parts, strict=True):
+            inner = loop if part < self.vector_floats else schedule.split(loop, [None, self.vector_floats])[1]
+            schedule.vectorize(inner)
+        self._parallelize(schedule, before, math.prod(extents))
+
+    def _parallelize(self, schedule: s_tir.Schedule, loops: list[LoopRV], elements: int) -> None:
+        if self.threads > 1 and elements >= PARALLEL_ELEMENTS and loops:
+            schedule.parallel(schedule.fuse(*loops) if len(loops) > 1 else loops[0])
+
+
+def _parts(extent: int, lanes: int) -> list[int]:
+    """``extent`` as a multiple of ``lanes`` and powers of two below it."""
+    whole = extent // lanes * lanes
+    powers = (1 << bit for bit in reversed(range(lanes.bit_length())))
+    return [whole] * bool(whole) + [power for power in powers if (extent - whole) & power]
 
 
 def _moved_axes(func: tirx.PrimFunc, block: s_tir.SBlock) -> tuple[list[int], list[int]] | None:

@@ -14,9 +14,7 @@ class VectorMath:
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite each PrimFunc that has any."""
-        for name, func in list(mod.functions_items()):
-            if isinstance(func, tirx.PrimFunc):
-                changed = written_out(func)
-                if not changed.same_as(func):
-                    mod[name] = changed
-        return mod
+        functions = {
+            name: written_out(func) if isinstance(func, tirx.PrimFunc) else func for name, func in mod.functions_items()
+        }
+        return tvm.IRModule(functions, attrs=mod.attrs)

@@ -13,7 +13,8 @@ import math
 import random
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -37,9 +38,21 @@ _PREFIX = "dance."
 AXES = ("rows", "channels_out", "taps", "channels_in")
 
 
-# A tuning context imports TVM's tensor intrinsics, whose scripts for GPUs take most of a minute to parse; our
-# kernels use none of them.
-sys.modules.setdefault("tvm.s_tir.tensor_intrin", types.ModuleType("tvm.s_tir.tensor_intrin"))
+@contextmanager
+def without_intrinsics() -> Iterator[None]:
+    """Within the block TVM's tensor intrinsics are an empty module unless they are loaded.
+
+    A tuning context imports them; their scripts for GPUs take most of a minute to parse, and our kernels use none.
+    """
+    name = "tvm.s_tir.tensor_intrin"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = types.ModuleType(name)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def stand_in(workload: Workload) -> tvm.tirx.PrimFunc:
@@ -262,19 +275,20 @@ class LayerSearch:
         spaces = ms.space_generator.ScheduleFn(
             self._design_spaces, sch_rules=[], postprocs=[], mutator_probs={MutateDecision(seed): 1.0}
         )
-        self.context = ms.TuneContext(
-            self.mod,
-            target=target,
-            space_generator=spaces,
-            search_strategy=ms.search_strategy.EvolutionarySearch(
-                population_size=POPULATION,
-                init_min_unmeasured=POPULATION // 4,
-                genetic_num_iters=GENERATIONS,
-                eps_greedy=0.15,
-            ),
-            num_threads=1,
-            rand_state=1 + seed,
-        )
+        with without_intrinsics():
+            self.context = ms.TuneContext(
+                self.mod,
+                target=target,
+                space_generator=spaces,
+                search_strategy=ms.search_strategy.EvolutionarySearch(
+                    population_size=POPULATION,
+                    init_min_unmeasured=POPULATION // 4,
+                    genetic_num_iters=GENERATIONS,
+                    eps_greedy=0.15,
+                ),
+                num_threads=1,
+                rand_state=1 + seed,
+            )
         self.context.pre_tuning(1 << 20, batch, self.context.generate_design_space(), self._database, model)
 
     def _design_spaces(self, sch: s_tir.Schedule) -> list[s_tir.Schedule]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..emit import Expr, flat, lanes, let, parallel, scratch, serial, splat, store
+from ..emit import FLOAT, Expr, flat, lanes, let, parallel, read, scratch, serial, short, splat, store, write
 from ..epilogue import activate
 from ..kernel import Kernel, Operand, constant, output
 from .moments import (
@@ -57,11 +57,15 @@ class Norm(Kernel):
     centred: bool = True
     residual: bool = False
     activation: str = ""
+    #: How x, residual and y are stored; all between is float32 and float64.
+    x_dtype: str = FLOAT
+    residual_dtype: str = FLOAT
+    y_dtype: str = FLOAT
 
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        return "norm_f32" if self.centred else "norm_rms_f32"
+        return f"norm{'' if self.centred else '_rms'}_{short(self.x_dtype)}"
 
     @property
     def lines(self) -> bool:
@@ -76,8 +80,8 @@ class Norm(Kernel):
     def operands(self) -> list[Operand]:
         """x, gamma and beta (``scales`` each) where ``affine``, residual where asked for, y."""
         affine = [constant(name, (self.scales,)) for name in ("gamma", "beta")] if self.affine else []
-        residual = [Operand("residual", self.shape, role="residual")] if self.residual else []
-        return [Operand("x", self.shape), *affine, *residual, output("y", self.shape)]
+        residual = [Operand("residual", self.shape, self.residual_dtype, "residual")] if self.residual else []
+        return [Operand("x", self.shape, self.x_dtype), *affine, *residual, output("y", self.shape, self.y_dtype)]
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Line by line, or channel by channel."""
@@ -139,13 +143,13 @@ class _Emitter:
         return real(1.0) / tirx.sqrt(variance + real(self.spec.epsilon))
 
     def _store(self, at: Expr, count: int, center: Expr, gain: Expr, added: Expr) -> None:
-        value = self.x[lanes(at, count)]
+        value = read(self.x, at, count)
         if self.spec.centred:
             value = value - center
         value = value * gain + added
         if self.residual is not None:
-            value = value + self.residual[lanes(at, count)]
-        store(self.y, activate(self.spec.activation, value, count), lanes(at, count))
+            value = value + read(self.residual, at, count)
+        write(self.y, activate(self.spec.activation, value, count), at, count)
 
     # -- channels innermost ------------------------------------------------------------------------------------------
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from tvm import tirx
 
 from ..emit import Expr, big, ceil_div, choose, lane, lanes, let, number, prefetch, scratch, serial, splat, store, when
-
-if TYPE_CHECKING:
-    from .winograd import WinogradConv
+from .tiles import Tile
+from .winograd_plan import WinogradPlan
 
 #: Floats of a cache line: one prefetch for each is enough.
 LINE_FLOATS = 16
@@ -45,11 +44,51 @@ class Channels:
     ahead: Expr
 
 
+class Transformed(Protocol):
+    """What the products ask of their convolution."""
+
+    @property
+    def channels_in(self) -> int:
+        """Input channels."""
+
+    @property
+    def channels_out(self) -> int:
+        """Output channels."""
+
+    @property
+    def live_in(self) -> bool:
+        """Whether live input channels are listed."""
+
+    @property
+    def tile(self) -> Tile:
+        """The register tile."""
+
+    @property
+    def plan(self) -> WinogradPlan:
+        """What is transformed, and the lists."""
+
+    @property
+    def panels(self) -> int:
+        """Blocks of output channels."""
+
+    @property
+    def unit(self) -> int:
+        """Input channels that come and go together."""
+
+    @property
+    def source_plane(self) -> int:
+        """Floats of one plane of V."""
+
+    @property
+    def product_plane(self) -> int:
+        """Floats of one plane of M."""
+
+
 class Products:
     """Emits ``M[ξ][row][oc] = Σ_tap Σ_channel V · U``; ``sources`` is V, ``products`` M."""
 
     def __init__(
-        self, conv: WinogradConv, args: Mapping[str, tirx.Buffer], weights: tirx.Buffer,
+        self, conv: Transformed, args: Mapping[str, tirx.Buffer], weights: tirx.Buffer,
         sources: tirx.Buffer, products: tirx.Buffer,
     ) -> None:  # fmt: skip
         self.conv, self.tile, self.weights = conv, conv.tile, weights

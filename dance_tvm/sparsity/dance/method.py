@@ -20,12 +20,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.sparsity.clips import Batch, Clips
 from dance_tvm.sparsity.dance.adaptors import Adaptor
 from dance_tvm.sparsity.dance.controller import AXES, Axis, Controller, Prune
 from dance_tvm.sparsity.dance.macs import MacCounter
 from dance_tvm.sparsity.dance.sites import Site, insert, module_of, node_named, trace
 from dance_tvm.sparsity.dance.start import leave_out_least, refit
-from dance_tvm.sparsity.data import Batch, Clips
 from dance_tvm.sparsity.method import Context, Method
 from dance_tvm.sparsity.teacher import Teacher
 from dance_tvm.sparsity.units import SiteUnits, read_units, require_same_sites

@@ -15,7 +15,7 @@ from dance_tvm import models
 from dance_tvm.core.errors import DanceError
 from dance_tvm.models.resnet import VideoResNet
 from dance_tvm.sparsity import checkpoint
-from dance_tvm.sparsity.data import Batch
+from dance_tvm.sparsity.clips import Batch
 from dance_tvm.sparsity.dstep import flops, losses
 from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet
 from dance_tvm.sparsity.dstep.policy import Decision

@@ -26,7 +26,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.machines.target import load_target
 from dance_tvm.records.group_choice import best_group
 from dance_tvm.records.group_log import measurements_for
-from dance_tvm.sparsity.data import Batch
+from dance_tvm.sparsity.clips import Batch
 from dance_tvm.sparsity.method import Context, Method
 from dance_tvm.sparsity.rt3d.importance import importance
 from dance_tvm.sparsity.rt3d.masks import add_mask, bake_masks, set_mask

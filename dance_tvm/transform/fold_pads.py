@@ -1,0 +1,67 @@
+"""Zeros that a network puts around a convolution's input become the convolution's own padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tvm
+from tvm import relax
+
+from dance_tvm.ir.graph import Graph, emit, rewrite, shape_of, substitute
+
+CONVOLUTIONS = {f"nn.conv{rank}d" for rank in (1, 2, 3)}
+
+
+@tvm.transform.module_pass(opt_level=0, name="FoldPads")
+class FoldPads:
+    """``conv(pad(x))`` becomes ``conv(x)`` with more padding: kernels pass over taps outside the clip, where a copy
+    with zeros around it costs as much as reading it. Channels first."""
+
+    def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        """Rewrite ``main``."""
+        graph = Graph.of(mod["main"])
+        folded = {var: pads for var in graph.order if (pads := _zeros_before(graph, var)) is not None}
+
+        def visit(
+            builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr, new: dict[relax.Var, relax.Expr]
+        ) -> relax.Expr | None:
+            if var not in folded:
+                return None
+            pads, attrs = folded[var], value.attrs
+            given = [int(width) for width in attrs.padding]
+            geometry = {key: [int(extent) for extent in getattr(attrs, key)] for key in ("strides", "dilation")}
+            layouts = {key: str(getattr(attrs, key)) for key in ("data_layout", "kernel_layout", "out_layout")}
+            convolution = getattr(relax.op.nn, graph.op(var).removeprefix("nn."))(
+                substitute(pads.source, new),
+                value.args[1],
+                padding=[more + own for more, own in zip(pads.widths, given, strict=True)],
+                groups=int(attrs.groups),
+                **geometry,
+                **layouts,
+            )
+            return emit(builder, convolution, var.name)
+
+        return relax.transform.DeadCodeElimination()(rewrite(mod, visit)) if folded else mod
+
+
+@dataclass(frozen=True)
+class _Zeros:
+    """What zeros lie around, and how many: before the first of each axis, then behind the last."""
+
+    source: relax.Expr
+    widths: list[int]
+
+
+def _zeros_before(graph: Graph, var: relax.Var) -> _Zeros | None:
+    """The zeros around the input of ``var``, a convolution; None where there are none or they are not padding."""
+    if graph.op(var) not in CONVOLUTIONS:
+        return None
+    call = graph.call(var)
+    data, rank = call.args[0], len(shape_of(call.args[0]))
+    if graph.op(data) != "nn.pad" or not str(call.attrs.data_layout).startswith("NC"):
+        return None
+    attrs = graph.call(data).attrs
+    widths = [int(width) for width in attrs.pad_width]
+    if str(attrs.pad_mode) != "constant" or float(attrs.pad_value) != 0 or any(widths[:4]) or min(widths) < 0:
+        return None
+    return _Zeros(graph.call(data).args[0], [widths[2 * axis + side] for side in (0, 1) for axis in range(2, rank)])

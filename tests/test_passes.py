@@ -1,0 +1,468 @@
+"""What each Relax pass makes of a module, written out before and after; and what it leaves as it is.
+
+Arrays stand as parameters in the script and are bound as constants before the pass runs. Names of variables and second
+names of one value (CanonicalizeBindings) don't count.
+"""
+# ruff: noqa: N805  functions of TVMScript are no methods
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax
+from tvm.script import ir as I
+from tvm.script import relax as R
+from tvm.script import tirx as T
+
+from dance_tvm.core.errors import DanceError
+from dance_tvm.ir.graph import is_scheduled
+from dance_tvm.transform import lift_weights
+from dance_tvm.transform.boolean_logic import BooleanLogic
+from dance_tvm.transform.channels_last import ChannelsLast
+from dance_tvm.transform.compute_empty import ComputeEmpty
+from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
+from dance_tvm.transform.fold_lists import FoldLists
+from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
+from dance_tvm.transform.lift_weights import LiftWeights
+from dance_tvm.transform.narrow_channels import NarrowChannels
+from dance_tvm.transform.norms_by_clip import NormsByClip
+from dance_tvm.transform.schedule_rest import ScheduleRest
+from dance_tvm.transform.vector_math import VectorMath
+from dance_tvm.transform.whole_pools import WholePools
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def bound(mod: tvm.IRModule, arrays: Arrays | None = None) -> tvm.IRModule:
+    """``mod`` with arrays in the place of the parameters of ``main`` of their names."""
+    return relax.transform.BindParams("main", dict(arrays))(mod) if arrays else mod
+
+
+def becomes(rewrite: tvm.transform.Pass, before: tvm.IRModule, after: tvm.IRModule) -> None:
+    tidy = relax.transform.CanonicalizeBindings()
+    tvm.ir.assert_structural_equal(tidy(rewrite(before)), tidy(after), map_free_vars=True)
+
+
+def stays(rewrite: tvm.transform.Pass, mod: tvm.IRModule) -> None:
+    becomes(rewrite, mod, mod)
+
+
+# -- BooleanLogic -----------------------------------------------------------------------------------------------------
+
+
+def test_truth_values_are_compared_by_logic() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(a: R.Tensor((4,), "bool"), b: R.Tensor((4,), "bool")) -> R.Tensor((), "bool"):
+            with R.dataflow():
+                c = R.less(a, b)
+                d = R.max(c)
+                R.output(d)
+            return d
+
+    @I.ir_module
+    class After:
+        @R.function
+        def main(a: R.Tensor((4,), "bool"), b: R.Tensor((4,), "bool")) -> R.Tensor((), "bool"):
+            with R.dataflow():
+                n = R.logical_not(a)
+                c = R.logical_and(n, b)
+                e = R.astype(c, "int8")
+                f = R.max(e)
+                d = R.astype(f, "bool")
+                R.output(d)
+            return d
+
+    becomes(BooleanLogic(), Before, After)
+
+
+def test_numbers_are_compared_as_they_are() -> None:
+    @I.ir_module
+    class Numbers:
+        @R.function
+        def main(a: R.Tensor((4,), "float32"), b: R.Tensor((4,), "float32")) -> R.Tensor((4,), "bool"):
+            with R.dataflow():
+                c = R.less(a, b)
+                R.output(c)
+            return c
+
+    stays(BooleanLogic(), Numbers)
+
+
+# -- WholePools -------------------------------------------------------------------------------------------------------
+
+
+def test_pools_over_whole_clips_are_means() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((1, 8, 4, 6, 6), "float32")) -> R.Tensor((1, 8, 1, 1, 1), "float32"):
+            with R.dataflow():
+                a = R.nn.adaptive_avg_pool3d(x, [2, 3, 3])
+                b = R.nn.avg_pool3d(a, [2, 3, 3])
+                R.output(b)
+            return b
+
+    @I.ir_module
+    class After:
+        @R.function
+        def main(x: R.Tensor((1, 8, 4, 6, 6), "float32")) -> R.Tensor((1, 8, 1, 1, 1), "float32"):
+            with R.dataflow():
+                a = R.nn.avg_pool3d(x, [2, 2, 2], [2, 2, 2])
+                b = R.mean(a, [2, 3, 4], True)
+                R.output(b)
+            return b
+
+    becomes(WholePools(), Before, After)
+
+
+def test_pools_with_padding_or_windows_of_two_sizes_stay() -> None:
+    @I.ir_module
+    class Pools:
+        @R.function
+        def main(x: R.Tensor((1, 8, 4, 7, 7), "float32")) -> R.Tensor((1, 8, 1, 1, 1), "float32"):
+            with R.dataflow():
+                a = R.nn.adaptive_avg_pool3d(x, [2, 3, 3])  # windows of two and of three positions
+                b = R.nn.avg_pool3d(a, [2, 3, 3], [3, 4, 4], [1, 1, 1])
+                R.output(b)
+            return b
+
+    stays(WholePools(), Pools)
+
+
+# -- NormsByClip ------------------------------------------------------------------------------------------------------
+
+
+@I.ir_module
+class NormOfView:
+    @R.function
+    def main(
+        x: R.Tensor((2, 3, 4, 4, 4), "float32"), gamma: R.Tensor((6,), "float32"), beta: R.Tensor((6,), "float32")
+    ) -> R.Tensor((2, 3, 4, 4, 4), "float32"):
+        with R.dataflow():
+            a = R.reshape(x, (1, 6, 4, 4, 4))
+            b = R.nn.instance_norm(a, gamma, beta, 1, [0, 2, 3, 4])
+            c = R.reshape(b, (2, 3, 4, 4, 4))
+            R.output(c)
+        return c
+
+
+def test_a_norm_of_clips_as_channels_is_one_by_clip() -> None:
+    @I.ir_module
+    class After:
+        @R.function
+        def main(
+            x: R.Tensor((2, 3, 4, 4, 4), "float32"), gamma: R.Tensor((3,), "float32"), beta: R.Tensor((3,), "float32")
+        ) -> R.Tensor((2, 3, 4, 4, 4), "float32"):
+            with R.dataflow():
+                c = R.nn.instance_norm(x, gamma, beta, 1, [2, 3, 4])
+                R.output(c)
+            return c
+
+    once = {name: np.float32([1, 2, 3]) for name in ("gamma", "beta")}
+    becomes(
+        NormsByClip(), bound(NormOfView, {name: np.tile(each, 2) for name, each in once.items()}), bound(After, once)
+    )
+
+
+def test_a_norm_whose_parameters_differ_by_clip_stays() -> None:
+    stays(NormsByClip(), bound(NormOfView, {name: np.arange(6, dtype="float32") for name in ("gamma", "beta")}))
+
+
+# -- FoldBatchNorm ----------------------------------------------------------------------------------------------------
+
+NORM = {
+    "weight": np.ones((2, 1, 1, 1, 1), "float32"),
+    "gamma": np.float32([2, 3]),
+    "beta": np.float32([5, 7]),
+    "mean": np.float32([1, 1]),
+    "variance": np.float32([4, 9]),
+}
+
+
+@I.ir_module
+class ConvolutionAndNorm:
+    @R.function
+    def main(
+        x: R.Tensor((1, 1, 2, 2, 2), "float32"),
+        weight: R.Tensor((2, 1, 1, 1, 1), "float32"),
+        gamma: R.Tensor((2,), "float32"),
+        beta: R.Tensor((2,), "float32"),
+        mean: R.Tensor((2,), "float32"),
+        variance: R.Tensor((2,), "float32"),
+    ) -> R.Tensor((1, 2, 2, 2, 2), "float32"):
+        with R.dataflow():
+            a = R.nn.conv3d(x, weight)
+            b = R.nn.batch_norm(a, gamma, beta, mean, variance, 1, 0.0, True, True, 0.1, False)
+            c = b[0]
+            R.output(c)
+        return c
+
+
+def test_a_norm_goes_into_the_convolution_before_it() -> None:
+    @I.ir_module
+    class After:
+        @R.function
+        def main(
+            x: R.Tensor((1, 1, 2, 2, 2), "float32"),
+            weight: R.Tensor((2, 1, 1, 1, 1), "float32"),
+            shift: R.Tensor((1, 2, 1, 1, 1), "float32"),
+        ) -> R.Tensor((1, 2, 2, 2, 2), "float32"):
+            with R.dataflow():
+                a = R.nn.conv3d(x, weight)
+                c = R.add(a, shift)
+                R.output(c)
+            return c
+
+    arrays = {"weight": NORM["weight"], "shift": np.float32([4, 6]).reshape(1, 2, 1, 1, 1)}
+    becomes(FoldBatchNorm(), bound(ConvolutionAndNorm, NORM), bound(After, arrays))
+
+
+def test_a_norm_whose_parameters_are_computed_stays() -> None:
+    stays(FoldBatchNorm(), bound(ConvolutionAndNorm, {name: NORM[name] for name in ("weight", "gamma", "beta")}))
+
+
+# -- NarrowChannels ---------------------------------------------------------------------------------------------------
+
+
+@I.ir_module
+class TwoConvolutions:
+    @R.function
+    def main(
+        x: R.Tensor((1, 2, 2, 2, 2), "float32"),
+        first: R.Tensor((3, 2, 1, 1, 1), "float32"),
+        second: R.Tensor((2, 3, 1, 1, 1), "float32"),
+    ) -> R.Tensor((1, 2, 2, 2, 2), "float32"):
+        with R.dataflow():
+            a = R.nn.conv3d(x, first)
+            b = R.nn.relu(a)
+            c = R.nn.conv3d(b, second)
+            R.output(c)
+        return c
+
+
+def test_channels_that_nobody_reads_are_taken_out() -> None:
+    @I.ir_module
+    class After:
+        @R.function
+        def main(
+            x: R.Tensor((1, 2, 2, 2, 2), "float32"),
+            first: R.Tensor((2, 2, 1, 1, 1), "float32"),
+            second: R.Tensor((2, 2, 1, 1, 1), "float32"),
+        ) -> R.Tensor((1, 2, 2, 2, 2), "float32"):
+            with R.dataflow():
+                a = R.nn.conv3d(x, first)
+                b = R.nn.relu(a)
+                c = R.nn.conv3d(b, second)
+                R.output(c)
+            return c
+
+    first, second = (np.arange(1, 7, dtype="float32").reshape(shape) for shape in ((3, 2, 1, 1, 1), (2, 3, 1, 1, 1)))
+    second[:, 1] = 0
+    narrow = NarrowChannels()
+    small = {"first": first[[0, 2]], "second": second[:, [0, 2]].copy()}
+    becomes(narrow, bound(TwoConvolutions, {"first": first, "second": second}), bound(After, small))
+    assert sorted(narrow.told.values()) == [
+        "filter, 1.50x fewer MACs: 0 of 2 filters and 1 of 3 input channels are taken out",
+        "filter, 1.50x fewer MACs: 1 of 3 filters and 0 of 2 input channels are taken out",
+    ]
+
+
+def test_channels_that_are_read_stay() -> None:
+    ones = {"first": np.ones((3, 2, 1, 1, 1), "float32"), "second": np.ones((2, 3, 1, 1, 1), "float32")}
+    stays(NarrowChannels(), bound(TwoConvolutions, ones))
+
+
+# -- ChannelsLast -----------------------------------------------------------------------------------------------------
+
+
+def test_channels_are_innermost_between_the_networks_edges() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((1, 2, 4, 4, 4), "float32"), weight: R.Tensor((3, 2, 1, 1, 1), "float32")) -> R.Tensor(
+            (1, 3, 2, 2, 2), "float32"
+        ):
+            with R.dataflow():
+                a = R.nn.conv3d(x, weight)
+                b = R.nn.relu(a)
+                c = R.nn.max_pool3d(b, [2, 2, 2], [2, 2, 2])
+                R.output(c)
+            return c
+
+    @I.ir_module
+    class After:
+        @R.function
+        def main(x: R.Tensor((1, 2, 4, 4, 4), "float32"), weight: R.Tensor((3, 2, 1, 1, 1), "float32")) -> R.Tensor(
+            (1, 3, 2, 2, 2), "float32"
+        ):
+            with R.dataflow():
+                y = R.permute_dims(x, [0, 2, 3, 4, 1])
+                a = R.nn.conv3d(y, weight, data_layout="NDHWC", kernel_layout="OIDHW", out_layout="NDHWC")
+                b = R.nn.relu(a)
+                p = R.nn.max_pool3d(b, [2, 2, 2], [2, 2, 2], layout="NDHWC", out_layout="NDHWC")
+                c = R.permute_dims(p, [0, 4, 1, 2, 3])
+                R.output(c)
+            return c
+
+    becomes(
+        tvm.transform.Sequential([ChannelsLast(), relax.transform.DeadCodeElimination()]),
+        Before,
+        relax.transform.CanonicalizeBindings()(After),
+    )
+
+
+def test_what_no_window_makes_keeps_its_layout() -> None:
+    @I.ir_module
+    class Elementwise:
+        @R.function
+        def main(x: R.Tensor((1, 2, 4, 4, 4), "float32")) -> R.Tensor((1, 2, 4, 4, 4), "float32"):
+            with R.dataflow():
+                a = R.nn.relu(x)
+                b = R.add(a, x)
+                R.output(b)
+            return b
+
+    stays(ChannelsLast(), Elementwise)
+
+
+# -- FoldLists, ComputeEmpty, LiftWeights -----------------------------------------------------------------------------
+
+
+def test_integer_arithmetic_on_constants_is_done_and_on_floats_left() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(
+            x: R.Tensor((2,), "int32"), known: R.Tensor((4,), "int32"), floats: R.Tensor((2,), "float32")
+        ) -> R.Tuple(R.Tensor((2,), "int32"), R.Tensor((2,), "float32")):
+            with R.dataflow():
+                a = R.add(known, known)
+                b = R.strided_slice(a, [0], [1], [3])
+                c = R.add(x, b)
+                d = R.add(floats, floats)
+                e = (c, d)
+                R.output(e)
+            return e
+
+    @I.ir_module
+    class After:
+        @R.function
+        def main(
+            x: R.Tensor((2,), "int32"), known: R.Tensor((2,), "int32"), floats: R.Tensor((2,), "float32")
+        ) -> R.Tuple(R.Tensor((2,), "int32"), R.Tensor((2,), "float32")):
+            with R.dataflow():
+                c = R.add(x, known)
+                d = R.add(floats, floats)
+                e = (c, d)
+                R.output(e)
+            return e
+
+    floats = np.float32([1, 2])
+    before = bound(Before, {"known": np.int32([1, 2, 3, 4]), "floats": floats})
+    becomes(FoldLists(), before, bound(After, {"known": np.int32([4, 6]), "floats": floats}))
+
+
+@I.ir_module
+class AddsConstant:
+    @R.function
+    def main(x: R.Tensor((1,), "float32"), known: R.Tensor((64,), "float32")) -> R.Tensor((64,), "float32"):
+        with R.dataflow():
+            a = R.add(x, known)
+            R.output(a)
+        return a
+
+
+def test_constants_without_elements_are_computed() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((2,), "float32"), empty: R.Tensor((0,), "float32")) -> R.Tuple(
+            R.Tensor((2,), "float32"), R.Tensor((0,), "float32")
+        ):
+            with R.dataflow():
+                a = (x, empty)
+                R.output(a)
+            return a
+
+    @I.ir_module
+    class After:
+        @R.function
+        def main(x: R.Tensor((2,), "float32")) -> R.Tuple(R.Tensor((2,), "float32"), R.Tensor((0,), "float32")):
+            with R.dataflow():
+                zeros = R.zeros(R.shape([0]), "float32")
+                a = (x, zeros)
+                R.output(a)
+            return a
+
+    becomes(ComputeEmpty(), bound(Before, {"empty": np.zeros(0, "float32")}), After)
+    stays(ComputeEmpty(), bound(AddsConstant, {"known": np.zeros(64, "float32")}))
+
+
+def test_large_constants_become_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    @I.ir_module
+    class After:
+        @R.function
+        def main(x: R.Tensor((1,), "float32"), weight_000: R.Tensor((64,), "float32")) -> R.Tensor((64,), "float32"):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                a = R.add(x, weight_000)
+                R.output(a)
+            return a
+
+    known = np.arange(64, dtype="float32")
+    mod = bound(AddsConstant, {"known": known})
+    stays(LiftWeights(), mod)
+    monkeypatch.setattr(lift_weights, "INLINE_BYTES", 200)
+    monkeypatch.setattr(lift_weights, "SMALL_BYTES", 100)
+    lift = LiftWeights()
+    becomes(lift, mod, After)
+    np.testing.assert_array_equal(lift.weights["weight_000"], known)
+
+
+# -- functions of TVM's -----------------------------------------------------------------------------------------------
+
+
+@I.ir_module
+class Exponential:
+    @T.prim_func(s_tir=True)
+    def exponential(x: T.Buffer((4, 64), "float32"), y: T.Buffer((4, 64), "float32")):
+        T.func_attr({"tirx.noalias": True})
+        for i, j in T.grid(4, 64):
+            with T.sblock("exp"):
+                vi, vj = T.axis.remap("SS", [i, j])
+                y[vi, vj] = T.exp(x[vi, vj])
+
+
+def test_the_rest_is_scheduled_by_the_vector_and_what_is_scheduled_stays() -> None:
+    scheduled = ScheduleRest(16, 1)(Exponential)
+    script = scheduled["exponential"].script()
+    assert is_scheduled(scheduled["exponential"])
+    assert not is_scheduled(Exponential["exponential"]), "a pass leaves what it is given as it was"
+    assert re.search(r"T\.vectorized\((64|32|16)\)", script), script
+    assert "T.parallel" not in script
+    stays(ScheduleRest(16, 1), scheduled)
+
+
+def test_elementary_functions_are_written_out_and_other_functions_stay() -> None:
+    written = VectorMath()(Exponential)
+    assert "T.dance.exp(x" in written["exponential"].script()
+    assert "T.exp(x" in Exponential["exponential"].script(), "a pass leaves what it is given as it was"
+    stays(VectorMath(), written)
+
+
+def test_the_rest_is_bound_to_threads_or_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_53", "max_threads_per_block": 1024, "thread_warp_size": 32})
+    with target:
+        script = ScheduleRestForGpu()(Exponential)["exponential"].script()
+        assert "blockIdx.x" in script
+        assert "threadIdx.x" in script
+        assert not is_scheduled(Exponential["exponential"]), "a pass leaves what it is given as it was"
+        monkeypatch.setattr(tvm.s_tir.dlight, "ApplyDefaultSchedule", lambda *_rules: lambda mod: mod)
+        with pytest.raises(DanceError, match="exponential has no GPU schedule: build this network for a CPU target"):
+            ScheduleRestForGpu().transform_module(Exponential, None)
