@@ -11,8 +11,8 @@ from ..layer import Layer
 from ..workload import LINE, Decisions, Workload
 from .conv3d_line import HEIGHT, TIME, WIDTH, LineConv
 from .pointwise_tiles import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, WORTH_TRYING
-from .row_tiles import RowTile, panel_widths
-from .tiles import CHAINS_TO_HIDE_LATENCY, Machine, candidates, tap_tiles
+from .row_tiles import RowTile, panel_widths, register_tiles
+from .tiles import CHAINS_TO_HIDE_LATENCY, Machine, tap_tiles
 
 #: Bytes a cycle that come from beyond the second-level cache, where weights that take more than this share of it are:
 #: every line of outputs reads them all.
@@ -89,10 +89,10 @@ class LineSpace:
     @property
     def tiles(self) -> dict[tuple[int, int, int], float]:
         """Register tiles (rows, vectors, step) that the layer can fill, and their predicted cycles."""
-        most, vectors = self.workload.window.out[WIDTH], self._vectors
-        fitting = [tile for tile in candidates(self.machine) if tile[0] <= most and tile[1] <= vectors]
-        found = [(mr, width, self._step(step)) for mr, width, step in fitting]
-        return {tile: predicted_cycles(self.machine, self.workload, tile) for tile in found}
+        work = self.workload
+        terms = work.channels_in * work.window.kernel[WIDTH]
+        found = register_tiles(self.machine, work.window.out[WIDTH], self._vectors, terms)
+        return {tile: predicted_cycles(self.machine, work, tile) for tile in found}
 
     @property
     def _vectors(self) -> int:
