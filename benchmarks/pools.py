@@ -16,7 +16,7 @@ import typer
 
 from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import load_target
-from dance_tvm.schedules.cpu.spaces import PoolSpace
+from dance_tvm.schedules.cpu.pool_space import PoolSpace
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.workload import POOL, Workload
 from dance_tvm.tuning.farm import Farm

@@ -60,6 +60,9 @@ def main(
     target_macs: Annotated[
         str | None, typer.Option(help="aap: share of the dense MACs (0.5, 50%) or a count (120M)")
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="aap: time:0.5, half of the time that `--set units=FILE` predicts; or macs:0.5")
+    ] = None,
     algorithm: Annotated[str | None, typer.Option(help="kgs: heuristic, lasso or reweighted")] = None,
     scheme: Annotated[str | None, typer.Option(help="kgs: filter, vanilla or kgs")] = None,
     rate: Annotated[float | None, typer.Option(help="kgs: how many times fewer MACs")] = None,
@@ -83,6 +86,7 @@ def main(
         _require_no_run(out)
     named = {
         "target_macs": target_macs,
+        **_of_budget(budget, method, target_macs),
         "algorithm": algorithm,
         "scheme": scheme,
         "rate": rate,
@@ -123,6 +127,20 @@ def _config(*, method: str, options: dict[str, Any], init: Path | None, **settin
         method=method, options=made.options.model_dump(mode="json"), init=str(init) if init else None, **settings
     )
     return chosen.model_dump_json(indent=2)
+
+
+def _of_budget(budget: str | None, method: str, target_macs: str | None) -> dict[str, str]:
+    """The option that ``--budget KIND:AMOUNT`` stands for. Raises DanceError where it is none or not the only one."""
+    if budget is None:
+        return {}
+    kind, _, amount = budget.partition(":")
+    if kind not in ("time", "macs") or not amount:
+        raise DanceError(f"--budget {budget} is not of the form time:0.5 or macs:0.5")
+    if method != "aap":
+        raise DanceError(f"--budget is aap's, and --method {method} has none: kgs takes --rate, dstep --target-flops")
+    if target_macs is not None:
+        raise DanceError("--budget and --target-macs both set what is left: give one of them")
+    return {f"target_{kind}": amount}
 
 
 def _require_no_run(folder: Path) -> None:

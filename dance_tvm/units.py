@@ -107,12 +107,20 @@ def _sites(
     model: str, target: str, threads: int, workloads: dict[str, Workload], found: dict[str, list[Serving]]
 ) -> Units:
     from dance_tvm import models
-    from dance_tvm.sparsity.dance.site_units import site_units
+    from dance_tvm.schedules.cpu.units import SHARES
+    from dance_tvm.sparsity.dance.site_units import layer_times, site_units
     from dance_tvm.sparsity.units import Units
 
     chosen = {name: kernels[0] for name, kernels in found.items()}
-    sites = site_units(models.create(model), models.entry(model).input_shape, workloads, chosen)
-    return Units(network=model, target=target, threads=threads, sites=tuple(sites))
+    given = (models.create(model), models.entry(model).input_shape, workloads, chosen)
+    return Units(
+        network=model,
+        target=target,
+        threads=threads,
+        sites=tuple(site_units(*given)),
+        live_shares=SHARES,
+        layers=tuple(layer_times(*given)),
+    )
 
 
 def _facts(

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from dance_tvm.liveness.kernel_groups import find_kernel_groups
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv
+from dance_tvm.schedules.cpu.direct_spaces import KernelGroupSpace
 from dance_tvm.schedules.cpu.row_plan import RowPlan
-from dance_tvm.schedules.cpu.spaces import KernelGroupSpace
 from dance_tvm.schedules.cpu.tiles import Machine, Tile
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.kernel import Weights

@@ -110,6 +110,27 @@ def test_the_kernel_sorts_lines_of_every_length(dtype: str, descending: bool) ->
         np.testing.assert_array_equal(values.numpy(), wanted[0][:, :kept].numpy())
 
 
+def test_places_of_equal_values_are_compared_in_one_order() -> None:
+    """PyTorch's own order of 3,000 values of which many are equal is any: the import's check must not refuse it."""
+
+    class Places(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            y = tied(x)
+            return (
+                y.argsort(),
+                *y.topk(40),
+                y.sort(descending=True)[1],
+                y.kthvalue(1500)[1],
+                y.topk(9, largest=False)[1],
+            )
+
+    x = torch.randn(3000, generator=torch.Generator().manual_seed(1))
+    imported = import_model(Places().eval(), example_inputs=(x,))
+    found = list(imported.reference({imported.inputs[0].name: x.numpy()}).values())
+    np.testing.assert_array_equal(found[0], tied(x).argsort(stable=True).numpy())
+    np.testing.assert_array_equal(found[2], tied(x).argsort(stable=True, descending=True)[:40].numpy())
+
+
 class Ranked(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y = tied(x)

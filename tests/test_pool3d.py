@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dance_tvm.schedules.cpu.pool3d import VectorPool
-from dance_tvm.schedules.cpu.spaces import POOLED_VECTORS, PoolSpace
+from dance_tvm.schedules.cpu.pool_space import POOLED_VECTORS, PoolSpace
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.geometry import Triple, Window
 from dance_tvm.schedules.workload import POOL, Workload

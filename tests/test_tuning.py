@@ -19,17 +19,12 @@ from dance_tvm.records import places
 from dance_tvm.records.advice import TunedTiles, tuned_tiles
 from dance_tvm.records.kernel_log import Log, append, log_path, new_record, parse_loosely
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
-from dance_tvm.schedules.cpu.spaces import (
-    SPACES,
-    Advice,
-    GatherSpace,
-    WinogradSpace,
-    choose_kernel,
-    choose_tile,
-)
+from dance_tvm.schedules.cpu.direct_spaces import GatherSpace
+from dance_tvm.schedules.cpu.spaces import SPACES, Advice, choose_kernel, choose_tile
 from dance_tvm.schedules.cpu.tiles import Machine, default_tile
 from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.cpu.winograd_choice import best
+from dance_tvm.schedules.cpu.winograd_space import WinogradSpace
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.workload import FAMILIES, WINOGRAD, Workload
 

@@ -20,7 +20,8 @@ from dance_tvm.machines.target import load_target
 from dance_tvm.records import kernel_log
 from dance_tvm.records.kernel_log import Log, append, log_path, new_record
 from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv, kernel_group_tile
-from dance_tvm.schedules.cpu.spaces import SPACES, KernelGroupSpace, choose_kernel
+from dance_tvm.schedules.cpu.direct_spaces import KernelGroupSpace
+from dance_tvm.schedules.cpu.spaces import SPACES, choose_kernel
 from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.workload import KERNEL_GROUPS, POINTWISE, POOL, WINOGRAD, Workload

@@ -21,7 +21,8 @@ from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import load_target
 from dance_tvm.records.advice import tuned_tiles
 from dance_tvm.records.kernel_log import Log, log_path
-from dance_tvm.schedules.cpu.spaces import SPACES, GatherSpace
+from dance_tvm.schedules.cpu.direct_spaces import GatherSpace
+from dance_tvm.schedules.cpu.spaces import SPACES
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.workload import KERNEL_GROUPS, LISTS, POOL, WINOGRAD, Workload
 from dance_tvm.tuning import search

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_dance import SHAPE, Three
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from dance_tvm import models
 from dance_tvm.compiler.pipeline import Options, lower
@@ -18,12 +19,16 @@ from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu.units import servings
 from dance_tvm.schedules.workload import POOL
-from dance_tvm.sparsity.dance.method import controller_of, prune
+from dance_tvm.sparsity.dance.controller import Masks
+from dance_tvm.sparsity.dance.macs import MacCounter
+from dance_tvm.sparsity.dance.method import AAP, controller_of, prune
+from dance_tvm.sparsity.dance.predicted_time import TimeCounter
 from dance_tvm.sparsity.dance.site_units import site_units
 from dance_tvm.sparsity.dance.sites import trace
 from dance_tvm.sparsity.dance.trained import load
 from dance_tvm.sparsity.dance.untrained import keep_at_random
-from dance_tvm.sparsity.units import SiteUnits, Units, read_units, write_units
+from dance_tvm.sparsity.units import LayerTimes, SiteUnits, Units, read_units, write_units
+from dance_tvm.train import app as train_app
 from dance_tvm.train import run
 from dance_tvm.units import units as units_command
 
@@ -97,16 +102,27 @@ def test_training_takes_units_and_the_card_keeps_them(tmp_path: Path) -> None:
     given = [
         SiteUnits(node=s.node, shape=s.shape, frames=2, channels=16, positions=(min(4, s.shape[2]),) * 2) for s in sites
     ]
+    graph = trace(models.create("c3d-mini", num_classes=8), (1, 16, 32, 32))[0]
+    times = tuple(
+        LayerTimes(
+            layer=str(layer.node.target), kernel="direct", unit_frames=1, unit_channels=16, unit_positions=(2, 2),
+            frames=(2.0, 1.0), channels=(2.0, 0.5), positions=(2.0, 1.2),
+        )
+        for layer in MacCounter(graph).layers
+    )  # fmt: skip
     file = tmp_path / "units.json"
-    write_units(Units(network="c3d-mini", target="host", threads=1, sites=tuple(given)), file)
+    facts = {"network": "c3d-mini", "target": "host", "threads": 1, "sites": tuple(given)}
+    write_units(Units(**facts, live_shares=(1.0, 0.5), layers=times), file)
     assert read_units(file).sites == tuple(given)
-    options = {"units": str(file), "target_macs": 0.5}
+    options = {"units": str(file), "target_time": 0.5}
     run(
         method="aap", model="c3d-mini", data="motion-digits,train=8,test=8", out=tmp_path / "out", options=options,
         epochs=1, batch=8,
     )  # fmt: skip
     network, card = load(tmp_path / "out" / "model.safetensors")
     assert card["dance"]["units"][0]["channels"] == 16
+    assert card["predicted_seconds"] == {"dense": 12.0, "target": 6.0}
+    assert {"share", "time_share", "predicted_seconds"} <= set(card["metrics"])
     assert controller_of(network).groups == [-(-site.shape[0] // 16) for site in sites]
 
 
@@ -125,6 +141,82 @@ def test_a_file_that_holds_no_units_is_refused(text: str, told: str, tmp_path: P
         read_units(file)
     with pytest.raises(DanceError, match="cannot be read"):
         read_units(tmp_path / "none.json")
+
+
+SHARES = (1.0, 0.5, 0.25)
+
+
+def times_of_three(*, sites: tuple[SiteUnits, ...] | None = None, **changes: object) -> Units:
+    """Three layers of 6 s, 3 s and 1.5 s, whose times fall in proportion to one of their axes, or not at all."""
+    whole, falling, flat = (6.0, 6.0, 6.0), (3.0, 1.5, 0.75), (1.5, 1.5, 1.5)
+    given = {"kernel": "direct", "unit_frames": 2, "unit_channels": 4, "unit_positions": (4, 4)}
+    names = [str(layer.node.target) for layer in MacCounter(trace(Three(), SHAPE)[0]).layers]
+    layers = [
+        LayerTimes(layer=names[0], frames=whole, channels=whole, positions=whole, **given),
+        LayerTimes(layer=names[1], frames=falling, channels=(3.0,) * 3, positions=(3.0,) * 3, **given),
+        LayerTimes(layer=names[2], frames=flat, channels=flat, positions=(1.5, 0.9, 0.6), **given),
+    ]
+    facts = {"network": "three", "target": "host", "threads": 1, "sites": sites or tuple(units_of_three())}
+    return Units(**{**facts, "live_shares": SHARES, "layers": tuple(layers), **changes})
+
+
+def test_predicted_time_is_that_of_live_units_and_has_a_gradient() -> None:
+    graph = prune(Three(), SHAPE, units=units_of_three())
+    counter = MacCounter(graph)
+    times = TimeCounter(counter, times_of_three())
+    assert times.dense == 10.5
+    assert times.seconds([], 2).tolist() == pytest.approx([10.5, 10.5])
+    frames = torch.ones(2, 1, SHAPE[1], 1, 1)
+    frames[1, :, SHAPE[1] // 2 :] = 0
+    masks = [Masks(frames, None, None)] + [Masks(None, None, None)] * 2
+    found = times.seconds(masks, 2)
+    assert float(found[0]) == pytest.approx(10.5)
+    assert 10.5 - 1.5 <= float(found[1]) < 10.5 - 0.5  # the second layer alone is told to gain by frames
+    frames.requires_grad_()
+    times.seconds(masks, 2).sum().backward()
+    assert frames.grad is not None
+    assert float(frames.grad.abs().sum()) > 0
+    nothing = [Masks(torch.zeros(1, 1, SHAPE[1], 1, 1), None, None)] * 3
+    assert 0 < float(times.seconds(nothing, 1)) < 10.5
+
+
+def test_times_of_other_layers_or_none_are_refused(tmp_path: Path) -> None:
+    counter = MacCounter(prune(Three(), SHAPE, units=units_of_three()))
+    with pytest.raises(DanceError, match="tells no times"):
+        TimeCounter(counter, times_of_three(layers=()))
+    with pytest.raises(DanceError, match="the network has"):
+        TimeCounter(counter, times_of_three(layers=times_of_three().layers[:2]))
+    for wrong in ({"live_shares": (0.5, 1.0)}, {"live_shares": (1.0, 0.5)}):
+        text = json.dumps({**times_of_three().model_dump(), **wrong})
+        (tmp_path / "wrong.json").write_text(text)
+        with pytest.raises(DanceError, match=r"live shares|live_shares"):
+            read_units(tmp_path / "wrong.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"target_time": 0.5}, "needs --set units"),
+        ({"target_time": 0.5, "target_macs": 0.5, "units": "u.json"}, "leave --target-macs or the time out"),
+        ({"target_time": 0.5, "start": 2, "units": "u.json"}, "start meets a budget of multiply-adds"),
+    ],
+)
+def test_one_budget_at_a_time(options: dict[str, object], told: str) -> None:
+    with pytest.raises(DanceError, match=told):
+        AAP(**options)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--budget", "time:0.5", "--target-macs", "0.5"], "give one of them"),
+        (["--budget", "half"], "not of the form"),
+        (["--budget", "time:0.5", "--method", "kgs"], "kgs takes --rate"),
+    ],
+)
+def test_a_wrong_budget_is_told(words: list[str], told: str) -> None:
+    result = CliRunner().invoke(train_app, [*words, "--print-config"])
+    assert told in str(result.exception)
 
 
 def test_units_of_another_network_are_refused() -> None:

@@ -33,6 +33,7 @@ from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.fold_lists import FoldLists
 from dance_tvm.transform.fold_pads import FoldPads
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
+from dance_tvm.transform.join_copies import JoinCopies
 from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.keep_nan import KEEP_NAN
 from dance_tvm.transform.lift_weights import LiftWeights
@@ -145,6 +146,7 @@ def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int) -> list[tup
         (
             "other operators",
             [
+                *([] if gpu else [JoinCopies(machine.vector_floats, threads)]),
                 ComputeEmpty(),
                 relax.transform.DecomposeOpsForInference(),
                 relax.transform.LegalizeOps(KEEP_NAN),

@@ -1,7 +1,7 @@
 """Units of skipping: how many frames, channels and positions a built network's kernels leave out together.
 
 `dance-tvm units` writes them for a network and a target; training decides one bit a unit, so that what it leaves out
-is what kernels can skip.
+is what kernels can skip, and may be given a budget of the time that the file predicts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import written_whole
@@ -48,14 +48,43 @@ class SiteUnits(_Strict):
         return self.model_copy(update={"positions": tuple(tiles)})
 
 
+class LayerTimes(_Strict):
+    """What a layer is predicted to take, in seconds, where shares of its units are alive along one axis (in and out).
+
+    `layer` is the convolution's name in the network; `frames`, `channels` and `positions` have a time for each of the
+    file's `live_shares`.
+    """
+
+    layer: str
+    kernel: str
+    unit_frames: int = Field(ge=1)
+    unit_channels: int = Field(ge=1)
+    unit_positions: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    frames: tuple[Annotated[float, Field(gt=0)], ...]
+    channels: tuple[Annotated[float, Field(gt=0)], ...]
+    positions: tuple[Annotated[float, Field(gt=0)], ...]
+
+
 class Units(_Strict):
-    """All of a file."""
+    """All of a file; `live_shares` descend from 1."""
 
     schema_version: Literal[1] = 1
     network: str
     target: str
     threads: int = Field(ge=1)
     sites: tuple[SiteUnits, ...]
+    live_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    layers: tuple[LayerTimes, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_times(self) -> Units:
+        shares = self.live_shares
+        if self.layers and (len(shares) < 2 or shares[0] != 1 or list(shares) != sorted(set(shares), reverse=True)):
+            raise ValueError("live_shares must be at least two that descend from 1")
+        for layer in self.layers:
+            if {len(layer.frames), len(layer.channels), len(layer.positions)} != {len(shares)}:
+                raise ValueError(f"{layer.layer} must have a time for each of the {len(shares)} live shares")
+        return self
 
 
 class Shaped(Protocol):

@@ -26,7 +26,7 @@ from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 from tvm.script import tirx as T
 
-from dance_tvm.schedules.cpu.spaces import Space, VectorSpace
+from dance_tvm.schedules.cpu.space import Space, VectorSpace
 from dance_tvm.schedules.gpu.spaces import BlockSpace
 from dance_tvm.schedules.workload import Decisions, Workload
 

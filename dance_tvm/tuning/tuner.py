@@ -25,7 +25,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.device.serve import end_with_parent_process
 from dance_tvm.records.advice import tuned_tiles
 from dance_tvm.records.kernel_log import Log, append, log_path, new_record, require_writable
-from dance_tvm.schedules.cpu.spaces import Space
+from dance_tvm.schedules.cpu.space import Space
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.gpu.spaces import space_of
 from dance_tvm.schedules.gpu.tiles import Gpu

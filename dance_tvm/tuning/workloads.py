@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.schedules.cpu.spaces import WORTH_TRYING, WinogradSpace, direct_space
+from dance_tvm.schedules.cpu.direct_spaces import direct_space
+from dance_tvm.schedules.cpu.space import WORTH_TRYING
 from dance_tvm.schedules.cpu.winograd_choice import direct_seconds, why_not, winograd_seconds
+from dance_tvm.schedules.cpu.winograd_space import WinogradSpace
 from dance_tvm.schedules.workload import (
     KERNEL_GROUPS,
     LINE,

@@ -13,10 +13,10 @@ from statistics import mean
 from ..geometry import Triple
 from ..workload import Workload
 from .conv3d_gather import GatherConv
-from .spaces import GatherSpace
+from .direct_spaces import GatherSpace
 from .tiles import Machine
 from .winograd import WinogradConv
-from .winograd_choice import direct_seconds, options, why_not, winograd_seconds
+from .winograd_choice import NEVER_SLOWER, direct_seconds, options, why_not, winograd_seconds
 
 #: Axes of activations that masks thin, and the lists that both sides of a convolution then walk.
 AXES = {
@@ -53,19 +53,24 @@ class Serving:
 
 
 def servings(workload: Workload, machine: Machine) -> list[Serving]:
-    """Every kernel that could serve the convolution, masked along one axis: that of the least expected time first."""
-    found = {axis: _candidates(_masked(workload, lists), machine) for axis, lists in AXES.items()}
-    tiles = set.intersection(*(set(candidates) for candidates in found.values()))
+    """Every kernel that could serve the convolution, masked along one axis: that of the least expected time first.
+
+    Those that are slow where nothing is left out come last: a build does not choose them (``NEVER_SLOWER``).
+    """
+    kernels = {axis: _candidates(_masked(workload, lists), machine) for axis, lists in AXES.items()}
+    tiles = set.intersection(*(set(candidates) for candidates in kernels.values()))
     channels = min(machine.vector_floats, workload.channels_out)
 
     def serving(m: Triple) -> Serving:
         seconds = {
             axis: tuple(min(_seconds(conv, machine, workload.threads, share) for conv in of[m]) for share in SHARES)
-            for axis, of in found.items()
+            for axis, of in kernels.items()
         }
         return Serving("direct" if m == DIRECT else f"winograd_{m[0]}x{m[1]}x{m[2]}", (m[0], channels, m[1:]), seconds)
 
-    return sorted(map(serving, sorted(tiles)), key=lambda found: found.expected)
+    found = [serving(tile) for tile in sorted(tiles)]
+    bound = NEVER_SLOWER * min(each.dense_seconds for each in found)
+    return sorted(found, key=lambda each: (each.dense_seconds > bound, each.expected))
 
 
 def _masked(workload: Workload, lists: tuple[str, ...]) -> Workload:

@@ -38,6 +38,8 @@ NOT_HIDDEN = 0.5
 ONE_CORE_SHARE = 0.6
 #: How much faster the last-level cache is than memory.
 CACHE_RATE = 3.0
+#: Bytes of a last-level cache on which one network may count: servers have larger ones, but share them among many.
+MOST_SHARED_CACHE = 32 << 20
 #: Share of a cache that the scratch of a chunk may fill before it is taken to spill.
 SCRATCH_SHARE = 0.6
 #: Bytes of scratch beyond which a chunk is never made.
@@ -52,8 +54,11 @@ GATHER_COLUMN_CYCLES, GATHER_ROW_CYCLES = 0.8, 0.2
 ASSUMED_LEFT = (0.5, 1.0)
 #: Of the positions of a tile, so many are taken to live or die on their own: masks come in patches.
 PATCHES_IN_TILE = 2
-#: A kernel with the larger weights must be this much faster to be worth its memory.
+#: A kernel with the larger weights or scratch must be this much faster to be worth its memory.
 WORTH_MEMORY = 0.95
+#: Masks must not make a layer slower than it is without any: where they leave everything, a kernel may be predicted to
+#: take so much longer than the fastest one does.
+NEVER_SLOWER = 1.03
 
 
 def why_not(conv: GatherConv) -> str:
@@ -96,7 +101,10 @@ def choose(
     kind = "kernel groups" if isinstance(conv, KernelGroupConv) else "direct"
     times = f"{1e3 * transformed:.2g} ms predicted, {kind} {1e3 * direct:.2g} ms"
     if wanted == "auto" and transformed > direct:
-        return Choice(conv, f"{kind}: Winograd {times}")
+        dense = winograd_seconds(found, machine, threads, [1.0])
+        if direct_seconds(conv, machine, threads, [1.0]) <= NEVER_SLOWER * dense:
+            return Choice(conv, f"{kind}: Winograd {times}")
+        times += ", but more where masks leave everything"
     return Choice(found, f"{times}; scratch {found.scratch_bytes / 2**20:.0f} MiB")
 
 
@@ -107,13 +115,21 @@ def best(
     densities: Sequence[float] | None = None,
     most_growth: float = math.inf,
 ) -> WinogradConv | None:
-    """The Winograd kernel with the shortest predicted time, a smaller one's weights preferred where they are close."""
+    """The Winograd kernel with the shortest predicted time, a smaller one's weights preferred where they are close.
+
+    Of kernels that masks thin, only those that keep pace with the fastest where masks leave everything.
+    """
+    fitting = [option for option in options(conv, machine) if growth(option) <= most_growth]
+    dense = {id(option): winograd_seconds(option, machine, threads, [1.0]) for option in fitting}
+    bound = NEVER_SLOWER * min(dense.values(), default=0.0)
     chosen, least = None, float("inf")
-    for option in sorted(options(conv, machine), key=lambda option: option.plan.xi * option.plan.taps):
-        if growth(option) > most_growth:
-            break
+    for option in sorted(fitting, key=_weights):
         seconds = winograd_seconds(option, machine, threads, densities)
-        if seconds < least * (WORTH_MEMORY if chosen and _weights(option) > _weights(chosen) else 1.0):
+        keeps_pace = dense[id(option)] <= bound or _densities(conv) == [1.0]
+        larger = chosen is not None and (
+            _weights(option) > _weights(chosen) or option.scratch_bytes > chosen.scratch_bytes
+        )
+        if keeps_pace and seconds < least * (WORTH_MEMORY if larger else 1.0):
             chosen, least = option, seconds
     return chosen
 
@@ -180,11 +196,18 @@ def _steps(total: int) -> list[int]:
 
 
 def _register_tile(conv: GatherConv, machine: Machine, plan: WinogradPlan) -> Tile:
-    """The register tile with the fewest predicted cycles over the runs of a full chunk, its sums blocked for L1."""
-    runs = _runs(plan)
+    """The register tile with the fewest predicted cycles over the runs of a full chunk, its sums blocked for L1.
+
+    Where output channels are listed, those are counted that fill its panels when half of the work is left, too.
+    """
+    runs, floats = _runs(plan), machine.vector_floats
+    shares = [left**0.5 for left in ASSUMED_LEFT] if conv.live_out else [1.0]
+    written = [min(conv.channels_out, math.ceil(share * conv.channels_out / floats) * floats) for share in shares]
 
     def cycles(tile: tuple[int, int, int]) -> float:
-        return sum(predicted_cycles(machine, rows, conv.channels_out, tile) * taps for rows, taps in runs)
+        return sum(
+            predicted_cycles(machine, rows, channels, tile) * taps for rows, taps in runs for channels in written
+        )
 
     mr, vectors, step = min(candidates(machine), key=cycles)
     nr = vectors * machine.vector_floats
@@ -228,6 +251,11 @@ def _live_share(conv: WinogradConv, density: float, whole_tiles: bool) -> float:
 def _seconds_per_cycle(machine: Machine) -> float:
     """Of one core; a cycle is two vector multiply-adds, as in :func:`~.tiles.predicted_cycles`."""
     return 4 * machine.vector_floats / (1e9 * machine.gflops)
+
+
+def _l3(machine: Machine) -> int:
+    """Bytes of the last level of cache that are ours."""
+    return min(machine.l3, MOST_SHARED_CACHE)
 
 
 def _memory_rate(machine: Machine, threads: int) -> float:
@@ -320,14 +348,14 @@ def _winograd_seconds(conv: WinogradConv, machine: Machine, threads: int, densit
         cycles += predicted_cycles(machine, rows, conv.channels_out, register_tile) * taps * conv.channels_in * share
         cycles += tiles * TILE_CYCLES * (density if conv.live_out else 1.0)
     elements = plan.taps * conv.channels_in * conv.channels_out * share
-    if conv.live_out and density < 1.0:
-        cycles += elements * GATHER_COLUMN_CYCLES
     weights = 4.0 * plan.xi * elements
-    passes = max(1.0, chunks) if weights > machine.l3 / 2 else 1.0
-    multiply = _with_traffic(machine, threads, cycles * plan.xi * chunks, weights * passes)
+    repeats = max(0.0, chunks - 1)  # from memory, from the last level that the cores share, or from a core's own cache
+    repeats /= 1.0 if weights > _l3(machine) / 2 else CACHE_RATE if weights > machine.l2 / 2 else math.inf
+    multiply = _with_traffic(machine, threads, cycles * plan.xi * chunks, weights * (1 + repeats))
 
-    vectors_in = plan.xi * plan.source_rows * conv.channels_in / machine.vector_floats
-    vectors_out = plan.xi * plan.tiles[0] * plan.columns * conv.panels * tile.vectors
+    read, written = (density if listed else 1.0 for listed in (conv.live_in, conv.live_out))
+    vectors_in = plan.xi * plan.source_rows * conv.channels_in / machine.vector_floats * read
+    vectors_out = plan.xi * plan.tiles[0] * plan.columns * conv.panels * tile.vectors * written
     planes = PLANE_CYCLES * plan.xi
     transforms = vectors_in * (INPUT_CYCLES + planes) + vectors_out * (OUTPUT_CYCLES + planes)
     seconds = multiply + chunks * transforms * _seconds_per_cycle(machine) / threads
@@ -338,5 +366,5 @@ def _spill_seconds(scratch_bytes: int, machine: Machine, threads: int) -> float:
     """Time to write the scratch of a chunk and read it back, beyond what the second-level cache hides."""
     if scratch_bytes <= SCRATCH_SHARE * machine.l2:
         return 0.0
-    cached = scratch_bytes <= SCRATCH_SHARE * machine.l3
+    cached = scratch_bytes <= SCRATCH_SHARE * _l3(machine)
     return 2.0 * scratch_bytes / (_memory_rate(machine, threads) * (CACHE_RATE if cached else 1.0))

@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from ..convolution import LayerKernel
-from ..cpu.spaces import SPACES, Space, TuningLog, decide
+from ..cpu.space import Space
+from ..cpu.spaces import SPACES, TuningLog, decide
 from ..cpu.tiles import Machine
 from ..geometry import Window
 from ..layer import Choice, Layer

@@ -106,7 +106,7 @@ def _cases(network: Network, program: Program) -> Iterator[Case]:
 
 
 def _options(program: Program) -> Options:
-    known = ("threads", "conv", "numerics", "sparsity", "dtype")
+    known = ("threads", "conv", "numerics", "sparsity", "dtype", "interface")
     return Options(**{key: value for key, value in program.options.items() if key in known})
 
 
@@ -121,6 +121,7 @@ def _on_host(program: Program, network: Network, cases: list[Case], folder: Path
     import tvm
     from tvm import relax
 
+    options = _options(program)
     built = dance_tvm.build_network(
         network.module,
         folder / "artifact",
@@ -128,7 +129,7 @@ def _on_host(program: Program, network: Network, cases: list[Case], folder: Path
         target=_host(program.options.get("opt_level")),
         threads=program.options.get("threads", 1),
         check=program.options.get("check", False),
-        options=_options(program),
+        options=options,
     )
     manifest = built.artifact.manifest
     kernels = [layer.kernel for layer in manifest.layers]
@@ -140,7 +141,7 @@ def _on_host(program: Program, network: Network, cases: list[Case], folder: Path
             if (wrong := compare(outputs, told)) is not None:
                 return Verdict("wrong", wrong[1], kernels, style, wrong[0])
         byte = [0]
-        for poison in POISONS:
+        for poison in POISONS if options.interface == "tvm" else ():
             byte[0] = poison
             with guard.on(poison):
                 module = tvm.runtime.load_module(str(built.artifact.library))

@@ -101,7 +101,7 @@ class MacCounter:
         self._graph = graph
         view = _PrunedView(graph)
         liveness = Liveness.of(view)
-        self._layers = []
+        self.layers: list[CountedLayer] = []
         for key in view.order:
             node = key[0] if isinstance(key, tuple) and not isinstance(key, MaskKey) else key
             conv = view.module(node) if isinstance(node, fx.Node) else None
@@ -115,7 +115,7 @@ class MacCounter:
                     liveness.alive_in(operation.operands[0]),
                     liveness.wanted(key),
                 )
-                self._layers.append(_Layer(node, conv, work))
+                self.layers.append(CountedLayer(node, conv, work))
         self._linear = sum(
             float(module.in_features * node.meta["tensor_meta"].shape.numel())
             for node in graph.graph.nodes
@@ -125,6 +125,11 @@ class MacCounter:
 
     def count(self, decisions: Sequence[Masks], clips: int) -> Count:
         """The MACs of `clips` clips whose masks are `decisions` (one entry a site; none: the dense network)."""
+        masks, one = self.masks(decisions)
+        return Count([layer.count(masks, clips, one) for layer in self.layers], self._linear, self._controller)
+
+    def masks(self, decisions: Sequence[Masks]) -> tuple[MaskValue, Tensor]:
+        """What gives the mask of an expression under the `decisions`, and one that leaves everything."""
         given = next((mask for site in decisions for mask in site if mask is not None), None)
         one = torch.ones(1, 1, 1, 1, 1, device=_device(self._graph) if given is None else given.device)
 
@@ -133,12 +138,11 @@ class MacCounter:
             return one.expand(factor.shape) if mask is None else mask.movedim(1, 4)
 
         known: dict[Expression, Tensor] = {}
-        masks = partial(evaluate, value=value, known=known)
-        return Count([layer.count(masks, clips, one) for layer in self._layers], self._linear, self._controller)
+        return partial(evaluate, value=value, known=known), one
 
 
 @dataclass(frozen=True)
-class _Layer:
+class CountedLayer:
     """A convolution of the graph and what is left of it."""
 
     node: fx.Node

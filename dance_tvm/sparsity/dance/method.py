@@ -24,6 +24,7 @@ from dance_tvm.sparsity.clips import Batch, Clips
 from dance_tvm.sparsity.dance.adaptors import Adaptor
 from dance_tvm.sparsity.dance.controller import AXES, Axis, Controller, Prune
 from dance_tvm.sparsity.dance.macs import MacCounter
+from dance_tvm.sparsity.dance.predicted_time import TimeCounter
 from dance_tvm.sparsity.dance.sites import Site, insert, module_of, node_named, trace
 from dance_tvm.sparsity.dance.start import leave_out_least, refit
 from dance_tvm.sparsity.method import Context, Method
@@ -101,9 +102,10 @@ class AAP(Method):
     """Adaptive activation pruning: the controller's masks at every site, trained to a target share of the dense MACs.
 
     Two terms join the task's: `compute`, weight * |share / target - 1| (rounded off within a tenth) for the batch's
-    mean share of the dense MACs, whose target falls linearly from 1 over the first `ramp` of the epochs; and `guide`,
-    which teaches the controller the relative activity of each frame, channel group and tile and fades over the same
-    time. The compute term pulls both ways: a network that has pruned itself dead gets no other gradient to recover.
+    mean share of the dense MACs (or, with `target_time`, of the dense time as predicted), whose target falls linearly
+    from 1 over the first `ramp` of the epochs; and `guide`, which teaches the controller the relative activity of each
+    frame, channel group and tile and fades over the same time. The compute term pulls both ways: a network that has
+    pruned itself dead gets no other gradient to recover.
     With `distill` the network it starts from, dense, is its teacher: weight * KL(teacher || pruned) joins the loss.
     With `freeze` the backbone rests for that last share of the epochs, batch norm statistics included.
     With `hint` what the pruned network keeps of each site is drawn to the dense network's activations.
@@ -114,6 +116,9 @@ class AAP(Method):
 
     class Options(Method.Options):
         target_macs: float = Field(0.5, gt=0, description="share of the dense MACs (0.5, 50%), or a count (120M)")
+        target_time: float | None = Field(
+            None, gt=0, le=1, description="share of the dense time that the file of units predicts, in place of MACs"
+        )
         axes: tuple[Axis, ...] = AXES
         group: int = Field(8, ge=1, description="channels that are decided together")
         grid: int = Field(8, ge=1, description="tiles along each edge at full resolution, or at most with units")
@@ -133,7 +138,7 @@ class AAP(Method):
         floor: float = Field(0.4, ge=0, le=1, description="share of each site's channel groups that `start` leaves")
         refit: int = Field(0, ge=0, description="training clips to which `start` fits the weights by least squares")
 
-        @field_validator("target_macs", mode="before")
+        @field_validator("target_macs", "target_time", mode="before")
         @classmethod
         def _parse_target(cls, value: Any) -> Any:
             return parse_amount(value)
@@ -151,6 +156,18 @@ class AAP(Method):
                 raise ValueError("refit fits weights to what start leaves: set start as well")
             return self
 
+        @model_validator(mode="after")
+        def _check_budget(self) -> AAP.Options:
+            if self.target_time is None:
+                return self
+            if "target_macs" in self.model_fields_set:
+                raise ValueError("a budget is one of time or of multiply-adds: leave --target-macs or the time out")
+            if self.units is None:
+                raise ValueError("a budget of time needs --set units=FILE, which `dance-tvm units --out FILE` writes")
+            if self.start:
+                raise ValueError("start meets a budget of multiply-adds: leave it out, or give --target-macs")
+            return self
+
     options: Options
 
     def prepare(self, network: nn.Module, context: Context) -> nn.Module:
@@ -158,8 +175,9 @@ class AAP(Method):
         self._teacher = Teacher(network, context)
         self._dense = _Activations(network, context) if options.hint > 0 else None
         self._form: dict[str, Any] = {"axes": options.axes, "group": options.group, "grid": options.grid}
-        if options.units:
-            self._form["units"] = read_units(options.units).sites
+        told = read_units(options.units) if options.units else None
+        if told:
+            self._form["units"] = told.sites
         graph = prune(network, context.clip_shape, **self._form)
         self._controller = controller_of(graph)
         self._prunes = [module for module in graph.modules() if isinstance(module, Prune)]
@@ -169,9 +187,11 @@ class AAP(Method):
         for module in (*self._norms, self._controller.norm):
             module.momentum = options.momentum
         self._counter = MacCounter(graph)
+        self._times = TimeCounter(self._counter, told) if told and (told.layers or options.target_time) else None
         self._epochs, self._steps, self._step = context.epochs, context.steps_per_epoch, 0
         dense = self._counter.count([], 1).dense
         self._target = options.target_macs if options.target_macs <= 1 else options.target_macs / dense
+        self._target = options.target_time or self._target
         if not _LEAST_TARGET <= self._target <= 1:
             raise DanceError(
                 f"--target-macs {options.target_macs:g} is {self._target:.3g} of {context.model}'s {dense / 1e6:.4g}M "
@@ -220,9 +240,7 @@ class AAP(Method):
         return self.options.guide * (1 - self._progress())
 
     def losses(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:
-        count = self._counter.count(self._controller.decisions, len(batch.clips))
-        share = count.executed.mean() / count.dense
-        relative = share / (1 - (1 - self._target) * self._progress())
+        relative = self._share(len(batch.clips)).mean() / (1 - (1 - self._target) * self._progress())
         excess = functional.smooth_l1_loss(relative, torch.ones_like(relative), beta=0.1)
         terms = {"compute": self.options.compute * excess}
         if self._guide_weight() > 0:
@@ -232,6 +250,14 @@ class AAP(Method):
         if self._dense:
             terms["hint"] = self.options.hint * self._distance_of_activations(self._dense.of(batch.clips))
         return terms
+
+    def _share(self, clips: int) -> Tensor:
+        """(clips,): of the dense work that the budget is of, in the last forward pass."""
+        decisions = self._controller.decisions
+        if self._times and self.options.target_time:
+            return self._times.seconds(decisions, clips) / self._times.dense
+        count = self._counter.count(decisions, clips)
+        return count.executed / count.dense
 
     def stepped(self, network: nn.Module) -> None:
         self._step += 1
@@ -260,6 +286,9 @@ class AAP(Method):
         decisions = self._controller.decisions
         count = self._counter.count(decisions, len(batch.clips))
         values = {"macs": count.executed, "share": count.executed / count.dense}
+        if self._times:
+            seconds = self._times.seconds(decisions, len(batch.clips))
+            values |= {"predicted_seconds": seconds, "time_share": seconds / self._times.dense}
         for axis, name in enumerate(AXES):
             masks = [mask for mask in (site[axis] for site in decisions) if mask is not None]
             if masks:
@@ -270,17 +299,23 @@ class AAP(Method):
         return {"theta": float(self._controller.threshold.detach())}
 
     def acceptable(self, metrics: Mapping[str, float]) -> bool:
-        return metrics["share"] <= 1.03 * self._target
+        return metrics["time_share" if self.options.target_time else "share"] <= 1.03 * self._target
 
     def card(self, network: nn.Module) -> dict[str, Any]:
-        count = self._counter.count([], 1)
+        count, by_time = self._counter.count([], 1), self.options.target_time is not None
+        target = {} if by_time else {"target": self._target * count.dense}
+        times = {}
+        if self._times:
+            aim = {"target": self._target * self._times.dense} if by_time else {}
+            times = {"predicted_seconds": {"dense": self._times.dense, **aim}}
         return {
             "macs": {
                 "dense": count.dense,
                 "nominal": count.nominal,
                 "controller": count.controller,
-                "target": self._target * count.dense,
+                **target,
             },
+            **times,
             "theta": float(self._controller.threshold.detach()),
             "dance": json.loads(to_json(self._form)),
         }

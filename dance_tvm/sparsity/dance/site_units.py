@@ -11,7 +11,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.schedules.cpu.units import Serving
 from dance_tvm.schedules.workload import Workload
 from dance_tvm.sparsity.dance.sites import module_of, node_named, trace
-from dance_tvm.sparsity.units import SiteUnits
+from dance_tvm.sparsity.units import LayerTimes, SiteUnits
 
 
 def site_units(
@@ -40,6 +40,30 @@ def site_units(
                 frames=_common([unit[0] for unit in units["frames"]], frames),
                 channels=_common([unit[1] for unit in units["channels"]], channels),
                 positions=(_common(rows, height), _common(columns, width)),
+            )
+        )
+    return found
+
+
+def layer_times(
+    network: nn.Module, clip_shape: tuple[int, ...], workloads: Mapping[str, Workload], chosen: Mapping[str, Serving]
+) -> list[LayerTimes]:
+    """What each convolution of ``network`` is predicted to take, in order of execution; the rest as above."""
+    graph, _ = trace(network, clip_shape)
+    found = []
+    for node, name in _layers(graph, workloads).items():
+        serving = chosen[name]
+        frames, channels, positions = serving.units
+        found.append(
+            LayerTimes(
+                layer=str(node.target),
+                kernel=serving.kernel,
+                unit_frames=frames,
+                unit_channels=channels,
+                unit_positions=positions,
+                frames=serving.seconds["frames"],
+                channels=serving.seconds["channels"],
+                positions=serving.seconds["positions"],
             )
         )
     return found

@@ -1,0 +1,99 @@
+"""What a tuning space is: the decisions of one kernel family for one workload on one machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from ..geometry import Window
+from ..kernel import Kernel
+from ..workload import Decisions, Workload
+from .tiles import Machine, candidates
+
+#: Register tiles that the model of ``tiles.predicted_cycles`` holds for this much slower than its best are not tried.
+WORTH_TRYING = 1.5
+
+
+#: Tiles that share a pass over the weights.
+BLOCK_TILES = (8, 16, 32, 64, 128, 256)
+
+
+#: What tiles each axis of a convolution's loops, outermost first: names of decisions, or sizes that are given.
+Loops = dict[str, tuple[str | int, ...]]
+
+
+def register_tiles(
+    machine: Machine, cycles: Callable[[tuple[int, int, int]], float], vectors: int | None = None
+) -> dict[int, list[int]]:
+    """Rows worth trying for each number of vectors (for ``vectors`` alone where given), as the model of the register
+    file has it: ``cycles`` of a tile (rows, vectors, step)."""
+    cost = {tile: cycles(tile) for tile in candidates(machine) if vectors in (None, tile[1])}
+    limit = WORTH_TRYING * min(cost.values())
+    found: dict[int, list[int]] = {}
+    for (mr, columns, _), predicted in cost.items():
+        if predicted <= limit:
+            found.setdefault(columns, []).append(mr)
+    return found
+
+
+def pass_taps(window: Window) -> list[int]:
+    """Taps of one pass: one, a line, a plane, the whole kernel, and what lies between."""
+    _, height, width = window.kernel
+    return sorted({min(count, window.taps) for count in (1, 2, width, 2 * width, height * width, window.taps)})
+
+
+def most_tiles(window: Window, mr: int) -> int:
+    """Row tiles beyond which a block holds all rows."""
+    return -(-window.positions_out // mr) + 8
+
+
+def block_sizes(window: Window, fewest_rows: int) -> list[int]:
+    """Row tiles of one block; more than there are rows is the same as all of them."""
+    return sorted({min(count, most_tiles(window, fewest_rows)) for count in BLOCK_TILES})
+
+
+def are_whole(decisions: Mapping[str, int], names: tuple[str, ...]) -> bool:
+    """Whether these decisions were taken, and no others."""
+    return set(decisions) == set(names) and all(isinstance(value, int) for value in decisions.values())
+
+
+class Space(Protocol):
+    """What may be decided for one workload on one machine."""
+
+    @property
+    def workload(self) -> Workload:
+        """For which workload."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The decisions, in order."""
+
+    @property
+    def size(self) -> int:
+        """How many candidates there are."""
+
+    def default(self) -> Decisions:
+        """What is chosen without a record."""
+
+    def normal(self, decisions: Mapping[str, int]) -> Decisions:
+        """Decisions of another shape fitted to this one; equal kernels get equal decisions."""
+
+    def allows(self, decisions: Mapping[str, int]) -> bool:
+        """Whether the kernel can be built with them."""
+
+    def parts(self) -> list[dict[str, list[int]]]:
+        """The values of each decision, in parts within which each goes with each."""
+
+    def kernel(self, decisions: Mapping[str, int]) -> Kernel:
+        """The kernel that the decisions describe."""
+
+
+class VectorSpace(Space, Protocol):
+    """The space of a kernel for a CPU."""
+
+    @property
+    def machine(self) -> Machine:
+        """On which machine."""
+
+    def loops(self) -> Loops:
+        """How the decisions tile ``rows``, ``channels_out``, ``taps`` and ``channels_in``."""
