@@ -65,9 +65,16 @@ def build(
     ] = None,
     logs_from: Annotated[str | None, typer.Option(help="Use the tuning logs of this target instead.")] = None,
     dtype: Annotated[
-        Literal["float32", "float16"],
-        typer.Option(help="How activations and weights are stored; Arm processors multiply in it (docs/kernels.md)."),
+        Literal["float32", "float16", "auto"],
+        typer.Option(
+            help="How activations and weights are stored; Arm processors multiply in it (docs/kernels.md). "
+            "auto: float16 if the check passes in it."
+        ),
     ] = "float32",
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Real inputs (.npz) that tell which layers --dtype float16 has no range for; repeatable."),
+    ] = None,
     interface: Annotated[
         Literal["tvm", "c"],
         typer.Option(help="c makes the library a program that runs without TVM (docs/c-interface.md)."),
@@ -150,6 +157,7 @@ def build(
             batch=batch,
             check=check,
             check_inputs=check_inputs or (),
+            calibrate=calibrate or (),
             options=options,
             debug_dump=debug_dump,
             logs_from=logs_from,

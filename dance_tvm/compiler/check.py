@@ -33,6 +33,10 @@ UNCLEAR = 1.0
 DOUBT = 0.25
 
 
+class DisagreementError(DanceError):
+    """What was built does not answer as its source does."""
+
+
 def check_artifact(
     artifact: Artifact,
     imported: Imported,
@@ -150,7 +154,7 @@ def compare(manifest: Manifest, tried: CheckInputs, found: Mapping[str, Arrays],
     outputs = [output for output in judged if output.allowed < UNCLEAR]
     for output in outputs:
         if output.difference > output.allowed:
-            raise DanceError(
+            raise DisagreementError(
                 f"{manifest.name} as built for {manifest.target.name} differs from its source: output "
                 f"{output.output} on the {output.input} input by {output.difference:.3g} of its largest value (allowed "
                 f"{output.allowed:.3g}); nothing was written, --debug-dump DIR shows each phase"

@@ -53,7 +53,7 @@ def require_buildable(target: Target, dtype: str = "float32", interface: str = "
             f"target {target.name} says that it is a {target.link.machine} machine (link.machine) and that its code is "
             f"for {triple} (mtriple): correct one of them"
         )
-    if dtype != "float32" and not (target.gpu.fp16 if target.gpu else target.vector.fp16):
+    if dtype == "float16" and not (target.gpu.fp16 if target.gpu else target.vector.fp16):
         raise DanceError(
             f"{target.name} cannot compute in half precision: leave --dtype out, or name a target with fp16"
         )
