@@ -257,11 +257,13 @@ def looked_at(kernel: dict[str, Any] | None, tensors: list[Any]) -> dict[str, An
     size = sum(int(np.prod(tensor.shape, dtype="int64")) * np.dtype(str(tensor.dtype)).itemsize for tensor in tensors)
     if kernel is None or kernel["kind"] != CONVOLUTION:
         return {"bytes": size}
-    listed, dense = "counts" in kernel["operands"], kernel.get("macs")
-    if not listed and dense is None:
-        return {"bytes": size}
     named = dict(zip(kernel["operands"], tensors, strict=True))
-    work, alive, channels = _work(named, kernel["tile"]) if listed else _dense_work(named, dense)
+    if "counts" in named:
+        work, alive, channels = _work(named, kernel["tile"])
+    elif (macs := kernel.get("macs")) is not None:
+        work, alive, channels = _dense_work(named, macs)
+    else:
+        return {"bytes": size}
     written = named["y"].numpy()[alive]  # (positions, C): elsewhere nothing was written that is read
     values = written if channels is None else written[:, channels]
     means = {}
