@@ -79,7 +79,7 @@ def bench(
     _require_files([*artifacts, *([dense] if dense else [])], {"--out": out, "--trace": trace})
     own_cpus = parse_cpus(cpus) if cpus else None
     if labels and not clips:
-        raise DanceError("--labels tells the classes of clips: give --clips")
+        raise DanceError("--labels gives the classes of clips: give --clips too")
     if load_times and any(each != "local" for each in device or []):
         raise DanceError("--load-times measures on this machine: leave --device out")
     from dance_tvm.benchmarking.results import read_results
@@ -94,7 +94,7 @@ def bench(
 
     require_peers(engines, peer_model, device or [])
     if labels:
-        read_classes(labels)  # told before anything is measured
+        read_classes(labels)  # fails before anything is measured
 
     plan = Plan(
         artifacts=artifacts,

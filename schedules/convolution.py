@@ -89,7 +89,7 @@ class Convolution(LayerKernel):
 
     @property
     def marks(self) -> str:
-        """Which channel lists are walked, as the kernel's name tells: ``_i``, ``_o``, ``_io`` or nothing."""
+        """Which channel lists are walked, as the kernel's name says: ``_i``, ``_o``, ``_io`` or nothing."""
         lists = "i" * self.live_in + "o" * self.live_out
         return lists and f"_{lists}"
 
@@ -119,7 +119,7 @@ class Convolution(LayerKernel):
         return Operand("x", self.x_shape, self.dtype)
 
     def channel_operands(self) -> list[Operand]:
-        """What tells of live channels."""
+        """What lists live channels."""
         samples, found = self.plan.samples, []
         if self.live_in:
             found.append(listed("in_channels", channel_list_shape(samples, self.depth)))
@@ -207,7 +207,7 @@ class Convolution(LayerKernel):
     # -- what a call executes ----------------------------------------------------------------------------------------
 
     def work(self) -> tuple[Count, Count, Count]:
-        """As the lists of rows and channels tell."""
+        """As the lists of rows and channels have it."""
         return (
             Count(operand="counts", at=(3,)),
             Count(operand="in_channels", at=(0,)) if self.live_in else Count(self.depth),

@@ -2,7 +2,7 @@
 
 Nothing of a folder is used before all of it is verified: the manifest by its own seal, every other file by the hash
 that the manifest gives, the library by its architecture, and the versions that the generated code depends on. The
-hashes tell damage and mix-ups; they are no signature, so an artifact from a stranger is still a stranger's program.
+hashes reveal damage and mix-ups; they are no signature, so an artifact from a stranger is still a stranger's program.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class File(_Strict):
 
 class Manifest(_Strict):
     """All that is known of an artifact; ``parameters`` are the weights that the network takes after its inputs, and
-    ``preprocess`` tells how frames of a video become its input, where that is known. ``kernels`` has every compiled
+    ``preprocess`` says how frames of a video become its input, where that is known. ``kernels`` has every compiled
     function by its symbol.
 
     ``memory_peak_bytes`` are the weights and the planned storage of activations during one call.

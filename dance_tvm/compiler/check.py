@@ -29,7 +29,7 @@ INTERPRETED_MACS = 500_000_000
 #: Where rounding may change an output by as much as this share of its largest value, nothing can be compared.
 UNCLEAR = 1.0
 
-#: From this share of what is allowed on, a difference leaves doubt, and float64 tells whose it is.
+#: From this share of what is allowed on, a difference leaves doubt, and float64 decides whose it is.
 DOUBT = 0.25
 
 

@@ -97,7 +97,7 @@ class _Channels:
     needed: set[int] = field(default_factory=set)
 
     def follow(self) -> None:
-        """Walk the graph once; afterwards ``kept`` tells."""
+        """Walk the graph once; afterwards ``kept`` answers."""
         for var in self.graph.order:
             channels = self._made(var)
             if channels is not None:

@@ -1,4 +1,4 @@
-"""The distinct kernels of a network: it is lowered as a build would, which tells what each kernel was chosen for."""
+"""The distinct kernels of a network: it is lowered as by a build, which shows what each kernel was chosen for."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def choose_kernel(
 ) -> Choice[LayerKernel]:
     """``conv`` or Winograd in its place, and the record that chose its sizes ("": the defaults).
 
-    The model of time decides, unless the log holds measurements of both for this very workload. ``origin`` tells where
+    The model of time decides, unless the log holds measurements of both for this very workload. ``origin`` says where
     the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd, ``most_growth`` that of ``choose``.
     """
     choice = replace(choose(conv, machine, workload.threads, wanted, most_growth), workload=workload)
