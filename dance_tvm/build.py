@@ -110,7 +110,7 @@ def build(
     """Compile a trained network into a verified artifact: one folder that a device can run."""
     from dance_tvm.machines.target import load_target
 
-    # All that can be told before the seconds that loading the compiler takes.
+    # All that can be refused before the seconds that loading the compiler takes.
     shapes = dict(map(_shape, shape or []))
     machine = load_target(target)
     requests.require_buildable(machine, dtype, interface)

@@ -26,11 +26,11 @@ from dance_tvm.artifact.folder import (
     Tensor,
     load_artifact,
     record_check,
-    require_writable,
     write_artifact,
 )
 from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.artifact.preprocess import Preprocess
+from dance_tvm.artifact.staging import require_writable
 from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.pipeline import Measure, Options, lower
 from dance_tvm.compiler.program import write_program
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from dance_tvm.frontend import Imported
     from dance_tvm.frontend.interface import Arrays
 
-#: Options that the manifest tells whatever they are, and those that it tells elsewhere or that change no byte.
+#: Options that the manifest always records, and those that it records elsewhere or that change no byte.
 ALWAYS_TOLD = ("numerics", "conv", "sparsity")
 TOLD_ELSEWHERE = ("threads", "debug_dump", "tuning", "logs", "cache")
 
@@ -109,10 +109,10 @@ def build_network(
     that was imported before; ``shapes`` fix what its inputs leave open, ``batch`` how many clips a call takes.
     ``check`` runs the built network against its source, on this machine or on the emulated device; None does so unless
     that would take long. ``check_inputs`` are ``.npz`` files of real inputs, which the check takes beside its own;
-    ``calibrate`` more of them, which with them tell the layers that half precision has no range for. Tile
+    ``calibrate`` more of them, which with them show the layers that half precision has no range for. Tile
     sizes come from the target's tuning logs, or from those of the target ``logs_from``. With ``reuse`` an intact
     artifact at ``out`` that the same network, target, options and versions made is kept as it is; it is checked if it
-    was not, or on fewer inputs. ``preprocess`` tells how frames of videos become the input, for the manifest. Raises
+    was not, or on fewer inputs. ``preprocess`` says how frames of videos become the input, for the manifest. Raises
     DanceError for bad input, with nothing left behind.
     """
     asked = dict(locals())
@@ -125,7 +125,7 @@ def build_network(
     if chosen.tuning is None:
         chosen = replace(chosen, tuning=tuned_tiles(machine, options.logs if options else None, source))
     require_buildable(machine, chosen.dtype, chosen.interface)
-    require_writable(out)  # told before any work is done
+    require_writable(out)  # fails before any work is done
     clock = _Clock(on_phase)
 
     with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
@@ -202,7 +202,7 @@ def _with_best_dtype(asked: dict[str, Any], machine: Target, options: Options) -
 def _magnitudes(
     imported: Imported, given: dict[str, Arrays], machine: Target, options: Options, manifest: Manifest
 ) -> Measure | None:
-    """What tells a processor's build in half precision how large values become, on inputs that the manifest names."""
+    """What shows a processor's build in half precision how large values become, on inputs that the manifest names."""
     if options.dtype != "float16" or machine.gpu:
         return None
     from dance_tvm.compiler.magnitudes import measured_on
@@ -222,7 +222,7 @@ def _given(paths: Sequence[str | Path], imported: Imported) -> dict[str, Arrays]
 
 
 def _made_of(out: str | Path, manifest: Manifest) -> Artifact | None:
-    """The intact artifact at ``out`` if it was made of what ``manifest`` tells before anything is compiled."""
+    """The intact artifact at ``out`` if it was made of what ``manifest`` records before anything is compiled."""
     try:
         standing = load_artifact(out)
     except DanceError:

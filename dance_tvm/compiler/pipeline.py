@@ -86,7 +86,7 @@ def lower(
     on_phase: Callable[[str], None] | None = None,
     measure: Measure | None = None,
 ) -> Lowered:
-    """Turn an imported Relax module into one whose every operator has a kernel for ``target``; ``measure`` tells which
+    """Turn an imported Relax module into one whose every operator has a kernel for ``target``; ``measure`` says which
     layers half precision has the range for."""
     machine, gpu = machine_of(target), gpu_of(target)
     require_buildable(target, options.dtype, options.interface)

@@ -1,4 +1,4 @@
-"""What a build is asked for, looked at before TVM and PyTorch are loaded: what cannot be is told at once."""
+"""What a build is asked for, looked at before TVM and PyTorch are loaded: what cannot be is refused at once."""
 
 from __future__ import annotations
 

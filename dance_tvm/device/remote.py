@@ -1,7 +1,7 @@
 """A device behind TVM RPC: every call has a deadline, every failure is one sentence.
 
 TVM's client waits for ever in C++. Here the connection's socket gets a timeout of its own before every call, which
-makes TVM's call return with an error that is then told for what it is.
+makes TVM's call return with an error that is then reported for what it is.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Connection:
 
 
 class RemoteSession(DeviceSession):
-    """A device behind an RPC server: TVM's own, or `dance_tvm/device/serve.py` which can tell and keep more."""
+    """A device behind an RPC server: TVM's own, or `dance_tvm/device/serve.py` which can report and keep more."""
 
     def __init__(self, connection: Connection) -> None:
         self.name = connection.name
@@ -196,7 +196,7 @@ class RemoteSession(DeviceSession):
         return self._functions[name]
 
     def upload(self, path: Path) -> str:
-        """Bring a file onto the device and tell its path there; what the device has already is not sent again."""
+        """Bring a file onto the device and give its path there; what the device has already is not sent again."""
         if not self._facts:
             return self._upload_whole(path)
         data = path.read_bytes()
@@ -451,7 +451,7 @@ def _on_the_way(inode: int) -> tuple[str, int]:
 
 
 def _hosts(address: str) -> set[str]:
-    """The addresses that a name stands for; none where it stands for none, which connecting will tell."""
+    """The addresses that a name stands for; none where it stands for none, which connecting will show."""
     with contextlib.suppress(OSError):
         return {_plain(str(found[4][0])) for found in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)}
     return set()

@@ -22,7 +22,7 @@ SMALLEST = 2.0**-12
 
 #: Operators behind which values are the same ones elsewhere.
 _MOVES = {"permute_dims", "reshape", "squeeze", "expand_dims"}
-#: Names that TVM gives: they tell nothing of what a variable was before a pass.
+#: Names that TVM gives: they say nothing of what a variable was before a pass.
 _GIVEN = re.compile(r"(lv|gv)\d*")
 
 
