@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tvm import tirx
@@ -49,6 +50,13 @@ class LayerKernel(GroupedChannels, Kernel):
     def work(self) -> tuple[Count, Count, Count]:
         """Pairs of output row and tap, input channels and output channels of each sample: their product is the
         multiply-accumulates executed."""
+
+    def describe(self) -> dict[str, Any]:
+        """Also the multiply-accumulates, where no list tells them."""
+        counts = self.work()
+        if any(count.operand for count in counts):
+            return super().describe()
+        return {**super().describe(), "macs": math.prod(count.factor for count in counts)}
 
 
 @dataclass(frozen=True)

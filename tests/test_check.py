@@ -365,3 +365,18 @@ def test_decisions_are_tried_on_either_side():
     assert changed.sum() == 1
     assert max(abs(mean[changed][0] - 0.2) for mean in means) < 0.01
     assert min(abs(mean[changed][0] - 0.2) for mean in means) > 1e-5
+
+
+def test_an_output_of_another_type_is_refused(tmp_path):
+    """Whole numbers of 32 bits compare as equal to those of 64, but who reads the memory sees others."""
+    from dance_tvm.compiler import check
+
+    class Places(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.argmax(1)
+
+    built = build_network(Places(), tmp_path / "a", example_inputs=(torch.randn(2, 5),), threads=1, check=True)
+    spec = built.artifact.manifest.outputs[0]
+    narrow = {spec.name: np.zeros(spec.shape, "int32")}
+    with pytest.raises(DanceError, match="is of int32, not int64"):
+        check._require_types(built.artifact.manifest, narrow)

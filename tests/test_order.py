@@ -64,6 +64,7 @@ OPERATORS: dict[str, Callable[[torch.Tensor], Results]] = {
     "pooled with places": lambda x: [
         *nn.functional.max_pool1d(x, 3, 2, 1, return_indices=True),
         *nn.functional.adaptive_max_pool1d(x, 4, return_indices=True),
+        *nn.functional.max_pool2d(x.unflatten(1, (2, 2)), (2, 3), 1, 1, return_indices=True),
     ],
 }
 
@@ -83,7 +84,9 @@ def test_operators_that_order_agree_with_pytorch_on_nan_infinities_and_equal_val
         found = iter(outputs(machine, given))
         for name, operator in OPERATORS.items():
             for part in operator(given):
-                np.testing.assert_allclose(next(found), part.numpy(), rtol=1e-5, err_msg=name)
+                value = next(found)
+                assert value.dtype == part.numpy().dtype, name
+                np.testing.assert_allclose(value, part.numpy(), rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int64", "bool"])

@@ -27,7 +27,8 @@ class KernelInfo(BaseModel):
 
     ``name`` is the kernel's own, by which layers name it; several functions may have it. ``operands`` are its tensors
     in order. ``tile`` are the frames, rows and columns of a tile of Winograd's, else nothing. ``parts``: the kernels
-    that a function of joined small ones runs, in order.
+    that a function of joined small ones runs, in order. ``macs``: multiply-accumulates of a call, padding left out,
+    where they are the same in every call.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -37,6 +38,7 @@ class KernelInfo(BaseModel):
     operands: list[str] = []
     tile: list[int] = []
     parts: list[str] = []
+    macs: int | None = None
 
     @property
     def is_planner(self) -> bool:

@@ -12,7 +12,7 @@ from dance_tvm.artifact.folder import Artifact, Check, Manifest, OutputCheck
 from dance_tvm.compiler.check_inputs import USUAL, CheckInputs, check_inputs
 from dance_tvm.core.agreement import allowed_of, difference
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.random_inputs import random_inputs
+from dance_tvm.core.random_inputs import dtype_of, random_inputs
 from dance_tvm.frontend.rounding import MULTIPLE, Rounding
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def check_artifact(
         if insist or spec == "local":
             raise
         return Check(status="not run", device=spec, reason=str(error))
+    for answer in found.values():
+        _require_types(artifact.manifest, answer)
     check = compare(artifact.manifest, tried, found, spec)
     if calls:
         stored["kernels"] = np.array([[call.mean or 0.0, call.mean_size or 0.0] for call in calls])
@@ -174,6 +176,17 @@ def compare(manifest: Manifest, tried: CheckInputs, found: Mapping[str, Arrays],
         refused=tried.refused,
         unclear=sorted({output.output for output in judged} - {output.output for output in outputs}),
     )
+
+
+def _require_types(manifest: Manifest, answer: Arrays) -> None:
+    """Raise DanceError where an output has another type than the manifest tells."""
+    for spec in manifest.outputs:
+        if answer[spec.name].dtype != dtype_of(spec.dtype):
+            raise DanceError(
+                f"{manifest.name} as built for {manifest.target.name} differs from its source: output {spec.name} is "
+                f"of {answer[spec.name].dtype}, not {spec.dtype}; nothing was written, --debug-dump DIR shows each "
+                "phase"
+            )
 
 
 def _judge(tried: CheckInputs, name: str, found: Arrays, tolerance: float) -> list[OutputCheck]:

@@ -250,15 +250,21 @@ class KernelClock:
 
 
 def looked_at(kernel: dict[str, Any] | None, tensors: list[Any]) -> dict[str, Any]:
-    """Bytes of a call's tensors; of a convolution with index lists what they kept, and means of what it wrote.
+    """Bytes of a call's tensors; of a convolution what its index lists kept, and means of what it wrote.
 
-    `kernel` is what the manifest says of it: its `kind`, its `operands` in order and, of Winograd's, the `tile`.
+    `kernel` is what the manifest says of it: its `kind`, its `operands` in order, of Winograd's the `tile`, and of one
+    without lists its `macs`.
     """
     size = sum(int(np.prod(tensor.shape, dtype="int64")) * np.dtype(str(tensor.dtype)).itemsize for tensor in tensors)
-    if kernel is None or kernel["kind"] != CONVOLUTION or "counts" not in kernel["operands"]:
+    if kernel is None or kernel["kind"] != CONVOLUTION:
         return {"bytes": size}
     named = dict(zip(kernel["operands"], tensors, strict=True))
-    work, alive, channels = _work(named, kernel["tile"])
+    if "counts" in named:
+        work, alive, channels = _work(named, kernel["tile"])
+    elif (macs := kernel.get("macs")) is not None:
+        work, alive, channels = _dense_work(named, macs)
+    else:
+        return {"bytes": size}
     written = named["y"].numpy()[alive]  # (positions, C): elsewhere nothing was written that is read
     values = written if channels is None else written[:, channels]
     means = {}
@@ -301,6 +307,23 @@ def _work(named: dict[str, Any], tile: list[int]) -> tuple[dict[str, Any], np.nd
         "alive": base64.b64encode(zlib.compress(np.packbits(alive[0]).tobytes())).decode(),
     }
     return kept, alive, channels
+
+
+def _dense_work(named: dict[str, Any], macs: int) -> tuple[dict[str, Any], np.ndarray, None]:
+    """The same of a convolution that leaves nothing out."""
+    shape = [int(extent) for extent in named["y"].shape]
+    alive = np.ones(shape[:4], bool)
+    kept = {
+        "macs": macs,
+        "share": 1.0,
+        "positions": 1.0,
+        "frames": 1.0,
+        "channels_in": 1.0,
+        "channels_out": 1.0,
+        "shape": shape[1:4],
+        "alive": base64.b64encode(zlib.compress(np.packbits(alive[0]).tobytes())).decode(),
+    }
+    return kept, alive, None
 
 
 def _listed(named: dict[str, Any], name: str, samples: int, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
