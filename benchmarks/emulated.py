@@ -74,7 +74,7 @@ def measure(layer: Layer, conv: Literal["direct", "auto"], target: str, dtype: D
             Path(folder) / "layer",
             target=target,
             example_inputs=(clip,),
-            options=Options(threads=1, conv=conv, dtype=dtype, interface="c"),
+            options=Options(threads=1, conv=conv, dtype=dtype),
             check=False,
         )
         count = instructions(built.artifact, calls=1)  # a layer of billions of multiply-adds takes minutes
