@@ -77,8 +77,10 @@ def build(
     ] = None,
     memory: Annotated[
         Literal["small", "balanced", "fast"],
-        typer.Option(help="Of weights prepared for a processor: small transforms none, balanced by 2.4 at most."),
-    ] = "fast",
+        typer.Option(
+            help="Of a processor's large layers: small transforms none, balanced by 2.4 at most (docs/c-interface.md)."
+        ),
+    ] = "balanced",
     weights_dtype: Annotated[
         Literal["float32", "float16"],
         typer.Option(help="How a processor's weights are stored; computed is in float32."),
