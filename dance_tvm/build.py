@@ -125,7 +125,6 @@ def build(
         said = f"{model} is built with random weights: give trained ones with --weights, or train it first"
         warnings.warn(said, DanceWarning, stacklevel=2)
     prepare = read_preprocess(preprocess) if preprocess else None
-    place = out or requests.default_out(model, machine)
     with Progress(as_json, json_lines) as progress:
         progress.phase("load the compiler")
         from dance_tvm.compiler.build import build_network
@@ -147,7 +146,7 @@ def build(
         )
         built = build_network(
             model,
-            place,
+            out or requests.default_out(model, machine),
             target=machine,
             weights=weights,
             shapes=shapes or None,
