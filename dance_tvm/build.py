@@ -75,20 +75,16 @@ def build(
         list[Path] | None,
         typer.Option(help="Real inputs (.npz) that tell which layers --dtype float16 has no range for; repeatable."),
     ] = None,
-    interface: Annotated[
-        Literal["tvm", "c"],
-        typer.Option(help="c makes the library a program that runs without TVM (docs/c-interface.md)."),
-    ] = "tvm",
     memory: Annotated[
         Literal["small", "balanced", "fast"],
         typer.Option(help="Of weights prepared for a processor: small transforms none, balanced by 2.4 at most."),
     ] = "fast",
     weights_dtype: Annotated[
         Literal["float32", "float16"],
-        typer.Option(help="How --interface c stores weights; computed is in float32."),
+        typer.Option(help="How a processor's weights are stored; computed is in float32."),
     ] = "float32",
-    prepared: Annotated[bool, typer.Option(help="With --interface c: store weights as kernels read them.")] = False,
-    static: Annotated[bool, typer.Option(help="With --interface c: libmodel.a too, for apps that link.")] = False,
+    prepared: Annotated[bool, typer.Option(help="Store weights as kernels read them.")] = False,
+    static: Annotated[bool, typer.Option(help="Write libmodel.a too, for apps that link.")] = False,
     device_code: Annotated[
         Literal["compiled", "source"],
         typer.Option(help="Of a CUDA target: PTX, or source that the device compiles."),
@@ -113,8 +109,8 @@ def build(
     # All that can be refused before the seconds that loading the compiler takes.
     shapes = dict(map(_shape, shape or []))
     machine = load_target(target)
-    requests.require_buildable(machine, dtype, interface)
-    requests.require_program(interface, weights_dtype, prepared, static)
+    requests.require_buildable(machine, dtype)
+    requests.require_program(machine, weights_dtype, prepared, static)
     requests.require_agreement(numerics, conv)
     requests.require_model(model)
     requests.require_weights(weights)
@@ -140,7 +136,6 @@ def build(
             sparsity=sparsity,
             device_code=device_code,
             dtype=dtype,
-            interface=interface,
             memory=memory,
             weights_dtype=weights_dtype,
             prepared=prepared,

@@ -12,6 +12,7 @@ from dance_tvm.compiler.magnitudes import measured_on
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.core.agreement import HALF_ON_PROCESSOR
 from dance_tvm.frontend import import_model
+from dance_tvm.ir.graph import Graph, is_tensor
 from dance_tvm.machines.target import load_target
 
 
@@ -94,6 +95,27 @@ def test_real_inputs_tell_of_ranges_that_random_ones_do_not_reach():
     assert "_f16_" in usual.kernel
     assert "_f32_" in calibrated.kernel
     assert "what it reads reaches 4e+04" in calibrated.reason
+
+
+class Shifted(nn.Module):
+    """Frames moved by one, zeros and whole numbers in the place of what is missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.behind = nn.Conv3d(8, 8, 1), nn.Conv3d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.before(x)
+        moved = torch.cat([torch.zeros_like(x[:, :4, :1]), x[:, :4, :-1]], 2)
+        return self.behind(torch.cat([moved, x[:, 4:]], 1))
+
+
+def test_what_only_moves_moves_as_it_is_stored():
+    imported = import_model(Shifted().eval(), example_inputs=(torch.zeros(1, 8, 2, 4, 4),))
+    lowered = lower(imported.mod, load_target("snapdragon"), Options(threads=1, dtype="float16"))
+    types = [str(var.ty.dtype) for var in Graph.of(lowered.mod["main"]).order if is_tensor(var)]
+    first, last = types.index("float16"), len(types) - 1 - types[::-1].index("float16")
+    assert "float32" not in types[first:last], "something was widened on the way"
 
 
 def test_auto_is_single_precision_where_nothing_was_checked(tmp_path):

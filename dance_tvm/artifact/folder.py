@@ -180,8 +180,8 @@ class Manifest(_Strict):
 
     @property
     def is_program(self) -> bool:
-        """Whether the library is a program of its own with a C interface; else TVM's virtual machine runs it."""
-        return self.options.get("interface") == "c"
+        """Whether the library is a program of its own with a C interface; a GPU's is run by TVM's virtual machine."""
+        return self.target.tvm.get("kind") == "llvm"
 
     @property
     def tolerance(self) -> float:
@@ -206,7 +206,7 @@ class Artifact:
 
     @property
     def library(self) -> Path:
-        """The compiled network: a shared library that TVM's runtime loads."""
+        """The compiled network: a shared library."""
         return self.path / LIBRARY
 
     def weights(self) -> list[np.ndarray]:

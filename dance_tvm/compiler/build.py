@@ -17,7 +17,6 @@ import tvm
 from tvm import relax
 from tvm.target import codegen
 
-from dance_tvm.artifact.device_code import embed_device_code
 from dance_tvm.artifact.folder import (
     Artifact,
     BuiltFor,
@@ -26,15 +25,14 @@ from dance_tvm.artifact.folder import (
     Tensor,
     load_artifact,
     record_check,
-    write_artifact,
 )
-from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.artifact.staging import require_writable
 from dance_tvm.compiler.code import compile_lowered
+from dance_tvm.compiler.gpu_code import compile_for_gpu, write_for_gpu
 from dance_tvm.compiler.pipeline import Measure, Options, lower
 from dance_tvm.compiler.program import write_program
-from dance_tvm.compiler.requests import known_preprocess, require_buildable
+from dance_tvm.compiler.requests import known_preprocess, require_buildable, require_program
 from dance_tvm.core.errors import DanceError, unexpected_told
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.core.input_files import read_inputs
@@ -124,7 +122,8 @@ def build_network(
     source = load_target(logs_from) if logs_from else None
     if chosen.tuning is None:
         chosen = replace(chosen, tuning=tuned_tiles(machine, options.logs if options else None, source))
-    require_buildable(machine, chosen.dtype, chosen.interface)
+    require_buildable(machine, chosen.dtype)
+    require_program(machine, chosen.weights_dtype, chosen.prepared, chosen.static)
     require_writable(out)  # fails before any work is done
     clock = _Clock(on_phase)
 
@@ -156,28 +155,19 @@ def build_network(
             return Built(standing, clock.seconds, _peak_memory())
         lowered = lower(imported.mod, machine, chosen, clock.start, measure)
         checked = None if check is False else lambda artifact: check_there(artifact, lowered)
-        with tempfile.TemporaryDirectory(prefix="dance_tvm_kernels_") as folder:
-            clock.start("compile")
-            code = compile_lowered(lowered, machine, chosen, Path(folder))
-            _dump(chosen.debug_dump, "planned", code.planned)
-            manifest.memory_peak_bytes = _memory(lowered, code.planned)
-            manifest.layers, manifest.kernels = lowered.layers, lowered.kernels
+        told = (checked, reference)
+        clock.start("compile")
+        if machine.gpu:
+            gpu_code = compile_for_gpu(lowered, machine, chosen)
+            _describe(manifest, lowered, gpu_code.planned, chosen)
             clock.start("link")
-            if chosen.interface == "c":
-                artifact = write_program(out, lowered, code, manifest, machine, chosen, checked, reference)
-            else:
-                packing, manifest.device_code = embed_device_code(
-                    code.executable, machine, chosen.device_code == "compiled"
-                )
-                linker = shared_library_linker(machine, code.kernels)
-                artifact = write_artifact(
-                    out,
-                    lambda path: code.executable.export_library(str(path), fcompile=linker, **packing),
-                    lowered.weights,
-                    manifest,
-                    checked,
-                    reference,
-                )
+            artifact = write_for_gpu(out, lowered, gpu_code, manifest, machine, chosen, *told)
+        else:
+            with tempfile.TemporaryDirectory(prefix="dance_tvm_kernels_") as folder:
+                code = compile_lowered(lowered, machine, chosen, Path(folder))
+                _describe(manifest, lowered, code.planned, chosen)
+                clock.start("link")
+                artifact = write_program(out, lowered, code, manifest, machine, chosen, *told)
         clock.start("")
         return Built(artifact, clock.seconds, _peak_memory())
 
@@ -243,6 +233,13 @@ def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes:
     if isinstance(model, Imported):
         return model
     return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes, batch=batch)
+
+
+def _describe(manifest: Manifest, lowered: Lowered, planned: tvm.IRModule, options: Options) -> None:
+    """What is known once memory is planned."""
+    _dump(options.debug_dump, "planned", planned)
+    manifest.memory_peak_bytes = _memory(lowered, planned)
+    manifest.layers, manifest.kernels = lowered.layers, lowered.kernels
 
 
 def _memory(lowered: Lowered, planned: tvm.IRModule) -> int:

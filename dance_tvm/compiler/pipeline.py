@@ -67,7 +67,6 @@ class Options:
     logs: Path | None = None
     device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16", "auto"] = "float32"
-    interface: Literal["tvm", "c"] = "tvm"
     memory: Memory = "fast"
     weights_dtype: Literal["float32", "float16"] = "float32"
     prepared: bool = False
@@ -89,7 +88,7 @@ def lower(
     """Turn an imported Relax module into one whose every operator has a kernel for ``target``; ``measure`` says which
     layers half precision has the range for."""
     machine, gpu = machine_of(target), gpu_of(target)
-    require_buildable(target, options.dtype, options.interface)
+    require_buildable(target, options.dtype)
     lift_weights, narrow = LiftWeights(), NarrowChannels()
     phases = _Phases(on_phase, options.debug_dump)
     largest: Mapping[str, float] = {}

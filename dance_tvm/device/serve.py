@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import json
 import logging
@@ -23,7 +25,6 @@ import stat
 import struct
 import sys
 import tempfile
-import threading
 import time
 import zlib
 from pathlib import Path
@@ -555,15 +556,22 @@ def end_with_parent_process() -> None:
 
 
 def end_with_pipe(descriptor: int) -> None:
-    """End this process as soon as whoever started it is gone: its end of our standard input closes then."""
+    """End this process as soon as whoever started it is gone: its end of our standard input closes then.
 
-    def wait() -> None:
-        # Not through sys.stdin: its lock would be held for ever in the processes that sessions are forked into.
-        while os.read(descriptor, 4096):
-            pass
-        os._exit(0)
+    By a signal, not a thread: a process that qemu emulates and that forks while it has threads gives its child few.
+    """
 
-    threading.Thread(target=wait, daemon=True).start()
+    def look(*_signal: object) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(descriptor, 4096):
+                pass
+            os._exit(0)
+
+    os.set_blocking(descriptor, False)
+    signal.signal(signal.SIGIO, look)
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
+    look()  # it may be closed by now
 
 
 def serve(listening: socket.socket, key: str, tracker: tuple[str, int] | None, address: str | None) -> None:

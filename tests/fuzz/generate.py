@@ -103,13 +103,11 @@ def _options(rng: Random) -> dict[str, Any]:
         "conv": rng.choice(("auto", "auto", "auto", "direct", "winograd")),
         "numerics": rng.choice(("fast", "fast", "fast", "exact")),
         "sparsity": rng.choice(("auto", "auto", "auto", "auto", "off")),
-        "interface": rng.choice(("tvm", "tvm", "c")),  # memory is poisoned under TVM's virtual machine alone
     }
     if rng.random() < 0.8:
         options["opt_level"] = 0  # LLVM's time is a third of a build's; some programs get its optimiser all the same
     if rng.random() < _GPU_SHARE:
         options["target"], options["dtype"] = rng.choice(GPU_TARGETS)
-        options["interface"] = "tvm"
     elif rng.random() < 0.05:
         options["check"] = True
     return options
