@@ -119,7 +119,6 @@ def build(
         raise DanceError(f"there is no folder of tuning logs {logs}: `dance-tvm tune --logs` makes one")
     _warn(machine, model, weights)
     prepare = read_preprocess(preprocess) if preprocess else None
-    place = out or requests.default_out(model, machine)
     with Progress(as_json, json_lines) as progress:
         progress.phase("load the compiler")
         from dance_tvm.compiler.build import build_network
@@ -141,7 +140,7 @@ def build(
         )
         built = build_network(
             model,
-            place,
+            out or requests.default_out(model, machine),
             target=machine,
             weights=weights,
             shapes=shapes or None,
