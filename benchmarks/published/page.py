@@ -45,7 +45,8 @@ _TIMES = """
 The machine was shared with other work meanwhile, so that times by the wall would be no latencies: **ms** is the least
 processor time of a call (all threads of the engine), **ratio** that of ours to the fastest other's, and **in turns**
 the median of the ratios of wall times within a round, with its 95 % interval. What a call of ours is spent on:
-`python -m benchmarks.networks --profile NAME`.
+`python -m benchmarks.networks --profile NAME`. Not measured yet are the other networks of that command, two threads,
+and MNN and PyTorch beside ours.
 
 {machine}.
 
