@@ -21,15 +21,13 @@ import typer
 from torch import nn
 
 from dance_tvm import DanceError, Options, import_model
-from dance_tvm.artifact.c_interface import INTERFACE, compile_interface
-from dance_tvm.artifact.c_program import Names, program_of
+from dance_tvm.artifact.c_interface import INTERFACE
 from dance_tvm.artifact.folder import Artifact
 from dance_tvm.artifact.interface.dance_model import Model, ModelError
-from dance_tvm.artifact.weight_store import store_of
 from dance_tvm.compiler.build import new_manifest
 from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.pipeline import lower
-from dance_tvm.compiler.program import write_program
+from dance_tvm.compiler.program import program_objects, write_program
 from dance_tvm.machines.target import Target, load_target
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -108,10 +106,8 @@ def build(target: Target, folder: Path) -> Artifact:
     lowered = lower(imported.mod, target, options)
     (folder / "objects").mkdir()
     code = compile_lowered(lowered, target, options, folder / "objects")
-    program = program_of(code.planned, list(lowered.weights.values()))
-    names = Names([each.name for each in imported.inputs], [each.name for each in imported.outputs], "network", 2)
-    compile_interface(program, store_of(program.weights, lowered.sources, 0), names, target, folder / "objects")
     manifest = new_manifest(imported, target, options)
+    program_objects(lowered, code, manifest, target, options, folder / "objects", most_inline=0)
     return write_program(folder / "artifact", lowered, code, manifest, target, options, most_inline=0)
 
 
@@ -192,7 +188,7 @@ def sanitize() -> None:
         artifact = build(target, Path(name))
         objects = artifact.path.parent / "objects"
         (objects / "driver.c").write_text(DRIVER)
-        sources = [*map(str, sorted(objects.glob("*.c"))), "store.S", "kernels.o"]
+        sources = [*map(str, sorted(objects.glob("*.c"))), "kernels.o"]
         for kinds in ("address,undefined", "thread", ""):
             program = objects / f"driver-{kinds or 'plain'}"
             flags = [f"-fsanitize={kinds}", "-fno-sanitize-recover=all"] if kinds else []

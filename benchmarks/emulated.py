@@ -31,12 +31,14 @@ from .engines import export_case
 from .instructions import instructions
 from .kernels import C3D, R2PLUS1D, Layer
 
+Dtype = Literal["float32", "float16"]
 CONV: tuple[Literal["direct", "auto"], ...] = ("direct", "auto")
 
 
 def main(
     layers: Annotated[str, typer.Option(help="comma-separated names of layers of C3D and R(2+1)D")] = "conv4a,conv4b",
     target: Annotated[str, typer.Option(help="what to build for; aarch64")] = "snapdragon",
+    dtype: Annotated[Dtype, typer.Option(help="how activations and weights are stored")] = "float32",
     peers: Annotated[str, typer.Option(help=f"comma-separated engines beside ours: {', '.join(PEERS)}")] = "",
     out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
 ) -> None:
@@ -48,7 +50,7 @@ def main(
     wanted = [layer for layer in [*C3D, *R2PLUS1D] if layer.name in layers.split(",")]
     jobs = [(layer, conv) for layer in wanted for conv in CONV]
     console = Console(stderr=True)
-    rows = [measure(layer, conv, target) for layer, conv in track(jobs, "counting", console=console)]
+    rows = [measure(layer, conv, target, dtype) for layer, conv in track(jobs, "counting", console=console)]
     if others:
         engines = EmulatedPeers(prepare(console.print))
         pairs = [(layer, peer) for layer in wanted for peer in others]
@@ -63,7 +65,7 @@ def main(
         out.write_text(json.dumps({"target": target, "threads": 1, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(layer: Layer, conv: Literal["direct", "auto"], target: str) -> dict:
+def measure(layer: Layer, conv: Literal["direct", "auto"], target: str, dtype: Dtype) -> dict:
     """Build one layer and count one call of it."""
     module, clip = _module(layer)
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +74,7 @@ def measure(layer: Layer, conv: Literal["direct", "auto"], target: str) -> dict:
             Path(folder) / "layer",
             target=target,
             example_inputs=(clip,),
-            options=Options(threads=1, conv=conv),
+            options=Options(threads=1, conv=conv, dtype=dtype),
             check=False,
         )
         count = instructions(built.artifact, calls=1)  # a layer of billions of multiply-adds takes minutes

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import platform
 import signal
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -32,13 +33,15 @@ from torch import nn
 from tvm import relax, tirx
 
 from dance_tvm import DanceError, Options, import_model
-from dance_tvm.artifact.linker import shared_library_linker
+from dance_tvm.artifact.interface.dance_model import Model
+from dance_tvm.artifact.linker import link_program
 from dance_tvm.compiler.build import new_manifest
 from dance_tvm.compiler.check import compare
 from dance_tvm.compiler.check_inputs import CheckInputs, check_inputs
-from dance_tvm.compiler.code import assemble
+from dance_tvm.compiler.code import joined
 from dance_tvm.compiler.kernels import compile_kernels
 from dance_tvm.compiler.pipeline import lower
+from dance_tvm.compiler.program import program_objects
 from dance_tvm.core.agreement import TOLERANCE, allowed_of, difference
 from dance_tvm.core.random_inputs import Kind, crossed_inputs, random_inputs
 from dance_tvm.frontend.interface import Arrays, Imported
@@ -128,9 +131,8 @@ class Subject:
         self.imported = import_model(self.model, example_inputs=example)
         self.machine = load_target("host")
         self.target = self.machine.tvm_target(self.options.threads)
-        lowered = lower(self.imported.mod, self.machine, self.options)
+        self.lowered = lowered = lower(self.imported.mod, self.machine, self.options)
         self.manifest = new_manifest(self.imported, self.machine, self.options)
-        self.weights = list(lowered.weights.values())
         mod = tvm.IRModule({var: func for var, func in lowered.mod.functions_items() if var.name_hint != COUNTS})
         with self.target:
             mod = relax.transform.DeadCodeElimination(["main"])(mod)
@@ -159,21 +161,19 @@ class Subject:
         if changed:
             more, others = compile_kernels(tvm.IRModule(changed), self.target, folder)
             names, objects = {**names, **others}, [*objects, *(each for each in more if each not in objects)]
-        code = assemble(planned, objects, names, self.machine, self.target, folder)
-        linker = shared_library_linker(self.machine, code.kernels)
-        code.executable.export_library(str(folder / "model.so"), fcompile=linker)
+        code = joined(planned, objects, names, self.machine, folder)
+        _, parts = program_objects(
+            self.lowered, code, self.manifest, self.machine, self.options, folder, most_inline=sys.maxsize
+        )
+        link_program(folder / "model.so", parts, self.machine)
         return folder / "model.so"
 
     def runner(self, library: Path) -> Callable[[Arrays], Arrays]:
         """What answers as the library does."""
-        machine = relax.VirtualMachine(tvm.runtime.load_module(str(library)), tvm.cpu())
-        weights = [tvm.runtime.tensor(array) for array in self.weights]
+        model = Model(library.parent)
 
         def run(arrays: Arrays) -> Arrays:
-            inputs = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays.values()]
-            answer = machine["main"](*inputs, *weights)
-            values = [answer] if isinstance(answer, tvm.runtime.Tensor) else list(answer)
-            return {spec.name: value.numpy() for spec, value in zip(self.imported.outputs, values, strict=True)}
+            return model.run({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
         return run
 

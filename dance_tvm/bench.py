@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,15 +76,10 @@ def bench(
         raise DanceError("give --cluster or --cpus, not both")
     if trace and not layers:
         raise DanceError("--trace shows layers: leave --no-layers out")
-    for path, option in ((out, "--out"), (trace, "--trace")):
-        if path is not None:
-            require_suffix(path, option, (".json",))
+    _require_files([*artifacts, *([dense] if dense else [])], {"--out": out, "--trace": trace})
     own_cpus = parse_cpus(cpus) if cpus else None
-    for artifact in [*artifacts, *([dense] if dense else [])]:
-        if not artifact.is_dir():
-            raise DanceError(f"there is no artifact {artifact}: `dance-tvm build` writes one")
     if labels and not clips:
-        raise DanceError("--labels tells the classes of clips: give --clips")
+        raise DanceError("--labels gives the classes of clips: give --clips too")
     if load_times and any(each != "local" for each in device or []):
         raise DanceError("--load-times measures on this machine: leave --device out")
     from dance_tvm.benchmarking.results import read_results
@@ -98,7 +94,7 @@ def bench(
 
     require_peers(engines, peer_model, device or [])
     if labels:
-        read_classes(labels)  # told before anything is measured
+        read_classes(labels)  # fails before anything is measured
 
     plan = Plan(
         artifacts=artifacts,
@@ -136,6 +132,16 @@ def bench(
         _print(results)
     if any(verdict.verdict == "slower" for verdict in results.verdicts):
         raise typer.Exit(REGRESSION)
+
+
+def _require_files(artifacts: Sequence[Path], results: Mapping[str, Path | None]) -> None:
+    """Raise DanceError for artifacts that are not there, and for results of another kind; by the options' names."""
+    for option, path in results.items():
+        if path is not None:
+            require_suffix(path, option, (".json",))
+    for artifact in artifacts:
+        if not artifact.is_dir():
+            raise DanceError(f"there is no artifact {artifact}: `dance-tvm build` writes one")
 
 
 def parse_cpus(text: str) -> list[int]:

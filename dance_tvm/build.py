@@ -65,23 +65,26 @@ def build(
     ] = None,
     logs_from: Annotated[str | None, typer.Option(help="Use the tuning logs of this target instead.")] = None,
     dtype: Annotated[
-        Literal["float32", "float16"],
-        typer.Option(help="How activations and weights are stored; Arm processors multiply in it (docs/kernels.md)."),
+        Literal["float32", "float16", "auto"],
+        typer.Option(
+            help="How activations and weights are stored; Arm processors multiply in it (docs/kernels.md). "
+            "auto: float16 if the check passes in it."
+        ),
     ] = "float32",
-    interface: Annotated[
-        Literal["tvm", "c"],
-        typer.Option(help="c makes the library a program that runs without TVM (docs/c-interface.md)."),
-    ] = "tvm",
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Real inputs (.npz) that tell which layers --dtype float16 has no range for; repeatable."),
+    ] = None,
     memory: Annotated[
         Literal["small", "balanced", "fast"],
         typer.Option(help="Of weights prepared for a processor: small transforms none, balanced by 2.4 at most."),
     ] = "fast",
     weights_dtype: Annotated[
         Literal["float32", "float16"],
-        typer.Option(help="How --interface c stores weights; computed is in float32."),
+        typer.Option(help="How a processor's weights are stored; computed is in float32."),
     ] = "float32",
-    prepared: Annotated[bool, typer.Option(help="With --interface c: store weights as kernels read them.")] = False,
-    static: Annotated[bool, typer.Option(help="With --interface c: libmodel.a too, for apps that link.")] = False,
+    prepared: Annotated[bool, typer.Option(help="Store weights as kernels read them.")] = False,
+    static: Annotated[bool, typer.Option(help="Write libmodel.a too, for apps that link.")] = False,
     device_code: Annotated[
         Literal["compiled", "source"],
         typer.Option(help="Of a CUDA target: PTX, or source that the device compiles."),
@@ -103,11 +106,11 @@ def build(
     """Compile a trained network into a verified artifact: one folder that a device can run."""
     from dance_tvm.machines.target import load_target
 
-    # All that can be told before the seconds that loading the compiler takes.
+    # All that can be refused before the seconds that loading the compiler takes.
     shapes = dict(map(_shape, shape or []))
     machine = load_target(target)
-    requests.require_buildable(machine, dtype, interface)
-    requests.require_program(interface, weights_dtype, prepared, static)
+    requests.require_buildable(machine, dtype)
+    requests.require_program(machine, weights_dtype, prepared, static)
     requests.require_agreement(numerics, conv)
     requests.require_model(model)
     requests.require_weights(weights)
@@ -133,7 +136,6 @@ def build(
             sparsity=sparsity,
             device_code=device_code,
             dtype=dtype,
-            interface=interface,
             memory=memory,
             weights_dtype=weights_dtype,
             prepared=prepared,
@@ -150,6 +152,7 @@ def build(
             batch=batch,
             check=check,
             check_inputs=check_inputs or (),
+            calibrate=calibrate or (),
             options=options,
             debug_dump=debug_dump,
             logs_from=logs_from,

@@ -18,7 +18,7 @@ from dance_tvm.core.printing import print_table
 
 app = application(help="List or clear what was fetched and made for this user.", no_args_is_help=True)
 
-#: What the beginning of a name in the cache tells; anything else was unpacked from a wheel.
+#: What the beginning of a name in the cache means; anything else was unpacked from a wheel.
 _KINDS = {
     "emulator-": "emulated device",
     "store": "uploads to this machine's device server",
@@ -56,7 +56,7 @@ def clear(
     folder = cache_folder()
     found = {entry.name: entry for entry in entries(folder)}
     if unknown := sorted(set(names or []) - set(found)):
-        raise DanceError(f"{folder} holds no {', '.join(unknown)}: `dance-tvm cache list` tells what there is")
+        raise DanceError(f"{folder} holds no {', '.join(unknown)}: `dance-tvm cache list` shows what there is")
     removed = [found[name] for name in names or found]
     for entry in removed:
         _remove(folder / entry.name)

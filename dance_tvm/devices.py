@@ -130,7 +130,7 @@ def look(tracker: str, probe: bool = False) -> tuple[list[Server], dict[str, int
 
 
 def _probe(host: str, port: int, free: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """By address, what each free device told; the tracker hands them out in turn."""
+    """By address, what each free device reported; the tracker hands them out in turn."""
     from dance_tvm.benchmarking.sensing import hottest
     from dance_tvm.device.remote import Connection, RemoteSession
     from dance_tvm.device.tracker import request_device

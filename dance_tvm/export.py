@@ -50,7 +50,7 @@ def export(
 ) -> None:
     """Write a PyTorch network as a file that `dance-tvm build` takes: in evaluation mode, compared with its module.
 
-    Where the scale of its frames is known or given, a .toml beside it tells it to `build --preprocess`.
+    Where the scale of its frames is known or given, a .toml beside it gives it to `build --preprocess`.
     """
     require_suffix(out, "--out", (".pt2", ".onnx"))
     shapes = [_shape(each) for each in shape or []]

@@ -35,7 +35,7 @@ def groups(
     ] = None,
     logs: Annotated[Path | None, typer.Option(help="Folder of the log.", show_default="own logs")] = None,
 ) -> None:
-    """Measure synthesised layers in each kernel group, add the times to the target's log, and tell the best group."""
+    """Measure synthesised layers in each kernel group, add the times to the target's log, and name the best group."""
     candidates = [_group(text) for text in group or []]
     from dance_tvm.machines.target import load_target
 

@@ -154,6 +154,7 @@ _KINDS: dict[str, Callable[[Workload], str]] = {
     "conv3d_kgs": lambda work: f" groups {work.group[0]}x{work.group[1]}, {work.kept:.0%} kept",
     "pool3d": lambda work: f" {work.pooling} pool",
     "pointwise": lambda work: "",
+    "conv3d_line": lambda work: " along lines",
 }
 #: What was counted: the head of its column, and by how much its figures are scaled.
 _UNITS = {"seconds": ("ms", 1e3), "emulated instructions": ("M instructions", 1e-6)}

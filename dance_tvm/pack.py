@@ -23,7 +23,7 @@ Format = Literal["c", "android", "wheel"]
 
 @app.command(epilog=EXAMPLES)
 def pack(
-    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact built with --interface c.")],
+    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact for a processor.")],
     form: Annotated[Format, typer.Option("--format", help="What to lay it out as.")] = "c",
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="ARTIFACT-FORMAT")] = None,
     version: Annotated[str, typer.Option(help="Of the wheel.")] = "1.0.0",

@@ -49,7 +49,7 @@ def run(
         int | None, typer.Option(min=1, help="Frames from window to window.", show_default="the window's length")
     ] = None,
     preprocess: Annotated[
-        Path | None, typer.Option(help="How frames become the input (.toml); docs/run.md tells its fields.")
+        Path | None, typer.Option(help="How frames become the input (.toml); docs/run.md lists its fields.")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="Names of the classes, one a line.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many of the highest scores to print.")] = 5,
@@ -69,7 +69,7 @@ def run(
 
     verified = load_artifact(artifact)
     if device == "local":
-        verified.require_this_machine()  # told before the seconds that opening a device takes
+        verified.require_this_machine()  # fails before the seconds that opening a device takes
     with Progress(as_json, json_lines) as progress:
         sources = _sources(inputs, video or [], frames)
         from dance_tvm.device import open_device

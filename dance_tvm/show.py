@@ -59,7 +59,7 @@ def _layer(layer: Any) -> list[str]:
 
 
 def facts_of(found: Artifact) -> list[list[str]]:
-    """What is told of an artifact beside its tensors and layers."""
+    """What is shown of an artifact beside its tensors and layers."""
     manifest, target = found.manifest, found.manifest.target
     rows = [["MACs", f"{manifest.macs:,} in a call"], ["threads", str(target.threads)]]
     rows += [[f"file {name}", f"{file.bytes / 2**20:.2f} MiB"] for name, file in manifest.files.items()]

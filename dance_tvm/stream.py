@@ -39,7 +39,7 @@ def stream(
     as_json: AsJson = False,
     json_lines: JsonLines = False,
 ) -> None:
-    """Run a streaming artifact frame by frame, its state kept on the device, and tell how long a frame takes."""
+    """Run a streaming artifact frame by frame, its state kept on the device, and show how long a frame takes."""
     if (frames is None) == (random is None):
         raise DanceError("give --frames FILE or --random COUNT")
     if outputs is not None:
@@ -101,7 +101,7 @@ def _frames(verified: Artifact, path: Path | None, count: int | None) -> list[np
 
 
 def _facts(device: str, seconds: list[float], last: np.ndarray) -> dict[str, Any]:
-    """What is told of a run; the first frame, which allocates, is left out of the times where there are others."""
+    """What is shown of a run; the first frame, which allocates, is left out of the times where there are others."""
     import numpy as np
 
     p50, p90 = np.percentile(seconds[1:] or seconds, [50, 90])

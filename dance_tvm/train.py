@@ -80,7 +80,7 @@ def main(
     """Trains and leaves model.safetensors, card.json, curves.csv and a checkpoint in --out."""
     from dance_tvm.models.registry import entry
 
-    entry(model)  # told before the seconds that loading PyTorch takes
+    entry(model)  # fails before the seconds that loading PyTorch takes
     out = out or Path("trained") / f"{model}-{method}"
     if not (resume or overwrite or print_config):
         _require_no_run(out)
@@ -183,7 +183,7 @@ def run(
         method=method, model=model, data=data, options=options or {}, seed=seed,
         init=str(init) if init else None, **settings,
     )  # fmt: skip
-    create_method(method, chosen.options)  # a wrong option is told before the clips are read
+    create_method(method, chosen.options)  # a wrong option is refused before the clips are read
     splits = load_data(data, model=model, seed=seed)
     if splits.task == "distillation":
         network, teacher = (_published_or_seeded(model, seed) for _ in range(2))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tvm import tirx
@@ -50,6 +51,13 @@ class LayerKernel(GroupedChannels, Kernel):
         """Pairs of output row and tap, input channels and output channels of each sample: their product is the
         multiply-accumulates executed."""
 
+    def describe(self) -> dict[str, Any]:
+        """Also the multiply-accumulates, where no list tells them."""
+        counts = self.work()
+        if any(count.operand for count in counts):
+            return super().describe()
+        return {**super().describe(), "macs": math.prod(count.factor for count in counts)}
+
 
 @dataclass(frozen=True)
 class Convolution(LayerKernel):
@@ -81,7 +89,7 @@ class Convolution(LayerKernel):
 
     @property
     def marks(self) -> str:
-        """Which channel lists are walked, as the kernel's name tells: ``_i``, ``_o``, ``_io`` or nothing."""
+        """Which channel lists are walked, as the kernel's name says: ``_i``, ``_o``, ``_io`` or nothing."""
         lists = "i" * self.live_in + "o" * self.live_out
         return lists and f"_{lists}"
 
@@ -111,7 +119,7 @@ class Convolution(LayerKernel):
         return Operand("x", self.x_shape, self.dtype)
 
     def channel_operands(self) -> list[Operand]:
-        """What tells of live channels."""
+        """What lists live channels."""
         samples, found = self.plan.samples, []
         if self.live_in:
             found.append(listed("in_channels", channel_list_shape(samples, self.depth)))
@@ -199,7 +207,7 @@ class Convolution(LayerKernel):
     # -- what a call executes ----------------------------------------------------------------------------------------
 
     def work(self) -> tuple[Count, Count, Count]:
-        """As the lists of rows and channels tell."""
+        """As the lists of rows and channels have it."""
         return (
             Count(operand="counts", at=(3,)),
             Count(operand="in_channels", at=(0,)) if self.live_in else Count(self.depth),

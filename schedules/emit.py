@@ -124,7 +124,7 @@ def cast(value: Expr, dtype: str, count: int = 1) -> Expr:
 
 
 def short(dtype: str) -> str:
-    """A type's name as kernels' names tell it."""
+    """A type's name as kernels' names have it."""
     return {FLOAT: "f32", HALF: "f16"}[dtype]
 
 

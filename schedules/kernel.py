@@ -1,4 +1,4 @@
-"""What every kernel tells of itself: convolutions, linear layers, pools, norms and planners, on CPUs and GPUs.
+"""What every kernel says of itself: convolutions, linear layers, pools, norms and planners, on CPUs and GPUs.
 
 A kernel is a frozen dataclass. The order of its parameters stands in ``operands`` and nowhere else: whoever calls a
 kernel walks them and finds each tensor by its role and its name.
@@ -27,7 +27,7 @@ Role = Literal["data", "residual", "gate", "constant", "mask", "list", "output"]
 LAYER = "convolution"
 #: The kind of kernels that make lists.
 PLANNER = "planner"
-#: The attribute of a function that holds what ``Kernel.describe`` tells, as JSON.
+#: The attribute of a function that holds what ``Kernel.describe`` gives, as JSON.
 DESCRIPTION = "dance.kernel"
 
 
@@ -117,7 +117,7 @@ class Kernel(ABC):
 
     #: What it is to a report: ``convolution`` (linear layers too), ``pool``, ``planner``, or another kind of operator.
     kind: ClassVar[str]
-    #: Weight columns, and whatever else it leaves out that no mask tells of, in a report's words.
+    #: Weight columns, and whatever else it leaves out that no mask accounts for, in a report's words.
     skips: ClassVar[tuple[str, ...]] = ()
     #: Whether small integers stay exact in it, whatever its sizes.
     exact: ClassVar[bool] = True
@@ -178,6 +178,6 @@ class Kernel(ABC):
 
 
 def described(func: tirx.PrimFunc) -> dict[str, Any] | None:
-    """What the kernel tells that ``func`` was emitted from; None for functions of TVM's."""
+    """The description of the kernel that ``func`` was emitted from; None for functions of TVM's."""
     told = func.attrs.get(DESCRIPTION) if func.attrs else None
     return None if told is None else json.loads(str(told))

@@ -40,7 +40,7 @@ class KernelGroupLists(Convolution):
         """Columns are listed when the network is built."""
 
     def unpacked(self, at: Expr) -> None:
-        """Which weights there are the columns tell."""
+        """The columns say which weights there are."""
 
     @property
     def column_samples(self) -> int:

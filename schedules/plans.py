@@ -206,7 +206,7 @@ class ChannelPlan(Kernel):
 
     A list is one row per sample: the count, then the live channels in order.
 
-    ``axis`` tells whose mask it is; the same list serves the layer that writes channels and the one that reads them.
+    ``axis`` says whose mask it is; the same list serves the layer that writes channels and the one that reads them.
     """
 
     kind = PLANNER

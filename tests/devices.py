@@ -102,7 +102,6 @@ def write(
         check=Check(status="not run"),
     )
     if target.gpu is None:
-        manifest.options["interface"] = "c"
         lowered = replace(lowered, weights=weights or {})
         with TemporaryDirectory() as folder:
             code = compile_lowered(lowered, target, Options(threads=1), Path(folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.artifact import folder as artifacts
+from dance_tvm.artifact import staging
 from dance_tvm.artifact.folder import BuiltFor, Check, Manifest, Tensor, load_artifact, write_artifact
 from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.core.errors import DanceError
@@ -192,7 +194,7 @@ def test_a_failed_check_leaves_what_was_there(tmp_path, error):
 
 def test_what_a_killed_build_left_is_swept_by_the_next(tmp_path):
     dead = tmp_path / ".out.partial-999999999-x"
-    ours = tmp_path / f".out.partial-{artifacts.os.getpid()}-y"
+    ours = tmp_path / f".out.partial-{os.getpid()}-y"
     dead.mkdir()
     ours.mkdir()
     write(tmp_path / "out")
@@ -212,11 +214,11 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path):
     with pytest.raises(DanceError, match="cannot be written"):
         write(tmp_path / "file" / "out")
     with pytest.raises(DanceError, match="cannot be written"):
-        artifacts.require_writable("/proc/out")
+        staging.require_writable("/proc/out")
 
 
 def test_asking_for_a_place_leaves_nothing_there(tmp_path):
-    artifacts.require_writable(tmp_path / "new" / "deep" / "out")
+    staging.require_writable(tmp_path / "new" / "deep" / "out")
     assert not list(tmp_path.iterdir())
 
 

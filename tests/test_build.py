@@ -123,18 +123,18 @@ def test_a_build_is_kept_only_for_the_same_network_target_and_options(program, t
 
 
 def test_weights_in_half_precision_are_told_allowed_for_and_not_kept_for_a_build_in_whole(program, tmp_path):
-    halves = Options(interface="c", weights_dtype="float16")
+    halves = Options(weights_dtype="float16")
     built = build_network(program, tmp_path / "out", options=halves)
     check = built.artifact.manifest.check
     assert built.artifact.manifest.options["weights_dtype"] == "float16"
     assert (check.status, check.allowed) == ("passed", HALF_TOLERANCE)
     assert "compile" not in build_network(program, tmp_path / "out", options=halves, reuse=True).seconds
-    whole = build_network(program, tmp_path / "out", options=Options(interface="c"), reuse=True)
+    whole = build_network(program, tmp_path / "out", options=Options(), reuse=True)
     assert "compile" in whole.seconds
     assert whole.artifact.manifest.check.allowed < HALF_TOLERANCE
 
 
-@pytest.mark.parametrize("changed", [{"memory": "small"}, {"prepared": True}, {"static": True}, {"interface": "c"}])
+@pytest.mark.parametrize("changed", [{"memory": "small"}, {"prepared": True}, {"static": True}])
 def test_what_an_artifact_follows_from_is_told(changed, program):
     imported, host = import_model(program, check=False), load_target("host")
     usual = new_manifest(imported, host, Options()).options

@@ -19,8 +19,6 @@ from tvm import relax
 from dance_tvm import Options, build_network, import_model
 from dance_tvm.artifact.c_interface import HEADER, INTERFACE
 from dance_tvm.artifact.interface.dance_model import Model, ModelError
-from dance_tvm.artifact.linker import shared_library_linker
-from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.pipeline import lower
 from dance_tvm.machines.target import load_target
 
@@ -58,7 +56,7 @@ class Counter(nn.Module):
 
 
 def built(network: nn.Module, out: Path, *inputs: torch.Tensor, threads: int = 2, **options) -> Path:
-    settings = Options(interface="c", threads=threads, **options)
+    settings = Options(threads=threads, **options)
     return build_network(network.eval(), out, example_inputs=inputs, options=settings, check=False).artifact.path
 
 
@@ -69,18 +67,15 @@ def masked(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def call(tmp_path_factory) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def call() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Inputs, and what the virtual machine answers to them."""
     torch.manual_seed(0)
     network, example = Masked().eval(), (torch.randn(1, 3, 4, 8, 8), torch.randn(1, 5))
     imported, target, options = import_model(network, example_inputs=example), load_target("host"), Options(threads=2)
     lowered = lower(imported.mod, target, options)
-    folder = tmp_path_factory.mktemp("call")
-    code = compile_lowered(lowered, target, options, folder)
-    code.executable.export_library(str(folder / "model.so"), fcompile=shared_library_linker(target, code.kernels))
     rng = np.random.default_rng(1)
     inputs = {each.name: rng.standard_normal(each.shape).astype(each.dtype) for each in imported.inputs}
-    machine = relax.VirtualMachine(tvm.runtime.load_module(str(folder / "model.so")), tvm.cpu())
+    machine = relax.VirtualMachine(tvm.compile(lowered.mod, target.tvm_target(2)), tvm.cpu())
     answers = machine["main"](*map(tvm.runtime.tensor, inputs.values()))
     return inputs, {spec.name: answer.numpy() for spec, answer in zip(imported.outputs, answers, strict=True)}
 
@@ -277,11 +272,8 @@ def test_numpy_alone_runs_an_artifact(masked, tmp_path):
 
 
 def test_a_phones_library_names_what_it_needs(tmp_path):
-    settings = Options(interface="c")
     network = nn.Linear(4, 4)
-    build_network(
-        network, tmp_path / "a", target="snapdragon", example_inputs=(torch.zeros(1, 4),), options=settings, check=False
-    )
+    build_network(network, tmp_path / "a", target="snapdragon", example_inputs=(torch.zeros(1, 4),), check=False)
     shown = subprocess.run(["readelf", "-d", tmp_path / "a/model.so"], capture_output=True, text=True).stdout
     assert "[libc.so]" in shown
     assert "libtvm" not in shown
@@ -306,8 +298,7 @@ def test_an_emulated_board_gives_the_answers_of_pytorch_without_tvm(tmp_path):
     torch.manual_seed(0)
     network, inputs = Masked().eval(), (torch.randn(1, 3, 4, 8, 8), torch.randn(1, 5))
     folder = tmp_path / "phone"
-    settings = Options(interface="c", threads=2)
-    build_network(network, folder, target="aarch64-linux", example_inputs=inputs, options=settings, check=False)
+    build_network(network, folder, target="aarch64-linux", example_inputs=inputs, threads=2, check=False)
     zig = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-gnu.2.17", "-D_DEFAULT_SOURCE"]
     command = [*zig, *C, str(EXAMPLES / "c/run_clip.c"), "-o", str(tmp_path / "run_clip"), *LIBRARIES]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -13,7 +13,7 @@ from torch import nn
 from dance_tvm import build
 from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.check import check_artifact
-from dance_tvm.compiler.check_inputs import MIXED, STATES, USUAL, check_inputs
+from dance_tvm.compiler.check_inputs import CLOSE, MIXED, STATES, USUAL, check_inputs
 from dance_tvm.core.agreement import LEAST_SCALE, TOLERANCE, difference
 from dance_tvm.core.cli import start
 from dance_tvm.core.errors import DanceError
@@ -341,4 +341,42 @@ def test_entries_of_masks_are_on_and_off_in_turn():
     tried = check_inputs(imported)
     kept = {int(arrays["clip"].mean((0, 1, 3, 4)).argmax()) for arrays in tried.arrays.values()}
     assert len(kept) >= 8
-    assert len(tried.arrays) <= len(USUAL) + MIXED + STATES
+    assert len(tried.arrays) <= len(USUAL) + MIXED + STATES + 2 * CLOSE
+
+
+class Bright(nn.Module):
+    """Keeps the frames whose mean is above a threshold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.conv = nn.Conv3d(2, 4, 3, padding=1)
+
+    def forward(self, clip: torch.Tensor) -> torch.Tensor:
+        return self.conv(clip * (clip.mean((1, 3, 4), keepdim=True) > 0.2).float())
+
+
+def test_decisions_are_tried_on_either_side():
+    """A threshold moved by a hundredth of what scores differ by shows on inputs beside it alone."""
+    tried = check_inputs(import_model(Bright().eval(), example_inputs=(torch.randn(1, 2, 6, 8, 8),)))
+    low, high = (tried.arrays[f"close {number}"]["clip"] for number in (1, 2))
+    means = [array.mean((0, 1, 3, 4)) for array in (low, high)]
+    changed = (means[0] > 0.2) != (means[1] > 0.2)
+    assert changed.sum() == 1
+    assert max(abs(mean[changed][0] - 0.2) for mean in means) < 0.01
+    assert min(abs(mean[changed][0] - 0.2) for mean in means) > 1e-5
+
+
+def test_an_output_of_another_type_is_refused(tmp_path):
+    """Whole numbers of 32 bits compare as equal to those of 64, but who reads the memory sees others."""
+    from dance_tvm.compiler import check
+
+    class Places(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.argmax(1)
+
+    built = build_network(Places(), tmp_path / "a", example_inputs=(torch.randn(2, 5),), threads=1, check=True)
+    spec = built.artifact.manifest.outputs[0]
+    narrow = {spec.name: np.zeros(spec.shape, "int32")}
+    with pytest.raises(DanceError, match="is of int32, not int64"):
+        check._require_types(built.artifact.manifest, narrow)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
 import av
@@ -205,3 +207,40 @@ def test_videos_in_a_list(tmp_path: Path) -> None:
         load_data(f"csv:{tmp_path / 'bad.csv'}")
     with pytest.raises(DanceError, match="cannot be read"):
         load_data(f"csv:{tmp_path / 'none.csv'}")
+
+
+def shard(path: Path, samples: dict[str, tuple[bytes, str] | None]) -> None:
+    """A tar file with a video and its class for each name; None leaves the class out."""
+    with tarfile.open(path, "w") as archive:
+        for name, sample in samples.items():
+            video, label = sample or (b"x", None)
+            for suffix, data in ((".mp4", video), (".cls", label)):
+                if data is not None:
+                    member = tarfile.TarInfo(f"clips/{name}{suffix}")
+                    content = data if isinstance(data, bytes) else data.encode()
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+
+def test_videos_in_shards(tmp_path: Path, real_frames: np.ndarray) -> None:
+    write_video(tmp_path / "real.mp4", real_frames[:20])
+    real = (tmp_path / "real.mp4").read_bytes()
+    shard(tmp_path / "part-08.tar", {"a-0": (b"x", "2\n"), "b": (real, "10")})
+    shard(tmp_path / "part-09.tar", {"c": (b"x", "2")})
+    shard(tmp_path / "part-10.tar", {"d": (real, "10")})
+    splits = load_data(f"webdataset:{tmp_path}/part-{{08..09}}.tar,test=part-10.tar", model="c3d")
+    assert (len(splits.train), len(splits.held_out)) == (3, 1)
+    assert splits.train.classes == ("2", "10")
+    assert splits.held_out[0][0].shape == splits.train[1][0].shape == (3, 16, 112, 112)
+    assert splits.held_out[0][1] == 1
+    with pytest.raises(DanceError, match=r"part-08\.tar:clips/a-0\.mp4 cannot be decoded"):
+        splits.train[0]
+    assert len(load_data(f"webdataset:{tmp_path},held_out=50").train) == 2
+    shard(tmp_path / "lone.tar", {"e": None})
+    with pytest.raises(DanceError, match=r"lone\.tar: the sample clips/e has no class \(\.cls or \.txt\)"):
+        load_data(f"webdataset:{tmp_path / 'lone.tar'}")
+    with pytest.raises(DanceError, match="cannot be read"):
+        load_data(f"webdataset:{tmp_path / 'none.tar'}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DanceError, match=r"holds no \.tar file"):
+        load_data(f"webdataset:{tmp_path / 'empty'}")

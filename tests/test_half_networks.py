@@ -6,9 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from dance_tvm.artifact.layers import LayerInfo
 from dance_tvm.compiler.build import build_network
-from dance_tvm.compiler.pipeline import Options
+from dance_tvm.compiler.magnitudes import measured_on
+from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.core.agreement import HALF_ON_PROCESSOR
+from dance_tvm.frontend import import_model
+from dance_tvm.ir.graph import Graph, is_tensor
+from dance_tvm.machines.target import load_target
 
 
 class EveryKind(nn.Module):
@@ -51,3 +56,76 @@ def test_a_network_of_every_kind_of_layer_agrees_with_its_source(tmp_path):
     assert (manifest.check.status, manifest.tolerance) == ("passed", HALF_ON_PROCESSOR)
     kernels = {layer.kernel.split("_f16")[0] for layer in manifest.layers}
     assert {"conv3d_gather", "depthwise3d", "pool3d_max", "conv3d_kgs"} <= kernels, kernels
+
+
+class Loud(nn.Module):
+    """Its middle layer's results, a million, are beyond half precision; the last one brings them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quiet, self.loud, self.back = (nn.Conv3d(8, 8, 1, bias=False) for _ in range(3))
+        for layer, scale in ((self.quiet, 1.0), (self.loud, 1e6), (self.back, 1e-6)):
+            layer.weight.data = torch.eye(8).reshape(8, 8, 1, 1, 1) * scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.back(self.loud(self.quiet(x)))
+
+
+def lowered_layers(network: nn.Module, *clips: torch.Tensor) -> dict[str, LayerInfo]:
+    """The layers of a network lowered for a phone in half precision, measured on the usual inputs and ``clips``."""
+    imported = import_model(network.eval(), example_inputs=(torch.zeros(1, 8, 2, 4, 4),))
+    (name,) = (each.name for each in imported.inputs)
+    measure = measured_on(imported, [{name: clip.numpy()} for clip in clips])
+    options = Options(threads=1, dtype="float16")
+    return {each.name: each for each in lower(imported.mod, load_target("snapdragon"), options, measure=measure).layers}
+
+
+def test_layers_beyond_the_range_stay_in_single_precision_and_say_so():
+    layers = lowered_layers(Loud())
+    assert "_f16_" in layers["quiet"].kernel
+    for name, what in (("loud", "its result reaches"), ("back", "what it reads reaches")):
+        assert "_f32_" in layers[name].kernel
+        assert what in layers[name].reason
+
+
+def test_real_inputs_tell_of_ranges_that_random_ones_do_not_reach():
+    network = nn.Sequential(nn.Conv3d(8, 8, 1))
+    (usual,) = lowered_layers(network).values()
+    (calibrated,) = lowered_layers(network, torch.full((1, 8, 2, 4, 4), 4e4)).values()
+    assert "_f16_" in usual.kernel
+    assert "_f32_" in calibrated.kernel
+    assert "what it reads reaches 4e+04" in calibrated.reason
+
+
+class Shifted(nn.Module):
+    """Frames moved by one, zeros and whole numbers in the place of what is missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.behind = nn.Conv3d(8, 8, 1), nn.Conv3d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.before(x)
+        moved = torch.cat([torch.zeros_like(x[:, :4, :1]), x[:, :4, :-1]], 2)
+        return self.behind(torch.cat([moved, x[:, 4:]], 1))
+
+
+def test_what_only_moves_moves_as_it_is_stored():
+    imported = import_model(Shifted().eval(), example_inputs=(torch.zeros(1, 8, 2, 4, 4),))
+    lowered = lower(imported.mod, load_target("snapdragon"), Options(threads=1, dtype="float16"))
+    types = [str(var.ty.dtype) for var in Graph.of(lowered.mod["main"]).order if is_tensor(var)]
+    first, last = types.index("float16"), len(types) - 1 - types[::-1].index("float16")
+    assert "float32" not in types[first:last], "something was widened on the way"
+
+
+def test_auto_is_single_precision_where_nothing_was_checked(tmp_path):
+    built = build_network(
+        Loud().eval(),
+        tmp_path / "auto",
+        target="snapdragon",
+        example_inputs=(torch.zeros(1, 8, 2, 4, 4),),
+        options=Options(threads=1, dtype="auto"),
+        check=False,
+    )
+    assert all("_f32_" in layer.kernel for layer in built.artifact.manifest.layers)
+    assert "dtype" not in built.artifact.manifest.options

@@ -16,6 +16,7 @@ import tvm
 from torch import nn
 from tvm import te
 
+from dance_tvm.artifact import c_interface
 from dance_tvm.compiler import kernels as kernels_module
 from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.kernel_cache import KernelCache
@@ -166,13 +167,15 @@ class Small(nn.Module):
 CLIP = (torch.ones(1, 2, 3, 6, 5),)
 
 
-@pytest.mark.parametrize("interface", ["tvm", "c"])
-def test_a_build_from_the_cache_has_the_same_bytes(tmp_path, monkeypatch, interface):
+def test_a_build_from_the_cache_has_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv("DANCE_TVM_KERNELS", str(tmp_path / "kernels"))
-    options = Options(interface=interface)
+    options = Options()
     compilations: list[str] = []
     real = kernels_module._compile
     monkeypatch.setattr(kernels_module, "_compile", lambda *given: (compilations.append(given[0].key), real(*given)))
+    sources: list[str] = []
+    real_c = c_interface._run_compiler
+    monkeypatch.setattr(c_interface, "_run_compiler", lambda *given: (sources.append(given[0]), real_c(*given)))
     built = {}
     for name, chosen in {
         "without": replace(options, cache=False),
@@ -180,8 +183,10 @@ def test_a_build_from_the_cache_has_the_same_bytes(tmp_path, monkeypatch, interf
         "second": options,
     }.items():
         compilations.clear()
+        sources.clear()
         built[name] = build_network(Small(), tmp_path / name, example_inputs=CLIP, options=chosen).artifact
         assert bool(compilations) is (name != "second")
+        assert bool(sources) is (name != "second")
         assert (tmp_path / "kernels").exists() is (name != "without")
     libraries = {artifact.library.read_bytes() for artifact in built.values()}
     assert len(libraries) == 1

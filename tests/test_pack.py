@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from dance_tvm import DanceError, Options, build_network, pack
+from dance_tvm import DanceError, build_network, pack
 from dance_tvm.artifact.c_interface import INTERFACE
 
 USE_C = """
@@ -45,10 +45,9 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 2), nn.ReLU()).eval()
 
 
-def artifact(network: nn.Module, out: Path, target: str = "host", interface: str = "c") -> Path:
+def artifact(network: nn.Module, out: Path, target: str = "host") -> Path:
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    options = Options(interface=interface)
-    return build_network(network, out, target=target, example_inputs=(x,), options=options, check=False).artifact.path
+    return build_network(network, out, target=target, example_inputs=(x,), check=False).artifact.path
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +166,9 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence(host, network, tmp_path)
         assert isinstance(error, DanceError)
         return str(error)
 
-    plain = artifact(network, tmp_path / "plain", interface="tvm")
-    assert "--interface c" in refusal(plain, "--out", tmp_path / "a")
+    gpu = artifact(network, tmp_path / "gpu", "snapdragon-gpu")
+    assert "is built for a GPU" in refusal(gpu, "--out", tmp_path / "a")
     assert "--target snapdragon" in refusal(host, "--format", "android", "--out", tmp_path / "b")
     (tmp_path / "c").mkdir()
     assert "is there already" in refusal(host, "--out", tmp_path / "c")
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["c", "plain"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["c", "gpu"]

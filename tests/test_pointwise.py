@@ -14,8 +14,9 @@ from torch import nn
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.frontend.importer import import_model
 from dance_tvm.machines.target import load_target
-from dance_tvm.schedules.cpu.pointwise import PointwiseConv, PointwiseTile, panel_widths
+from dance_tvm.schedules.cpu.pointwise import PointwiseConv, PointwiseTile
 from dance_tvm.schedules.cpu.pointwise_tiles import PointwiseSpace, is_pointwise, pointwise
+from dance_tvm.schedules.cpu.row_tiles import panel_widths
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.kernel import Weights

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from devices import matmul_artifact, matmul_case
 
-from dance_tvm.artifact import folder as artifacts
+from dance_tvm.artifact import staging
 from dance_tvm.artifact.folder import load_artifact
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device import open_device, processes, serve
@@ -139,7 +139,7 @@ def test_processes_that_measure_groups_at_a_time_lose_nothing(tmp_path):
 
 
 def write_and_fail(out: Path, content: str) -> None:
-    with artifacts.staged(out) as folder:
+    with staging.staged(out) as folder:
         (folder / "model.so").write_text(content)
         raise InterruptedError
 
@@ -151,7 +151,7 @@ def test_a_place_asked_for_is_not_taken_from_under_another_build(tmp_path):
     def ask() -> None:
         while not stop.is_set():
             asked.append(False)
-            artifacts.require_writable(tmp_path / "runs" / "b")
+            staging.require_writable(tmp_path / "runs" / "b")
             with pytest.raises(InterruptedError):
                 write_and_fail(tmp_path / "runs" / "b", "")
             asked[-1] = True

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from dance_tvm import Options, import_model
+from dance_tvm import DanceError, Options, build_network, import_model
 from dance_tvm.artifact.c_program import program_of
 from dance_tvm.artifact.folder import Manifest
+from dance_tvm.artifact.interface import dance_model
 from dance_tvm.artifact.interface.dance_model import Model
 from dance_tvm.artifact.weight_store import CHUNK, PAGE, Store, store_of
 from dance_tvm.compiler.build import new_manifest
@@ -54,7 +58,7 @@ def network() -> nn.Module:
 @pytest.mark.parametrize(("conv", "most_inline"), [("winograd", 1 << 20), ("direct", 0)])
 def test_what_kernels_read_is_what_was_packed(network, conv, most_inline, tmp_path):
     x = torch.randn(1, 3, 5, 11, 12)
-    target, options = load_target("host"), Options(threads=2, conv=conv, sparsity="off", interface="c")
+    target, options = load_target("host"), Options(threads=2, conv=conv, sparsity="off")
     imported = import_model(network, example_inputs=(x,))
     lowered = lower(imported.mod, target, options)
     code = compile_lowered(lowered, target, options, tmp_path)
@@ -106,3 +110,58 @@ def test_the_hash_is_one_of_the_whole_however_it_is_cut(sizes):
     data = np.random.default_rng(0).bytes(sum(sizes))
     pieces = [data[sum(sizes[:at]) : sum(sizes[: at + 1])] for at in range(len(sizes))]
     assert Store([], pieces).digest() == Store([], [data]).digest()
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """A layer of 1.3 MB of weights, which Winograd's transform with tiles of four makes fivefold."""
+    torch.manual_seed(4)
+    convolution = nn.Conv3d(64, 192, 3, padding=1).eval()
+    return import_model(convolution, example_inputs=(torch.randn(1, 64, 4, 14, 14),), check=False)
+
+
+@pytest.mark.parametrize(("memory", "least", "most"), [("small", 1, 1), ("balanced", 1.7, 2.4), ("fast", 2.4, 10)])
+def test_memory_limits_how_far_weights_grow(imported, memory, least, most):
+    lowered = lower(imported.mod, load_target("host"), Options(threads=1, memory=memory))
+    (source,) = (each for each in lowered.sources.values() if each.weight.ndim > 1)
+    assert least <= source.preparation.apply(source.weight).nbytes / source.weight.nbytes <= most
+
+
+def test_weights_prepared_in_the_file_are_what_would_be_prepared(network, tmp_path):
+    x = torch.randn(1, 3, 5, 11, 12)
+    answers, sizes = [], []
+    for prepared in (False, True):
+        options = Options(threads=2, conv="winograd", prepared=prepared)
+        path = build_network(network, tmp_path / str(prepared), example_inputs=(x,), options=options, check=False)
+        with Model(path.artifact.path) as model:
+            answers += model.run({"x": x.numpy()}).values()
+        sizes.append(path.artifact.library.stat().st_size)
+    np.testing.assert_array_equal(*answers)
+    assert sizes[1] > 1.4 * sizes[0]
+
+
+def test_a_disk_that_fills_up_and_memory_that_does_not_suffice_are_told_in_a_sentence(tmp_path, monkeypatch):
+    layer, x = nn.Linear(2300, 2300).eval(), torch.randn(1, 2300)  # 20 MiB
+
+    def full(_store: Store, path: Path) -> None:
+        path.write_bytes(bytes(1000))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", full)
+        with pytest.raises(DanceError, match="no space left"):
+            build_network(layer, tmp_path / "full", example_inputs=(x,), check=False)
+    assert list(tmp_path.iterdir()) == []
+
+    path = build_network(layer, tmp_path / "whole", example_inputs=(x,), check=False).artifact.path
+    code = (
+        "import resource, sys, dance_model\n"
+        "dance_model.Model(sys.argv[1]).close()\n"
+        "used = 4096 * int(open('/proc/self/statm').read().split()[0])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (30 << 20),) * 2)  # for the file alone\n"
+        "try: dance_model.Model(sys.argv[1], 1)\n"
+        "except dance_model.ModelError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(dance_model.__file__).parent)
+    assert done.stdout.strip() == "memory is short", done.stderr

@@ -6,12 +6,16 @@ headers for every architecture), so that artifacts are built for phones and boar
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
-import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 from dance_tvm.artifact.c_program import Names, Program
-from dance_tvm.artifact.linker import target_triple
+from dance_tvm.artifact.linker import target_triple, zig_command
 from dance_tvm.artifact.weight_store import Store
 from dance_tvm.core.errors import DanceError
 from dance_tvm.machines.host import needed_flags
@@ -22,34 +26,40 @@ HEADER = INTERFACE / "dance_model.h"
 RUNTIME = tuple(INTERFACE / f"{name}.c" for name in ("threads", "digest", "prepare", "weights", "runtime", "tvm"))
 COMPILE_TIMEOUT_S = 300
 
-_STORE = """
-    .section .rodata
-    .balign 64
-    .hidden dance_store
-    .globl dance_store
-dance_store:
-    .incbin "store.bin"
-    .section .note.GNU-stack, "", %progbits
+_PROGRAM, _STORE = "program.c", "store.bin"
+_INLINE_STORE = f"""
+__asm__(
+    "    .section .rodata\\n    .balign 64\\n    .hidden dance_store\\n    .globl dance_store\\n"
+    "dance_store:\\n    .incbin \\"{_STORE}\\"\\n    .previous\\n");
 """
 #: Extensions of instruction sets that the runtime's own loops gain from, as the target file and the compiler name them.
 _FEATURES = ("avx2", "f16c")
 
 
-def compile_interface(program: Program, store: Store, names: Names, target: Target, folder: Path) -> list[str]:
+class Cache(Protocol):
+    """Object files of earlier builds, by a hash of all that they follow from."""
+
+    def read(self, key: str) -> bytes | None:
+        """The object file, if it is there."""
+
+    def write(self, key: str, code: bytes) -> None:
+        """Keep it."""
+
+
+def compile_interface(
+    program: Program, store: Store, names: Names, target: Target, folder: Path, cache: Cache | None = None
+) -> list[str]:
     """Object files in ``folder`` that give a library with the program's kernels the interface of `dance_model.h`.
 
-    Raises DanceError where the compiler is missing or fails.
+    What ``cache`` holds is taken from there. Raises DanceError where the compiler is missing or fails.
     """
     for part in RUNTIME:
         (folder / part.name).write_bytes(part.read_bytes())
-    (folder / "program.c").write_text(program.source(names, store))
-    inline = not store.names
-    (folder / "store.bin").write_bytes(b"".join(store.data) if inline and store.size else b"\0")
-    (folder / "store.S").write_text(_STORE)
-    sources = [*(part.name for part in RUNTIME), "program.c", "store.S"]
+    (folder / _PROGRAM).write_text(program.source(names, store) + _INLINE_STORE)
+    (folder / _STORE).write_bytes(b"".join(store.data) if not store.names and store.size else b"\0")
     flags = _flags(target)
-    for source in sources:
-        _compile(source, flags, folder)
+    sources = [*(part.name for part in RUNTIME), _PROGRAM]
+    _compile(sources, flags, folder, cache)
     return [str(folder / Path(source).with_suffix(".o")) for source in sources]
 
 
@@ -61,9 +71,40 @@ def _flags(target: Target) -> list[str]:
     return ["-target", f"{machine}-linux-musl", *flags, *(f"-m{each}" for each in _FEATURES if each in needed)]
 
 
-def _compile(source: str, flags: list[str], folder: Path) -> None:
-    """The object file beside the source; paths are left out of it, so that equal sources give equal bytes."""
-    command = [sys.executable, "-m", "ziglang", "cc", *flags]
+def _compile(sources: Sequence[str], flags: list[str], folder: Path, cache: Cache | None) -> None:
+    """Object files beside the sources."""
+    for source in sources:
+        key, made = _key(folder / source, flags), (folder / source).with_suffix(".o")
+        code = cache.read(key) if cache is not None else None
+        if code is not None:
+            made.write_bytes(code)
+            continue
+        _run_compiler(source, flags, folder)
+        if cache is not None:
+            cache.write(key, made.read_bytes())
+
+
+def _key(source: Path, flags: list[str]) -> str:
+    """A hash of all that the object file follows from."""
+    parts = [source.read_bytes(), (source.parent / _STORE).read_bytes() if source.name == _PROGRAM else b""]
+    hashed = hashlib.sha256("\0".join([_rules_sha256(), source.name, *flags]).encode())
+    for part in parts:
+        hashed.update(hashlib.sha256(part).digest())
+    return hashed.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _rules_sha256() -> str:
+    """Of the headers, this file and the compiler's version."""
+    hashed = hashlib.sha256(version("ziglang").encode())
+    for header in [*sorted(INTERFACE.glob("*.h")), Path(__file__)]:
+        hashed.update(hashlib.sha256(header.read_bytes()).digest())
+    return hashed.hexdigest()
+
+
+def _run_compiler(source: str, flags: list[str], folder: Path) -> None:
+    """Paths are left out of what it writes, so that equal sources give equal bytes."""
+    command = [*zig_command(), "cc", *flags]
     try:
         done = subprocess.run(
             [*command, f"-I{INTERFACE}", "-I.", "-c", source],

@@ -2,34 +2,30 @@
 
 Nothing of a folder is used before all of it is verified: the manifest by its own seal, every other file by the hash
 that the manifest gives, the library by its architecture, and the versions that the generated code depends on. The
-hashes tell damage and mix-ups; they are no signature, so an artifact from a stranger is still a stranger's program.
+hashes reveal damage and mix-ups; they are no signature, so an artifact from a stranger is still a stranger's program.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import platform
 import shutil
 import struct
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
-import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from dance_tvm.artifact.layers import KernelInfo, LayerInfo
 from dance_tvm.artifact.preprocess import Preprocess
+from dance_tvm.artifact.staging import MANIFEST, staged
 from dance_tvm.artifact.weight_store import Store
 from dance_tvm.core.agreement import HALF_ON_PROCESSOR, HALF_TOLERANCE, TOLERANCE
 from dance_tvm.core.errors import DanceError
@@ -39,7 +35,7 @@ from dance_tvm.machines.host import cpu_flags
 SCHEMA_VERSION = 4
 _SHOWN_OUTPUTS = 8  # in words; the manifest lists all
 
-LIBRARY, WEIGHTS, MANIFEST = "model.so", "weights.safetensors", "manifest.json"
+LIBRARY, WEIGHTS = "model.so", "weights.safetensors"
 REFERENCE = "reference.safetensors"
 ARCHIVE = "libmodel.a"  # the same objects as the library's, where asked for
 
@@ -48,11 +44,6 @@ RUNTIME_VERSIONS = ("apache-tvm", "apache-tvm-ffi")
 
 _ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
 _SAME_MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}
-_PARTIAL = ".partial-"
-_LITTLE_SPACE = 64 * 1024
-_ATTEMPTS = 10
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_Result = TypeVar("_Result")
 
 
 class _Strict(BaseModel):
@@ -163,7 +154,7 @@ class File(_Strict):
 
 class Manifest(_Strict):
     """All that is known of an artifact; ``parameters`` are the weights that the network takes after its inputs, and
-    ``preprocess`` tells how frames of a video become its input, where that is known. ``kernels`` has every compiled
+    ``preprocess`` says how frames of a video become its input, where that is known. ``kernels`` has every compiled
     function by its symbol.
 
     ``memory_peak_bytes`` are the weights and the planned storage of activations during one call.
@@ -189,8 +180,8 @@ class Manifest(_Strict):
 
     @property
     def is_program(self) -> bool:
-        """Whether the library is a program of its own with a C interface; else TVM's virtual machine runs it."""
-        return self.options.get("interface") == "c"
+        """Whether the library is a program of its own with a C interface; a GPU's is run by TVM's virtual machine."""
+        return self.target.tvm.get("kind") == "llvm"
 
     @property
     def tolerance(self) -> float:
@@ -215,7 +206,7 @@ class Artifact:
 
     @property
     def library(self) -> Path:
-        """The compiled network: a shared library that TVM's runtime loads."""
+        """The compiled network: a shared library."""
         return self.path / LIBRARY
 
     def weights(self) -> list[np.ndarray]:
@@ -341,106 +332,6 @@ def _finish(
     _write_manifest(folder, manifest)
     for path in folder.iterdir():
         path.chmod(0o644)  # whatever each writer chose
-
-
-@contextmanager
-def staged(out: str | Path) -> Iterator[Path]:
-    """A new folder beside ``out`` that takes its place when the block ends well, and vanishes when it does not."""
-    target = _place(out)
-    made = [parent for parent in target.parents if not parent.exists()]
-    folder = _writing(target, lambda: _prepare(target))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        _writing(target, lambda: _take_place(folder, target))
-    except DanceError:
-        if shutil.disk_usage(folder).free < _LITTLE_SPACE:  # lld dies of a signal when the disk fills up
-            raise _unwritable(target, OSError(errno.ENOSPC, "")) from None
-        raise
-    except OSError as error:
-        raise (_unwritable(target, error) if error.errno in _DISK_FULL else error) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # it holds the artifact, or what another build writes
-                parent.rmdir()
-
-
-def require_writable(out: str | Path) -> None:
-    """Raise DanceError unless an artifact can be written at ``out``; leaves nothing there."""
-    target = _place(out)
-    _require_free(target)
-
-    def try_it() -> None:
-        standing = next(parent for parent in target.parents if parent.exists())
-        Path(tempfile.mkdtemp(prefix=_prefix(target), dir=standing)).rmdir()
-
-    _writing(target, lambda: _again(try_it))
-
-
-def _again(action: Callable[[], _Result]) -> _Result:
-    """Repeat what needs a parent folder: a build that fails takes those that it made away, if they are empty."""
-    for _ in range(_ATTEMPTS):
-        with suppress(FileNotFoundError):
-            return action()
-    return action()
-
-
-def _place(out: str | Path) -> Path:
-    """Where the folder itself stands or will stand: a link to it, as to another disk, stays a link."""
-    return Path(os.path.realpath(out))
-
-
-def _prefix(target: Path) -> str:
-    """How the names of this process's unfinished folders for ``target`` begin."""
-    return f".{target.name}{_PARTIAL}{os.getpid()}-"
-
-
-def _require_free(target: Path) -> None:
-    if target.exists() and not (target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))):
-        raise DanceError(f"{target} is there and is not an artifact: choose another --out, or remove it")
-
-
-def _prepare(target: Path) -> Path:
-    """A new folder beside ``target``, after what killed builds left there is gone."""
-    _require_free(target)
-    prefix = f".{target.name}{_PARTIAL}"
-    for leftover in target.parent.glob(f"{prefix}*"):
-        owner = leftover.name.removeprefix(prefix).split("-")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(leftover, ignore_errors=True)  # of a build that was killed
-
-    def make() -> Path:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-
-    return _again(make)
-
-
-def _take_place(folder: Path, target: Path) -> None:
-    """Rename ``folder`` to ``target``; what stood there is moved into ``folder``'s parent first, then removed."""
-    old = folder.with_name(f"{folder.name}-old")
-    try:
-        if target.exists():
-            target.rename(old)
-        folder.rename(target)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _writing(target: Path, action: Callable[[], _Result]) -> _Result:
-    try:
-        return action()
-    except OSError as error:
-        raise _unwritable(target, error) from None
-
-
-def _unwritable(target: Path, error: OSError) -> DanceError:
-    if error.errno in _DISK_FULL:
-        return DanceError(f"no space left to write {target}: free some, or choose another --out")
-    return DanceError(f"{target} cannot be written ({error.strerror or error}): choose another --out")
 
 
 def _describe(path: Path) -> File:

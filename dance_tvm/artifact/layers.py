@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 class LayerInfo(BaseModel):
     """What was decided for one layer; ``macs`` counts multiply-accumulates of the dense layer in one call.
 
-    ``tuned`` tells which tuning record chose the tile sizes; empty where the defaults did. ``scratch_bytes`` is memory
+    ``tuned`` says which tuning record chose the tile sizes; empty where the defaults did. ``scratch_bytes`` is memory
     that the kernel holds while it runs, beside its input and output.
     """
 
@@ -25,9 +25,10 @@ class LayerInfo(BaseModel):
 class KernelInfo(BaseModel):
     """One compiled function, as its calls are read.
 
-    ``name`` is the kernel's own, which layers are told by; several functions may have it. ``operands`` are its tensors
+    ``name`` is the kernel's own, by which layers name it; several functions may have it. ``operands`` are its tensors
     in order. ``tile`` are the frames, rows and columns of a tile of Winograd's, else nothing. ``parts``: the kernels
-    that a function of joined small ones runs, in order.
+    that a function of joined small ones runs, in order. ``macs``: multiply-accumulates of a call, padding left out,
+    where they are the same in every call.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -37,6 +38,7 @@ class KernelInfo(BaseModel):
     operands: list[str] = []
     tile: list[int] = []
     parts: list[str] = []
+    macs: int | None = None
 
     @property
     def is_planner(self) -> bool:

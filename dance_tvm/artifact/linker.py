@@ -45,11 +45,16 @@ def host_triple() -> str:
     return f"{platform.machine()}-linux-gnu"
 
 
-def lld_command() -> list[str]:
-    """The command that starts lld. Raises DanceError where the ziglang wheel is not installed."""
+def zig_command() -> list[str]:
+    """The command that starts zig. Raises DanceError where the ziglang wheel is not installed."""
     if importlib.util.find_spec("ziglang") is None:
         raise DanceError("There is no linker: install the ziglang package with `pip install ziglang`.")
-    return [sys.executable, "-m", "ziglang", "ld.lld"]
+    return [sys.executable, "-m", "ziglang"]
+
+
+def lld_command() -> list[str]:
+    """The command that starts lld; raises as ``zig_command`` does."""
+    return [*zig_command(), "ld.lld"]
 
 
 def link_shared(
@@ -123,7 +128,7 @@ def join_objects(output: str | Path, objects: Sequence[str | Path], names: Mappi
 
 def archive(output: str | Path, objects: Sequence[str | Path]) -> None:
     """Pack object files into the static library `output`, without times and owners; raises as linking does."""
-    _run([*lld_command()[:-1], "ar", "rcsD", str(output), *map(str, objects)], tool="zig ar")
+    _run([*zig_command(), "ar", "rcsD", str(output), *map(str, objects)], tool="zig ar")
 
 
 def _emulation(triple: str) -> str:

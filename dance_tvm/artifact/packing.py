@@ -40,7 +40,7 @@ def pack(artifact: Artifact, out: Path, form: Format, version: str = "1.0.0") ->
     Raises DanceError where the artifact has no C interface, does not fit the form, or ``out`` exists.
     """
     if not artifact.manifest.is_program:
-        raise DanceError(f"{artifact.path} has no C interface: build it with --interface c")
+        raise DanceError(f"{artifact.path} has no C interface: it is built for a GPU")
     forms: dict[str, Callable[[Artifact, Path], None]] = {"c": _c, "android": _android}
     if form == "wheel":
         return _wheel(artifact, out, version)

@@ -129,7 +129,7 @@ def windows_of(
 ) -> NamedClips:
     """Windows of a video, or of a folder of pictures that are its frames in the order of their names, by name.
 
-    ``stride`` is how many frames lie from window to window (a window's length unless given); ``preprocess`` tells how
+    ``stride`` is how many frames lie from window to window (a window's length unless given); ``preprocess`` says how
     frames become the input, in place of what the artifact says. Raises DanceError where path or network do not fit;
     warns (DanceWarning) where the scale is a guess.
     """

@@ -123,7 +123,7 @@ class Validation(_Strict):
 
 
 class Accuracy(_Strict):
-    """Shares of labelled clips, and of videos by the mean of their clips' scores, that were told right."""
+    """Shares of labelled clips, and of videos by the mean of their clips' scores, that were classified correctly."""
 
     labels: str
     clips: int
@@ -235,7 +235,7 @@ class Peer(_Strict):
 class Verdict(_Strict):
     """New against old: `ratio` of median times (above 1 is slower) with its 95% interval.
 
-    `identical`: the library is the very same, so that a ratio tells of the machine alone, and the verdict is "same".
+    `identical`: the library is the very same, so that a ratio reflects the machine alone, and the verdict is "same".
     """
 
     device: str

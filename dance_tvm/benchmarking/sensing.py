@@ -23,7 +23,7 @@ SLOW_CLOCK = 0.9
 def energy(
     before: dict[str, Any], after: dict[str, Any], watts: list[float], seconds: float, runs: int
 ) -> Energy | None:
-    """Joules of one run from the device's counters, or from its power readings; None where neither tells.
+    """Joules of one run from the device's counters, or from its power readings; None where it has neither.
 
     `before` and `after` are sensor readings around `runs` runs of one network alone, `seconds` long altogether;
     `watts` are the readings in between. What the whole package drew is counted, idle power too.
@@ -40,7 +40,7 @@ def energy(
 
 
 def _counted(name: str, before: dict[str, Any], after: dict[str, Any]) -> int | None:
-    """Microjoules that a counter counted; None where it began again and does not tell after how much it does."""
+    """Microjoules that a counter counted; None where it began again and does not say after how much it does."""
     used = after["microjoules"][name] - before["microjoules"][name]
     if used >= 0:
         return used
@@ -66,7 +66,7 @@ def watts_of(sensors: dict[str, Any]) -> float | None:
 
 
 def hottest(sensors: dict[str, Any]) -> float | None:
-    """Degrees Celsius of the hottest place; None where nothing tells."""
+    """Degrees Celsius of the hottest place; None where nothing reports it."""
     readings = sensors.get("millidegrees", {}).values()
     return max(readings) / 1000 if readings else None
 
@@ -93,7 +93,7 @@ def warnings(before: dict[str, Any], after: dict[str, Any], figures: dict[str, L
 
 
 def cool_down(sensors: Callable[[], dict[str, Any]], start: dict[str, Any], seconds: float) -> None:
-    """Wait `seconds`, or until the device is as cool as it was at the start where it tells."""
+    """Wait `seconds`, or until the device is as cool as it was at the start, where it reports that."""
     target = hottest(start)
     if target is None:
         time.sleep(seconds)
@@ -110,7 +110,7 @@ def cpus_of_cluster(target: Target, name: str, sensors: dict[str, Any]) -> list[
         raise DanceError(f"target {target.name} has no cluster {name!r}: it has {', '.join(clusters)}")
     clocks = {int(cpu.removeprefix("cpu")): khz / 1e6 for cpu, khz in sensors.get("max_khz", {}).items()}
     if not clocks:
-        raise DanceError("the device does not tell its cores' clocks: give --cpus instead of --cluster")
+        raise DanceError("the device does not report its cores' clocks: give --cpus instead of --cluster")
     nearest = {
         cpu: min(clusters.values(), key=lambda cluster: abs(cluster.max_ghz - ghz)).name for cpu, ghz in clocks.items()
     }

@@ -12,7 +12,7 @@ from dance_tvm.benchmarking.results import Latency, Verdict
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
-SLOWED = 1.05  # the last fifth of the runs against the first: more than this is told
+SLOWED = 1.05  # the last fifth of the runs against the first: more than this is reported
 
 
 def latency(seconds: Sequence[float], warm_up_runs: int, steady: bool) -> Latency:

@@ -31,8 +31,8 @@ def validate(artifact: Artifact, network: LoadedNetwork, device: str) -> Validat
         where = _first_divergence(artifact, network, reference.get("kernels"))
         raise DanceError(
             f"{artifact.path} computes something else on {device} than its source: output {name} differs by "
-            f"{differences[name]:.3g} of its largest value (allowed {allowed[name]:.3g}){where}; no latency is told of "
-            "a wrong result"
+            f"{differences[name]:.3g} of its largest value (allowed {allowed[name]:.3g}){where}; no latency is "
+            "reported for a wrong result"
         )
     return Validation(status="passed", difference=differences[name], allowed=allowed[name])
 

@@ -17,7 +17,6 @@ import tvm
 from tvm import relax
 from tvm.target import codegen
 
-from dance_tvm.artifact.device_code import embed_device_code
 from dance_tvm.artifact.folder import (
     Artifact,
     BuiltFor,
@@ -26,15 +25,14 @@ from dance_tvm.artifact.folder import (
     Tensor,
     load_artifact,
     record_check,
-    require_writable,
-    write_artifact,
 )
-from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.artifact.preprocess import Preprocess
+from dance_tvm.artifact.staging import require_writable
 from dance_tvm.compiler.code import compile_lowered
-from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.compiler.gpu_code import compile_for_gpu, write_for_gpu
+from dance_tvm.compiler.pipeline import Measure, Options, lower
 from dance_tvm.compiler.program import write_program
-from dance_tvm.compiler.requests import known_preprocess, require_buildable
+from dance_tvm.compiler.requests import known_preprocess, require_buildable, require_program
 from dance_tvm.core.errors import DanceError, unexpected_told
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.core.input_files import read_inputs
@@ -51,7 +49,7 @@ if TYPE_CHECKING:
     from dance_tvm.frontend import Imported
     from dance_tvm.frontend.interface import Arrays
 
-#: Options that the manifest tells whatever they are, and those that it tells elsewhere or that change no byte.
+#: Options that the manifest always records, and those that it records elsewhere or that change no byte.
 ALWAYS_TOLD = ("numerics", "conv", "sparsity")
 TOLD_ELSEWHERE = ("threads", "debug_dump", "tuning", "logs", "cache")
 
@@ -95,6 +93,7 @@ def build_network(
     threads: int | None = None,
     check: bool | None = None,
     check_inputs: Sequence[str | Path] = (),
+    calibrate: Sequence[str | Path] = (),
     options: Options | None = None,
     debug_dump: str | Path | None = None,
     logs_from: str | Path | None = None,
@@ -107,20 +106,25 @@ def build_network(
     ``model`` is a name of the zoo, a ``.pt2`` or ``.onnx`` file, a network in memory (with ``example_inputs``), or one
     that was imported before; ``shapes`` fix what its inputs leave open, ``batch`` how many clips a call takes.
     ``check`` runs the built network against its source, on this machine or on the emulated device; None does so unless
-    that would take long. ``check_inputs`` are ``.npz`` files of real inputs, which the check takes beside its own. Tile
+    that would take long. ``check_inputs`` are ``.npz`` files of real inputs, which the check takes beside its own;
+    ``calibrate`` more of them, which with them show the layers that half precision has no range for. Tile
     sizes come from the target's tuning logs, or from those of the target ``logs_from``. With ``reuse`` an intact
     artifact at ``out`` that the same network, target, options and versions made is kept as it is; it is checked if it
-    was not, or on fewer inputs. ``preprocess`` tells how frames of videos become the input, for the manifest. Raises
+    was not, or on fewer inputs. ``preprocess`` says how frames of videos become the input, for the manifest. Raises
     DanceError for bad input, with nothing left behind.
     """
+    asked = dict(locals())
     machine = target if isinstance(target, Target) else load_target(target)
+    if options is not None and options.dtype == "auto":
+        return _with_best_dtype(asked, machine, options)
     chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
     chosen = replace(chosen, debug_dump=_dump_folder(debug_dump)) if debug_dump else chosen
     source = load_target(logs_from) if logs_from else None
     if chosen.tuning is None:
         chosen = replace(chosen, tuning=tuned_tiles(machine, options.logs if options else None, source))
-    require_buildable(machine, chosen.dtype, chosen.interface)
-    require_writable(out)  # told before any work is done
+    require_buildable(machine, chosen.dtype)
+    require_program(machine, chosen.weights_dtype, chosen.prepared, chosen.static)
+    require_writable(out)  # fails before any work is done
     clock = _Clock(on_phase)
 
     with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
@@ -132,6 +136,7 @@ def build_network(
         from dance_tvm.compiler.check import check_artifact, check_kernels, was_checked  # PyTorch is loaded by now
 
         given = _given(check_inputs, imported)
+        measure = _magnitudes(imported, given | _given(calibrate, imported), machine, chosen, manifest)
         reference: dict[str, np.ndarray] = {}
 
         def check_there(artifact: Artifact, lowered: Lowered | None = None) -> Check:
@@ -148,32 +153,53 @@ def build_network(
                 standing = record_check(standing, check_there, reference)
             clock.start("")
             return Built(standing, clock.seconds, _peak_memory())
-        lowered = lower(imported.mod, machine, chosen, clock.start)
+        lowered = lower(imported.mod, machine, chosen, clock.start, measure)
         checked = None if check is False else lambda artifact: check_there(artifact, lowered)
-        with tempfile.TemporaryDirectory(prefix="dance_tvm_kernels_") as folder:
-            clock.start("compile")
-            code = compile_lowered(lowered, machine, chosen, Path(folder))
-            _dump(chosen.debug_dump, "planned", code.planned)
-            manifest.memory_peak_bytes = _memory(lowered, code.planned)
-            manifest.layers, manifest.kernels = lowered.layers, lowered.kernels
+        told = (checked, reference)
+        clock.start("compile")
+        if machine.gpu:
+            gpu_code = compile_for_gpu(lowered, machine, chosen)
+            _describe(manifest, lowered, gpu_code.planned, chosen)
             clock.start("link")
-            if chosen.interface == "c":
-                artifact = write_program(out, lowered, code, manifest, machine, chosen, checked, reference)
-            else:
-                packing, manifest.device_code = embed_device_code(
-                    code.executable, machine, chosen.device_code == "compiled"
-                )
-                linker = shared_library_linker(machine, code.kernels)
-                artifact = write_artifact(
-                    out,
-                    lambda path: code.executable.export_library(str(path), fcompile=linker, **packing),
-                    lowered.weights,
-                    manifest,
-                    checked,
-                    reference,
-                )
+            artifact = write_for_gpu(out, lowered, gpu_code, manifest, machine, chosen, *told)
+        else:
+            with tempfile.TemporaryDirectory(prefix="dance_tvm_kernels_") as folder:
+                code = compile_lowered(lowered, machine, chosen, Path(folder))
+                _describe(manifest, lowered, code.planned, chosen)
+                clock.start("link")
+                artifact = write_program(out, lowered, code, manifest, machine, chosen, *told)
         clock.start("")
         return Built(artifact, clock.seconds, _peak_memory())
+
+
+def _with_best_dtype(asked: dict[str, Any], machine: Target, options: Options) -> Built:
+    """The build that was ``asked`` for in half precision where the target computes in it and the check, which must have
+    been made, passes; else in float32."""
+    asked["preprocess"] = asked["preprocess"] or known_preprocess(asked["model"])
+    asked["model"] = _import(*(asked[name] for name in ("model", "weights", "example_inputs", "shapes", "batch")))
+    asked |= dict.fromkeys(("weights", "example_inputs", "shapes", "batch"))
+    has_half = machine.gpu.fp16 if machine.gpu else machine.vector.fp16
+    if has_half and asked["check"] is not False:
+        from dance_tvm.compiler.check import DisagreementError
+
+        with suppress(DisagreementError):
+            built = build_network(**{**asked, "options": replace(options, dtype="float16")})
+            if built.artifact.manifest.check.status == "passed":
+                return built
+    return build_network(**{**asked, "options": replace(options, dtype="float32")})
+
+
+def _magnitudes(
+    imported: Imported, given: dict[str, Arrays], machine: Target, options: Options, manifest: Manifest
+) -> Measure | None:
+    """What shows a processor's build in half precision how large values become, on inputs that the manifest names."""
+    if options.dtype != "float16" or machine.gpu:
+        return None
+    from dance_tvm.compiler.magnitudes import measured_on
+
+    if given:
+        manifest.options["calibrated"] = ", ".join(sorted(given))
+    return measured_on(imported, given.values())
 
 
 def _given(paths: Sequence[str | Path], imported: Imported) -> dict[str, Arrays]:
@@ -186,7 +212,7 @@ def _given(paths: Sequence[str | Path], imported: Imported) -> dict[str, Arrays]
 
 
 def _made_of(out: str | Path, manifest: Manifest) -> Artifact | None:
-    """The intact artifact at ``out`` if it was made of what ``manifest`` tells before anything is compiled."""
+    """The intact artifact at ``out`` if it was made of what ``manifest`` records before anything is compiled."""
     try:
         standing = load_artifact(out)
     except DanceError:
@@ -207,6 +233,13 @@ def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes:
     if isinstance(model, Imported):
         return model
     return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes, batch=batch)
+
+
+def _describe(manifest: Manifest, lowered: Lowered, planned: tvm.IRModule, options: Options) -> None:
+    """What is known once memory is planned."""
+    _dump(options.debug_dump, "planned", planned)
+    manifest.memory_peak_bytes = _memory(lowered, planned)
+    manifest.layers, manifest.kernels = lowered.layers, lowered.kernels
 
 
 def _memory(lowered: Lowered, planned: tvm.IRModule) -> int:

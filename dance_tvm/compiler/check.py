@@ -12,7 +12,7 @@ from dance_tvm.artifact.folder import Artifact, Check, Manifest, OutputCheck
 from dance_tvm.compiler.check_inputs import USUAL, CheckInputs, check_inputs
 from dance_tvm.core.agreement import allowed_of, difference
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.random_inputs import random_inputs
+from dance_tvm.core.random_inputs import dtype_of, random_inputs
 from dance_tvm.frontend.rounding import MULTIPLE, Rounding
 
 if TYPE_CHECKING:
@@ -29,8 +29,12 @@ INTERPRETED_MACS = 500_000_000
 #: Where rounding may change an output by as much as this share of its largest value, nothing can be compared.
 UNCLEAR = 1.0
 
-#: From this share of what is allowed on, a difference leaves doubt, and float64 tells whose it is.
+#: From this share of what is allowed on, a difference leaves doubt, and float64 decides whose it is.
 DOUBT = 0.25
+
+
+class DisagreementError(DanceError):
+    """What was built does not answer as its source does."""
 
 
 def check_artifact(
@@ -71,6 +75,8 @@ def check_artifact(
         if insist or spec == "local":
             raise
         return Check(status="not run", device=spec, reason=str(error))
+    for answer in found.values():
+        _require_types(artifact.manifest, answer)
     check = compare(artifact.manifest, tried, found, spec)
     if calls:
         stored["kernels"] = np.array([[call.mean or 0.0, call.mean_size or 0.0] for call in calls])
@@ -150,7 +156,7 @@ def compare(manifest: Manifest, tried: CheckInputs, found: Mapping[str, Arrays],
     outputs = [output for output in judged if output.allowed < UNCLEAR]
     for output in outputs:
         if output.difference > output.allowed:
-            raise DanceError(
+            raise DisagreementError(
                 f"{manifest.name} as built for {manifest.target.name} differs from its source: output "
                 f"{output.output} on the {output.input} input by {output.difference:.3g} of its largest value (allowed "
                 f"{output.allowed:.3g}); nothing was written, --debug-dump DIR shows each phase"
@@ -170,6 +176,17 @@ def compare(manifest: Manifest, tried: CheckInputs, found: Mapping[str, Arrays],
         refused=tried.refused,
         unclear=sorted({output.output for output in judged} - {output.output for output in outputs}),
     )
+
+
+def _require_types(manifest: Manifest, answer: Arrays) -> None:
+    """Raise DanceError where an output has another type than the manifest tells."""
+    for spec in manifest.outputs:
+        if answer[spec.name].dtype != dtype_of(spec.dtype):
+            raise DanceError(
+                f"{manifest.name} as built for {manifest.target.name} differs from its source: output {spec.name} is "
+                f"of {answer[spec.name].dtype}, not {spec.dtype}; nothing was written, --debug-dump DIR shows each "
+                "phase"
+            )
 
 
 def _judge(tried: CheckInputs, name: str, found: Arrays, tolerance: float) -> list[OutputCheck]:

@@ -12,7 +12,7 @@ import numpy as np
 from tvm import relax
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.random_inputs import Kind, crossed_inputs, has_float_range, random_inputs
+from dance_tvm.core.random_inputs import Kind, crossed_inputs, has_float_range, mixed_inputs, random_inputs
 from dance_tvm.frontend.interpreter import Part
 from dance_tvm.ir.graph import Graph, is_tensor, shape_of, variables
 from dance_tvm.liveness.analysis import Masks
@@ -33,7 +33,15 @@ MIXED = 4
 #: More of them, each for states of masks that no input had before: entries that are on, or off, and how many are on.
 #: Kernels have other code for other numbers of rows, and for one frame's or position's state.
 STATES = 4
-_STATES_MACS = 4e9  # that they may cost together
+
+#: Masks for which two inputs more are added, one on either side of a decision: what moves scores a little shows nowhere
+#: else. They are ``_APART`` of the way between two inputs that differ in the mask from where it changes, which is far
+#: more than rounding moves.
+CLOSE = 4
+_APART, _HALVINGS = 2.0**-10, 12
+
+#: Multiply-accumulates that the inputs for states and for decisions may cost together.
+_MORE_MACS = 4e9
 
 #: Multiply-accumulates that the search for mixed masks may spend, and how many inputs it may try.
 _SEARCH_MACS = 30e9
@@ -109,10 +117,14 @@ def _mix_masks(tried: CheckInputs) -> None:
     pool = [measured(arrays) for arrays in tried.arrays.values()]
     uniform = set(range(len(masks))).difference(*(one.mixed for one in pool))
     _breed(pool, measured, tried.imported, _tries(graph, masks))
-    states = int(min(STATES, _STATES_MACS / max(_macs(graph, graph.order), 1.0)))
-    for number, found in enumerate(_chosen(pool, len(tried.arrays), states), start=1):
-        tried.add(f"mixed {number}", found.arrays)
-        uniform -= found.mixed
+    more = _MORE_MACS / max(_macs(graph, graph.order), 1.0)
+    known = pool[: len(tried.arrays)]
+    mixed = _chosen(pool, len(known), int(min(STATES, more)))
+    close = _close_calls(pool, [*known, *mixed], measured, int(min(CLOSE, (more - STATES) / 2)))
+    for kind, chosen in (("mixed", mixed), ("close", close)):
+        for number, found in enumerate(chosen, start=1):
+            tried.add(f"{kind} {number}", found.arrays)
+            uniform -= found.mixed
     tried.masks = [var.name for var in masks]
     tried.uniform = [tried.masks[index] for index in sorted(uniform)]
 
@@ -201,6 +213,42 @@ def _with_new_states(known: list[_Candidate], rest: list[_Candidate], most: int)
         rest.remove(best)
         see(best)
     return found
+
+
+def _close_calls(pool: list[_Candidate], known: list[_Candidate], measured: Measure, most: int) -> list[_Candidate]:
+    """Pairs of inputs on either side of where a mask changes, for at most ``most`` masks: those with fewest states."""
+    found: list[_Candidate] = []
+    best = sorted(pool, key=lambda one: -one.worth)
+    left = set(range(len(pool[0].on)))
+
+    def states(index: int) -> int:
+        return len({one.on[index].tobytes() for one in (*known, *found)})
+
+    while left and len(found) < 2 * most:
+        index = min(left, key=lambda index: (states(index), index))
+        left.remove(index)
+        other = next((one for one in best if not np.array_equal(one.on[index], best[0].on[index])), None)
+        if other is not None:
+            found += _either_side(best[0], other, index, measured)
+    return found
+
+
+def _either_side(one: _Candidate, other: _Candidate, index: int, measured: Measure) -> list[_Candidate]:
+    """The two inputs between ``one`` and ``other`` nearest to where the mask changes first, by halving."""
+
+    def between(share: float) -> _Candidate:
+        return measured(mixed_inputs(one.arrays, other.arrays, share))
+
+    low, high = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if np.array_equal(between(middle).on[index], one.on[index]):
+            low = middle
+        else:
+            high = middle
+    if low == 0.0:  # a mask of so many entries that each step changes one
+        return []
+    return [between(max(low - _APART, 0.0)), between(min(high + _APART, 1.0))]
 
 
 def _tries(graph: Graph, masks: list[relax.Var]) -> int:

@@ -1,7 +1,7 @@
 """Compiled kernels that are kept for later builds: object files by a hash of all that their bytes follow from.
 
 A cache and no more: whatever is missing, damaged, not ours or cannot be written costs one compilation and never a wrong
-answer. Several builds may use it at once, since files appear whole, under names that tell their content.
+answer. Several builds may use it at once, since files appear whole, under names made of their content.
 """
 
 from __future__ import annotations

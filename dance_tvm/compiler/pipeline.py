@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.fold_lists import FoldLists
 from dance_tvm.transform.fold_pads import FoldPads
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
+from dance_tvm.transform.join_copies import JoinCopies
 from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.keep_nan import KEEP_NAN
 from dance_tvm.transform.lift_weights import LiftWeights
@@ -53,8 +54,9 @@ tvm_ffi.register_error("DanceError", DanceError)
 
 @dataclass(frozen=True)
 class Options:
-    """What a build may choose. ``logs``: the folder of tuning logs to use alone, in place of the usual ones;
-    ``cache``: whether kernels are taken from and kept in the user's cache, which changes no byte of the result."""
+    """What a build may choose. ``dtype`` auto is float16 where the target has it and the check passes, else float32.
+    ``logs``: the folder of tuning logs to use alone, in place of the usual ones; ``cache``: whether kernels are taken
+    from and kept in the user's cache, which changes no byte of the result."""
 
     threads: int = 1
     numerics: Literal["fast", "exact"] = "fast"
@@ -64,8 +66,7 @@ class Options:
     tuning: TuningLog | None = None
     logs: Path | None = None
     device_code: Literal["compiled", "source"] = "compiled"
-    dtype: Literal["float32", "float16"] = "float32"
-    interface: Literal["tvm", "c"] = "tvm"
+    dtype: Literal["float32", "float16", "auto"] = "float32"
     memory: Memory = "fast"
     weights_dtype: Literal["float32", "float16"] = "float32"
     prepared: bool = False
@@ -73,17 +74,29 @@ class Options:
     cache: bool = True
 
 
+#: Of a module, the largest magnitude of each variable, by its name.
+Measure = Callable[[tvm.IRModule], Mapping[str, float]]
+
+
 def lower(
-    mod: tvm.IRModule, target: Target, options: Options, on_phase: Callable[[str], None] | None = None
+    mod: tvm.IRModule,
+    target: Target,
+    options: Options,
+    on_phase: Callable[[str], None] | None = None,
+    measure: Measure | None = None,
 ) -> Lowered:
-    """Turn an imported Relax module into one whose every operator has a kernel for ``target``."""
+    """Turn an imported Relax module into one whose every operator has a kernel for ``target``; ``measure`` says which
+    layers half precision has the range for."""
     machine, gpu = machine_of(target), gpu_of(target)
-    require_buildable(target, options.dtype, options.interface)
+    require_buildable(target, options.dtype)
     lift_weights, narrow = LiftWeights(), NarrowChannels()
     phases = _Phases(on_phase, options.debug_dump)
+    largest: Mapping[str, float] = {}
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
         for name, passes in _before_kernels([narrow] if options.sparsity == "auto" else []):
             mod = phases.run(name, mod, passes)
+            if name == LAST_WITH_NAMES and options.dtype == "float16" and not gpu and measure is not None:
+                largest = measure(mod)
         phases.begin("sparse kernels")
         windows = lower_windows(
             mod,
@@ -97,6 +110,7 @@ def lower(
             ),
             dtype=options.dtype,
             memory=options.memory,
+            largest=largest,
         )
         phases.end("sparse kernels", mod := windows.mod)
         for name, passes in [*_behind_kernels(machine, gpu, options.threads), ("lift weights", [lift_weights])]:
@@ -106,6 +120,9 @@ def lower(
 
 
 Passes = list[tvm.transform.Pass]
+
+#: The last phase behind which layouts are the source's, so that PyTorch can evaluate the module.
+LAST_WITH_NAMES = "fold batch norm"
 
 
 def _before_kernels(narrow: Passes) -> list[tuple[str, Passes]]:
@@ -120,7 +137,7 @@ def _before_kernels(narrow: Passes) -> list[tuple[str, Passes]]:
                 relax.transform.DeadCodeElimination(),
             ],
         ),
-        ("fold batch norm", [WholePools(), FoldPads(), NormsByClip(), FoldBatchNorm(), *narrow]),
+        (LAST_WITH_NAMES, [WholePools(), FoldPads(), NormsByClip(), FoldBatchNorm(), *narrow]),
         (
             "channels last",
             [ChannelsLast(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
@@ -145,6 +162,7 @@ def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int) -> list[tup
         (
             "other operators",
             [
+                *([] if gpu else [JoinCopies(machine.vector_floats, threads)]),
                 ComputeEmpty(),
                 relax.transform.DecomposeOpsForInference(),
                 relax.transform.LegalizeOps(KEEP_NAN),

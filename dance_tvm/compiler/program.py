@@ -12,8 +12,9 @@ from dance_tvm.artifact.c_interface import compile_interface
 from dance_tvm.artifact.c_program import Names, program_of
 from dance_tvm.artifact.folder import ARCHIVE, Artifact, Check, Manifest, write_artifact
 from dance_tvm.artifact.linker import archive, link_program
-from dance_tvm.artifact.weight_store import MOST_INLINE, store_of
+from dance_tvm.artifact.weight_store import MOST_INLINE, Store, store_of
 from dance_tvm.compiler.code import Code
+from dance_tvm.compiler.kernel_cache import KernelCache
 from dance_tvm.compiler.pipeline import Options
 from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import Target
@@ -34,7 +35,30 @@ def write_program(
 
     Up to ``most_inline`` bytes of weights lie within the library. Raises DanceError as ``write_artifact`` does.
     """
+    with tempfile.TemporaryDirectory(prefix="dance_tvm_objects_") as folder:
+        store, objects = program_objects(lowered, code, manifest, machine, options, Path(folder), most_inline)
+
+        def link(library: Path) -> None:
+            link_program(library, objects, machine)
+            if options.static:
+                archive(library.with_name(ARCHIVE), objects)
+
+        return write_artifact(out, link, store, manifest, check, reference)
+
+
+def program_objects(
+    lowered: Lowered,
+    code: Code,
+    manifest: Manifest,
+    machine: Target,
+    options: Options,
+    folder: Path,
+    most_inline: int = MOST_INLINE,
+) -> tuple[Store, list[str]]:
+    """The weights of a program and the object files to link, those of them that are new in ``folder``; ``manifest`` is
+    told what memory a call takes."""
     program = program_of(code.planned, list(lowered.weights.values()))
+    manifest.memory_peak_bytes = program.arena_bytes + sum(array.nbytes for array in program.weights)
     sources = {} if options.prepared else lowered.sources
     store = store_of(program.weights, sources, most_inline, halve=options.weights_dtype == "float16")
     names = Names(
@@ -43,12 +67,5 @@ def write_program(
         f"{manifest.name} for {machine.name}, dance_tvm {manifest.versions.get('dance-tvm', '')}",
         manifest.target.threads,
     )
-    with tempfile.TemporaryDirectory(prefix="dance_tvm_objects_") as folder:
-        objects = [*compile_interface(program, store, names, machine, Path(folder)), *code.kernels]
-
-        def link(library: Path) -> None:
-            link_program(library, objects, machine)
-            if options.static:
-                archive(library.with_name(ARCHIVE), objects)
-
-        return write_artifact(out, link, store, manifest, check, reference)
+    cache = KernelCache() if options.cache else None
+    return store, [*compile_interface(program, store, names, machine, folder, cache), *code.kernels]

@@ -1,4 +1,4 @@
-"""What a build is asked for, looked at before TVM and PyTorch are loaded: what cannot be is told at once."""
+"""What a build is asked for, looked at before TVM and PyTorch are loaded: what cannot be is refused at once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def require_agreement(numerics: str, conv: str) -> None:
         raise DanceError("--numerics exact keeps the order of sums, which --conv winograd changes: leave one out")
 
 
-def require_buildable(target: Target, dtype: str = "float32", interface: str = "tvm") -> None:
+def require_buildable(target: Target, dtype: str = "float32") -> None:
     """Raise DanceError where no code can be made for the target, or not with these options."""
     kind = target.tvm.get("kind")
     if kind not in KINDS:
@@ -53,20 +53,18 @@ def require_buildable(target: Target, dtype: str = "float32", interface: str = "
             f"target {target.name} says that it is a {target.link.machine} machine (link.machine) and that its code is "
             f"for {triple} (mtriple): correct one of them"
         )
-    if dtype != "float32" and not (target.gpu.fp16 if target.gpu else target.vector.fp16):
+    if dtype == "float16" and not (target.gpu.fp16 if target.gpu else target.vector.fp16):
         raise DanceError(
             f"{target.name} cannot compute in half precision: leave --dtype out, or name a target with fp16"
         )
-    if interface == "c" and target.gpu:
-        raise DanceError(f"{target.name} is a GPU, which --interface c cannot run yet: leave it out")
 
 
-def require_program(interface: str, weights_dtype: str, prepared: bool, static: bool) -> None:
-    """Raise DanceError where an option is given that only a program has."""
+def require_program(target: Target, weights_dtype: str, prepared: bool, static: bool) -> None:
+    """Raise DanceError where an option is given that only artifacts for processors have."""
     given = {"--weights-dtype": weights_dtype != "float32", "--prepared": prepared, "--static": static}
     for option, is_given in given.items():
-        if is_given and interface != "c":
-            raise DanceError(f"{option} is for libraries that run without TVM: give --interface c too")
+        if is_given and target.gpu:
+            raise DanceError(f"{option} is for processors and {target.name} is a GPU: leave it out")
 
 
 def known_preprocess(model: object) -> Preprocess | None:

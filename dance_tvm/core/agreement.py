@@ -42,7 +42,7 @@ def _scales(expected: np.ndarray) -> np.ndarray | float:
     """The scale of all values, or of each where a fill would hide the others.
 
     A whole number in several places and far above all other sizes stands for want of a value, as -1e9 does under an
-    attention's mask, and tells nothing of the others: they have their own largest size.
+    attention's mask, and says nothing of the others: they have their own largest size.
     """
     sizes, fill = np.abs(expected), scale_of(expected)
     if fill >= LEAST_FILL and fill.is_integer() and (sizes == fill).sum() > 1:

@@ -65,7 +65,7 @@ class Application(typer.Typer):
 
 
 def application(**options: Any) -> Application:
-    """What a command's module offers as ``app``: ``start`` tells its errors, so typer leaves them alone."""
+    """What a command's module offers as ``app``: ``start`` reports its errors, so typer leaves them alone."""
     return Application(add_completion=False, pretty_exceptions_enable=False, **options)
 
 

@@ -11,7 +11,7 @@ from dance_tvm.core.errors import DanceError
 
 
 def require_suffix(path: Path, option: str, known: Sequence[str]) -> None:
-    """Raise DanceError unless the file's name ends as what is written into it: told before any work is done."""
+    """Raise DanceError unless the file's name ends as what is written into it, before any work is done."""
     if path.suffix.lower() not in known:
         raise DanceError(f"{option} {path} must end in {' or '.join(known)}: that is what is written")
 

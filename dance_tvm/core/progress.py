@@ -1,4 +1,4 @@
-"""How a long command tells how far it is: people on standard error, programs in JSON lines on standard output."""
+"""How a long command reports its progress: people on standard error, programs in JSON lines on standard output."""
 
 from __future__ import annotations
 

@@ -114,6 +114,18 @@ def crossed_inputs(
     return crossed
 
 
+def mixed_inputs(one: dict[str, np.ndarray], other: dict[str, np.ndarray], share: float) -> dict[str, np.ndarray]:
+    """``share`` of the way from one to the other; truth values are those of the nearer one."""
+    mixed = {}
+    for name, array in one.items():
+        if array.dtype.kind == "b":
+            mixed[name] = other[name] if share > 0.5 else array
+        else:
+            value = (1 - share) * array.astype(np.float64) + share * other[name].astype(np.float64)
+            mixed[name] = (value if array.dtype.kind in _FLOATS else np.rint(value)).astype(array.dtype)
+    return mixed
+
+
 def _in_blocks(generator: np.random.Generator, shape: tuple[int, ...], values: Sequence[float]) -> np.ndarray:
     """One of ``values`` for every block of ``shape``."""
     blocks = generator.choice(values, tuple(min(extent, _BLOCKS) for extent in shape))

@@ -93,7 +93,7 @@ class Adb:
         The phone's server listens on its own 127.0.0.1, reached through the cable alone.
         """
         if not (folder / SERVER).is_file():
-            raise DanceError(f"{folder} holds no {SERVER}: docs/devices.md tells how to build TVM's C++ server")
+            raise DanceError(f"{folder} holds no {SERVER}: docs/devices.md says how to build TVM's C++ server")
         self.shell(f"mkdir -p {FOLDER}")
         for path in sorted(folder.iterdir()):
             self.push(path, f"{FOLDER}/{path.name}")

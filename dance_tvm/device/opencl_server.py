@@ -45,7 +45,7 @@ class Served:
         tensor.copyfrom(self.session.download(self.buffers[buffer], shape, str(tensor.dtype)))
 
     def times(self, program: int, function: str, buffers: str, repeats: int) -> str:
-        """Run a function on buffers (a JSON list of numbers), once and ``repeats`` times more, and tell the seconds."""
+        """Run a function on buffers (a JSON list of numbers), once and ``repeats`` times more, and give the seconds."""
         compiled, code = self.programs[program]
         given = [self.buffers[number] for number in json.loads(buffers)]
         return json.dumps(self.session.times(compiled, code.plans[function], given, repeats))

@@ -18,7 +18,7 @@ import psutil
 from dance_tvm.core.errors import DanceError
 
 STOP_TIMEOUT_S = 10
-#: By these a user tells TVM's pool how many threads it has.
+#: By these a user sets how many threads TVM's pool has.
 THREADS_BY_ENVIRONMENT = {"TVM_NUM_THREADS", "OMP_NUM_THREADS"}
 
 

@@ -1,7 +1,7 @@
 """A device behind TVM RPC: every call has a deadline, every failure is one sentence.
 
 TVM's client waits for ever in C++. Here the connection's socket gets a timeout of its own before every call, which
-makes TVM's call return with an error that is then told for what it is.
+makes TVM's call return with an error that is then reported for what it is.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ import struct
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import tvm
-from tvm import relax, rpc
+from tvm import rpc
 
-from dance_tvm.artifact.folder import WEIGHTS, Artifact, Manifest
+from dance_tvm.artifact.folder import Artifact, Manifest
 from dance_tvm.core.errors import DanceError
-from dance_tvm.device.placement import compute_device, gpu_failures_explained
 from dance_tvm.device.remote_program import RemoteProgram
-from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork, arrange, kernel_table, merge_kernels
+from dance_tvm.device.session import DeviceSession, LoadedNetwork, kernel_table
+from dance_tvm.device.virtual_machine import RemoteGpuNetwork
 
 UPLOAD_CHUNK = 256 << 10
 _BIG_CORES_FIRST = 1  # TVM's affinity mode for devices that cannot be told their CPUs one by one
@@ -142,7 +140,7 @@ class Connection:
 
 
 class RemoteSession(DeviceSession):
-    """A device behind an RPC server: TVM's own, or `dance_tvm/device/serve.py` which can tell and keep more."""
+    """A device behind an RPC server: TVM's own, or `dance_tvm/device/serve.py` which can report and keep more."""
 
     def __init__(self, connection: Connection) -> None:
         self.name = connection.name
@@ -176,7 +174,7 @@ class RemoteSession(DeviceSession):
         library = self.upload(artifact.library)
         if artifact.manifest.is_program:
             return RemoteProgram(self, artifact, library, self._threads or artifact.manifest.target.threads)
-        return RemoteNetwork(self, artifact, library)
+        return RemoteGpuNetwork(self, artifact, library)
 
     def close(self) -> None:
         self._functions.clear()
@@ -196,7 +194,7 @@ class RemoteSession(DeviceSession):
         return self._functions[name]
 
     def upload(self, path: Path) -> str:
-        """Bring a file onto the device and tell its path there; what the device has already is not sent again."""
+        """Bring a file onto the device and give its path there; what the device has already is not sent again."""
         if not self._facts:
             return self._upload_whole(path)
         data = path.read_bytes()
@@ -275,127 +273,6 @@ class RemoteSession(DeviceSession):
         return None if function is None else self.connection.call("answering a question", function, timeout=60)
 
 
-class RemoteNetwork(LoadedNetwork):
-    """A network loaded on a device behind RPC."""
-
-    def __init__(self, session: RemoteSession, artifact: Artifact, library: str) -> None:
-        self.manifest = artifact.manifest
-        self._session = session
-        self._connection = session.connection
-        self._library = library
-        self._device = self._connection.call(
-            "telling its devices", lambda: compute_device(self.manifest, self._connection.session.device, session.name)
-        )
-        with gpu_failures_explained(self.manifest, session.name):
-            self._machine = self._new_machine()
-            self._inputs = [self._empty(tensor.shape, tensor.dtype) for tensor in self.manifest.inputs]
-            self._weights = self._load_weights(artifact)
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        arrays = self._invoke(inputs, lambda outputs: [output.numpy() for output in outputs])
-        return {tensor.name: array for tensor, array in zip(self.manifest.outputs, arrays, strict=True)}
-
-    def step(self, inputs: Mapping[str, Any]) -> tuple[np.ndarray, list[Any]]:
-        return self._invoke(inputs, lambda outputs: (outputs[0].numpy(), outputs[1:]))
-
-    def _invoke(self, inputs: Mapping[str, Any], fetch: Callable[[list[Any]], _Result]) -> _Result:
-        """What `fetch` makes of the outputs on the device, while the connection's deadline runs."""
-        self._set_input(self._machine, inputs)
-
-        def invoke() -> _Result:
-            self._machine.invoke_stateful("main")
-            # TVM's get_outputs makes a reference cycle, which would keep the session until Python collects garbage.
-            count = self._machine._get_output_arity("main")
-            places: list[tuple[int, ...]] = [()] if count < 0 else [(index,) for index in range(count)]
-            return fetch([self._machine._get_output("main", *place) for place in places])
-
-        with gpu_failures_explained(self.manifest, self._session.name):
-            return self._connection.call("running", invoke)
-
-    def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
-        self._set_input(self._machine, inputs)
-
-        def measure() -> list[float]:
-            # TVM runs once more before it measures, to warm up.
-            clock = self._machine.time_evaluator("invoke_stateful", self._device, number=1, repeat=repeats)
-            return list(clock("main").results)
-
-        return self._connection.call("being timed", measure)
-
-    def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
-        self._session.describe_kernels(self.manifest)
-        read = self._session.function("clock.read")
-        assert read is not None
-
-        def once() -> list[dict[str, Any]]:
-            machine.invoke_stateful("main")
-            return json.loads(read())
-
-        def set_instrument(look: int) -> None:
-            machine.module["set_instrument"]("dance.clock.instrument", look)
-
-        # A virtual machine keeps its instrument for good, so this one is another.
-        machine = self._new_machine()
-        call = self._connection.call
-        self._set_input(machine, inputs)
-        if repeats:
-            call("setting its clock", partial(set_instrument, 0))
-            call("timing kernels", once)  # the first run allocates
-        timed = [call("timing kernels", once) for _ in range(repeats)]
-        call("setting its clock", partial(set_instrument, 1))
-        return merge_kernels(timed, call("looking at kernels", once))
-
-    def peak_memory(self, inputs: Mapping[str, np.ndarray]) -> int | None:
-        reset, peak = self._session.function("reset_peak_memory"), self._session.function("peak_memory")
-        if reset is None or peak is None or not self._connection.call("resetting its peak memory", reset):
-            return None
-        self._set_input(self._machine, inputs)
-        self._connection.call("running", lambda: self._machine.invoke_stateful("main"))
-        found = self._connection.call("telling its peak memory", peak)
-        return None if found < 0 else found
-
-    def _new_machine(self) -> relax.VirtualMachine:
-        def load() -> relax.VirtualMachine:
-            module = self._connection.session.load_module(self._library)
-            return relax.VirtualMachine(module, self._device)
-
-        return self._connection.call(f"loading {self.manifest.name}", load)
-
-    def _empty(self, shape: list[int], dtype: str) -> Any:
-        return self._connection.call(
-            "making room for tensors", lambda: tvm.runtime.empty(tuple(shape), dtype, self._device)
-        )
-
-    def _load_weights(self, artifact: Artifact) -> list[Any]:
-        """Tensors on the device: read there from the uploaded file, or sent one by one to TVM's own server."""
-        if not self.manifest.parameters:
-            return []
-        get = self._session.function("weights.get")
-        if get is None:
-            arrays = artifact.weights()
-            return [
-                self._connection.call("taking weights", partial(tvm.runtime.tensor, array, self._device))
-                for array in arrays
-            ]
-        self._session.upload(artifact.path / WEIGHTS)
-        sha256 = self.manifest.files[WEIGHTS].sha256
-        return [
-            self._connection.call("reading weights", partial(get, sha256, name)) for name in self.manifest.parameters
-        ]
-
-    def _set_input(self, machine: relax.VirtualMachine, inputs: Mapping[str, Any]) -> None:
-        values = arrange(self.manifest, inputs)
-
-        def send() -> None:
-            given = [
-                place.copyfrom(value) if isinstance(value, np.ndarray) else value
-                for place, value in zip(self._inputs, values, strict=True)
-            ]
-            machine.set_input("main", *given, *self._weights)
-
-        self._connection.call("taking its inputs", send)
-
-
 def _last_line(message: str) -> str:
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
     return lines[-1] if lines else "it gave no reason"
@@ -451,7 +328,7 @@ def _on_the_way(inode: int) -> tuple[str, int]:
 
 
 def _hosts(address: str) -> set[str]:
-    """The addresses that a name stands for; none where it stands for none, which connecting will tell."""
+    """The addresses that a name stands for; none where it stands for none, which connecting will show."""
     with contextlib.suppress(OSError):
         return {_plain(str(found[4][0])) for found in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)}
     return set()

@@ -39,7 +39,7 @@ class Server(Protocol):
         """To the device."""
 
     def upload(self, path: Path) -> str:
-        """Bring a file onto the device and tell its path there."""
+        """Bring a file onto the device and give its path there."""
 
     def place(self, uploaded: str) -> str:
         """Where the device itself finds it."""

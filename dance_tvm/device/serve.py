@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import json
 import logging
@@ -23,7 +25,6 @@ import stat
 import struct
 import sys
 import tempfile
-import threading
 import time
 import zlib
 from pathlib import Path
@@ -249,15 +250,21 @@ class KernelClock:
 
 
 def looked_at(kernel: dict[str, Any] | None, tensors: list[Any]) -> dict[str, Any]:
-    """Bytes of a call's tensors; of a convolution with index lists what they kept, and means of what it wrote.
+    """Bytes of a call's tensors; of a convolution what its index lists kept, and means of what it wrote.
 
-    `kernel` is what the manifest says of it: its `kind`, its `operands` in order and, of Winograd's, the `tile`.
+    `kernel` is what the manifest says of it: its `kind`, its `operands` in order, of Winograd's the `tile`, and of one
+    without lists its `macs`.
     """
     size = sum(int(np.prod(tensor.shape, dtype="int64")) * np.dtype(str(tensor.dtype)).itemsize for tensor in tensors)
-    if kernel is None or kernel["kind"] != CONVOLUTION or "counts" not in kernel["operands"]:
+    if kernel is None or kernel["kind"] != CONVOLUTION:
         return {"bytes": size}
     named = dict(zip(kernel["operands"], tensors, strict=True))
-    work, alive, channels = _work(named, kernel["tile"])
+    if "counts" in named:
+        work, alive, channels = _work(named, kernel["tile"])
+    elif (macs := kernel.get("macs")) is not None:
+        work, alive, channels = _dense_work(named, macs)
+    else:
+        return {"bytes": size}
     written = named["y"].numpy()[alive]  # (positions, C): elsewhere nothing was written that is read
     values = written if channels is None else written[:, channels]
     means = {}
@@ -300,6 +307,23 @@ def _work(named: dict[str, Any], tile: list[int]) -> tuple[dict[str, Any], np.nd
         "alive": base64.b64encode(zlib.compress(np.packbits(alive[0]).tobytes())).decode(),
     }
     return kept, alive, channels
+
+
+def _dense_work(named: dict[str, Any], macs: int) -> tuple[dict[str, Any], np.ndarray, None]:
+    """The same of a convolution that leaves nothing out."""
+    shape = [int(extent) for extent in named["y"].shape]
+    alive = np.ones(shape[:4], bool)
+    kept = {
+        "macs": macs,
+        "share": 1.0,
+        "positions": 1.0,
+        "frames": 1.0,
+        "channels_in": 1.0,
+        "channels_out": 1.0,
+        "shape": shape[1:4],
+        "alive": base64.b64encode(zlib.compress(np.packbits(alive[0]).tobytes())).decode(),
+    }
+    return kept, alive, None
 
 
 def _listed(named: dict[str, Any], name: str, samples: int, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -532,15 +556,22 @@ def end_with_parent_process() -> None:
 
 
 def end_with_pipe(descriptor: int) -> None:
-    """End this process as soon as whoever started it is gone: its end of our standard input closes then."""
+    """End this process as soon as whoever started it is gone: its end of our standard input closes then.
 
-    def wait() -> None:
-        # Not through sys.stdin: its lock would be held for ever in the processes that sessions are forked into.
-        while os.read(descriptor, 4096):
-            pass
-        os._exit(0)
+    By a signal, not a thread: a process that qemu emulates and that forks while it has threads gives its child few.
+    """
 
-    threading.Thread(target=wait, daemon=True).start()
+    def look(*_signal: object) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(descriptor, 4096):
+                pass
+            os._exit(0)
+
+    os.set_blocking(descriptor, False)
+    signal.signal(signal.SIGIO, look)
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
+    look()  # it may be closed by now
 
 
 def serve(listening: socket.socket, key: str, tracker: tuple[str, int] | None, address: str | None) -> None:

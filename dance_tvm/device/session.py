@@ -18,7 +18,7 @@ from dance_tvm.core.errors import DanceError
 class KernelTime:
     """One call of a compiled kernel in a run.
 
-    `bytes` are those of the tensors it was given. Of a convolution that walks index lists, `work` tells what they kept
+    `bytes` are those of the tensors it was given. Of a convolution that walks index lists, `work` says what they kept
     (see `dance_tvm.device.serve`), `mean` and `mean_size` are those of the values it wrote.
     """
 
@@ -69,12 +69,12 @@ class LoadedNetwork(ABC):
     def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
         """The kernels of a run in the order of their calls, with the median time of `repeats` runs (0: only looked at).
 
-        Raises DanceError where the device cannot tell.
+        Raises DanceError where the device cannot report it.
         """
 
     @abstractmethod
     def peak_memory(self, inputs: Mapping[str, np.ndarray]) -> int | None:
-        """Largest resident memory of the process in bytes during one run; None where the device cannot tell."""
+        """Largest resident memory of the process in bytes during one run; None where the device cannot report it."""
 
 
 class DeviceSession(ABC):
@@ -84,11 +84,11 @@ class DeviceSession(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What is known of the device: machine, system, cpus, TVM's version; empty where it does not tell."""
+        """What is known of the device: machine, system, cpus, TVM's version; empty where it does not report them."""
 
     @abstractmethod
     def sensors(self) -> dict[str, Any]:
-        """Clocks, governors, temperatures and energy counters by name; empty where the device does not tell."""
+        """Clocks, governors, temperatures and energy counters by name; empty where the device does not report them."""
 
     @abstractmethod
     def pin(self, cpus: list[int] | None, threads: int | None) -> None:

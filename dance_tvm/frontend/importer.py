@@ -45,7 +45,7 @@ def import_model(
     differences (naming the first layer that diverges).
     """
     with warnings.catch_warnings(), unexpected_told(lambda: "Importing the network"):
-        # PyTorch's exporter warns of its own deprecations, which tell a user of this function nothing.
+        # PyTorch's exporter warns of its own deprecations, which mean nothing to a user of this function.
         warnings.simplefilter("ignore")
         if isinstance(model, nn.Module):
             return _import_module(model, type(model).__name__, weights, example_inputs, check)

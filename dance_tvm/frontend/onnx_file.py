@@ -163,7 +163,7 @@ class Source:
                 for name, result, half in zip(self.names, results, self._half, strict=True)
             }
         raise DanceError(
-            f"{self.path} can be run neither by ONNX Runtime nor by ONNX's reference, so nothing tells whether its "
+            f"{self.path} can be run neither by ONNX Runtime nor by ONNX's reference, so nothing shows whether its "
             f"import is right: {problems[0][:200]}"
         )
 

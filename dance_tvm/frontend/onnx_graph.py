@@ -125,7 +125,7 @@ class _Importer(ONNXGraphImporter):
         self._within = ""  # the layer whose function or loop is being walked
 
     def run(self, graph: Any, specs: Sequence[TensorSpec], declared: Sequence[Any]) -> tvm.IRModule:
-        """The graph as a module whose ``main`` takes inputs as ``specs`` tells and returns a tuple as ``declared``."""
+        """The graph as a module whose ``main`` takes inputs as ``specs`` says and returns a tuple as ``declared``."""
         self._weights = {tensor.name for tensor in graph.initializer}
         inputs = [relax.Var(spec.name, relax.TensorType(spec.shape, spec.dtype)) for spec in specs]
         with self.bb.function("main", params=inputs):

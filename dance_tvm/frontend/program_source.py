@@ -10,6 +10,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec,
 from torch.utils import _pytree as pytree
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.frontend.equal_values import equal_values_as_they_stood
 from dance_tvm.frontend.interface import Arrays, TensorSpec, array_of, tensor_of, usual_meaning
 from dance_tvm.frontend.torch_program import Decomposed, describe
 
@@ -87,7 +88,7 @@ class ProgramSource:
                     found[wanted[node]] = (describe(node), value)
                 return value
 
-        with torch.inference_mode():
+        with torch.inference_mode(), equal_values_as_they_stood(self.decomposed.program.graph):
             Recorder(self.decomposed.program.graph_module).run(*self._arguments(arrays))
         return found
 
@@ -118,12 +119,12 @@ class ProgramSource:
             if _is_users(spec)
         ]
         args, kwargs = pytree.tree_unflatten(leaves, self.program.call_spec.in_spec)
-        with torch.inference_mode():
+        with torch.inference_mode(), equal_values_as_they_stood(self.program.graph):
             results = self._module()(*args, **kwargs)
         return [value for value in pytree.tree_leaves(results) if value is not None]
 
     def _in_float32(self, arrays: Arrays) -> list[Any]:
-        with torch.inference_mode():
+        with torch.inference_mode(), equal_values_as_they_stood(self.decomposed.program.graph):
             results = torch.fx.Interpreter(self.decomposed.program.graph_module).run(*self._arguments(arrays))
         kinds = [spec.kind for spec in self.decomposed.program.graph_signature.output_specs]
         given = [value for value, kind in zip(results, kinds, strict=True) if kind is OutputKind.USER_OUTPUT]

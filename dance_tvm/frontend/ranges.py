@@ -1,4 +1,4 @@
-"""Which values an integer input may take: an index, a class or a length has a range that no type tells."""
+"""Which values an integer input may take: an index, a class or a length has a range that no type expresses."""
 
 from __future__ import annotations
 

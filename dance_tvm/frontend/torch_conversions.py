@@ -193,7 +193,7 @@ def _hypot(emit: Any, number: Any, a: relax.Expr, b: relax.Expr) -> relax.Expr:
 
 def _copysign(emit: Any, number: Any, a: relax.Expr, b: relax.Expr) -> relax.Expr:
     size = emit(relax.op.abs(a))
-    # Of the two zeros only the reciprocal tells the sign.
+    # Of the two zeros only the reciprocal shows the sign.
     tells = emit(relax.op.where(emit(relax.op.equal(b, number(0))), emit(relax.op.divide(number(1), b)), b))
     return emit(relax.op.where(emit(relax.op.less(tells, number(0))), emit(relax.op.negative(size)), size))
 

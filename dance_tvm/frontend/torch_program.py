@@ -53,7 +53,7 @@ def import_program(
 ) -> tuple[tvm.IRModule, dict[str, fx.Node]]:
     """The program as a Relax module, and for each of its variables' names the node of ``program`` it holds.
 
-    ``inputs`` and ``outputs`` tell the types that the module takes and gives. Raises DanceError that names the
+    ``inputs`` and ``outputs`` give the types that the module takes and gives. Raises DanceError that names the
     operator and the layer where a conversion is missing.
     """
     importer = _Importer(decomposed)

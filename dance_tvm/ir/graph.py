@@ -119,6 +119,11 @@ def is_tensor(expr: relax.Expr) -> bool:
     return isinstance(expr.ty, relax.TensorType) and isinstance(expr.ty.shape, relax.ShapeExpr)
 
 
+def literal(array: np.ndarray) -> relax.Expr:
+    """``array`` as a constant of its own type; Relax by itself narrows 64 bits to 32."""
+    return relax.const(array, str(array.dtype))
+
+
 def constant(expr: relax.Expr) -> np.ndarray | None:
     """The value of a constant, else None."""
     return expr.value.numpy() if isinstance(expr, tvm.ir.GenericConst) else None

@@ -41,7 +41,7 @@ def window_of(graph: Graph, var: relax.Var) -> Window | None:
 
 
 def padding_behind(graph: Graph, pool: relax.Var) -> Triple:
-    """The padding behind the clip that a pool's attributes tell; what ``ceil_mode`` reaches beyond it is none."""
+    """The padding behind the clip that a pool's attributes give; what ``ceil_mode`` reaches beyond it is none."""
     padding = graph.call(pool).attrs.padding
     return _triple(padding[len(padding) // 2 :], 0)
 

@@ -382,7 +382,7 @@ def reads(
 
 
 def values_of(operation: Operation, operands: Sequence[Callable[[], Values]]) -> Values:
-    """BITS, UNIT or ANY: what all elements of the result are; ``operands`` tell the same of the operands when asked."""
+    """BITS, UNIT or ANY: what all elements of the result are; ``operands`` say the same of the operands when asked."""
     rule = RULES.get(operation.name)
     said = answer(rule.values, operation) if rule else Values.ANY
     if said is Values.ROUNDED:

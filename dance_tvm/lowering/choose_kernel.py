@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -21,11 +21,13 @@ from dance_tvm.liveness.kernel_groups import (
 from dance_tvm.schedules.convolution import LayerKernel
 from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine
+from dance_tvm.schedules.emit import FLOAT
 from dance_tvm.schedules.gpu.spaces import groups_cost
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.kernel import Weights
 from dance_tvm.schedules.layer import Choice, Layer
 
+from .half_range import HalfRange
 from .registry import choose
 from .sample_lists import positions_of_input
 from .sites import Site, Sites
@@ -59,11 +61,27 @@ class Chooser:
     log: TuningLog | None
     group_cost: GroupCost | None = None
     memory: Memory = "fast"
+    half_range: HalfRange | None = None
     groups: dict[relax.Var, KernelGroups] = field(default_factory=dict)
 
     def choose(self, site: Site) -> Choice[LayerKernel]:
         """The kernel of a site."""
-        return choose(self.layer(site), self.machine, self.wanted, self.log)
+        choice = choose(self.layer(site), self.machine, self.wanted, self.log)
+        reasons = [self.why_whole(site), choice.reason]
+        return replace(choice, reason="; ".join(filter(None, reasons)))
+
+    def why_whole(self, site: Site) -> str:
+        """Why a site's kernel stores float32 where others store half precision."""
+        return "" if self.half_range is None else self.half_range.why_whole(site)
+
+    def dtype_of(self, site: Site) -> str:
+        """How a site's kernel stores activations and weights."""
+        return FLOAT if self.why_whole(site) else self.dtype
+
+    def dtype_of_pool(self, data: relax.Var) -> str:
+        """How a pool of ``data`` stores activations."""
+        whole = self.half_range is not None and self.half_range.why_not(data, "what it reads")
+        return FLOAT if whole else self.dtype
 
     def layer(self, site: Site) -> Layer:
         """What is asked of the site's kernel."""
@@ -83,7 +101,7 @@ class Chooser:
             activation=site.activation,
             zero_dead=self._zeros(site.end) if wanted.axes else "",
             threads=self.threads,
-            dtype=self.dtype,
+            dtype=self.dtype_of(site),
             group=(1, 1) if groups is None else (groups.gm, groups.gn),
             columns=None if groups is None else len(groups.columns),
             kept=1.0 if groups is None else groups.kept,
@@ -119,7 +137,7 @@ class Chooser:
         if isinstance(machine, Gpu):
             sizes = [(gm, gn) for gm in BLOCK_GROUP_FILTERS for gn in GROUP_CHANNELS]
             return sizes, groups_cost(machine, site.window)
-        lanes = machine.storing(self.dtype).vector_floats
+        lanes = machine.storing(self.dtype_of(site)).vector_floats
         return fitting_groups(lanes), self.group_cost or lane_cost(lanes)
 
     def _zeros(self, end: relax.Var) -> str:

@@ -6,6 +6,7 @@ Sites are found (:mod:`.sites`), a kernel is chosen for each (:mod:`.choose_kern
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.artifact.layers import LayerInfo
-from dance_tvm.ir.graph import Graph, Shape, shape_of, substitute, variables
+from dance_tvm.ir.graph import Graph, Shape, dtype_of, shape_of, substitute, variables
 from dance_tvm.ir.windows import POOLS, padding_behind, window_of, zero_padded
 from dance_tvm.liveness.analysis import Liveness
 from dance_tvm.liveness.expressions import Expression
@@ -25,7 +26,7 @@ from dance_tvm.schedules.cpu.carry_frames import Carry
 from dance_tvm.schedules.cpu.pointwise_tiles import is_pointwise
 from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine
-from dance_tvm.schedules.emit import one_thread
+from dance_tvm.schedules.emit import FLOAT, HALF, one_thread
 from dance_tvm.schedules.geometry import added
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.preparation import Source
@@ -36,6 +37,7 @@ from .carries import Chain, find_chains
 from .choose_kernel import Chooser, GroupCost, Memory, masks_of
 from .describe_layers import describe, why_dense
 from .gates import absorb_gates
+from .half_range import HalfRange
 from .masks import Masks
 from .plan_lists import Given, Lists, Values, counted
 from .registry import kernels_of
@@ -72,8 +74,10 @@ def lower_windows(
     group_cost: GroupCost | None = None,
     dtype: str = "float32",
     memory: Memory = "fast",
+    largest: Mapping[str, float] | None = None,
 ) -> Windows:
-    """Lower every site of ``main``; kernels store activations and weights as ``dtype``."""
+    """Lower every site of ``main``; kernels store activations and weights as ``dtype``, but for layers that the
+    ``largest`` magnitudes of variables, by their names, leave to float32."""
     graph = Graph.of(mod["main"])
     liveness = liveness_of(graph)
     cpu = isinstance(machine, Machine)
@@ -81,6 +85,8 @@ def lower_windows(
     sites = Sites.of(graph, liveness, lists, pools_skip=cpu)
     chains = find_chains(graph, liveness, sites) if cpu else []
     chooser = Chooser(machine, sites, threads if cpu else 1, dtype, convolution, sparsity, tuning, group_cost, memory)
+    if cpu and dtype == HALF:
+        chooser.half_range = HalfRange(graph, largest or {})
     if cpu:
         absorb_gates(graph, sites, lambda site: is_pointwise(chooser.layer(site)))
     lowering = _Lowering(mod, graph, liveness, sites, chooser, {chain.end: chain for chain in chains})
@@ -171,20 +177,20 @@ class _Lowering:
 
     # -- how values are stored ---------------------------------------------------------------------------------------
 
-    def _stored(self, value: relax.Expr, shape: Shape) -> relax.Expr:
-        """``value`` as kernels read it: stored as ``dtype``, seen as ``shape``."""
-        if self.chooser.dtype == "float32":
+    def _stored(self, value: relax.Expr, shape: Shape, dtype: str) -> relax.Expr:
+        """``value`` as a kernel reads it: stored as ``dtype``, seen as ``shape``."""
+        if dtype == FLOAT:
             return self._as_video(value, shape)
         source = self.viewed.get(value, value)
         if source not in self.stored:
-            self.stored[source] = self.builder.emit(relax.op.astype(source, self.chooser.dtype))
+            self.stored[source] = self.builder.emit(relax.op.astype(source, dtype))
         return self._as_video(self.stored[source], shape)
 
     def _seen(self, value: relax.Expr, shape: Shape) -> relax.Expr:
         """What a kernel stored as the graph sees it: float32, of ``shape``."""
-        if self.chooser.dtype == "float32":
+        if dtype_of(value) == FLOAT:
             return self._as_video(value, shape)
-        full = self.builder.emit(relax.op.astype(value, "float32"))
+        full = self.builder.emit(relax.op.astype(value, FLOAT))
         self.stored[full] = value
         return self._as_video(full, shape)
 
@@ -201,16 +207,16 @@ class _Lowering:
 
     def _site(self, site: Site) -> relax.Expr:
         alive, wanted = self.sites.alive(site), self.sites.wanted(site)
-        choice = self.chooser.choose(site)
+        choice, dtype = self.chooser.choose(site), self.chooser.dtype_of(site)
         kernel = choice.kernel
         if choice.workload is not None:
             self.workloads[site.start.name] = choice.workload
         residual, gate = site.residual, site.gate
         given = Given(
-            self._stored(self._emit(site.data), kernel.x_shape),
+            self._stored(self._emit(site.data), kernel.x_shape, dtype),
             masks_of(site, alive, wanted),
             self.chooser.weights(site),
-            None if residual is None else lambda: self._stored(self._emit(residual), kernel.y_shape),
+            None if residual is None else lambda: self._stored(self._emit(residual), kernel.y_shape, dtype),
             None if gate is None else lambda: self._as_video(self._emit(gate), (site.window.batch, site.channels_in)),
         )
         values = self.lists.of(kernel, given)
@@ -229,16 +235,18 @@ class _Lowering:
         fresh, taken, kept = (
             tuple(axis for axis in live.axes if axis != "frames") for live in (chain.fresh, chain.taken, chain.kept)
         )
-        machine, before, dtype = self.chooser.machine, chain.before, self.chooser.dtype
+        machine, before, dtype = self.chooser.machine, chain.before, self.chooser.dtype_of_pool(chain.source)
         assert isinstance(machine, Machine)
         machine = machine.storing(dtype)
         sizes = (chain.frames, total // chain.frames, height, width, channels, machine.vector_floats)
         kernel = Carry(*sizes, fresh, taken, kept, before is not None, dtype)
         given = Given(
-            self._stored(self._emit(chain.source), kernel.shape),
+            self._stored(self._emit(chain.source), kernel.shape, dtype),
             masks,
             None,
-            None if before is None else lambda: self._stored(self._emit(before), (kernel.count, *kernel.shape[1:])),
+            None
+            if before is None
+            else lambda: self._stored(self._emit(before), (kernel.count, *kernel.shape[1:]), dtype),
         )
         return self._seen(call_kernel(self.builder, kernel, self.lists.arguments(kernel, given, {})), kernel.shape)
 
@@ -263,12 +271,12 @@ class _Lowering:
             "out_frames": wanted.frames is not None,
             "zero_dead": self.sites.needs_zeros(var),
             "in_positions": None if read is None else read.shape[:2],
-            "dtype": self.chooser.dtype,
+            "dtype": self.chooser.dtype_of_pool(source),
         }
         choice = self.kernels.pool(self._pool_workload(fields), fields, self.chooser.machine, self.chooser.log)
         if choice.workload is not None:
             self.workloads[var.name] = choice.workload
-        data = self._stored(self._emit(source), (window.batch, *window.size, channels))
+        data = self._stored(self._emit(source), (window.batch, *window.size, channels), fields["dtype"])
         masks = {"in_frames": alive.frames, "out_frames": wanted.frames, "in_positions": read}
         args = self.lists.arguments(choice.kernel, Given(data, masks), {})
         skips = [f"output {axis}" for axis in wanted.axes if axis == "frames"]
@@ -289,6 +297,6 @@ class _Lowering:
             threads=chooser.threads,
             density=TYPICAL_DENSITY if lists else 1.0,
             family=POOL,
-            dtype=chooser.dtype,
+            dtype=fields["dtype"],
             pooling=fields["pooling"],
         )

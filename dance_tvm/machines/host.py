@@ -188,7 +188,7 @@ def _ghz(cpu: int) -> float:
 
 
 def _caches() -> dict[str, int]:
-    """Sizes in bytes; the common smallest sizes stand in where the kernel tells nothing (as in some containers)."""
+    """Sizes in bytes; the common smallest sizes stand in where the kernel reports nothing (as in some containers)."""
     sizes = {"l1d": 32 * 1024, "l2": 256 * 1024, "l3": 0}
     for index in sorted((CPUS / "cpu0/cache").glob("index*")):
         try:

@@ -1,4 +1,4 @@
-"""LLVM's names of processors by what Linux tells of them, so that this machine is described without loading LLVM.
+"""LLVM's names of processors by what Linux reports of them, so that this machine is described without loading LLVM.
 
 Taken from LLVM 22 (``llvm/lib/TargetParser/Host.cpp``). A processor that is not here is asked for in LLVM itself.
 """

@@ -142,7 +142,7 @@ class Target(_Facts):
         facts = {
             "tvm": self.tvm,
             "host": self.host,
-            "vector": self.vector.model_dump(exclude={"fp16"}),  # a workload tells its type
+            "vector": self.vector.model_dump(exclude={"fp16"}),  # a workload has its type
             "caches": self.caches.model_dump(),
             "cores": [[cluster.mcpu, cluster.fma_per_cycle] for cluster in self.clusters],
         }
@@ -215,7 +215,7 @@ def _read(path: Path, look_for_opencl: bool = True) -> Target:
 
 
 def _with_detected(facts: dict[str, Any], look_for_opencl: bool) -> dict[str, Any]:
-    """The facts of a file completed by those of this machine; of a GPU, those that its driver tells win.
+    """The facts of a file completed by those of this machine; of a GPU, those that its driver reports win.
 
     ``undetected`` is what the file is about where this machine has no such GPU.
     """

@@ -16,7 +16,7 @@ from dance_tvm.schedules.workload import FAMILIES, Workload
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
 
-#: Layers further apart than this (see ``Workload.distance``) tell nothing about each other's tiles: those of layers 1.5
+#: Layers further apart than this (see ``Workload.distance``) say nothing about each other's tiles: those of layers 1.5
 #: to 2.9 away took 1.08 of the defaults' time, up to 2.2 (``benchmarks.transfer``). Within it lie the same channels on
 #: maps of other sizes.
 SIMILAR = 1.0

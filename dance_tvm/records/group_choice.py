@@ -87,7 +87,7 @@ class GroupMeasurement(BaseModel):
         return SynthesisedLayer(self.channels_in, self.channels_out, self.kernel, self.size)
 
 
-# Seconds of one call of the layer with these weights; the group tells the kernel to use, None the dense one.
+# Seconds of one call of the layer with these weights; the group says which kernel to use, None the dense one.
 Measure = Callable[[SynthesisedLayer, NDArray[np.float32], tuple[int, int] | None], float]
 
 

@@ -43,7 +43,7 @@ _HEADER = re.compile(
 
 
 class Record(BaseModel):
-    """One line. ``seconds`` is the median of ``times`` (0 where the trial failed, which ``error`` tells).
+    """One line. ``seconds`` is the median of ``times`` (0 where the trial failed; ``error`` says why).
 
     ``status``: a ``trial`` was measured once; a ``verified`` record won against the defaults (``default_seconds``)
     in an interleaved run, or is the defaults where nothing did; the newest is what builds use. ``trials`` counts
@@ -357,5 +357,5 @@ def locked(path: Path, action: Callable[[], None]) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raise DanceError unless records can be appended to the log; told before any work is done."""
+    """Raise DanceError unless records can be appended to the log, before any work is done."""
     locked(path, lambda: open(path, "ab").close())

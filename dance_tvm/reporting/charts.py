@@ -189,7 +189,7 @@ def curves(heading: str, gains: dict[str, list[float]]) -> Chart:
 
 
 def label(item: Measured, device: Device, results: Results) -> str:
-    """A short name; the device is told where there are several."""
+    """A short name; the device is named where there are several."""
     name = f"{item.name} ({item.role})" if item.role != "other" else item.name
     return f"{name} on {name_of(device)}" if len(results.devices) > 1 else name
 

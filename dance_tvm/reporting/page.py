@@ -250,7 +250,7 @@ def _facts(results: Results) -> Table:
     for device in results.devices:
         facts = {key: value for key, value in device.facts.items() if key in ("machine", "system", "cpus", "tvm")}
         rows.append(
-            [f"device {device.spec}", ", ".join(f"{key} {value}" for key, value in facts.items()) or "tells nothing"]
+            [f"device {device.spec}", ", ".join(f"{key} {value}" for key, value in facts.items()) or "reports nothing"]
         )
         for item in device.measured:
             rows.append(

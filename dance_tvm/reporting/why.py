@@ -17,7 +17,7 @@ _RECORD = re.compile(r"record ([0-9a-f]{16})")
 
 
 def tables(results: Results, tuning_logs: Sequence[Path]) -> list[Table]:
-    """A table of reasons for each artifact that tells them, and one of the tuning records that they name."""
+    """A table of reasons for each artifact that records them, and one of the tuning records that they name."""
     items = [(device, item) for device in results.devices for item in device.measured if _told(item)]
     named = {identity for _, item in items for layer in _told(item) for identity in _RECORD.findall(layer.tuned)}
     found = records(named, [*tuning_logs, *_logs()])

@@ -8,6 +8,7 @@ A clip is a float32 tensor (C, T, H, W). `--data` takes a name and options, `NAM
     hmdb51:/data/hmdb51,split=1        the same for HMDB51
     folder:/data/mine                  a folder of videos for each class, below train/ and val/ or side by side
     csv:/data/train.csv,test=val.csv   lines of video,class; without test= a fifth of each class is held out
+    webdataset:/data/clips-{000..009}.tar   shards of NAME.mp4 with NAME.cls; a folder or one .tar is taken too
     transnet:a.mp4,window=50           windows of one or more videos (joined by '+'), for label-free distillation
 
 `load_data` returns `Splits`: training and held-out clips that share no clip, no handwritten digit and no frame.
@@ -23,6 +24,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity.clips import Splits
 from dance_tvm.sparsity.listed_video import folder, listed
 from dance_tvm.sparsity.motion_digits import motion_digits
+from dance_tvm.sparsity.shards import webdataset
 from dance_tvm.sparsity.video import hmdb51, transnet, ucf101
 
 
@@ -68,5 +70,6 @@ _READERS: dict[str, Callable[..., Splits]] = {
     "hmdb51": _of_path("hmdb51", hmdb51),
     "folder": _of_path("folder", folder),
     "csv": _of_path("csv", listed),
+    "webdataset": _of_path("webdataset", webdataset),
     "transnet": lambda path, model, seed, **options: transnet(_required("transnet", path), model, seed, **options),
 }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity.clips import Splits
-from dance_tvm.sparsity.video import splits_of
+from dance_tvm.sparsity.video import Video, splits_of
 
-_VIDEOS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v"}
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v"}
 _HELD_OUT = ("val", "test", "validation")
-Videos = list[tuple[Path, int]]
+Videos = Sequence[tuple[Video, int]]
+Rows = Sequence[tuple[Video, str]]
 
 
 def folder(path: Path, model: str, seed: int, *, held_out: int = 20, frames: int = 16, stride: int = 4) -> Splits:
@@ -37,17 +39,27 @@ def listed(
 ) -> Splits:
     """A CSV of `video,class` lines, paths as seen from its folder; `test` names another of what is held out, else
     `held_out` percent of each class are. Raises DanceError for a line of another form."""
-    rows = _rows(path)
     others = _rows(path.parent / test) if test else []
+    return labelled("csv", path, _rows(path), test, others, model, seed, held_out, frames, stride)
+
+
+def labelled(
+    name: str, path: Path, rows: Rows, test: str, others: Rows, model: str, seed: int, held_out: int, frames: int,
+    stride: int,
+) -> Splits:  # fmt: skip
+    """Videos with the names of their classes, ``rows`` of ``path``; ``others`` of ``test`` are held out where it is
+    given."""
     # By number where classes are numbers, so that 10 does not come before 2.
-    classes = tuple(sorted({name for _, name in rows}, key=lambda name: name.zfill(9) if name.isdigit() else name))
-    unknown = [name for _, name in others if name not in classes]
+    classes = tuple(
+        sorted({label for _, label in rows}, key=lambda label: label.zfill(9) if label.isdigit() else label)
+    )
+    unknown = [label for _, label in others if label not in classes]
     if unknown:
         raise DanceError(f"{test} has the class {unknown[0]!r}, which {path} has not; train on every class")
-    videos, unseen = ([(video, classes.index(name)) for video, name in each] for each in (rows, others))
+    videos, unseen = ([(video, classes.index(label)) for video, label in each] for each in (rows, others))
     if test:
-        return splits_of("csv", videos, unseen, classes, model, seed, frames, stride)
-    return _divided("csv", videos, classes, model, seed, held_out, frames, stride)
+        return splits_of(name, videos, unseen, classes, model, seed, frames, stride)
+    return _divided(name, videos, classes, model, seed, held_out, frames, stride)
 
 
 def _rows(path: Path) -> list[tuple[Path, str]]:
@@ -78,7 +90,7 @@ def _found(path: Path, classes: tuple[str, ...]) -> Videos:
         (video, label)
         for label, name in enumerate(classes)
         for video in sorted((path / name).rglob("*"))
-        if video.suffix.lower() in _VIDEOS
+        if video.suffix.lower() in VIDEO_SUFFIXES
     ]
 
 
@@ -88,8 +100,8 @@ def _divided(
     """Every so many-th video of each class is held out, so that all classes are in both splits."""
     if not 0 < held_out < 100:
         raise DanceError(f"held_out={held_out} must be a percentage between 1 and 99")
-    train: Videos = []
-    test: Videos = []
+    train: list[tuple[Video, int]] = []
+    test: list[tuple[Video, int]] = []
     for label in range(len(classes)):
         of_class = [video for video in videos if video[1] == label]
         for place, video in enumerate(of_class):

@@ -86,12 +86,12 @@ def train(
         return trainer.run(on_epoch if processes.leader and on_epoch else lambda _row: None)
 
 
-#: What tells training from use, and rests where a task imitates.
+#: What behaves otherwise in training than in use, and rests where a task imitates.
 _RESTS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
 class _Steps:
-    """Counts the steps of an epoch, and tells from time to time, where no bar can be drawn."""
+    """Counts the steps of an epoch, and reports from time to time, where no bar can be drawn."""
 
     EVERY_S = 30.0
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,16 @@ from dance_tvm.sparsity.clips import Splits
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+
+
+class Video(Protocol):
+    """A video to read: a path, or a member of a shard."""
+
+    def is_file(self) -> bool:
+        """Whether it is there."""
+
+    def open(self, mode: str) -> Any:
+        """Its bytes."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ class VideoClips:
 
     def __init__(
         self,
-        videos: Sequence[tuple[Path, int]],
+        videos: Sequence[tuple[Video, int]],
         classes: tuple[str, ...],
         how: Preprocessing,
         *,
@@ -90,7 +101,7 @@ class VideoClips:
         return how.normalised(clip), label
 
 
-def read_video(path: Path, height: int, width: int) -> np.ndarray:
+def read_video(path: Video, height: int, width: int) -> np.ndarray:
     """All frames (T, height, width, 3) as bytes. Raises DanceError when the file is missing or no readable video."""
     try:
         import av
@@ -99,7 +110,7 @@ def read_video(path: Path, height: int, width: int) -> np.ndarray:
     if not path.is_file():
         raise DanceError(f"the video {path} is missing; check the path")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path) if isinstance(path, Path) else path.open("rb")) as container:
             frames = [
                 frame.reformat(width, height, "rgb24").to_ndarray()
                 for frame in container.decode(container.streams.video[0])
@@ -187,8 +198,8 @@ def transnet(
 
 def splits_of(
     name: str,
-    train: list[tuple[Path, int]],
-    test: list[tuple[Path, int]],
+    train: Sequence[tuple[Video, int]],
+    test: Sequence[tuple[Video, int]],
     classes: tuple[str, ...],
     model: str,
     seed: int,

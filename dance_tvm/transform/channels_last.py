@@ -7,7 +7,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import emit, is_tensor, rewrite, shape_of
+from dance_tvm.ir.graph import emit, is_tensor, literal, rewrite, shape_of
 from dance_tvm.liveness.rules import ELEMENTWISE
 
 NORMS = {"nn.instance_norm", "nn.group_norm", "nn.layer_norm", "nn.rms_norm"}
@@ -107,7 +107,7 @@ class _Layouts:
             return self.last[expr]
         rank = len(shape_of(expr))
         if isinstance(expr, tvm.ir.GenericConst):
-            return relax.const(expr.value.numpy().transpose(_to_last(rank)).copy())
+            return literal(expr.value.numpy().transpose(_to_last(rank)).copy())
         self.last[expr] = builder.emit(relax.op.permute_dims(expr, _to_last(rank)))
         return self.last[expr]
 

@@ -12,7 +12,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import substitute
+from dance_tvm.ir.graph import literal, substitute
 
 
 def _slice(data: np.ndarray, axes: Sequence[int], begin: Sequence[int], end: Sequence[int]) -> np.ndarray:
@@ -58,7 +58,7 @@ def _folded(func: relax.Function) -> relax.Function:
             value = _replaced(binding.value, known)
             result = _evaluated(value)
             if result is not None:
-                value = relax.const(result)
+                value = literal(result)
                 if isinstance(binding.var, relax.DataflowVar):
                     known[binding.var] = value
                     continue

@@ -2,7 +2,7 @@
 
 A network that decides per clip has dozens of operators of a few hundred elements: pooled statistics, comparisons,
 masks, index lists. Calling each costs the virtual machine more than its work does. Kernels that count as layers stay
-calls of their own, so that a run can still be told layer by layer.
+calls of their own, so that a run can still be reported layer by layer.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def _reads(value: relax.Expr) -> list[relax.Expr]:
 
 def _is_whole(param: tirx.Var) -> bool:
     """Whether a kernel takes a tensor as it lies from its beginning, aligned as all are; FuseTIR hands on no other
-    (scatter reads at an offset that its caller would tell)."""
+    (scatter reads at an offset that its caller would give)."""
     kind = param.ty
     if not isinstance(kind, tirx.BufferType):
         return True

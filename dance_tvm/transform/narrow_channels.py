@@ -17,7 +17,7 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, constant, emit, is_tensor, rewrite, shape_of, value_of
+from dance_tvm.ir.graph import Graph, constant, emit, is_tensor, literal, rewrite, shape_of, value_of
 from dance_tvm.ir.windows import CONVOLUTIONS, POOLS
 from dance_tvm.liveness.kernel_groups import choose_kernel_groups
 from dance_tvm.liveness.rules import PAIRWISE, UNARY
@@ -75,7 +75,7 @@ class NarrowChannels:
             f"filter, {rate:.2f}x fewer MACs: {(~filters).sum()} of {len(filters)} filters and "
             f"{(~read).sum()} of {len(read)} input channels are taken out"
         )
-        return relax.Call(call.op, [call.args[0], relax.const(small)], call.attrs, call.ty_args)
+        return relax.Call(call.op, [call.args[0], literal(small)], call.attrs, call.ty_args)
 
 
 def _slice(arg: relax.Expr, kept: NDArray[np.bool_], rank: int) -> relax.Expr:
@@ -84,7 +84,7 @@ def _slice(arg: relax.Expr, kept: NDArray[np.bool_], rank: int) -> relax.Expr:
     if value is None or value.ndim < rank - 1:
         return arg
     axis = value.ndim - (rank - 1)
-    return relax.const(np.ascontiguousarray(value.compress(kept, axis))) if value.shape[axis] == len(kept) else arg
+    return literal(np.ascontiguousarray(value.compress(kept, axis))) if value.shape[axis] == len(kept) else arg
 
 
 @dataclass
@@ -97,7 +97,7 @@ class _Channels:
     needed: set[int] = field(default_factory=set)
 
     def follow(self) -> None:
-        """Walk the graph once; afterwards ``kept`` tells."""
+        """Walk the graph once; afterwards ``kept`` answers."""
         for var in self.graph.order:
             channels = self._made(var)
             if channels is not None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, dtype_of, is_tensor, rewrite, substitute, variables
+from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, rewrite, substitute, variables
 from dance_tvm.schedules.emit import FLOAT, HALF
 
 #: Operators that change no value.
@@ -66,8 +67,8 @@ class _Halves:
             self.stored[var] = new[graph.call(var).args[0]]
             return None
         read = variables(value)
-        if graph.op(var) in MOVES and read and all(each in self.stored for each in read):
-            self.stored[var] = self._moved(builder, var, value)
+        if graph.op(var) in MOVES and (parts := self._parts(value)) is not None:
+            self.stored[var] = self._moved(builder, var, value, parts)
             return builder.emit(relax.op.astype(self.stored[var], FLOAT), name_hint=var.name)
         own = {each: builder.emit(relax.op.astype(self.stored[each], FLOAT)) for each in read if each in self.stored}
         result = builder.emit(substitute(value, {**new, **own}), name_hint=var.name)
@@ -75,9 +76,26 @@ class _Halves:
             self.stored[var] = builder.emit(relax.op.astype(result, HALF))
         return result
 
-    def _moved(self, builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr:
+    def _parts(self, move: relax.Call) -> dict[relax.Expr, relax.Expr] | None:
+        """What holds each operand of a move in half precision; None where something is not held so. Constants that it
+        holds exactly are, as the zeros before a shift."""
+        operands = move.args[0].fields if isinstance(move.args[0], relax.Tuple) else move.args[:1]
+        found: dict[relax.Expr, relax.Expr] = {}
+        for operand in operands:
+            array = constant(operand)
+            if array is not None and array.dtype == FLOAT and np.array_equal(array, array.astype(HALF)):
+                found[operand] = relax.const(array.astype(HALF))
+            elif operand in self.stored:
+                found[operand] = self.stored[operand]
+            else:
+                return None
+        return found if self.stored.keys() & found.keys() else None
+
+    def _moved(
+        self, builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr, parts: dict[relax.Expr, relax.Expr]
+    ) -> relax.Expr:
         """The move ``value`` done to what is stored."""
-        source = substitute(value, self.stored)
+        source = substitute(value, parts)
         if self.graph.op(var) != "reshape":
             return builder.emit(source, name_hint=var.name)
         of = self.viewed.get(source.args[0], source.args[0])

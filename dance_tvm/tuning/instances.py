@@ -148,7 +148,7 @@ def build_instance(instance: Instance, target: Target, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Loaded:
-    """An instance on a device, its tensors filled; ``run`` times it and tells whether its result is right."""
+    """An instance on a device, its tensors filled; ``run`` times it and says whether its result is right."""
 
     instance: Instance
     session: RemoteSession

@@ -81,7 +81,7 @@ def gpu_of(session: RemoteSession, kind: str) -> Any | None:
 
 
 def require_gpu(farm: Farm, kind: str) -> None:
-    """Raise DanceError where a device of the farm has no GPU of TVM's ``kind``; told before anything is built."""
+    """Raise DanceError where a device of the farm has no GPU of TVM's ``kind``, before anything is built."""
     if kind != "llvm":
         with farm.session(1) as session:
             gpu_of(session, kind)

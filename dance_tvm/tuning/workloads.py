@@ -1,4 +1,4 @@
-"""The distinct kernels of a network: it is lowered as a build would, which tells what each kernel was chosen for."""
+"""The distinct kernels of a network: it is lowered as by a build, which shows what each kernel was chosen for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from dance_tvm.schedules.cpu.direct_spaces import direct_space
 from dance_tvm.schedules.cpu.space import WORTH_TRYING
 from dance_tvm.schedules.cpu.winograd_choice import direct_seconds, why_not, winograd_seconds
 from dance_tvm.schedules.cpu.winograd_space import WinogradSpace
-from dance_tvm.schedules.workload import KERNEL_GROUPS, LISTS, POINTWISE, POOL, TYPICAL_DENSITY, WINOGRAD, Workload
+from dance_tvm.schedules.workload import (
+    KERNEL_GROUPS,
+    LINE,
+    LISTS,
+    POINTWISE,
+    POOL,
+    TYPICAL_DENSITY,
+    WINOGRAD,
+    Workload,
+)
 from dance_tvm.tuning.calibration import density_of, kept_shares
 
 if TYPE_CHECKING:
@@ -90,7 +99,7 @@ def layers_of(
 
 def _families(workload: Workload, machine: Machine, conv: str) -> list[Workload]:
     """The workload for each family worth tuning: not what is far behind the other, as the model of time has it."""
-    if workload.family in (POOL, POINTWISE) or conv == "direct":
+    if workload.family in (POOL, POINTWISE, LINE) or conv == "direct":
         return [] if conv == "winograd" else [workload]
     space = direct_space(machine, workload)
     direct = space.kernel(space.default())
@@ -110,7 +119,7 @@ def _variants(workload: Workload, densities: Sequence[float], lists: Sequence[st
     spatial = workload.window.positions_out > workload.window.batch
     if lists and spatial:
         workload = replace(workload, lists=tuple(axis for axis in _thinnable(workload) if axis in lists))
-        workload = workload.direct if workload.family == POINTWISE and workload.lists else workload
+        workload = workload.direct if workload.family in (POINTWISE, LINE) and workload.lists else workload
     if not workload.lists:
         return [workload.at(1.0)]
     return [workload.at(density) for density in dict.fromkeys(densities) or (TYPICAL_DENSITY,)]

@@ -51,7 +51,7 @@ class DeadOutputs(Protocol):
 def zero_dead(conv: DeadOutputs, masks: Mapping[str, tirx.Buffer], y: tirx.Buffer) -> None:
     """Clear what ``conv.zero_dead`` asks for of ``y``, (N, T, H, W, C_out) as one dimension.
 
-    ``masks``, where given: ``out_frames`` (N, T) and ``positions`` in the shape that the plan's ``positions`` tells.
+    ``masks``, where given: ``out_frames`` (N, T) and ``positions`` in the shape that the plan's ``positions`` gives.
     """
     window, everything = conv.window, conv.zero_dead == "all"
     area = window.out[1] * window.out[2]

@@ -43,6 +43,7 @@ from ..emit import (
 from ..epilogue import activate
 from ..geometry import Window
 from ..kernel import Count, Operand, Planned, Weights, constant, output
+from .lines import each_piece, span
 from .row_plan import RowPlan
 from .tiles import HALF_TERMS
 
@@ -246,49 +247,20 @@ class _Emitter:
             channels = [self._channel(turn * self.abreast + v) for v in range(self.abreast)]
             with serial(rows) as row:
                 at = (index, let(start + row))
-                spans = tuple(self._span(axis, place) for axis, place in zip(self.outer, at, strict=True))
+                spans = tuple(span(self.window, axis, place) for axis, place in zip(self.outer, at, strict=True))
                 self._line(_Line(clip, at, spans), channels)  # type: ignore[arg-type]  # two of them
 
     def _channel(self, vector: Expr) -> Expr:
         """Where a vector of output channels begins; the last one overlaps."""
         return let(big(tirx.min(vector * self.count, self.conv.channels_out - self.count)))
 
-    def _span(self, axis: int, index: Expr) -> tuple[Expr, Expr, Expr]:
-        """The first source on an axis, and the taps inside the clip: first, past the last."""
-        window = self.window
-        start = let(index * window.stride[axis] - window.padding[axis])
-        if window.classes[axis] == (tuple(range(window.kernel[axis])),):
-            return start, 0, window.kernel[axis]
-        step = window.dilation[axis]
-        first = let(tirx.max(0, tirx.floordiv(step - 1 - start, step)))
-        past = tirx.floordiv(window.size[axis] - start + step - 1, step)
-        return start, first, let(tirx.max(first, tirx.min(window.kernel[axis], past)))
-
     def _line(self, line: _Line, channels: list[Expr]) -> None:
         """One line of outputs: the tiles at its ends, which know what lies outside, and those between."""
-        window, axis = self.window, self.axis
-        extent = window.out[axis]
-        mr = min(self.tile.mr, extent)
-        whole = list(range(window.kernel[axis]))
-        taps = [list(window.live_taps(axis, index)) for index in range(extent)]
-        inner = [index for index in range(extent) if taps[index] == whole]
-        first, past = (inner[0], inner[-1] + 1) if inner else (extent, extent)
-        if past - first < mr:  # nothing to loop over
-            for begin in dict.fromkeys(min(place, extent - mr) for place in range(0, extent, mr)):
-                self._tile(line, _Piece(begin, taps[begin : begin + mr]), channels)
-            return
-        before = range(0, first, mr)
-        for begin in before:
-            self._tile(line, _Piece(begin, taps[begin : begin + mr]), channels)
-        done = len(before) * mr
-        behind = range(extent - mr, past - mr, -mr) if past < extent else range(0)
-        end = min(behind, default=extent)
-        if end > done:
-            with serial(-(-(end - done) // mr)) as index:
-                begin = let(tirx.min(done + index * mr, past - mr))
-                self._tile(line, _Piece(begin, [whole] * mr), channels)
-        for begin in behind:
-            self._tile(line, _Piece(begin, taps[begin : begin + mr]), channels)
+
+        def tile(first: Expr, inside: list[list[int]]) -> None:
+            self._tile(line, _Piece(first, inside), channels)
+
+        each_piece(self.window, self.axis, self.tile.mr, tile)
 
     def _tile(self, line: _Line, piece: _Piece, channels: list[Expr]) -> None:
         """``mr`` outputs of a line, all their taps."""

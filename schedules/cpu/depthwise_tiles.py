@@ -12,6 +12,8 @@ from .tiles import CHAINS_TO_HIDE_LATENCY, Machine
 MOST_OUTPUTS = 16
 #: Cycles of a tile beside its multiplies: addresses, the loop over lines of taps, storing.
 TILE_CYCLES, LINE_CYCLES = 12.0, 3.0
+#: Cycles of an output for each pass over the channels: parts of its cache lines are read again.
+PASS_CYCLES = 3.0
 #: Share of the second-level cache that the lines of one block of rows may take, over all frames.
 ROWS_SHARE_OF_L2 = 0.3
 
@@ -36,7 +38,8 @@ def default_tile(
         loads = ((mr - 1) * window.stride[axis] + 2 * taps) * abreast / 2
         latency = taps * CHAINS_TO_HIDE_LATENCY / 2 if mr * abreast < CHAINS_TO_HIDE_LATENCY else 0.0
         tile = lines * (max(multiplies, loads, latency) + LINE_CYCLES) + TILE_CYCLES
-        return -(-vectors // abreast) * -(-extent // mr) * tile
+        passes = -(-vectors // abreast)
+        return passes * (-(-extent // mr) * tile + PASS_CYCLES * extent)
 
     options = [
         (mr, abreast)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 from ..layer import Layer
 from ..workload import POINTWISE, Decisions, Workload
-from .pointwise import PointwiseConv, PointwiseTile, panel_widths
-from .tiles import CHAINS_TO_HIDE_LATENCY, Machine, candidates
+from .pointwise import PointwiseConv, PointwiseTile
+from .row_tiles import panel_widths, register_tiles
+from .tiles import CHAINS_TO_HIDE_LATENCY, Machine
 
 #: Cycles of a tile beside its sums: addresses and loops, and for each vector its bias and its store.
 TILE_CYCLES, VECTOR_CYCLES = 10.0, 1.5
@@ -72,11 +73,10 @@ class PointwiseSpace:
     @property
     def tiles(self) -> dict[tuple[int, int, int], float]:
         """Register tiles (rows, vectors, step) that the layer can fill, and their predicted cycles."""
-        rows, vectors = self.workload.window.positions_out, -(-self.workload.channels_out // self.machine.vector_floats)
-        found = candidates(self.machine)
-        fitting = [tile for tile in found if tile[0] <= rows and tile[1] <= vectors]
-        narrow = [(mr, width, self._step(step)) for mr, width, step in fitting]
-        return {tile: predicted_cycles(self.machine, self.workload, tile) for tile in narrow}
+        work = self.workload
+        vectors = -(-work.channels_out // self.machine.vector_floats)
+        found = register_tiles(self.machine, work.window.positions_out, vectors, work.channels_in)
+        return {tile: predicted_cycles(self.machine, work, tile) for tile in found}
 
     def _step(self, step: int) -> int:
         return step if self.workload.channels_in >= step else 1

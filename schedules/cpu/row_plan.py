@@ -3,7 +3,7 @@
 Rows (output positions) that read through the same set of taps form a class: a position at the edge of the clip lacks
 the taps that fall on padding, a frame beside a dead frame lacks the taps that read it. Rows of one class fill tiles
 of ``mr`` rows; consecutive tiles form blocks whose partial sums stay in cache; a segment is "these taps over these
-tiles". A convolution walks segments and never tests a mask. Where a mask tells which positions of the input are alive,
+tiles". A convolution walks segments and never tests a mask. Where a mask says which positions of the input are alive,
 each row's taps are those that read living ones, whatever set they make.
 
 =========  ==============================================  =====================================================

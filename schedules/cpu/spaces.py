@@ -14,15 +14,16 @@ from typing import Any, Protocol
 from ..convolution import LayerKernel
 from ..layer import Choice, Layer
 from ..pool import Pool
-from ..workload import GATHER, KERNEL_GROUPS, POINTWISE, POOL, WINOGRAD, Decisions, Workload
+from ..workload import GATHER, KERNEL_GROUPS, LINE, POINTWISE, POOL, WINOGRAD, Decisions, Workload
 from .conv3d_gather import GatherConv
 from .direct_spaces import GatherSpace, KernelGroupSpace, direct, direct_space
+from .line_tiles import FEW_CHANNELS, LineSpace, is_dense, line, listing_seconds, predicted_seconds
 from .pointwise_tiles import PointwiseSpace, is_pointwise, pointwise
 from .pool3d import VectorPool
 from .pool_space import PoolSpace
 from .space import Space, VectorSpace
 from .tiles import Machine, Tile
-from .winograd_choice import choose, growth, why_not
+from .winograd_choice import choose, direct_seconds, growth, why_not
 from .winograd_space import WinogradSpace
 
 #: Measured gain from which records turn a choice between direct and Winograd: the two were not measured in turns.
@@ -36,6 +37,7 @@ SPACES: dict[str, Callable[[Machine, Workload], VectorSpace]] = {
     KERNEL_GROUPS: lambda machine, workload: KernelGroupSpace(machine.storing(workload.dtype), workload),
     POOL: lambda machine, workload: PoolSpace(machine.storing(workload.dtype), workload),
     POINTWISE: PointwiseSpace,
+    LINE: LineSpace,
 }
 
 
@@ -87,7 +89,7 @@ def choose_kernel(
 ) -> Choice[LayerKernel]:
     """``conv`` or Winograd in its place, and the record that chose its sizes ("": the defaults).
 
-    The model of time decides, unless the log holds measurements of both for this very workload. ``origin`` tells where
+    The model of time decides, unless the log holds measurements of both for this very workload. ``origin`` says where
     the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd, ``most_growth`` that of ``choose``.
     """
     choice = replace(choose(conv, machine, workload.threads, wanted, most_growth), workload=workload)
@@ -115,9 +117,21 @@ def choose_kernel(
 
 
 def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) -> Choice[LayerKernel]:
-    """The direct kernel of a layer, or Winograd in its place."""
+    """The direct kernel of a layer, over lists or along lines, or Winograd in its place."""
     tile, origin = choose_tile(layer.workload, machine, log)
-    return choose_kernel(direct(layer, tile), origin, layer.workload, machine, wanted, log, layer.most_growth)
+    conv = direct(layer, tile)
+    choice = choose_kernel(conv, origin, layer.workload, machine, wanted, log, layer.most_growth)
+    if not is_dense(layer) or (wanted == "winograd" and choice.kernel is not conv):
+        return choice
+    space = LineSpace(machine, line(layer.workload))
+    if layer.channels_in > FEW_CHANNELS:
+        lists = listing_seconds(machine, layer.workload, tile.mr, tile.vectors)
+        direct_time = direct_seconds(conv, machine, layer.threads) + lists
+        slower = predicted_seconds(machine, space.workload) > direct_time
+        if choice.kernel is not conv or choice.origin or slower:
+            return choice
+    decisions, origin = decide(space, log)
+    return Choice(space.fitted(layer, decisions), "", origin, space.workload)
 
 
 def offer_pointwise(layer: Layer, machine: Machine, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel] | None:

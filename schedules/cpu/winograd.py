@@ -113,7 +113,7 @@ class WinogradConv(Convolution):
         return ChannelPlan(self.plan.samples, channels, axis, unit)
 
     def channel_operands(self) -> list[Operand]:
-        """Lists, then the masks that they were made of: those tell the dead channels of units that are alive."""
+        """Lists, then the masks that they were made of: those show the dead channels of units that are alive."""
         masks = [
             channels_mask(name, axis, self.plan.samples, channels)
             for name, axis, on, channels in (

@@ -19,7 +19,7 @@ from typing import Any
 from .generate import generate
 from .program import Program
 from .reduce import reduce
-from .runner import Worker
+from .runner import TIMEOUT_S, Worker
 from .script import script
 from .trial import Verdict
 
@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--replay", help="this seed or this script alone")
     parser.add_argument("--log", type=Path, help="a line of JSON for each program is appended here")
     parser.add_argument("--findings", type=Path, help="a folder for the scripts that repeat what failed")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="seconds for a program")
     parser.add_argument("--no-reduce", action="store_true", help="print failing programs as they are")
     options = parser.parse_args()
     return Run(options).over(_programs(options))
@@ -54,7 +55,7 @@ class Run:
         self.options = options
         self.kinds: Counter[str] = Counter()
         self.seen = _seen(options.log)
-        self.worker = Worker()
+        self.worker = Worker(options.timeout)
 
     def over(self, programs: Iterator[Program]) -> int:
         """0 if nothing failed, else 1."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import masks, papers  # noqa: F401 - registers its operators
+from . import blocks, masks, papers  # noqa: F401 - they register their operators
 from .operators import OPERATORS, Draft, join
 from .program import Program, Step, Writer
 

@@ -17,7 +17,7 @@ from .memory import library
 from .program import Program
 from .trial import Verdict
 
-_TIMEOUT_S = 150
+TIMEOUT_S = 150
 _LIMIT_MIB = 3000  # a library that was loaded stays; a worker past this is replaced
 _TESTS = Path(__file__).parents[1]
 
@@ -25,7 +25,8 @@ _TESTS = Path(__file__).parents[1]
 class Worker:
     """One child process that tries programs; started when needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float = TIMEOUT_S) -> None:
+        self._timeout = timeout
         self._process: subprocess.Popen[str] | None = None
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
 
@@ -41,7 +42,7 @@ class Worker:
         line = self._line(process)
         if line is None:
             self._end()
-            return Verdict("timeout", f"no answer within {_TIMEOUT_S} s"), float(_TIMEOUT_S)
+            return Verdict("timeout", f"no answer within {self._timeout:g} s"), self._timeout
         if not line:
             return self._crash(process), 0.0
         told: dict[str, Any] = json.loads(line)
@@ -74,7 +75,7 @@ class Worker:
     def _line(self, process: subprocess.Popen[str]) -> str | None:
         """The worker's answer; empty if it ended, None if it says nothing for too long."""
         assert process.stdout is not None
-        deadline = time.monotonic() + _TIMEOUT_S
+        deadline = time.monotonic() + self._timeout
         with selectors.DefaultSelector() as waiting:
             waiting.register(process.stdout, selectors.EVENT_READ)
             if not waiting.select(max(0.0, deadline - time.monotonic())):

@@ -20,6 +20,7 @@ import dance_tvm
 from dance_tvm import DanceError, Options
 from dance_tvm.machines.target import load_target
 
+from .machine import for_virtual_machine
 from .memory import POISONS, Guard, poison_new_tensors
 from .oracle import Answer, answer, draw_inputs
 from .program import Network, Program, write_out
@@ -121,14 +122,16 @@ def _on_host(program: Program, network: Network, cases: list[Case], folder: Path
     import tvm
     from tvm import relax
 
+    target, options = _host(program.options.get("opt_level")), _options(program)
+    example = tuple(cases[0][1])
     built = dance_tvm.build_network(
         network.module,
         folder / "artifact",
-        example_inputs=tuple(cases[0][1]),
-        target=_host(program.options.get("opt_level")),
-        threads=program.options.get("threads", 1),
+        example_inputs=example,
+        target=target,
+        threads=options.threads,
         check=program.options.get("check", False),
-        options=_options(program),
+        options=options,
     )
     manifest = built.artifact.manifest
     kernels = [layer.kernel for layer in manifest.layers]
@@ -139,15 +142,16 @@ def _on_host(program: Program, network: Network, cases: list[Case], folder: Path
         for (style, _, told), outputs in zip(cases, found, strict=True):
             if (wrong := compare(outputs, told)) is not None:
                 return Verdict("wrong", wrong[1], kernels, style, wrong[0])
+        library, arrays = for_virtual_machine(network.module, example, target, options, folder)
         byte = [0]
         for poison in POISONS:
             byte[0] = poison
             with guard.on(poison):
-                module = tvm.runtime.load_module(str(built.artifact.library))
-                guard.guard_workspaces(built.artifact.library)
+                module = tvm.runtime.load_module(str(library))
+                guard.guard_workspaces(library)
                 machine = relax.VirtualMachine(module, tvm.cpu(), memory_cfg="naive")
                 machine.set_instrument(poison_new_tensors(lambda: byte[0]))
-                weights = [tvm.runtime.tensor(array) for array in built.artifact.weights()]
+                weights = [tvm.runtime.tensor(array) for array in arrays]
                 again = []
                 for _, inputs, _ in cases:
                     given = [tvm.runtime.tensor(np.ascontiguousarray(tensor.numpy())) for tensor in inputs]

@@ -129,7 +129,7 @@ static inline const dance_api *dance_model_open(const char *path, char *error, s
   *(void **)&get = dlsym(library, "dance_model_api");
   if (get) api = get(DANCE_VERSION);
   if (!api) {
-    snprintf(error, error_bytes, "%.300s has no C interface of version %u: build it with --interface c", path, DANCE_VERSION);
+    snprintf(error, error_bytes, "%.300s has no C interface of version %u: build it anew, for a processor", path, DANCE_VERSION);
     dlclose(library);
   }
   return api;

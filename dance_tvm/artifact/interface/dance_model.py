@@ -239,7 +239,7 @@ def _api_of(library: Path) -> _Api:
     except OSError as error:
         raise ModelError(f"{library} cannot be loaded: {error}") from None
     except AttributeError:
-        raise ModelError(f"{library} has no C interface: build it with --interface c") from None
+        raise ModelError(f"{library} has no C interface: build it anew, for a processor") from None
     get.restype, get.argtypes = ctypes.POINTER(_Api), [ctypes.c_uint32]
     found = get(VERSION)
     if not found:

@@ -2,16 +2,22 @@
 #include "runtime.h"
 
 #include <sched.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #define SPINS 20000 /* of a waiting thread before it sleeps: some 20 to 50 microseconds */
+#define LARGE_PAGE ((size_t)2 << 20)
 #define FUTEX_WAIT_PRIVATE 128
 #define FUTEX_WAKE_PRIVATE 129
 
+/* Large memory lies on large pages where the system has them: fewer faults, and fewer misses of the translation cache. */
 void *aligned(size_t bytes) {
+  const size_t alignment = bytes >= 2 * LARGE_PAGE ? LARGE_PAGE : ALIGNMENT;
   void *memory = NULL;
-  return posix_memalign(&memory, ALIGNMENT, bytes ? rounded(bytes) : ALIGNMENT) ? NULL : memory;
+  if (posix_memalign(&memory, alignment, bytes ? rounded(bytes) : ALIGNMENT)) return NULL;
+  if (alignment == LARGE_PAGE) madvise(memory, rounded(bytes) / LARGE_PAGE * LARGE_PAGE, MADV_HUGEPAGE);
+  return memory;
 }
 
 void say(char *to, size_t room, const char *const *parts, size_t count) {

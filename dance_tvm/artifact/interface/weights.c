@@ -97,9 +97,28 @@ static int is_read_in_place(const weight_set *weights, const program_weight *wei
          !((uintptr_t)(weights->store + weight->offset) % ALIGNMENT);
 }
 
-/* Once prepared, the file's pages are not needed: they need not stay in memory beside what was made of them. */
-static void release_pages(const weight_set *weights) {
-  if (weights->mapped && weights->prepared) madvise(weights->mapped, weights->mapped_bytes, MADV_DONTNEED);
+/* Pages of the file that were hashed or prepared are not needed: they need not stay in memory beside what is made of
+ * them. What is read again comes back from the system's cache. */
+static void release_pages(const weight_set *weights, uint64_t offset, uint64_t bytes) {
+  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (uintptr_t)weights->store + offset;
+  const uintptr_t begin = (first + page - 1) / page * page, end = (first + bytes) / page * page;
+  if (weights->mapped && begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
+}
+
+static int prepare_all(weight_set *weights) {
+  const dance_program *program = &dance_the_program;
+  size_t at = 0;
+  for (int32_t each = 0; each < program->weight_count; each++) {
+    const program_weight *weight = &program->weights[each];
+    const unsigned char *stored = weights->store + weight->offset;
+    weights->tensors[each] = stored;
+    if (is_read_in_place(weights, weight)) continue;
+    weights->tensors[each] = weights->prepared + at;
+    if (!prepare_weight(weight, stored, weights->prepared + at)) return DANCE_NO_MEMORY;
+    release_pages(weights, weight->offset, weight->stored);
+    at += rounded((size_t)weight->bytes);
+  }
+  return DANCE_OK;
 }
 
 static int prepare(weight_set *weights) {
@@ -110,21 +129,11 @@ static int prepare(weight_set *weights) {
   if (room) {
     void *memory = mmap(NULL, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return DANCE_NO_MEMORY;
+    madvise(memory, room, MADV_HUGEPAGE);
     weights->prepared = memory;
     weights->prepared_bytes = room;
   }
-  room = 0;
-  for (int32_t each = 0; each < program->weight_count; each++) {
-    const program_weight *weight = &program->weights[each];
-    const unsigned char *stored = weights->store + weight->offset;
-    weights->tensors[each] = stored;
-    if (is_read_in_place(weights, weight)) continue;
-    weights->tensors[each] = weights->prepared + room;
-    if (!prepare_weight(weight, stored, weights->prepared + room)) return DANCE_NO_MEMORY;
-    room += rounded((size_t)weight->bytes);
-  }
-  release_pages(weights);
-  return DANCE_OK;
+  return prepare_all(weights);
 }
 
 int load_weights(weight_set **found, const dance_options *options, char *error, size_t room) {
@@ -140,6 +149,7 @@ int load_weights(weight_set **found, const dance_options *options, char *error, 
   if (!program->store && program->store_bytes) {
     code = open_store(weights, options, error, room);
     if (!code && !options->verified) code = verify(weights, error, room);
+    if (!code) release_pages(weights, 0, program->store_bytes);
   }
   return code ? code : prepare(weights);
 }

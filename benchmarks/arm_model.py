@@ -1,0 +1,189 @@
+"""What half precision saves on Arm processors: instructions counted in emulation, cycles predicted from LLVM's models.
+
+    python -m benchmarks.arm_model networks --json FILE      instructions of one call, float32 beside float16
+    python -m benchmarks.arm_model kernels                   cycles per multiply-add of each kernel's inner loop
+
+Instructions are the same at every run; they need the emulated device (`dance-tvm doctor`). Cycles are *predicted*: the
+innermost loop of the assembly through `llvm-mca` of LLVM 19 or newer (Debian's package llvm-19) on scheduling models of
+processors, every load a hit in the first-level cache. X3D-XS needs pytorchvideo.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tvm
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dance_tvm.compiler.build import build_network
+from dance_tvm.compiler.pipeline import Options
+from dance_tvm.device import prepare_emulator
+from dance_tvm.lowering.machine import machine_of
+from dance_tvm.lowering.registry import choose
+from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.emit import one_thread
+from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.layer import Layer
+
+from .instructions import instructions
+from .published.networks import NETWORKS
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+Dtype = Literal["float32", "float16"]
+Conv = Literal["direct", "auto"]
+#: What each network is built as, the one that the others are compared with first.
+BUILDS: tuple[tuple[Dtype, Conv], ...] = (
+    ("float32", "direct"),
+    ("float32", "auto"),
+    ("float16", "direct"),
+    ("float16", "auto"),
+)
+#: Scheduling models, of which family of phones' cores each is, and how many multiply-add instructions Arm's guides let
+#: such a core start in a cycle. LLVM has no models of these cores themselves: for cortex-a78 and cortex-x1 it takes the
+#: A57's, for cortex-x2 Neoverse N2's. Its model of the A55 starts two where one is published, and is of no use here.
+PROCESSORS = {
+    "neoverse-n1": ("A76 to A78", 2),
+    "neoverse-n2": ("A710", 2),
+    "neoverse-v1": ("X1", 4),
+    "neoverse-v2": ("X2, X3", 4),
+}
+#: As many independent multiply-adds as hide their latency.
+INDEPENDENT = 24
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop: its instructions, and how many of them are multiply-adds of whole vectors."""
+
+    lines: list[str]
+    multiplies: int
+
+
+@app.command("networks")
+def networks(
+    only: Annotated[str, typer.Option(help="comma-separated names")] = "c3d-mini,MobileNet 3D,x3d_xs",
+    target: Annotated[str, typer.Option(help="what to build for; aarch64")] = "snapdragon",
+    out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+) -> None:
+    """Print instructions of one call of each network, by type and convolution."""
+    prepare_emulator()
+    rows: list[dict[str, str | int | float]] = []
+    for name in only.split(","):
+        for dtype, conv in BUILDS:
+            rows.append(
+                {"network": name, "dtype": dtype, "conv": conv, "instructions": _count(name, dtype, conv, target)}
+            )
+            typer.echo(f"{name} {dtype} {conv}: {rows[-1]['instructions']:,}", err=True)
+            if out is not None:
+                out.write_text(json.dumps({"target": target, "threads": 1, "rows": rows}, indent=1) + "\n", "utf-8")
+    table = Table("network", *(f"{dtype}, {conv}" for dtype, conv in BUILDS))
+    for name in only.split(","):
+        counted = [float(row["instructions"]) for row in rows if row["network"] == name]
+        table.add_row(name, *(f"{count / 1e6:.1f} M ({count / counted[0]:.2f})" for count in counted))
+    Console().print(table)
+
+
+def _count(name: str, dtype: Dtype, conv: Conv, target: str) -> int:
+    known = {network.name: network for network in NETWORKS}
+    options = Options(threads=1, dtype=dtype, conv=conv)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "network"
+        if name in known:
+            network = known[name].create()
+            inputs = tuple(known[name].inputs(network))
+            built = build_network(network, place, target=target, example_inputs=inputs, options=options, check=False)
+        else:
+            built = build_network(name, place, target=target, options=options, check=False)
+        return instructions(built.artifact, calls=1)
+
+
+@app.command("kernels")
+def kernels(
+    target: Annotated[str, typer.Option(help="what to build for; aarch64")] = "snapdragon",
+    mca: Annotated[str, typer.Option(help="llvm-mca of LLVM 19 or newer")] = "llvm-mca-19",
+) -> None:
+    """Print predicted cycles per multiply-add of the inner loops of some layers' kernels."""
+    if shutil.which(mca) is None:
+        raise typer.BadParameter(f"there is no {mca}: install LLVM's tools, or name it with --mca")
+    table = Table("layer", "kernel", "instructions", *(f"{model} ({of})" for model, (of, _) in PROCESSORS.items()))
+    for dtype, suffix in (("float32", "4s"), ("float16", "8h")):
+        lines = [f"fmla v{index}.{suffix}, v30.{suffix}, v0.{suffix[1]}[0]" for index in range(1, INDEPENDENT + 1)]
+        probe = Loop(lines, INDEPENDENT)
+        rates = [f"{INDEPENDENT / _cycles(probe, model, mca):.1f} of {most}" for model, (_, most) in PROCESSORS.items()]
+        table.add_row("the model's multiply-adds a cycle, of the published", dtype, "", *rates)
+    for name, layer in _layers():
+        for dtype in ("float32", "float16"):
+            kernel, loop, lanes = _inner_loop(layer, dtype, target)
+            macs = lanes * loop.multiplies
+            cycles = [f"{_cycles(loop, model, mca) / macs:.4f}" for model in PROCESSORS]
+            table.add_row(name, kernel, f"{len(loop.lines) / macs:.4f}", *cycles)
+    Console(width=160).print(table)
+
+
+def _layers() -> Iterator[tuple[str, Layer]]:
+    maps, pad = (4, 14, 14), (1, 1, 1)
+    yield "3×3×3, 64 channels", Layer(Window(1, maps, maps, (3, 3, 3), padding=pad), 64, 64)
+    yield "1×1×1, 96 channels", Layer(Window(1, maps, maps, (1, 1, 1)), 96, 96)
+    yield "depthwise, 64 channels", Layer(Window(1, maps, maps, (3, 3, 3), padding=pad), 64, 64, 64)
+    yield (
+        "kernel groups of 8 × 8",
+        Layer(Window(1, maps, maps, (3, 3, 3), padding=pad), 64, 64, group=(8, 8), columns=4608),
+    )
+
+
+def _inner_loop(layer: Layer, dtype: str, target: str) -> tuple[str, Loop, int]:
+    """The kernel of a layer, its loop with the most multiply-adds for its length, and lanes of a multiply-add."""
+    facts = load_target(target)
+    choice = choose(replace(layer, dtype=dtype), machine_of(facts), "direct")
+    with one_thread():
+        func = choice.kernel.primfunc()
+    with facts.tvm_target(1), tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+        built = tvm.compile(tvm.IRModule({choice.kernel.name: func}), facts.tvm_target(1))
+    loops = list(loops_of(built.mod.inspect_source("asm")))
+    return (
+        choice.kernel.name,
+        min(loops, key=lambda loop: len(loop.lines) / loop.multiplies),
+        8 if dtype == "float16" else 4,
+    )
+
+
+def loops_of(assembly: str) -> Iterator[Loop]:
+    """Every loop with vector multiply-adds in it."""
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = len(lines)
+        elif re.match(r"\t[a-z]", line):
+            lines.append(line.strip())
+            jump = re.match(r"(?:b|b\.\w+|cbn?z|tbn?z)\s.*?(\.L\w+)$", lines[-1])
+            if jump and jump[1] in labels:
+                body = lines[labels[jump[1]] :]
+                multiplies = sum(each.startswith("fmla") for each in body)
+                if multiplies >= 4:
+                    yield Loop(body, multiplies)
+
+
+def _cycles(loop: Loop, model: str, mca: str) -> float:
+    """Cycles of one turn of the loop."""
+    text = "\n".join(re.sub(r"\.L\w+", "0", line) for line in loop.lines) + "\n"
+    command = [mca, "-mtriple=aarch64", f"-mcpu={model}", "-mattr=+fullfp16", "-iterations=100"]
+    told = subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"Total Cycles:\s+(\d+)", told)
+    assert found is not None
+    return int(found[1]) / 100
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,128 @@
+"""A folder that appears whole or not at all: written beside its place, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from dance_tvm.core.errors import DanceError
+
+#: What makes a folder an artifact.
+MANIFEST = "manifest.json"
+_PARTIAL = ".partial-"
+
+_LITTLE_SPACE = 64 * 1024
+
+_ATTEMPTS = 10
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_Result = TypeVar("_Result")
+
+
+@contextmanager
+def staged(out: str | Path) -> Iterator[Path]:
+    """A new folder beside ``out`` that takes its place when the block ends well, and vanishes when it does not."""
+    target = _place(out)
+    made = [parent for parent in target.parents if not parent.exists()]
+    folder = _writing(target, lambda: _prepare(target))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        _writing(target, lambda: _take_place(folder, target))
+    except DanceError:
+        if shutil.disk_usage(folder).free < _LITTLE_SPACE:  # lld dies of a signal when the disk fills up
+            raise _unwritable(target, OSError(errno.ENOSPC, "")) from None
+        raise
+    except OSError as error:
+        raise (_unwritable(target, error) if error.errno in _DISK_FULL else error) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # it holds the artifact, or what another build writes
+                parent.rmdir()
+
+
+def require_writable(out: str | Path) -> None:
+    """Raise DanceError unless an artifact can be written at ``out``; leaves nothing there."""
+    target = _place(out)
+    _require_free(target)
+
+    def try_it() -> None:
+        standing = next(parent for parent in target.parents if parent.exists())
+        Path(tempfile.mkdtemp(prefix=_prefix(target), dir=standing)).rmdir()
+
+    _writing(target, lambda: _again(try_it))
+
+
+def _again(action: Callable[[], _Result]) -> _Result:
+    """Repeat what needs a parent folder: a build that fails takes those that it made away, if they are empty."""
+    for _ in range(_ATTEMPTS):
+        with suppress(FileNotFoundError):
+            return action()
+    return action()
+
+
+def _place(out: str | Path) -> Path:
+    """Where the folder itself stands or will stand: a link to it, as to another disk, stays a link."""
+    return Path(os.path.realpath(out))
+
+
+def _prefix(target: Path) -> str:
+    """How the names of this process's unfinished folders for ``target`` begin."""
+    return f".{target.name}{_PARTIAL}{os.getpid()}-"
+
+
+def _require_free(target: Path) -> None:
+    if target.exists() and not (target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))):
+        raise DanceError(f"{target} is there and is not an artifact: choose another --out, or remove it")
+
+
+def _prepare(target: Path) -> Path:
+    """A new folder beside ``target``, after what killed builds left there is gone."""
+    _require_free(target)
+    prefix = f".{target.name}{_PARTIAL}"
+    for leftover in target.parent.glob(f"{prefix}*"):
+        owner = leftover.name.removeprefix(prefix).split("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(leftover, ignore_errors=True)  # of a build that was killed
+
+    def make() -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+
+    return _again(make)
+
+
+def _take_place(folder: Path, target: Path) -> None:
+    """Rename ``folder`` to ``target``; what stood there is moved into ``folder``'s parent first, then removed."""
+    old = folder.with_name(f"{folder.name}-old")
+    try:
+        if target.exists():
+            target.rename(old)
+        folder.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _writing(target: Path, action: Callable[[], _Result]) -> _Result:
+    try:
+        return action()
+    except OSError as error:
+        raise _unwritable(target, error) from None
+
+
+def _unwritable(target: Path, error: OSError) -> DanceError:
+    if error.errno in _DISK_FULL:
+        return DanceError(f"no space left to write {target}: free some, or choose another --out")
+    return DanceError(f"{target} cannot be written ({error.strerror or error}): choose another --out")

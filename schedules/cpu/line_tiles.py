@@ -1,0 +1,147 @@
+"""Tile sizes of the convolution along lines: a model of its time, and its tuning space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ..geometry import Window
+from ..layer import Layer
+from ..workload import LINE, Decisions, Workload
+from .conv3d_line import HEIGHT, TIME, WIDTH, LineConv
+from .pointwise_tiles import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, WORTH_TRYING
+from .row_tiles import RowTile, panel_widths, register_tiles
+from .tiles import CHAINS_TO_HIDE_LATENCY, Machine, tap_tiles
+
+#: Bytes a cycle that come from beyond the second-level cache, where weights that take more than this share of it are:
+#: every line of outputs reads them all.
+L3_BYTES, WEIGHTS_SHARE_OF_L2 = 6.0, 0.6
+#: Cycles that the gathered convolution takes for the address of a row at a tap, and for a vector of partial sums.
+ADDRESS_CYCLES, PARTIAL_CYCLES = 2.0, 6.0
+#: Input channels up to which the addresses of rows, or Winograd's transforms, take longer than the multiplies.
+FEW_CHANNELS = 8
+#: Cycles of a tile for each line of taps.
+LINE_CYCLES = 6.0
+
+
+def is_dense(layer: Layer) -> bool:
+    """Whether the layer leaves nothing out and has one group."""
+    return not layer.workload.lists and layer.columns is None and layer.groups == 1 and layer.dtype == "float32"
+
+
+def tap_lines(window: Window) -> int:
+    """Pairs of line of outputs and line of taps inside the clip."""
+    live = [sum(len(window.live_taps(axis, index)) for index in range(window.out[axis])) for axis in (TIME, HEIGHT)]
+    return window.batch * live[0] * live[1]
+
+
+def predicted_cycles(machine: Machine, workload: Workload, tile: tuple[int, int, int]) -> float:
+    """Cycles of one thread for the layer with register tiles of (rows, vectors, step)."""
+    window, depth = workload.window, workload.channels_in
+    mr, most, step = tile
+    tiles = -(-window.out[WIDTH] // mr)
+    near = 4 * window.taps * depth * workload.channels_out <= WEIGHTS_SHARE_OF_L2 * machine.l2
+    lines, terms = window.positions_out // window.out[WIDTH], window.kernel[WIDTH] * depth
+    total = 0.0
+    for panels, vectors in panel_widths(-(-workload.channels_out // machine.vector_floats), most):
+        floats = vectors * machine.vector_floats
+        far = 4 * floats / (L2_BYTES if near else L3_BYTES)
+        bound = max(mr * vectors / 2, (mr / step + vectors) / 2, far, CHAINS_TO_HIDE_LATENCY / 2)
+        line = terms * (bound + 0.1 * mr / step + 0.35 * vectors) + LINE_CYCLES
+        store = VECTOR_CYCLES * mr * vectors + TILE_CYCLES
+        total += panels * tiles * (tap_lines(window) * line + lines * store)
+    return total
+
+
+def predicted_seconds(machine: Machine, workload: Workload) -> float:
+    """The time of the best tile on all threads, of the clock that the peak follows from."""
+    return _seconds(machine, workload, min(LineSpace(machine, workload).tiles.values()))
+
+
+def listing_seconds(machine: Machine, workload: Workload, mr: int, vectors: int) -> float:
+    """What the gathered convolution takes beside its multiplies, with tiles of ``mr`` rows × ``vectors``: an address
+    for each row and tap, and partial sums that are stored and read."""
+    panels = -(-workload.channels_out // (vectors * machine.vector_floats))
+    addresses = ADDRESS_CYCLES * tap_tiles(workload.window, mr) * mr
+    sums = PARTIAL_CYCLES * workload.window.positions_out * vectors
+    return _seconds(machine, workload, panels * (addresses + sums))
+
+
+def _seconds(machine: Machine, workload: Workload, cycles: float) -> float:
+    return cycles * 4 * machine.vector_floats / (1e9 * machine.gflops * workload.threads)
+
+
+@dataclass(frozen=True)
+class LineSpace:
+    """The decisions of the convolution along lines: the register tile, ``mr`` × ``vectors``, and ``step``, as in
+    :class:`~.spaces.GatherSpace`."""
+
+    machine: Machine
+    workload: Workload
+    names = ("mr", "vectors", "step")
+
+    @property
+    def size(self) -> int:
+        """How many candidates there are."""
+        return sum(math.prod(map(len, part.values())) for part in self.parts())
+
+    @property
+    def tiles(self) -> dict[tuple[int, int, int], float]:
+        """Register tiles (rows, vectors, step) that the layer can fill, and their predicted cycles."""
+        work = self.workload
+        terms = work.channels_in * work.window.kernel[WIDTH]
+        found = register_tiles(self.machine, work.window.out[WIDTH], self._vectors, terms)
+        return {tile: predicted_cycles(self.machine, work, tile) for tile in found}
+
+    @property
+    def _vectors(self) -> int:
+        return -(-self.workload.channels_out // self.machine.vector_floats)
+
+    def _step(self, step: int) -> int:
+        return step if self.workload.channels_in * self.workload.window.kernel[WIDTH] >= step else 1
+
+    def default(self) -> Decisions:
+        """What is chosen without a record."""
+        tiles = self.tiles
+        mr, vectors, step = min(tiles, key=lambda tile: tiles[tile])
+        return {"mr": mr, "vectors": vectors, "step": step}
+
+    def normal(self, decisions: Mapping[str, int]) -> Decisions:
+        """Decisions of another shape fitted to this one; equal kernels get equal decisions."""
+        most = self.workload.window.out[WIDTH]
+        fitted = {"mr": min(decisions["mr"], most), "vectors": min(decisions["vectors"], self._vectors)}
+        return {**dict(decisions), **fitted, "step": self._step(decisions["step"])}
+
+    def allows(self, decisions: Mapping[str, int]) -> bool:
+        """Whether the kernel can be built with them: complete, and no more registers than there are."""
+        named = set(decisions) == set(self.names)
+        return named and (decisions["mr"], decisions["vectors"], decisions["step"]) in self.tiles
+
+    def parts(self) -> list[dict[str, list[int]]]:
+        """One part for each number of vectors: which rows are worth trying depends on it."""
+        tiles = self.tiles
+        limit = WORTH_TRYING * min(tiles.values())
+        found: dict[tuple[int, int], list[int]] = {}
+        for (mr, vectors, step), cycles in tiles.items():
+            if cycles <= limit:
+                found.setdefault((vectors, step), []).append(mr)
+        return [{"mr": rows, "vectors": [vectors], "step": [step]} for (vectors, step), rows in found.items()]
+
+    def loops(self) -> dict[str, tuple[str | int, ...]]:
+        """Outputs of a line; vectors of a panel."""
+        return {"rows": ("mr",), "channels_out": ("vectors", self.machine.vector_floats)}
+
+    def kernel(self, decisions: Mapping[str, int]) -> LineConv:
+        """The kernel that the decisions describe."""
+        return self.fitted(Layer.of(self.workload), decisions)
+
+    def fitted(self, layer: Layer, decisions: Mapping[str, int]) -> LineConv:
+        """The same for a layer of this workload."""
+        tile = RowTile(vector_floats=self.machine.vector_floats, **decisions)
+        return LineConv(layer.window, layer.channels_in, layer.channels_out, tile, layer.residual, layer.activation)
+
+
+def line(workload: Workload) -> Workload:
+    """The same layer by the convolution along lines."""
+    return replace(workload, family=LINE)

@@ -1,0 +1,190 @@
+"""Register tiles whose rows lie at a constant distance in memory: sums, and what is stored of them.
+
+One address and constant distances reach all rows of a tile, where lists of rows need an address for each. Weights are
+packed as single vectors of output channels, so that panels of any width read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import tirx
+
+from ..convolution import LayerKernel
+from ..emit import Expr, big, choose, flat, lane, lanes, let, scratch, serial, splat, store
+from ..epilogue import activate
+from ..geometry import Window
+from ..kernel import Operand, Weights, constant, output
+from ..preparation import Panels
+from .conv3d_gather import parts_of
+from .tiles import Machine, candidates
+
+#: The sums of a tile: a buffer of one vector for each row and vector.
+Sums = list[list[tirx.Buffer]]
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """``mr`` rows × at most ``vectors`` vectors of ``vector_floats`` output channels are summed in registers; ``step``
+    terms are loaded as one vector per row (1: single values are broadcast from memory)."""
+
+    mr: int
+    vectors: int
+    vector_floats: int
+    step: int
+
+
+class RowConv(LayerKernel):
+    """A dense convolution by such tiles; the fields are those of whoever inherits it."""
+
+    window: Window
+    tile: RowTile
+    residual: bool
+    activation: str
+    groups = 1
+
+    @property
+    def vectors(self) -> int:
+        """Vectors that hold the output channels."""
+        return -(-self.channels_out // self.tile.vector_floats)
+
+    @property
+    def row_floats(self) -> int:
+        """Floats from the input of one row of a tile to that of the next."""
+        return self.channels_in
+
+    @property
+    def size_name(self) -> str:
+        """How names tell the tile."""
+        step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
+        return f"mr{self.tile.mr}_nr{self.tile.vectors * self.tile.vector_floats}{step}"
+
+    def operands(self) -> list[Operand]:
+        """x (N, T, H, W, C_in), weights (vectors, taps, C_in, lanes), bias in whole vectors, residual, y."""
+        return [
+            Operand("x", self.x_shape),
+            constant("weights", (self.vectors, self.window.taps, self.channels_in, self.tile.vector_floats)),
+            constant("bias", (self.vectors * self.tile.vector_floats,)),
+            *([Operand("residual", self.y_shape, role="residual")] if self.residual else []),
+            output("y", self.y_shape),
+        ]
+
+    @property
+    def preparation(self) -> Panels:
+        """How weights become what the kernel reads: panels of one vector."""
+        return Panels(1, self.channels_out, self.channels_in, self.window.taps, self.tile.vector_floats)
+
+    def prepare(self, weights: Weights | None) -> dict[str, np.ndarray]:
+        """Packed weights, and the bias with zeros behind it."""
+        assert weights is not None
+        bias = np.zeros(self.vectors * self.tile.vector_floats, "float32")
+        bias[: self.channels_out] = weights.bias
+        constants = {"bias": bias}
+        if weights.weight is not None:
+            constants["weights"] = self.preparation.apply(weights.weight)
+        return constants
+
+    def unpacked(self, at: Expr) -> tuple[Expr, Expr, Expr, Expr]:
+        """In panels of one vector."""
+        count, depth, taps = self.tile.vector_floats, self.channels_in, self.window.taps
+        line, channel = let(tirx.floordiv(at, count * depth)), let(tirx.floormod(tirx.floordiv(at, count), depth))
+        out = let(tirx.floordiv(line, taps) * count + tirx.floormod(at, count))
+        return out, let(tirx.floormod(line, taps)), channel, out < self.channels_out
+
+
+def panel_widths(vectors: int, most: int) -> list[tuple[int, int]]:
+    """``vectors`` in panels of at most ``most``, as equal as can be: (panels, vectors of each), wider ones first."""
+    panels = -(-vectors // most)
+    width, wider = divmod(vectors, panels)
+    return [(count, each) for count, each in ((wider, width + 1), (panels - wider, width)) if count]
+
+
+def register_tiles(machine: Machine, rows: int, vectors: int, terms: int) -> list[tuple[int, int, int]]:
+    """Tiles (rows, vectors, step) that so many rows and vectors fill, ``terms`` lying side by side, with a register to
+    spare where each row's terms are loaded as a vector: LLVM spills those that fill the last."""
+    found = []
+    for mr, width, step in candidates(machine):
+        used = mr * width + width + (mr if step > 1 else 1)
+        if mr <= rows and width <= vectors and used < machine.registers + (step == 1):
+            found.append((mr, width, step if terms >= step else 1))
+    return found
+
+
+class RowTiles:
+    """The parts of a kernel that work on one tile."""
+
+    def __init__(self, conv: RowConv, args: Mapping[str, tirx.Buffer]) -> None:
+        self.conv, self.tile, self.bias = conv, conv.tile, args["bias"]
+        self.x, self.weights, self.y = flat(args["x"]), flat(args["weights"]), flat(args["y"])
+        self.residual = flat(args["residual"]) if conv.residual else None
+        self.count = conv.tile.vector_floats
+        #: What the weights are multiplied with.
+        self.source = self.x
+        #: Floats from one vector's packed weights to the next one's.
+        self.vector_floats = conv.window.taps * conv.channels_in * self.count
+
+    def start(self, vector: Expr, mr: int, width: int) -> Sums:
+        """The sums of ``mr`` rows × ``width`` vectors from ``vector`` on, each the bias so far."""
+        count = self.count
+        acc = [[scratch((count,)) for _ in range(width)] for _ in range(mr)]
+        for v in range(width):
+            bias = let(self.bias[lanes((vector + v) * count, count)])
+            for r in range(mr):
+                store(acc[r][v], bias, lanes(0, count))
+        return acc
+
+    def multiply(self, source: Expr, weights: Expr, terms: int, acc: Sums) -> None:
+        """``acc[r] += x[r, term] · w[term]`` over so many terms that lie side by side."""
+        step = self.tile.step
+        rest = terms % step if step > 1 else terms
+        if terms > rest:
+            with serial(terms // step) as chunk:
+                self._terms(source, weights, let(big(chunk) * step), step, acc)
+        if rest:
+            with serial(rest) as index:
+                self._terms(source, weights, let(big(index) + (terms - rest)), 1, acc)
+
+    def _terms(self, source: Expr, weights: Expr, term: Expr, step: int, acc: Sums) -> None:
+        """``step`` terms from ``term`` on."""
+        count, distance = self.count, self.conv.row_floats
+        xs = [self.source[lanes(source + term + r * distance, step)] for r in range(len(acc))]
+        xs = [let(x) for x in xs] if step > 1 else xs
+        for k in range(step):
+            at = weights + (term + k) * count
+            w = [let(self.weights[lanes(at + v * self.vector_floats, count)]) for v in range(len(acc[0]))]
+            for x, sums in zip(xs, acc, strict=True):
+                value = let(splat(lane(x, k) if step > 1 else x, count))
+                for v, total in enumerate(sums):
+                    store(total, total[lanes(0, count)] + value * w[v], lanes(0, count))
+
+    def finish(self, target: Expr, vector: Expr, acc: Sequence[Sequence[tirx.Buffer]]) -> None:
+        """Store a tile; where the output channels end inside its last vector, that one in parts."""
+        conv, count = self.conv, self.count
+        left = conv.channels_out % count
+        for r, sums in enumerate(acc):
+            for v, total in enumerate(sums):
+                at = target + (r * conv.channels_out + v * count)
+                if not left or v + 1 < len(sums):
+                    self._store(total, 0, at, count)
+                else:
+                    self._store_last(total, at, vector + v)
+
+    def _store_last(self, total: tirx.Buffer, at: Expr, vector: Expr) -> None:
+        """One vector of a panel's last: all of it, or what there is of the layer's last."""
+
+        def whole() -> None:
+            self._store(total, 0, at, self.count)
+
+        def part() -> None:
+            for first, size in parts_of(self.conv.channels_out % self.count):
+                self._store(total, first, at + first, size)
+
+        choose(vector + 1 < self.conv.vectors, whole, part)
+
+    def _store(self, total: tirx.Buffer, first: int, at: Expr, count: int) -> None:
+        value = total[lanes(first, count)]
+        if self.residual is not None:
+            value = value + self.residual[lanes(at, count)]
+        store(self.y, activate(self.conv.activation, value, count), lanes(at, count))

@@ -1,0 +1,118 @@
+"""The convolution along lines equals PyTorch for any window, tile and epilogue; layers of few channels take it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import tvm
+from convolutions import call, tensor
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_depthwise import window_of
+from test_pointwise import AVX2, AVX512, NEON
+from torch import nn
+
+from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.frontend.importer import import_model
+from dance_tvm.lowering.registry import choose
+from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.cpu.conv3d_line import LineConv, runs
+from dance_tvm.schedules.cpu.line_tiles import LineSpace, line
+from dance_tvm.schedules.cpu.row_tiles import RowTile
+from dance_tvm.schedules.kernel import Weights
+from dance_tvm.schedules.layer import Layer
+from dance_tvm.schedules.workload import Workload
+
+
+def check(conv: LineConv, seed: int = 0) -> None:
+    """Small integers, so that sums are exact; the output is NaN beforehand."""
+    rng, window = np.random.default_rng(seed), conv.window
+    x = rng.integers(-9, 10, conv.x_shape).astype("float32")
+    weight = rng.integers(-4, 5, (conv.channels_out, conv.channels_in, *window.kernel)).astype("float32")
+    bias = rng.integers(-9, 10, conv.channels_out).astype("float32")
+    residual = rng.integers(-9, 10, conv.y_shape).astype("float32")
+    y, _ = call(conv, x, {}, Weights(weight, bias), residual)
+    data = torch.from_numpy(x).double().permute(0, 4, 1, 2, 3)
+    sizes = (window.stride, window.padding, window.dilation)
+    wanted = nn.functional.conv3d(data, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), *sizes)
+    exact = wanted.permute(0, 2, 3, 4, 1).numpy() + (residual if conv.residual else 0)
+    np.testing.assert_array_equal(y, np.maximum(exact, 0) if conv.activation else exact)
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> LineConv:
+    kernel = draw(st.sampled_from([(3, 3, 3), (1, 3, 3), (1, 5, 4), (3, 1, 1), (1, 1, 3), (2, 3, 1), (1, 1, 1)]))
+    stride = draw(st.sampled_from([(1, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 3)]))
+    dilation = draw(st.sampled_from([(1, 1, 1), (1, 1, 1), (2, 2, 1), (1, 1, 2)]))
+    padding = draw(st.sampled_from([(0, 0, 0), tuple(d * (k // 2) for k, d in zip(kernel, dilation, strict=True))]))
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    size = tuple(draw(st.integers(need, need + more)) for need, more in zip(reach, (2, 3, 9), strict=True))
+    floats, step = draw(st.sampled_from([(4, 1), (4, 4), (8, 1), (16, 1)]))
+    return LineConv(
+        window_of(draw(st.integers(1, 2)), size, kernel, stride, padding, dilation),
+        draw(st.integers(1, 6)),
+        draw(st.integers(1, 23)),
+        RowTile(draw(st.integers(1, 7)), draw(st.integers(1, 3)), floats, step),
+        residual=draw(st.booleans()),
+        activation=draw(st.sampled_from(["", "relu"])),
+    )
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(convolutions(), st.integers(0, 99))
+def test_any_convolution(conv, seed):
+    check(conv, seed)
+
+
+def test_taps_that_the_same_outputs_read_are_one_loop():
+    window = window_of(1, (1, 1, 6), (1, 1, 3), padding=(0, 0, 1))
+    assert runs(window, [[0, 1, 2]] * 4) == [(0, 3, 0, 4)]
+    assert runs(window, [[1, 2], [0, 1, 2], [0, 1, 2]]) == [(0, 1, 1, 3), (1, 2, 0, 3)]
+    assert runs(window_of(1, (1, 1, 9), (1, 1, 3), dilation=(1, 1, 2)), [[0, 1, 2]]) == [
+        (0, 1, 0, 1),
+        (1, 1, 0, 1),
+        (2, 1, 0, 1),
+    ]
+
+
+STEM = window_of(1, (8, 56, 56), (3, 3, 3), (1, 2, 2), (1, 1, 1))
+
+
+@pytest.mark.parametrize("machine", [AVX2, AVX512, NEON], ids=["avx2", "avx512", "neon"])
+@pytest.mark.parametrize("channels", [(3, 24), (64, 128), (1, 2)])
+def test_a_space_holds_its_default_and_only_what_fits(machine, channels):
+    space = LineSpace(machine, line(Workload(STEM, *channels)))
+    default = space.default()
+    assert space.allows(default)
+    assert space.normal(default) == default
+    assert default["mr"] in [mr for part in space.parts() for mr in part["mr"]]
+    assert not space.allows({**default, "mr": machine.registers})
+    assert not space.allows({"mr": 1, "vectors": 1})
+
+
+def test_layers_that_have_the_kernel():
+    strided = window_of(1, (2, 20, 20), (1, 1, 1), (1, 2, 2))
+    deep = window_of(1, (2, 14, 14), (3, 3, 3), padding=(1, 1, 1))
+    assert choose(Layer(STEM, 3, 24), AVX512).kernel.name.startswith("conv3d_line_")
+    assert choose(Layer(strided, 24, 48), AVX512).kernel.name.startswith("conv3d_line_")
+    assert choose(Layer(deep, 64, 64), AVX512, "auto").kernel.name.startswith("conv3d_winograd_")
+    assert choose(Layer(STEM, 3, 24, out_frames=True), AVX512).kernel.name.startswith("conv3d_gather_")
+    assert choose(Layer(STEM, 4, 24, groups=2), AVX512).kernel.name.startswith("conv3d_gather_")
+
+
+def test_networks_take_the_kernel():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(3, 20, 3, (1, 2, 2), 1), nn.SiLU(), nn.Conv3d(20, 9, 1, (2, 2, 2))).eval()
+    x, target = torch.randn(1, 3, 3, 13, 41), load_target("host")
+    for threads in (1, 2):
+        imported = import_model(network.float(), example_inputs=(x,), check=False)
+        lowered = lower(imported.mod, target, Options(threads=threads))
+        assert [layer.kernel[:12] for layer in lowered.layers] == ["conv3d_line_", "conv3d_line_"]
+        machine = tvm.relax.VirtualMachine(tvm.compile(lowered.mod, target=target.tvm_target(threads)), tvm.cpu())
+        given = [tensor(x.numpy()), *map(tensor, lowered.weights.values())]
+        exact = network.double()(x.double()).detach().numpy()
+        found = machine["main"](*given)[0].numpy()
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
+        counts = machine["counts"](*given).numpy()
+        assert [int(np.prod(row[1:])) for row in counts] == [7 * 19 * 61 * 60, 2 * 4 * 11 * 180]
