@@ -20,6 +20,7 @@ from dance_tvm.core.progress import JsonLines, Progress
 
 if TYPE_CHECKING:
     from dance_tvm.compiler.build import Built
+    from dance_tvm.machines.target import Target
 
 # Built when no --model is given: it needs no network and no file.
 DEFAULT_MODEL = "dance-c3d-mini"
@@ -77,8 +78,10 @@ def build(
     ] = None,
     memory: Annotated[
         Literal["small", "balanced", "fast"],
-        typer.Option(help="Of weights prepared for a processor: small transforms none, balanced by 2.4 at most."),
-    ] = "fast",
+        typer.Option(
+            help="Of a processor's large layers: small transforms none, balanced by 2.4 at most (docs/c-interface.md)."
+        ),
+    ] = "balanced",
     weights_dtype: Annotated[
         Literal["float32", "float16"],
         typer.Option(help="How a processor's weights are stored; computed is in float32."),
@@ -116,14 +119,8 @@ def build(
     requests.require_weights(weights)
     if logs is not None and not logs.is_dir():
         raise DanceError(f"there is no folder of tuning logs {logs}: `dance-tvm tune --logs` makes one")
-    if machine.tuning_log == "host-x86-64-sse":
-        said = "this processor has no AVX2: kernels for it use SSE, which nobody has measured; --target names others"
-        warnings.warn(said, DanceWarning, stacklevel=2)
-    if requests.is_untrained(model, weights):
-        said = f"{model} is built with random weights: give trained ones with --weights, or train it first"
-        warnings.warn(said, DanceWarning, stacklevel=2)
+    _warn(machine, model, weights)
     prepare = read_preprocess(preprocess) if preprocess else None
-    place = out or requests.default_out(model, machine)
     with Progress(as_json, json_lines) as progress:
         progress.phase("load the compiler")
         from dance_tvm.compiler.build import build_network
@@ -145,7 +142,7 @@ def build(
         )
         built = build_network(
             model,
-            place,
+            out or requests.default_out(model, machine),
             target=machine,
             weights=weights,
             shapes=shapes or None,
@@ -165,6 +162,16 @@ def build(
         typer.echo(json.dumps(_facts(built), indent=2))
     elif not json_lines:
         _print(built)
+
+
+def _warn(machine: Target, model: str, weights: Path | None) -> None:
+    """Warn of a processor that nobody has measured, and of weights that nobody has trained."""
+    if machine.tuning_log == "host-x86-64-sse":
+        said = "this processor has no AVX2: kernels for it use SSE, which nobody has measured; --target names others"
+        warnings.warn(said, DanceWarning, stacklevel=3)
+    if requests.is_untrained(model, weights):
+        said = f"{model} is built with random weights: give trained ones with --weights, or train it first"
+        warnings.warn(said, DanceWarning, stacklevel=3)
 
 
 def _shape(given: str) -> tuple[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from .emit import FLOAT, Expr
 from .geometry import Triple, Window
 from .kernel import Kernel, Operand, output
 from .plans import masks_of
+from .taps import taps_inside
 
 #: What a maximum starts from: less than any number.
 LOWEST = -math.inf
@@ -51,14 +52,6 @@ class Pool(Kernel):
         x = Operand("x", (batch, *size, self.channels), self.dtype)
         return [x, *self.masks.values(), output("y", (batch, *out, self.channels), self.dtype)]
 
-    def span(self, axis: int, start: Expr, before: int = 0, behind: int = 0) -> tuple[Expr, Expr]:
-        """The first tap that is inside the clip, widened by so much, and the one past the last: of a window that begins
-        at ``start``."""
-        window, step = self.window, self.window.dilation[axis]
-        first = tirx.floordiv(step - 1 - before - start, step)
-        past = tirx.floordiv(window.size[axis] + behind - start + step - 1, step)
-        return tirx.max(0, first), tirx.max(0, tirx.min(window.kernel[axis], past))
-
     def divisor(self, starts: Sequence[Expr]) -> Expr:
         """int32: how many taps count in the average over the window that begins at ``starts``."""
         taps: Expr = tirx.IntImm("int32", 1)
@@ -66,7 +59,7 @@ class Pool(Kernel):
             before, behind = (side[axis] for side in self.counted)
             counts = {self._counted(axis, index, before, behind) for index in range(self.window.out[axis])}
             if len(counts) > 1:
-                first, past = self.span(axis, start, before, behind)
+                first, past = taps_inside(self.window, axis, start, before, behind)
                 taps = taps * tirx.max(past - first, 0)
             else:
                 taps = taps * counts.pop()

@@ -60,7 +60,7 @@ def command(*words: str, **options) -> subprocess.CompletedProcess[str]:
         (["completion", "bash"], 0),
         (["report", "RESULTS", "--format", "markdown", "--out", "OUT.md"], 0),
         # Refused before anything is loaded.
-        (["build", "--target", "snapdragon", "--dtype", "float16"], 2),
+        (["build", "--target", "jetson-nano", "--weights-dtype", "float16"], 2),
         (["build", "--target", "BOARD.toml"], 2),
         (["build", "--model", "c3d-maxi"], 2),
         (["build", "--model", "/nowhere/net.onnx"], 2),

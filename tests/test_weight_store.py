@@ -114,10 +114,10 @@ def test_the_hash_is_one_of_the_whole_however_it_is_cut(sizes):
 
 @pytest.fixture(scope="module")
 def imported():
-    """A layer of 1.3 MB of weights, which Winograd's transform with tiles of four makes fivefold."""
+    """A layer of 8.4 MiB of weights, which Winograd's transform with tiles of four makes more than fivefold."""
     torch.manual_seed(4)
-    convolution = nn.Conv3d(64, 192, 3, padding=1).eval()
-    return import_model(convolution, example_inputs=(torch.randn(1, 64, 4, 14, 14),), check=False)
+    convolution = nn.Conv3d(256, 320, 3, padding=1).eval()
+    return import_model(convolution, example_inputs=(torch.randn(1, 256, 4, 16, 16),), check=False)
 
 
 @pytest.mark.parametrize(("memory", "least", "most"), [("small", 1, 1), ("balanced", 1.7, 2.4), ("fast", 2.4, 10)])

@@ -67,7 +67,7 @@ class Options:
     logs: Path | None = None
     device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16", "auto"] = "float32"
-    memory: Memory = "fast"
+    memory: Memory = "balanced"
     weights_dtype: Literal["float32", "float16"] = "float32"
     prepared: bool = False
     static: bool = False
@@ -109,7 +109,7 @@ def lower(
                 target, options.threads, partial(excess_cycles, machine.storing(options.dtype)), options.logs
             ),
             dtype=options.dtype,
-            memory=options.memory,
+            memory="fast" if gpu else options.memory,
             largest=largest,
         )
         phases.end("sparse kernels", mod := windows.mod)

@@ -40,7 +40,7 @@ BLOCK_GROUP_FILTERS = (16, 32, 8)
 Memory = Literal["small", "balanced", "fast"]
 MOST_GROWTH: dict[Memory, tuple[float, int]] = {
     "small": (1.0, 1 << 18),
-    "balanced": (2.4, 1 << 20),
+    "balanced": (2.4, 8 << 20),
     "fast": (math.inf, 0),
 }
 

@@ -15,7 +15,8 @@ from tvm import tirx
 from ..emit import Expr, big, let, parallel, serial
 from ..geometry import Window
 from ..kernel import Count
-from .lines import each_piece, span
+from ..taps import span
+from .lines import each_piece
 from .row_tiles import RowConv, RowTile, RowTiles, panel_widths
 
 TIME, HEIGHT, WIDTH = range(3)

@@ -43,7 +43,8 @@ from ..emit import (
 from ..epilogue import activate
 from ..geometry import Window
 from ..kernel import Count, Operand, Planned, Weights, constant, output
-from .lines import each_piece, span
+from ..taps import span
+from .lines import each_piece
 from .row_plan import RowPlan
 from .tiles import HALF_TERMS
 

@@ -37,14 +37,3 @@ def each_piece(window: Window, axis: int, mr: int, visit: Visit) -> None:
             visit(let(tirx.min(done + index * mr, past - mr)), [whole] * mr)
     for begin in behind:
         visit(begin, taps[begin : begin + mr])
-
-
-def span(window: Window, axis: int, index: Expr) -> tuple[Expr, Expr, Expr]:
-    """Where output ``index`` begins to read on an axis, and its taps inside the clip: first, past the last."""
-    start = let(index * window.stride[axis] - window.padding[axis])
-    if window.classes[axis] == (tuple(range(window.kernel[axis])),):
-        return start, 0, window.kernel[axis]
-    step = window.dilation[axis]
-    first = let(tirx.max(0, tirx.floordiv(step - 1 - start, step)))
-    past = tirx.floordiv(window.size[axis] - start + step - 1, step)
-    return start, first, let(tirx.max(first, tirx.min(window.kernel[axis], past)))

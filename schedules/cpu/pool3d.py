@@ -27,6 +27,7 @@ from ..emit import (
     write,
 )
 from ..pool import LOWEST, Pool
+from ..taps import span
 
 #: Vectors of channels that hide the latency of their loads from one another: ``benchmarks.pools`` has four at 0.28 to
 #: 1.05 of the time of one, and eight ahead of them over whole clips alone.
@@ -130,20 +131,11 @@ class _Emitter:
         with serial(self.window.out[2] * self.pool.channels) as index:
             write(self.y, number(0.0), target + index)
 
-    def _bounds(self, axis: int, index: Expr) -> Bounds:
-        """First coordinate of the window, and the taps that lie inside the clip: begin, end."""
-        window = self.window
-        start = let(index * window.stride[axis] - window.padding[axis])
-        if window.classes[axis] == (tuple(range(window.kernel[axis])),):
-            return start, 0, window.kernel[axis]
-        begin, end = self.pool.span(axis, start)
-        return start, let(begin), let(end)
-
     def line(self, clip: Expr, frame: Expr, row: Expr) -> None:
         """One line of output positions."""
         pool, window = self.pool, self.window
         target = let(self._target(clip, frame, row))
-        area = _Area(clip, self._bounds(0, frame), self._bounds(1, row))
+        area = _Area(clip, span(window, 0, frame), span(window, 1, row))
         widest = pool.vectors * pool.vector_floats
         reduced = scratch((window.size[2] * widest,), self.kept) if pool.shares_columns else None
         done = 0
@@ -154,7 +146,7 @@ class _Emitter:
             lot = _Lot(vectors, count)
             if reduced is None:
                 with serial(window.out[2]) as column:
-                    columns = self._bounds(2, column)
+                    columns = span(window, 2, column)
                     with serial(passes) as index:
                         channel = let(done + index * width)
                         found = self._read(area, columns, channel, lot)
@@ -171,7 +163,7 @@ class _Emitter:
             for v, value in enumerate(self._read(area, (column, 0, 1), channel, lot)):
                 store(reduced, value, lanes(column * lot.width + v * lot.floats, lot.floats))
         with serial(window.out[2]) as column:
-            start, begin, end = self._bounds(2, column)
+            start, begin, end = span(window, 2, column)
             acc = [self._started(lot.floats) for _ in range(lot.vectors)]
             with serial(end - begin) as tap:
                 place = let((start + begin + tap) * lot.width)

@@ -9,6 +9,7 @@ from tvm import tirx
 
 from ..emit import FLOAT, Expr, choose, flat, let, number, read, serial, short, store, when, write
 from ..pool import LOWEST, Pool
+from ..taps import span
 from .emit import each_element, registers
 
 
@@ -58,7 +59,8 @@ def _pooled(
     """One output value."""
     window = pool.window
     size_t, size_h, size_w = window.size
-    starts, begins, counts = zip(*(_bounds(pool, axis, index) for axis, index in enumerate(at)), strict=True)
+    starts, begins, ends = zip(*(span(window, axis, index) for axis, index in enumerate(at)), strict=True)
+    counts = [let(end - begin) for begin, end in zip(begins, ends, strict=True)]
     acc = registers((1,))
     store(acc, number(LOWEST if pool.pooling == "max" else 0.0), 0)
 
@@ -87,11 +89,3 @@ def _pooled(
     if pool.pooling == "max":
         return acc[0]
     return acc[0] / tirx.Cast(FLOAT, pool.divisor(starts))
-
-
-def _bounds(pool: Pool, axis: int, index: Expr) -> tuple[Expr, Expr, Expr]:
-    """First coordinate of the window, its first tap inside the clip, and how many are inside."""
-    start = let(index * pool.window.stride[axis] - pool.window.padding[axis])
-    first, past = pool.span(axis, start)
-    begin = let(first)
-    return start, begin, let(tirx.max(past - begin, 0))
