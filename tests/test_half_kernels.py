@@ -17,11 +17,15 @@ from test_conv3d_gather import DENSE, IN_POSITIONS, GatherCase, check
 from dance_tvm.schedules.cpu.carry_frames import Carry
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.depthwise import DepthwiseConv, DepthwiseTile
+from dance_tvm.schedules.cpu.direct_spaces import direct
 from dance_tvm.schedules.cpu.pool3d import VectorPool
 from dance_tvm.schedules.cpu.row_plan import RowPlan
+from dance_tvm.schedules.cpu.spaces import choose_tile
 from dance_tvm.schedules.cpu.tiles import HALF_TERMS, Machine, Tile, default_tile
+from dance_tvm.schedules.cpu.winograd_choice import direct_seconds
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.kernel import Weights
+from dance_tvm.schedules.layer import Layer
 
 HALF = "float16"
 CASES = [DENSE[8], DENSE[11], DENSE[12], IN_POSITIONS[5], IN_POSITIONS[6]]
@@ -46,6 +50,16 @@ def test_sums_go_to_single_precision_before_half_loses_their_units() -> None:
     found, _ = call(conv, np.ones((1, 2, 4, 4, depth)), weights=weights)
     assert found.dtype == HALF
     assert np.all(found == 8192)
+
+
+@pytest.mark.parametrize("densities", [None, [1.0]], ids=["masks as expected", "nothing left out"])
+def test_the_model_of_time_knows_that_half_precision_is_faster(densities) -> None:
+    layer = Layer(Window(1, (4, 14, 14), (4, 14, 14), (3, 3, 3), padding=(1, 1, 1)), 64, 64)
+    whole, half = (
+        direct_seconds(direct(each, choose_tile(each.workload, NEON)[0]), NEON, 1, densities)
+        for each in (layer, replace(layer, dtype=HALF))
+    )
+    assert half < 0.6 * whole
 
 
 def test_what_a_kernel_passes_on_is_what_ieee_says() -> None:

@@ -63,3 +63,19 @@ def test_the_page_counts_what_is_right_and_names_the_rest(tmp_path, monkeypatch)
     assert "From ONNX: 0 of the 1" in text
     assert "| 12.7 | 3e-07 | 2e-06 | refused | 20 | 700 | 3 |" in text
     assert "- I3D from onnx: refused: The operator Foo is not known." in text
+
+
+def test_the_page_tells_processor_time_and_the_ratio_to_the_fastest():
+    def figures(ms: float, ratio: float) -> dict[str, object]:
+        turns = {"ours_over_it": ratio, "ratio_interval": [ratio - 0.1, ratio + 0.1]}
+        return {"ms": 2 * ms, "least_processor_ms": ms, "least_processor_ratio": ratio, "error": 2e-7, **turns}
+
+    peers = {"ours": figures(6, 1), "one": figures(5, 1.2), "other": figures(12, 0.5), "third": {"failed": "absent"}}
+    run = {"case": "MobileNet 3D", "threads": 1, "gmacs": 0.234, "peers": peers}
+    machine = {"processor": "Some processor", "cores": 2, "versions": {"torch": "1"}}
+    text = "\n".join(page.times({"machine": machine, "runs": [run]}))
+    assert "Some processor (2 cores), torch 1." in text
+    assert (
+        "| MobileNet 3D | 1x3x16x112x112 | 1 | 0.23 | 6.0 | 5.0 | 12.0 | – | 1.20 (one) | 1.20 (1.10 to 1.30) |" in text
+    )
+    assert "Geometric mean of the ratios: 1.20." in text

@@ -6,14 +6,17 @@ python -m benchmarks.published.page
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.networks import MEASURED
 from benchmarks.published.networks import NETWORKS, Network
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/published.json"
+TIMES = ROOT / "benchmarks/results/networks.json"
 PAGE = ROOT / "docs/networks.md"
 
 _INTRODUCTION = """\
@@ -35,13 +38,29 @@ written by PyTorch's exporter, where that refuses by its older one. A run goes o
 """
 
 
+_TIMES = """
+## How fast
+
+`python -m benchmarks.networks` asks the engines in turns, each in a process of its own, in float32.
+The machine was shared with other work meanwhile, so that times by the wall would be no latencies: **ms** is the least
+processor time of a call (all threads of the engine), **ratio** that of ours to the fastest other's, and **in turns**
+the median of the ratios of wall times within a round, with its 95 % interval. What a call of ours is spent on:
+`python -m benchmarks.networks --profile NAME`. Not measured yet are the other networks of that command, two threads,
+and MNN and PyTorch beside ours.
+
+{machine}.
+
+| network | input | threads | GMAC | ours, ms | {peers} | ratio | in turns, to the same | error |
+|---|---|---|---|---|{rule}---|---|---|"""
+
 Rows = list[tuple[Network, dict[str, Any]]]
 
 
 def write_page(results: dict[str, Any]) -> None:
     """Write the page."""
     rows = [(network, results[network.name]) for network in NETWORKS if network.name in results]
-    lines = [_INTRODUCTION, *_counted(rows), "", *_table(rows), *_others(rows), *_recipes(rows)]
+    measured = times(json.loads(TIMES.read_text(encoding="utf-8"))) if TIMES.exists() else ()
+    lines = [_INTRODUCTION, *_counted(rows), "", *_table(rows), *_others(rows), *measured, *_recipes(rows)]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -86,6 +105,38 @@ def _others(rows: Rows) -> Iterator[str]:
     ]
     if told:
         yield from ("", "## What is not right", "", *told)
+
+
+def times(measured: dict[str, Any]) -> Iterator[str]:
+    """The section of what ``benchmarks.networks`` measured."""
+    runs = [run for run in measured["runs"] if "ms" in run["peers"]["ours"]]
+    peers = [peer for peer in dict.fromkeys(peer for run in runs for peer in run["peers"]) if peer != "ours"]
+    about = measured["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    machine = f"{about['processor']} ({about['cores']} cores), {versions}"
+    yield _TIMES.format(machine=machine, peers=" | ".join(f"{peer}, ms" for peer in peers), rule="---|" * len(peers))
+    shapes = {network.name: network.shapes for network in NETWORKS}
+    inputs = {entry.name: entry.shapes or shapes.get(entry.published, "the zoo's") for entry in MEASURED}
+    ratios = []
+    for run in runs:
+        ours, others = run["peers"]["ours"], {peer: run["peers"].get(peer, {}) for peer in peers}
+        able = {peer: result for peer, result in others.items() if "least_processor_ratio" in result}
+        fastest = max(able, key=lambda peer: able[peer]["least_processor_ratio"], default="")
+        cells = [run["case"], inputs.get(run["case"], ""), str(run["threads"]), f"{run['gmacs']:.2f}"]
+        cells.append(f"{ours['least_processor_ms']:.1f}")
+        cells += [f"{able[peer]['least_processor_ms']:.1f}" if peer in able else "–" for peer in peers]
+        if fastest:
+            best = able[fastest]
+            low, high = best["ratio_interval"]
+            ratios.append(best["least_processor_ratio"])
+            cells += [f"{ratios[-1]:.2f} ({fastest})", f"{best['ours_over_it']:.2f} ({low:.2f} to {high:.2f})"]
+        else:
+            cells += ["–", "–"]
+        cells.append(f"{ours['error']:.0e}")
+        yield f"| {' | '.join(cells)} |"
+    if ratios:
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        yield from ("", f"Geometric mean of the ratios: {mean:.2f}.")
 
 
 def _recipes(rows: Rows) -> Iterator[str]:

@@ -96,7 +96,7 @@ def choose(
     found = best(conv, machine, threads, most_growth=most_growth)
     if found is None:
         return Choice(conv, "direct: no tile's transformed inputs fit the memory allowed")
-    direct = direct_seconds(conv, machine.storing(conv.dtype), threads)
+    direct = direct_seconds(conv, machine, threads)
     transformed = winograd_seconds(found, machine, threads)
     kind = "kernel groups" if isinstance(conv, KernelGroupConv) else "direct"
     times = f"{1e3 * transformed:.2g} ms predicted, {kind} {1e3 * direct:.2g} ms"
@@ -286,6 +286,7 @@ def direct_seconds(conv: GatherConv, machine: Machine, threads: int, densities: 
 
     ``densities`` of each axis: by default those that the kernel itself thins leave ``ASSUMED_LEFT`` together.
     """
+    machine = machine.storing(conv.dtype)
     return mean(_direct_seconds(conv, machine, threads, density) for density in densities or _densities(conv))
 
 
