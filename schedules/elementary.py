@@ -1,4 +1,4 @@
-"""exp, log, tanh and erf in vectors: what stands on a CPU in the place of one libm call for each lane.
+"""exp, log, tanh, erf and their like in vectors: what stands on a CPU in the place of one libm call for each lane.
 
 Kernels and all other operators say ``tirx.exp`` and the like. ``written_out`` turns those of float32 into operators of
 our own, which TVM keeps whole until loops have become vectors and then lowers to calls of functions in LLVM's own
@@ -16,6 +16,7 @@ log                 2 ulp
 tanh, erf           1e-6 of the value
 sigmoid             3 ulp; zero from where ``exp(-x)`` overflows
 log1p               3 ulp
+sinh, cosh          5 ulp
 ==================  ==========================================================================
 
 NaN stays NaN, infinities give what the limits are, and zeros keep their sign.
@@ -57,6 +58,8 @@ ERF_BELOW = (
     -1.42647390514189e-02,
 )
 ERF_END = 4.0
+#: (sinh(x) - x) / x³ for |x| ≤ 1 as a polynomial of x² (Cephes).
+SINH = (2.03721912945e-4, 8.33028376239e-3, 1.66667160211e-1)
 #: log(2) in two parts, the first of so few bits that its products with an exponent are exact.
 LOG2_HIGH, LOG2_LOW = 0.693359375, -2.12194440e-4
 #: A number that leaves the nearest integer in the low bits of its sum with a smaller one: 1.5 · 2²³, and its bits.
@@ -237,6 +240,30 @@ def sigmoid(x: _Value) -> _Value:
     return 1.0 / (exp(0.0 - x) + 1.0)
 
 
+def _exponentials(x: _Value) -> tuple[_Value, _Value]:
+    """e^|x| / 2 and e^-|x| / 2, by halves, so that the first is infinite only where the result is."""
+    size = _select(x.compared("olt", 0.0), 0.0 - x, x)
+    root = exp(size * 0.5)
+    large = root * 0.5 * root
+    return large, 0.25 / large
+
+
+def sinh(x: _Value) -> _Value:
+    """Half the difference of e^x and e^-x; below 1, where they are alike, a polynomial."""
+    large, small = _exponentials(x)
+    size = large - small
+    signed = _select(x.compared("olt", 0.0), 0.0 - size, size)
+    square = x * x
+    near = x * (square * _polynomial(square, SINH)) + x
+    return _select(square.compared("olt", 1.0), near, signed)
+
+
+def cosh(x: _Value) -> _Value:
+    """Half the sum of e^x and e^-x."""
+    large, small = _exponentials(x)
+    return large + small
+
+
 FUNCTIONS: dict[str, Callable[[_Value], _Value]] = {
     "exp": exp,
     "log": log,
@@ -244,6 +271,8 @@ FUNCTIONS: dict[str, Callable[[_Value], _Value]] = {
     "tanh": tanh,
     "erf": erf,
     "sigmoid": sigmoid,
+    "sinh": sinh,
+    "cosh": cosh,
 }
 
 
