@@ -20,6 +20,7 @@ from dance_tvm import Options, build_network, import_model
 from dance_tvm.artifact.c_interface import HEADER, INTERFACE
 from dance_tvm.artifact.interface.dance_model import Model, ModelError
 from dance_tvm.compiler.pipeline import lower
+from dance_tvm.machines.host import FEATURES, cpu_flags
 from dance_tvm.machines.target import load_target
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -223,6 +224,26 @@ def test_a_library_without_the_interface_is_refused_in_a_sentence(tmp_path):
     shutil.copy(_ctypes.__file__, tmp_path / "model.so")
     with pytest.raises(ModelError, match="has no C interface"):
         Model(tmp_path)
+
+
+def test_a_processor_without_the_instructions_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("dance_tvm.compiler.build.needed_flags", lambda _target: ["of_another_maker"])
+    with pytest.raises(ModelError, match="uses of_another_maker instructions, which this processor lacks"):
+        Model(built(nn.Linear(4, 4), tmp_path / "a", torch.zeros(1, 4)))
+
+
+@needs_cc
+def test_instruction_sets_are_those_that_linux_lists(tmp_path):
+    source = tmp_path / "list.c"
+    source.write_text(
+        '#include "processor.c"\n#include <stdio.h>\n'
+        "int main(int count, char **names) {\n"
+        "  for (int each = 1; each < count; each++) if (processor_has(names[each])) puts(names[each]);\n"
+        "  return 0;\n}\n"
+    )
+    program = compiled("cc", ["-std=c11", f"-I{INTERFACE}"], source, tmp_path / "list")
+    found = subprocess.run([program, *FEATURES.values()], capture_output=True, text=True).stdout.split()
+    assert set(found) == cpu_flags() & set(FEATURES.values())
 
 
 def compiled(command: str, flags: list[str], source: Path, output: Path) -> Path:

@@ -23,7 +23,9 @@ from dance_tvm.machines.target import Target
 
 INTERFACE = Path(__file__).with_name("interface")
 HEADER = INTERFACE / "dance_model.h"
-RUNTIME = tuple(INTERFACE / f"{name}.c" for name in ("threads", "digest", "prepare", "weights", "runtime", "tvm"))
+RUNTIME = tuple(
+    INTERFACE / f"{name}.c" for name in ("processor", "threads", "digest", "prepare", "weights", "runtime", "tvm")
+)
 COMPILE_TIMEOUT_S = 300
 
 _PROGRAM, _STORE = "program.c", "store.bin"

@@ -87,12 +87,14 @@ class Program:
 
 @dataclass(frozen=True)
 class Names:
-    """What the table calls things: inputs, outputs; a line that describes the build; threads."""
+    """What the table calls things: inputs, outputs; a line that describes the build; threads; and the instruction sets
+    that a processor must have, as Linux names them."""
 
     inputs: list[str]
     outputs: list[str]
     description: str
     threads: int
+    instructions: list[str]
 
 
 def program_of(mod: tvm.IRModule, weights: Sequence[np.ndarray] = ()) -> Program:
@@ -289,9 +291,12 @@ class _Printer:
         outputs = f"outputs, output_tensors, {len(program.outputs)}"
         inline = not store.names
         where = ("dance_store" if inline else "NULL", store.size, "NULL" if inline else "digest")
+        needs = ", ".join(map(_quoted, names.instructions)) or "NULL"
         return (
+            f"static const char *const instructions[] = {{{needs}}};\n"
             "HIDDEN const dance_program dance_the_program = {\n"
-            f"    {_quoted(names.description)}, {names.threads}, {program.arena_bytes}u,\n"
+            f"    {_quoted(names.description)}, instructions, {len(names.instructions)},\n"
+            f"    {names.threads}, {program.arena_bytes}u,\n"
             f"    tensors, {len(self._tensors)}, arguments, {arguments}, steps, {len(program.steps)},\n"
             f"    weights, {len(store.tensors)}, {where[0]}, {where[1]}u, {where[2]},\n"
             f"    inputs, {len(program.inputs)}, {outputs}}};"

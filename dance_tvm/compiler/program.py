@@ -66,6 +66,7 @@ def program_objects(
         [tensor.name for tensor in manifest.outputs],
         f"{manifest.name} for {machine.name}, dance_tvm {manifest.versions.get('dance-tvm', '')}",
         manifest.target.threads,
+        manifest.target.cpu_features,
     )
     cache = KernelCache() if options.cache else None
     return store, [*compile_interface(program, store, names, machine, folder, cache), *code.kernels]

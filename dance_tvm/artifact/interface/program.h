@@ -66,6 +66,8 @@ typedef struct {
 
 typedef struct {
   const char *description;
+  const char *const *instructions; /* that the kernels use */
+  int32_t instruction_count;
   int32_t threads;
   size_t arena_bytes;
   const program_tensor *tensors;

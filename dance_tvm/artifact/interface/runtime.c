@@ -125,6 +125,16 @@ static int start_threads(dance_model *model, const dance_options *options, char 
   return start_pool(&model->threads, threads, options) ? DANCE_OK : DANCE_NO_MEMORY;
 }
 
+static int require_instructions(const dance_program *program, char *error, size_t room) {
+  for (int32_t each = 0; each < program->instruction_count; each++) {
+    if (processor_has(program->instructions[each])) continue;
+    SAY(error, room, "the model uses ", program->instructions[each],
+        " instructions, which this processor lacks: build it for a target without them");
+    return DANCE_BAD_ARGUMENT;
+  }
+  return DANCE_OK;
+}
+
 static dance_model *create(const dance_options *options, char *error, size_t room) {
   static const dance_options none;
   dance_options given = none;
@@ -133,7 +143,8 @@ static dance_model *create(const dance_options *options, char *error, size_t roo
   dance_model *model = calloc(1, sizeof *model);
   if (!model) return NULL;
   model->program = &dance_the_program;
-  int code = start_threads(model, &given, error, room);
+  int code = require_instructions(model->program, error, room);
+  if (!code) code = start_threads(model, &given, error, room);
   if (!code && given.share) {
     model->weights = given.share->weights;
     share_weights(model->weights);

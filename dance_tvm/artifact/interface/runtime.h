@@ -95,6 +95,11 @@ int run_loop(parallel_body body, void *closure, int tasks);
 void forget_error(void);
 const char *kernel_error(void); /* what a kernel of this thread said last */
 
+/* -- processor.c ---------------------------------------------------------------------------------------------------- */
+
+/* Whether this processor has what Linux lists under the name, and the system keeps its registers. */
+int processor_has(const char *instructions);
+
 /* -- digest.c ------------------------------------------------------------------------------------------------------- */
 
 #define DIGEST_BYTES 32
