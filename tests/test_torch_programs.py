@@ -79,7 +79,7 @@ def test_other_floats_are_computed_in_float32(dtype, tmp_path):
     network = nn.Sequential(nn.Conv3d(3, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
     network(CLIP)
     network = network.eval().to(dtype)
-    built = build_network(network, tmp_path / "artifact", example_inputs=(CLIP.to(dtype),), threads=1, check=False)
+    built = build_network(network, tmp_path / "artifact", example_inputs=(CLIP.to(dtype),), threads=1)
     numpy_dtype = ml_dtypes.bfloat16 if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
     found = run(built, CLIP.to(dtype).float().numpy().astype(numpy_dtype))["output"]
     assert found.dtype == numpy_dtype

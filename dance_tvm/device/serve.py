@@ -181,12 +181,14 @@ class _View(ctypes.Structure):
     )
 
     def array(self) -> Seen:
-        """The tensor's memory."""
+        """The tensor's memory; bfloat16, which numpy does not have, as float32."""
         shape = tuple(self.shape[: self.rank])
-        dtype = np.dtype("bool" if self.kind == 6 else f"{('int', 'uint', 'float')[self.kind]}{self.bits}")
+        name = {0: "int", 1: "uint", 2: "float", 4: "uint", 6: "bool"}[self.kind]
+        dtype = np.dtype(name if name == "bool" else f"{name}{self.bits}")
         size = int(np.prod(shape, dtype="int64")) * dtype.itemsize
         memory = (ctypes.c_char * size).from_address(self.data) if size else b""
-        return Seen.of(np.frombuffer(memoryview(memory), dtype).reshape(shape))
+        array = np.frombuffer(memoryview(memory), dtype).reshape(shape)
+        return Seen.of((array.astype("uint32") << 16).view("float32") if self.kind == 4 else array)
 
 
 Kernels = dict[str, dict[str, Any]]  # what an artifact's manifest says of its kernels, by symbol

@@ -24,7 +24,7 @@ VERSION = 1
 _OK = 0
 _ERROR_BYTES = 512
 _NAMES = {0: "int", 1: "uint", 2: "float"}
-_BOOL = 6
+_BFLOAT, _BOOL = 4, 6
 
 
 class ModelError(Exception):
@@ -275,9 +275,19 @@ def _array(view: _View) -> np.ndarray:
 def _dtype(kind: int, bits: int) -> np.dtype:
     if kind == _BOOL:
         return np.dtype(bool)
+    if kind == _BFLOAT:
+        return _bfloat16()
     if kind not in _NAMES:
         raise ModelError(f"this numpy interface has no type of kind {kind} and {bits} bits: use the C interface")
     return np.dtype(f"{_NAMES[kind]}{bits}")
+
+
+def _bfloat16() -> np.dtype:
+    try:
+        import ml_dtypes  # of all types this one alone is not numpy's
+    except ImportError:
+        raise ModelError("numpy has no bfloat16 of its own: pip install ml_dtypes, or use the C interface") from None
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 def _fitting(name: str, array: np.ndarray, kind: tuple[tuple[int, ...], np.dtype]) -> np.ndarray:
