@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from time import process_time
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import numpy as np
 import torch
@@ -155,7 +155,7 @@ def drawer(name: str, units: Sequence[SiteUnits]) -> Drawer:
     return Drawer(MacCounter(prune(models.create(name), shape, units=units)), units)
 
 
-def artifacts(name: str, folder: Path, threads: int, interface: str, anew: bool) -> dict[str, Path]:
+def artifacts(name: str, folder: Path, threads: int, anew: bool) -> dict[str, Path]:
     """Build what is missing in ``folder``: the dense network and the masked one."""
     network, (clip,) = models.create(name).eval(), models.example_inputs(name)
     graph, _ = masked(network, models.entry(name).input_shape)
@@ -167,13 +167,12 @@ def artifacts(name: str, folder: Path, threads: int, interface: str, anew: bool)
     ]
     found = {}
     for kind, module, inputs in (("dense", network, (clip,)), ("masked", graph, (clip, *full))):
-        out = found[kind] = folder / f"{name}-{kind}-{threads}-{interface}"
+        out = found[kind] = folder / f"{name}-{kind}-{threads}"
         if anew or not out.exists():
             print(f"building {out.name}", file=sys.stderr, flush=True)
-            options = Options(threads=threads, interface=cast(Any, interface))
             build_network(
-                module, out, target="host", example_inputs=cast(tuple[Tensor, ...], inputs), options=options,
-                check=False, reuse=False,
+                module, out, target="host", example_inputs=cast(tuple[Tensor, ...], inputs),
+                options=Options(threads=threads), check=False, reuse=False,
             )  # fmt: skip
     return found
 
@@ -241,7 +240,6 @@ def main(
     rounds: Annotated[int, typer.Option(help="times that dense and masked take turns for each mask")] = 7,
     draws: Annotated[int, typer.Option(help="masks drawn for each case")] = 3,
     only: Annotated[str, typer.Option(help="comma-separated beginnings of cases' names")] = "",
-    interface: Annotated[str, typer.Option(help="of the builds: tvm or c")] = "tvm",
     folder: Annotated[Path, typer.Option(help="where artifacts are kept")] = Path("artifacts/units"),
     anew: Annotated[bool, typer.Option("--anew", help="build even what is there")] = False,
     profiled: Annotated[str, typer.Option("--profile", help="a case whose kernels are timed")] = "",
@@ -250,7 +248,7 @@ def main(
     """Print speed-up, reduction, and one over the other, by what is thinned."""
     os.environ["TVM_NUM_THREADS"] = str(threads)
     folder.mkdir(parents=True, exist_ok=True)
-    built = artifacts(network, folder, threads, interface, anew)
+    built = artifacts(network, folder, threads, anew)
     units = folder / f"{network}.json"
     if anew or not units.exists():
         units_command(network, "host", threads, 1, units, True)

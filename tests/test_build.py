@@ -177,6 +177,12 @@ def test_json_and_debug_dump(program, tmp_path, capsys):
     assert len(dumps) > 4
 
 
+def test_a_dump_that_options_ask_for_makes_its_folder(tmp_path):
+    options = Options(debug_dump=tmp_path / "deep" / "ir")
+    build_network(nn.Linear(4, 4), tmp_path / "out", example_inputs=(torch.zeros(1, 4),), options=options, check=False)
+    assert {"imported.py", "planned.py"} < {path.name for path in (tmp_path / "deep" / "ir").iterdir()}
+
+
 def test_a_name_of_the_zoo_with_trained_weights(tmp_path):
     from safetensors.torch import save_file
 

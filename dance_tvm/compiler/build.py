@@ -118,7 +118,8 @@ def build_network(
     if options is not None and options.dtype == "auto":
         return _with_best_dtype(asked, machine, options)
     chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
-    chosen = replace(chosen, debug_dump=_dump_folder(debug_dump)) if debug_dump else chosen
+    if dump := debug_dump or chosen.debug_dump:
+        chosen = replace(chosen, debug_dump=_dump_folder(dump))
     source = load_target(logs_from) if logs_from else None
     if chosen.tuning is None:
         chosen = replace(chosen, tuning=tuned_tiles(machine, options.logs if options else None, source))
