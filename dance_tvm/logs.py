@@ -153,7 +153,7 @@ _KINDS: dict[str, Callable[[Workload], str]] = {
     "conv3d_winograd": lambda work: " winograd",
     "conv3d_kgs": lambda work: f" groups {work.group[0]}x{work.group[1]}, {work.kept:.0%} kept",
     "pool3d": lambda work: f" {work.pooling} pool",
-    "pointwise": lambda work: "",
+    "conv3d_pointwise": lambda work: "",
     "conv3d_line": lambda work: " along lines",
 }
 #: What was counted: the head of its column, and by how much its figures are scaled.

@@ -19,7 +19,7 @@ LISTS = ("in_frames", "out_frames", "positions", "in_channels", "out_channels", 
 TYPICAL_DENSITY = 0.5
 #: Kernel families, each with a space and a log of its own.
 GATHER, WINOGRAD, KERNEL_GROUPS, POOL = "conv3d_gather", "conv3d_winograd", "conv3d_kgs", "pool3d"
-POINTWISE, LINE = "pointwise", "conv3d_line"
+POINTWISE, LINE = "conv3d_pointwise", "conv3d_line"
 FAMILIES = (GATHER, WINOGRAD, KERNEL_GROUPS, POOL, POINTWISE, LINE)
 #: Sizes that were chosen, by name.
 Decisions = dict[str, int]

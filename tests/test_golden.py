@@ -46,7 +46,7 @@ KERNELS: dict[str, Kernel] = {
     "conv3d_line": LineConv(WINDOW, 3, 8, RowTile(2, 1, 4, 1), activation="relu"),
     "conv3d_winograd": WinogradConv(*LAYER, TILE, WinogradPlan(WINDOW, (1, 2, 2), 2, 4), activation="relu"),
     "depthwise3d": DepthwiseConv(WINDOW, 8, 8, DepthwiseTile(2, 1, 4, 2), out_frames=True),
-    "pointwise": PointwiseConv(WINDOW, 8, 10, PointwiseTile(2, 2, 4, 1, 4), residual=True, activation="relu"),
+    "conv3d_pointwise": PointwiseConv(WINDOW, 8, 10, PointwiseTile(2, 2, 4, 1, 4), residual=True, activation="relu"),
     "pool3d_max": VectorPool(WINDOW, 8, "max", in_frames=True, vector_floats=4),
     "norm": Norm((1, 32, 8), 1, 32, 8, 4, 1e-5, 4, affine="lanes", scales=8),
     "reduce_mean": VectorReduction((2, 16, 8), (2, 8), 2, 16, 8, "mean", vector_floats=4),

@@ -157,7 +157,7 @@ class Excited(nn.Module):
 def test_a_gate_is_applied_by_the_layer_that_reads_it(twice, act, taken):
     network, x, target = Excited(twice, act).eval(), torch.randn(2, 9, 3, 5, 4), load_target("host")
     lowered = lower(import_model(network, example_inputs=(x,), check=False).mod, target, Options())
-    assert lowered.layers[-1].kernel.startswith("pointwise_g_") == taken
+    assert lowered.layers[-1].kernel.startswith("conv3d_pointwise_g_") == taken
     machine = tvm.relax.VirtualMachine(tvm.compile(lowered.mod, target=target.tvm_target(1)), tvm.cpu())
     found = machine["main"](tensor(x.numpy()), *map(tensor, lowered.weights.values()))[0].numpy()
     exact = network.double()(x.double()).detach().numpy()
@@ -168,7 +168,7 @@ def test_a_hard_gate_is_applied_by_the_layer_too():
     network, x = Excited(False, nn.Identity()), torch.randn(1, 9, 2, 4, 4)
     network.gate = nn.Hardsigmoid()
     lowered = lower(import_model(network.eval(), example_inputs=(x,), check=False).mod, load_target("host"), Options())
-    assert lowered.layers[-1].kernel.startswith("pointwise_g_")
+    assert lowered.layers[-1].kernel.startswith("conv3d_pointwise_g_")
 
 
 def test_networks_take_the_kernel():
@@ -177,8 +177,8 @@ def test_networks_take_the_kernel():
     for threads in (1, 2):
         imported = import_model(network.float().eval(), example_inputs=(x,), check=False)
         lowered = lower(imported.mod, target, Options(threads=threads))
-        kernels = [layer.kernel.split("_")[0] for layer in lowered.layers]
-        assert kernels == ["pointwise", "pointwise", "conv3d", "pointwise", "pointwise"]
+        taken = [layer.kernel.startswith("conv3d_pointwise_") for layer in lowered.layers]
+        assert taken == [True, True, False, True, True]
         machine = tvm.relax.VirtualMachine(tvm.compile(lowered.mod, target=target.tvm_target(threads)), tvm.cpu())
         given = [tensor(x.numpy()), *map(tensor, lowered.weights.values())]
         exact = network.double()(x.double()).detach().numpy()

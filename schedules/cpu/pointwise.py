@@ -48,7 +48,7 @@ class PointwiseConv(RowConv):
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        return f"pointwise{'_g' if self.gate else ''}_f32_{self.size_name}"
+        return f"conv3d_pointwise{'_g' if self.gate else ''}_f32_{self.size_name}"
 
     def operands(self) -> list[Operand]:
         """Those of :class:`RowConv`, the gate behind the constants."""
