@@ -186,7 +186,7 @@ class Manifest(_Strict):
     @property
     def tolerance(self) -> float:
         """Largest difference allowed from the source, as a share of an output's largest value."""
-        if self.options.get("dtype") == "float16" and self.target.tvm.get("kind") == "llvm":
+        if self.options.get("dtype") == "float16" and self.is_program:
             return HALF_ON_PROCESSOR
         halved = "float16" in (self.options.get("dtype"), self.options.get("weights_dtype"))
         return HALF_TOLERANCE if halved else TOLERANCE

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tvm
-from tvm import relax
 from tvm.target import codegen
 
 from dance_tvm.artifact.folder import (
@@ -239,43 +238,7 @@ def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes:
 def _describe(manifest: Manifest, lowered: Lowered, planned: tvm.IRModule, options: Options) -> None:
     """What is known once memory is planned."""
     _dump(options.debug_dump, "planned", planned)
-    manifest.memory_peak_bytes = _memory(lowered, planned)
     manifest.layers, manifest.kernels = lowered.layers, lowered.kernels
-
-
-def _memory(lowered: Lowered, planned: tvm.IRModule) -> int:
-    """Bytes of all weights and planned activations."""
-    weights = _constant_bytes(lowered.mod) + sum(array.nbytes for array in lowered.weights.values())
-    return weights + _planned_storage(planned)
-
-
-def _constant_bytes(mod: tvm.IRModule) -> int:
-    """Bytes of the constants inside ``main``."""
-    total = 0
-
-    def visit(node: Any) -> None:
-        nonlocal total
-        if isinstance(node, tvm.ir.GenericConst):
-            total += node.value.numpy().nbytes
-
-    relax.analysis.post_order_visit(mod["main"], visit)
-    return total
-
-
-def _planned_storage(mod: tvm.IRModule) -> int:
-    """Bytes of all storages of static size that ``main`` allocates."""
-    total = 0
-
-    def visit(node: Any) -> None:
-        nonlocal total
-        if isinstance(node, relax.Call) and getattr(node.op, "name", "") == "relax.vm.alloc_storage":
-            sizes = node.args[0]
-            if isinstance(sizes, relax.ShapeExpr):
-                with suppress(TypeError):  # a symbolic size is not known before the call
-                    total += int(np.prod([int(size) for size in sizes.values]))
-
-    relax.analysis.post_order_visit(mod["main"], visit)
-    return total
 
 
 def new_manifest(imported: Imported, machine: Target, options: Options, logs_from: Target | None = None) -> Manifest:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tvm
@@ -52,6 +54,7 @@ def write_for_gpu(
     reference: Mapping[str, np.ndarray] | None = None,
 ) -> Artifact:
     """Write the artifact of ``lowered``, compiled into ``code``. Raises DanceError as ``write_artifact`` does."""
+    manifest.memory_peak_bytes = _memory(lowered, code.planned)
     packing, manifest.device_code = embed_device_code(code.executable, machine, options.device_code == "compiled")
     linker = shared_library_linker(machine)
 
@@ -66,3 +69,38 @@ def _pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
     from tvm.relax.backend import gpu_generic
 
     return tvm.transform.Sequential(gpu_generic.dataflow_lower_passes(target) + gpu_generic.finalize_passes(target))
+
+
+def _memory(lowered: Lowered, planned: tvm.IRModule) -> int:
+    """Bytes of all weights and planned activations."""
+    weights = _constant_bytes(lowered.mod) + sum(array.nbytes for array in lowered.weights.values())
+    return weights + _planned_storage(planned)
+
+
+def _constant_bytes(mod: tvm.IRModule) -> int:
+    """Bytes of the constants inside ``main``."""
+    total = 0
+
+    def visit(node: Any) -> None:
+        nonlocal total
+        if isinstance(node, tvm.ir.GenericConst):
+            total += node.value.numpy().nbytes
+
+    relax.analysis.post_order_visit(mod["main"], visit)
+    return total
+
+
+def _planned_storage(mod: tvm.IRModule) -> int:
+    """Bytes of all storages of static size that ``main`` allocates."""
+    total = 0
+
+    def visit(node: Any) -> None:
+        nonlocal total
+        if isinstance(node, relax.Call) and getattr(node.op, "name", "") == "relax.vm.alloc_storage":
+            sizes = node.args[0]
+            if isinstance(sizes, relax.ShapeExpr):
+                with suppress(TypeError):  # a symbolic size is not known before the call
+                    total += int(np.prod([int(size) for size in sizes.values]))
+
+    relax.analysis.post_order_visit(mod["main"], visit)
+    return total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import tvm
@@ -44,7 +44,8 @@ class JoinCopies:
             pieces, shape = origins.pieces[var], shape_of(var)
             numbers = sorted({piece.source for piece in pieces if piece.source is not None})
             pieces = [
-                piece if piece.source is None else _numbered(piece, numbers.index(piece.source)) for piece in pieces
+                piece if piece.source is None else replace(piece, source=numbers.index(piece.source))
+                for piece in pieces
             ]
             read = [origins.sources[number] for number in numbers]
             kernel = copies(pieces, [shape_of(source) for source in read], shape, self.vector_floats, self.threads)
@@ -64,10 +65,6 @@ class JoinCopies:
             return False
         inside = var not in graph.outputs and all(reader in origins.pieces for reader in graph.readers[var])
         return not inside and all(piece.by_runs(shape) for piece in pieces)
-
-
-def _numbered(piece: Piece, source: int) -> Piece:
-    return Piece(piece.begin, piece.extents, source, piece.first, piece.strides, piece.fill)
 
 
 @dataclass

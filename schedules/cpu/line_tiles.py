@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..geometry import Window
 from ..layer import Layer
-from ..workload import LINE, Decisions, Workload
+from ..workload import LINE, Workload
 from .conv3d_line import HEIGHT, TIME, WIDTH, LineConv
-from .pointwise_tiles import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, WORTH_TRYING
-from .row_tiles import RowTile, panel_widths, register_tiles
+from .row_space import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, RowSpace
+from .row_tiles import RowTile, panel_widths
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine, tap_tiles
 
 #: Bytes a cycle that come from beyond the second-level cache, where weights that take more than this share of it are:
@@ -23,11 +22,6 @@ ADDRESS_CYCLES, PARTIAL_CYCLES = 2.0, 6.0
 FEW_CHANNELS = 8
 #: Cycles of a tile for each line of taps.
 LINE_CYCLES = 6.0
-
-
-def is_dense(layer: Layer) -> bool:
-    """Whether the layer leaves nothing out and has one group."""
-    return not layer.workload.lists and layer.columns is None and layer.groups == 1 and layer.dtype == "float32"
 
 
 def tap_lines(window: Window) -> int:
@@ -73,71 +67,29 @@ def _seconds(machine: Machine, workload: Workload, cycles: float) -> float:
 
 
 @dataclass(frozen=True)
-class LineSpace:
-    """The decisions of the convolution along lines: the register tile, ``mr`` × ``vectors``, and ``step``, as in
-    :class:`~.spaces.GatherSpace`."""
-
-    machine: Machine
-    workload: Workload
-    names = ("mr", "vectors", "step")
+class LineSpace(RowSpace):
+    """The decisions of the convolution along lines: those of :class:`RowSpace` alone."""
 
     @property
-    def size(self) -> int:
-        """How many candidates there are."""
-        return sum(math.prod(map(len, part.values())) for part in self.parts())
+    def rows(self) -> int:
+        """Outputs of a line."""
+        return self.workload.window.out[WIDTH]
 
     @property
-    def tiles(self) -> dict[tuple[int, int, int], float]:
-        """Register tiles (rows, vectors, step) that the layer can fill, and their predicted cycles."""
-        work = self.workload
-        terms = work.channels_in * work.window.kernel[WIDTH]
-        found = register_tiles(self.machine, work.window.out[WIDTH], self._vectors, terms)
-        return {tile: predicted_cycles(self.machine, work, tile) for tile in found}
+    def terms(self) -> int:
+        """What one output reads of a line of taps."""
+        return self.workload.channels_in * self.workload.window.kernel[WIDTH]
 
-    @property
-    def _vectors(self) -> int:
-        return -(-self.workload.channels_out // self.machine.vector_floats)
-
-    def _step(self, step: int) -> int:
-        return step if self.workload.channels_in * self.workload.window.kernel[WIDTH] >= step else 1
-
-    def default(self) -> Decisions:
-        """What is chosen without a record."""
-        tiles = self.tiles
-        mr, vectors, step = min(tiles, key=lambda tile: tiles[tile])
-        return {"mr": mr, "vectors": vectors, "step": step}
-
-    def normal(self, decisions: Mapping[str, int]) -> Decisions:
-        """Decisions of another shape fitted to this one; equal kernels get equal decisions."""
-        most = self.workload.window.out[WIDTH]
-        fitted = {"mr": min(decisions["mr"], most), "vectors": min(decisions["vectors"], self._vectors)}
-        return {**dict(decisions), **fitted, "step": self._step(decisions["step"])}
-
-    def allows(self, decisions: Mapping[str, int]) -> bool:
-        """Whether the kernel can be built with them: complete, and no more registers than there are."""
-        named = set(decisions) == set(self.names)
-        return named and (decisions["mr"], decisions["vectors"], decisions["step"]) in self.tiles
-
-    def parts(self) -> list[dict[str, list[int]]]:
-        """One part for each number of vectors: which rows are worth trying depends on it."""
-        tiles = self.tiles
-        limit = WORTH_TRYING * min(tiles.values())
-        found: dict[tuple[int, int], list[int]] = {}
-        for (mr, vectors, step), cycles in tiles.items():
-            if cycles <= limit:
-                found.setdefault((vectors, step), []).append(mr)
-        return [{"mr": rows, "vectors": [vectors], "step": [step]} for (vectors, step), rows in found.items()]
+    def predicted(self, tile: tuple[int, int, int]) -> float:
+        """As the model has it."""
+        return predicted_cycles(self.machine, self.workload, tile)
 
     def loops(self) -> dict[str, tuple[str | int, ...]]:
         """Outputs of a line; vectors of a panel."""
         return {"rows": ("mr",), "channels_out": ("vectors", self.machine.vector_floats)}
 
-    def kernel(self, decisions: Mapping[str, int]) -> LineConv:
-        """The kernel that the decisions describe."""
-        return self.fitted(Layer.of(self.workload), decisions)
-
     def fitted(self, layer: Layer, decisions: Mapping[str, int]) -> LineConv:
-        """The same for a layer of this workload."""
+        """The kernel that the decisions describe, of a layer of this workload."""
         tile = RowTile(vector_floats=self.machine.vector_floats, **decisions)
         return LineConv(layer.window, layer.channels_in, layer.channels_out, tile, layer.residual, layer.activation)
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ..layer import Layer
 from ..workload import POINTWISE, Decisions, Workload
 from .pointwise import PointwiseConv, PointwiseTile
-from .row_tiles import panel_widths, register_tiles
+from .row_space import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, RowSpace, is_dense
+from .row_tiles import panel_widths
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine
 
-#: Cycles of a tile beside its sums: addresses and loops, and for each vector its bias and its store.
-TILE_CYCLES, VECTOR_CYCLES = 10.0, 1.5
 #: Share of the second-level cache that a block's rows may take; with a gate, what they become takes as much again.
 ROWS_SHARE_OF_L2 = 0.15
-#: Bytes a cycle that come from the second-level cache.
-L2_BYTES = 24.0
-#: Register tiles that the model holds for this much slower than its best are not tried.
-WORTH_TRYING = 1.5
 #: Tiles of a block that are tried.
 BLOCK_TILES = (8, 32, 128, 512)
 
@@ -27,9 +22,7 @@ BLOCK_TILES = (8, 32, 128, 512)
 def is_pointwise(layer: Layer) -> bool:
     """Whether the layer is one matrix product over all positions, with nothing left out."""
     window = layer.window
-    every = window.taps == 1 and window.size == window.out and not any(window.padding)
-    whole = not layer.workload.lists and layer.columns is None
-    return every and whole and layer.groups == 1 and layer.dtype == "float32"
+    return is_dense(layer) and window.taps == 1 and window.size == window.out and not any(window.padding)
 
 
 def predicted_cycles(machine: Machine, workload: Workload, tile: tuple[int, int, int]) -> float:
@@ -48,7 +41,7 @@ def predicted_cycles(machine: Machine, workload: Workload, tile: tuple[int, int,
 
 
 @dataclass(frozen=True)
-class PointwiseSpace:
+class PointwiseSpace(RowSpace):
     """The decisions of the pointwise convolution for one workload on one machine.
 
     ===============  ===============================================================================================
@@ -61,84 +54,53 @@ class PointwiseSpace:
     ===============  ===============================================================================================
     """
 
-    machine: Machine
-    workload: Workload
-    names = ("mr", "vectors", "step", "block_tiles", "splits")
+    names: ClassVar[tuple[str, ...]] = ("mr", "vectors", "step", "block_tiles", "splits")
 
     @property
-    def size(self) -> int:
-        """How many candidates there are."""
-        return sum(math.prod(map(len, part.values())) for part in self.parts())
+    def rows(self) -> int:
+        """All positions."""
+        return self.workload.window.positions_out
 
     @property
-    def tiles(self) -> dict[tuple[int, int, int], float]:
-        """Register tiles (rows, vectors, step) that the layer can fill, and their predicted cycles."""
-        work = self.workload
-        vectors = -(-work.channels_out // self.machine.vector_floats)
-        found = register_tiles(self.machine, work.window.positions_out, vectors, work.channels_in)
-        return {tile: predicted_cycles(self.machine, work, tile) for tile in found}
+    def terms(self) -> int:
+        """All input channels."""
+        return self.workload.channels_in
 
-    def _step(self, step: int) -> int:
-        return step if self.workload.channels_in >= step else 1
+    def predicted(self, tile: tuple[int, int, int]) -> float:
+        """As the model has it."""
+        return predicted_cycles(self.machine, self.workload, tile)
 
     def default(self) -> Decisions:
         """What is chosen without a record."""
-        work, threads = self.workload, self.workload.threads
-        tiles = self.tiles
-        mr, vectors, step = min(tiles, key=lambda tile: tiles[tile])
-        fitting = max(1, int(ROWS_SHARE_OF_L2 * self.machine.l2) // (4 * work.channels_in * mr))
-        tiles_of_all = -(-work.window.positions_out // mr)
+        tile, threads = super().default(), self.workload.threads
+        fitting = max(1, int(ROWS_SHARE_OF_L2 * self.machine.l2) // (4 * self.terms * tile["mr"]))
+        tiles_of_all = -(-self.rows // tile["mr"])
         block_tiles = max(1, min(fitting, tiles_of_all // threads))
         splits = 1 if -(-tiles_of_all // block_tiles) >= threads else threads
-        return self.normal({"mr": mr, "vectors": vectors, "step": step, "block_tiles": block_tiles, "splits": splits})
+        return self.normal({**tile, "block_tiles": block_tiles, "splits": splits})
 
     def normal(self, decisions: Mapping[str, int]) -> Decisions:
         """Decisions of another shape fitted to this one; equal kernels get equal decisions."""
-        rows, vectors = self.workload.window.positions_out, -(-self.workload.channels_out // self.machine.vector_floats)
-        fitted = dict(decisions)
-        fitted["mr"], fitted["vectors"] = min(fitted["mr"], rows), min(fitted["vectors"], vectors)
-        fitted["step"] = self._step(fitted["step"])
-        fitted["block_tiles"] = min(fitted["block_tiles"], -(-rows // fitted["mr"]))
-        fitted["splits"] = min(fitted["splits"], -(-vectors // fitted["vectors"]))
+        fitted = super().normal(decisions)
+        fitted["block_tiles"] = min(fitted["block_tiles"], -(-self.rows // fitted["mr"]))
+        fitted["splits"] = min(fitted["splits"], -(-self.vectors // fitted["vectors"]))
         return fitted
 
-    def allows(self, decisions: Mapping[str, int]) -> bool:
-        """Whether the kernel can be built with them: complete, positive, and no more registers than there are."""
-        if set(decisions) != set(self.names) or not all(isinstance(value, int) for value in decisions.values()):
-            return False
-        tile = (decisions["mr"], decisions["vectors"], decisions["step"])
-        return tile in self.tiles and min(decisions.values()) >= 1
-
     def parts(self) -> list[dict[str, list[int]]]:
-        """One part for each number of vectors: which rows are worth trying depends on it."""
-        default, tiles = self.default(), self.tiles
-        limit = WORTH_TRYING * min(tiles.values())
-        found: dict[tuple[int, int], list[int]] = {}
-        for (mr, vectors, step), cycles in tiles.items():
-            if cycles <= limit:
-                found.setdefault((vectors, step), []).append(mr)
-        blocks, splits = {*BLOCK_TILES, default["block_tiles"]}, {1, default["splits"]}
-        return [
-            {
-                "mr": rows,
-                "vectors": [vectors],
-                "step": [step],
-                "block_tiles": sorted(blocks),
-                "splits": sorted(splits),
-            }
-            for (vectors, step), rows in found.items()
-        ]
+        """Each part of the register tiles with every cache blocking."""
+        default = self.default()
+        blocking = {
+            "block_tiles": sorted({*BLOCK_TILES, default["block_tiles"]}),
+            "splits": sorted({1, default["splits"]}),
+        }
+        return [{**part, **blocking} for part in super().parts()]
 
     def loops(self) -> dict[str, tuple[str | int, ...]]:
         """Blocks of tiles of rows; vectors of a panel."""
         return {"rows": ("block_tiles", "mr"), "channels_out": ("vectors", self.machine.vector_floats)}
 
-    def kernel(self, decisions: Mapping[str, int]) -> PointwiseConv:
-        """The kernel that the decisions describe."""
-        return self.fitted(Layer.of(self.workload), decisions)
-
     def fitted(self, layer: Layer, decisions: Mapping[str, int]) -> PointwiseConv:
-        """The same for a layer of this workload."""
+        """The kernel that the decisions describe, of a layer of this workload."""
         tile = PointwiseTile(vector_floats=self.machine.vector_floats, **decisions)
         behind, before = (layer.residual, layer.activation), (layer.gate, layer.before)
         return PointwiseConv(layer.window, layer.channels_in, layer.channels_out, tile, *behind, *before)

@@ -19,7 +19,6 @@ from ..geometry import Window
 from ..kernel import Operand, Weights, constant, output
 from ..preparation import Panels
 from .conv3d_gather import parts_of
-from .tiles import Machine, candidates
 
 #: The sums of a tile: a buffer of one vector for each row and vector.
 Sums = list[list[tirx.Buffer]]
@@ -99,17 +98,6 @@ def panel_widths(vectors: int, most: int) -> list[tuple[int, int]]:
     panels = -(-vectors // most)
     width, wider = divmod(vectors, panels)
     return [(count, each) for count, each in ((wider, width + 1), (panels - wider, width)) if count]
-
-
-def register_tiles(machine: Machine, rows: int, vectors: int, terms: int) -> list[tuple[int, int, int]]:
-    """Tiles (rows, vectors, step) that so many rows and vectors fill, ``terms`` lying side by side, with a register to
-    spare where each row's terms are loaded as a vector: LLVM spills those that fill the last."""
-    found = []
-    for mr, width, step in candidates(machine):
-        used = mr * width + width + (mr if step > 1 else 1)
-        if mr <= rows and width <= vectors and used < machine.registers + (step == 1):
-            found.append((mr, width, step if terms >= step else 1))
-    return found
 
 
 class RowTiles:

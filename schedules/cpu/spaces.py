@@ -17,10 +17,11 @@ from ..pool import Pool
 from ..workload import GATHER, KERNEL_GROUPS, LINE, POINTWISE, POOL, WINOGRAD, Decisions, Workload
 from .conv3d_gather import GatherConv
 from .direct_spaces import GatherSpace, KernelGroupSpace, direct, direct_space
-from .line_tiles import FEW_CHANNELS, LineSpace, is_dense, line, listing_seconds, predicted_seconds
+from .line_tiles import FEW_CHANNELS, LineSpace, line, listing_seconds, predicted_seconds
 from .pointwise_tiles import PointwiseSpace, is_pointwise, pointwise
 from .pool3d import VectorPool
 from .pool_space import PoolSpace
+from .row_space import is_dense
 from .space import Space, VectorSpace
 from .tiles import Machine, Tile
 from .winograd_choice import choose, direct_seconds, growth, why_not

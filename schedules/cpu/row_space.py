@@ -1,0 +1,107 @@
+"""What the tuning spaces of convolutions by rows at a constant distance share: their register tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..layer import Layer
+from ..workload import Decisions, Workload
+from .row_tiles import RowConv
+from .space import WORTH_TRYING, are_whole
+from .tiles import Machine, candidates
+
+#: Cycles of a tile beside its sums: addresses and loops, and for each vector its bias and its store.
+TILE_CYCLES, VECTOR_CYCLES = 10.0, 1.5
+#: Bytes a cycle that come from the second-level cache.
+L2_BYTES = 24.0
+
+
+def is_dense(layer: Layer) -> bool:
+    """Whether the layer leaves nothing out and has one group, in float32: what these convolutions take."""
+    return not layer.workload.lists and layer.columns is None and layer.groups == 1 and layer.dtype == "float32"
+
+
+@dataclass(frozen=True)
+class RowSpace:
+    """The register tile, ``mr`` × ``vectors``, and ``step``, as in :class:`~.spaces.GatherSpace`."""
+
+    machine: Machine
+    workload: Workload
+    names: ClassVar[tuple[str, ...]] = ("mr", "vectors", "step")
+
+    @property
+    def rows(self) -> int:
+        """Rows that lie at a constant distance."""
+        raise NotImplementedError
+
+    @property
+    def terms(self) -> int:
+        """Terms of a sum that lie side by side."""
+        raise NotImplementedError
+
+    def predicted(self, tile: tuple[int, int, int]) -> float:
+        """Cycles of one thread for the layer with register tiles of (rows, vectors, step)."""
+        raise NotImplementedError
+
+    def fitted(self, layer: Layer, decisions: Mapping[str, int]) -> RowConv:
+        """The kernel that the decisions describe, of a layer of this workload."""
+        raise NotImplementedError
+
+    def kernel(self, decisions: Mapping[str, int]) -> RowConv:
+        """The kernel that the decisions describe."""
+        return self.fitted(Layer.of(self.workload), decisions)
+
+    @property
+    def size(self) -> int:
+        """How many candidates there are."""
+        return sum(math.prod(map(len, part.values())) for part in self.parts())
+
+    @property
+    def vectors(self) -> int:
+        """Vectors that hold the output channels."""
+        return -(-self.workload.channels_out // self.machine.vector_floats)
+
+    @property
+    def tiles(self) -> dict[tuple[int, int, int], float]:
+        """Register tiles (rows, vectors, step) that the layer can fill, and their predicted cycles: with a register to
+        spare where each row's terms are loaded as a vector, since LLVM spills those that fill the last."""
+        found: dict[tuple[int, int, int], float] = {}
+        for mr, width, step in candidates(self.machine):
+            used = mr * width + width + (mr if step > 1 else 1)
+            if mr <= self.rows and width <= self.vectors and used < self.machine.registers + (step == 1):
+                tile = (mr, width, self._step(step))
+                found[tile] = self.predicted(tile)
+        return found
+
+    def _step(self, step: int) -> int:
+        return step if self.terms >= step else 1
+
+    def default(self) -> Decisions:
+        """What is chosen without a record."""
+        tiles = self.tiles
+        mr, vectors, step = min(tiles, key=lambda tile: tiles[tile])
+        return {"mr": mr, "vectors": vectors, "step": step}
+
+    def normal(self, decisions: Mapping[str, int]) -> Decisions:
+        """Decisions of another shape fitted to this one; equal kernels get equal decisions."""
+        fitted = {"mr": min(decisions["mr"], self.rows), "vectors": min(decisions["vectors"], self.vectors)}
+        return {**decisions, **fitted, "step": self._step(decisions["step"])}
+
+    def allows(self, decisions: Mapping[str, int]) -> bool:
+        """Whether the kernel can be built with them: complete, positive, and no more registers than there are."""
+        if not are_whole(decisions, self.names) or min(decisions.values()) < 1:
+            return False
+        return (decisions["mr"], decisions["vectors"], decisions["step"]) in self.tiles
+
+    def parts(self) -> list[dict[str, list[int]]]:
+        """One part for each number of vectors: which rows are worth trying depends on it."""
+        tiles = self.tiles
+        limit = WORTH_TRYING * min(tiles.values())
+        found: dict[tuple[int, int], list[int]] = {}
+        for (mr, vectors, step), cycles in tiles.items():
+            if cycles <= limit:
+                found.setdefault((vectors, step), []).append(mr)
+        return [{"mr": rows, "vectors": [vectors], "step": [step]} for (vectors, step), rows in found.items()]
