@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -138,7 +139,7 @@ def speed(
     memory: Annotated[str, typer.Option(help=", ".join(get_args(Memory)))] = Options().memory,
 ) -> None:
     """The network's shortest call as an artifact over its shortest under TVM's virtual machine, timed in turns."""
-    options = Options(threads=threads, memory=memory)  # type: ignore[arg-type]
+    options = Options(threads=threads, memory=memory)  # type: ignore[arg-type]  # one of Memory: the help lists them
     imported, target = import_model(model), load_target("host")
     arrays = random_inputs(imported.inputs)
     lowered = lower(imported.mod, target, options)
@@ -150,7 +151,8 @@ def speed(
         artifact = build_network(imported, Path(folder) / "artifact", options=options, check=False).artifact
         with Model(artifact.path, threads) as program:
             _turns(
-                {"artifact": lambda: program.time(arrays, 1)[0], "virtual machine": lambda: _timed(main, given)}, rounds
+                {"artifact": partial(_shortest, program, arrays), "virtual machine": lambda: _timed(main, given)},
+                rounds,
             )
 
 
@@ -159,7 +161,11 @@ def modes(artifacts: list[Path], threads: int = 2, rounds: int = 30) -> None:
     """The shortest calls of artifacts of one network, timed in turns."""
     models = {str(path): Model(path, threads) for path in artifacts}
     arrays = random_inputs(load_artifact(artifacts[0]).manifest.inputs)
-    _turns({name: (lambda model=model: model.time(arrays, 1)[0]) for name, model in models.items()}, rounds)  # type: ignore[misc]
+    _turns({name: partial(_shortest, model, arrays) for name, model in models.items()}, rounds)
+
+
+def _shortest(model: Model, arrays: dict[str, np.ndarray]) -> float:
+    return model.time(arrays, 1)[0]
 
 
 def _timed(main: Callable[..., object], given: list[object]) -> float:

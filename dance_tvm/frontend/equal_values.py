@@ -65,4 +65,4 @@ class _EqualsAsTheyStood(TorchDispatchMode):
 def equal_values_as_they_stood(graph: fx.Graph) -> AbstractContextManager[Any]:
     """While the graph runs, and if it orders values at all."""
     orders = any(node.target in _SETTLED for node in graph.nodes)
-    return _EqualsAsTheyStood() if orders else nullcontext()  # type: ignore[no-untyped-call]
+    return _EqualsAsTheyStood() if orders else nullcontext()  # type: ignore[no-untyped-call]  # PyTorch's own

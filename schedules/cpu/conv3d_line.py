@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from tvm import tirx
 
@@ -82,26 +83,20 @@ class _Emitter(RowTiles):
             for panels, width in panel_widths(self.conv.vectors, self.tile.vectors):
                 with serial(panels) as index:
                     vector = let(first + index * width)
-                    each_piece(
-                        window,
-                        WIDTH,
-                        self.tile.mr,
-                        lambda begin, inside, vector=vector, width=width: self._tile(  # type: ignore[misc]
-                            (clip, line, begin), spans, inside, (vector, width)
-                        ),
-                    )
+                    each_piece(window, WIDTH, self.tile.mr, partial(self._tile, (clip, line), spans, (vector, width)))
                 first += panels * width
 
     def _tile(
         self,
-        at: tuple[Expr, Expr, Expr],
+        at: tuple[Expr, Expr],
         spans: tuple[tuple[Expr, Expr, Expr], tuple[Expr, Expr, Expr]],
-        inside: list[list[int]],
         panel: tuple[Expr, int],
+        begin: Expr,
+        inside: list[list[int]],
     ) -> None:
         """The outputs from ``begin`` on of one line, all their taps."""
         conv, window, depth = self.conv, self.conv.window, self.conv.channels_in
-        (clip, line, begin), (vector, width) = at, panel
+        (clip, line), (vector, width) = at, panel
         (source0, first0, past0), (source1, first1, past1) = spans
         acc = self.start(vector, len(inside), width)
         left = let(begin * window.stride[WIDTH] - window.padding[WIDTH])
