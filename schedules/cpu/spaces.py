@@ -6,13 +6,12 @@ candidates are all the same mapping from a decision's name to a small integer, t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ..convolution import LayerKernel
-from ..layer import Choice, Layer
+from ..layer import Choice, Layer, Limits
 from ..pool import Pool
 from ..workload import GATHER, KERNEL_GROUPS, LINE, POINTWISE, POOL, WINOGRAD, Decisions, Workload
 from .conv3d_gather import GatherConv
@@ -24,7 +23,7 @@ from .pool_space import PoolSpace
 from .row_space import is_dense
 from .space import Space, VectorSpace
 from .tiles import Machine, Tile
-from .winograd_choice import choose, direct_seconds, growth, why_not
+from .winograd_choice import UNLIMITED, choose, direct_seconds, fits, trades, why_not
 from .winograd_space import WinogradSpace
 
 #: Measured gain from which records turn a choice between direct and Winograd: the two were not measured in turns.
@@ -86,14 +85,14 @@ def choose_kernel(
     machine: Machine,
     wanted: str = "auto",
     log: TuningLog | None = None,
-    most_growth: float = math.inf,
+    limits: Limits = UNLIMITED,
 ) -> Choice[LayerKernel]:
     """``conv`` or Winograd in its place, and the record that chose its sizes ("": the defaults).
 
     The model of time decides, unless the log holds measurements of both for this very workload. ``origin`` says where
-    the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd, ``most_growth`` that of ``choose``.
+    the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd, ``limits`` are those of ``choose``.
     """
-    choice = replace(choose(conv, machine, workload.threads, wanted, most_growth), workload=workload)
+    choice = replace(choose(conv, machine, workload.threads, wanted, limits), workload=workload)
     default = replace(choice, origin=origin if choice.kernel is conv else "")
     if log is None or wanted == "direct" or why_not(conv):
         return default
@@ -103,7 +102,7 @@ def choose_kernel(
     if advice is None or not space.allows(decisions):
         return default
     fitted = space.fitted(conv, decisions)
-    if growth(fitted) > most_growth:
+    if not fits(fitted, limits):
         return default
     tuned: Choice[LayerKernel] = Choice(fitted, choice.reason, advice.origin, workload)
     measured = log.advise(workload)
@@ -121,7 +120,7 @@ def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) ->
     """The direct kernel of a layer, over lists or along lines, or Winograd in its place."""
     tile, origin = choose_tile(layer.workload, machine, log)
     conv = direct(layer, tile)
-    choice = choose_kernel(conv, origin, layer.workload, machine, wanted, log, layer.most_growth)
+    choice = choose_kernel(conv, origin, layer.workload, machine, wanted, log, layer.memory)
     if not is_dense(layer) or (wanted == "winograd" and choice.kernel is not conv):
         return choice
     space = LineSpace(machine, line(layer.workload))
@@ -133,6 +132,15 @@ def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) ->
             return choice
     decisions, origin = decide(space, log)
     return Choice(space.fitted(layer, decisions), "", origin, space.workload)
+
+
+def memory_trades(
+    layer: Layer, machine: Machine, log: TuningLog | None, most_scratch: float
+) -> list[tuple[float, float]]:
+    """What memory buys in a layer (:func:`.winograd_choice.trades`); one entry where there is no choice."""
+    if is_pointwise(layer) or layer.groups > 1 or (is_dense(layer) and layer.channels_in <= FEW_CHANNELS):
+        return [(1.0, 0.0)]
+    return trades(direct(layer, choose_tile(layer.workload, machine, log)[0]), machine, layer.threads, most_scratch)
 
 
 def offer_pointwise(layer: Layer, machine: Machine, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel] | None:

@@ -13,7 +13,7 @@ from statistics import mean
 
 from ..convolution import LayerKernel
 from ..geometry import Triple, Window
-from ..layer import Choice
+from ..layer import Choice, Limits
 from .conv3d_gather import GatherConv
 from .conv3d_kgs import KernelGroupConv
 from .tiles import WEIGHTS_SHARE_OF_L1, Machine, Tile, candidates, predicted_cycles, tap_tiles
@@ -56,6 +56,7 @@ ASSUMED_LEFT = (0.5, 1.0)
 PATCHES_IN_TILE = 2
 #: A kernel with the larger weights or scratch must be this much faster to be worth its memory.
 WORTH_MEMORY = 0.95
+UNLIMITED = Limits()
 #: Masks must not make a layer slower than it is without any: where they leave everything, a kernel may be predicted to
 #: take so much longer than the fastest one does.
 NEVER_SLOWER = 1.03
@@ -83,17 +84,15 @@ def _can_transform(conv: GatherConv, axis: int) -> bool:
 
 
 def choose(
-    conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto", most_growth: float = math.inf
+    conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto", limits: Limits = UNLIMITED
 ) -> Choice[LayerKernel]:
-    """``conv`` itself or the Winograd kernel predicted to be faster; ``wanted`` is auto, direct or winograd.
-
-    Transformed weights take at most ``most_growth`` times the memory of the layer's own.
-    """
+    """``conv`` itself or the Winograd kernel within ``limits`` predicted to be faster; ``wanted`` is auto, direct or
+    winograd."""
     if wanted == "direct":
         return Choice(conv, "")
     if refusal := why_not(conv):
         return Choice(conv, f"direct: {refusal}" if wanted == "winograd" else "")
-    found = best(conv, machine, threads, most_growth=most_growth)
+    found = best(conv, machine, threads, limits=limits)
     if found is None:
         return Choice(conv, "direct: no tile's transformed inputs fit the memory allowed")
     direct = direct_seconds(conv, machine, threads)
@@ -113,13 +112,13 @@ def best(
     machine: Machine,
     threads: int,
     densities: Sequence[float] | None = None,
-    most_growth: float = math.inf,
+    limits: Limits = UNLIMITED,
 ) -> WinogradConv | None:
     """The Winograd kernel with the shortest predicted time, a smaller one's weights preferred where they are close.
 
     Of kernels that masks thin, only those that keep pace with the fastest where masks leave everything.
     """
-    fitting = [option for option in options(conv, machine) if growth(option) <= most_growth]
+    fitting = [option for option in options(conv, machine) if fits(option, limits)]
     dense = {id(option): winograd_seconds(option, machine, threads, [1.0]) for option in fitting}
     bound = NEVER_SLOWER * min(dense.values(), default=0.0)
     chosen, least = None, float("inf")
@@ -132,6 +131,23 @@ def best(
         if keeps_pace and seconds < least * (WORTH_MEMORY if larger else 1.0):
             chosen, least = option, seconds
     return chosen
+
+
+def trades(conv: GatherConv, machine: Machine, threads: int, most_scratch: float) -> list[tuple[float, float]]:
+    """How far weights may grow, and the predicted seconds that this buys: those of ``conv`` itself, which keeps them as
+    they are, then of each Winograd kernel that is faster than all with fewer weights."""
+    least = {1.0: direct_seconds(conv, machine, threads)}
+    fitting = [] if why_not(conv) else [each for each in options(conv, machine) if each.scratch_bytes <= most_scratch]
+    for option in sorted(fitting, key=_weights):
+        seconds = winograd_seconds(option, machine, threads)
+        if seconds < min(least.values()):
+            least[growth(option)] = seconds
+    return list(least.items())
+
+
+def fits(conv: WinogradConv, limits: Limits) -> bool:
+    """Whether its memory is within the limits."""
+    return growth(conv) <= limits.growth and conv.scratch_bytes <= limits.scratch
 
 
 def growth(conv: WinogradConv) -> float:
