@@ -61,8 +61,8 @@ def emulated(artifact: Path, out: Path, around: int = 10, threads: int = 1, pyto
     wanted = list(dict.fromkeys([0, len(clip) - 1, *near]))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        qemu, *settings = emulator.python_command(emulator.prepare())[:3]
-        command = [qemu, *settings, *compiled(CROSS, folder)]
+        *qemu, _python = emulator.python_command(emulator.prepare())
+        command = [*qemu, *compiled(CROSS, folder)]
         for index in (each for each in wanted if str(each) not in kept):
             begun = time.perf_counter()
             (found,) = answers(command, artifact, [clip[index]], folder, threads)

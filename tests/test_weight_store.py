@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dance_tvm import DanceError, Options, build_network, import_model
-from dance_tvm.artifact.c_program import program_of
+from dance_tvm.artifact.c_program import Program, Storage, program_of
 from dance_tvm.artifact.folder import Manifest
 from dance_tvm.artifact.interface import dance_model
 from dance_tvm.artifact.interface.dance_model import Model
@@ -188,3 +188,12 @@ def test_a_disk_that_fills_up_and_memory_that_does_not_suffice_are_told_in_a_sen
     command = [sys.executable, "-c", code, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(dance_model.__file__).parent)
     assert done.stdout.strip() == "memory is short", done.stderr
+
+
+def test_scratch_lies_where_nothing_else_does():
+    """Pieces in use from their first step to their last; what is free during a step is lent to its kernel."""
+    program = Program(
+        storages=[Storage(256, 0, 1, 0), Storage(64, 1, 2, 256), Storage(100, 2, 3, 0), Storage(512, 3, 3, 128)]
+    )
+    assert [program.free_during(step) for step in range(3)] == [(256, 384), (320, 320), (320, 320)]
+    assert program.free_during(3)[1] == 0
