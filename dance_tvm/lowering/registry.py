@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dance_tvm.schedules.convolution import LayerKernel
-from dance_tvm.schedules.cpu import depthwise_tiles
+from dance_tvm.schedules.cpu import depthwise_tiles, transposed_tiles
 from dance_tvm.schedules.cpu import mask_window as cpu_mask_window
 from dance_tvm.schedules.cpu import spaces as cpu
 from dance_tvm.schedules.cpu.spaces import TuningLog
@@ -41,7 +41,9 @@ class Kernels:
 
 _KERNELS: dict[type, Kernels] = {
     Machine: Kernels(
-        [depthwise_tiles.offer, cpu.offer_pointwise, cpu.offer], cpu.offer_pool, cpu_mask_window.GrownMask
+        [transposed_tiles.offer, depthwise_tiles.offer, cpu.offer_pointwise, cpu.offer],
+        cpu.offer_pool,
+        cpu_mask_window.GrownMask,
     ),
     Gpu: Kernels([gpu.offer_few_rows, gpu.offer_few_channels, gpu.offer], gpu.offer_pool, gpu_mask_window.GrownMask),
 }

@@ -53,6 +53,11 @@ class RowConv(LayerKernel):
         return self.channels_in
 
     @property
+    def stored_floats(self) -> int:
+        """Floats from the result of one row of a tile to that of the next."""
+        return self.channels_out
+
+    @property
     def size_name(self) -> str:
         """How names tell the tile."""
         step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
@@ -132,7 +137,7 @@ class RowTiles:
         left = conv.channels_out % count
         for r, sums in enumerate(acc):
             for v, total in enumerate(sums):
-                at = target + (r * conv.channels_out + v * count)
+                at = target + (r * conv.stored_floats + v * count)
                 if not left or v + 1 < len(sums):
                     self._store(total, 0, at, count)
                 else:
