@@ -33,7 +33,7 @@ class Held:
 
 
 def hold(host: str, port: int) -> Path | None:
-    """Note that this process uses the server; None where the folder cannot be written to, which is no reason to stop."""
+    """Note that this process uses the server. None where the folder cannot be written to: no reason to stop."""
     folder = cache_folder() / FOLDER
     about = {"server": f"{host}:{port}", "process": os.getpid(), "command": _command(), "since": time.time()}
     try:
