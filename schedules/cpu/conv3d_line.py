@@ -16,11 +16,13 @@ from tvm import tirx
 from ..emit import Expr, big, let, parallel, serial
 from ..geometry import Window
 from ..kernel import Count
+from ..space import Space
 from ..taps import span
+from ..workload import Workload
+from .line_tiles import HEIGHT, TIME, WIDTH, LineSpace, predicted_cycles
 from .lines import each_piece
 from .row_tiles import RowConv, RowTile, RowTiles, panel_widths
-
-TIME, HEIGHT, WIDTH = range(3)
+from .tiles import Machine
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,15 @@ class LineConv(RowConv):
     def row_floats(self) -> int:
         """Floats from what one output of a line reads to what the next one does."""
         return self.window.stride[WIDTH] * self.channels_in
+
+    def space(self, machine: Machine, workload: Workload) -> Space:
+        """The register tile."""
+        return LineSpace(machine, workload)
+
+    def cycles(self, machine: Machine) -> float:
+        """As :mod:`~.line_tiles` has it."""
+        tile = (self.tile.mr, self.tile.vectors, self.tile.step)
+        return predicted_cycles(machine, self.window, (self.channels_in, self.channels_out), tile)
 
     def work(self) -> tuple[Count, Count, Count]:
         """All taps inside the clip."""

@@ -19,16 +19,11 @@ from ..emit import Expr, big, flat, lanes, let, parallel, scratch, serial, store
 from ..epilogue import activate
 from ..geometry import Window
 from ..kernel import Count, Operand
-from .row_tiles import RowConv, RowTile, RowTiles, panel_widths
-
-
-@dataclass(frozen=True)
-class PointwiseTile(RowTile):
-    """At most ``block_tiles`` tiles of rows form a block, computed for one panel of output channels after the other;
-    panels are shared out in ``splits`` parts, for threads beyond the blocks."""
-
-    block_tiles: int
-    splits: int = 1
+from ..space import Space
+from ..workload import Workload
+from .pointwise_tiles import PointwiseSpace, PointwiseTile, predicted_cycles
+from .row_tiles import RowConv, RowTiles, panel_widths
+from .tiles import Machine
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,15 @@ class PointwiseConv(RowConv):
         found = super().operands()
         gate = [Operand("gate", (self.window.batch, self.channels_in), role="gate")] if self.gate else []
         return [*found[:3], *gate, *found[3:]]
+
+    def space(self, machine: Machine, workload: Workload) -> Space:
+        """Register tile, blocks of rows, shares of threads."""
+        return PointwiseSpace(machine, workload)
+
+    def cycles(self, machine: Machine) -> float:
+        """As :mod:`~.pointwise_tiles` has it."""
+        tile = (self.tile.mr, self.tile.vectors, self.tile.step)
+        return predicted_cycles(machine, self.window, (self.channels_in, self.channels_out), tile)
 
     def work(self) -> tuple[Count, Count, Count]:
         """All of it."""

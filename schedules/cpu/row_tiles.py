@@ -6,8 +6,10 @@ packed as single vectors of output channels, so that panels of any width read th
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from tvm import tirx
@@ -19,6 +21,8 @@ from ..geometry import Window
 from ..kernel import Operand, Weights, constant, output
 from ..preparation import Panels
 from .conv3d_gather import parts_of
+from .cost import seconds_per_cycle
+from .tiles import Machine
 
 #: The sums of a tile: a buffer of one vector for each row and vector.
 Sums = list[list[tirx.Buffer]]
@@ -91,6 +95,24 @@ class RowConv(LayerKernel):
         line, channel = let(tirx.floordiv(at, count * depth)), let(tirx.floormod(tirx.floordiv(at, count), depth))
         out = let(tirx.floordiv(line, taps) * count + tirx.floormod(at, count))
         return out, let(tirx.floormod(line, taps)), channel, out < self.channels_out
+
+    def sized(self: R, decisions: Mapping[str, int]) -> R:
+        """With this tile."""
+        changes: dict[str, Any] = {"tile": replace(self.tile, **decisions)}
+        return replace(self, **changes)  # type: ignore[type-var]  # whoever inherits it is a dataclass
+
+    @abstractmethod
+    def cycles(self, machine: Machine) -> float:
+        """Predicted cycles of one thread."""
+
+    def predict(
+        self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
+    ) -> float:
+        """On all threads, of the clock that the peak follows from; nothing is listed."""
+        return self.cycles(machine) * seconds_per_cycle(machine) / threads
+
+
+R = TypeVar("R", bound=RowConv)
 
 
 def panel_widths(vectors: int, most: int) -> list[tuple[int, int]]:
