@@ -15,17 +15,15 @@ import numpy as np
 from tvm import tirx
 
 from ..convolution import LayerKernel
-from ..emit import Expr, big, choose, flat, lane, lanes, let, scratch, serial, splat, store
+from ..emit import Expr, choose, flat, lanes, let, scratch, store
 from ..epilogue import activate
 from ..geometry import Window
 from ..kernel import Operand, Weights, constant, output
 from ..preparation import Panels
 from .conv3d_gather import parts_of
 from .cost import seconds_per_cycle
+from .row_products import Rows, Sums, Vectors, multiply
 from .tiles import Machine
-
-#: The sums of a tile: a buffer of one vector for each row and vector.
-Sums = list[list[tirx.Buffer]]
 
 
 @dataclass(frozen=True)
@@ -147,27 +145,8 @@ class RowTiles:
 
     def multiply(self, source: Expr, weights: Expr, terms: int, acc: Sums) -> None:
         """``acc[r] += x[r, term] · w[term]`` over so many terms that lie side by side."""
-        step = self.tile.step
-        rest = terms % step if step > 1 else terms
-        if terms > rest:
-            with serial(terms // step) as chunk:
-                self._terms(source, weights, let(big(chunk) * step), step, acc)
-        if rest:
-            with serial(rest) as index:
-                self._terms(source, weights, let(big(index) + (terms - rest)), 1, acc)
-
-    def _terms(self, source: Expr, weights: Expr, term: Expr, step: int, acc: Sums) -> None:
-        """``step`` terms from ``term`` on."""
-        count, distance = self.count, self.conv.row_floats
-        xs = [self.source[lanes(source + term + r * distance, step)] for r in range(len(acc))]
-        xs = [let(x) for x in xs] if step > 1 else xs
-        for k in range(step):
-            at = weights + (term + k) * count
-            w = [let(self.weights[lanes(at + v * self.vector_floats, count)]) for v in range(len(acc[0]))]
-            for x, sums in zip(xs, acc, strict=True):
-                value = let(splat(lane(x, k) if step > 1 else x, count))
-                for v, total in enumerate(sums):
-                    store(total, total[lanes(0, count)] + value * w[v], lanes(0, count))
+        rows, vectors = Rows(self.source, self.conv.row_floats), Vectors(self.weights, self.vector_floats, self.count)
+        multiply(rows, source, vectors, weights, terms, self.tile.step, acc)
 
     def finish(self, target: Expr, vector: Expr, acc: Sequence[Sequence[tirx.Buffer]]) -> None:
         """Store a tile; where the output channels end inside its last vector, that one in parts."""
