@@ -21,7 +21,7 @@ from dance_tvm.lowering.lower_attention import LowerAttention
 from dance_tvm.lowering.lower_norms import LowerNorms
 from dance_tvm.lowering.lower_sorts import LowerSorts
 from dance_tvm.lowering.lower_windows import lower_windows
-from dance_tvm.lowering.lowered import Lowered
+from dance_tvm.lowering.lowered import LayerCall, Lowered
 from dance_tvm.lowering.machine import gpu_of, machine_of
 from dance_tvm.records.group_log import group_cost
 from dance_tvm.schedules.cpu.choice import TuningLog
@@ -92,12 +92,11 @@ def lower(
     require_buildable(target, options.dtype)
     lift_weights, narrow = LiftWeights(), NarrowChannels()
     phases = _Phases(on_phase, options.debug_dump)
-    largest: Mapping[str, float] = {}
+    source = mod
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
         for name, passes in _before_kernels([narrow] if options.sparsity == "auto" else []):
             mod = phases.run(name, mod, passes)
-            if name == LAST_WITH_NAMES and options.dtype == "float16" and not gpu and measure is not None:
-                largest = measure(mod)
+            source = mod if name == LAST_WITH_NAMES else source
         phases.begin("sparse kernels")
         windows = lower_windows(
             mod,
@@ -111,13 +110,15 @@ def lower(
             ),
             dtype=options.dtype,
             memory="fast" if gpu else options.memory,
-            largest=largest,
+            largest=measure(source) if measure and options.dtype == "float16" and not gpu else {},
         )
         phases.end("sparse kernels", mod := windows.mod)
         for name, passes in [*_behind_kernels(machine, gpu, options.threads), ("lift weights", [lift_weights])]:
             mod = phases.run(name, mod, passes)
     layers = [_with_reason(layer, narrow.told.get(layer.name, "")) for layer in windows.layers]
-    return Lowered(mod, layers, lift_weights.weights, windows.workloads, windows.sources, kernels_of(mod))
+    layers = _as_called(layers, windows.calls, mod)
+    found = windows.workloads, windows.sources, kernels_of(mod), windows.calls, source
+    return Lowered(mod, layers, lift_weights.weights, *found)
 
 
 Passes = list[tvm.transform.Pass]
@@ -208,6 +209,16 @@ class _Phases:
             path = self.dump / f"{self.done}-{name.replace(' ', '-')}.py"
             path.write_text(mod.script(show_meta=False), encoding="utf-8")
         self.done += 1
+
+
+def _as_called(layers: list[LayerInfo], calls: Mapping[str, LayerCall], mod: tvm.IRModule) -> list[LayerInfo]:
+    """``layers`` with those that have calls of their own in the order of these, which passes may have changed; others,
+    which small kernels were joined of, stay where they are."""
+    bindings = [binding.var.name for block in mod["main"].body.blocks for binding in block.bindings]
+    place = {name: index for index, name in enumerate(bindings)}
+    own = [layer for layer in layers if calls[layer.name].var in place]
+    ordered = iter(sorted(own, key=lambda layer: place[calls[layer.name].var]))
+    return [next(ordered) if calls[layer.name].var in place else layer for layer in layers]
 
 
 def _with_reason(layer: LayerInfo, reason: str) -> LayerInfo:
