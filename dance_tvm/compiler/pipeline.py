@@ -42,6 +42,7 @@ from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
+from dance_tvm.transform.spread_transposed import SpreadTransposed
 from dance_tvm.transform.store_halves import StoreHalves
 from dance_tvm.transform.vector_math import VectorMath
 from dance_tvm.transform.whole_pools import WholePools
@@ -94,7 +95,8 @@ def lower(
     phases = _Phases(on_phase, options.debug_dump)
     source = mod
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
-        for name, passes in _before_kernels([narrow] if options.sparsity == "auto" else []):
+        spread = [] if gpu is None and options.dtype == "float32" else [SpreadTransposed()]
+        for name, passes in _before_kernels(spread, [narrow] if options.sparsity == "auto" else []):
             mod = phases.run(name, mod, passes)
             source = mod if name == LAST_WITH_NAMES else source
         phases.begin("sparse kernels")
@@ -127,7 +129,7 @@ Passes = list[tvm.transform.Pass]
 LAST_WITH_NAMES = "fold batch norm"
 
 
-def _before_kernels(narrow: Passes) -> list[tuple[str, Passes]]:
+def _before_kernels(spread: Passes, narrow: Passes) -> list[tuple[str, Passes]]:
     """What is done to the network while its operators are still those of the source."""
     return [
         (
@@ -137,6 +139,7 @@ def _before_kernels(narrow: Passes) -> list[tuple[str, Passes]]:
                 BooleanLogic(),
                 relax.transform.FoldConstant(),
                 relax.transform.DeadCodeElimination(),
+                *spread,
             ],
         ),
         (LAST_WITH_NAMES, [WholePools(), FoldPads(), NormsByClip(), FoldBatchNorm(), *narrow]),

@@ -43,7 +43,7 @@ class SampleLists:
         there = SiteLists(
             alive.channels is not None, wanted.channels is not None, positions_of_input(site, alive) is not None
         )
-        if site.groups > 1 or site.linear:
+        if site.groups > 1 or site.whole:
             return SiteLists(there.inputs, there.outputs, False)
         shared = window.batch == 1  # one sample's lists of channels cost nothing but themselves
         channels = [(there.inputs, there.outputs)]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..geometry import Window
+from ..geometry import HEIGHT, TIME, WIDTH, Window
 from ..workload import LINE, Workload
 from .cost import seconds_per_cycle
 from .row_space import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, RowSpace
 from .row_tiles import panel_widths
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine, tap_tiles
 
-TIME, HEIGHT, WIDTH = range(3)
 #: Bytes a cycle that come from beyond the second-level cache, where weights that take more than this share of it are:
 #: every line of outputs reads them all.
 L3_BYTES, WEIGHTS_SHARE_OF_L2 = 6.0, 0.6

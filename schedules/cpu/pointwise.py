@@ -10,7 +10,7 @@ that in memory of its own, which stays in the cache, before it is multiplied by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -21,6 +21,7 @@ from ..geometry import Window
 from ..kernel import Count, Operand
 from ..space import Space
 from ..workload import Workload
+from .cost import seconds_per_cycle
 from .pointwise_tiles import PointwiseSpace, PointwiseTile, predicted_cycles
 from .row_tiles import RowConv, RowTiles, panel_widths
 from .tiles import Machine
@@ -55,10 +56,13 @@ class PointwiseConv(RowConv):
         """Register tile, blocks of rows, shares of threads."""
         return PointwiseSpace(machine, workload)
 
-    def cycles(self, machine: Machine) -> float:
-        """As :mod:`~.pointwise_tiles` has it."""
+    def predict(
+        self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
+    ) -> float:
+        """As :mod:`~.pointwise_tiles` has it: nothing is listed."""
         tile = (self.tile.mr, self.tile.vectors, self.tile.step)
-        return predicted_cycles(machine, self.window, (self.channels_in, self.channels_out), tile)
+        cycles = predicted_cycles(machine, self.window, (self.channels_in, self.channels_out), tile)
+        return cycles * seconds_per_cycle(machine) / threads
 
     def work(self) -> tuple[Count, Count, Count]:
         """All of it."""

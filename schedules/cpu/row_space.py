@@ -20,7 +20,8 @@ L2_BYTES = 24.0
 
 def is_dense(layer: Layer) -> bool:
     """Whether the layer leaves nothing out and has one group, in float32: what these convolutions take."""
-    return not layer.workload.lists and layer.columns is None and layer.groups == 1 and layer.dtype == "float32"
+    whole = not layer.workload.lists and layer.columns is None and layer.spread is None
+    return whole and layer.groups == 1 and layer.dtype == "float32"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ packed as single vectors of output channels, so that panels of any width read th
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -21,9 +20,7 @@ from ..geometry import Window
 from ..kernel import Operand, Weights, constant, output
 from ..preparation import Panels
 from .conv3d_gather import parts_of
-from .cost import seconds_per_cycle
 from .row_products import Rows, Sums, Vectors, multiply
-from .tiles import Machine
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,11 @@ class RowConv(LayerKernel):
     def row_floats(self) -> int:
         """Floats from the input of one row of a tile to that of the next."""
         return self.channels_in
+
+    @property
+    def stored_floats(self) -> int:
+        """Floats from the result of one row of a tile to that of the next."""
+        return self.channels_out
 
     @property
     def size_name(self) -> str:
@@ -98,16 +100,6 @@ class RowConv(LayerKernel):
         """With this tile."""
         changes: dict[str, Any] = {"tile": replace(self.tile, **decisions)}
         return replace(self, **changes)  # type: ignore[type-var]  # whoever inherits it is a dataclass
-
-    @abstractmethod
-    def cycles(self, machine: Machine) -> float:
-        """Predicted cycles of one thread."""
-
-    def predict(
-        self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
-    ) -> float:
-        """On all threads, of the clock that the peak follows from; nothing is listed."""
-        return self.cycles(machine) * seconds_per_cycle(machine) / threads
 
 
 R = TypeVar("R", bound=RowConv)
@@ -154,7 +146,7 @@ class RowTiles:
         left = conv.channels_out % count
         for r, sums in enumerate(acc):
             for v, total in enumerate(sums):
-                at = target + (r * conv.channels_out + v * count)
+                at = target + (r * conv.stored_floats + v * count)
                 if not left or v + 1 < len(sums):
                     self._store(total, 0, at, count)
                 else:
