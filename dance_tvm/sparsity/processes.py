@@ -28,7 +28,7 @@ def fabric_of_run(settings: Settings) -> Iterator[Fabric]:
     """
     try:
         from lightning_fabric import Fabric
-        from lightning_fabric.strategies import DDPStrategy
+        from lightning_fabric.strategies.ddp import DDPStrategy
     except ImportError as error:
         raise DanceError(f"training needs {error.name}: pip install 'dance-tvm[train]'") from None
     kind = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
@@ -255,7 +255,7 @@ class _Trainer:
                     sums.get(name, torch.zeros((), dtype=torch.float64, device=self._device)) + value.double().sum()
                 )
         for name in sorted(sums) if place.world_size > 1 else ():
-            sums[name] = place.all_reduce(sums[name], reduce_op="sum")
+            sums[name] = cast(Tensor, place.all_reduce(sums[name], reduce_op="sum"))
         metrics = {name: float(total) / len(clips) for name, total in sums.items()}
         if {"hits", "extra", "missed"} <= metrics.keys():
             hits, extra, missed = (metrics.pop(name) for name in ("hits", "extra", "missed"))
