@@ -25,7 +25,7 @@ from dance_tvm.lowering.lower_windows import lower_windows
 from dance_tvm.lowering.lowered import LayerCall, Lowered
 from dance_tvm.lowering.machine import gpu_of, machine_of
 from dance_tvm.records.group_log import group_cost
-from dance_tvm.schedules.cpu.spaces import TuningLog
+from dance_tvm.schedules.cpu.choice import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine, excess_cycles
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.transform.boolean_logic import BooleanLogic

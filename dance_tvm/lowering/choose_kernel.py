@@ -19,10 +19,10 @@ from dance_tvm.liveness.kernel_groups import (
     lane_cost,
 )
 from dance_tvm.schedules.convolution import LayerKernel
-from dance_tvm.schedules.cpu.spaces import TuningLog
+from dance_tvm.schedules.cpu.choice import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.emit import FLOAT
-from dance_tvm.schedules.gpu.spaces import groups_cost
+from dance_tvm.schedules.gpu.choice import groups_cost
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.kernel import Weights
 from dance_tvm.schedules.layer import Choice, Layer

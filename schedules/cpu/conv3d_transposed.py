@@ -14,12 +14,12 @@ from functools import partial
 from tvm import tirx
 
 from ..emit import Expr, big, choose, let, parallel, serial
-from ..geometry import Triple, Window
+from ..geometry import HEIGHT, TIME, WIDTH, Triple, Window
 from ..kernel import Count
 from ..spread import Spread
-from .conv3d_line import HEIGHT, TIME, WIDTH, runs
+from .conv3d_line import runs
 from .lines import each_piece
-from .pointwise import PointwiseTile
+from .pointwise_tiles import PointwiseTile
 from .row_products import Sums
 from .row_tiles import RowConv, RowTile, RowTiles, panel_widths
 

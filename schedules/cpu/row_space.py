@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from ..layer import Layer
 from ..workload import Decisions, Workload
-from .row_tiles import RowConv
 from .space import WORTH_TRYING, are_whole
 from .tiles import Machine, candidates
 
@@ -27,7 +26,7 @@ def is_dense(layer: Layer) -> bool:
 
 @dataclass(frozen=True)
 class RowSpace:
-    """The register tile, ``mr`` × ``vectors``, and ``step``, as in :class:`~.spaces.GatherSpace`."""
+    """The register tile, ``mr`` × ``vectors``, and ``step``, as in :class:`~.direct_spaces.GatherSpace`."""
 
     machine: Machine
     workload: Workload
@@ -46,14 +45,6 @@ class RowSpace:
     def predicted(self, tile: tuple[int, int, int]) -> float:
         """Cycles of one thread for the layer with register tiles of (rows, vectors, step)."""
         raise NotImplementedError
-
-    def fitted(self, layer: Layer, decisions: Mapping[str, int]) -> RowConv:
-        """The kernel that the decisions describe, of a layer of this workload."""
-        raise NotImplementedError
-
-    def kernel(self, decisions: Mapping[str, int]) -> RowConv:
-        """The kernel that the decisions describe."""
-        return self.fitted(Layer.of(self.workload), decisions)
 
     @property
     def size(self) -> int:

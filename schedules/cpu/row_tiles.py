@@ -7,7 +7,8 @@ packed as single vectors of output channels, so that panels of any width read th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from tvm import tirx
@@ -94,6 +95,14 @@ class RowConv(LayerKernel):
         line, channel = let(tirx.floordiv(at, count * depth)), let(tirx.floormod(tirx.floordiv(at, count), depth))
         out = let(tirx.floordiv(line, taps) * count + tirx.floormod(at, count))
         return out, let(tirx.floormod(line, taps)), channel, out < self.channels_out
+
+    def sized(self: R, decisions: Mapping[str, int]) -> R:
+        """With this tile."""
+        changes: dict[str, Any] = {"tile": replace(self.tile, **decisions)}
+        return replace(self, **changes)  # type: ignore[type-var]  # whoever inherits it is a dataclass
+
+
+R = TypeVar("R", bound=RowConv)
 
 
 def panel_widths(vectors: int, most: int) -> list[tuple[int, int]]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..convolution import LayerKernel
-from ..geometry import Window
+from ..geometry import WIDTH, Window
 from ..layer import Choice, Layer
 from ..spread import Spread
 from ..workload import LINE, POINTWISE, Workload
-from .conv3d_line import WIDTH
 from .conv3d_transposed import TransposedConv
 from .line_tiles import LineSpace
-from .pointwise import PointwiseTile
-from .pointwise_tiles import PointwiseSpace
+from .pointwise_tiles import PointwiseSpace, PointwiseTile
 from .row_tiles import RowTile
 from .tiles import Machine
 
