@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from .geometry import GroupedChannels, Window
+from .geometry import GroupedChannels, Triple, Window
 from .kernel import Kernel
 from .kernel_columns import column_run
 from .workload import KERNEL_GROUPS, TYPICAL_DENSITY, Workload
@@ -20,6 +20,9 @@ class Limits:
     scratch: float = math.inf
 
 
+UNLIMITED = Limits()
+
+
 @dataclass(frozen=True)
 class Layer(GroupedChannels):
     """A layer: its shapes, what masks thin, and what its kernel does behind it.
@@ -27,8 +30,9 @@ class Layer(GroupedChannels):
     ``positions`` and ``in_positions``: how many clips and frames the mask of output and input positions tells apart.
     Of a layer whose zero weights are left out, ``group`` is the kernel group, ``columns`` how many columns are left and
     ``kept`` which share of all columns that is. ``memory`` limits what its kernel takes. ``gate``: its input is
-    multiplied by a value for each clip and channel, then passes the activation ``before``. The other fields are those
-    of :class:`.convolution.Convolution`.
+    multiplied by a value for each clip and channel, then passes the activation ``before``. ``spread``: a transposed
+    convolution's window sees the input's positions so far apart, zeros between them. The other fields are those of
+    :class:`.convolution.Convolution`.
     """
 
     window: Window
@@ -49,9 +53,10 @@ class Layer(GroupedChannels):
     group: tuple[int, int] = (1, 1)
     columns: int | None = None
     kept: float = 1.0
-    memory: Limits = Limits()
+    memory: Limits = UNLIMITED
     gate: bool = False
     before: str = ""
+    spread: Triple | None = None
 
     @property
     def samples(self) -> int:

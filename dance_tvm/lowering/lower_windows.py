@@ -23,8 +23,8 @@ from dance_tvm.liveness.expressions import Expression
 from dance_tvm.liveness.relax_graph import liveness_of
 from dance_tvm.schedules.convolution import LayerKernel
 from dance_tvm.schedules.cpu.carry_frames import Carry
+from dance_tvm.schedules.cpu.choice import TuningLog
 from dance_tvm.schedules.cpu.pointwise_tiles import is_pointwise
-from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.emit import FLOAT, HALF, one_thread
 from dance_tvm.schedules.geometry import added

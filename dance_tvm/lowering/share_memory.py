@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from tvm import relax
 
-from dance_tvm.schedules.cpu.spaces import memory_trades
+from dance_tvm.schedules.cpu.choice import memory_trades
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.layer import Limits
 
