@@ -29,6 +29,9 @@ Role = Literal["data", "residual", "gate", "constant", "mask", "list", "output"]
 LAYER = "convolution"
 #: The kind of kernels that make lists.
 PLANNER = "planner"
+#: The kind of the kernel that leaves it to planners which of two kernels runs. Its call stands alone in a program, so
+#: that who watches the calls can write something else where it has written.
+FREE_CHOICE = "free choice"
 #: The attribute of a function that holds what ``Kernel.describe`` gives, as JSON.
 DESCRIPTION = "dance.kernel"
 
@@ -123,11 +126,18 @@ class Kernel(ABC):
     skips: ClassVar[tuple[str, ...]] = ()
     #: Whether small integers stay exact in it, whatever its sizes.
     exact: ClassVar[bool] = True
+    #: Whether what it writes is the same in every call if what it reads is, so that it can run when compiled.
+    foldable: ClassVar[bool] = True
 
     @property
     def preparation(self) -> Preparation | None:
         """How the operand ``weights`` is made of a layer's weights, where the artifact's library can do it."""
         return None
+
+    @property
+    def preparations(self) -> dict[str, Preparation]:
+        """The same of all operands that are made so, by their names."""
+        return {} if self.preparation is None else {"weights": self.preparation}
 
     @property
     def scratch_bytes(self) -> int:

@@ -28,9 +28,9 @@ class KernelInfo(BaseModel):
     """One compiled function, as its calls are read.
 
     ``name`` is the kernel's own, by which layers name it; several functions may have it. ``operands`` are its tensors
-    in order. ``tile`` are the frames, rows and columns of a tile of Winograd's, else nothing. ``parts``: the kernels
-    that a function of joined small ones runs, in order. ``macs``: multiply-accumulates of a call, padding left out,
-    where they are the same in every call.
+    in order. ``tile`` are the frames, rows and columns of a tile of Winograd's, else nothing; of two kernels in one,
+    those of the first. ``parts``: the kernels that a function of joined small ones runs, in order. ``macs``:
+    multiply-accumulates of a call, padding left out, where they are the same in every call.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -41,6 +41,11 @@ class KernelInfo(BaseModel):
     tile: list[int] = []
     parts: list[str] = []
     macs: int | None = None
+
+    @property
+    def is_free_choice(self) -> bool:
+        """Whether it leaves it to planners which of two kernels of a layer runs."""
+        return self.kind == "free choice"
 
     @property
     def is_planner(self) -> bool:

@@ -17,6 +17,7 @@ from dance_tvm.core.random_inputs import dtype_of, random_inputs
 from dance_tvm.frontend.rounding import MULTIPLE, Rounding
 
 if TYPE_CHECKING:
+    from dance_tvm.device.session import LoadedNetwork
     from dance_tvm.frontend import Imported
     from dance_tvm.frontend.interface import Arrays
     from dance_tvm.lowering.lowered import Lowered
@@ -71,6 +72,7 @@ def check_artifact(
         with open_device(spec) as device:
             network = device.load(artifact)
             found = {name: network.run(arrays) for name, arrays in tried.arrays.items()}
+            chosen = _by_each_kernel(network, tried) if _has_choices(artifact.manifest) else []
             calls = network.kernels(tried.arrays["normal"], repeats=0) if "normal" in found else []
     except DanceError as error:
         if insist or spec == "local":
@@ -79,9 +81,23 @@ def check_artifact(
     for answer in found.values():
         _require_types(artifact.manifest, answer)
     check = compare(artifact.manifest, tried, found, spec)
+    for answers in chosen:
+        compare(artifact.manifest, tried, answers, spec)
     if calls:
         stored["kernels"] = np.array([[call.mean or 0.0, call.mean_size or 0.0] for call in calls])
     return check
+
+
+def _has_choices(manifest: Manifest) -> bool:
+    """Whether some layer has two kernels, of which each call runs one."""
+    return any(kernel.is_free_choice for kernel in manifest.kernels.values())
+
+
+def _by_each_kernel(network: LoadedNetwork, tried: CheckInputs) -> list[dict[str, Arrays]]:
+    """Answers by the first kernel of all layers that have two, and by the second, where the device can be told to."""
+    names = [name for name in tried.arrays if name == "normal" or name.startswith("mixed")]
+    found = [{name: network.run_choosing(tried.arrays[name], which) for name in names} for which in (0, 1)]
+    return [{name: answer for name, answer in answers.items() if answer is not None} for answers in found]
 
 
 def check_kernels(

@@ -26,6 +26,16 @@ class ProgramNetwork(LoadedNetwork):
         with _refusals(self.manifest.name):
             return self._model.run(self._named(inputs))
 
+    def run_choosing(self, inputs: Mapping[str, np.ndarray], which: int) -> dict[str, np.ndarray]:
+        free = {symbol for symbol, kernel in self.manifest.kernels.items() if kernel.is_free_choice}
+
+        def choose(symbol: str, tensors: list[np.ndarray]) -> None:
+            if symbol in free:
+                tensors[0][:] = which
+
+        with _refusals(self.manifest.name):
+            return self._model.watch(self._named(inputs), choose)
+
     def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         with _refusals(self.manifest.name):
             return self._model.time(self._named(inputs), repeats)

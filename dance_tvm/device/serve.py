@@ -278,10 +278,21 @@ def looked_at(kernel: dict[str, Any] | None, tensors: list[Any]) -> dict[str, An
 def executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, Any] | None:
     """What a convolution, whose tensors are `named` by its operands, executed (see `_work`); None where it cannot be
     told."""
+    tile = kernel["tile"]
+    if "decision" in named and int(named["decision"].numpy()[0]):
+        named, tile = _of_second(named), []
     if "counts" in named:
-        return _work(named, kernel["tile"])
+        return _work(named, tile)
     macs = kernel.get("macs")
     return None if macs is None else _dense_work(named, macs)
+
+
+def _of_second(named: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of the second of two kernels in one, as it knows them."""
+    own = {name: tensor for name, tensor in named.items() if not name.startswith("second_")}
+    for lists in ("in_channels", "out_channels"):
+        own.pop(lists, None)
+    return {**own, **{name[len("second_") :]: named[name] for name in named if name.startswith("second_")}}
 
 
 def _work(named: dict[str, Any], tile: list[int]) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:

@@ -53,6 +53,10 @@ class LoadedNetwork(ABC):
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by the manifest's names for inputs by the manifest's names."""
 
+    def run_choosing(self, inputs: Mapping[str, np.ndarray], which: int) -> dict[str, np.ndarray] | None:
+        """The same by kernel ``which``, 0 or 1, of every layer that has two; None where the device cannot be told."""
+        return None
+
     def step(self, inputs: Mapping[str, Any]) -> tuple[np.ndarray, list[Any]]:
         """The first output, and the others as `inputs` of later calls may hold them: tensors that stay on the device.
 

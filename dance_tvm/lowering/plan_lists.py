@@ -55,8 +55,9 @@ class Lists:
         for each in kernel.lists():
             found.update(zip(each.names, self._plan(each.planner, given, found), strict=True))
         constants = kernel.prepare(given.weights)
-        if kernel.preparation is not None and given.weights is not None and given.weights.weight is not None:
-            self.sources[array_digest(constants["weights"])] = Source(kernel.preparation, given.weights.weight)
+        if given.weights is not None and given.weights.weight is not None:
+            for name, preparation in kernel.preparations.items():
+                self.sources[array_digest(constants[name])] = Source(preparation, given.weights.weight)
         return found | {name: relax.const(array) for name, array in constants.items()}
 
     def arguments(self, kernel: Kernel, given: Given, values: Values) -> Values:
@@ -95,7 +96,11 @@ class Lists:
         return self.planned[key]
 
     def _is_short(self, planner: Kernel) -> bool:
-        return self.now and sum(math.prod(each.shape) for each in planner.outputs()) <= MOST_CONSTANT_LISTS
+        return (
+            self.now
+            and planner.foldable
+            and sum(math.prod(each.shape) for each in planner.outputs()) <= MOST_CONSTANT_LISTS
+        )
 
     def _outputs(self, planner: Kernel, args: Values) -> list[relax.Expr]:
         made, count = call_kernel(self.builder, planner, args), len(planner.outputs())

@@ -16,7 +16,7 @@ from tvm import relax, s_tir, tirx
 
 from dance_tvm.ir.graph import Graph, is_tensor, substitute, variables
 from dance_tvm.schedules.emit import OPAQUE
-from dance_tvm.schedules.kernel import DESCRIPTION, LAYER, PLANNER, described
+from dance_tvm.schedules.kernel import DESCRIPTION, FREE_CHOICE, LAYER, PLANNER, described
 
 #: A call that reads and writes at most so many elements is small: that much takes about as long as calling it.
 SMALL_ELEMENTS = 65536
@@ -74,7 +74,7 @@ class _Joining:
         if self.graph.op(var) != "call_tir":
             return False
         told = described(self.builder.get()[value.args[0]])
-        if told is not None and told["kind"] == LAYER:
+        if told is not None and told["kind"] in (LAYER, FREE_CHOICE):
             return False
         if not all(map(_is_whole, self.builder.get()[value.args[0]].params)):
             return False

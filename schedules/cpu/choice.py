@@ -19,6 +19,7 @@ from ..workload import GATHER, KERNEL_GROUPS, LINE, POINTWISE, POOL, WINOGRAD, D
 from .conv3d_gather import GatherConv
 from .conv3d_kgs import KernelGroupConv
 from .conv3d_line import LineConv
+from .either_choice import either
 from .line_tiles import FEW_CHANNELS, line, listing_seconds
 from .pointwise import PointwiseConv
 from .pointwise_tiles import PointwiseTile, is_pointwise, pointwise
@@ -27,6 +28,7 @@ from .row_plan import RowPlan
 from .row_space import is_dense
 from .row_tiles import RowTile
 from .tiles import Machine, Tile
+from .winograd import WinogradConv
 from .winograd_choice import choose, trades, transformed, why_not
 from .winograd_space import within
 
@@ -176,7 +178,9 @@ def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) ->
     conv = found.kernel
     choice = choose_kernel(conv, found.origin, layer.workload, machine, wanted, log, layer.memory)
     masks = MASKS_OF_LINES if layer.channels_in <= FEW_CHANNELS else ()
-    if not is_dense(layer, *masks) or (wanted == "winograd" and choice.kernel is not conv):
+    if not is_dense(layer, *masks):
+        return choice if wanted != "auto" else _with_direct(choice, conv, layer, machine)
+    if wanted == "winograd" and choice.kernel is not conv:
         return choice
     lines, workload = _line(layer, machine), line(layer.workload)
     if layer.channels_in > FEW_CHANNELS:
@@ -186,6 +190,14 @@ def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) ->
         if choice.kernel is not conv or choice.origin or slower:
             return choice
     return settled(lines, machine, workload, log)
+
+
+def _with_direct(choice: Choice[LayerKernel], conv: GatherConv, layer: Layer, machine: Machine) -> Choice[LayerKernel]:
+    """``choice``, or both kernels in one where thin masks would make ``conv`` the faster one."""
+    if not isinstance(choice.kernel, WinogradConv) or layer.columns is not None:
+        return choice
+    both = either(choice.kernel, conv, machine, layer.threads, layer.memory)
+    return choice if both is None else replace(choice, kernel=both)
 
 
 def memory_trades(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ..convolution import Convolution
 from ..geometry import Window
@@ -60,7 +61,7 @@ def _l3(machine: Machine) -> int:
     return min(machine.l3, MOST_SHARED_CACHE)
 
 
-def _memory_rate(machine: Machine, threads: int) -> float:
+def memory_rate(machine: Machine, threads: int) -> float:
     """Bytes per second that the threads get from memory together."""
     return 1e9 * machine.memory_gb_per_s * min(1.0, ONE_CORE_SHARE * threads)
 
@@ -68,7 +69,7 @@ def _memory_rate(machine: Machine, threads: int) -> float:
 def _with_traffic(machine: Machine, threads: int, cycles: float, weight_bytes: float) -> float:
     """Seconds of arithmetic shared out over the threads beside weights that stream in from memory."""
     arithmetic = cycles * seconds_per_cycle(machine) / threads
-    traffic = weight_bytes / _memory_rate(machine, threads)
+    traffic = weight_bytes / memory_rate(machine, threads)
     return max(arithmetic, traffic) + NOT_HIDDEN * min(arithmetic, traffic)
 
 
@@ -76,7 +77,7 @@ def _channel_share(conv: Convolution, density: float) -> float:
     return density ** (conv.live_in + conv.live_out)
 
 
-def _gather_cycles(conv: Convolution, weights: float) -> float:
+def gather_cycles(conv: Convolution, weights: float) -> float:
     """Cycles to pack ``weights`` (elements) into panels of live channels, once."""
     if conv.live_out:
         return weights * GATHER_COLUMN_CYCLES
@@ -103,7 +104,7 @@ def direct_seconds(
     cycles *= taps * conv.depth * share / tiles_filled(window, tile.mr, _row_share(plan, density))
     elements = window.taps * conv.depth * conv.channels_out * _channel_share(conv, density)
     blocks = max(1.0, window.positions_out * _row_share(plan, density) / plan.samples / (tile.mr * tile.block_tiles))
-    cycles += _gather_cycles(conv, elements) * plan.samples * blocks
+    cycles += gather_cycles(conv, elements) * plan.samples * blocks
     repeats = 1 + (plan.samples - 1) / (1 if machine.element_bytes * elements > machine.l3 / 2 else CACHE_RATE)
     weights = float(machine.element_bytes) * window.taps * conv.depth * conv.channels_out * share * repeats
     return _with_traffic(machine, threads, cycles, weights)
@@ -123,6 +124,43 @@ def _row_share(plan: RowPlan, density: float) -> float:
     return density ** (plan.out_frames + (plan.positions is not None))
 
 
+@dataclass(frozen=True)
+class WinogradParts:
+    """Of a chunk that is full: cycles of its products, of transforms on either side; bytes of weights that it reads,
+    and how many times faster than from memory they come once an earlier chunk has read them."""
+
+    multiply: float
+    read: float
+    write: float
+    weights: float
+    nearer: float
+
+
+def winograd_parts(
+    conv: Convolution, tile: Tile, plan: WinogradPlan, machine: Machine, density: float = 1.0
+) -> WinogradParts:
+    """Where ``density`` of the channels on each side that is listed are left."""
+    share, register_tile = _channel_share(conv, density), (tile.mr, tile.vectors, tile.step)
+    cycles = 0.0
+    for rows, taps in runs(plan):
+        tiles = -(-rows // tile.mr) * conv.panels
+        cycles += predicted_cycles(machine, rows, conv.channels_out, register_tile) * taps * conv.channels_in * share
+        cycles += tiles * TILE_CYCLES * (density if conv.live_out else 1.0)
+    weights = 4.0 * plan.xi * plan.taps * conv.channels_in * conv.channels_out * share
+    read, written = (density if listed else 1.0 for listed in (conv.live_in, conv.live_out))
+    vectors_in = plan.xi * plan.source_rows * conv.channels_in / machine.vector_floats * read
+    vectors_out = plan.xi * plan.tiles[0] * plan.columns * conv.panels * tile.vectors * written
+    planes = PLANE_CYCLES * plan.xi
+    return WinogradParts(
+        multiply=cycles * plan.xi,
+        read=vectors_in * (INPUT_CYCLES + planes),
+        write=vectors_out * (OUTPUT_CYCLES + planes),
+        weights=weights,
+        # from memory, from the last level that the cores share, or from a core's own cache
+        nearer=1.0 if weights > _l3(machine) / 2 else CACHE_RATE if weights > machine.l2 / 2 else math.inf,
+    )
+
+
 def winograd_seconds(
     conv: Convolution,
     tile: Tile,
@@ -133,27 +171,17 @@ def winograd_seconds(
     whole_tiles: bool,
 ) -> float:
     """Of a Winograd kernel where each thinned axis keeps ``density``; ``whole_tiles``: in whole tiles of outputs."""
-    alive, share = _live_share(plan, density, whole_tiles), _channel_share(conv, density)
-    chunks = plan.chunks * alive
-    register_tile = (tile.mr, tile.vectors, tile.step)
-    cycles = 0.0
-    for rows, taps in runs(plan):
-        tiles = -(-rows // tile.mr) * conv.panels
-        cycles += predicted_cycles(machine, rows, conv.channels_out, register_tile) * taps * conv.channels_in * share
-        cycles += tiles * TILE_CYCLES * (density if conv.live_out else 1.0)
-    elements = plan.taps * conv.channels_in * conv.channels_out * share
-    weights = 4.0 * plan.xi * elements
-    repeats = max(0.0, chunks - 1)  # from memory, from the last level that the cores share, or from a core's own cache
-    repeats /= 1.0 if weights > _l3(machine) / 2 else CACHE_RATE if weights > machine.l2 / 2 else math.inf
-    multiply = _with_traffic(machine, threads, cycles * plan.xi * chunks, weights * (1 + repeats))
+    parts = winograd_parts(conv, tile, plan, machine, density)
+    chunks = plan.chunks * _live_share(plan, density, whole_tiles)
+    repeats = max(0.0, chunks - 1) / parts.nearer
+    multiply = _with_traffic(machine, threads, parts.multiply * chunks, parts.weights * (1 + repeats))
+    seconds = multiply + chunks * (parts.read + parts.write) * seconds_per_cycle(machine) / threads
+    return seconds + chunks * chunk_seconds(conv.scratch_bytes, machine, threads)
 
-    read, written = (density if listed else 1.0 for listed in (conv.live_in, conv.live_out))
-    vectors_in = plan.xi * plan.source_rows * conv.channels_in / machine.vector_floats * read
-    vectors_out = plan.xi * plan.tiles[0] * plan.columns * conv.panels * tile.vectors * written
-    planes = PLANE_CYCLES * plan.xi
-    transforms = vectors_in * (INPUT_CYCLES + planes) + vectors_out * (OUTPUT_CYCLES + planes)
-    seconds = multiply + chunks * transforms * seconds_per_cycle(machine) / threads
-    return seconds + chunks * (3 * BARRIER_SECONDS + _spill_seconds(conv.scratch_bytes, machine, threads))
+
+def chunk_seconds(scratch_bytes: int, machine: Machine, threads: int) -> float:
+    """What a chunk takes beside products and transforms."""
+    return 3 * BARRIER_SECONDS + _spill_seconds(scratch_bytes, machine, threads)
 
 
 def _live_share(plan: WinogradPlan, density: float, whole_tiles: bool) -> float:
@@ -179,4 +207,4 @@ def _spill_seconds(scratch_bytes: int, machine: Machine, threads: int) -> float:
     if scratch_bytes <= SCRATCH_SHARE * machine.l2:
         return 0.0
     cached = scratch_bytes <= SCRATCH_SHARE * _l3(machine)
-    return 2.0 * scratch_bytes / (_memory_rate(machine, threads) * (CACHE_RATE if cached else 1.0))
+    return 2.0 * scratch_bytes / (memory_rate(machine, threads) * (CACHE_RATE if cached else 1.0))

@@ -18,6 +18,8 @@ from .winograd_plan import WinogradPlan
 
 #: Floats of a cache line: one prefetch for each is enough.
 LINE_FLOATS = 16
+#: Sums of a register tile below which a multiply-add waits for the one before.
+LEAST_SUMS = 8
 
 
 @dataclass(frozen=True)
@@ -134,16 +136,37 @@ class Products:
 
     def multiply_panel(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr) -> None:
         """One ξ, one panel of output channels, all rows of the chunk."""
-        conv = self.conv
+        conv, tile = self.conv, self.tile
         columns = self._panel(sample, xi, panel)
-        if not conv.live_in:
-            self._multiply_runs(chunk, sample, xi, panel, columns, listed=False)
-            return
-        choose(
-            self.live_in(sample) == conv.channels_in,
-            lambda: self._multiply_runs(chunk, sample, xi, panel, columns, listed=False),
-            lambda: self._multiply_runs(chunk, sample, xi, panel, columns, listed=True),
-        )
+
+        def multiply(width: int) -> None:
+            some = replace(columns, starts=columns.starts[:width])
+            if not conv.live_in:
+                self._multiply_runs(chunk, sample, xi, panel, some, listed=False)
+                return
+            choose(
+                self.live_in(sample) == conv.channels_in,
+                lambda: self._multiply_runs(chunk, sample, xi, panel, some, listed=False),
+                lambda: self._multiply_runs(chunk, sample, xi, panel, some, listed=True),
+            )
+
+        def narrowest(widths: list[int]) -> None:
+            width, *wider = widths
+            if wider:
+                choose(vectors <= width, lambda: multiply(width), lambda: narrowest(wider))
+            else:
+                multiply(width)
+
+        vectors = let(ceil_div(self.live_out(sample) - panel * tile.nr, tile.vector_floats))
+        narrowest(self._widths)
+
+    @property
+    def _widths(self) -> list[int]:
+        """Vectors of a panel that there is code for, ascending: the last one that lists fill may be narrower."""
+        tile = self.tile
+        if self.out_channels is None:
+            return [tile.vectors]
+        return [width for width in range(1, tile.vectors) if width * tile.mr >= LEAST_SUMS] + [tile.vectors]
 
     def _multiply_runs(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr, columns: Panel, *, listed: bool) -> None:
         """All rows of the chunk times ``columns`` of the weights, run by run."""
@@ -155,7 +178,7 @@ class Products:
         with serial(self.counts[chunk, 2]) as run:
             tap, last_tap, low, high = (let(self.runs[chunk, run, field]) for field in range(4))
             with when(tirx.any(tap == last_tap, live == 0) if listed else tap == last_tap):
-                self._zero_products(target, low, high)
+                self._zero_products(target, low, high, len(columns.starts))
             with serial(ceil_div(last_tap - tap, tile.segment_taps)) as segment, serial(ceil_div(live, most)) as block:
                 first_tap = let(tap + segment * tile.segment_taps)
                 taps = (first_tap, let(tirx.min(first_tap + tile.segment_taps, last_tap)))
@@ -170,12 +193,12 @@ class Products:
                         rows, source, place, columns, taps, (sample if listed else None, first, count), fresh
                     )
 
-    def _zero_products(self, target: Expr, low: Expr, high: Expr) -> None:
+    def _zero_products(self, target: Expr, low: Expr, high: Expr, width: int) -> None:
         """Rows that read no live frame or channel: their sums are empty."""
         tile, row_floats = self.tile, self.conv.panels * self.tile.nr
         with serial((high - low) * tile.mr) as row:
             place = let(target + big(low * tile.mr + row) * row_floats)
-            for v in range(tile.vectors):
+            for v in range(width):
                 store(self.products, number(0.0, tile.vector_floats), self._vector(place, v))
 
     def _vector(self, start: Expr, v: int) -> Expr:
@@ -196,9 +219,9 @@ class Products:
         ``channels``: the sample whose list they are taken from (None: they are all alive), the first in V, how many.
         """
         conv, tile = self.conv, self.tile
-        count, row_floats = tile.vector_floats, conv.panels * tile.nr
-        acc = [[scratch((count,)) for _ in range(tile.vectors)] for _ in range(tile.mr)]
-        cells = [(r, v) for r in range(tile.mr) for v in range(tile.vectors)]
+        count, row_floats, width = tile.vector_floats, conv.panels * tile.nr, len(columns.starts)
+        acc = [[scratch((count,)) for _ in range(width)] for _ in range(tile.mr)]
+        cells = [(r, v) for r in range(tile.mr) for v in range(width)]
 
         def clear() -> None:
             for r, v in cells:
@@ -278,5 +301,5 @@ class Products:
             prefetch(columns.weights, columns.starts[0] + big(channels.ahead + k) * tile.nr)
         for r, value in enumerate(values):
             x = let(value)
-            for v in range(tile.vectors):
+            for v in range(len(w)):
                 store(acc[r][v], acc[r][v][lanes(0, count)] + x * w[v], lanes(0, count))

@@ -1,0 +1,103 @@
+"""Two kernels in one: whichever runs computes the same, only its lists are planned, and what it executed is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import tvm
+from convolutions import Arrays, call, compiled, tensor
+from test_depthwise import window_of
+from test_pointwise import AVX512
+from torch import nn
+
+from dance_tvm.lowering.registry import choose
+from dance_tvm.schedules.cpu.either import Either
+from dance_tvm.schedules.cpu.either_choice import direct_costs, seconds_at, winograd_costs
+from dance_tvm.schedules.kernel import Weights
+from dance_tvm.schedules.layer import Layer, Limits
+
+WINDOW = window_of(2, (4, 8, 9), (3, 3, 3), padding=(1, 1, 1))
+MASKED = Layer(
+    WINDOW, 48, 32, in_frames=True, out_frames=True, positions=(2, 4), live_in=True, live_out=True,
+    activation="relu", zero_dead="all",
+)  # fmt: skip
+
+
+def both_of(layer: Layer = MASKED) -> Either:
+    kernel = choose(layer, AVX512).kernel
+    assert isinstance(kernel, Either)
+    return kernel
+
+
+def masks_of(density: float) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(int(100 * density))
+    shapes = {
+        "in_frames": (2, 4), "out_frames": (2, 4), "positions": (2, 4, 8, 9), "in_channels": (2, 48),
+        "out_channels": (2, 32),
+    }  # fmt: skip
+    return {name: (rng.random(shape) < density).astype("float32") for name, shape in shapes.items()}
+
+
+FUNCTIONS: dict[str, object] = {}
+
+
+def run(func: tvm.tirx.PrimFunc, inputs: Arrays, outputs: Arrays) -> Arrays:
+    """What ``func`` makes of ``outputs``; functions that are the same are compiled once."""
+    key = func.script()
+    if key not in FUNCTIONS:
+        FUNCTIONS[key] = compiled(func)
+    tensors = [tensor(array) for array in [*inputs, *outputs]]
+    FUNCTIONS[key](*tensors)
+    return [each.numpy() for each in tensors[len(inputs) :]]
+
+
+@pytest.mark.parametrize("forced", [-1, 0, 1])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_both_kernels_compute_the_same(monkeypatch, density, forced):
+    kernel, masks, rng = both_of(), masks_of(density), np.random.default_rng(3)
+    monkeypatch.setattr("dance_tvm.schedules.cpu.either.UNDECIDED", forced)
+    weight = rng.standard_normal((32, 48, 3, 3, 3)).astype("float32")
+    bias = rng.standard_normal(32).astype("float32")
+    alive = masks["in_frames"][:, :, None, None, None] * masks["in_channels"][:, None, None, None, :]
+    x = rng.standard_normal(kernel.x_shape).astype("float32")
+    x = np.where(alive > 0, x, 0)
+    y, values = call(kernel, x, masks, Weights(weight, bias), run=run)
+    data = torch.from_numpy(x * alive).double().permute(0, 4, 1, 2, 3)
+    exact = nn.functional.conv3d(data, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), 1, 1)
+    wanted = masks["out_frames"][:, :, None, None, None] * masks["positions"][..., None]
+    wanted = wanted * masks["out_channels"][:, None, None, None, :]
+    expected = np.maximum(exact.permute(0, 2, 3, 4, 1).numpy(), 0) * wanted
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-4 * np.abs(exact.numpy()).max())
+    decision = int(values["decision"][0])
+    assert decision == forced or forced < 0
+    told = values["second_counts"][:, 3] if decision else values["pairs"][:, 0]
+    np.testing.assert_array_equal(values["executed"][:, 0], told if decision else told * kernel.first.plan.xi)
+    assert (values["counts"] if decision else values["second_counts"]).min() < 0, "the other's lists are not planned"
+
+
+def test_scattered_thin_masks_run_the_direct_kernel_and_full_ones_winograd():
+    kernel = both_of()
+    for density, decision in ((1.0, 0), (0.9, 0), (0.15, 1)):
+        weights = Weights(np.zeros((32, 48, 3, 3, 3), "float32"), np.zeros(32, "float32"))
+        masks = {**masks_of(density), "in_frames": np.ones((2, 4)), "out_frames": np.ones((2, 4))}
+        _, values = call(kernel, np.zeros(kernel.x_shape), masks, weights, run=run)
+        assert int(values["decision"][0]) == decision
+
+
+def test_costs_are_those_of_the_model():
+    kernel = both_of()
+    dense = kernel.first.predict(AVX512, 1, [1.0], whole_units=True)
+    assert seconds_at(winograd_costs(kernel.first, AVX512, 1), 1, 1, 1) == pytest.approx(dense, rel=0.05)
+    thin, full = (seconds_at(direct_costs(kernel.second, AVX512, 1), rows, 1, 1) for rows in (0.1, 1.0))
+    assert thin < 0.5 * full
+
+
+def test_layers_that_have_one_kernel():
+    assert not isinstance(choose(Layer(WINDOW, 48, 32), AVX512).kernel, Either), "no mask thins it"
+    assert not isinstance(choose(MASKED, AVX512, "direct").kernel, Either)
+    assert not isinstance(choose(MASKED, AVX512, "winograd").kernel, Either)
+    tight = replace(MASKED, memory=Limits(growth=2.4))
+    assert not isinstance(choose(tight, AVX512).kernel, Either), "weights in two layouts take too much"
