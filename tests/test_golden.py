@@ -16,12 +16,14 @@ from dance_tvm.schedules.cpu.compact_channels import CompactChannels
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv
 from dance_tvm.schedules.cpu.conv3d_line import LineConv
+from dance_tvm.schedules.cpu.conv3d_transposed import TransposedConv
 from dance_tvm.schedules.cpu.depthwise import DepthwiseConv, DepthwiseTile
 from dance_tvm.schedules.cpu.moments import VectorReduction
 from dance_tvm.schedules.cpu.norm import Norm
 from dance_tvm.schedules.cpu.pointwise import PointwiseConv, PointwiseTile
 from dance_tvm.schedules.cpu.pool3d import VectorPool
 from dance_tvm.schedules.cpu.product import Placed, Product, ProductTile
+from dance_tvm.schedules.cpu.resample import Resample
 from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.row_tiles import RowTile
 from dance_tvm.schedules.cpu.tiles import Tile
@@ -49,6 +51,9 @@ KERNELS: dict[str, Kernel] = {
     "conv3d_gather_io": GatherConv(*LAYER, TILE, PLAN, live_in=True, live_out=True, residual=True),
     "conv3d_kgs": KernelGroupConv(*LAYER, TILE, PLAN, columns=8, run=4),
     "conv3d_line": LineConv(WINDOW, 3, 8, RowTile(2, 1, 4, 1), activation="relu"),
+    "conv3d_transposed": TransposedConv(
+        Window(1, (3, 5, 7), (4, 6, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1)), (2, 2, 2), 4, 6, RowTile(2, 2, 4, 1)
+    ),
     "conv3d_winograd": WinogradConv(*LAYER, TILE, WinogradPlan(WINDOW, (1, 2, 2), 2, 4), activation="relu"),
     "depthwise3d": DepthwiseConv(WINDOW, 8, 8, DepthwiseTile(2, 1, 4, 2), out_frames=True),
     "conv3d_pointwise": PointwiseConv(WINDOW, 8, 10, PointwiseTile(2, 2, 4, 1, 4), residual=True, activation="relu"),
@@ -57,6 +62,7 @@ KERNELS: dict[str, Kernel] = {
         2, 10, 10, 8, 8, *HEAD, HEAD[0], Placed((1, 10, 16), Strided(((2, 8),), 16, 1)), PRODUCT, 0.5
     ),
     "product": Product(2, 10, 8, 10, *HEAD, Placed((2, 10, 10), Strided(((2, 100),), 10, 1)), PRODUCT),
+    "resample": Resample(1, (2, 3, 4), (4, 3, 8), 6, (2, 1, 2), (True, False, True), 4),
     "norm": Norm((1, 32, 8), 1, 32, 8, 4, 1e-5, 4, affine="lanes", scales=8),
     "reduce_mean": VectorReduction((2, 16, 8), (2, 8), 2, 16, 8, "mean", vector_floats=4),
     "carry_frames": Carry(2, 1, 4, 4, 8, 4, ("positions",), ("positions", "channels")),

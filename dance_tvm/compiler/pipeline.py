@@ -19,12 +19,13 @@ from dance_tvm.lowering.choose_kernel import Memory
 from dance_tvm.lowering.describe_layers import kernels_of
 from dance_tvm.lowering.lower_attention import LowerAttention
 from dance_tvm.lowering.lower_norms import LowerNorms
+from dance_tvm.lowering.lower_resampling import LowerResampling
 from dance_tvm.lowering.lower_sorts import LowerSorts
 from dance_tvm.lowering.lower_windows import lower_windows
 from dance_tvm.lowering.lowered import LayerCall, Lowered
 from dance_tvm.lowering.machine import gpu_of, machine_of
 from dance_tvm.records.group_log import group_cost
-from dance_tvm.schedules.cpu.spaces import TuningLog
+from dance_tvm.schedules.cpu.choice import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine, excess_cycles
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.transform.boolean_logic import BooleanLogic
@@ -42,6 +43,7 @@ from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
+from dance_tvm.transform.spread_transposed import SpreadTransposed
 from dance_tvm.transform.store_halves import StoreHalves
 from dance_tvm.transform.vector_math import VectorMath
 from dance_tvm.transform.whole_pools import WholePools
@@ -94,7 +96,8 @@ def lower(
     phases = _Phases(on_phase, options.debug_dump)
     source = mod
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
-        for name, passes in _before_kernels([narrow] if options.sparsity == "auto" else []):
+        spread = [] if gpu is None and options.dtype == "float32" else [SpreadTransposed()]
+        for name, passes in _before_kernels(spread, [narrow] if options.sparsity == "auto" else []):
             mod = phases.run(name, mod, passes)
             source = mod if name == LAST_WITH_NAMES else source
         phases.begin("sparse kernels")
@@ -127,7 +130,7 @@ Passes = list[tvm.transform.Pass]
 LAST_WITH_NAMES = "fold batch norm"
 
 
-def _before_kernels(narrow: Passes) -> list[tuple[str, Passes]]:
+def _before_kernels(spread: Passes, narrow: Passes) -> list[tuple[str, Passes]]:
     """What is done to the network while its operators are still those of the source."""
     return [
         (
@@ -137,6 +140,7 @@ def _before_kernels(narrow: Passes) -> list[tuple[str, Passes]]:
                 BooleanLogic(),
                 relax.transform.FoldConstant(),
                 relax.transform.DeadCodeElimination(),
+                *spread,
             ],
         ),
         (LAST_WITH_NAMES, [WholePools(), FoldPads(), NormsByClip(), FoldBatchNorm(), *narrow]),
@@ -156,7 +160,7 @@ def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int) -> list[tup
             [
                 FoldLists(),
                 *halves,
-                *([] if gpu else [LowerAttention(machine, threads)]),
+                *([] if gpu else [LowerAttention(machine, threads), LowerResampling(machine, threads)]),
                 LowerNorms(gpu or machine, threads),
                 *halves,
                 LowerSorts(gpu or machine, threads),

@@ -23,8 +23,8 @@ from dance_tvm.liveness.expressions import Expression
 from dance_tvm.liveness.relax_graph import liveness_of
 from dance_tvm.schedules.convolution import LayerKernel
 from dance_tvm.schedules.cpu.carry_frames import Carry
+from dance_tvm.schedules.cpu.choice import TuningLog
 from dance_tvm.schedules.cpu.pointwise_tiles import is_pointwise
-from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.emit import FLOAT, HALF, one_thread
 from dance_tvm.schedules.geometry import added
@@ -43,6 +43,7 @@ from .masks import Masks
 from .plan_lists import Given, Lists, Values, counted
 from .registry import kernels_of
 from .sample_lists import SampleLists
+from .share_memory import shared_out
 from .sites import Site, Sites
 
 #: The function beside ``main`` that runs the planning alone. It takes what ``main`` takes and returns int32 (rows, 4):
@@ -91,6 +92,8 @@ def lower_windows(
         chooser.half_range = HalfRange(graph, largest or {})
     if cpu:
         absorb_gates(graph, sites, lambda site: is_pointwise(chooser.layer(site)))
+    if isinstance(machine, Machine) and memory == "small":
+        chooser.limits = shared_out(chooser, machine)
     lowering = _Lowering(mod, graph, liveness, sites, chooser, {chain.end: chain for chain in chains})
     with one_thread() if threads == 1 else nullcontext():
         lowered = lowering.run()

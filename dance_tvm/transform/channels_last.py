@@ -7,7 +7,8 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import emit, is_tensor, literal, rewrite, shape_of
+from dance_tvm.ir.graph import constant, emit, is_tensor, literal, rewrite, shape_of
+from dance_tvm.ir.transposed import TRANSPOSED, takes_kernel
 from dance_tvm.liveness.rules import ELEMENTWISE
 
 NORMS = {"nn.instance_norm", "nn.group_norm", "nn.layer_norm", "nn.rms_norm"}
@@ -75,7 +76,7 @@ class _Layouts:
 
     def _in_last(self, builder: relax.BlockBuilder, name: str, call: relax.Call) -> relax.Expr | None:
         """The call with channels innermost, or None where it is left alone."""
-        if name in WINDOWS:
+        if name in WINDOWS or (name in TRANSPOSED and takes_kernel(call)):
             return self._window(builder, call)
         tensors = _tensor_arguments(call)
         if not any(arg in self.last for arg in tensors):
@@ -94,6 +95,8 @@ class _Layouts:
             data, axes, *rest = call.args
             moved = [_axis_in_last(int(axis.value), len(shape_of(data))) for axis in axes.fields]
             return relax.op.strided_slice(self._to_last(builder, data), moved, *rest)
+        if name == "take":
+            return self._take(builder, call)
         if name == "nn.pad":
             return self._pad(builder, call)
         if name == "concat":
@@ -143,6 +146,15 @@ class _Layouts:
         if name == "nn.group_norm":
             fields["num_groups"] = int(attrs.num_groups)
         return getattr(relax.op.nn, name.removeprefix("nn."))(self.last[data], *scales, **fields)
+
+    def _take(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
+        """A read at constant places of one axis, as resampling has it."""
+        data, places = call.args
+        known, axis = constant(places), call.attrs.axis
+        if data not in self.last or known is None or known.ndim != 1 or axis is None:
+            return None
+        moved = _axis_in_last(int(axis), len(shape_of(data)))
+        return relax.op.take(self._to_last(builder, data), places, moved, str(call.attrs.mode))
 
     def _pad(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Call:
         data, attrs = call.args[0], call.attrs
@@ -197,6 +209,8 @@ def window_call(call: relax.Call, data: relax.Expr, weights: list[relax.Expr], l
     if "conv" in call.op.name:
         geometry = {key: list(getattr(attrs, key)) for key in ("strides", "padding", "dilation")}
         layouts = {"data_layout": layout, "kernel_layout": attrs.kernel_layout, "out_layout": layout}
+        if "transpose" in call.op.name:
+            geometry["output_padding"] = list(attrs.output_padding)
         return operator(data, *weights, **geometry, groups=int(attrs.groups), **layouts)
     if "adaptive" in call.op.name:
         size = None if attrs.output_size is None else [int(extent) for extent in attrs.output_size]

@@ -7,20 +7,23 @@ all, without lists. Tiles at both ends of a line leave out the taps outside the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from tvm import tirx
 
 from ..emit import Expr, big, let, parallel, serial
-from ..geometry import Window
+from ..geometry import HEIGHT, TIME, WIDTH, Window
 from ..kernel import Count
+from ..space import Space
 from ..taps import span
+from ..workload import Workload
+from .cost import seconds_per_cycle
+from .line_tiles import LineSpace, predicted_cycles
 from .lines import each_piece
 from .row_tiles import RowConv, RowTile, RowTiles, panel_widths
-
-TIME, HEIGHT, WIDTH = range(3)
+from .tiles import Machine
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,18 @@ class LineConv(RowConv):
     def row_floats(self) -> int:
         """Floats from what one output of a line reads to what the next one does."""
         return self.window.stride[WIDTH] * self.channels_in
+
+    def space(self, machine: Machine, workload: Workload) -> Space:
+        """The register tile."""
+        return LineSpace(machine, workload)
+
+    def predict(
+        self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
+    ) -> float:
+        """As :mod:`~.line_tiles` has it: nothing is listed."""
+        tile = (self.tile.mr, self.tile.vectors, self.tile.step)
+        cycles = predicted_cycles(machine, self.window, (self.channels_in, self.channels_out), tile)
+        return cycles * seconds_per_cycle(machine) / threads
 
     def work(self) -> tuple[Count, Count, Count]:
         """All taps inside the clip."""

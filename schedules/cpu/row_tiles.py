@@ -7,7 +7,8 @@ packed as single vectors of output channels, so that panels of any width read th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from tvm import tirx
@@ -53,6 +54,11 @@ class RowConv(LayerKernel):
         return self.channels_in
 
     @property
+    def stored_floats(self) -> int:
+        """Floats from the result of one row of a tile to that of the next."""
+        return self.channels_out
+
+    @property
     def size_name(self) -> str:
         """How names tell the tile."""
         step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
@@ -89,6 +95,14 @@ class RowConv(LayerKernel):
         line, channel = let(tirx.floordiv(at, count * depth)), let(tirx.floormod(tirx.floordiv(at, count), depth))
         out = let(tirx.floordiv(line, taps) * count + tirx.floormod(at, count))
         return out, let(tirx.floormod(line, taps)), channel, out < self.channels_out
+
+    def sized(self: R, decisions: Mapping[str, int]) -> R:
+        """With this tile."""
+        changes: dict[str, Any] = {"tile": replace(self.tile, **decisions)}
+        return replace(self, **changes)  # type: ignore[type-var]  # whoever inherits it is a dataclass
+
+
+R = TypeVar("R", bound=RowConv)
 
 
 def panel_widths(vectors: int, most: int) -> list[tuple[int, int]]:
@@ -132,7 +146,7 @@ class RowTiles:
         left = conv.channels_out % count
         for r, sums in enumerate(acc):
             for v, total in enumerate(sums):
-                at = target + (r * conv.channels_out + v * count)
+                at = target + (r * conv.stored_floats + v * count)
                 if not left or v + 1 < len(sums):
                     self._store(total, 0, at, count)
                 else:
