@@ -76,7 +76,7 @@ def convolutions(draw: st.DrawFn) -> LineConv:
     )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(convolutions(), st.integers(0, 99), st.sampled_from([0.1, 0.6, 0.95, 1.0]))
 def test_any_convolution_under_any_masks_of_its_outputs(conv, seed, density):
     check(conv, seed, density)

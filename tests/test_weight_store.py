@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from tvm import relax
 
 from dance_tvm import DanceError, Options, build_network, import_model
 from dance_tvm.artifact.c_program import Program, Storage, program_of
@@ -197,3 +198,40 @@ def test_scratch_lies_where_nothing_else_does():
     )
     assert [program.free_during(step) for step in range(3)] == [(256, 384), (320, 320), (320, 320)]
     assert program.free_during(3)[1] == 0
+
+
+class Cell(nn.Module):
+    """A recurrent layer, one convolution for all frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.Conv2d(24, 64, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = cell = x[:, 0, :1].repeat(1, 16, 1, 1) * 0
+        for frame in range(x.shape[1]):
+            gates = self.gates(torch.cat([x[:, frame], hidden], 1))
+            admit, forget, show, new = gates.chunk(4, 1)
+            cell = torch.sigmoid(forget) * cell + torch.sigmoid(admit) * torch.tanh(new)
+            hidden = torch.sigmoid(show) * torch.tanh(cell)
+        return hidden
+
+
+def pruned() -> nn.Module:
+    """Three tenths of the columns are left in kernel groups of 16 filters and 4 channels."""
+    layer = nn.Conv3d(64, 128, 3, padding=1)
+    kept = torch.rand(8, 16, 27) < 0.3
+    layer.weight.data *= kept.repeat_interleave(16, 0).repeat_interleave(4, 1).reshape(layer.weight.shape)
+    return layer
+
+
+@pytest.mark.parametrize(("make", "shape"), [(Cell, (1, 4, 8, 12, 12)), (pruned, (1, 64, 4, 8, 8))])
+def test_what_is_used_often_is_stored_once_and_what_is_pruned_not_at_all(make, shape):
+    torch.manual_seed(6)
+    network, target = make().eval(), load_target("host")
+    lowered = lower(import_model(network, example_inputs=(torch.randn(shape),), check=False).mod, target, Options())
+    with target.tvm_target(1):
+        planned = relax.get_pipeline("default_build")(lowered.mod)
+    store = store_of(program_of(planned, list(lowered.weights.values())).weights, lowered.sources)
+    kept = sum(4 * int((parameter != 0).sum()) for parameter in network.parameters())
+    assert store.size <= 1.1 * kept
