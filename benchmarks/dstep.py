@@ -520,7 +520,7 @@ def _speed_table(facts: Sequence[dict[str, Any]], times: Sequence[Sequence[float
         rows.append(
             (case["name"], *(f"{figure:.{digits}f}" for figure, digits in zip(figures, (1, 3, 2, 2), strict=True)))
         )
-    header = ("network", "ms a call", "share of the work", "speed-up a frame", "speed-up ÷ reduction of work")
+    header = ("network", "ms per call", "share of the work", "speed-up per frame", "speed-up ÷ reduction of work")
     return _table(header, rows)
 
 
