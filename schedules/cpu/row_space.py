@@ -18,9 +18,11 @@ TILE_CYCLES, VECTOR_CYCLES = 10.0, 1.5
 L2_BYTES = 24.0
 
 
-def is_dense(layer: Layer) -> bool:
-    """Whether the layer leaves nothing out and has one group, in float32: what these convolutions take."""
-    whole = not layer.workload.lists and layer.columns is None and layer.spread is None
+def is_dense(layer: Layer, *masks: str) -> bool:
+    """Whether the layer leaves nothing out but by ``masks`` of these axes and has one group, in float32: what these
+    convolutions take."""
+    lists = set(layer.workload.lists).difference(masks)
+    whole = not lists and layer.columns is None and layer.spread is None
     return whole and layer.groups == 1 and layer.dtype == "float32"
 
 
