@@ -95,6 +95,12 @@ def lane(vector: Expr, index: int) -> Expr:
     return tirx.Shuffle([vector], [index])
 
 
+def splat_lane(vector: Expr, index: int, of: int, count: int) -> Expr:
+    """One lane of a vector of ``of`` lanes in each of ``count``: a shuffle where it can be, since of lanes that are
+    taken out one by one LLVM makes as many loads."""
+    return tirx.Shuffle([vector], [index] * count) if of == count else splat(lane(vector, index), count)
+
+
 def number(value: float, count: int = 1, dtype: str = FLOAT) -> Expr:
     """A constant in ``count`` lanes."""
     return splat(tirx.FloatImm(dtype, value), count)

@@ -7,18 +7,20 @@ all, without lists. Tiles at both ends of a line leave out the taps outside the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from tvm import tirx
 
-from ..emit import Expr, big, let, parallel, serial
+from ..emit import FLOAT, HALF, Expr, big, ceil_div, let, parallel, serial
 from ..geometry import Window
 from ..kernel import Count
 from ..taps import span
 from .lines import each_piece
-from .row_tiles import RowConv, RowTile, RowTiles, panel_widths
+from .row_tiles import RowConv, RowTile, RowTiles, Sums, panel_widths
+from .tiles import HALF_TERMS
 
 TIME, HEIGHT, WIDTH = range(3)
 
@@ -33,11 +35,12 @@ class LineConv(RowConv):
     tile: RowTile
     residual: bool = False
     activation: str = ""
+    dtype: str = FLOAT
 
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        return f"conv3d_line_f32_{self.size_name}"
+        return f"conv3d_line_{self.size_name}"
 
     @property
     def row_floats(self) -> int:
@@ -69,6 +72,13 @@ def runs(window: Window, inside: list[list[int]]) -> list[tuple[int, int, int, i
     return found
 
 
+def most_in_a_pass(window: Window, depth: int) -> tuple[int, int]:
+    """Frames of taps, or of one frame the lines of taps, whose products half precision may add up; 0: less than one."""
+    line = window.kernel[WIDTH] * depth
+    frames = HALF_TERMS // (window.kernel[HEIGHT] * line)
+    return frames, 0 if frames else HALF_TERMS // line
+
+
 class _Emitter(RowTiles):
     """The kernel's loops, down to the tile."""
 
@@ -79,6 +89,7 @@ class _Emitter(RowTiles):
             clip = let(tirx.floordiv(line, frames * height))
             at = let(tirx.floormod(tirx.floordiv(line, height), frames)), let(tirx.floormod(line, height))
             spans = span(window, TIME, at[0]), span(window, HEIGHT, at[1])
+            self.remember()
             first = 0
             for panels, width in panel_widths(self.conv.vectors, self.tile.vectors):
                 with serial(panels) as index:
@@ -98,12 +109,14 @@ class _Emitter(RowTiles):
         conv, window, depth = self.conv, self.conv.window, self.conv.channels_in
         (clip, line), (vector, width) = at, panel
         (source0, first0, past0), (source1, first1, past1) = spans
-        acc = self.start(vector, len(inside), width)
+        sums = self.start(vector, len(inside), width)
         left = let(begin * window.stride[WIDTH] - window.padding[WIDTH])
-        with serial(past0 - first0) as index0:
+        frames, rows = most_in_a_pass(window, depth) if conv.dtype == HALF else (0, 0)
+        multiply = self.add if frames or rows else self.multiply
+        with self._taps(TIME, past0 - first0, frames, sums) as index0:
             tap0 = let(first0 + index0)
             frame = let(clip * window.size[TIME] + source0 + tap0 * window.dilation[TIME])
-            with serial(past1 - first1) as index1:
+            with self._taps(HEIGHT, past1 - first1, rows, sums) as index1:
                 tap1 = let(first1 + index1)
                 row = let(frame * window.size[HEIGHT] + source1 + tap1 * window.dilation[HEIGHT])
                 source = let(big(row * window.size[WIDTH] + left) * depth)
@@ -111,7 +124,21 @@ class _Emitter(RowTiles):
                 weights = let(big(vector) * self.vector_floats + big(tap) * (depth * self.count))
                 for first, count, begin_row, end_row in runs(window, inside):
                     moved = first * window.dilation[WIDTH] * depth + begin_row * conv.row_floats
-                    some = acc[begin_row:end_row]
-                    self.multiply(source + moved, weights + first * depth * self.count, count * depth, some)
+                    some = sums.rows(begin_row, end_row)
+                    multiply(source + moved, weights + first * depth * self.count, count * depth, some)
         target = let(big(line * window.out[WIDTH] + begin) * conv.channels_out + vector * self.count)
-        self.finish(target, vector, acc)
+        self.finish(target, sums)
+
+    @contextmanager
+    def _taps(self, axis: int, count: Expr, most: int, sums: Sums) -> Iterator[Expr]:
+        """Loop over ``count`` taps along an axis, at most ``most`` of them in a pass; 0: passes are made elsewhere."""
+        if not most:
+            with serial(count) as index:
+                yield index
+        elif most >= self.conv.window.kernel[axis]:
+            with self.one_pass(sums), serial(count) as index:
+                yield index
+        else:
+            with serial(ceil_div(count, most)) as group, self.one_pass(sums):
+                with serial(tirx.min(most, count - group * most)) as index:
+                    yield let(group * most + index)

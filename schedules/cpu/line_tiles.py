@@ -9,7 +9,7 @@ from ..geometry import Window
 from ..layer import Layer
 from ..workload import LINE, Workload
 from .conv3d_line import HEIGHT, TIME, WIDTH, LineConv
-from .row_space import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, RowSpace
+from .row_space import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, RowSpace, put_cycles
 from .row_tiles import RowTile, panel_widths
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine, tap_tiles
 
@@ -35,15 +35,16 @@ def predicted_cycles(machine: Machine, workload: Workload, tile: tuple[int, int,
     window, depth = workload.window, workload.channels_in
     mr, most, step = tile
     tiles = -(-window.out[WIDTH] // mr)
-    near = 4 * window.taps * depth * workload.channels_out <= WEIGHTS_SHARE_OF_L2 * machine.l2
+    near = machine.element_bytes * window.taps * depth * workload.channels_out <= WEIGHTS_SHARE_OF_L2 * machine.l2
     lines, terms = window.positions_out // window.out[WIDTH], window.kernel[WIDTH] * depth
     total = 0.0
     for panels, vectors in panel_widths(-(-workload.channels_out // machine.vector_floats), most):
         floats = vectors * machine.vector_floats
-        far = 4 * floats / (L2_BYTES if near else L3_BYTES)
+        far = machine.element_bytes * floats / (L2_BYTES if near else L3_BYTES)
         bound = max(mr * vectors / 2, (mr / step + vectors) / 2, far, CHAINS_TO_HIDE_LATENCY / 2)
         line = terms * (bound + 0.1 * mr / step + 0.35 * vectors) + LINE_CYCLES
-        store = VECTOR_CYCLES * mr * vectors + TILE_CYCLES
+        put = put_cycles(machine, terms * tap_lines(window) // lines, mr * vectors)
+        store = put + VECTOR_CYCLES * mr * vectors + TILE_CYCLES
         total += panels * tiles * (tap_lines(window) * line + lines * store)
     return total
 
@@ -91,7 +92,8 @@ class LineSpace(RowSpace):
     def fitted(self, layer: Layer, decisions: Mapping[str, int]) -> LineConv:
         """The kernel that the decisions describe, of a layer of this workload."""
         tile = RowTile(vector_floats=self.machine.vector_floats, **decisions)
-        return LineConv(layer.window, layer.channels_in, layer.channels_out, tile, layer.residual, layer.activation)
+        behind = layer.residual, layer.activation, layer.dtype
+        return LineConv(layer.window, layer.channels_in, layer.channels_out, tile, *behind)
 
 
 def line(workload: Workload) -> Workload:

@@ -37,8 +37,8 @@ SPACES: dict[str, Callable[[Machine, Workload], VectorSpace]] = {
     WINOGRAD: WinogradSpace,
     KERNEL_GROUPS: lambda machine, workload: KernelGroupSpace(machine.storing(workload.dtype), workload),
     POOL: lambda machine, workload: PoolSpace(machine.storing(workload.dtype), workload),
-    POINTWISE: PointwiseSpace,
-    LINE: LineSpace,
+    POINTWISE: lambda machine, workload: PointwiseSpace(machine.storing(workload.dtype), workload),
+    LINE: lambda machine, workload: LineSpace(machine.storing(workload.dtype), workload),
 }
 
 
@@ -124,11 +124,12 @@ def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) ->
     choice = choose_kernel(conv, origin, layer.workload, machine, wanted, log, layer.most_growth)
     if not is_dense(layer) or (wanted == "winograd" and choice.kernel is not conv):
         return choice
-    space = LineSpace(machine, line(layer.workload))
+    storing = machine.storing(layer.dtype)
+    space = LineSpace(storing, line(layer.workload))
     if layer.channels_in > FEW_CHANNELS:
-        lists = listing_seconds(machine, layer.workload, tile.mr, tile.vectors)
+        lists = listing_seconds(storing, layer.workload, tile.mr, tile.vectors)
         direct_time = direct_seconds(conv, machine, layer.threads) + lists
-        slower = predicted_seconds(machine, space.workload) > direct_time
+        slower = predicted_seconds(storing, space.workload) > direct_time
         if choice.kernel is not conv or choice.origin or slower:
             return choice
     decisions, origin = decide(space, log)
@@ -139,7 +140,7 @@ def offer_pointwise(layer: Layer, machine: Machine, _wanted: str, log: TuningLog
     """The pointwise kernel of a layer that leaves nothing out."""
     if not is_pointwise(layer):
         return None
-    space = PointwiseSpace(machine, pointwise(layer.workload))
+    space = PointwiseSpace(machine.storing(layer.dtype), pointwise(layer.workload))
     decisions, origin = decide(space, log)
     return Choice(space.fitted(layer, decisions), "", origin, space.workload)
 
