@@ -47,6 +47,51 @@ def families() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
             gate = torch.sigmoid(self.excite(torch.relu(self.squeeze(y.mean((2, 3, 4), keepdim=True)))))
             return self.behind(nn.functional.silu(y * gate))
 
+    class Attention(nn.Module):
+        """Self-attention of several heads."""
+
+        def __init__(self, width: int, heads: int) -> None:
+            super().__init__()
+            self.heads = heads
+            self.inwards, self.outwards = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            n, tokens, width = x.shape
+            split = self.inwards(x).reshape(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+            y = nn.functional.scaled_dot_product_attention(split[0], split[1], split[2])
+            return self.outwards(y.transpose(1, 2).reshape(n, tokens, width))
+
+    class Shuffled(nn.Module):
+        """Channels of groups dealt out between two pointwise layers."""
+
+        def __init__(self, channels: int, groups: int) -> None:
+            super().__init__()
+            self.groups = groups
+            self.before, self.behind = nn.Conv3d(channels, channels, 1), nn.Conv3d(channels, channels, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.before(x)
+            n, channels, *size = y.shape
+            dealt = y.reshape(n, self.groups, channels // self.groups, *size).transpose(1, 2).reshape(y.shape)
+            return self.behind(dealt)
+
+    class Patches(nn.Module):
+        """Blocks of a volume as tokens."""
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.project = nn.Conv3d(1, width, 16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.project(x).flatten(2).transpose(1, 2)
+
+    def raised(layer: nn.Module) -> Callable[[], nn.Module]:
+        """``layer`` makes twice the size of 64 channels, which a convolution reads."""
+        return lambda: nn.Sequential(nn.Conv3d(64, 64, 1), layer, nn.Conv3d(32, 32, 1))
+
+    def upsampled(mode: str) -> Callable[[], nn.Module]:
+        return lambda: nn.Sequential(nn.Conv3d(32, 32, 1), nn.Upsample(scale_factor=2, mode=mode), nn.Conv3d(32, 16, 1))
+
     def depthwise(kernel: tuple[int, int, int], channels: int = 56, layers: int = 3) -> Callable[[], nn.Module]:
         padding = tuple(extent // 2 for extent in kernel)
         return lambda: nn.Sequential(
@@ -56,7 +101,7 @@ def families() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
     def behind(*rest: nn.Module) -> Callable[[], nn.Module]:
         return lambda: nn.Sequential(nn.Conv3d(24, 54, 1), *rest)
 
-    clip, small = (1, 56, 8, 40, 40), (1, 24, 8, 40, 40)
+    clip, small, low = (1, 56, 8, 40, 40), (1, 24, 8, 40, 40), (1, 64, 8, 14, 14)
     return {
         "depthwise 3x3x3": (depthwise((3, 3, 3)), clip),
         "depthwise 1x3x3": (depthwise((1, 3, 3)), clip),
@@ -75,6 +120,16 @@ def families() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
             lambda: nn.Sequential(nn.LayerNorm(96), nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 96)),
             (1, 784, 96),
         ),
+        "pointwise, 1,024 channels": (lambda: nn.Sequential(nn.Conv3d(1024, 1024, 1)), (1, 1024, 4, 7, 7)),
+        "attention": (lambda: Attention(192, 6), (1, 784, 192)),
+        "attention in windows": (lambda: Attention(96, 3), (16, 98, 96)),
+        "transposed 2x2x2, stride 2": (raised(nn.ConvTranspose3d(64, 32, 2, 2)), low),
+        "transposed 3x3x3, stride 2": (raised(nn.ConvTranspose3d(64, 32, 3, 2, 1, 1)), low),
+        "transposed 4x4x4, stride 2": (raised(nn.ConvTranspose3d(64, 32, 4, 2, 1)), low),
+        "nearest upsampling": (upsampled("nearest"), (1, 32, 8, 20, 20)),
+        "trilinear upsampling": (upsampled("trilinear"), (1, 32, 8, 20, 20)),
+        "patch embedding": (lambda: Patches(192), (1, 1, 96, 96, 96)),
+        "channel shuffle": (lambda: Shuffled(48, 4), (1, 48, 8, 28, 28)),
         "max pool 3x3x3, stride 1": (lambda: nn.Sequential(nn.MaxPool3d(3, 1, 1)), (1, 192, 8, 28, 28)),
         "max pool and LeakyReLU": (behind(nn.LeakyReLU(0.1), nn.MaxPool3d(2)), small),
     }

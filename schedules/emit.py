@@ -188,9 +188,9 @@ def ceil_div(value: Expr, by: int) -> Expr:
     return tirx.floordiv(value + (by - 1), by)
 
 
-def at_least(bound: float, x: Expr, count: int) -> Expr:
+def at_least(bound: float, x: Expr, count: int, dtype: str = FLOAT) -> Expr:
     """``max(x, bound)`` that leaves NaN as it is; ``tirx.max`` would make the bound of it."""
-    return tirx.Select(x < number(bound, count), number(bound, count), x)
+    return tirx.Select(x < number(bound, count, dtype), number(bound, count, dtype), x)
 
 
 def at_most(bound: float, x: Expr, count: int) -> Expr:

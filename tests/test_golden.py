@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dance_tvm.schedules.cpu import channel_plan, mask_window
+from dance_tvm.schedules.cpu.attention import Attention
 from dance_tvm.schedules.cpu.carry_frames import Carry
 from dance_tvm.schedules.cpu.compact_channels import CompactChannels
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
@@ -20,6 +21,7 @@ from dance_tvm.schedules.cpu.moments import VectorReduction
 from dance_tvm.schedules.cpu.norm import Norm
 from dance_tvm.schedules.cpu.pointwise import PointwiseConv, PointwiseTile
 from dance_tvm.schedules.cpu.pool3d import VectorPool
+from dance_tvm.schedules.cpu.product import Placed, Product, ProductTile
 from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.row_tiles import RowTile
 from dance_tvm.schedules.cpu.tiles import Tile
@@ -31,6 +33,7 @@ from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
 from dance_tvm.schedules.gpu.row_plan import block_plan
 from dance_tvm.schedules.gpu.tiles import BlockTile
 from dance_tvm.schedules.kernel import Kernel
+from dance_tvm.schedules.strided import Strided
 
 GOLDEN = Path(__file__).parent / "golden"
 WINDOW = Window(1, (2, 4, 4), (2, 4, 4), (1, 3, 3), (1, 1, 1), (0, 1, 1))
@@ -38,6 +41,8 @@ TILE = Tile(mr=2, vectors=1, vector_floats=4, step=1, block_tiles=2, segment_tap
 PLAN = RowPlan(WINDOW, 2, 2, 3, 1, False, True)
 BLOCK = BlockTile(32, 16, 8, 4, 4)
 LAYER = (WINDOW, 8, 8, 1)
+HEAD = [Placed((1, 10, 3, 2, 8), Strided(((2, 8),), *distances)) for distances in ((48, 1, 0), (1, 48, 16))]
+PRODUCT = ProductTile(4, 2, 4, 1)
 
 KERNELS: dict[str, Kernel] = {
     "conv3d_gather": GatherConv(*LAYER, TILE, PLAN, activation="relu", zero_dead="rows"),
@@ -48,6 +53,10 @@ KERNELS: dict[str, Kernel] = {
     "depthwise3d": DepthwiseConv(WINDOW, 8, 8, DepthwiseTile(2, 1, 4, 2), out_frames=True),
     "conv3d_pointwise": PointwiseConv(WINDOW, 8, 10, PointwiseTile(2, 2, 4, 1, 4), residual=True, activation="relu"),
     "pool3d_max": VectorPool(WINDOW, 8, "max", in_frames=True, vector_floats=4),
+    "attention": Attention(
+        2, 10, 10, 8, 8, *HEAD, HEAD[0], Placed((1, 10, 16), Strided(((2, 8),), 16, 1)), PRODUCT, 0.5
+    ),
+    "product": Product(2, 10, 8, 10, *HEAD, Placed((2, 10, 10), Strided(((2, 100),), 10, 1)), PRODUCT),
     "norm": Norm((1, 32, 8), 1, 32, 8, 4, 1e-5, 4, affine="lanes", scales=8),
     "reduce_mean": VectorReduction((2, 16, 8), (2, 8), 2, 16, 8, "mean", vector_floats=4),
     "carry_frames": Carry(2, 1, 4, 4, 8, 4, ("positions",), ("positions", "channels")),

@@ -17,6 +17,7 @@ from dance_tvm.compiler.requests import require_buildable
 from dance_tvm.core.errors import DanceError
 from dance_tvm.lowering.choose_kernel import Memory
 from dance_tvm.lowering.describe_layers import kernels_of
+from dance_tvm.lowering.lower_attention import LowerAttention
 from dance_tvm.lowering.lower_norms import LowerNorms
 from dance_tvm.lowering.lower_sorts import LowerSorts
 from dance_tvm.lowering.lower_windows import lower_windows
@@ -154,6 +155,7 @@ def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int) -> list[tup
             [
                 FoldLists(),
                 *halves,
+                *([] if gpu else [LowerAttention(machine, threads)]),
                 LowerNorms(gpu or machine, threads),
                 *halves,
                 LowerSorts(gpu or machine, threads),

@@ -46,6 +46,8 @@ class Site:
     #: What the data is multiplied by for each clip and channel, and the activation between that and the layer.
     gate: relax.Var | None = None
     before: str = ""
+    #: What the weights are multiplied with where that is not the data itself.
+    gated: relax.Var | None = None
     absorbed: list[relax.Var] = field(default_factory=list)
     masked: bool = False
     lists: SiteLists = field(default_factory=SiteLists)

@@ -19,7 +19,7 @@ from ..geometry import Window
 from ..kernel import Count
 from ..taps import span
 from .lines import each_piece
-from .row_tiles import RowConv, RowTile, RowTiles, Sums, panel_widths
+from .row_tiles import RowConv, RowTile, RowTiles, TileSums, panel_widths
 from .tiles import HALF_TERMS
 
 TIME, HEIGHT, WIDTH = range(3)
@@ -130,7 +130,7 @@ class _Emitter(RowTiles):
         self.finish(target, sums)
 
     @contextmanager
-    def _taps(self, axis: int, count: Expr, most: int, sums: Sums) -> Iterator[Expr]:
+    def _taps(self, axis: int, count: Expr, most: int, sums: TileSums) -> Iterator[Expr]:
         """Loop over ``count`` taps along an axis, at most ``most`` of them in a pass; 0: passes are made elsewhere."""
         if not most:
             with serial(count) as index:
@@ -139,6 +139,6 @@ class _Emitter(RowTiles):
             with self.one_pass(sums), serial(count) as index:
                 yield index
         else:
-            with serial(ceil_div(count, most)) as group, self.one_pass(sums):
-                with serial(tirx.min(most, count - group * most)) as index:
-                    yield let(group * most + index)
+            groups = serial(ceil_div(count, most))
+            with groups as group, self.one_pass(sums), serial(tirx.min(most, count - group * most)) as index:
+                yield let(group * most + index)

@@ -73,7 +73,8 @@ class PointwiseSpace(RowSpace):
     def default(self) -> Decisions:
         """What is chosen without a record."""
         tile, threads = super().default(), self.workload.threads
-        fitting = max(1, int(ROWS_SHARE_OF_L2 * self.machine.l2) // (self.machine.element_bytes * self.terms * tile["mr"]))
+        tile_bytes = self.machine.element_bytes * self.terms * tile["mr"]
+        fitting = max(1, int(ROWS_SHARE_OF_L2 * self.machine.l2) // tile_bytes)
         tiles_of_all = -(-self.rows // tile["mr"])
         block_tiles = max(1, min(fitting, tiles_of_all // threads))
         splits = 1 if -(-tiles_of_all // block_tiles) >= threads else threads

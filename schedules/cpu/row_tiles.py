@@ -30,16 +30,14 @@ from ..emit import (
     scratch,
     serial,
     short,
-    splat,
-    splat_lane,
     store,
-    write,
 )
-from ..epilogue import activate
+from ..epilogue import write_activated
 from ..geometry import Window
 from ..kernel import Operand, Weights, constant, output
 from ..preparation import Panels
 from .conv3d_gather import parts_of
+from .row_products import Rows, Sums, Vectors, multiply
 from .tiles import HALF_TERMS
 
 #: Up to so many bytes memory of a kernel is on the stack, where LLVM takes it apart into registers.
@@ -49,18 +47,18 @@ SPARE = 4
 
 
 @dataclass(frozen=True)
-class Sums:
+class TileSums:
     """The sums of a tile: a buffer of one vector for each row and vector, the ``registers`` that products are added to,
     and where each of them is ``put`` as float32, which is the same but in half precision; ``vector`` is the first of
     the layer's."""
 
-    registers: list[list[tirx.Buffer]]
+    registers: Sums
     put: list[list[tuple[tirx.Buffer, int]]]
     vector: Expr
 
-    def rows(self, begin: int, end: int) -> Sums:
+    def rows(self, begin: int, end: int) -> TileSums:
         """Those of some rows."""
-        return Sums(self.registers[begin:end], self.put[begin:end], self.vector)
+        return TileSums(self.registers[begin:end], self.put[begin:end], self.vector)
 
 
 @dataclass(frozen=True)
@@ -103,9 +101,10 @@ class RowConv(LayerKernel):
 
     def operands(self) -> list[Operand]:
         """x (N, T, H, W, C_in), weights (vectors, taps, C_in, lanes), bias in whole vectors, residual, y."""
+        packed = (self.vectors, self.window.taps, self.channels_in, self.tile.vector_floats)
         return [
             Operand("x", self.x_shape, self.dtype),
-            constant("weights", (self.vectors, self.window.taps, self.channels_in, self.tile.vector_floats), self.dtype),
+            constant("weights", packed, self.dtype),
             constant("bias", (self.vectors * self.tile.vector_floats,)),
             *([Operand("residual", self.y_shape, self.dtype, "residual")] if self.residual else []),
             output("y", self.y_shape, self.dtype),
@@ -161,7 +160,7 @@ class RowTiles:
         #: Floats from one vector's packed weights to the next one's.
         self.vector_floats = conv.window.taps * conv.channels_in * self.count
 
-    def start(self, vector: Expr, mr: int, width: int) -> Sums:
+    def start(self, vector: Expr, mr: int, width: int) -> TileSums:
         """The sums of ``mr`` rows × ``width`` vectors from ``vector`` on, each the bias so far."""
         count, dtype = self.count, self.conv.dtype
         registers = [[scratch((count,), dtype) for _ in range(width)] for _ in range(mr)]
@@ -169,7 +168,7 @@ class RowTiles:
             put = [[(register, 0) for register in row] for row in registers]
         elif self.memory is None:
             put = [[(scratch((count,)), 0) for _ in range(width)] for _ in range(mr)]
-            return Sums(registers, put, vector)  # begun by the only pass
+            return TileSums(registers, put, vector)  # begun by the only pass
         else:
             put = [[(self.memory, SPARE + (r * width + v) * count) for v in range(width)] for r in range(mr)]
         for v in range(width):
@@ -177,7 +176,7 @@ class RowTiles:
             for r in range(mr):
                 buffer, at = put[r][v]
                 store(buffer, bias, lanes(at, count))
-        return Sums(registers, put, vector)
+        return TileSums(registers, put, vector)
 
     def _bias(self, vector: Expr) -> Expr:
         return let(self.bias[lanes(vector * self.count, self.count)])
@@ -191,7 +190,7 @@ class RowTiles:
             store(self.memory, number(0.0), 0)
 
     @contextmanager
-    def one_pass(self, sums: Sums) -> Iterator[None]:
+    def one_pass(self, sums: TileSums) -> Iterator[None]:
         """What is added to the registers within it is put into the sums behind it."""
         if self.conv.dtype == FLOAT:
             yield
@@ -210,7 +209,7 @@ class RowTiles:
                 place = lanes(at + moved, count)
                 store(buffer, (buffer[place] if bias is None else bias) + read(registers[v], 0, count), place)
 
-    def multiply(self, source: Expr, weights: Expr, terms: int, sums: Sums) -> None:
+    def multiply(self, source: Expr, weights: Expr, terms: int, sums: TileSums) -> None:
         """``sums[r] += x[r, term] · w[term]`` over so many terms that lie side by side, in passes."""
         if self.conv.dtype == FLOAT:
             self.add(source, weights, terms, sums)
@@ -224,35 +223,12 @@ class RowTiles:
             with self.one_pass(sums):
                 self.add(source + (terms - rest), weights + (terms - rest) * self.count, rest, sums)
 
-    def add(self, source: Expr, weights: Expr, terms: int, sums: Sums) -> None:
+    def add(self, source: Expr, weights: Expr, terms: int, sums: TileSums) -> None:
         """The same within a pass."""
-        step = self.tile.step
-        whole, rest = divmod(terms, step)
-        if step == 1 or terms < step:
-            with serial(terms) as index:
-                self._terms(source, weights, big(index), range(1), sums.registers)
-            return
-        with serial(whole) as chunk:
-            self._terms(source, weights, let(big(chunk) * step), range(step), sums.registers)
-        if rest:  # the last lanes of a vector that overlaps the one before
-            self._terms(source, weights, terms - step, range(step - rest, step), sums.registers)
+        rows, vectors = Rows(self.source, self.conv.row_floats), Vectors(self.weights, self.vector_floats, self.count)
+        multiply(rows, source, vectors, weights, terms, self.tile.step, sums.registers)
 
-    def _terms(
-        self, source: Expr, weights: Expr, first: Expr, some: range, acc: list[list[tirx.Buffer]]
-    ) -> None:
-        """Of as many terms from ``first`` on as ``some`` ends after, ``some``."""
-        count, distance, step = self.count, self.conv.row_floats, some.stop
-        xs = [self.source[lanes(source + first + r * distance, step)] for r in range(len(acc))]
-        xs = [let(x) for x in xs] if step > 1 else xs
-        for k in some:
-            at = weights + (first + k) * count
-            w = [let(self.weights[lanes(at + v * self.vector_floats, count)]) for v in range(len(acc[0]))]
-            for x, sums in zip(xs, acc, strict=True):
-                value = let(splat_lane(x, k, step, count) if step > 1 else splat(x, count))
-                for v, total in enumerate(sums):
-                    store(total, total[lanes(0, count)] + value * w[v], lanes(0, count))
-
-    def finish(self, target: Expr, sums: Sums) -> None:
+    def finish(self, target: Expr, sums: TileSums) -> None:
         """Store a tile; where the output channels end inside its last vector, that one in parts."""
         conv, count = self.conv, self.count
         left = conv.channels_out % count
@@ -281,4 +257,4 @@ class RowTiles:
         value = buffer[lanes(begin + first, count)]
         if self.residual is not None:
             value = value + read(self.residual, at, count)
-        write(self.y, activate(self.conv.activation, value, count), at, count)
+        write_activated(self.y, self.conv.activation, value, at, count)
