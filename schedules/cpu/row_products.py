@@ -48,7 +48,7 @@ def multiply(rows: Rows, source: Expr, vectors: Vectors, weights: Expr, terms: i
     on; ``step`` of them are loaded as one vector per row (1: single values are broadcast from memory)."""
     if step == 1 or terms < step:
         with serial(terms) as index:
-            _terms(rows, source, vectors, weights, big(index), range(1), acc)
+            _terms(rows, source, vectors, weights, let(big(index)), range(1), acc)
         return
     with serial(terms // step) as chunk:
         _terms(rows, source, vectors, weights, let(big(chunk) * step), range(step), acc)
