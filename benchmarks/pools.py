@@ -15,6 +15,7 @@ from pathlib import Path
 import typer
 
 from dance_tvm.lowering.machine import machine_of
+from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu.pool_space import PoolSpace
 from dance_tvm.schedules.geometry import Window
@@ -38,9 +39,9 @@ def main(threads: int = 1, rounds: int = 25) -> None:
     with tempfile.TemporaryDirectory() as folder, Farm(["local"], trial_timeout=60) as farm:
         for name, (channels, window) in POOLS.items():
             work = Workload(window, channels, channels, channels, threads=threads, family=POOL, pooling="max")
-            space = PoolSpace(machine_of(target), work)
-            counts = space.parts()[0]["vectors"]
-            instances = [Instance(work, space.kernel({"vectors": count})) for count in counts]
+            kernel = kernel_of(work, machine_of(target))
+            counts = PoolSpace(machine_of(target), work).parts()[0]["vectors"]
+            instances = [Instance(work, kernel.sized({"vectors": count})) for count in counts]
             paths = [Path(folder) / f"{name.replace(' ', '-')}-{count}.so" for count in counts]
             for instance, path in zip(instances, paths, strict=True):
                 build_instance(instance, target, path)

@@ -16,9 +16,9 @@ from typing import Annotated
 import typer
 
 from dance_tvm.lowering.machine import machine_of
+from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.machines.target import load_target
 from dance_tvm.records.advice import tuned_tiles
-from dance_tvm.schedules.cpu.spaces import SPACES
 from dance_tvm.tuning.farm import Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
 
@@ -34,7 +34,9 @@ def main(
     found: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder, Farm(["local"], trial_timeout=60) as farm:
         for workload, record in tiles.records:
-            space = SPACES[workload.family](machine, workload)
+            kernel = kernel_of(workload, machine)
+            space = kernel.space(machine, workload)
+            assert space is not None
             near = [item for item in tiles.ranked(workload) if item[1].identity != workload.identity]
             if not near or near[0][0] > within:
                 continue
@@ -42,7 +44,7 @@ def main(
             if choices[0] == choices[1] == choices[2]:
                 found.append((1.0, 1.0))
                 continue
-            instances = [Instance(workload, space.kernel(decisions)) for decisions in choices]
+            instances = [Instance(workload, kernel.sized(decisions)) for decisions in choices]
             paths = [Path(folder) / f"{workload.identity}-{number}.so" for number in range(3)]
             for instance, path in zip(instances, paths, strict=True):
                 build_instance(instance, target, path)

@@ -22,7 +22,7 @@ from dance_tvm.machines.target import Target, load_target
 from dance_tvm.schedules.cpu import winograd
 from dance_tvm.schedules.cpu.tiles import default_tile
 from dance_tvm.schedules.cpu.winograd import WinogradConv
-from dance_tvm.schedules.cpu.winograd_choice import choose, winograd_seconds
+from dance_tvm.schedules.cpu.winograd_choice import choose
 from dance_tvm.schedules.cpu.winograd_plan import WinogradPlan
 from dance_tvm.schedules.kernel import Weights
 
@@ -161,7 +161,7 @@ def main(
         for m, columns in map(parse, size):
             plan = WinogradPlan(one.window, m, tile.mr, columns)
             conv = WinogradConv(one.window, one.channels_in, one.channels_out, 1, tile, plan, activation="")
-            predicted = winograd_seconds(conv, facts, threads)
+            predicted = conv.predict(facts, threads)
             report(conv, one, data, machine, threads, repeat, phases)
             print(f"  predicted {1e3 * predicted:.1f} ms", flush=True)
 

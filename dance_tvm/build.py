@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +22,7 @@ from dance_tvm.core.progress import JsonLines, Progress
 
 if TYPE_CHECKING:
     from dance_tvm.compiler.build import Built
+    from dance_tvm.compiler.layer_errors import LayerErrors
     from dance_tvm.machines.target import Target
 
 # Built when no --model is given: it needs no network and no file.
@@ -102,6 +105,10 @@ def build(
     cache: Annotated[
         bool, typer.Option(help="Take compiled kernels from the user's cache, and keep new ones there.")
     ] = True,
+    layer_errors: Annotated[
+        bool,
+        typer.Option("--layer-errors", help="Compare each layer with the source's, on --check-inputs if given."),
+    ] = False,
     debug_dump: Annotated[Path | None, typer.Option(help="Write the IR after every phase to this folder.")] = None,
     as_json: AsJson = False,
     json_lines: JsonLines = False,
@@ -115,6 +122,8 @@ def build(
     requests.require_buildable(machine, dtype)
     requests.require_program(machine, weights_dtype, prepared, static)
     requests.require_agreement(numerics, conv)
+    if layer_errors:
+        requests.require_layers_seen(machine)
     requests.require_model(model)
     requests.require_weights(weights)
     if logs is not None and not logs.is_dir():
@@ -155,6 +164,7 @@ def build(
             logs_from=logs_from,
             preprocess=prepare,
             reuse=reuse and debug_dump is None,
+            layer_errors=layer_errors,
             on_phase=progress.phase,
         )
     progress.result(_facts(built))
@@ -190,7 +200,16 @@ def _facts(built: Built) -> dict[str, Any]:
         "seconds": {phase: round(seconds, 3) for phase, seconds in built.seconds.items()},
         "build_peak_memory_bytes": built.peak_memory_bytes,
         "manifest": manifest.model_dump(),
+        **({"layer_errors": _for_json(built.layer_errors)} if built.layer_errors else {}),
     }
+
+
+def _for_json(found: LayerErrors) -> dict[str, Any]:
+    """JSON has no infinity: a ratio that is exact, or all noise, is null, and the difference says which."""
+    told = asdict(found)
+    for layer in told["layers"]:
+        layer |= {key: None for key in ("signal_to_noise", "worst") if not math.isfinite(layer[key])}
+    return told
 
 
 def _print(built: Built) -> None:
@@ -206,6 +225,8 @@ def _print(built: Built) -> None:
         print_table(heads, rows, title=f"{manifest.name} for {manifest.target.name}")
         if len(manifest.layers) > len(heavy):
             typer.echo(f"The {len(heavy)} heaviest of {len(manifest.layers)} layers; `dance-tvm show` lists all.")
+    if built.layer_errors:
+        _print_errors(built.layer_errors)
     size = sum(file.bytes for file in manifest.files.values())
     for head, line in zip_longest(["check"], manifest.check.lines(), fillvalue=""):
         typer.echo(f"{head:<11}{line}")
@@ -213,6 +234,31 @@ def _print(built: Built) -> None:
     typer.echo(f"build      {sum(built.seconds.values()):.1f} s, {built.peak_memory_bytes / 2**30:.2f} GiB")
     kept = "" if "compile" in built.seconds else ", kept: nothing that it is made of has changed"
     typer.echo(f"artifact   {built.artifact.path} ({size / 2**20:.1f} MiB){kept}")
+
+
+def _print_errors(found: LayerErrors) -> None:
+    """The layers' errors, in order; a layer that leaves values out says how many it was compared on."""
+    rows = [
+        [
+            error.layer,
+            _decibels(error.signal_to_noise),
+            str(error.worst_channel),
+            _decibels(error.worst),
+            f"{error.difference:.2g}",
+            f"{error.compared:.0%}",
+        ]
+        if error.compared
+        else [error.layer, "-", "-", "-", "-", "0%"]
+        for error in found.layers
+    ]
+    heads = ["layer", "signal to noise, dB", "worst channel", "its dB", "largest difference", "compared"]
+    print_table(heads, rows, title="layers against their source in float64, with the errors of those before them")
+    if found.left_out:
+        typer.echo(f"not compared: {', '.join(found.left_out)}")
+
+
+def _decibels(value: float) -> str:
+    return "exact" if value == math.inf else f"{value:.1f}" if math.isfinite(value) else "all noise"
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ _KINDS = {
     "emulator-": "emulated device",
     "store": "uploads to this machine's device server",
     "kernels": "compiled kernels",
+    "held": "which devices are in use",
 }
 
 

@@ -29,12 +29,15 @@ app = application(help="The devices of a tracker and their health, and phones on
 
 @dataclass(frozen=True)
 class Server:
-    """One device server of a tracker; `lost` ones are registered and answered no probe. `health` is what it told."""
+    """One device server of a tracker; `lost` ones are registered and answered no probe. `runs` is the command of this
+    user on this machine that uses it, for `seconds` so far, and `health` what the server told."""
 
     key: str
     address: str
     state: Literal["free", "busy", "free or busy", "lost"]
     health: str = ""
+    runs: str = ""
+    seconds: float | None = None
 
 
 @app.command("list", epilog=examples("dance-tvm device list", "dance-tvm device list --tracker farm:9190 --probe"))
@@ -43,7 +46,7 @@ def list_devices(
     probe: Probe = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the tracker's devices: which are free, busy or lost, and how many wait for them."""
+    """List the tracker's devices: which are free, busy or lost, what runs on them, and how many wait for them."""
     servers, waiting = look(tracker, probe)
     if as_json:
         typer.echo(json.dumps({"servers": [asdict(server) for server in servers], "waiting": waiting}, indent=2))
@@ -116,17 +119,36 @@ def look(tracker: str, probe: bool = False) -> tuple[list[Server], dict[str, int
     except OSError as error:
         raise DanceError(f"no tracker answers at {tracker}: {error.strerror or error}") from None
     queues = summary["queue_info"]
-    servers = []
     keys = [info["key"].removeprefix("server:") for info in summary["server_info"]]
-    for info, key in sorted(zip(summary["server_info"], keys, strict=True), key=lambda pair: pair[1]):
-        free, total = queues.get(key, {}).get("free", 0), keys.count(key)
-        state: Literal["free", "busy", "free or busy", "lost"]
-        state = "busy" if free == 0 else "free" if free >= total else "free or busy"
-        servers.append(Server(key, f"{info['addr'][0]}:{info['addr'][1]}", state))
+    addresses = [f"{info['addr'][0]}:{info['addr'][1]}" for info in summary["server_info"]]
+    free = {key: queues.get(key, {}).get("free", 0) for key in keys}
+    servers = _in_use(sorted(zip(keys, addresses, strict=True)), free)
     if probe:
-        told = _probe(host, port, {key: queues.get(key, {}).get("free", 0) for key in keys})
+        told = _probe(host, port, free)
         servers = [replace(server, **told.get(server.address, {})) for server in servers]
     return servers, {key: queue["pending"] for key, queue in queues.items() if queue["pending"]}
+
+
+def _in_use(known: list[tuple[str, str]], free: dict[str, int]) -> list[Server]:
+    """The servers, by key and address, with what is known of their use.
+
+    A tracker says how many of a key are free, not which: those that a process here holds are none of them.
+    """
+    from dance_tvm.device.holds import held
+
+    use = held()
+    servers = []
+    for key, address in known:
+        running = use.get(address)
+        others = sum(1 for name, each in known if name == key and each not in use)
+        state: Literal["free", "busy", "free or busy"]
+        state = "free" if free[key] >= others else "busy" if free[key] == 0 else "free or busy"
+        if running is None:
+            servers.append(Server(key, address, state))
+        else:
+            since = round(time.time() - running.since, 1)
+            servers.append(Server(key, address, "busy", runs=running.command, seconds=since))
+    return servers
 
 
 def _probe(host: str, port: int, free: dict[str, int]) -> dict[str, dict[str, Any]]:
@@ -152,15 +174,24 @@ def _probe(host: str, port: int, free: dict[str, int]) -> dict[str, dict[str, An
     return told
 
 
-_HEADS = ["key", "server", "state", "waiting", "health"]
+_HEADS = ["key", "server", "state", "runs", "for", "waiting", "health"]
 
 
 def _rows(servers: list[Server], waiting: dict[str, int]) -> list[list[str]]:
     rows = [
-        [server.key, server.address, server.state, str(waiting.get(server.key, 0)), server.health] for server in servers
+        [
+            server.key,
+            server.address,
+            server.state,
+            server.runs,
+            "-" if server.seconds is None else f"{server.seconds:.0f} s",
+            str(waiting.get(server.key, 0)),
+            server.health,
+        ]
+        for server in servers
     ]
     absent = sorted(set(waiting) - {server.key for server in servers})
-    return rows + [[key, "-", "no such device", str(waiting[key]), ""] for key in absent]
+    return rows + [[key, "-", "no such device", "", "-", str(waiting[key]), ""] for key in absent]
 
 
 if __name__ == "__main__":

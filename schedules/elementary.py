@@ -335,6 +335,7 @@ def _register() -> None:
         _ffi_api.RegisterOp(f"dance.{name}", f"{name} by the vector")
         tvm.ir.register_op_attr(f"dance.{name}", "TCallEffectKind", pure)
         tvm.ir.register_op_attr(f"dance.{name}", "TVectorizable", True)
+        tvm.ir.register_op_attr(f"dance.{name}", "TScriptPrinterName", f"dance.{name}")
         tirx.op.register_intrin_lowering(f"dance.{name}", target="llvm", f=_lower, level=99)
 
 

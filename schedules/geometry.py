@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 Triple = tuple[int, int, int]
+#: The axes of a triple.
+TIME, HEIGHT, WIDTH = range(3)
 
 
 def triple(values: Iterable[int]) -> Triple:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from tvm import tirx
@@ -19,6 +19,8 @@ from tvm import tirx
 from .emit import FLOAT, INT, Expr, argument, kernel
 from .kernel_columns import Columns
 from .preparation import Preparation
+from .space import Space
+from .workload import Workload
 
 #: Where an operand comes from: the layer's input, what is added to its result, what its input is multiplied by,
 #: ``Kernel.prepare``, a mask, one of ``Kernel.lists``, or nowhere: the kernel writes it.
@@ -158,6 +160,24 @@ class Kernel(ABC):
     def emit(self, args: Mapping[str, Any]) -> None:
         """Emit the body of the function, its parameters given by the names of their operands."""
 
+    def space(self, machine: Any, workload: Workload) -> Space | None:
+        """Which of its sizes may be decided for ``workload`` on a machine of its kind; None where none are."""
+        return None
+
+    def sized(self: K, decisions: Mapping[str, int]) -> K:
+        """The same kernel with sizes of its space."""
+        raise TypeError(f"{self.name} has no sizes to decide")
+
+    def predict(
+        self, machine: Any, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
+    ) -> float | None:
+        """Seconds that a call is predicted to take on a machine of its kind; None where there is no model of them.
+
+        The mean over ``shares``: of each axis that lists thin, so much is alive; by default what builds assume of
+        masks. ``whole_units``: masks leave out what the kernel computes in one piece, and no parts of that.
+        """
+        return None
+
     def describe(self) -> dict[str, Any]:
         """What reading its calls takes, ready for JSON: the manifest keeps it for devices."""
         return {"name": self.name, "kind": self.kind, "operands": [operand.name for operand in self.operands()]}
@@ -175,6 +195,9 @@ class Kernel(ABC):
         with kernel(name or self.name, {DESCRIPTION: json.dumps(self.describe())}) as built:
             self.emit({each.name: argument(each.name, each.shape, each.dtype) for each in self.operands()})
         return built.func
+
+
+K = TypeVar("K", bound=Kernel)
 
 
 def described(func: tirx.PrimFunc) -> dict[str, Any] | None:

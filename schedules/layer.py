@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from .geometry import GroupedChannels, Window
+from .geometry import GroupedChannels, Triple, Window
 from .kernel import Kernel
 from .kernel_columns import column_run
 from .workload import KERNEL_GROUPS, TYPICAL_DENSITY, Workload
@@ -20,7 +20,8 @@ class Layer(GroupedChannels):
     Of a layer whose zero weights are left out, ``group`` is the kernel group, ``columns`` how many columns are left and
     ``kept`` which share of all columns that is. What a kernel packs takes at most ``most_growth`` times the memory of
     the layer's own weights. ``gate``: its input is multiplied by a value for each clip and channel, then passes the
-    activation ``before``. The other fields are those of :class:`.convolution.Convolution`.
+    activation ``before``. ``spread``: a transposed convolution's window sees the input's positions so far apart, zeros
+    between them. The other fields are those of :class:`.convolution.Convolution`.
     """
 
     window: Window
@@ -44,6 +45,7 @@ class Layer(GroupedChannels):
     most_growth: float = math.inf
     gate: bool = False
     before: str = ""
+    spread: Triple | None = None
 
     @property
     def samples(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,6 +127,27 @@ def test_an_artifact_of_another_function_is_refused(several, changed, told):
     other = import_model(Several(changed), example_inputs=(CLIP,))
     with pytest.raises(DanceError, match=told):
         check_artifact(several, other)
+
+
+def test_a_source_that_is_off_its_own_float64_is_no_reason_to_refuse(several):
+    imported = import_model(Several(), example_inputs=(CLIP,))
+
+    def careless(arrays):
+        return {name: value + np.float32(4e-4) * np.abs(value).max() for name, value in right(arrays).items()}
+
+    def right(arrays):
+        found = imported.reference(arrays)
+        return {name: value if name == "output_1" else value.astype(np.float64) for name, value in found.items()}
+
+    off = replace(imported, reference=lambda arrays: {**right(arrays), "output_2": careless(arrays)["output_2"]})
+    with pytest.raises(DanceError, match="output_2"):
+        check_artifact(several, off)
+    check = check_artifact(several, replace(off, exact=lambda arrays: list(right(arrays).values())))
+    doubted = [one for one in check.outputs if one.difference > TOLERANCE]
+    assert {one.output for one in doubted} == {"output_2"}
+    assert all(one.error < TOLERANCE < one.source_error < one.allowed for one in doubted)
+    with pytest.raises(DanceError, match="output_2"):
+        check_artifact(several, replace(off, exact=lambda arrays: list(careless(arrays).values())))
 
 
 def test_the_manifest_tells_each_output_on_each_input(several):

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dance_tvm.liveness.kernel_groups import find_kernel_groups
+from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv
-from dance_tvm.schedules.cpu.direct_spaces import KernelGroupSpace
 from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.tiles import Machine, Tile
 from dance_tvm.schedules.geometry import Window
@@ -249,11 +249,13 @@ def chosen_cases(draw: st.DrawFn) -> GatherCase:
         case.live_in = case.live_in[:, : case.channels_in]
     lists = ("in_channels",) if case.live_in is not None else ()
     layer = Workload(case.window, case.channels_in, case.channels_out, lists=lists)
-    space = KernelGroupSpace(machine, layer.grouped((gm, gn), case.kernel_groups[2]))
+    work = layer.grouped((gm, gn), case.kernel_groups[2])
+    kernel = kernel_of(work, machine)
+    space = kernel.space(machine, work)
     (values,) = space.parts()
     decisions = {name: draw(st.sampled_from(values[name]), label=name) for name in space.names}
     assert space.allows(decisions)
-    case.tile = space.tile(decisions)
+    case.tile = kernel.sized(decisions).tile
     return case
 
 

@@ -16,6 +16,7 @@ from dance_tvm.schedules.cpu.compact_channels import CompactChannels
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv
 from dance_tvm.schedules.cpu.conv3d_line import LineConv
+from dance_tvm.schedules.cpu.conv3d_transposed import TransposedConv
 from dance_tvm.schedules.cpu.depthwise import DepthwiseConv, DepthwiseTile
 from dance_tvm.schedules.cpu.moments import VectorReduction
 from dance_tvm.schedules.cpu.norm import Norm
@@ -49,6 +50,9 @@ KERNELS: dict[str, Kernel] = {
     "conv3d_gather_io": GatherConv(*LAYER, TILE, PLAN, live_in=True, live_out=True, residual=True),
     "conv3d_kgs": KernelGroupConv(*LAYER, TILE, PLAN, columns=8, run=4),
     "conv3d_line": LineConv(WINDOW, 3, 8, RowTile(2, 1, 4, 1), activation="relu"),
+    "conv3d_transposed": TransposedConv(
+        Window(1, (3, 5, 7), (4, 6, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1)), (2, 2, 2), 4, 6, RowTile(2, 2, 4, 1)
+    ),
     "conv3d_winograd": WinogradConv(*LAYER, TILE, WinogradPlan(WINDOW, (1, 2, 2), 2, 4), activation="relu"),
     "depthwise3d": DepthwiseConv(WINDOW, 8, 8, DepthwiseTile(2, 1, 4, 2), out_frames=True),
     "conv3d_pointwise": PointwiseConv(WINDOW, 8, 10, PointwiseTile(2, 2, 4, 1, 4), residual=True, activation="relu"),

@@ -10,13 +10,14 @@ import tvm
 
 pytest.importorskip("benchmarks.gpu", reason="benchmarks are not part of an installed package")
 
+
 from benchmarks import gpu as benchmark
 from benchmarks.kernels import Layer, Masks
 from dance_tvm.core.errors import DanceError
 from dance_tvm.lowering.machine import gpu_of
 from dance_tvm.machines.target import load_target
-from dance_tvm.schedules.cpu.spaces import Advice
-from dance_tvm.schedules.gpu.spaces import BlockSpace, choose_block_tile, decisions_of
+from dance_tvm.schedules.cpu.choice import Advice, decide
+from dance_tvm.schedules.gpu.block_space import BlockSpace, decisions_of
 from dance_tvm.schedules.gpu.tiles import BlockTile
 from dance_tvm.schedules.workload import Workload
 
@@ -121,6 +122,6 @@ def test_a_record_chooses_the_tile_if_the_gpu_can_hold_it():
     assert space.size > 10
     assert decisions_of(space.tiles[0]) in [space.default(), *map(decisions_of, space.tiles)]
     tile = BlockTile(64, 16, 8, 4, 4)
-    assert choose_block_tile(workload, gpu, Log(decisions_of(tile))) == (tile, "a record")
+    assert decide(space, Log(decisions_of(tile))) == (decisions_of(tile), "a record")
     too_large = {**decisions_of(tile), "mr": 1024}
-    assert choose_block_tile(workload, gpu, Log(too_large)) == (choose_block_tile(workload, gpu)[0], "")
+    assert decide(space, Log(too_large)) == (space.default(), "")

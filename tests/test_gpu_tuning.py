@@ -18,15 +18,16 @@ from dance_tvm.core.cli import start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.opencl import DeviceCode, Launch, Plan
 from dance_tvm.lowering.machine import gpu_of
+from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.machines.gpu import opencl_devices
 from dance_tvm.machines.target import load_target
 from dance_tvm.records import kernel_log
 from dance_tvm.records.advice import tuned_tiles
 from dance_tvm.records.kernel_log import Log, log_path
-from dance_tvm.schedules.cpu.spaces import Advice
+from dance_tvm.schedules.cpu.choice import Advice
 from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.gpu.block_space import BlockSpace, decisions_of
 from dance_tvm.schedules.gpu.conv3d_kgs import GroupConv
-from dance_tvm.schedules.gpu.spaces import BlockSpace, decisions_of, space_of
 from dance_tvm.schedules.gpu.tiles import BlockTile, default_tile, is_whole
 from dance_tvm.schedules.workload import GATHER, Workload
 from dance_tvm.tune import app as tune_command
@@ -78,7 +79,8 @@ def network(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("work", [PLAIN, THINNED, replace(PLAIN, channels_in=256, channels_out=512)])
 def test_a_space_holds_its_default_and_only_what_fits_the_gpu(target, work):
     gpu = gpu_of(load_target(target))
-    space = space_of(gpu, work)
+    kernel = kernel_of(work, gpu)
+    space = kernel.space(gpu, work)
     assert isinstance(space, BlockSpace)
     assert space.default() == decisions_of(space.tiles[0])
     parts = [(part, mr) for part in space.parts() for mr in part["mr"]]
@@ -86,7 +88,7 @@ def test_a_space_holds_its_default_and_only_what_fits_the_gpu(target, work):
     for part, mr in parts:
         decisions = {name: values[0] for name, values in part.items()} | {"mr": mr}
         assert space.allows(decisions)
-        tile = space.kernel(decisions).tile
+        tile = kernel.sized(decisions).tile
         assert is_whole(tile)
         assert gpu.warp <= tile.threads <= gpu.block_threads
         assert tile.shared_bytes <= gpu.block_shared
@@ -105,13 +107,14 @@ def test_what_exceeds_registers_shared_memory_or_threads_is_not_allowed():
 
 def test_kernel_groups_give_a_block_its_output_channels():
     gpu, work = gpu_of(load_target("jetson-nano")), GROUPS
-    space = space_of(gpu, work)
+    kernel = kernel_of(work, gpu)
+    space = kernel.space(gpu, work)
     assert {tile.nr for tile in space.tiles} == {16}
     assert space.size > 5
     assert space.default() == decisions_of(default_tile(gpu, WINDOW, 20, 16))
     assert space.allows(space.default())
     assert not space.allows(decisions_of(BlockTile(32, 32, 8, 4, 4)))
-    assert isinstance(space.kernel(space.default()), GroupConv)
+    assert isinstance(kernel.sized(space.default()), GroupConv)
 
 
 def test_half_precision_is_another_workload():
@@ -167,13 +170,14 @@ def test_the_search_finds_what_is_fastest():
 @pytest.mark.parametrize("work", [PLAIN, THINNED, GROUPS], ids=["plain", "thinned", "groups"])
 def test_every_tile_runs_over_opencl_and_tells_the_same(tmp_path, opencl_name, work):
     target = load_target("opencl")
-    space = BlockSpace(gpu_of(target), work)
+    kernel = kernel_of(work, gpu_of(target))
+    space = kernel.space(gpu_of(target), work)
     # Of tiles that differ in every decision the smallest, which PoCL compiles soonest.
     tiles = [BlockTile(32, 16, 8, 4, 4), BlockTile(64, 32, 16, 8, 8)]
     if space.filters is not None:
         tiles[1] = BlockTile(64, space.filters, 16, 4, 4)
     assert all(space.allows(decisions_of(tile)) for tile in tiles)
-    instances = [Instance(work, space.kernel(decisions_of(tile))) for tile in tiles]
+    instances = [Instance(work, kernel.sized(decisions_of(tile))) for tile in tiles]
     for number, instance in enumerate(instances):
         build_instance(instance, target, tmp_path / f"{number}.so")
     with Farm(["local"], trial_timeout=300) as devices, devices.session(1) as session:
@@ -223,8 +227,8 @@ def test_a_network_is_tuned_over_opencl_and_built_by_its_records(tmp_path, netwo
 @pytest.mark.skipif(find_spec("nvidia") is None, reason="no CUDA compiler: pip install 'dance-tvm[gpu]'")
 def test_a_trial_for_a_jetson_holds_all_its_functions_as_ptx(tmp_path):
     target = load_target("jetson-nano")
-    space = BlockSpace(gpu_of(target), replace(THINNED, dtype="float16"))
-    instance = Instance(space.workload, space.kernel(decisions_of(BlockTile(32, 16, 8, 4, 4))))
+    work = replace(THINNED, dtype="float16")
+    instance = Instance(work, kernel_of(work, gpu_of(target)).sized(decisions_of(BlockTile(32, 16, 8, 4, 4))))
     build_instance(instance, target, tmp_path / "trial.so")
     data = (tmp_path / "trial.so").read_bytes()
     assert int.from_bytes(data[18:20], "little") == 183  # EM_AARCH64

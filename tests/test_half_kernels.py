@@ -15,14 +15,12 @@ from convolutions import call
 from test_conv3d_gather import DENSE, IN_POSITIONS, GatherCase, check
 
 from dance_tvm.schedules.cpu.carry_frames import Carry
+from dance_tvm.schedules.cpu.choice import settled_direct
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.depthwise import DepthwiseConv, DepthwiseTile
-from dance_tvm.schedules.cpu.direct_spaces import direct
 from dance_tvm.schedules.cpu.pool3d import VectorPool
 from dance_tvm.schedules.cpu.row_plan import RowPlan
-from dance_tvm.schedules.cpu.spaces import choose_tile
 from dance_tvm.schedules.cpu.tiles import HALF_TERMS, Machine, Tile, default_tile
-from dance_tvm.schedules.cpu.winograd_choice import direct_seconds
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.kernel import Weights
 from dance_tvm.schedules.layer import Layer
@@ -56,8 +54,7 @@ def test_sums_go_to_single_precision_before_half_loses_their_units() -> None:
 def test_the_model_of_time_knows_that_half_precision_is_faster(densities) -> None:
     layer = Layer(Window(1, (4, 14, 14), (4, 14, 14), (3, 3, 3), padding=(1, 1, 1)), 64, 64)
     whole, half = (
-        direct_seconds(direct(each, choose_tile(each.workload, NEON)[0]), NEON, 1, densities)
-        for each in (layer, replace(layer, dtype=HALF))
+        settled_direct(each, NEON).kernel.predict(NEON, 1, densities) for each in (layer, replace(layer, dtype=HALF))
     )
     assert half < 0.6 * whole
 

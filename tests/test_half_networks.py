@@ -17,7 +17,7 @@ from dance_tvm.machines.target import load_target
 
 
 class EveryKind(nn.Module):
-    """Convolutions direct, pruned, depthwise and under masks, norms, pools, a gate that is a layer's own, linear layers."""
+    """Convolutions direct, pruned, depthwise and under masks, norms, pools, a gate of a layer's own, linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,8 @@ class EveryKind(nn.Module):
         self.squeeze, self.excite = nn.Conv3d(24, 8, 1), nn.Conv3d(8, 24, 1)
         self.project = nn.Conv3d(24, 24, 1)
         self.pruned, self.masked = nn.Conv3d(24, 16, 3, padding=1), nn.Conv3d(16, 16, 3, padding=1)
-        self.head = nn.Linear(16, 5)
+        self.twice, self.apart = nn.ConvTranspose3d(16, 9, 2, 2), nn.ConvTranspose3d(16, 9, 3, 2, 1, 1)
+        self.head = nn.Linear(9, 5)
         keep = torch.rand(16 // 8, 24 // 8, 3, 3, 3) < 0.4
         self.pruned.weight.data *= keep.repeat_interleave(8, 0).repeat_interleave(8, 1)
 
@@ -39,7 +40,7 @@ class EveryKind(nn.Module):
         frames = (y.mean((1, 3, 4), keepdim=True) > y.mean((1, 2, 3, 4), keepdim=True)).float()
         channels = (y.mean((2, 3, 4), keepdim=True) > y.mean((1, 2, 3, 4), keepdim=True)).float()
         y = self.masked(y * frames * channels) * channels
-        return self.head(y.mean((2, 3, 4)))
+        return self.head((self.twice(y) + self.apart(y)).mean((2, 3, 4)))
 
 
 @pytest.mark.device
@@ -57,7 +58,7 @@ def test_a_network_of_every_kind_of_layer_agrees_with_its_source(tmp_path):
     assert (manifest.check.status, manifest.tolerance) == ("passed", HALF_ON_PROCESSOR)
     kernels = {layer.kernel.split("_f16")[0] for layer in manifest.layers}
     direct = {"conv3d_gather_io", "conv3d_line", "conv3d_pointwise", "conv3d_pointwise_g", "conv3d_kgs"}
-    assert direct | {"depthwise3d", "pool3d_max"} <= kernels, kernels
+    assert direct | {"depthwise3d", "pool3d_max", "conv3d_transposed"} <= kernels, kernels
 
 
 class Loud(nn.Module):

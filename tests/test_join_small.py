@@ -17,7 +17,7 @@ from tvm.relax.frontend.torch import from_exported_program
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import load_target
-from dance_tvm.schedules.cpu.winograd_choice import _tiles_filled
+from dance_tvm.schedules.cpu.cost import tiles_filled
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.transform import join_small
 from tests.test_transform import integers, outputs
@@ -253,10 +253,10 @@ def test_rows_at_the_edges_fill_tiles_of_their_own() -> None:
     def window(*out: int) -> Window:
         return Window(1, out, out, (3, 3, 3), (1, 1, 1), (1, 1, 1))
 
-    assert _tiles_filled(window(4, 4, 4), 1, 1.0) == 1.0, "tiles of one row are always full"
-    assert _tiles_filled(window(4, 4, 4), 6, 1.0) < 0.5, "27 kinds of edges share 64 rows"
-    assert _tiles_filled(window(16, 56, 56), 6, 1.0) > 0.95
-    assert _tiles_filled(window(4, 4, 4), 6, 0.5) < _tiles_filled(window(4, 4, 4), 6, 1.0)
+    assert tiles_filled(window(4, 4, 4), 1, 1.0) == 1.0, "tiles of one row are always full"
+    assert tiles_filled(window(4, 4, 4), 6, 1.0) < 0.5, "27 kinds of edges share 64 rows"
+    assert tiles_filled(window(16, 56, 56), 6, 1.0) > 0.95
+    assert tiles_filled(window(4, 4, 4), 6, 0.5) < tiles_filled(window(4, 4, 4), 6, 1.0)
 
 
 class Ordered(nn.Module):

@@ -242,3 +242,31 @@ def test_a_sample_of_the_standards_own_cases(tmp_path, case):
     from benchmarks.conformance import onnx_backend
 
     onnx_backend.attempt(case, tmp_path, False)
+
+
+def test_a_file_in_float64_without_the_import(tmp_path):
+    random = np.random.default_rng(8)
+    nodes = [
+        node("Conv", ["x", "w", "b"], ["a"], pads=[1, 0, 2, 0, 1, 0], strides=[1, 2, 1], dilations=[1, 1, 2]),
+        node("MaxPool", ["a"], ["c"], kernel_shape=[2, 2, 2], pads=[0, 1, 0, 1, 0, 0], strides=[1, 2, 1]),
+        node("ConvTranspose", ["c", "v"], ["d"], strides=[2, 1, 2], pads=[1, 0, 0, 0, 0, 1], output_padding=[1, 0, 0]),
+        node("InstanceNormalization", ["d", "s", "s"], ["y"], epsilon=1e-4),
+    ]
+    weights = {
+        "w": random.normal(size=(4, 2, 3, 2, 2)).astype("float32"),
+        "b": random.normal(size=4).astype("float32"),
+        "v": random.normal(size=(4, 2, 2, 1, 3)).astype("float32"),
+        "s": random.normal(size=2).astype("float32"),
+    }
+    path = save(tmp_path / "g.onnx", nodes, {"x": [1, 2, 5, 6, 7]}, {"y": None}, weights)
+    imported = import_model(path)
+    arrays = {"x": random.normal(size=(1, 2, 5, 6, 7)).astype("float32")}
+    (exact,) = imported.exact(arrays)
+    assert exact.dtype == np.float64
+    np.testing.assert_allclose(imported.reference(arrays)["y"], exact, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_that_the_reference_would_take_long_for_has_no_float64(tmp_path):
+    nodes = [node("AveragePool", ["x"], ["y"], kernel_shape=[2, 2, 2])]
+    path = save(tmp_path / "g.onnx", nodes, {"x": [1, 2, 5, 6, 7]}, {"y": None})
+    assert import_model(path).exact({"x": np.zeros((1, 2, 5, 6, 7), np.float32)}) is None

@@ -31,6 +31,7 @@ from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
+from dance_tvm.transform.spread_transposed import SpreadTransposed
 from dance_tvm.transform.vector_math import VectorMath
 from dance_tvm.transform.whole_pools import WholePools
 
@@ -276,6 +277,49 @@ def test_channels_that_nobody_reads_are_taken_out() -> None:
 def test_channels_that_are_read_stay() -> None:
     ones = {"first": np.ones((3, 2, 1, 1, 1), "float32"), "second": np.ones((2, 3, 1, 1, 1), "float32")}
     stays(NarrowChannels(), bound(TwoConvolutions, ones))
+
+
+# -- SpreadTransposed -------------------------------------------------------------------------------------------------
+
+
+def test_a_transposed_convolution_is_one_over_its_input_spread_out() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((1, 3, 4, 5), "float32"), w: R.Tensor((3, 2, 2, 3), "float32")):
+            with R.dataflow():
+                y = R.nn.conv2d_transpose(x, w, strides=[1, 2], padding=[0, 1, 0, 1])
+                R.output(y)
+            return y
+
+    @I.ir_module
+    class After:
+        @R.function
+        def main(x: R.Tensor((1, 3, 4, 5), "float32"), turned: R.Tensor((2, 3, 2, 3), "float32")):
+            with R.dataflow():
+                apart = R.expand_dims(x, axis=[4])
+                zeros = R.nn.pad(apart, pad_width=[0, 0, 0, 0, 0, 0, 0, 0, 0, 1])
+                spread = R.reshape(zeros, R.shape([1, 3, 4, 10]))
+                y = R.nn.conv2d(spread, turned, padding=[1, 1, 1, 0])
+                R.output(y)
+            return y
+
+    w = np.arange(36, dtype="float32").reshape(3, 2, 2, 3)
+    turned = np.ascontiguousarray(w.transpose(1, 0, 2, 3)[:, :, ::-1, ::-1])
+    becomes(SpreadTransposed(), bound(Before, {"w": w}), bound(After, {"turned": turned}))
+
+
+def test_a_transposed_convolution_of_groups_stays() -> None:
+    @I.ir_module
+    class Module:
+        @R.function
+        def main(x: R.Tensor((1, 4, 4, 5), "float32"), w: R.Tensor((4, 2, 2, 3), "float32")):
+            with R.dataflow():
+                y = R.nn.conv2d_transpose(x, w, strides=[2, 2], groups=2)
+                R.output(y)
+            return y
+
+    stays(SpreadTransposed(), bound(Module, {"w": np.ones((4, 2, 2, 3), "float32")}))
 
 
 # -- ChannelsLast -----------------------------------------------------------------------------------------------------

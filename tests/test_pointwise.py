@@ -13,9 +13,10 @@ from torch import nn
 
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.frontend.importer import import_model
+from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu.pointwise import PointwiseConv, PointwiseTile
-from dance_tvm.schedules.cpu.pointwise_tiles import PointwiseSpace, is_pointwise, pointwise
+from dance_tvm.schedules.cpu.pointwise_tiles import is_pointwise, pointwise
 from dance_tvm.schedules.cpu.row_tiles import panel_widths
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.geometry import Window
@@ -90,11 +91,13 @@ def test_any_pointwise_convolution(conv, seed):
 @pytest.mark.parametrize("rows", [1, 3, 100, 12800])
 def test_a_space_holds_its_default_and_only_what_fits(machine, channels, rows):
     for threads in (1, 2):
-        space = PointwiseSpace(machine, pointwise(Workload(window_of(1, 1, 1, rows), *channels, threads=threads)))
+        work = pointwise(Workload(window_of(1, 1, 1, rows), *channels, threads=threads))
+        kernel = kernel_of(work, machine)
+        space = kernel.space(machine, work)
         default = space.default()
         assert space.allows(default)
         assert space.normal(default) == default
-        tile = space.kernel(default).tile
+        tile = kernel.sized(default).tile
         assert tile.mr * tile.vectors + tile.vectors <= machine.registers
         assert tile.mr <= rows
         blocks = -(-rows // (tile.mr * tile.block_tiles))

@@ -14,18 +14,19 @@ import torch
 from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.pipeline import Options
 from dance_tvm.core.errors import DanceError
+from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.machines.target import load_target
 from dance_tvm.records import places
 from dance_tvm.records.advice import TunedTiles, tuned_tiles
 from dance_tvm.records.kernel_log import Log, append, log_path, new_record, parse_loosely
+from dance_tvm.schedules.cpu.choice import Advice, choose_kernel, settled_direct
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.direct_spaces import GatherSpace
-from dance_tvm.schedules.cpu.spaces import SPACES, Advice, choose_kernel, choose_tile
 from dance_tvm.schedules.cpu.tiles import Machine, default_tile
 from dance_tvm.schedules.cpu.winograd import WinogradConv
-from dance_tvm.schedules.cpu.winograd_choice import best
-from dance_tvm.schedules.cpu.winograd_space import WinogradSpace
+from dance_tvm.schedules.cpu.winograd_space import best
 from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.layer import Layer
 from dance_tvm.schedules.workload import FAMILIES, WINOGRAD, Workload
 
 AVX2 = Machine(8, 16, 32768, 524288, True)
@@ -46,15 +47,19 @@ def record(work: Workload | None = None, seconds: float = 0.01, status: str = "v
 
 def test_defaults_and_tuned_choices_come_from_one_place():
     work = workload()
-    tile, origin = choose_tile(work, AVX2)
-    assert origin == ""
-    assert (tile.mr, tile.vectors) == (default_tile(AVX2, work.window, 64, 64).mr, tile.vectors)
+    chosen = settled_direct(Layer.of(work), AVX2)
+    assert chosen.origin == ""
+    default = default_tile(AVX2, work.window, 64, 64)
+    assert (chosen.kernel.tile.mr, chosen.kernel.tile.vectors) == (default.mr, default.vectors)
 
     class Tuned:
         def advise(self, asked: Workload) -> Advice:
             return Advice(asked, TILE, "tuned")
 
-    assert choose_tile(work, AVX2, Tuned()) == (GatherSpace(AVX2, work).tile(TILE), "tuned")
+    tuned = settled_direct(Layer.of(work), AVX2, Tuned())
+    assert tuned.origin == "tuned"
+    assert {name: getattr(tuned.kernel.tile, name) for name in TILE} == TILE
+    assert (tuned.kernel.plan.mr, tuned.kernel.plan.block_tiles) == (TILE["mr"], TILE["block_tiles"])
 
 
 def test_advice_that_does_not_fit_the_registers_is_not_followed():
@@ -62,7 +67,7 @@ def test_advice_that_does_not_fit_the_registers_is_not_followed():
         def advise(self, asked: Workload) -> Advice:
             return Advice(asked, {**TILE, "mr": 16, "vectors": 4}, "tuned")
 
-    assert choose_tile(workload(), AVX2, Wrong())[1] == ""
+    assert settled_direct(Layer.of(workload()), AVX2, Wrong()).origin == ""
 
 
 @pytest.mark.parametrize("machine", [AVX2, NEON], ids=["avx2", "neon"])
@@ -85,8 +90,7 @@ class Told:
     def advise(self, asked: Workload) -> Advice | None:
         if asked.family not in self.seconds:
             return None
-        space = SPACES[asked.family](AVX2, asked)
-        decisions = space.default()
+        decisions = kernel_of(asked, AVX2).space(AVX2, asked).default()
         if asked.family == WINOGRAD:
             decisions = {**decisions, "frames_tile": 1, "space_tile": 3, "columns": 2}
         return Advice(asked, decisions, f"tuned {asked.family}", self.seconds[asked.family])
@@ -94,8 +98,8 @@ class Told:
 
 def choice(log: Told | None, wanted: str = "auto", work: Workload | None = None):
     work = work or workload()
-    space = GatherSpace(AVX2, work)
-    return choose_kernel(space.kernel(space.default()), "direct's", work, AVX2, wanted, log)
+    conv = settled_direct(Layer.of(work), AVX2).kernel
+    return choose_kernel(conv, "direct's", work, AVX2, wanted, log)
 
 
 def test_measurements_of_both_choose_between_direct_and_winograd():
@@ -140,10 +144,11 @@ def test_winograd_records_that_cannot_be_built_are_not_followed(wrong):
 @pytest.mark.parametrize("lists", [(), ("in_frames", "out_frames", "out_channels")])
 def test_the_winograd_space_holds_the_default_kernel(lists):
     work = workload(lists=lists, family=WINOGRAD)
-    space = WinogradSpace(AVX2, work)
+    kernel = kernel_of(work, AVX2)
+    space = kernel.space(AVX2, work)
     assert space.allows(space.default())
     assert space.size > 20
-    chosen, wanted = space.kernel(space.default()), best(space.direct, AVX2, work.threads)
+    chosen, wanted = kernel.sized(space.default()), best(kernel, AVX2, work.threads)
     assert (chosen.plan, chosen.name) == (wanted.plan, wanted.name)
     for part in space.parts():
         assert space.allows(space.normal({name: values[-1] for name, values in part.items()}))

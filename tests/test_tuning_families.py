@@ -16,12 +16,14 @@ from dance_tvm.compiler.pipeline import Options
 from dance_tvm.core.cli import start
 from dance_tvm.liveness.kernel_groups import only_group
 from dance_tvm.lowering.machine import machine_of
+from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.machines.target import load_target
 from dance_tvm.records import kernel_log
 from dance_tvm.records.kernel_log import Log, append, log_path, new_record
-from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv, kernel_group_tile
-from dance_tvm.schedules.cpu.direct_spaces import KernelGroupSpace
-from dance_tvm.schedules.cpu.spaces import SPACES, choose_kernel
+from dance_tvm.schedules.cpu.choice import choose_kernel
+from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv
+from dance_tvm.schedules.cpu.direct_spaces import KernelGroupSpace, kernel_group_tile
+from dance_tvm.schedules.cpu.pool_space import PoolSpace
 from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.workload import KERNEL_GROUPS, POINTWISE, POOL, WINOGRAD, Workload
@@ -113,7 +115,8 @@ def test_a_clip_thins_columns_and_not_what_pruning_left_of_them():
 @pytest.mark.parametrize("group", [(8, 4), (16, 8), (16, 1)])
 def test_a_space_of_kernel_groups_holds_its_default_and_only_what_fits(machine, lists, group):
     work = pruned_workload(group=group, lists=lists, density=0.5 if lists else 1.0)
-    space = KernelGroupSpace(machine, work)
+    kernel = kernel_of(work, machine)
+    space = kernel.space(machine, work)
     default = space.default()
     per_tap = 16
     run = 1 if lists else group[1]
@@ -124,7 +127,7 @@ def test_a_space_of_kernel_groups_holds_its_default_and_only_what_fits(machine, 
     for name, values in part.items():
         assert default[name] in values
         assert all(space.allows({**default, name: value}) for value in values)
-    conv = space.kernel(default)
+    conv = kernel.sized(default)
     assert (conv.tile.nr, conv.run, conv.columns) == (group[0], run, work.columns().count)
     assert not space.allows({**default, "mr": 16, "vectors": 1})
     assert not space.allows({**default, "mr": 40})
@@ -145,7 +148,7 @@ WORKS = [workload(16), workload(16, family=WINOGRAD), pruned_workload(), pool_wo
 
 @pytest.mark.parametrize("work", WORKS, ids=lambda work: work.family)
 def test_every_family_is_searched(work):
-    space = SPACES[work.family](machine_of(HOST), work)
+    space = kernel_of(work, machine_of(HOST)).space(machine_of(HOST), work)
     found = LayerSearch(space, HOST.tvm_target(2), new_cost_model()[0], 8)
     batch = found.propose()
     assert batch
@@ -154,7 +157,7 @@ def test_every_family_is_searched(work):
 
 
 def test_a_small_space_is_tried_whole():
-    space = SPACES[POOL](AVX2, pool_workload(512))
+    space = PoolSpace(AVX2, pool_workload(512))
     found = new_search(space, None, None, batch=8)
     assert isinstance(found, WholeSpace)
     found.tell([({"vectors": 4}, 1.0)])
@@ -164,8 +167,8 @@ def test_a_small_space_is_tried_whole():
 
 def test_measurements_choose_between_kernel_groups_and_winograd():
     work = pruned_workload()
-    space = KernelGroupSpace(AVX2, work)
-    conv = space.kernel(space.default())
+    conv = kernel_of(work, AVX2)
+    conv = conv.sized(conv.space(AVX2, work).default())
     slow = choose_kernel(conv, "groups'", work, AVX2, "auto", Told(conv3d_kgs=0.01, conv3d_winograd=0.02))
     assert isinstance(slow.kernel, KernelGroupConv)
     assert slow.origin == "groups'"
@@ -183,8 +186,10 @@ def test_builds_follow_the_records_of_kernel_groups_and_pools(tmp_path, own_logs
     options = Options(threads=1, conv="direct")
     with only_group(16, 4):
         found = families(Pruned(0), conv="direct")
+        machine = machine_of(HOST)
         for family, chosen in ((KERNEL_GROUPS, {"mr": 3, "segment_taps": 2}), (POOL, {"vectors": 2})):
-            decisions = {**SPACES[family](machine_of(HOST), found[family]).default(), **chosen}
+            space = kernel_of(found[family], machine).space(machine, found[family])
+            decisions = {**space.default(), **chosen}
             rest = {"status": "verified", "origin": "local", "trials": 3, "default_seconds": 0.02}
             append(log_path(HOST, family), [new_record(found[family], HOST, decisions, [0.01], **rest)])
         built = build_network(Pruned(1), tmp_path / "made", example_inputs=CLIP, options=options, check=True)

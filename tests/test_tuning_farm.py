@@ -18,11 +18,12 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.device import emulator, processes
 from dance_tvm.device.tracker import tracker_summary
 from dance_tvm.lowering.machine import machine_of
+from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.machines.target import load_target
 from dance_tvm.records.advice import tuned_tiles
 from dance_tvm.records.kernel_log import Log, log_path
+from dance_tvm.schedules.cpu.choice import FAMILIES
 from dance_tvm.schedules.cpu.direct_spaces import GatherSpace
-from dance_tvm.schedules.cpu.spaces import SPACES
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.workload import KERNEL_GROUPS, LISTS, POOL, WINOGRAD, Workload
 from dance_tvm.tuning import search
@@ -141,8 +142,8 @@ def running(server: int) -> list[psutil.Process]:
 
 
 def test_a_trial_that_hangs_is_ended_on_the_device_too(tmp_path):
-    space = SPACES[LAYER.workload.family](machine_of(HOST), LAYER.workload)
-    instance = Instance(LAYER.workload, space.kernel(space.default()))
+    kernel, machine = kernel_of(LAYER.workload, machine_of(HOST)), machine_of(HOST)
+    instance = Instance(LAYER.workload, kernel.sized(kernel.space(machine, LAYER.workload).default()))
     build_instance(instance, HOST, tmp_path / "trial.so")
     server, port = processes.start_server(store=tmp_path / "store")
     try:
@@ -171,13 +172,14 @@ def thinned(family: str) -> Workload:
     return work.grouped((16, 4), 0.4) if family == KERNEL_GROUPS else replace(work, family=family)
 
 
-@pytest.mark.parametrize("family", SPACES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_tile_of_a_thinned_layer_runs_and_tells_the_same(tmp_path, family):
     work = thinned(family)
-    space = SPACES[family](machine_of(HOST), work)
+    kernel = kernel_of(work, machine_of(HOST))
+    space = kernel.space(machine_of(HOST), work)
     ends = [space.normal({name: values[end] for name, values in space.parts()[-1].items()}) for end in (-1, 0)]
     other = next(decisions for decisions in ends if decisions != space.default())
-    instances = [Instance(work, space.kernel(decisions)) for decisions in (space.default(), other)]
+    instances = [Instance(work, kernel.sized(decisions)) for decisions in (space.default(), other)]
     assert instances[0] != instances[1]
     for number, instance in enumerate(instances):
         build_instance(instance, HOST, tmp_path / f"{number}.so")

@@ -16,12 +16,13 @@ from tvm.relax.frontend.torch import from_exported_program
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import load_target
-from dance_tvm.schedules.cpu import winograd_choice
+from dance_tvm.schedules.cpu import cost, winograd_space
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.tiles import Machine, default_tile
 from dance_tvm.schedules.cpu.winograd import WinogradConv
-from dance_tvm.schedules.cpu.winograd_choice import NEVER_SLOWER, choose, direct_seconds, winograd_seconds
+from dance_tvm.schedules.cpu.winograd_choice import choose
+from dance_tvm.schedules.cpu.winograd_space import NEVER_SLOWER
 from dance_tvm.schedules.geometry import Window
 
 SERVER = Machine(8, 16, 32768, 524288, True, 33554432, 100.0, 25.0)
@@ -75,7 +76,7 @@ def test_large_layers_are_transformed_and_the_reason_gives_both_times() -> None:
     conv = gather(256, 256, (8, 28, 28))
     choice = choose(conv, SERVER, 1)
     assert isinstance(choice.kernel, WinogradConv)
-    assert winograd_seconds(choice.kernel, SERVER, 1) < 0.5 * direct_seconds(conv, SERVER, 1)
+    assert choice.kernel.predict(SERVER, 1) < 0.5 * conv.predict(SERVER, 1)
     assert "predicted, direct" in choice.reason
     assert "scratch" in choice.reason
     assert choice.kernel.scratch_bytes < SERVER.l3 * 2
@@ -109,11 +110,11 @@ def test_masks_never_make_a_layer_slower_than_without_them(monkeypatch) -> None:
     """
     masked, dense = gather(256, 256, (8, 28, 28), out_frames=True), gather(256, 256, (8, 28, 28))
     chosen = choose(masked, SERVER, 1).kernel
-    monkeypatch.setattr(winograd_choice, "ASSUMED_LEFT", (1.0,))
-    fastest = winograd_seconds(choose(dense, SERVER, 1).kernel, SERVER, 1)
-    assert winograd_seconds(chosen, SERVER, 1) <= NEVER_SLOWER * fastest
-    monkeypatch.setattr(winograd_choice, "ASSUMED_LEFT", (0.1,))
+    monkeypatch.setattr(cost, "ASSUMED_LEFT", (1.0,))
+    fastest = choose(dense, SERVER, 1).kernel.predict(SERVER, 1)
+    assert chosen.predict(SERVER, 1) <= NEVER_SLOWER * fastest
+    monkeypatch.setattr(cost, "ASSUMED_LEFT", (0.1,))
     thin = choose(masked, SERVER, 1).kernel
-    assert winograd_seconds(thin, SERVER, 1, [1.0]) <= NEVER_SLOWER * fastest
-    monkeypatch.setattr(winograd_choice, "NEVER_SLOWER", 10.0)
+    assert thin.predict(SERVER, 1, [1.0]) <= NEVER_SLOWER * fastest
+    monkeypatch.setattr(winograd_space, "NEVER_SLOWER", 10.0)
     assert choose(masked, SERVER, 1).kernel.plan.m[0] == 1

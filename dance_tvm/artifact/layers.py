@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -44,3 +46,26 @@ class KernelInfo(BaseModel):
     def is_planner(self) -> bool:
         """Whether it makes index lists."""
         return self.kind == "planner"
+
+
+def layers_called(
+    layers: Sequence[LayerInfo], kernels: Mapping[str, KernelInfo], symbols: Iterable[str]
+) -> Iterator[LayerInfo | None]:
+    """For each function called, by its symbol, the layer that it runs alone.
+
+    Layers come in the order of their calls. One that runs within a function of joined small kernels has no call.
+    """
+    waiting = list(layers)
+    for symbol in symbols:
+        kernel = kernels.get(symbol, KernelInfo())
+        for part in kernel.parts:
+            _take(waiting, part)
+        yield _take(waiting, kernel.name)
+
+
+def _take(waiting: list[LayerInfo], kernel: str) -> LayerInfo | None:
+    """The next layer with the kernel, which waits no longer."""
+    found = next((layer for layer in waiting if layer.kernel == kernel), None)
+    if found is not None:
+        waiting.remove(found)
+    return found

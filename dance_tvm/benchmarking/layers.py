@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from dance_tvm.artifact.folder import Manifest
-from dance_tvm.artifact.layers import KernelInfo, LayerInfo
+from dance_tvm.artifact.layers import KernelInfo, LayerInfo, layers_called
 from dance_tvm.benchmarking.results import Layer, Profile
 from dance_tvm.device import KernelTime
 
@@ -33,24 +33,8 @@ def profile(manifest: Manifest, calls: Sequence[KernelTime], whole_seconds: floa
 
 
 def layers_run(manifest: Manifest, calls: Sequence[KernelTime]) -> Iterator[tuple[KernelTime, LayerInfo | None]]:
-    """Each call, with the layer that it runs alone.
-
-    Layers come in the order of their calls. One that runs within a function of joined small kernels has no call.
-    """
-    waiting = list(manifest.layers)
-    for call in calls:
-        kernel = manifest.kernels.get(call.symbol, KernelInfo())
-        for part in kernel.parts:
-            _take(waiting, part)
-        yield call, _take(waiting, kernel.name)
-
-
-def _take(waiting: list[LayerInfo], kernel: str) -> LayerInfo | None:
-    """The next layer with the kernel, which waits no longer."""
-    found = next((layer for layer in waiting if layer.kernel == kernel), None)
-    if found is not None:
-        waiting.remove(found)
-    return found
+    """Each call, with the layer that it runs alone."""
+    return zip(calls, layers_called(manifest.layers, manifest.kernels, [call.symbol for call in calls]), strict=True)
 
 
 def _kind(kernel: KernelInfo | None) -> str:

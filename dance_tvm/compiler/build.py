@@ -31,10 +31,16 @@ from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.gpu_code import compile_for_gpu, write_for_gpu
 from dance_tvm.compiler.pipeline import Measure, Options, lower
 from dance_tvm.compiler.program import write_program
-from dance_tvm.compiler.requests import known_preprocess, require_buildable, require_program
+from dance_tvm.compiler.requests import (
+    known_preprocess,
+    require_buildable,
+    require_layers_seen,
+    require_program,
+)
 from dance_tvm.core.errors import DanceError, unexpected_told
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.core.input_files import read_inputs
+from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.core.versions import versions
 from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.host import needed_flags
@@ -45,6 +51,7 @@ from dance_tvm.records.places import digest_of_logs
 if TYPE_CHECKING:
     import torch
 
+    from dance_tvm.compiler.layer_errors import LayerErrors
     from dance_tvm.frontend import Imported
     from dance_tvm.frontend.interface import Arrays
 
@@ -55,11 +62,13 @@ TOLD_ELSEWHERE = ("threads", "debug_dump", "tuning", "logs", "cache")
 
 @dataclass(frozen=True)
 class Built:
-    """An artifact and what it cost: seconds by phase and the largest resident memory of this process in bytes."""
+    """An artifact and what it cost: seconds by phase and the largest resident memory of this process in bytes; and how
+    far its layers are from the source's, where that was asked for."""
 
     artifact: Artifact
     seconds: dict[str, float]
     peak_memory_bytes: int
+    layer_errors: LayerErrors | None = None
 
 
 @dataclass
@@ -97,6 +106,7 @@ def build_network(
     debug_dump: str | Path | None = None,
     logs_from: str | Path | None = None,
     reuse: bool = False,
+    layer_errors: bool = False,
     preprocess: Preprocess | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> Built:
@@ -109,7 +119,8 @@ def build_network(
     ``calibrate`` more of them, which with them show the layers that half precision has no range for. Tile
     sizes come from the target's tuning logs, or from those of the target ``logs_from``. With ``reuse`` an intact
     artifact at ``out`` that the same network, target, options and versions made is kept as it is; it is checked if it
-    was not, or on fewer inputs. ``preprocess`` says how frames of videos become the input, for the manifest. Raises
+    was not, or on fewer inputs. ``layer_errors`` compares each layer with the source's, on the first of the real inputs
+    given or a random one. ``preprocess`` says how frames of videos become the input, for the manifest. Raises
     DanceError for bad input, with nothing left behind.
     """
     asked = dict(locals())
@@ -124,6 +135,8 @@ def build_network(
         chosen = replace(chosen, tuning=tuned_tiles(machine, options.logs if options else None, source))
     require_buildable(machine, chosen.dtype)
     require_program(machine, chosen.weights_dtype, chosen.prepared, chosen.static)
+    if layer_errors:
+        require_layers_seen(machine)
     require_writable(out)  # fails before any work is done
     clock = _Clock(on_phase)
 
@@ -148,7 +161,7 @@ def build_network(
                 return check_kernels(artifact, lowered, imported, **told)
             return check_artifact(artifact, imported, on_phase=clock.start, **told)
 
-        if reuse and (standing := _made_of(out, manifest)):
+        if reuse and not layer_errors and (standing := _made_of(out, manifest)):
             if check is not False and not was_checked(standing.manifest.check, given):
                 standing = record_check(standing, check_there, reference)
             clock.start("")
@@ -156,20 +169,43 @@ def build_network(
         lowered = lower(imported.mod, machine, chosen, clock.start, measure)
         checked = None if check is False else lambda artifact: check_there(artifact, lowered)
         told = (checked, reference)
-        clock.start("compile")
-        if machine.gpu:
-            gpu_code = compile_for_gpu(lowered, machine, chosen)
-            _describe(manifest, lowered, gpu_code.planned, chosen)
-            clock.start("link")
-            artifact = write_for_gpu(out, lowered, gpu_code, manifest, machine, chosen, *told)
-        else:
-            with tempfile.TemporaryDirectory(prefix="dance_tvm_kernels_") as folder:
-                code = compile_lowered(lowered, machine, chosen, Path(folder))
-                _describe(manifest, lowered, code.planned, chosen)
-                clock.start("link")
-                artifact = write_program(out, lowered, code, manifest, machine, chosen, *told)
+        artifact = _compiled(out, lowered, manifest, machine, chosen, told, clock)
+        errors = None
+        if layer_errors:
+            tried = [*given.values(), random_inputs(imported.inputs)]
+            errors = _layer_errors(artifact, lowered, tried[0], clock)
         clock.start("")
-        return Built(artifact, clock.seconds, _peak_memory())
+        return Built(artifact, clock.seconds, _peak_memory(), errors)
+
+
+def _compiled(
+    out: str | Path,
+    lowered: Lowered,
+    manifest: Manifest,
+    machine: Target,
+    options: Options,
+    told: tuple[Callable[[Artifact], Check] | None, dict[str, np.ndarray]],
+    clock: _Clock,
+) -> Artifact:
+    """The artifact of ``lowered``, written once it passed the check that ``told`` begins with."""
+    clock.start("compile")
+    if machine.gpu:
+        gpu_code = compile_for_gpu(lowered, machine, options)
+        _describe(manifest, lowered, gpu_code.planned, options)
+        clock.start("link")
+        return write_for_gpu(out, lowered, gpu_code, manifest, machine, options, *told)
+    with tempfile.TemporaryDirectory(prefix="dance_tvm_kernels_") as folder:
+        code = compile_lowered(lowered, machine, options, Path(folder))
+        _describe(manifest, lowered, code.planned, options)
+        clock.start("link")
+        return write_program(out, lowered, code, manifest, machine, options, *told)
+
+
+def _layer_errors(artifact: Artifact, lowered: Lowered, arrays: Arrays, clock: _Clock) -> LayerErrors:
+    from dance_tvm.compiler.layer_errors import layer_errors
+
+    clock.start("compare layers")
+    return layer_errors(artifact, lowered, arrays)
 
 
 def _with_best_dtype(asked: dict[str, Any], machine: Target, options: Options) -> Built:

@@ -21,10 +21,10 @@ from dance_tvm.lowering.lower_attention import LowerAttention
 from dance_tvm.lowering.lower_norms import LowerNorms
 from dance_tvm.lowering.lower_sorts import LowerSorts
 from dance_tvm.lowering.lower_windows import lower_windows
-from dance_tvm.lowering.lowered import Lowered
+from dance_tvm.lowering.lowered import LayerCall, Lowered
 from dance_tvm.lowering.machine import gpu_of, machine_of
 from dance_tvm.records.group_log import group_cost
-from dance_tvm.schedules.cpu.spaces import TuningLog
+from dance_tvm.schedules.cpu.choice import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine, excess_cycles
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.transform.boolean_logic import BooleanLogic
@@ -42,6 +42,7 @@ from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
+from dance_tvm.transform.spread_transposed import SpreadTransposed
 from dance_tvm.transform.store_halves import StoreHalves
 from dance_tvm.transform.vector_math import VectorMath
 from dance_tvm.transform.whole_pools import WholePools
@@ -92,12 +93,12 @@ def lower(
     require_buildable(target, options.dtype)
     lift_weights, narrow = LiftWeights(), NarrowChannels()
     phases = _Phases(on_phase, options.debug_dump)
-    largest: Mapping[str, float] = {}
+    source = mod
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
-        for name, passes in _before_kernels([narrow] if options.sparsity == "auto" else []):
+        spread = [] if gpu is None else [SpreadTransposed()]
+        for name, passes in _before_kernels(spread, [narrow] if options.sparsity == "auto" else []):
             mod = phases.run(name, mod, passes)
-            if name == LAST_WITH_NAMES and options.dtype == "float16" and not gpu and measure is not None:
-                largest = measure(mod)
+            source = mod if name == LAST_WITH_NAMES else source
         phases.begin("sparse kernels")
         windows = lower_windows(
             mod,
@@ -111,13 +112,15 @@ def lower(
             ),
             dtype=options.dtype,
             memory="fast" if gpu else options.memory,
-            largest=largest,
+            largest=measure(source) if measure and options.dtype == "float16" and not gpu else {},
         )
         phases.end("sparse kernels", mod := windows.mod)
         for name, passes in [*_behind_kernels(machine, gpu, options.threads), ("lift weights", [lift_weights])]:
             mod = phases.run(name, mod, passes)
     layers = [_with_reason(layer, narrow.told.get(layer.name, "")) for layer in windows.layers]
-    return Lowered(mod, layers, lift_weights.weights, windows.workloads, windows.sources, kernels_of(mod))
+    layers = _as_called(layers, windows.calls, mod)
+    found = windows.workloads, windows.sources, kernels_of(mod), windows.calls, source
+    return Lowered(mod, layers, lift_weights.weights, *found)
 
 
 Passes = list[tvm.transform.Pass]
@@ -126,7 +129,7 @@ Passes = list[tvm.transform.Pass]
 LAST_WITH_NAMES = "fold batch norm"
 
 
-def _before_kernels(narrow: Passes) -> list[tuple[str, Passes]]:
+def _before_kernels(spread: Passes, narrow: Passes) -> list[tuple[str, Passes]]:
     """What is done to the network while its operators are still those of the source."""
     return [
         (
@@ -136,6 +139,7 @@ def _before_kernels(narrow: Passes) -> list[tuple[str, Passes]]:
                 BooleanLogic(),
                 relax.transform.FoldConstant(),
                 relax.transform.DeadCodeElimination(),
+                *spread,
             ],
         ),
         (LAST_WITH_NAMES, [WholePools(), FoldPads(), NormsByClip(), FoldBatchNorm(), *narrow]),
@@ -208,6 +212,16 @@ class _Phases:
             path = self.dump / f"{self.done}-{name.replace(' ', '-')}.py"
             path.write_text(mod.script(show_meta=False), encoding="utf-8")
         self.done += 1
+
+
+def _as_called(layers: list[LayerInfo], calls: Mapping[str, LayerCall], mod: tvm.IRModule) -> list[LayerInfo]:
+    """``layers`` with those that have calls of their own in the order of these, which passes may have changed; others,
+    which small kernels were joined of, stay where they are."""
+    bindings = [binding.var.name for block in mod["main"].body.blocks for binding in block.bindings]
+    place = {name: index for index, name in enumerate(bindings)}
+    own = [layer for layer in layers if calls[layer.name].var in place]
+    ordered = iter(sorted(own, key=lambda layer: place[calls[layer.name].var]))
+    return [next(ordered) if calls[layer.name].var in place else layer for layer in layers]
 
 
 def _with_reason(layer: LayerInfo, reason: str) -> LayerInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 from dance_tvm.artifact.preprocess import Preprocess
@@ -65,6 +66,16 @@ def require_program(target: Target, weights_dtype: str, prepared: bool, static: 
     for option, is_given in given.items():
         if is_given and target.gpu:
             raise DanceError(f"{option} is for processors and {target.name} is a GPU: leave it out")
+
+
+def require_layers_seen(target: Target) -> None:
+    """Raise DanceError unless what each layer of a build writes can be seen: in programs that run on this machine."""
+    here = target.link.machine == platform.machine() and "android" not in target.tvm.get("mtriple", "")
+    if target.gpu or not here:
+        raise DanceError(
+            f"--layer-errors looks at the layers of a program on this machine, which does not run {target.name}: "
+            "build for host with the same options"
+        )
 
 
 def known_preprocess(model: object) -> Preprocess | None:

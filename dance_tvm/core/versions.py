@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PACKAGES = ("dance-tvm", "apache-tvm", "apache-tvm-ffi", "torch")
-_SOURCES = (".py", ".toml", ".jsonl")  # code, targets and tuning logs
+_SOURCES = (".py", ".c", ".h", ".toml", ".jsonl")  # code, targets and tuning logs
 
 
 def versions() -> dict[str, str]:

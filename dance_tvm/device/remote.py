@@ -25,6 +25,7 @@ from tvm import rpc
 
 from dance_tvm.artifact.folder import Artifact, Manifest
 from dance_tvm.core.errors import DanceError
+from dance_tvm.device import holds
 from dance_tvm.device.remote_program import RemoteProgram
 from dance_tvm.device.session import DeviceSession, LoadedNetwork, kernel_table
 from dance_tvm.device.virtual_machine import RemoteGpuNetwork
@@ -44,7 +45,9 @@ class Connection:
         self.name = name
         self.call_timeout = call_timeout
         self._sockets: list[socket.socket] = []
+        self._note: Path | None = None
         self.session = self._connect(address, port, key, timeout)
+        self._note = holds.hold(address, port)
 
     def call(self, what: str, function: Callable[[], _Result], timeout: float | None = None) -> _Result:
         """`function()`, which talks to the device. Raises DanceError where it fails, dies or falls silent."""
@@ -68,6 +71,7 @@ class Connection:
     def close(self) -> None:
         """Give the device back, whatever still refers to it."""
         self.session = None
+        holds.release(self._note)
         for connection in self._sockets:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)

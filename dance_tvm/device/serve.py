@@ -261,18 +261,24 @@ def looked_at(kernel: dict[str, Any] | None, tensors: list[Any]) -> dict[str, An
     if kernel is None or kernel["kind"] != CONVOLUTION:
         return {"bytes": size}
     named = dict(zip(kernel["operands"], tensors, strict=True))
-    if "counts" in named:
-        work, alive, channels = _work(named, kernel["tile"])
-    elif (macs := kernel.get("macs")) is not None:
-        work, alive, channels = _dense_work(named, macs)
-    else:
+    if (found := executed(kernel, named)) is None:
         return {"bytes": size}
+    work, alive, channels = found
     written = named["y"].numpy()[alive]  # (positions, C): elsewhere nothing was written that is read
     values = written if channels is None else written[:, channels]
     means = {}
     if values.size:
         means = {"mean": float(values.mean(dtype="float64")), "mean_size": float(np.abs(values).mean(dtype="float64"))}
     return {"bytes": size, "work": work, **means}
+
+
+def executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, Any] | None:
+    """What a convolution, whose tensors are `named` by its operands, executed (see `_work`); None where it cannot be
+    told."""
+    if "counts" in named:
+        return _work(named, kernel["tile"])
+    macs = kernel.get("macs")
+    return None if macs is None else _dense_work(named, macs)
 
 
 def _work(named: dict[str, Any], tile: list[int]) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:

@@ -35,6 +35,7 @@ class Imported:
 
     Inference only, weights are constants inside, channels-first as in the source; variables carry the names of the
     source's layers. ``reference`` runs the source itself on arrays by input name; ``source_sha256`` identifies it.
+    ``exact``, where there is one, is the source in float64, or None where it cannot be had.
     """
 
     mod: tvm.IRModule
@@ -43,6 +44,7 @@ class Imported:
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     reference: Callable[[Arrays], Arrays]
+    exact: Callable[[Arrays], Sequence[np.ndarray] | None] | None = None
 
 
 def tensor_of(array: np.ndarray) -> torch.Tensor:

@@ -140,12 +140,14 @@ class Part:
         return [values[var] for var in self._wanted]
 
 
-def trace(mod: tvm.IRModule, inputs: Mapping[str, np.ndarray | torch.Tensor]) -> Iterator[tuple[str, Value]]:
+def trace(
+    mod: tvm.IRModule, inputs: Mapping[str, np.ndarray | torch.Tensor], *, wide: bool = False
+) -> Iterator[tuple[str, Value]]:
     """Each variable's name and value, in the order of evaluation; the result comes last, under the name ``return``.
 
-    A value is let go once the caller and the steps that follow no longer need it.
+    A value is let go once the caller and the steps that follow no longer need it. ``wide`` is that of ``outputs``.
     """
-    return _trace(mod, inputs, _AS_WRITTEN)
+    return _trace(mod, inputs, _Floats(wide))
 
 
 def _trace(

@@ -195,21 +195,32 @@ class Source:
 
 def in_float32(model: Any) -> Any:
     """``model`` with float32 in place of half precision throughout; the same object where it holds none."""
-    if not any(message.elem_type in _HALF for message in _messages(model, onnx.TypeProto.Tensor)) and not any(
-        tensor.data_type in _HALF for tensor in _messages(model, onnx.TensorProto)
+    return _with_floats(model, _HALF, onnx.TensorProto.FLOAT)
+
+
+def in_float64(model: Any) -> Any:
+    """``model`` with float64 in place of every other float type throughout."""
+    return _with_floats(model, (*_HALF, onnx.TensorProto.FLOAT), onnx.TensorProto.DOUBLE)
+
+
+def _with_floats(model: Any, replaced: Sequence[int], kept: int) -> Any:
+    """``model`` with the type ``kept`` in place of those ``replaced``; the same object where it holds none of them."""
+    if not any(message.elem_type in replaced for message in _messages(model, onnx.TypeProto.Tensor)) and not any(
+        tensor.data_type in replaced for tensor in _messages(model, onnx.TensorProto)
     ):
         return model
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kept)
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     for kind in _messages(changed, onnx.TypeProto.Tensor):
-        if kind.elem_type in _HALF:
-            kind.elem_type = onnx.TensorProto.FLOAT
+        if kind.elem_type in replaced:
+            kind.elem_type = kept
     for tensor in _messages(changed, onnx.TensorProto):
-        if tensor.data_type in _HALF:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+        if tensor.data_type in replaced:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(dtype), tensor.name))
     for attribute in _messages(changed, onnx.AttributeProto):
-        if attribute.name in ("to", "dtype", "output_dtype", "stash_type") and attribute.i in _HALF:
-            attribute.i = onnx.TensorProto.FLOAT
+        if attribute.name in ("to", "dtype", "output_dtype", "stash_type") and attribute.i in replaced:
+            attribute.i = kept
     return changed
 
 

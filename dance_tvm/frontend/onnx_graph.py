@@ -8,6 +8,7 @@ operators.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -29,6 +30,7 @@ from dance_tvm.frontend.interface import Arrays, Imported, TensorSpec, tensor_of
 from dance_tvm.frontend.names import NamingBuilder
 from dance_tvm.frontend.onnx_control import SPECIAL
 from dance_tvm.frontend.onnx_conversions.operator import Operator, UnsupportedError
+from dance_tvm.frontend.onnx_exact import exact
 from dance_tvm.frontend.onnx_nodes import (
     OTHER_FLOATS,
     Value,
@@ -87,7 +89,8 @@ def import_onnx(
     inputs = with_ranges(inputs, both)
     if check:
         source = _checked(mod, inputs, importer, source)
-    return Imported(mod, path.stem, onnx_file.sha256(path), inputs, outputs, source.run)
+    exactly = functools.partial(exact, source.model)
+    return Imported(mod, path.stem, onnx_file.sha256(path), inputs, outputs, source.run, exactly)
 
 
 def _checked(
@@ -95,7 +98,8 @@ def _checked(
 ) -> onnx_file.Source:
     """What ``mod`` equals on random input: ONNX Runtime's ``source``, or the standard's reference where they differ."""
     try:
-        check_import(mod, inputs, source.run, lambda arrays: importer.compare_with(source, arrays))
+        exactly = functools.partial(exact, source.model)
+        check_import(mod, inputs, source.run, lambda arrays: importer.compare_with(source, arrays), exactly)
         return source
     except DanceError:
         standard = source.as_the_standard_says()

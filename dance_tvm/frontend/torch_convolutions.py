@@ -15,6 +15,7 @@ from dance_tvm.frontend.torch_values import (
     constant,
     shape_of,
 )
+from dance_tvm.ir.transposed import crop_negative, spread_by_zeros, takes_kernel
 
 
 def spread(argument: Any, rank: int) -> list[int]:
@@ -30,20 +31,23 @@ _CONVOLUTIONS: dict[int, Operator] = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv
 
 
 def _convolution(node: fx.Node, importer: Importer) -> relax.Expr:
-    """Any convolution; a transposed one as an ordinary one over its input spread out by zeros, weights flipped."""
+    """Any convolution; a transposed one without kernel as an ordinary one over its input spread out by zeros, weights
+    turned."""
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = importer.retrieve_args(node)
     rank = len(shape_of(x)) - 2
     stride, padding, dilation = (spread(item, rank) for item in (stride, padding, dilation))
     before, after = padding, padding
+    if transposed and (found := _transposed(node, importer, (stride, padding, dilation))) is not None:
+        return _with_bias(importer, found, bias)
     if transposed:
         kernel = shape_of(weight)[2:]
         weight = _turned_weight(node, importer, groups)
-        x = _spread_by_zeros(importer, x, stride)
+        x = spread_by_zeros(importer.block_builder, x, stride)
         reach = [dilation[axis] * (kernel[axis] - 1) - padding[axis] for axis in range(rank)]
         extra = spread(output_padding, rank)
         # The spread input ends in stride - 1 zeros that the transposed convolution does not have.
         before, after = reach, [reach[axis] + extra[axis] - stride[axis] + 1 for axis in range(rank)]
-        x, before, after = _crop_negative(importer, x, before, after)
+        x, before, after = crop_negative(importer.block_builder, x, before, after)
         stride = [1] * rank
     data_layout, kernel_layout = LAYOUTS[rank]
     y = importer.block_builder.emit(
@@ -58,10 +62,35 @@ def _convolution(node: fx.Node, importer: Importer) -> relax.Expr:
             kernel_layout=kernel_layout,
         )
     )
+    return _with_bias(importer, y, bias)
+
+
+def _with_bias(importer: Importer, y: relax.Expr, bias: relax.Expr | None) -> relax.Expr:
     if bias is None:
         return y
-    column = importer.block_builder.emit(relax.op.reshape(bias, (1, -1, *[1] * rank)))
+    column = importer.block_builder.emit(relax.op.reshape(bias, (1, -1, *[1] * (len(shape_of(y)) - 2))))
     return importer.block_builder.emit(relax.op.add(y, column))
+
+
+def _transposed(
+    node: fx.Node, importer: Importer, geometry: tuple[list[int], list[int], list[int]]
+) -> relax.Expr | None:
+    """A transposed convolution that kernels know; None for others."""
+    x, _, _, _, _, _, _, output_padding, groups = importer.retrieve_args(node)
+    weight, (stride, padding, dilation) = importer.parameter(node.args[1]), geometry
+    if weight is None or len(stride) == 1:
+        return None
+    operator = (relax.op.nn.conv2d_transpose, relax.op.nn.conv3d_transpose)[len(stride) - 2]
+    call = operator(
+        x,
+        constant(np.ascontiguousarray(weight.numpy())),
+        strides=stride,
+        padding=[*padding, *padding],
+        output_padding=spread(output_padding, len(stride)),
+        dilation=dilation,
+        groups=groups,
+    )
+    return importer.block_builder.emit(call) if takes_kernel(call) else None
 
 
 def _turned_weight(node: fx.Node, importer: Importer, groups: int) -> relax.Expr:
@@ -85,34 +114,6 @@ def _turned_at_run_time(importer: Importer, weight: relax.Expr, groups: int) -> 
     for axis in range(2, 2 + len(kernel)):
         turned = emit(relax.op.flip(turned, axis))
     return turned
-
-
-def _spread_by_zeros(importer: Importer, x: relax.Expr, stride: list[int]) -> relax.Expr:
-    """``x`` with ``stride - 1`` zeros after each element of each spatial axis."""
-    emit = importer.block_builder.emit
-    for axis, step in enumerate(stride, start=2):
-        if step == 1:
-            continue
-        shape = shape_of(x)
-        x = emit(relax.op.expand_dims(x, axis + 1))
-        width = [0] * (2 * len(shape) + 2)
-        width[2 * axis + 3] = step - 1
-        x = emit(relax.op.nn.pad(x, width))
-        x = emit(relax.op.reshape(x, [*shape[:axis], shape[axis] * step, *shape[axis + 1 :]]))
-    return x
-
-
-def _crop_negative(
-    importer: Importer, x: relax.Expr, before: list[int], after: list[int]
-) -> tuple[relax.Expr, list[int], list[int]]:
-    """Padding cannot be negative in Relax: cut instead."""
-    shape = shape_of(x)[2:]
-    axes = [axis for axis in range(len(before)) if before[axis] < 0 or after[axis] < 0]
-    if axes:
-        begin = [max(0, -before[axis]) for axis in axes]
-        end = [shape[axis] - max(0, -after[axis]) for axis in axes]
-        x = importer.block_builder.emit(relax.op.strided_slice(x, [axis + 2 for axis in axes], begin, end))
-    return x, [max(0, pad) for pad in before], [max(0, pad) for pad in after]
 
 
 CONVOLUTIONS: dict[str, Conversion] = {

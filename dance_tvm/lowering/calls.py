@@ -9,7 +9,7 @@ from tvm import relax
 from dance_tvm.schedules.kernel import Kernel
 
 
-def call_kernel(builder: relax.BlockBuilder, kernel: Kernel, args: Mapping[str, relax.Expr]) -> relax.Expr:
+def call_kernel(builder: relax.BlockBuilder, kernel: Kernel, args: Mapping[str, relax.Expr]) -> relax.Var:
     """Emit a call of ``kernel`` with what it reads, by the names of its operands; several outputs are a tuple."""
     function = builder.add_func(kernel.primfunc().without_attr("global_symbol"), kernel.name)
     types = [relax.TensorType(list(each.shape), each.dtype) for each in kernel.outputs()]

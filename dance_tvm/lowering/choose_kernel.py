@@ -19,10 +19,10 @@ from dance_tvm.liveness.kernel_groups import (
     lane_cost,
 )
 from dance_tvm.schedules.convolution import LayerKernel
-from dance_tvm.schedules.cpu.spaces import TuningLog
+from dance_tvm.schedules.cpu.choice import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.emit import FLOAT
-from dance_tvm.schedules.gpu.spaces import groups_cost
+from dance_tvm.schedules.gpu.choice import groups_cost
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.kernel import Weights
 from dance_tvm.schedules.layer import Choice, Layer
@@ -108,6 +108,7 @@ class Chooser:
             most_growth=self._most_growth(site),
             gate=site.gate is not None,
             before=site.before,
+            spread=site.spread,
         )
 
     def _most_growth(self, site: Site) -> float:
@@ -124,7 +125,7 @@ class Chooser:
 
     def kernel_groups(self, site: Site) -> KernelGroups | None:
         """The zero columns of the site's weights, if skipping them pays."""
-        if not self.sparsity or site.linear or site.groups > 1:
+        if not self.sparsity or site.whole or site.groups > 1:
             return None
         if site.start not in self.groups:
             self.groups[site.start] = choose_kernel_groups(site.weight, *self._group_options(site))

@@ -23,8 +23,8 @@ from dance_tvm.liveness.expressions import Expression
 from dance_tvm.liveness.relax_graph import liveness_of
 from dance_tvm.schedules.convolution import LayerKernel
 from dance_tvm.schedules.cpu.carry_frames import Carry
+from dance_tvm.schedules.cpu.choice import TuningLog
 from dance_tvm.schedules.cpu.pointwise_tiles import is_pointwise
-from dance_tvm.schedules.cpu.spaces import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.emit import FLOAT, HALF, one_thread
 from dance_tvm.schedules.geometry import added
@@ -38,6 +38,7 @@ from .choose_kernel import Chooser, GroupCost, Memory, masks_of
 from .describe_layers import describe, why_dense
 from .gates import absorb_gates
 from .half_range import HalfRange
+from .lowered import LayerCall
 from .masks import Masks
 from .plan_lists import Given, Lists, Values, counted
 from .registry import kernels_of
@@ -54,11 +55,12 @@ COUNTS = "counts"
 @dataclass(frozen=True)
 class Windows:
     """A module whose convolutions, linear layers and pools are calls of kernels; what was decided, in order of
-    execution; what the sizes of a layer's kernel were chosen for; and what packed weights were made of, by their
-    digest."""
+    execution; the call of each layer's kernel, by the layer's name; what the sizes of a layer's kernel were chosen
+    for; and what packed weights were made of, by their digest."""
 
     mod: tvm.IRModule
     layers: list[LayerInfo]
+    calls: dict[str, LayerCall]
     workloads: dict[str, Workload]
     sources: dict[bytes, Source]
 
@@ -93,7 +95,7 @@ def lower_windows(
     with one_thread() if threads == 1 else nullcontext():
         lowered = lowering.run()
     mod = relax.transform.DeadCodeElimination()(lowered)
-    return Windows(mod, lowering.layers, lowering.workloads, lowering.lists.sources)
+    return Windows(mod, lowering.layers, lowering.calls, lowering.workloads, lowering.lists.sources)
 
 
 @dataclass
@@ -107,6 +109,7 @@ class _Lowering:
     chooser: Chooser
     chains: dict[relax.Var, Chain]
     layers: list[LayerInfo] = field(default_factory=list)
+    calls: dict[str, LayerCall] = field(default_factory=dict)
     workloads: dict[str, Workload] = field(default_factory=dict)
     new: dict[relax.Var, relax.Expr] = field(default_factory=dict)
     counts: list[relax.Expr] = field(default_factory=list)
@@ -224,7 +227,9 @@ class _Lowering:
         args = self.lists.arguments(kernel, given, values)
         groups, why = self.chooser.groups.get(site.start), why_dense(site, self.graph, self.liveness)
         self.layers.append(describe(site, choice, alive, wanted, groups, why))
-        return self._seen(call_kernel(self.builder, kernel, args), shape_of(site.end))
+        called = call_kernel(self.builder, kernel, args)
+        self.calls[site.start.name] = LayerCall(called.name, site.end.name)
+        return self._seen(called, shape_of(site.end))
 
     def _chain(self, chain: Chain) -> relax.Expr:
         """A chain over frames; its masks beside the layers' are small tensors."""
@@ -282,7 +287,9 @@ class _Lowering:
         skips = [f"output {axis}" for axis in wanted.axes if axis == "frames"]
         name, tuned = choice.kernel.name, choice.origin
         self.layers.append(LayerInfo(name=var.name, kind="pool3d", kernel=name, macs=0, skips=skips, tuned=tuned))
-        return self._seen(call_kernel(self.builder, choice.kernel, args), shape_of(var))
+        called = call_kernel(self.builder, choice.kernel, args)
+        self.calls[var.name] = LayerCall(called.name, var.name)
+        return self._seen(called, shape_of(var))
 
     def _pool_workload(self, fields: dict[str, Any]) -> Workload:
         """What the sizes of a pool depend on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import tvm
@@ -12,13 +13,21 @@ from dance_tvm.schedules.preparation import Source
 from dance_tvm.schedules.workload import Workload
 
 
+class LayerCall(NamedTuple):
+    """The call of a layer's kernel: its variable, and that of the network before which has the same value."""
+
+    var: str
+    source: str
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A module ready for ``tvm.compile``, the decisions taken, and the weights lifted out of it (by parameter name).
 
     ``workloads``: what the sizes of a layer's kernel were chosen for, by the layer's name; layers whose kernels have
     nothing to choose are not there. ``sources``: what packed weights were made of, by their digest.
-    ``kernels``: every function of the module by its symbol.
+    ``kernels``: every function of the module by its symbol. ``source``: the network in its own layouts. ``calls``: that
+    of each layer's kernel, by the layer's name.
     """
 
     mod: tvm.IRModule
@@ -27,3 +36,5 @@ class Lowered:
     workloads: dict[str, Workload] = field(default_factory=dict)
     sources: dict[bytes, Source] = field(default_factory=dict)
     kernels: dict[str, KernelInfo] = field(default_factory=dict)
+    calls: dict[str, LayerCall] = field(default_factory=dict)
+    source: tvm.IRModule | None = None

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from dance_tvm.schedules.convolution import LayerKernel
-from dance_tvm.schedules.cpu import depthwise_tiles
+from dance_tvm.schedules.cpu import choice as cpu
+from dance_tvm.schedules.cpu import depthwise_tiles, transposed_tiles
 from dance_tvm.schedules.cpu import mask_window as cpu_mask_window
-from dance_tvm.schedules.cpu import spaces as cpu
-from dance_tvm.schedules.cpu.spaces import TuningLog
+from dance_tvm.schedules.cpu.choice import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine
+from dance_tvm.schedules.gpu import choice as gpu
 from dance_tvm.schedules.gpu import mask_window as gpu_mask_window
-from dance_tvm.schedules.gpu import spaces as gpu
 from dance_tvm.schedules.gpu.tiles import Gpu
+from dance_tvm.schedules.kernel import Kernel
 from dance_tvm.schedules.layer import Choice, Layer
 from dance_tvm.schedules.mask_window import GrownMask
 from dance_tvm.schedules.pool import Pool
@@ -32,24 +33,39 @@ PoolOffer = Callable[[Workload, Mapping[str, Any], Any, TuningLog | None], Choic
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of one kind of machine; ``convolutions`` are asked in order."""
+    """The kernels of one kind of machine: ``convolutions`` are asked in order, ``of`` gives that of a workload, whose
+    sizes are still to be decided."""
 
     convolutions: list[Offer]
     pool: PoolOffer
     grown_mask: type[GrownMask]
+    of: Callable[[Workload, Any], Kernel]
 
 
 _KERNELS: dict[type, Kernels] = {
     Machine: Kernels(
-        [depthwise_tiles.offer, cpu.offer_pointwise, cpu.offer], cpu.offer_pool, cpu_mask_window.GrownMask
+        [transposed_tiles.offer, depthwise_tiles.offer, cpu.offer_pointwise, cpu.offer],
+        cpu.offer_pool,
+        cpu_mask_window.GrownMask,
+        cpu.kernel_of,
     ),
-    Gpu: Kernels([gpu.offer_few_rows, gpu.offer_few_channels, gpu.offer], gpu.offer_pool, gpu_mask_window.GrownMask),
+    Gpu: Kernels(
+        [gpu.offer_few_rows, gpu.offer_few_channels, gpu.offer],
+        gpu.offer_pool,
+        gpu_mask_window.GrownMask,
+        gpu.kernel_of,
+    ),
 }
 
 
 def kernels_of(machine: Machine | Gpu) -> Kernels:
     """The kernels of a machine of this kind."""
     return _KERNELS[type(machine)]
+
+
+def kernel_of(workload: Workload, machine: Machine | Gpu) -> Kernel:
+    """The kernel of a workload's family, whose sizes are still to be decided."""
+    return kernels_of(machine).of(workload, machine)
 
 
 def register(kind: type[Machine] | type[Gpu], offer: Offer) -> None:

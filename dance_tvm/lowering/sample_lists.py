@@ -15,15 +15,17 @@ from itertools import product
 
 from dance_tvm.liveness.expressions import Live
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
+from dance_tvm.schedules.cpu.cost import axis_densities
 from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.tiles import Machine, default_tile
-from dance_tvm.schedules.cpu.winograd_choice import axis_densities, best, direct_seconds, why_not, winograd_seconds
+from dance_tvm.schedules.cpu.winograd_choice import transformed, why_not
+from dance_tvm.schedules.cpu.winograd_space import best
 from dance_tvm.schedules.plans import MOST_DYNAMIC_POSITION_TAPS
 
 from .sites import Site, SiteLists
 
 #: Lists must be predicted to take at most this share of the time without them, in the mean over the masks that are
-#: expected (``winograd_choice.ASSUMED_LEFT``); with masks that leave everything they cost a little.
+#: expected (``cost.ASSUMED_LEFT``); with masks that leave everything they cost a little.
 WORTH_LISTING = 0.92
 
 
@@ -41,7 +43,7 @@ class SampleLists:
         there = SiteLists(
             alive.channels is not None, wanted.channels is not None, positions_of_input(site, alive) is not None
         )
-        if site.groups > 1 or site.linear:
+        if site.groups > 1 or site.whole:
             return SiteLists(there.inputs, there.outputs, False)
         shared = window.batch == 1  # one sample's lists of channels cost nothing but themselves
         channels = [(there.inputs, there.outputs)]
@@ -74,11 +76,11 @@ class SampleLists:
         # All axes that masks thin, whichever of them the kernel makes use of: they leave the expected share together.
         axes = (alive.channels, alive.frames, positions_of_input(site, alive), *vars(wanted).values())
         densities = axis_densities(axes)
-        direct = direct_seconds(conv, machine, self.threads, densities)
+        direct = conv.predict(machine, self.threads, densities)
         if self.convolution == "direct" or why_not(conv):
             return direct
-        found = best(conv, machine, self.threads, densities)
-        return min(direct, winograd_seconds(found, machine, self.threads, densities)) if found else direct
+        found = best(transformed(conv), machine, self.threads, densities)
+        return min(direct, found.predict(machine, self.threads, densities)) if found else direct
 
 
 def positions_of_input(site: Site, alive: Live) -> tuple[int, int] | None:

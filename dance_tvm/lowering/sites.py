@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,11 +11,13 @@ import numpy as np
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, shape_of
+from dance_tvm.ir.transposed import TRANSPOSED, Ordinary, turned
 from dance_tvm.ir.windows import CONVOLUTIONS, POOLS, window_of
 from dance_tvm.liveness.analysis import Liveness
 from dance_tvm.liveness.expressions import EVERYWHERE, Live
-from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.geometry import Triple, Window, triple
 from dance_tvm.schedules.plans import MOST_DYNAMIC_FRAME_TAPS
+from dance_tvm.schedules.spread import Spread
 
 from .activations import activation_behind
 
@@ -48,6 +51,8 @@ class Site:
     before: str = ""
     #: What the weights are multiplied with where that is not the data itself.
     gated: relax.Var | None = None
+    #: Of a transposed convolution: how far apart the window sees the input's positions.
+    spread: Triple | None = None
     absorbed: list[relax.Var] = field(default_factory=list)
     masked: bool = False
     lists: SiteLists = field(default_factory=SiteLists)
@@ -57,6 +62,11 @@ class Site:
     def linear(self) -> bool:
         """Whether it came from a matrix product."""
         return self.weight.ndim == 2
+
+    @property
+    def whole(self) -> bool:
+        """Whether its kernel reads and computes everything, whatever masks say."""
+        return self.linear or self.spread is not None
 
     @property
     def channels_out(self) -> int:
@@ -71,7 +81,10 @@ class Site:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the dense layer, padding included, as papers count them."""
-        return self.window.positions_out * self.window.taps * self.channels_out * int(self.weight.shape[1])
+        positions = self.window.positions_out
+        if self.spread is not None:  # a transposed convolution multiplies each position of its input
+            positions = self.window.batch * math.prod(Spread(self.window, self.spread).size)
+        return positions * self.window.taps * self.channels_out * int(self.weight.shape[1])
 
 
 #: Which lists a site walks, its input alive and its output wanted there.
@@ -183,7 +196,7 @@ class Sites:
     def _absorb_mask(self, site: Site, reader: relax.Var) -> bool:
         left, right = self.graph.call(reader).args
         other = right if left.same_as(site.end) else left
-        if not isinstance(other, relax.Var) or site.linear or shape_of(other) == shape_of(reader):
+        if not isinstance(other, relax.Var) or site.whole or shape_of(other) == shape_of(reader):
             return False
         mask = self.liveness.mask(other, reader)
         known = self.liveness.before[site.start]
@@ -229,7 +242,7 @@ class Sites:
                 and all(self._skips(after, reader, beyond) for after in self.graph.readers[reader])
             )
         site = self.by_start.get(reader)
-        if site is None or not site.data.same_as(var) or site.groups > 1:
+        if site is None or not site.data.same_as(var) or site.groups > 1 or site.spread is not None:
             return False
         if mask.channels is not None and not site.lists.inputs:
             return False
@@ -257,20 +270,20 @@ class Sites:
         site = self.by_start.get(reader)
         if site is not None:
             dynamic = site.window.kernel[0] <= MOST_DYNAMIC_FRAME_TAPS
-            return site.data.same_as(var) and dynamic and site.lists.inputs and site.groups == 1 and not site.linear
+            return site.data.same_as(var) and dynamic and site.lists.inputs and site.groups == 1 and not site.whole
         pool = self.graph.op(reader) in POOLS and window_of(self.graph, reader) is not None
         return pool and not self.needs_zeros(reader)
 
     def wanted(self, site: Site) -> Live:
         """What the site's kernel computes."""
-        if site.linear:
+        if site.whole:
             return EVERYWHERE
         live = self.liveness.wanted(site.start)
         return live if site.groups == 1 and site.lists.outputs else Live(live.frames, live.positions)
 
     def alive(self, site: Site) -> Live:
         """What the site's kernel knows to be zero of its input."""
-        if site.linear:
+        if site.whole:
             return EVERYWHERE
         live = self.liveness.alive_in(site.data)
         return live if site.lists.inputs else Live(live.frames, live.positions)
@@ -279,6 +292,8 @@ class Sites:
 def _start(graph: Graph, var: relax.Var) -> Site | None:
     """The site that begins at ``var``, if it is a convolution or matrix product with constant float32 weights."""
     name = graph.op(var)
+    if name in TRANSPOSED:
+        return _transposed(graph, var)
     if name not in CONVOLUTIONS and name != "matmul":
         return None
     call = graph.call(var)
@@ -300,3 +315,23 @@ def _start(graph: Graph, var: relax.Var) -> Site | None:
         return None
     full = weight.reshape(*weight.shape[:2], *window.kernel)
     return Site(var, var, data, full, window, int(call.attrs.groups))
+
+
+def _transposed(graph: Graph, var: relax.Var) -> Site | None:
+    """The site of a transposed convolution whose data has channels innermost."""
+    call = graph.call(var)
+    data, weight = call.args[0], constant(call.args[1])
+    if weight is None or not str(call.attrs.data_layout).endswith("C") or not isinstance(data, relax.Var):
+        return None
+    ordinary, full = Ordinary.of(call), turned(weight)
+    rank = full.ndim - 2
+
+    def whole(values: Sequence[int], fill: int) -> Triple:
+        return triple([*[fill] * (3 - rank), *values])
+
+    spread = whole(ordinary.strides, 1)
+    size = whole([(n - 1) * step + 1 for n, step in zip(shape_of(data)[1:-1], ordinary.strides, strict=True)], 1)
+    kernel, out = whole(full.shape[2:], 1), whole(shape_of(var)[1:-1], 1)
+    window = Window(shape_of(data)[0], size, out, kernel, (1, 1, 1), whole(ordinary.before, 0))
+    ordered = full.reshape(*full.shape[:2], *kernel)[..., Spread(window, spread).width_taps]
+    return Site(var, var, data, np.ascontiguousarray(ordered), window, spread=spread)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dance_tvm.core.errors import DanceError
 from dance_tvm.records.kernel_log import Log, Record, log_path
 from dance_tvm.records.places import log_folders
-from dance_tvm.schedules.cpu.spaces import Advice
+from dance_tvm.schedules.cpu.choice import Advice
 from dance_tvm.schedules.workload import FAMILIES, Workload
 
 if TYPE_CHECKING:

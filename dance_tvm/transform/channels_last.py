@@ -8,6 +8,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.ir.graph import emit, is_tensor, literal, rewrite, shape_of
+from dance_tvm.ir.transposed import TRANSPOSED, takes_kernel
 from dance_tvm.liveness.rules import ELEMENTWISE
 
 NORMS = {"nn.instance_norm", "nn.group_norm", "nn.layer_norm", "nn.rms_norm"}
@@ -75,7 +76,7 @@ class _Layouts:
 
     def _in_last(self, builder: relax.BlockBuilder, name: str, call: relax.Call) -> relax.Expr | None:
         """The call with channels innermost, or None where it is left alone."""
-        if name in WINDOWS:
+        if name in WINDOWS or (name in TRANSPOSED and takes_kernel(call)):
             return self._window(builder, call)
         tensors = _tensor_arguments(call)
         if not any(arg in self.last for arg in tensors):
@@ -197,6 +198,8 @@ def window_call(call: relax.Call, data: relax.Expr, weights: list[relax.Expr], l
     if "conv" in call.op.name:
         geometry = {key: list(getattr(attrs, key)) for key in ("strides", "padding", "dilation")}
         layouts = {"data_layout": layout, "kernel_layout": attrs.kernel_layout, "out_layout": layout}
+        if "transpose" in call.op.name:
+            geometry["output_padding"] = list(attrs.output_padding)
         return operator(data, *weights, **geometry, groups=int(attrs.groups), **layouts)
     if "adaptive" in call.op.name:
         size = None if attrs.output_size is None else [int(extent) for extent in attrs.output_size]

@@ -7,6 +7,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph, constant, emit, lies_along, rewrite, shape_of, substitute, value_of
+from dance_tvm.ir.transposed import TRANSPOSED
 
 CONVOLUTIONS = ("nn.conv1d", "nn.conv2d", "nn.conv3d")
 
@@ -38,7 +39,9 @@ class FoldBatchNorm:
             conv_var, bias = folded[var]
             conv = graph.call(conv_var)
             weight = value_of(conv.args[1])
-            scaled_weight = (weight * scale.reshape(-1, *[1] * (weight.ndim - 1))).astype(weight.dtype)
+            channels = 1 if graph.op(conv_var) in TRANSPOSED else 0
+            lies = [-1 if axis == channels else 1 for axis in range(weight.ndim)]
+            scaled_weight = (weight * scale.reshape(lies)).astype(weight.dtype)
             data = substitute(conv.args[0], new)
             conv_call = relax.Call(conv.op, [data, relax.const(scaled_weight)], conv.attrs)
             result = builder.emit(conv_call, name_hint=conv_var.name)
@@ -75,7 +78,11 @@ def _convolution_before(graph: Graph, call: relax.Call) -> tuple[relax.Var, np.n
         bias, var = added.reshape(-1).astype("float64"), conv
     if int(call.attrs.axis) % len(shape_of(var)) != 1:
         return None
-    if graph.op(var) not in CONVOLUTIONS or not _read_once(graph, var) or constant(graph.call(var).args[1]) is None:
+    if graph.op(var) not in CONVOLUTIONS and not (
+        graph.op(var) in TRANSPOSED and int(graph.call(var).attrs.groups) == 1
+    ):
+        return None
+    if not _read_once(graph, var) or constant(graph.call(var).args[1]) is None:
         return None
     return var, bias
 

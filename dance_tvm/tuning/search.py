@@ -26,8 +26,9 @@ from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 from tvm.script import tirx as T
 
-from dance_tvm.schedules.cpu.space import Space, VectorSpace
-from dance_tvm.schedules.gpu.spaces import BlockSpace
+from dance_tvm.schedules.cpu.space import VectorSpace
+from dance_tvm.schedules.gpu.block_space import BlockSpace
+from dance_tvm.schedules.space import Space
 from dance_tvm.schedules.workload import Decisions, Workload
 
 POPULATION, GENERATIONS = 48, 2

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.serve import end_with_parent_process
+from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.records.advice import tuned_tiles
 from dance_tvm.records.kernel_log import Log, append, log_path, new_record, require_writable
-from dance_tvm.schedules.cpu.space import Space
 from dance_tvm.schedules.cpu.tiles import Machine
-from dance_tvm.schedules.gpu.spaces import space_of
 from dance_tvm.schedules.gpu.tiles import Gpu
+from dance_tvm.schedules.kernel import Kernel
+from dance_tvm.schedules.space import Space
 from dance_tvm.schedules.workload import Decisions
 from dance_tvm.tuning.farm import DeviceLostError, Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
@@ -57,6 +58,7 @@ class Task:
     """One kernel, its search and what came of it. ``before`` and ``after`` are seconds of the verifying run."""
 
     layer: Layer
+    kernel: Kernel
     space: Space
     results: dict[tuple[int, ...], float | None] = field(default_factory=dict)
     best: float = math.inf
@@ -68,6 +70,14 @@ class Task:
     after: float = 0.0
     failures: int = 0
     search: Any = None
+
+    @staticmethod
+    def of(layer: Layer, machine: Machine | Gpu) -> Task:
+        """That of a layer on a machine, with no trials."""
+        kernel = kernel_of(layer.workload, machine)
+        space = kernel.space(machine, layer.workload)
+        assert space is not None, f"{kernel.name} has nothing to decide"
+        return Task(layer, kernel, space)
 
     @property
     def trials(self) -> int:
@@ -128,7 +138,7 @@ class Tuner:
             require_writable(path)
         self.on_event = on_event
         self.model, self.model_name = new_cost_model()
-        self.tasks = [Task(layer, space_of(machine, layer.workload)) for layer in layers]
+        self.tasks = [Task.of(layer, machine) for layer in layers]
         self.stopped = False
         self.lost = ""
         self.made = 0
@@ -265,7 +275,7 @@ class Tuner:
     def _build(self, task: Task, decisions: Decisions) -> tuple[Instance, Path, Future[Any]]:
         self._number += 1
         path = self._folder / f"trial-{self._number}.so"
-        instance = Instance(task.layer.workload, task.space.kernel(decisions))
+        instance = Instance(task.layer.workload, task.kernel.sized(decisions))
         return instance, path, self._pool.submit(build_instance, instance, self.target, path)
 
     def _start(self, task: Task, batch: list[Decisions]) -> list[tuple[Decisions, Future[Any]]]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.schedules.cpu.direct_spaces import direct_space
+from dance_tvm.schedules import layer
+from dance_tvm.schedules.cpu.choice import settled, settled_direct
 from dance_tvm.schedules.cpu.space import WORTH_TRYING
-from dance_tvm.schedules.cpu.winograd_choice import direct_seconds, why_not, winograd_seconds
-from dance_tvm.schedules.cpu.winograd_space import WinogradSpace
+from dance_tvm.schedules.cpu.winograd_choice import transformed, why_not
 from dance_tvm.schedules.workload import (
     KERNEL_GROUPS,
     LINE,
@@ -101,18 +101,18 @@ def _families(workload: Workload, machine: Machine, conv: str) -> list[Workload]
     """The workload for each family worth tuning: not what is far behind the other, as the model of time has it."""
     if workload.family in (POOL, POINTWISE, LINE) or conv == "direct":
         return [] if conv == "winograd" else [workload]
-    space = direct_space(machine, workload)
-    direct = space.kernel(space.default())
+    direct = settled_direct(layer.Layer.of(workload), machine).kernel
     if why_not(direct):
         return [] if conv == "winograd" else [workload]
-    winograd = WinogradSpace(machine, workload.winograd)
+    start = transformed(settled_direct(layer.Layer.of(workload.direct), machine).kernel)
     try:
-        other = winograd_seconds(winograd.kernel(winograd.default()), machine, workload.threads)
+        winograd = settled(start, machine, workload.winograd, None).kernel
+        other = winograd.predict(machine, workload.threads)
     except ValueError:
         return [] if conv == "winograd" else [workload]
-    seconds = direct_seconds(direct, machine, workload.threads)
+    seconds = direct.predict(machine, workload.threads)
     found = [workload] if conv == "auto" and seconds <= WORTH_TRYING * other else []
-    return found + ([winograd.workload] if conv == "winograd" or other <= WORTH_TRYING * seconds else [])
+    return found + ([workload.winograd] if conv == "winograd" or other <= WORTH_TRYING * seconds else [])
 
 
 def _variants(workload: Workload, densities: Sequence[float], lists: Sequence[str]) -> list[Workload]:

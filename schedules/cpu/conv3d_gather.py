@@ -8,10 +8,11 @@ the weights of one segment are reused from the first-level cache by every tile o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from statistics import mean
+from typing import Any, TypeVar
 
 import numpy as np
 from tvm import tirx
@@ -42,11 +43,15 @@ from ..emit import (
 from ..epilogue import activate
 from ..kernel import Operand, Planned
 from ..plans import RowPlan
+from ..space import Space
+from ..workload import Workload
 from .channel_plan import ChannelPlan
 from .compact_channels import CompactChannels
+from .cost import axis_densities, direct_seconds
 from .dead_outputs import zero_dead
+from .direct_spaces import GatherSpace
 from .panel_weights import PanelWeights, WeightPanel, are_consecutive
-from .tiles import Tile
+from .tiles import Machine, Tile
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,39 @@ class GatherConv(Convolution):
         padded[:, : self.group_out] = bias.reshape(self.groups, self.group_out)
         return padded.reshape(-1)
 
+    def space(self, machine: Machine, workload: Workload) -> Space:
+        """Register tile, cache blocking, order of loops."""
+        return GatherSpace(machine.storing(self.dtype), workload)
+
+    def sized(self: G, decisions: Mapping[str, int]) -> G:
+        """With these sizes."""
+        sizes: dict[str, Any] = {**decisions, "panels_outer": bool(decisions["panels_outer"])}
+        tile = replace(self.tile, **sizes)
+        mr, block_tiles, segment_taps = tile.mr, tile.block_tiles, tile.segment_taps
+        plan = replace(self.plan, mr=mr, block_tiles=block_tiles, segment_taps=segment_taps)
+        return replace(self, tile=tile, plan=plan)
+
+    def predict(
+        self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
+    ) -> float:
+        """As :mod:`~.cost` has it: single rows, so that units are whole in any case."""
+        plan, stored = self.plan, machine.storing(self.dtype)
+        masks = (plan.in_frames, plan.out_frames, plan.positions, plan.in_positions)
+        assumed = shares or axis_densities((self.live_in, self.live_out, *masks))
+        given = (self, self.tile, plan, stored, threads)
+        return mean(direct_seconds(*given, share, self.columns_share) for share in assumed)
+
+    @property
+    def columns_share(self) -> float:
+        """Multiply-accumulates over those of the dense layer, where weight columns are left out."""
+        return 1.0
+
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Blocks of rows by panels of output channels."""
         GatherEmitter(self, args).emit()
+
+
+G = TypeVar("G", bound=GatherConv)
 
 
 class GatherEmitter:

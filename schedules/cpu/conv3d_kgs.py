@@ -10,7 +10,7 @@ A mask of live input channels thins the lists once per clip (:func:`plan_columns
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,12 +19,15 @@ from tvm import tirx
 
 from .. import kernel_group_conv
 from ..emit import FLOAT, INT, Expr, big, ceil_div, lane, lanes, let, number, scratch, serial, short, splat, store, when
-from ..geometry import Window
 from ..kernel import Operand, Weights, constant
 from ..kernel_group_conv import KernelGroupLists
+from ..space import Space
+from ..workload import Workload
 from .conv3d_gather import GatherConv, GatherEmitter
+from .cost import KERNEL_GROUP_EFFICIENCY
+from .direct_spaces import KernelGroupSpace
 from .panel_weights import WeightPanel
-from .tiles import HALF_TERMS, Machine, Tile, default_tile
+from .tiles import HALF_TERMS, Machine
 
 
 @dataclass(frozen=True)
@@ -104,30 +107,18 @@ class KernelGroupConv(KernelGroupLists, GatherConv):
         table[1, : len(begins)] = begins
         return table
 
+    def space(self, machine: Machine, workload: Workload) -> Space:
+        """Rows of the register tile, blocks of rows, passes over taps, order of loops."""
+        return KernelGroupSpace(machine.storing(self.dtype), workload)
+
+    @property
+    def columns_share(self) -> float:
+        """Of the columns that are left, each slower than a dense one."""
+        return self.columns / (self.panels * self.window.taps * self.depth) / KERNEL_GROUP_EFFICIENCY
+
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Blocks of rows by kernel groups."""
         KernelGroupEmitter(self, args).emit()
-
-
-#: General registers that may point to rows: on x86 the other six of sixteen hold the stack, the list and its end, the
-#: weights, the entry and the index; with more rows than these, pointers are reloaded in the innermost loop.
-X86_ROW_POINTERS = 10
-
-
-def kernel_group_tile(
-    machine: Machine, window: Window, channels: tuple[int, int], per_tap: int, gm: int, run: int
-) -> Tile:
-    """The tile of a convolution whose groups of ``gm`` filters keep ``per_tap`` columns a tap in runs of ``run``.
-
-    ``channels``: in and out. Weights take the cache of what is left of them, but rows are read in whole cache lines,
-    so as many of them share a block as if no column had gone.
-    """
-    most_rows = X86_ROW_POINTERS if machine.broadcast_loads else 16
-    depth, filters = channels
-    tile = default_tile(machine, window, per_tap, filters, gm, most_rows)
-    block_tiles = default_tile(machine, window, depth, filters, gm, most_rows).block_tiles
-    step = tile.step if run % tile.step == 0 else 1
-    return replace(tile, depth_block=1 << 30, step=step, block_tiles=block_tiles)
 
 
 def balanced_order(columns_per_group: np.ndarray, threads: int) -> np.ndarray:

@@ -7,7 +7,7 @@ all, without lists. Tiles at both ends of a line leave out the taps outside the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +15,16 @@ from functools import partial
 from tvm import tirx
 
 from ..emit import FLOAT, HALF, Expr, big, ceil_div, let, parallel, serial
-from ..geometry import Window
+from ..geometry import HEIGHT, TIME, WIDTH, Window
 from ..kernel import Count
+from ..space import Space
 from ..taps import span
+from ..workload import Workload
+from .cost import seconds_per_cycle
+from .line_tiles import LineSpace, predicted_cycles
 from .lines import each_piece
 from .row_tiles import RowConv, RowTile, RowTiles, TileSums, panel_widths
-from .tiles import HALF_TERMS
-
-TIME, HEIGHT, WIDTH = range(3)
+from .tiles import HALF_TERMS, Machine
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,19 @@ class LineConv(RowConv):
     def row_floats(self) -> int:
         """Floats from what one output of a line reads to what the next one does."""
         return self.window.stride[WIDTH] * self.channels_in
+
+    def space(self, machine: Machine, workload: Workload) -> Space:
+        """The register tile."""
+        return LineSpace(machine.storing(self.dtype), workload)
+
+    def predict(
+        self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
+    ) -> float:
+        """As :mod:`~.line_tiles` has it: nothing is listed."""
+        tile = (self.tile.mr, self.tile.vectors, self.tile.step)
+        stored = machine.storing(self.dtype)
+        cycles = predicted_cycles(stored, self.window, (self.channels_in, self.channels_out), tile)
+        return cycles * seconds_per_cycle(stored) / threads
 
     def work(self) -> tuple[Count, Count, Count]:
         """All taps inside the clip."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
+from ..geometry import Window
 from ..layer import Layer
-from ..workload import KERNEL_GROUPS, Decisions, Workload
-from .conv3d_gather import GatherConv
-from .conv3d_kgs import KernelGroupConv, kernel_group_tile
-from .row_plan import RowPlan
+from ..workload import Decisions, Workload
 from .space import Loops, are_whole, block_sizes, most_tiles, pass_taps, register_tiles
 from .tiles import Machine, Tile, candidates, default_tile, window_cycles
 
@@ -19,14 +17,25 @@ from .tiles import Machine, Tile, candidates, default_tile, window_cycles
 CACHE_SHARES = (0.25, 0.5, 0.75, 1.0, 2.0)
 
 
-def direct(layer: Layer, tile: Tile) -> GatherConv:
-    """The direct kernel of a layer: over its live columns where it is pruned."""
-    dynamic = (layer.samples, *layer.masks, layer.in_positions)
-    plan = RowPlan(layer.window, tile.mr, tile.block_tiles, tile.segment_taps, *dynamic)
-    if layer.columns is None:
-        return GatherConv(**layer.fields, tile=tile, plan=plan)
-    fields = {**layer.fields, "columns": layer.columns, "run": layer.run, "threads": layer.threads}
-    return KernelGroupConv(**fields, tile=tile, plan=plan)
+#: General registers that may point to rows: on x86 the other six of sixteen hold the stack, the list and its end, the
+#: weights, the entry and the index; with more rows than these, pointers are reloaded in the innermost loop.
+X86_ROW_POINTERS = 10
+
+
+def kernel_group_tile(
+    machine: Machine, window: Window, channels: tuple[int, int], per_tap: int, gm: int, run: int
+) -> Tile:
+    """The tile of a convolution whose groups of ``gm`` filters keep ``per_tap`` columns a tap in runs of ``run``.
+
+    ``channels``: in and out. Weights take the cache of what is left of them, but rows are read in whole cache lines,
+    so as many of them share a block as if no column had gone.
+    """
+    most_rows = X86_ROW_POINTERS if machine.broadcast_loads else 16
+    depth, filters = channels
+    tile = default_tile(machine, window, per_tap, filters, gm, most_rows)
+    block_tiles = default_tile(machine, window, depth, filters, gm, most_rows).block_tiles
+    step = tile.step if run % tile.step == 0 else 1
+    return replace(tile, depth_block=1 << 30, step=step, block_tiles=block_tiles)
 
 
 @dataclass(frozen=True)
@@ -132,10 +141,6 @@ class GatherSpace:
         sizes = {name: decisions[name] for name in self.names if name != "panels_outer"}
         return Tile(vector_floats=self.machine.vector_floats, panels_outer=bool(decisions["panels_outer"]), **sizes)
 
-    def kernel(self, decisions: Mapping[str, int]) -> GatherConv:
-        """The direct kernel."""
-        return direct(Layer.of(self.workload), self.tile(decisions))
-
 
 @dataclass(frozen=True)
 class KernelGroupSpace:
@@ -228,13 +233,3 @@ class KernelGroupSpace:
         sizes = {name: decisions[name] for name in self.names if name != "panels_outer"}
         floats, outer = self.machine.vector_floats, bool(decisions["panels_outer"])
         return Tile(vectors=self.vectors, vector_floats=floats, panels_outer=outer, **sizes)
-
-    def kernel(self, decisions: Mapping[str, int]) -> GatherConv:
-        """The kernel over the made-up columns."""
-        return direct(Layer.of(self.workload), self.tile(decisions))
-
-
-def direct_space(machine: Machine, workload: Workload) -> GatherSpace | KernelGroupSpace:
-    """The space of the direct kernel of a workload."""
-    kind = KernelGroupSpace if workload.family == KERNEL_GROUPS else GatherSpace
-    return kind(machine.storing(workload.dtype), workload)

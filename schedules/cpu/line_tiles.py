@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ..geometry import Window
-from ..layer import Layer
+from ..geometry import HEIGHT, TIME, WIDTH, Window
 from ..workload import LINE, Workload
-from .conv3d_line import HEIGHT, TIME, WIDTH, LineConv
+from .cost import seconds_per_cycle
 from .row_space import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, RowSpace, put_cycles
-from .row_tiles import RowTile, panel_widths
+from .row_tiles import panel_widths
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine, tap_tiles
 
 #: Bytes a cycle that come from beyond the second-level cache, where weights that take more than this share of it are:
@@ -30,15 +28,15 @@ def tap_lines(window: Window) -> int:
     return window.batch * live[0] * live[1]
 
 
-def predicted_cycles(machine: Machine, workload: Workload, tile: tuple[int, int, int]) -> float:
+def predicted_cycles(machine: Machine, window: Window, channels: tuple[int, int], tile: tuple[int, int, int]) -> float:
     """Cycles of one thread for the layer with register tiles of (rows, vectors, step)."""
-    window, depth = workload.window, workload.channels_in
+    depth, channels_out = channels
     mr, most, step = tile
     tiles = -(-window.out[WIDTH] // mr)
-    near = machine.element_bytes * window.taps * depth * workload.channels_out <= WEIGHTS_SHARE_OF_L2 * machine.l2
+    near = machine.element_bytes * window.taps * depth * channels_out <= WEIGHTS_SHARE_OF_L2 * machine.l2
     lines, terms = window.positions_out // window.out[WIDTH], window.kernel[WIDTH] * depth
     total = 0.0
-    for panels, vectors in panel_widths(-(-workload.channels_out // machine.vector_floats), most):
+    for panels, vectors in panel_widths(-(-channels_out // machine.vector_floats), most):
         floats = vectors * machine.vector_floats
         far = machine.element_bytes * floats / (L2_BYTES if near else L3_BYTES)
         bound = max(mr * vectors / 2, (mr / step + vectors) / 2, far, CHAINS_TO_HIDE_LATENCY / 2)
@@ -49,22 +47,13 @@ def predicted_cycles(machine: Machine, workload: Workload, tile: tuple[int, int,
     return total
 
 
-def predicted_seconds(machine: Machine, workload: Workload) -> float:
-    """The time of the best tile on all threads, of the clock that the peak follows from."""
-    return _seconds(machine, workload, min(LineSpace(machine, workload).tiles.values()))
-
-
 def listing_seconds(machine: Machine, workload: Workload, mr: int, vectors: int) -> float:
     """What the gathered convolution takes beside its multiplies, with tiles of ``mr`` rows × ``vectors``: an address
     for each row and tap, and partial sums that are stored and read."""
     panels = -(-workload.channels_out // (vectors * machine.vector_floats))
     addresses = ADDRESS_CYCLES * tap_tiles(workload.window, mr) * mr
     sums = PARTIAL_CYCLES * workload.window.positions_out * vectors
-    return _seconds(machine, workload, panels * (addresses + sums))
-
-
-def _seconds(machine: Machine, workload: Workload, cycles: float) -> float:
-    return cycles * 4 * machine.vector_floats / (1e9 * machine.gflops * workload.threads)
+    return panels * (addresses + sums) * seconds_per_cycle(machine) / workload.threads
 
 
 @dataclass(frozen=True)
@@ -83,17 +72,12 @@ class LineSpace(RowSpace):
 
     def predicted(self, tile: tuple[int, int, int]) -> float:
         """As the model has it."""
-        return predicted_cycles(self.machine, self.workload, tile)
+        work = self.workload
+        return predicted_cycles(self.machine, work.window, (work.channels_in, work.channels_out), tile)
 
     def loops(self) -> dict[str, tuple[str | int, ...]]:
         """Outputs of a line; vectors of a panel."""
         return {"rows": ("mr",), "channels_out": ("vectors", self.machine.vector_floats)}
-
-    def fitted(self, layer: Layer, decisions: Mapping[str, int]) -> LineConv:
-        """The kernel that the decisions describe, of a layer of this workload."""
-        tile = RowTile(vector_floats=self.machine.vector_floats, **decisions)
-        behind = layer.residual, layer.activation, layer.dtype
-        return LineConv(layer.window, layer.channels_in, layer.channels_out, tile, *behind)
 
 
 def line(workload: Workload) -> Workload:

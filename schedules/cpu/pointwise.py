@@ -10,7 +10,7 @@ that in memory of its own, which stays in the cache, before it is multiplied by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -19,16 +19,12 @@ from ..emit import FLOAT, Expr, big, flat, let, parallel, read, scratch, serial,
 from ..epilogue import activate
 from ..geometry import Window
 from ..kernel import Count, Operand
-from .row_tiles import RowConv, RowTile, RowTiles, panel_widths
-
-
-@dataclass(frozen=True)
-class PointwiseTile(RowTile):
-    """At most ``block_tiles`` tiles of rows form a block, computed for one panel of output channels after the other;
-    panels are shared out in ``splits`` parts, for threads beyond the blocks."""
-
-    block_tiles: int
-    splits: int = 1
+from ..space import Space
+from ..workload import Workload
+from .cost import seconds_per_cycle
+from .pointwise_tiles import PointwiseSpace, PointwiseTile, predicted_cycles
+from .row_tiles import RowConv, RowTiles, panel_widths
+from .tiles import Machine
 
 
 @dataclass(frozen=True)
@@ -56,6 +52,19 @@ class PointwiseConv(RowConv):
         found = super().operands()
         gate = [Operand("gate", (self.window.batch, self.channels_in), role="gate")] if self.gate else []
         return [*found[:3], *gate, *found[3:]]
+
+    def space(self, machine: Machine, workload: Workload) -> Space:
+        """Register tile, blocks of rows, shares of threads."""
+        return PointwiseSpace(machine.storing(self.dtype), workload)
+
+    def predict(
+        self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
+    ) -> float:
+        """As :mod:`~.pointwise_tiles` has it: nothing is listed."""
+        tile = (self.tile.mr, self.tile.vectors, self.tile.step)
+        stored = machine.storing(self.dtype)
+        cycles = predicted_cycles(stored, self.window, (self.channels_in, self.channels_out), tile)
+        return cycles * seconds_per_cycle(stored) / threads
 
     def work(self) -> tuple[Count, Count, Count]:
         """All of it."""

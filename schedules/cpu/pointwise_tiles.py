@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from ..geometry import Window
 from ..layer import Layer
 from ..workload import POINTWISE, Decisions, Workload
-from .pointwise import PointwiseConv, PointwiseTile
 from .row_space import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, RowSpace, is_dense, put_cycles
-from .row_tiles import panel_widths
+from .row_tiles import RowTile, panel_widths
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine
 
 #: Share of the second-level cache that a block's rows may take; with a gate, what they become takes as much again.
@@ -19,18 +19,27 @@ ROWS_SHARE_OF_L2 = 0.15
 BLOCK_TILES = (8, 32, 128, 512)
 
 
+@dataclass(frozen=True)
+class PointwiseTile(RowTile):
+    """At most ``block_tiles`` tiles of rows form a block, computed for one panel of output channels after the other;
+    panels are shared out in ``splits`` parts, for threads beyond the blocks."""
+
+    block_tiles: int
+    splits: int = 1
+
+
 def is_pointwise(layer: Layer) -> bool:
     """Whether the layer is one matrix product over all positions, with nothing left out."""
     window = layer.window
     return is_dense(layer) and window.taps == 1 and window.size == window.out and not any(window.padding)
 
 
-def predicted_cycles(machine: Machine, workload: Workload, tile: tuple[int, int, int]) -> float:
+def predicted_cycles(machine: Machine, window: Window, channels: tuple[int, int], tile: tuple[int, int, int]) -> float:
     """Cycles of one thread for the layer with register tiles of (rows, vectors, step)."""
-    rows, depth = workload.window.positions_out, workload.channels_in
+    rows, (depth, channels_out) = window.positions_out, channels
     mr, most, step = tile
     total = 0.0
-    for panels, vectors in panel_widths(-(-workload.channels_out // machine.vector_floats), most):
+    for panels, vectors in panel_widths(-(-channels_out // machine.vector_floats), most):
         multiply, loads = mr * vectors / 2, (mr / step + vectors) / 2
         far = machine.element_bytes * vectors * machine.vector_floats / L2_BYTES
         bound = max(multiply, loads, far, CHAINS_TO_HIDE_LATENCY / 2)
@@ -47,7 +56,7 @@ class PointwiseSpace(RowSpace):
     ===============  ===============================================================================================
     decision         meaning
     ===============  ===============================================================================================
-    vectors, mr      the register tile, as in :class:`~.spaces.GatherSpace`
+    vectors, mr      the register tile, as in :class:`~.direct_spaces.GatherSpace`
     step             input channels loaded as one vector per row
     block_tiles      row tiles that are computed for one panel after the other (cache blocking)
     splits           parts in which threads share out the panels of a block
@@ -68,7 +77,8 @@ class PointwiseSpace(RowSpace):
 
     def predicted(self, tile: tuple[int, int, int]) -> float:
         """As the model has it."""
-        return predicted_cycles(self.machine, self.workload, tile)
+        work = self.workload
+        return predicted_cycles(self.machine, work.window, (work.channels_in, work.channels_out), tile)
 
     def default(self) -> Decisions:
         """What is chosen without a record."""
@@ -99,12 +109,6 @@ class PointwiseSpace(RowSpace):
     def loops(self) -> dict[str, tuple[str | int, ...]]:
         """Blocks of tiles of rows; vectors of a panel."""
         return {"rows": ("block_tiles", "mr"), "channels_out": ("vectors", self.machine.vector_floats)}
-
-    def fitted(self, layer: Layer, decisions: Mapping[str, int]) -> PointwiseConv:
-        """The kernel that the decisions describe, of a layer of this workload."""
-        tile = PointwiseTile(vector_floats=self.machine.vector_floats, **decisions)
-        behind, before = (layer.residual, layer.activation), (layer.gate, layer.before)
-        return PointwiseConv(layer.window, layer.channels_in, layer.channels_out, tile, *behind, *before, layer.dtype)
 
 
 def pointwise(workload: Workload) -> Workload:

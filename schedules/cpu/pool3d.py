@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from tvm import tirx
@@ -27,16 +27,11 @@ from ..emit import (
     write,
 )
 from ..pool import LOWEST, Pool
+from ..space import Space
 from ..taps import span
-
-#: Vectors of channels that hide the latency of their loads from one another: ``benchmarks.pools`` has four at 0.28 to
-#: 1.05 of the time of one, and eight ahead of them over whole clips alone.
-HIDING_VECTORS = 4
-
-
-def default_vectors(channels: int, vector_floats: int) -> int:
-    """Vectors of channels that a pool reduces at once without a record."""
-    return max(1, min(HIDING_VECTORS, channels // vector_floats))
+from ..workload import Workload
+from .pool_space import PoolSpace
+from .tiles import Machine
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,14 @@ class VectorPool(Pool):
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
         return f"pool3d_{self.pooling}_{short(self.dtype)}_v{self.vectors * self.vector_floats}"
+
+    def space(self, machine: Machine, workload: Workload) -> Space:
+        """Vectors that are reduced at once."""
+        return PoolSpace(machine.storing(self.dtype), workload)
+
+    def sized(self, decisions: Mapping[str, int]) -> VectorPool:
+        """With so many vectors."""
+        return replace(self, vectors=decisions["vectors"])
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Line by line of output positions."""

@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from ..layer import Layer
 from ..workload import Decisions, Workload
-from .row_tiles import RowConv
 from .space import WORTH_TRYING, are_whole
 from .tiles import Machine, candidates
 
@@ -23,7 +22,8 @@ L2_BYTES = 24.0
 
 def is_dense(layer: Layer) -> bool:
     """Whether the layer leaves nothing out and has one group: what these convolutions take."""
-    return not layer.workload.lists and layer.columns is None and layer.groups == 1
+    whole = not layer.workload.lists and layer.columns is None and layer.spread is None
+    return whole and layer.groups == 1
 
 
 def put_cycles(machine: Machine, terms: int, vectors: int) -> float:
@@ -33,7 +33,7 @@ def put_cycles(machine: Machine, terms: int, vectors: int) -> float:
 
 @dataclass(frozen=True)
 class RowSpace:
-    """The register tile, ``mr`` × ``vectors``, and ``step``, as in :class:`~.spaces.GatherSpace`."""
+    """The register tile, ``mr`` × ``vectors``, and ``step``, as in :class:`~.direct_spaces.GatherSpace`."""
 
     machine: Machine
     workload: Workload
@@ -52,14 +52,6 @@ class RowSpace:
     def predicted(self, tile: tuple[int, int, int]) -> float:
         """Cycles of one thread for the layer with register tiles of (rows, vectors, step)."""
         raise NotImplementedError
-
-    def fitted(self, layer: Layer, decisions: Mapping[str, int]) -> RowConv:
-        """The kernel that the decisions describe, of a layer of this workload."""
-        raise NotImplementedError
-
-    def kernel(self, decisions: Mapping[str, int]) -> RowConv:
-        """The kernel that the decisions describe."""
-        return self.fitted(Layer.of(self.workload), decisions)
 
     @property
     def size(self) -> int:

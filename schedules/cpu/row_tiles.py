@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any, TypeVar
 
 import numpy as np
 from tvm import tirx
@@ -94,6 +95,11 @@ class RowConv(LayerKernel):
         return self.channels_in
 
     @property
+    def stored_floats(self) -> int:
+        """Floats from the result of one row of a tile to that of the next."""
+        return self.channels_out
+
+    @property
     def size_name(self) -> str:
         """How names tell the type and the tile."""
         step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
@@ -136,6 +142,14 @@ class RowConv(LayerKernel):
         line, channel = let(tirx.floordiv(at, count * depth)), let(tirx.floormod(tirx.floordiv(at, count), depth))
         out = let(tirx.floordiv(line, taps) * count + tirx.floormod(at, count))
         return out, let(tirx.floormod(line, taps)), channel, out < self.channels_out
+
+    def sized(self: R, decisions: Mapping[str, int]) -> R:
+        """With this tile."""
+        changes: dict[str, Any] = {"tile": replace(self.tile, **decisions)}
+        return replace(self, **changes)  # type: ignore[type-var]  # whoever inherits it is a dataclass
+
+
+R = TypeVar("R", bound=RowConv)
 
 
 def panel_widths(vectors: int, most: int) -> list[tuple[int, int]]:
@@ -181,11 +195,11 @@ class RowTiles:
     def _bias(self, vector: Expr) -> Expr:
         return let(self.bias[lanes(vector * self.count, self.count)])
 
-    def remember(self) -> None:
-        """Give the sums of the tiles to come memory where they take several passes: registers would not do for them
-        beside those that products are added to."""
+    def remember(self, passes: bool = False) -> None:
+        """Give the sums of the tiles to come memory where they take several ``passes``, as many terms do: registers
+        would not do for them beside those that products are added to."""
         tile, terms = self.tile, self.conv.window.taps * self.conv.channels_in
-        if self.conv.dtype != FLOAT and terms > HALF_TERMS:
+        if self.conv.dtype != FLOAT and (passes or terms > HALF_TERMS):
             self.memory = scratch((max(SPARE + tile.mr * tile.vectors * self.count, 1 + STACK_BYTES // 4),))
             store(self.memory, number(0.0), 0)
 
@@ -234,7 +248,7 @@ class RowTiles:
         left = conv.channels_out % count
         for r, row in enumerate(sums.put):
             for v, total in enumerate(row):
-                at = target + (r * conv.channels_out + v * count)
+                at = target + (r * conv.stored_floats + v * count)
                 if not left or v + 1 < len(row):
                     self._store(total, 0, at, count)
                 else:

@@ -1,4 +1,4 @@
-"""What a tuning space is: the decisions of one kernel family for one workload on one machine."""
+"""What the tuning spaces of kernels for processors share."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from ..geometry import Window
-from ..kernel import Kernel
-from ..workload import Decisions, Workload
+from ..space import Space
 from .tiles import Machine, candidates
 
 #: Register tiles that the model of ``tiles.predicted_cycles`` holds for this much slower than its best are not tried.
@@ -55,37 +54,6 @@ def block_sizes(window: Window, fewest_rows: int) -> list[int]:
 def are_whole(decisions: Mapping[str, int], names: tuple[str, ...]) -> bool:
     """Whether these decisions were taken, and no others."""
     return set(decisions) == set(names) and all(isinstance(value, int) for value in decisions.values())
-
-
-class Space(Protocol):
-    """What may be decided for one workload on one machine."""
-
-    @property
-    def workload(self) -> Workload:
-        """For which workload."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The decisions, in order."""
-
-    @property
-    def size(self) -> int:
-        """How many candidates there are."""
-
-    def default(self) -> Decisions:
-        """What is chosen without a record."""
-
-    def normal(self, decisions: Mapping[str, int]) -> Decisions:
-        """Decisions of another shape fitted to this one; equal kernels get equal decisions."""
-
-    def allows(self, decisions: Mapping[str, int]) -> bool:
-        """Whether the kernel can be built with them."""
-
-    def parts(self) -> list[dict[str, list[int]]]:
-        """The values of each decision, in parts within which each goes with each."""
-
-    def kernel(self, decisions: Mapping[str, int]) -> Kernel:
-        """The kernel that the decisions describe."""
 
 
 class VectorSpace(Space, Protocol):

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from statistics import mean
 
 from ..geometry import Triple
+from ..kernel import Kernel
+from ..layer import Layer
 from ..workload import Workload
-from .conv3d_gather import GatherConv
-from .direct_spaces import GatherSpace
+from .choice import settled_direct
 from .tiles import Machine
-from .winograd import WinogradConv
-from .winograd_choice import NEVER_SLOWER, direct_seconds, options, why_not, winograd_seconds
+from .winograd_choice import transformed, why_not
+from .winograd_space import NEVER_SLOWER, options
 
 #: Axes of activations that masks thin, and the lists that both sides of a convolution then walk.
 AXES = {
@@ -79,19 +80,18 @@ def _masked(workload: Workload, lists: tuple[str, ...]) -> Workload:
     return replace(workload.direct, lists=kept)
 
 
-def _candidates(workload: Workload, machine: Machine) -> dict[Triple, list[GatherConv | WinogradConv]]:
+def _candidates(workload: Workload, machine: Machine) -> dict[Triple, list[Kernel]]:
     """The kernels that could serve the layer, by the tile of outputs that each computes at once."""
-    space = GatherSpace(machine, workload)
-    direct = space.kernel(space.default())
-    found: dict[Triple, list[GatherConv | WinogradConv]] = {DIRECT: [direct]}
+    direct = settled_direct(Layer.of(workload), machine).kernel
+    found: dict[Triple, list[Kernel]] = {DIRECT: [direct]}
     if not why_not(direct):
-        for conv in options(direct, machine):
+        for conv in options(transformed(direct), machine):
             found.setdefault(conv.plan.m, []).append(conv)
     return found
 
 
-def _seconds(conv: GatherConv | WinogradConv, machine: Machine, threads: int, share: float) -> float:
+def _seconds(kernel: Kernel, machine: Machine, threads: int, share: float) -> float:
     """Predicted time where masks leave ``share`` of the units of each axis that the kernel lists."""
-    if isinstance(conv, WinogradConv):
-        return winograd_seconds(conv, machine, threads, [share], whole_tiles=True)
-    return direct_seconds(conv, machine, threads, [share])
+    seconds = kernel.predict(machine, threads, [share], whole_units=True)
+    assert seconds is not None
+    return seconds

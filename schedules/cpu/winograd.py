@@ -18,7 +18,6 @@ from typing import Any
 
 from tvm import tirx
 
-from ..convolution import Convolution
 from ..emit import (
     FLOAT,
     INT,
@@ -42,29 +41,19 @@ from ..kernel import Count, Operand, channels_mask
 from .channel_plan import ChannelPlan
 from .dead_outputs import zero_dead
 from .linear_forms import linear
-from .tiles import Tile
 from .winograd_multiply import Products
-from .winograd_plan import WinogradPlan
+from .winograd_space import Transformed
 from .winograd_transforms import WinogradPanels, matrices
 
-#: Floats between the ξ planes of a scratch buffer beyond their content: planes a power of two apart would share the
-#: few lines of one cache set.
-PLANE_SKEW = 16
 #: The least unit of input channels: an inner loop over fewer of them takes longer to begin than to run.
 LEAST_UNIT = 8
 
 
 @dataclass(frozen=True)
-class WinogradConv(Convolution):
-    """One Winograd kernel, of one convolution group.
-
-    Of ``tile``, the register tile (``mr``, ``vectors``, ``vector_floats``, ``step``) and the cache blocking of the sum
-    (``segment_taps``, ``depth_block``) are used.
-    """
+class WinogradConv(Transformed):
+    """One Winograd kernel."""
 
     exact = False
-    tile: Tile
-    plan: WinogradPlan
 
     @property
     def name(self) -> str:
@@ -133,21 +122,6 @@ class WinogradConv(Convolution):
     def work(self) -> tuple[Count, Count, Count]:
         """A pair of row and tap is one of each of the ξ products."""
         return Count(self.plan.xi, "pairs", (0,)), *super().work()[1:]
-
-    @property
-    def source_plane(self) -> int:
-        """Floats of one ξ plane of V."""
-        return self.plan.source_rows * self.channels_in + PLANE_SKEW
-
-    @property
-    def product_plane(self) -> int:
-        """Floats of one ξ plane of M."""
-        return self.plan.tiles_capacity * self.tile.mr * self.panels * self.tile.nr + PLANE_SKEW
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Memory of V and M."""
-        return 4 * self.plan.xi * (self.source_plane + self.product_plane)
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Chunk by chunk, three phases each."""

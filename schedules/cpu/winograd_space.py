@@ -1,20 +1,207 @@
-"""The decisions of Winograd's kernels."""
+"""Sizes of Winograd's kernels: which there are, a model of what they take, and the tuning space."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from operator import attrgetter
+from statistics import mean
+from typing import TypeVar
 
+from ..convolution import Convolution
 from ..geometry import Triple, Window
 from ..workload import Decisions, Workload
-from .conv3d_gather import GatherConv
-from .direct_spaces import GatherSpace, direct_space
+from .cost import axis_densities, runs, winograd_seconds
+from .direct_spaces import GatherSpace
 from .space import WORTH_TRYING, Loops, are_whole, register_tiles
-from .tiles import Machine, Tile, candidates, predicted_cycles
-from .winograd import WinogradConv
-from .winograd_choice import MOST_SCRATCH, best, configured, options, why_not, winograd_seconds
+from .tiles import WEIGHTS_SHARE_OF_L1, Machine, Tile, candidates, predicted_cycles
+from .winograd_plan import WinogradPlan
+
+#: Floats between the ξ planes of a scratch buffer beyond their content: planes a power of two apart would share the
+#: few lines of one cache set.
+PLANE_SKEW = 16
+#: Tiles tried along height and width, and over frames. Each keeps the largest error of a layer under 1e-4 of its
+#: largest output, by a factor of three at least (docs/winograd.md), so the largest is not nested with frames.
+SPATIAL_TILES = (2, 3, 4, 5, 6)
+FRAME_TILES = (1, 2, 4)
+MOST_SPATIAL_WITH_FRAMES = 5
+#: Bytes of scratch beyond which a chunk is never made.
+MOST_SCRATCH = 96 << 20
+#: A kernel with the larger weights or scratch must be this much faster to be worth its memory.
+WORTH_MEMORY = 0.95
+#: Masks must not make a layer slower than it is without any: where they leave everything, a kernel may be predicted to
+#: take so much longer than the fastest one does.
+NEVER_SLOWER = 1.03
+
+
+@dataclass(frozen=True)
+class Transformed(Convolution):
+    """A Winograd kernel as the choice of its sizes sees it, of one convolution group.
+
+    Of ``tile``, the register tile (``mr``, ``vectors``, ``vector_floats``, ``step``) and the cache blocking of the sum
+    (``segment_taps``, ``depth_block``) are used.
+    """
+
+    tile: Tile
+    plan: WinogradPlan
+
+    @property
+    def weights(self) -> int:
+        """Transformed weights of one pair of channels."""
+        return self.plan.xi * self.plan.taps
+
+    @property
+    def growth(self) -> float:
+        """How many times the memory of the layer's own weights the transformed ones take."""
+        return self.weights / self.window.taps
+
+    @property
+    def source_plane(self) -> int:
+        """Floats of one ξ plane of V."""
+        return self.plan.source_rows * self.channels_in + PLANE_SKEW
+
+    @property
+    def product_plane(self) -> int:
+        """Floats of one ξ plane of M."""
+        return self.plan.tiles_capacity * self.tile.mr * self.panels * self.tile.nr + PLANE_SKEW
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory of V and M."""
+        return 4 * self.plan.xi * (self.source_plane + self.product_plane)
+
+    def retiled(self: W, m: Triple, columns: int, tile: Tile) -> W:
+        """The same layer with tiles of ``m`` outputs and so many columns in a chunk."""
+        return replace(self, tile=tile, plan=replace(self.plan, m=m, mr=tile.mr, columns=columns))
+
+    def space(self, machine: Machine, workload: Workload) -> WinogradSpace:
+        """Tile of outputs, columns of a chunk, register tile, cache blocking."""
+        return WinogradSpace(machine, workload, self)
+
+    def sized(self: W, decisions: Mapping[str, int]) -> W:
+        """With these sizes."""
+        sizes = {name: decisions[name] for name in ("mr", "vectors", "step", "segment_taps", "depth_block")}
+        tile = Tile(vector_floats=self.tile.vector_floats, block_tiles=1, panels_outer=False, **sizes)
+        return self.retiled(_winograd_m(self.window, decisions), decisions["columns"], tile)
+
+    @property
+    def expected(self) -> list[float]:
+        """Shares of each thinned axis that may be alive, all axes alike."""
+        plan = self.plan
+        return axis_densities((self.live_in, self.live_out, plan.in_frames, plan.out_frames, plan.positions))
+
+    def predict(
+        self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
+    ) -> float:
+        """As :mod:`~.cost` has it."""
+        found = (
+            winograd_seconds(self, self.tile, self.plan, machine, threads, share, whole_units)
+            for share in shares or self.expected
+        )
+        return mean(found)
+
+
+W = TypeVar("W", bound=Transformed)
+
+
+def refusal(window: Window, groups: int, skips_positions: bool) -> str:
+    """Why no Winograd kernel can compute a layer; empty if one can. ``skips_positions``: it reads no dead positions."""
+    if groups > 1:
+        return "it is grouped"
+    if skips_positions:
+        return "it leaves out the taps that read dead positions"
+    if window.taps == 1:
+        return "a 1×1×1 kernel has no taps to share"
+    if not any(can_transform(window, axis) for axis in range(3)):
+        return f"no axis of kernel {'×'.join(map(str, window.kernel))} is 3 long with stride and dilation 1"
+    if any(window.kernel[axis] > 1 and not can_transform(window, axis) for axis in (1, 2)):
+        return "its kernel over height and width is not 3×3 with stride and dilation 1"
+    return ""
+
+
+def can_transform(window: Window, axis: int) -> bool:
+    """Whether products along an axis can be transformed."""
+    return (window.kernel[axis], window.stride[axis], window.dilation[axis]) == (3, 1, 1)
+
+
+def best(
+    conv: W,
+    machine: Machine,
+    threads: int,
+    densities: Sequence[float] | None = None,
+    most_growth: float = math.inf,
+) -> W | None:
+    """The Winograd kernel with the shortest predicted time, a smaller one's weights preferred where they are close.
+
+    Of kernels that masks thin, only those that keep pace with the fastest where masks leave everything.
+    """
+    fitting = [option for option in options(conv, machine) if option.growth <= most_growth]
+    dense = {id(option): option.predict(machine, threads, [1.0]) for option in fitting}
+    bound = NEVER_SLOWER * min(dense.values(), default=0.0)
+    chosen: W | None = None
+    least = math.inf
+    for option in sorted(fitting, key=attrgetter("weights")):
+        seconds = option.predict(machine, threads, densities)
+        keeps_pace = dense[id(option)] <= bound or conv.expected == [1.0]
+        larger = chosen is not None and (option.weights > chosen.weights or option.scratch_bytes > chosen.scratch_bytes)
+        if keeps_pace and seconds < least * (WORTH_MEMORY if larger else 1.0):
+            chosen, least = option, seconds
+    return chosen
+
+
+def options(conv: W, machine: Machine) -> Iterator[W]:
+    """Every tile and chunk worth predicting."""
+    window = conv.window
+    frames = FRAME_TILES if can_transform(window, 0) else (1,)
+    spatial = SPATIAL_TILES if any(window.kernel[axis] > 1 for axis in (1, 2)) else (1,)
+    for m_t in frames:
+        for m in spatial:
+            if m_t > 1 and m > MOST_SPATIAL_WITH_FRAMES:
+                continue
+            tile = (min(m_t, window.out[0]), *(min(m, window.out[a]) if window.kernel[a] > 1 else 1 for a in (1, 2)))
+            transformed = tile[0] > 1 or window.kernel[1:] != (1, 1)
+            if transformed and all(tile[axis] > 1 or window.kernel[axis] == 1 for axis in (1, 2)):
+                yield from _chunked(conv, machine, tile)  # type: ignore[arg-type]  # a product of three tuples has three
+
+
+def _chunked(conv: W, machine: Machine, m: Triple) -> Iterator[W]:
+    """``m`` with every sensible number of columns per chunk, each with its best register tile."""
+    whole = replace(conv.plan, m=m, columns=1)
+    total = conv.window.batch // whole.samples * whole.places
+    for columns in sorted({-(-total // chunks) for chunks in _steps(total)}):
+        option = conv.retiled(m, columns, _register_tile(conv, machine, replace(whole, columns=columns)))
+        if option.scratch_bytes <= MOST_SCRATCH:
+            yield option
+
+
+def _steps(total: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, … numbers of chunks up to ``total``."""
+    steps = {min(total, base << power) for base in (1, 3) for power in range(12)}
+    return sorted(steps | {total})
+
+
+def _register_tile(conv: Convolution, machine: Machine, plan: WinogradPlan) -> Tile:
+    """The register tile with the fewest predicted cycles over the runs of a full chunk, its sums blocked for L1.
+
+    Where output channels are listed, those are counted that fill its panels when half of the work is left, too.
+    """
+    listed, floats = runs(plan), machine.vector_floats
+    shares = axis_densities((True, True)) if conv.live_out else [1.0]
+    written = [min(conv.channels_out, math.ceil(share * conv.channels_out / floats) * floats) for share in shares]
+
+    def cycles(tile: tuple[int, int, int]) -> float:
+        return sum(
+            predicted_cycles(machine, rows, channels, tile) * taps for rows, taps in listed for channels in written
+        )
+
+    mr, vectors, step = min(candidates(machine), key=cycles)
+    nr = vectors * machine.vector_floats
+    depth_block = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (4 * nr) // step * step)
+    segment_taps = max(1, depth_block // min(conv.channels_in, depth_block))
+    step = step if conv.channels_in >= step else 1
+    return Tile(mr, vectors, machine.vector_floats, step, 1, segment_taps, depth_block)
 
 
 @dataclass(frozen=True)
@@ -34,20 +221,15 @@ class WinogradSpace:
 
     machine: Machine
     workload: Workload
+    conv: Transformed
     names = ("frames_tile", "space_tile", "columns", "mr", "vectors", "step", "segment_taps", "depth_block")
-
-    @cached_property
-    def direct(self) -> GatherConv:
-        """The direct kernel that it stands in for."""
-        space = direct_space(self.machine, self.workload.direct)
-        return space.kernel(space.default())
 
     @cached_property
     def tiles(self) -> dict[tuple[int, int], list[int]]:
         """Columns of a chunk worth trying for each (frames_tile, space_tile), as the model of time has it."""
         seconds = {}
-        for option in options(self.direct, self.machine):
-            predicted = winograd_seconds(option, self.machine, self.workload.threads)
+        for option in options(self.conv, self.machine):
+            predicted = option.predict(self.machine, self.workload.threads)
             frames_tile, space_tile = _winograd_tile(option)
             seconds[frames_tile, space_tile, option.plan.columns] = predicted
         limit = WORTH_TRYING * min(seconds.values())
@@ -74,12 +256,12 @@ class WinogradSpace:
 
     def default(self) -> Decisions:
         """The kernel that the model of time prefers. Raises ValueError where no Winograd kernel can be built."""
-        found = best(self.direct, self.machine, self.workload.threads)
+        found = best(self.conv, self.machine, self.workload.threads)
         if found is None:
             raise ValueError("no Winograd kernel can compute this workload")
         return self._decisions(found)
 
-    def _decisions(self, conv: WinogradConv) -> Decisions:
+    def _decisions(self, conv: Transformed) -> Decisions:
         tile, (frames_tile, space_tile) = conv.tile, _winograd_tile(conv)
         sizes = {name: int(getattr(tile, name)) for name in self.names[3:]}
         return self.normal(
@@ -109,13 +291,15 @@ class WinogradSpace:
         its scratch within bounds."""
         if not are_whole(decisions, self.names):
             return False
-        if min(decisions.values()) < 1 or why_not(self.direct):
+        work = self.workload
+        skips = "in_positions" in work.lists
+        if min(decisions.values()) < 1 or refusal(work.window, work.groups, skips):
             return False
         registers = any((decisions["mr"], decisions["vectors"]) == tile[:2] for tile in candidates(self.machine))
         steps = decisions["step"] in (1, *self._gather.steps)
         m = (decisions["frames_tile"], decisions["space_tile"])
-        known = any(m == _winograd_tile(option) for option in options(self.direct, self.machine))
-        return registers and steps and known and self.kernel(decisions).scratch_bytes <= MOST_SCRATCH
+        known = any(m == _winograd_tile(option) for option in options(self.conv, self.machine))
+        return registers and steps and known and self.conv.sized(decisions).scratch_bytes <= MOST_SCRATCH
 
     def parts(self) -> list[dict[str, list[int]]]:
         """One part for each tile of outputs and number of vectors."""
@@ -142,16 +326,6 @@ class WinogradSpace:
         """Chunks of columns of output tiles, and register tiles; the rest as in :class:`GatherSpace`."""
         return {**self._gather.loops(), "rows": ("columns", "frames_tile", "space_tile", "space_tile", "mr")}
 
-    def kernel(self, decisions: Mapping[str, int]) -> WinogradConv:
-        """The Winograd kernel."""
-        return self.fitted(self.direct, decisions)
-
-    def fitted(self, conv: GatherConv, decisions: Mapping[str, int]) -> WinogradConv:
-        """The Winograd kernel in the place of ``conv``, a direct one of this workload."""
-        sizes = {name: decisions[name] for name in ("mr", "vectors", "step", "segment_taps", "depth_block")}
-        tile = Tile(vector_floats=self.machine.vector_floats, block_tiles=1, panels_outer=False, **sizes)
-        return configured(conv, _winograd_m(conv.window, decisions), decisions["columns"], tile)
-
 
 def _winograd_m(window: Window, decisions: Mapping[str, int]) -> Triple:
     """The tile of outputs on each axis."""
@@ -160,6 +334,6 @@ def _winograd_m(window: Window, decisions: Mapping[str, int]) -> Triple:
     return (min(decisions["frames_tile"], m[0]), sizes[0], sizes[1])
 
 
-def _winograd_tile(conv: WinogradConv) -> tuple[int, int]:
+def _winograd_tile(conv: Transformed) -> tuple[int, int]:
     """frames_tile and space_tile of a kernel."""
     return conv.plan.m[0], max(conv.plan.m[1:])

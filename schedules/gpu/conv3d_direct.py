@@ -14,8 +14,10 @@ from tvm import tirx
 
 from ..emit import Expr, ceil_div, let, number, read, serial, short, store, when
 from ..geometry import Window
+from ..workload import Workload
 from .conv3d_gather import Arguments, BlockConv
 from .emit import BLOCK, barrier, integer, launch, pick, registers, shared
+from .tiles import Gpu
 
 #: Output channels of a block of :class:`LinearConv`, and how many ways its sums are split.
 COLUMNS, SLICES = 32, 8
@@ -45,6 +47,9 @@ class DirectConv(BlockConv):
     def pack_weights(self, weight: np.ndarray) -> np.ndarray:
         """Put output channels innermost."""
         return self.pack_unpanelled(weight)
+
+    def space(self, machine: Gpu, workload: Workload) -> None:
+        """Nothing."""
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """One thread an output value."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from tvm import tirx
@@ -19,6 +19,9 @@ from tvm import tirx
 from ..convolution import Convolution
 from ..emit import FLOAT, INT, Expr, flat, lanes, let, number, read, serial, short, store, when, write
 from ..epilogue import activate
+from ..space import Space
+from ..workload import Workload
+from .block_space import BlockSpace
 from .channel_plan import ChannelPlan
 from .emit import (
     QUAD,
@@ -33,7 +36,7 @@ from .emit import (
     zeros,
 )
 from .row_plan import BlockPlan, has_border
-from .tiles import BlockTile
+from .tiles import BlockTile, Gpu
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,21 @@ class BlockConv(Convolution):
         channel = let(tirx.floormod(tirx.floordiv(at, self.channels_out), self.depth))
         return let(tirx.floormod(at, self.channels_out)), tap, channel, tirx.const(True, "bool")
 
+    def space(self, machine: Gpu, workload: Workload) -> Space | None:
+        """Rows and channels of a block and of a thread, terms of a step."""
+        return BlockSpace(machine, workload)
+
+    def sized(self: B, decisions: Mapping[str, int]) -> B:
+        """With this tile."""
+        tile = BlockTile(**decisions)
+        return replace(self, tile=tile, plan=replace(self.plan, mr=tile.mr))
+
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Blocks of rows by panels of output channels."""
         GatherEmitter(self, Arguments(self, args)).emit()
+
+
+B = TypeVar("B", bound=BlockConv)
 
 
 @dataclass

@@ -1,8 +1,6 @@
 /* Runs the program that a build generated: one arena, kernels in their order, tables laid out once. */
 #include "runtime.h"
 
-#include <time.h>
-
 #define MOST_INPUTS 64
 
 struct dance_model {
@@ -161,12 +159,6 @@ static dance_model *create(const dance_options *options, char *error, size_t roo
   lay_out(model);
   if (error && room) error[0] = 0;
   return model;
-}
-
-static int64_t now(void) {
-  struct timespec at;
-  clock_gettime(CLOCK_MONOTONIC, &at);
-  return (int64_t)at.tv_sec * 1000000000 + at.tv_nsec;
 }
 
 static void show(dance_model *model, const program_step *step) {

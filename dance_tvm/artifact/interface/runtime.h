@@ -51,6 +51,7 @@ typedef int (*parallel_body)(int task, parallel_env *env, void *closure);
 
 static inline size_t rounded(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
+int64_t now(void); /* nanoseconds of a clock that never goes back */
 void *aligned(size_t bytes);
 void say(char *to, size_t room, const char *const *parts, size_t count);
 
@@ -67,12 +68,19 @@ typedef struct {
   size_t room, used, wanted, most;
 } scratch;
 
+/* What is left of a loop of what one thread takes first: number of the loop << 32 | behind the last portion << 16 | the
+ * first one. Each a cache line apart from the next. */
+typedef struct {
+  _Atomic uint64_t left;
+  char apart[ALIGNMENT - sizeof(uint64_t)];
+} task_share;
+
 typedef struct pool {
   int32_t size; /* threads, the caller's among them */
   pthread_t workers[MOST_THREADS];
   scratch scratches[MOST_THREADS];
-  _Atomic uint64_t ticket; /* number of the loop << 32 | next task of it */
-  _Atomic uint32_t loop;   /* the same number, which sleepers wait on */
+  task_share shares[MOST_THREADS];
+  _Atomic uint32_t loop; /* its number, which sleepers wait on */
   _Atomic(parallel_body) body;
   _Atomic(void *) closure;
   _Atomic int32_t tasks, done, failed, sleeping, ends;
@@ -81,10 +89,10 @@ typedef struct pool {
   int32_t cpu_count;
 } pool;
 
-/* Whose call this thread is in, and as which of its threads. */
+/* Whose call this thread is in, as which of its threads, and whether within a task of a loop. */
 typedef struct {
   pool *of;
-  int32_t index;
+  int32_t index, inside;
 } seat;
 
 int start_pool(pool *threads, int32_t size, const dance_options *options);

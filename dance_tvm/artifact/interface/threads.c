@@ -4,12 +4,24 @@
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
-#define SPINS 20000 /* of a waiting thread before it sleeps: some 20 to 50 microseconds */
+#define PARTS 4 /* tasks that a kernel's loop is cut into for each thread, so that who is ahead can help the others */
+#define MOST_PORTIONS 0xffff
+/* A waiting thread keeps its core for a while, as the next loop is mostly near; then it lets others have the core, since
+ * the thread that it waits for may be among them; and at last it sleeps. */
+#define SPIN_NS 10000
+#define SLEEP_NS 500000
 #define LARGE_PAGE ((size_t)2 << 20)
 #define FUTEX_WAIT_PRIVATE 128
 #define FUTEX_WAKE_PRIVATE 129
+
+int64_t now(void) {
+  struct timespec at;
+  clock_gettime(CLOCK_MONOTONIC, &at);
+  return (int64_t)at.tv_sec * 1000000000 + at.tv_nsec;
+}
 
 /* Large memory lies on large pages where the system has them: fewer faults, and fewer misses of the translation cache. */
 void *aligned(size_t bytes) {
@@ -47,6 +59,16 @@ static void pause_briefly(void) {
 #endif
 }
 
+/* Tasks of a portion, so that there are no more than MOST_PORTIONS of them. */
+static int32_t grain_of(int32_t tasks) { return 1 + (tasks - 1) / MOST_PORTIONS; }
+
+/* What a thread begins loop `number` with. */
+static uint64_t whole_share(uint32_t number, int32_t portions, int32_t share, int32_t size) {
+  const uint64_t front = (uint64_t)portions * (uint64_t)share / (uint64_t)size;
+  const uint64_t back = (uint64_t)portions * (uint64_t)(share + 1) / (uint64_t)size;
+  return (uint64_t)number << 32 | back << 16 | front;
+}
+
 static void stay_on(const int32_t *cpus, int32_t count) {
   unsigned long bits[16] = {0};
   const int32_t word = 8 * (int32_t)sizeof bits[0];
@@ -55,25 +77,50 @@ static void stay_on(const int32_t *cpus, int32_t count) {
   syscall(SYS_sched_setaffinity, 0, sizeof bits, bits);
 }
 
-/* Take tasks of loop `number` until none is left. A task is ours once the ticket was raised within the same loop, which
- * cannot end before it is done: what was read of the loop before is then what belongs to it. */
-static void take_tasks(pool *threads, uint32_t number) {
-  for (;;) {
-    uint64_t ticket = atomic_load_explicit(&threads->ticket, memory_order_acquire);
-    int32_t tasks = atomic_load_explicit(&threads->tasks, memory_order_relaxed);
-    parallel_body body = atomic_load_explicit(&threads->body, memory_order_relaxed);
-    void *closure = atomic_load_explicit(&threads->closure, memory_order_relaxed);
-    int32_t task = (int32_t)(ticket & 0xffffffffu);
-    if ((uint32_t)(ticket >> 32) != number || task >= tasks) return;
-    if (!atomic_compare_exchange_weak_explicit(&threads->ticket, &ticket, ticket + 1, memory_order_acq_rel,
-                                               memory_order_relaxed))
-      continue;
+/* Waiting since `start`: 0 once it is time to sleep. */
+static int wait_a_little(int64_t start) {
+  for (int each = 0; each < 4; each++) pause_briefly();
+  int64_t waited = now() - start;
+  if (waited >= SPIN_NS) sched_yield();
+  return waited < SLEEP_NS;
+}
+
+/* Run the tasks of one portion of the loop. */
+static void run_portion(pool *threads, int32_t portion, parallel_body body, void *closure) {
+  const int32_t tasks = atomic_load_explicit(&threads->tasks, memory_order_relaxed);
+  const int32_t grain = grain_of(tasks);
+  for (int32_t task = portion * grain; task < tasks && task < (portion + 1) * grain; task++) {
     parallel_env env = {NULL, tasks};
     last_error[0] = 0;
     if (body(task, &env, closure) && !atomic_exchange(&threads->failed, 1))
       SAY(threads->error, sizeof threads->error, last_error);
-    atomic_fetch_add_explicit(&threads->done, 1, memory_order_release);
   }
+}
+
+/* Take portions of loop `number` until none is left: from the front of this thread's own share, which is the same part of
+ * each loop, as what one layer wrote the next one reads; then from the back of what others have not come to. A portion is
+ * ours once the share was changed within the same loop, which cannot end before it is done: what was read of the loop
+ * before is then what belongs to it. */
+static void take_portions(pool *threads, uint32_t number) {
+  int32_t taken = 0;
+  here.inside = 1;
+  for (int32_t from = 0; from < threads->size; from++) {
+    _Atomic uint64_t *share = &threads->shares[(here.index + from) % threads->size].left;
+    for (;;) {
+      uint64_t left = atomic_load_explicit(share, memory_order_acquire);
+      parallel_body body = atomic_load_explicit(&threads->body, memory_order_relaxed);
+      void *closure = atomic_load_explicit(&threads->closure, memory_order_relaxed);
+      const int32_t front = (int32_t)(left & MOST_PORTIONS), back = (int32_t)(left >> 16 & MOST_PORTIONS);
+      if ((uint32_t)(left >> 32) != number || front == back) break;
+      if (!atomic_compare_exchange_weak_explicit(share, &left, from ? left - (1u << 16) : left + 1, memory_order_acq_rel,
+                                                 memory_order_relaxed))
+        continue;
+      run_portion(threads, from ? back - 1 : front, body, closure);
+      taken++;
+    }
+  }
+  here.inside = 0;
+  if (taken) atomic_fetch_add_explicit(&threads->done, taken, memory_order_release);
 }
 
 static void *work(void *argument) {
@@ -86,12 +133,11 @@ static void *work(void *argument) {
   while (!atomic_load(&threads->ends)) {
     uint32_t number = atomic_load_explicit(&threads->loop, memory_order_acquire);
     if (number == seen) {
-      int spun = 0;
-      while (number == seen && spun++ < SPINS) {
-        pause_briefly();
+      int64_t start = now();
+      int waits = 1;
+      while (number == seen && (waits = wait_a_little(start)))
         number = atomic_load_explicit(&threads->loop, memory_order_acquire);
-      }
-      if (number == seen) {
+      if (!waits) {
         atomic_fetch_add(&threads->sleeping, 1);
         if (!atomic_load(&threads->ends)) futex(&threads->loop, FUTEX_WAIT_PRIVATE, seen);
         atomic_fetch_sub(&threads->sleeping, 1);
@@ -99,15 +145,15 @@ static void *work(void *argument) {
       continue;
     }
     seen = number;
-    take_tasks(threads, number);
+    take_portions(threads, number);
   }
   return NULL;
 }
 
 int run_loop(parallel_body body, void *closure, int tasks) {
   pool *threads = here.of;
-  if (tasks <= 0) tasks = threads ? threads->size : 1;
-  if (!threads || here.index || threads->size == 1 || tasks == 1) { /* also a loop inside a task */
+  if (tasks <= 0) tasks = threads && threads->size > 1 ? PARTS * threads->size : 1;
+  if (!threads || here.inside || threads->size == 1 || tasks == 1) {
     parallel_env env = {NULL, tasks};
     for (int task = 0; task < tasks; task++)
       if (body(task, &env, closure)) return -1;
@@ -120,14 +166,13 @@ int run_loop(parallel_body body, void *closure, int tasks) {
   atomic_store_explicit(&threads->tasks, tasks, memory_order_relaxed);
   atomic_store_explicit(&threads->done, 0, memory_order_relaxed);
   atomic_store_explicit(&threads->failed, 0, memory_order_relaxed);
-  atomic_store_explicit(&threads->ticket, (uint64_t)number << 32, memory_order_release);
+  const int32_t portions = 1 + (tasks - 1) / grain_of(tasks);
+  for (int32_t share = 0; share < threads->size; share++)
+    atomic_store_explicit(&threads->shares[share].left, whole_share(number, portions, share, threads->size), memory_order_release);
   atomic_store(&threads->loop, number);
   if (atomic_load(&threads->sleeping)) futex(&threads->loop, FUTEX_WAKE_PRIVATE, 1u << 30);
-  take_tasks(threads, number);
-  for (int spun = 0; atomic_load_explicit(&threads->done, memory_order_acquire) < tasks; spun++) {
-    if (spun < SPINS) pause_briefly();
-    else sched_yield();
-  }
+  take_portions(threads, number);
+  for (int64_t start = now(); atomic_load_explicit(&threads->done, memory_order_acquire) < portions;) wait_a_little(start);
   if (!atomic_load(&threads->failed)) return 0;
   SAY(last_error, sizeof last_error, threads->error);
   return -1;
@@ -143,7 +188,7 @@ void end_pool(pool *threads) {
 
 seat enter(pool *threads) {
   seat before = here;
-  here = (seat){threads, 0};
+  here = (seat){threads, 0, 0};
   return before;
 }
 
@@ -160,7 +205,7 @@ int start_pool(pool *threads, int32_t size, const dance_options *options) {
   while (threads->size < size) {
     seat *given = malloc(sizeof *given);
     if (!given) return 0;
-    *given = (seat){threads, threads->size};
+    *given = (seat){threads, threads->size, 0};
     if (pthread_create(&threads->workers[threads->size], NULL, work, given)) {
       free(given);
       return 0;

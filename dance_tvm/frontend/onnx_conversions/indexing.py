@@ -13,6 +13,9 @@ from dance_tvm.frontend.onnx_conversions.operator import Conversion, Operator, d
 
 def _wrapped(op: Operator, indices: Any, extent: Any) -> Any:
     """Indices of which negative ones count from the end."""
+    known = op.importer.known(indices)
+    if known is not None:  # TVM would compile a function to fold each of the operators below
+        return op.constant(np.where(known < 0, known + extent, known), dtype_of(indices))
     below = op.emit(relax.op.less(indices, op.like(0, indices)))
     return op.emit(
         relax.op.where(below, op.emit(relax.op.add(indices, op.constant(extent, dtype_of(indices)))), indices)
@@ -22,10 +25,7 @@ def _wrapped(op: Operator, indices: Any, extent: Any) -> Any:
 def _gather(op: Operator) -> Any:
     x, indices = op.inputs
     axis = op.flag("axis") % len(shape_of(x))
-    known = op.importer.known(indices)
-    if known is not None:
-        indices = op.constant(np.where(known < 0, known + shape_of(x)[axis], known))
-    elif dtype_of(indices).startswith("int"):
+    if dtype_of(indices).startswith("int"):
         indices = _wrapped(op, indices, shape_of(x)[axis])
     return relax.op.take(x, indices, axis)
 
@@ -42,6 +42,9 @@ def _rows_of(op: Operator, x: Any, indices: Any, batch: int) -> tuple[Any, list[
     extents = shape[batch : batch + depth]
     indices = _wrapped(op, indices, np.array(extents))
     steps = np.cumprod([1, *extents[:0:-1]])[::-1]
+    known = op.importer.known(indices)
+    if known is not None:
+        return op.constant((known * steps).sum(-1), dtype_of(indices)), shape[batch + depth :]
     weighted = op.emit(relax.op.multiply(indices, op.constant(steps, dtype_of(indices))))
     return op.emit(relax.op.sum(weighted, [-1])), shape[batch + depth :]
 

@@ -1,29 +1,14 @@
-"""Tuning spaces of GPU kernels: what may be chosen, and the one place where it is chosen."""
+"""The tuning space of convolutions on GPUs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-from ..convolution import LayerKernel
-from ..cpu.space import Space
-from ..cpu.spaces import SPACES, TuningLog, decide
-from ..cpu.tiles import Machine
-from ..geometry import Window
-from ..layer import Choice, Layer
-from ..pool import Pool
 from ..workload import KERNEL_GROUPS, Decisions, Workload
-from .conv3d_direct import DirectConv, LinearConv, is_few_rows
-from .conv3d_gather import BlockConv
-from .conv3d_kgs import GroupConv
-from .pool3d import BlockPool
-from .row_plan import block_plan
 from .tiles import BlockTile, Gpu, candidates, default_tile, predicted_cost
 
-#: Output channels of a convolution group under which a tile would stay nearly empty.
-FEW_CHANNELS = 8
 #: Tiles that the model holds for this much slower than its best are not tried.
 WORTH_TRYING = 2.0
 
@@ -95,69 +80,7 @@ class BlockSpace:
             for rest, fitting in rows.items()
         ]
 
-    def kernel(self, decisions: Mapping[str, int]) -> BlockConv:
-        """The kernel."""
-        return blocked(Layer.of(self.workload), BlockTile(**decisions))
-
-
-def blocked(layer: Layer, tile: BlockTile, kind: type[BlockConv] = BlockConv) -> BlockConv:
-    """The kernel of a layer: over its live columns where it is pruned, else of this kind."""
-    fields = {**layer.fields, "tile": tile}
-    plan = block_plan(layer.window, tile.mr, layer.samples, *layer.masks)
-    if layer.columns is None:
-        return kind(**fields, plan=plan)
-    return GroupConv(**fields, plan=plan, columns=layer.columns)
-
 
 def decisions_of(tile: BlockTile) -> Decisions:
     """The decisions that make up a tile."""
     return {name: int(getattr(tile, name)) for name in BlockSpace.names}
-
-
-def choose_block_tile(workload: Workload, gpu: Gpu, log: TuningLog | None = None) -> tuple[BlockTile, str]:
-    """The tile for a workload and where it comes from: a record of the log, or the default (an empty origin)."""
-    decisions, origin = decide(BlockSpace(gpu, workload), log)
-    return BlockTile(**decisions), origin
-
-
-def offer_few_rows(layer: Layer, _gpu: Gpu, _wanted: str, _log: TuningLog | None) -> Choice[LayerKernel] | None:
-    """A linear layer that is bound by reading its weights."""
-    if layer.columns is not None or not is_few_rows(layer.window, layer.groups, layer.samples):
-        return None
-    return Choice(blocked(layer, BlockTile(layer.window.positions_out // layer.samples, 0, 0, 0, 0), LinearConv))
-
-
-def offer_few_channels(layer: Layer, _gpu: Gpu, _wanted: str, _log: TuningLog | None) -> Choice[LayerKernel] | None:
-    """Convolution groups that would leave a tile nearly empty."""
-    if layer.groups == 1 or layer.group_out >= FEW_CHANNELS:
-        return None
-    return Choice(blocked(layer, BlockTile(32, 0, 0, 0, 0), DirectConv))
-
-
-def offer(layer: Layer, gpu: Gpu, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel]:
-    """Any layer, in tiles."""
-    tile, origin = choose_block_tile(layer.workload, gpu, log)
-    return Choice(blocked(layer, tile), "", origin, layer.workload)
-
-
-def offer_pool(workload: Workload, fields: Mapping[str, Any], _gpu: Gpu, _log: TuningLog | None) -> Choice[Pool]:
-    """The pool of a workload."""
-    return Choice(BlockPool(**fields))
-
-
-def space_of(machine: Machine | Gpu, workload: Workload) -> Space:
-    """What may be decided for a workload on a machine of either kind."""
-    return BlockSpace(machine, workload) if isinstance(machine, Gpu) else SPACES[workload.family](machine, workload)
-
-
-def groups_cost(gpu: Gpu, window: Window) -> Callable[[Any], float]:
-    """What kernel groups cost on ``gpu``: lanes, each as dear as in the best tile of that many filters."""
-    rates: dict[int | None, float] = {}
-
-    def rate(nr: int | None) -> float:
-        if nr not in rates:
-            tile = default_tile(gpu, window, nr or 64, nr)
-            rates[nr] = predicted_cost(gpu, window, tile.nr, tile) / tile.nr
-        return rates[nr]
-
-    return lambda groups: groups.lanes * rate(None if groups.scheme == "dense" else groups.gm)

@@ -1,0 +1,199 @@
+"""Which kernel of a processor a layer gets, and of which sizes: those of a record, or the defaults.
+
+A kernel family declares its decisions once (``Kernel.space``). The defaults, a tuned record and the tuner's candidates
+are all the same mapping from a decision's name to a small integer, which ``Kernel.sized`` turns into a kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+from ..convolution import LayerKernel
+from ..kernel import Kernel
+from ..layer import Choice, Layer
+from ..pool import Pool
+from ..space import Space
+from ..workload import GATHER, KERNEL_GROUPS, LINE, POINTWISE, POOL, WINOGRAD, Decisions, Workload
+from .conv3d_gather import GatherConv
+from .conv3d_kgs import KernelGroupConv
+from .conv3d_line import LineConv
+from .line_tiles import FEW_CHANNELS, line, listing_seconds
+from .pointwise import PointwiseConv
+from .pointwise_tiles import PointwiseTile, is_pointwise, pointwise
+from .pool3d import VectorPool
+from .row_plan import RowPlan
+from .row_space import is_dense
+from .row_tiles import RowTile
+from .tiles import Machine, Tile
+from .winograd_choice import choose, transformed, why_not
+
+K = TypeVar("K", bound=Kernel)
+
+#: Measured gain from which records turn a choice between direct and Winograd: the two were not measured in turns.
+WORTH_SWITCHING = 1.05
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Decisions that were tuned for ``workload``, where they come from, in a few words, and what they took."""
+
+    workload: Workload
+    decisions: Decisions
+    origin: str
+    seconds: float = 0.0
+
+
+class TuningLog(Protocol):
+    """What ``decide`` asks a log for: the record nearest to the workload, made for this very target."""
+
+    def advise(self, workload: Workload) -> Advice | None:
+        """The best record of the workload, else of the nearest one, or None where nothing is near enough."""
+
+
+def decide(space: Space, log: TuningLog | None) -> tuple[Decisions, str]:
+    """The decisions for a space's workload and where they come from: a record, or the defaults (an empty origin)."""
+    advice = log.advise(space.workload) if log is not None else None
+    if advice is not None:
+        decisions = space.normal(advice.decisions)
+        if space.allows(decisions):
+            return decisions, advice.origin
+    return space.default(), ""
+
+
+def settled(kernel: K, machine: Any, workload: Workload, log: TuningLog | None) -> Choice[K]:
+    """``kernel`` with the sizes that ``decide`` gives for ``workload`` on a machine of its kind."""
+    space = kernel.space(machine, workload)
+    assert space is not None, f"{kernel.name} has nothing to decide"
+    decisions, origin = decide(space, log)
+    return Choice(kernel.sized(decisions), "", origin, workload)
+
+
+def direct(layer: Layer, machine: Machine) -> GatherConv:
+    """The direct kernel of a layer, of the smallest tile: over its live columns where it is pruned."""
+    floats = machine.storing(layer.dtype).vector_floats
+    tile = Tile(1, max(1, layer.group[0] // floats), floats, 1, 1, 1)
+    dynamic = (layer.samples, *layer.masks, layer.in_positions)
+    plan = RowPlan(layer.window, tile.mr, tile.block_tiles, tile.segment_taps, *dynamic)
+    if layer.columns is None:
+        return GatherConv(**layer.fields, tile=tile, plan=plan)
+    fields = {**layer.fields, "columns": layer.columns, "run": layer.run, "threads": layer.threads}
+    return KernelGroupConv(**fields, tile=tile, plan=plan)
+
+
+def settled_direct(layer: Layer, machine: Machine, log: TuningLog | None = None) -> Choice[GatherConv]:
+    """The direct kernel of a layer."""
+    return settled(direct(layer, machine), machine, layer.workload, log)
+
+
+def _line(layer: Layer, machine: Machine) -> LineConv:
+    tile = RowTile(1, 1, machine.storing(layer.dtype).vector_floats, 1)
+    behind = layer.residual, layer.activation, layer.dtype
+    return LineConv(layer.window, layer.channels_in, layer.channels_out, tile, *behind)
+
+
+def _pointwise(layer: Layer, machine: Machine) -> PointwiseConv:
+    tile = PointwiseTile(1, 1, machine.storing(layer.dtype).vector_floats, 1, 1)
+    behind, before = (layer.residual, layer.activation), (layer.gate, layer.before)
+    return PointwiseConv(layer.window, layer.channels_in, layer.channels_out, tile, *behind, *before, layer.dtype)
+
+
+def _pool(workload: Workload, machine: Machine) -> VectorPool:
+    lists = workload.lists
+    return VectorPool(
+        workload.window,
+        workload.channels_in,
+        workload.pooling,  # type: ignore[arg-type]  # a pool's is "max" or "avg"
+        in_frames="in_frames" in lists,
+        out_frames="out_frames" in lists,
+        zero_dead=False,
+        vector_floats=machine.storing(workload.dtype).vector_floats,
+        in_positions=(workload.window.batch, 1) if "in_positions" in lists else None,
+        dtype=workload.dtype,
+    )
+
+
+#: The kernel of each family for a workload, its sizes still to be decided.
+FAMILIES: dict[str, Callable[[Workload, Machine], Kernel]] = {
+    GATHER: lambda workload, machine: direct(Layer.of(workload), machine),
+    WINOGRAD: lambda workload, machine: transformed(direct(Layer.of(workload.direct), machine)),
+    KERNEL_GROUPS: lambda workload, machine: direct(Layer.of(workload), machine),
+    POOL: _pool,
+    POINTWISE: lambda workload, machine: _pointwise(Layer.of(workload), machine),
+    LINE: lambda workload, machine: _line(Layer.of(workload), machine),
+}
+
+
+def kernel_of(workload: Workload, machine: Machine) -> Kernel:
+    """The kernel of a workload's family, its sizes still to be decided."""
+    return FAMILIES[workload.family](workload, machine)
+
+
+def choose_kernel(
+    conv: GatherConv,
+    origin: str,
+    workload: Workload,
+    machine: Machine,
+    wanted: str = "auto",
+    log: TuningLog | None = None,
+    most_growth: float = math.inf,
+) -> Choice[LayerKernel]:
+    """``conv`` or Winograd in its place, and the record that chose its sizes ("": the defaults).
+
+    The model of time decides, unless the log holds measurements of both for this very workload. ``origin`` says where
+    the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd, ``most_growth`` that of ``choose``.
+    """
+    choice = replace(choose(conv, machine, workload.threads, wanted, most_growth), workload=workload)
+    default = replace(choice, origin=origin if choice.kernel is conv else "")
+    if log is None or wanted == "direct" or why_not(conv):
+        return default
+    other, asked = transformed(conv), workload.winograd
+    space, advice = other.space(machine, asked), log.advise(asked)
+    decisions = space.normal(advice.decisions) if advice is not None else {}
+    if advice is None or not space.allows(decisions):
+        return default
+    fitted = other.sized(decisions)
+    if fitted.growth > most_growth:
+        return default
+    tuned: Choice[LayerKernel] = Choice(fitted, choice.reason, advice.origin, workload)
+    measured = log.advise(workload)
+    if wanted == "auto" and measured and (measured.workload, advice.workload) == (workload, asked):
+        kind = "kernel groups" if workload.family == KERNEL_GROUPS else "direct"
+        told = f"{1e3 * advice.seconds:.3g} ms measured, {kind} {1e3 * measured.seconds:.3g} ms"
+        if measured.seconds > WORTH_SWITCHING * advice.seconds:
+            return replace(tuned, reason=told)
+        if advice.seconds > WORTH_SWITCHING * measured.seconds:
+            return Choice(conv, f"{kind}: Winograd {told}", origin, workload)
+    return default if choice.kernel is conv else tuned
+
+
+def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) -> Choice[LayerKernel]:
+    """The direct kernel of a layer, over lists or along lines, or Winograd in its place."""
+    found = settled_direct(layer, machine, log)
+    conv = found.kernel
+    choice = choose_kernel(conv, found.origin, layer.workload, machine, wanted, log, layer.most_growth)
+    if not is_dense(layer) or (wanted == "winograd" and choice.kernel is not conv):
+        return choice
+    lines, workload = _line(layer, machine), line(layer.workload)
+    if layer.channels_in > FEW_CHANNELS:
+        listing = listing_seconds(machine.storing(layer.dtype), layer.workload, conv.tile.mr, conv.tile.vectors)
+        seconds = settled(lines, machine, workload, None).kernel.predict(machine, layer.threads)
+        slower = seconds > conv.predict(machine, layer.threads) + listing
+        if choice.kernel is not conv or choice.origin or slower:
+            return choice
+    return settled(lines, machine, workload, log)
+
+
+def offer_pointwise(layer: Layer, machine: Machine, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel] | None:
+    """The pointwise kernel of a layer that leaves nothing out."""
+    if not is_pointwise(layer):
+        return None
+    return settled(_pointwise(layer, machine), machine, pointwise(layer.workload), log)
+
+
+def offer_pool(workload: Workload, fields: Mapping[str, Any], machine: Machine, log: TuningLog | None) -> Choice[Pool]:
+    """The pool of a workload; ``fields`` are those that its sizes do not decide."""
+    floats = machine.storing(workload.dtype).vector_floats
+    return settled(VectorPool(**fields, vector_floats=floats), machine, workload, log)
