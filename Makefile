@@ -23,7 +23,7 @@ demo:
 
 test: lint
 	@.ci/prepare --emulator
-	@$(THREADS) $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
+	@$(THREADS) $(RUN) -m pytest -q -n $(JOBS) --dist worksteal
 
 fuzz: prepare
 	@$(RUN) -W ignore -m tests.fuzz --minutes $(MINUTES)

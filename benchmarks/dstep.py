@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import typer
 
+from benchmarks.random_policies import Mix, example_clip, needed_share, random_policies, with_mix
 from dance_tvm import models
 from dance_tvm.core.errors import DanceError
 from dance_tvm.models.fetch import Wheel
@@ -36,7 +37,6 @@ from dance_tvm.sparsity.dstep import flops
 from dance_tvm.sparsity.dstep.export import export_network
 from dance_tvm.sparsity.dstep.method import load_trained
 from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet, Stream
-from dance_tvm.sparsity.dstep.random_policies import Mix, example_clip, needed_share, random_policies, with_mix
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 ROOT = Path(__file__).parent.parent
@@ -520,7 +520,7 @@ def _speed_table(facts: Sequence[dict[str, Any]], times: Sequence[Sequence[float
         rows.append(
             (case["name"], *(f"{figure:.{digits}f}" for figure, digits in zip(figures, (1, 3, 2, 2), strict=True)))
         )
-    header = ("network", "ms a call", "share of the work", "speed-up a frame", "speed-up ÷ reduction of work")
+    header = ("network", "ms per call", "share of the work", "speed-up per frame", "speed-up ÷ reduction of work")
     return _table(header, rows)
 
 

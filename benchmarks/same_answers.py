@@ -22,6 +22,7 @@ import typer
 from torch import nn
 from tvm import relax
 
+from benchmarks.random_policies import Mix, example_clip, with_mix
 from dance_tvm import DanceError, Options, build_network, import_model, open_device
 from dance_tvm.compiler.pipeline import lower
 from dance_tvm.core.random_inputs import random_inputs
@@ -29,7 +30,6 @@ from dance_tvm.machines.target import load_target
 from dance_tvm.models.networks import create, example_inputs
 from dance_tvm.models.resnet import BasicBlock, VideoResNet
 from dance_tvm.sparsity.dstep.network import DStepOptions, Stream
-from dance_tvm.sparsity.dstep.random_policies import Mix, example_clip, with_mix
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
 
 KEPT = Path(__file__).with_name("results") / "same_answers.json"

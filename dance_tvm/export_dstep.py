@@ -1,4 +1,4 @@
-"""``dance-tvm export-dstep``: a trained D-STEP network as a .pt2 file, whole clips or one frame a call."""
+"""``dance-tvm export-dstep``: a trained D-STEP network as a .pt2 file, whole clips or one frame per call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def export_dstep(
     weights: Annotated[
         Path, typer.Argument(help="model.safetensors of a run with --method dstep.", show_default="the one shipped")
     ] = SHIPPED,
-    stream: Annotated[bool, typer.Option("--stream", help="One frame a call, state as inputs and outputs.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="One frame per call, state as inputs and outputs.")] = False,
     out: Annotated[Path | None, typer.Option(help="The .pt2 file.", show_default="beside the weights")] = None,
 ) -> None:
     """Export a trained D-STEP network for `dance-tvm build --model`."""

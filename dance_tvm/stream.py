@@ -1,4 +1,4 @@
-"""``dance-tvm stream``: run a network in its streaming form, one frame a call."""
+"""``dance-tvm stream``: run a network in its streaming form, one frame per call."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from .workload import Workload
 #: Where an operand comes from: the layer's input, what is added to its result, what its input is multiplied by,
 #: ``Kernel.prepare``, a mask, one of ``Kernel.lists``, or nowhere: the kernel writes it.
 Role = Literal["data", "residual", "gate", "constant", "mask", "list", "output"]
-#: The kind of kernels by whose calls a run is told: convolutions and linear layers.
+#: The kind of kernels that a run reports layer by layer: convolutions and linear layers.
 LAYER = "convolution"
 #: The kind of kernels that make lists.
 PLANNER = "planner"

@@ -13,15 +13,26 @@ from .workload import KERNEL_GROUPS, TYPICAL_DENSITY, Workload
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Of memory: what a kernel packs is at most ``growth`` times the layer's own weights, its scratch so many bytes."""
+
+    growth: float = math.inf
+    scratch: float = math.inf
+
+
+UNLIMITED = Limits()
+
+
+@dataclass(frozen=True)
 class Layer(GroupedChannels):
     """A layer: its shapes, what masks thin, and what its kernel does behind it.
 
     ``positions`` and ``in_positions``: how many clips and frames the mask of output and input positions tells apart.
     Of a layer whose zero weights are left out, ``group`` is the kernel group, ``columns`` how many columns are left and
-    ``kept`` which share of all columns that is. What a kernel packs takes at most ``most_growth`` times the memory of
-    the layer's own weights. ``gate``: its input is multiplied by a value for each clip and channel, then passes the
-    activation ``before``. ``spread``: a transposed convolution's window sees the input's positions so far apart, zeros
-    between them. The other fields are those of :class:`.convolution.Convolution`.
+    ``kept`` which share of all columns that is. ``memory`` limits what its kernel takes. ``gate``: its input is
+    multiplied by a value for each clip and channel, then passes the activation ``before``. ``spread``: a transposed
+    convolution's window sees the input's positions so far apart, zeros between them. The other fields are those of
+    :class:`.convolution.Convolution`.
     """
 
     window: Window
@@ -42,7 +53,7 @@ class Layer(GroupedChannels):
     group: tuple[int, int] = (1, 1)
     columns: int | None = None
     kept: float = 1.0
-    most_growth: float = math.inf
+    memory: Limits = UNLIMITED
     gate: bool = False
     before: str = ""
     spread: Triple | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -48,6 +49,16 @@ def kernels_of_this_session(tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
         patch.setenv("DANCE_TVM_KERNELS", str(folder / "kernels"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators_listed_once() -> Iterator[None]:
+    """PyTorch fetches all operators of C++ for each of its namespaces at every export, which takes 0.1 s."""
+    from torch._export import utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_materialize_cpp_cia_ops", functools.cache(utils._materialize_cpp_cia_ops))
         yield
 
 

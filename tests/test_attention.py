@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,18 +18,22 @@ from dance_tvm.schedules.kernel import Kernel
 F = nn.functional
 
 
-@pytest.fixture
-def emitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kinds of kernels that the pass emits, in order."""
+def emitted_by(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kinds of kernels that a pass emits, in order."""
     found: list[str] = []
-    emit = lower_attention.call_kernel
+    emit = module.call_kernel
 
     def call(builder: Any, kernel: Kernel, args: Any) -> Any:
         found.append(kernel.kind)
         return emit(builder, kernel, args)
 
-    monkeypatch.setattr(lower_attention, "call_kernel", call)
+    monkeypatch.setattr(module, "call_kernel", call)
     return found
+
+
+@pytest.fixture
+def emitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return emitted_by(lower_attention, monkeypatch)
 
 
 class Heads(nn.Module):

@@ -292,6 +292,33 @@ def test_numpy_alone_runs_an_artifact(masked, tmp_path):
     assert done.stdout.strip() == "[]", done.stderr
 
 
+WITHOUT_COMPILER = """
+import importlib, sys
+from typer.testing import CliRunner
+
+class Absent:
+    def find_spec(self, name, *_rest):
+        if name.partition(".")[0] in ("tvm", "tvm_ffi", "torch"):
+            raise ImportError(f"{name} is not there")
+
+sys.meta_path.insert(0, Absent())
+artifact, out = sys.argv[1:]
+for words in (["run"], ["show"], ["stream", "--random", "2"], ["pack", "--out", out], ["bench", "--runs", "2"]):
+    command = importlib.import_module(f"dance_tvm.{words[0]}")
+    done = CliRunner().invoke(command.app, [artifact, *words[1:]])
+    if done.exit_code:
+        print(words, done.output, repr(done.exception))
+"""
+
+
+def test_a_program_is_run_shown_packed_and_measured_without_the_compiler(tmp_path):
+    folder = built(Counter(), tmp_path / "stream", *torch.zeros(3, 1, 6))
+    command = [sys.executable, "-c", WITHOUT_COMPILER, str(folder), str(tmp_path / "packed")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("", 0), done.stderr
+    assert list((tmp_path / "packed").rglob("dance_model.h"))
+
+
 def test_a_phones_library_names_what_it_needs(tmp_path):
     network = nn.Linear(4, 4)
     build_network(network, tmp_path / "a", target="snapdragon", example_inputs=(torch.zeros(1, 4),), check=False)

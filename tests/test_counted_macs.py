@@ -10,6 +10,7 @@ from test_dance import SHAPE, Three, controller_of, pruned_at_random
 from test_transform import compile_network, executed
 from torch import Tensor, nn
 
+from benchmarks.random_policies import Mix, example_clip, with_mix
 from dance_tvm.benchmarking.layers import profile
 from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.pipeline import Options
@@ -18,7 +19,6 @@ from dance_tvm.models.resnet import BasicBlock, VideoResNet
 from dance_tvm.sparsity.dance.macs import MacCounter
 from dance_tvm.sparsity.dstep.flops import Needed
 from dance_tvm.sparsity.dstep.network import DStepOptions, Stream
-from dance_tvm.sparsity.dstep.random_policies import Mix, example_clip, with_mix
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
 from dance_tvm.sparsity.rt3d.schemes import SchemeName
 

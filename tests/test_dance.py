@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from untrained import keep_at_random
 
 from dance_tvm import models
 from dance_tvm.build import DEFAULT_MODEL
@@ -30,7 +31,6 @@ from dance_tvm.sparsity.dance.method import AAP, controller_of, parse_amount, pr
 from dance_tvm.sparsity.dance.sites import trace
 from dance_tvm.sparsity.dance.start import leave_out_least, refit
 from dance_tvm.sparsity.dance.trained import SHIPPED, load
-from dance_tvm.sparsity.dance.untrained import keep_at_random
 from dance_tvm.sparsity.method import Context
 from dance_tvm.sparsity.motion_digits import MotionDigits
 from dance_tvm.sparsity.settings import Settings

@@ -84,7 +84,7 @@ def convolutions(draw: st.DrawFn) -> tuple[DepthwiseConv, Masks]:
     return conv, {name: rng.random(mask.shape) < density for name, mask in conv.plan.masks.items()}
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(convolutions(), st.integers(0, 99))
 def test_any_depthwise_convolution(case, seed):
     check(*case, seed)

@@ -9,6 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.random_policies import (
+    Mix,
+    example_clip,
+    needed_share,
+    random_policies,
+    with_mix,
+)
 from dance_tvm import train
 from dance_tvm.core.errors import DanceError
 from dance_tvm.models.resnet import BasicBlock, VideoResNet, resnet18, resnet50, resnet_mini
@@ -16,13 +23,6 @@ from dance_tvm.sparsity.dstep import flops, losses
 from dance_tvm.sparsity.dstep.method import DSTEP, load_trained
 from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet, Merged, Stream, merge
 from dance_tvm.sparsity.dstep.policy import Decision, SpatialPolicy, TemporalPolicy, gumbel_sigmoid
-from dance_tvm.sparsity.dstep.random_policies import (
-    Mix,
-    example_clip,
-    needed_share,
-    random_policies,
-    with_mix,
-)
 
 SKIP, REUSE, COMPUTE = 0, 1, 2
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks.random_policies import Mix, example_clip, with_mix
 from dance_tvm import stream
 from dance_tvm.compiler.build import build_network
 from dance_tvm.core.errors import DanceError
@@ -16,7 +17,6 @@ from dance_tvm.device import open_device
 from dance_tvm.device.stream import StreamSession
 from dance_tvm.models.resnet import BasicBlock, VideoResNet
 from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet, Stream
-from dance_tvm.sparsity.dstep.random_policies import Mix, example_clip, with_mix
 
 FRAMES, SIZE, CHANNELS = 4, 16, 16
 EYE = (

@@ -171,6 +171,61 @@ def test_damaged_and_foreign_files_are_one_sentence(tmp_path):
             import_model(tmp_path / name)
 
 
+def _wider_kernel(model):
+    attribute = next(each for each in model.graph.node[0].attribute if each.name == "kernel_shape")
+    attribute.ints[0] = 115
+
+
+def _shorter_weights(model):
+    weights = model.graph.initializer[0]
+    weights.raw_data = weights.raw_data[:-4]
+    weights.data_type = TensorProto.BFLOAT16
+
+
+DAMAGES = {
+    "tensor": (_shorter_weights, "tensor 'w' has not the numbers"),
+    "type": (lambda model: setattr(model.graph.input[0].type.tensor_type, "elem_type", 77), "'x' of the network holds"),
+    "window": (_wider_kernel, r"kernel_shape \[115, 1, 2\] and weights of \[2, 1, 2\]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_the_standards_checker_lets_pass_is_refused_all_the_same(damage, tmp_path):
+    change, told = DAMAGES[damage]
+    conv = helper.make_node("Conv", ["x", "w"], ["y"], kernel_shape=[2, 1, 2])
+    value = helper.make_tensor_value_info
+    weights = onnx.numpy_helper.from_array(np.ones((4, 2, 2, 1, 2), np.float32), "w")
+    graph = helper.make_graph(
+        [conv],
+        "graph",
+        [value("x", TensorProto.FLOAT, [1, 2, 4, 4, 4])],
+        [value("y", TensorProto.FLOAT, None)],
+        [weights],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    change(model)
+    (tmp_path / "damaged.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(DanceError, match=told):
+        import_model(tmp_path / "damaged.onnx")
+
+
+def test_a_state_that_forward_changes_is_as_in_the_first_call(tmp_path):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.tensor([0.5, -1.0]))
+
+        def forward(self, x):
+            self.mean.mul_(0.9).add_(x.mean((0, 2, 3, 4)), alpha=0.1)
+            return x - self.mean.view(1, 2, 1, 1, 1)
+
+    x = torch.randn(1, 2, 3, 5, 4)
+    torch.onnx.export(Counting(), (x,), tmp_path / "state.onnx", dynamo=True, verbose=False)
+    imported = import_model(tmp_path / "state.onnx")
+    (found,) = interpreter.outputs(imported.mod, {imported.inputs[0].name: x.numpy()})
+    torch.testing.assert_close(torch.as_tensor(found), Counting()(x))
+
+
 def test_weights_cannot_be_given_to_an_onnx_file(tmp_path):
     path = _save(tmp_path / "whole.onnx", [helper.make_node("Relu", ["x"], ["y"])])
     with pytest.raises(DanceError, match="carries its weights"):

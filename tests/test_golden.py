@@ -23,6 +23,7 @@ from dance_tvm.schedules.cpu.norm import Norm
 from dance_tvm.schedules.cpu.pointwise import PointwiseConv, PointwiseTile
 from dance_tvm.schedules.cpu.pool3d import VectorPool
 from dance_tvm.schedules.cpu.product import Placed, Product, ProductTile
+from dance_tvm.schedules.cpu.resample import Resample
 from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.row_tiles import RowTile
 from dance_tvm.schedules.cpu.tiles import Tile
@@ -61,6 +62,7 @@ KERNELS: dict[str, Kernel] = {
         2, 10, 10, 8, 8, *HEAD, HEAD[0], Placed((1, 10, 16), Strided(((2, 8),), 16, 1)), PRODUCT, 0.5
     ),
     "product": Product(2, 10, 8, 10, *HEAD, Placed((2, 10, 10), Strided(((2, 100),), 10, 1)), PRODUCT),
+    "resample": Resample(1, (2, 3, 4), (4, 3, 8), 6, (2, 1, 2), (True, False, True), 4),
     "norm": Norm((1, 32, 8), 1, 32, 8, 4, 1e-5, 4, affine="lanes", scales=8),
     "reduce_mean": VectorReduction((2, 16, 8), (2, 8), 2, 16, 8, "mean", vector_floats=4),
     "carry_frames": Carry(2, 1, 4, 4, 8, 4, ("positions",), ("positions", "channels")),

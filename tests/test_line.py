@@ -60,7 +60,7 @@ def convolutions(draw: st.DrawFn) -> LineConv:
     )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(convolutions(), st.integers(0, 99))
 def test_any_convolution(conv, seed):
     check(conv, seed)

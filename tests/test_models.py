@@ -65,6 +65,27 @@ def test_products_in_forward_count_for_their_module():
     assert [(layer.name, layer.macs) for layer in layers] == [("0", 2 * 5 * 5 * 7)]
 
 
+def test_a_module_under_two_names_counts_once():
+    class Decoder(nn.Module):
+        def __init__(self, encoder):
+            super().__init__()
+            self.encoder, self.head = encoder, nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.head(x)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Linear(3, 5)
+            self.decoder = Decoder(self.encoder)
+
+        def forward(self, x):
+            return self.decoder(self.encoder(x))
+
+    assert macs.count(Both(), torch.zeros(4, 3)) == 4 * (3 * 5 + 5 * 2)
+
+
 def test_weights_depend_on_the_seed_alone():
     first, again, other = (models.create("c3d-mini", seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[key], again[key]) for key in first)

@@ -80,7 +80,7 @@ def convolutions(draw: st.DrawFn) -> PointwiseConv:
     return PointwiseConv(window, *channels, tile, *behind, gate, before, dtype)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(convolutions(), st.integers(0, 99))
 def test_any_pointwise_convolution(conv, seed):
     check(conv, seed)

@@ -84,7 +84,7 @@ def pools(draw: st.DrawFn) -> tuple[VectorPool, np.ndarray, Masks]:
     return pool, x, alive
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(pools())
 def test_pools_equal_pytorch(case) -> None:
     pool, x, masks = case

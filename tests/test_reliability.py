@@ -216,13 +216,12 @@ def test_a_device_without_space(tmp_path, host_artifact, big_artifact, monkeypat
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("sessions", [100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_many_short_sessions_leave_nothing(tmp_path, host_artifact, sessions):
+def test_many_short_sessions_leave_nothing(tmp_path, host_artifact):
     scratch, store = tmp_path / "scratch", tmp_path / "store"
     scratch.mkdir()
     process, port = processes.start_server(store=store, environment={"TMPDIR": str(scratch)})
     try:
-        use_and_count(process, port, store, scratch, host_artifact, sessions)
+        use_and_count(process, port, store, scratch, host_artifact, 200)
     finally:
         process.stop()
 
@@ -244,8 +243,8 @@ def use_and_count(process, port, store, scratch, artifact, sessions):
     for _ in range(sessions):
         session()
     wait_for(lambda: not them.children() and them.num_fds() <= before[4])
-    assert us.memory_info().rss - before[0] < 5 << 20
-    assert them.memory_info().rss - before[1] < 5 << 20
+    assert us.memory_info().rss - before[0] < 2 << 20
+    assert them.memory_info().rss - before[1] < 2 << 20
     assert (us.num_fds(), them.num_fds()) <= (before[2], before[4])
     assert us.num_threads() <= before[3] + 1  # a timer that is just ending
     assert not them.children()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import zipfile
 from typing import NamedTuple
 
 import ml_dtypes
@@ -103,6 +105,46 @@ def test_regions_in_files_are_taken(tmp_path):
 
     imported = import_model(saved(Regions().eval(), (CLIP,), tmp_path / "regions.pt2"))
     assert [spec.dtype for spec in imported.outputs] == ["float32"]
+
+
+def test_regions_inside_of_regions_are_taken_once_they_are_flat(tmp_path):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(3, 4, 3)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                with torch.no_grad():
+                    y = self.conv(x)
+                return y.float() + self.conv(x)
+
+    program = torch.export.export(Nested().eval(), (CLIP,))
+    torch.export.save(program, tmp_path / "nested.pt2")
+    with pytest.raises(DanceError, match=r"inside of regions.*run_decompositions"):
+        import_model(tmp_path / "nested.pt2")
+    torch.export.save(program.run_decompositions({}), tmp_path / "flat.pt2")
+    import_model(tmp_path / "flat.pt2")
+
+
+def test_no_traceback_of_pytorchs_loader_is_printed(tmp_path, caplog, capfd):
+    whole, torn = saved(nn.Conv3d(3, 4, 3).eval(), (CLIP,), tmp_path / "whole.pt2"), tmp_path / "torn.pt2"
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(torn, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            target.writestr(name, re.sub(rb'"strides": \[[^\]]*\]', b'"strides": []', content))
+    with pytest.raises(DanceError, match="cannot be read as an exported program"):
+        import_model(torn)
+    assert "Traceback" not in caplog.text + capfd.readouterr().err
+
+
+def test_an_operator_with_an_effect_is_named():
+    class Inverse(nn.Module):
+        def forward(self, x):
+            return torch.linalg.inv(x @ x.mT + torch.eye(6))
+
+    with pytest.raises(DanceError, match=r"linalg_inv_ex.*is not supported"):
+        import_model(Inverse(), example_inputs=(torch.randn(2, 6, 6),))
 
 
 def test_open_dimensions_are_fixed_by_shapes(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm import relax
 
-from dance_tvm.schedules.cpu.transpose import LINE, Transpose, transpose
+from dance_tvm.schedules.cpu.transpose import Transpose, transpose
 from dance_tvm.transform.schedule_rest import ScheduleRest
 
 
@@ -33,7 +33,7 @@ def test_axes_that_move_together_are_one(
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(st.integers(1, 3), st.integers(1, 50), st.integers(1, 50), st.sampled_from([1, 4, 8]))
+@given(st.integers(1, 3), st.integers(1, 90), st.integers(1, 90), st.sampled_from([1, 4, 8]))
 def test_it_equals_numpy(batch: int, rows: int, columns: int, vector_floats: int) -> None:
     x = np.arange(batch * rows * columns, dtype="float32").reshape(batch, rows, columns)
     y = tensor(np.full((batch, columns, rows), np.nan, "float32"))
@@ -75,7 +75,9 @@ def test_large_moves_of_floats_are_tiled(
     shape: tuple[int, ...], order: tuple[int, ...], dtype: str, doubled: bool, tiled: bool
 ) -> None:
     text, mod = scheduled(shape, order, dtype, doubled)
-    assert (f"({LINE * LINE},)" in text) == tiled, "the small buffer of a tile"
+    assert ("Shuffle" in text) == tiled, "vectors that are turned in registers"
+    kernels = [func for gvar, func in mod.functions_items() if gvar.name_hint != "main"]
+    assert not any("global_symbol" in func.attrs for func in kernels), "a copy would stand under the same symbol"
     built = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
     x = np.random.default_rng(0).integers(0, 99, shape).astype(dtype)
     np.testing.assert_array_equal(built["main"](tensor(x)).numpy(), x.transpose(order) * (1 + doubled))

@@ -10,6 +10,7 @@ import torch
 from test_dance import SHAPE, Three
 from torch import Tensor, nn
 from typer.testing import CliRunner
+from untrained import keep_at_random
 
 from dance_tvm import models
 from dance_tvm.compiler.pipeline import Options, lower
@@ -26,7 +27,6 @@ from dance_tvm.sparsity.dance.predicted_time import TimeCounter
 from dance_tvm.sparsity.dance.site_units import site_units
 from dance_tvm.sparsity.dance.sites import trace
 from dance_tvm.sparsity.dance.trained import load
-from dance_tvm.sparsity.dance.untrained import keep_at_random
 from dance_tvm.sparsity.units import LayerTimes, SiteUnits, Units, read_units, write_units
 from dance_tvm.train import app as train_app
 from dance_tvm.train import run

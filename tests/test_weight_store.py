@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from tvm import relax
 
 from dance_tvm import DanceError, Options, build_network, import_model
-from dance_tvm.artifact.c_program import program_of
+from dance_tvm.artifact.c_program import Program, Storage, program_of
 from dance_tvm.artifact.folder import Manifest
 from dance_tvm.artifact.interface import dance_model
 from dance_tvm.artifact.interface.dance_model import Model
@@ -24,6 +25,7 @@ from dance_tvm.compiler.build import new_manifest
 from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.pipeline import lower
 from dance_tvm.compiler.program import write_program
+from dance_tvm.lowering.share_memory import MOST_GROWTH, SMALL_BYTES, spend
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.preparation import array_digest
 
@@ -127,6 +129,28 @@ def test_memory_limits_how_far_weights_grow(imported, memory, least, most):
     assert least <= source.preparation.apply(source.weight).nbytes / source.weight.nbytes <= most
 
 
+def test_little_memory_goes_where_it_saves_most():
+    """One early layer with few weights and many positions, one late one: the first grows, within the limit of both."""
+    torch.manual_seed(5)
+    network = nn.Sequential(nn.Conv3d(64, 64, 3, padding=1), nn.MaxPool3d(4), nn.Conv3d(64, 640, 3, padding=1)).eval()
+    imported = import_model(network, example_inputs=(torch.randn(1, 64, 8, 24, 24),), check=False)
+    lowered = lower(imported.mod, load_target("host"), Options(threads=1, memory="small"))
+    sources = [each for each in lowered.sources.values() if each.weight.ndim > 1]
+    early, late = sorted(sources, key=lambda each: each.weight.nbytes)
+    assert early.preparation.kind == "WINOGRAD_PANELS"
+    packed = sum(each.preparation.apply(each.weight).nbytes for each in sources)
+    own = sum(each.weight.nbytes for each in sources)
+    assert packed <= own + max(MOST_GROWTH * own, SMALL_BYTES)
+    assert late.preparation.apply(late.weight).nbytes == late.weight.nbytes
+
+
+def test_what_is_spent_is_within_the_limit_and_saves_most():
+    layers = [[(0, 9.0), (50, 5.0), (100, 1.0)], [(0, 8.0), (60, 2.0)], [(0, 3.0)]]
+    assert spend(layers, 112) == [1, 1, 0]
+    assert spend(layers, 100) == [2, 0, 0]
+    assert spend(layers, 45) == [0, 0, 0]
+
+
 def test_weights_prepared_in_the_file_are_what_would_be_prepared(network, tmp_path):
     x = torch.randn(1, 3, 5, 11, 12)
     answers, sizes = [], []
@@ -165,3 +189,49 @@ def test_a_disk_that_fills_up_and_memory_that_does_not_suffice_are_told_in_a_sen
     command = [sys.executable, "-c", code, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(dance_model.__file__).parent)
     assert done.stdout.strip() == "memory is short", done.stderr
+
+
+def test_scratch_lies_where_nothing_else_does():
+    """Pieces in use from their first step to their last; what is free during a step is lent to its kernel."""
+    program = Program(
+        storages=[Storage(256, 0, 1, 0), Storage(64, 1, 2, 256), Storage(100, 2, 3, 0), Storage(512, 3, 3, 128)]
+    )
+    assert [program.free_during(step) for step in range(3)] == [(256, 384), (320, 320), (320, 320)]
+    assert program.free_during(3)[1] == 0
+
+
+class Cell(nn.Module):
+    """A recurrent layer, one convolution for all frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.Conv2d(24, 64, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = cell = x[:, 0, :1].repeat(1, 16, 1, 1) * 0
+        for frame in range(x.shape[1]):
+            gates = self.gates(torch.cat([x[:, frame], hidden], 1))
+            admit, forget, show, new = gates.chunk(4, 1)
+            cell = torch.sigmoid(forget) * cell + torch.sigmoid(admit) * torch.tanh(new)
+            hidden = torch.sigmoid(show) * torch.tanh(cell)
+        return hidden
+
+
+def pruned() -> nn.Module:
+    """Three tenths of the columns are left in kernel groups of 16 filters and 4 channels."""
+    layer = nn.Conv3d(64, 128, 3, padding=1)
+    kept = torch.rand(8, 16, 27) < 0.3
+    layer.weight.data *= kept.repeat_interleave(16, 0).repeat_interleave(4, 1).reshape(layer.weight.shape)
+    return layer
+
+
+@pytest.mark.parametrize(("make", "shape"), [(Cell, (1, 4, 8, 12, 12)), (pruned, (1, 64, 4, 8, 8))])
+def test_what_is_used_often_is_stored_once_and_what_is_pruned_not_at_all(make, shape):
+    torch.manual_seed(6)
+    network, target = make().eval(), load_target("host")
+    lowered = lower(import_model(network, example_inputs=(torch.randn(shape),), check=False).mod, target, Options())
+    with target.tvm_target(1):
+        planned = relax.get_pipeline("default_build")(lowered.mod)
+    store = store_of(program_of(planned, list(lowered.weights.values())).weights, lowered.sources)
+    kept = sum(4 * int((parameter != 0).sum()) for parameter in network.parameters())
+    assert store.size <= 1.1 * kept

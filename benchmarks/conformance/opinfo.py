@@ -32,36 +32,36 @@ SAMPLES = 5
 # Operators that networks for inference are made of, by OpInfo's names: no losses, linear algebra, random numbers,
 # complex numbers, nor shapes that depend on values.
 _LISTED = """
-__getitem__ __radd__ __rdiv__ __rmatmul__ __rmul__ __rpow__ __rsub__ abs acos acosh add addbmm addcdiv addcmul
-addmm addmv all amax amin aminmax any argmax argmin argsort as_strided asin asinh atan atan2 atanh baddbmm
-block_diag bmm broadcast_tensors broadcast_to bucketize cat ceil chunk clamp clamp_max clamp_min clone
-column_stack constant_pad_nd contiguous copysign cos cosh cross cummax cumprod cumsum deg2rad diag_embed diagonal
-diagonal_scatter diff div dot dstack einsum eq erf erfc exp exp2 expand expand_as expm1 fill flatten flip fliplr
-float float_power floor floor_divide fmax fmin fmod frac full_like gather ge gt heaviside hstack hypot index_add
-index_copy index_fill index_put index_select inner int isclose isfinite isinf isnan kron le lerp linalg.norm
-linalg.vector_norm log log10 log1p log2 log_softmax logaddexp logical_and logical_not logical_or logical_xor logit
-logsumexp long lt masked_fill matmul max maximum mean meshgrid min minimum mm movedim mul mv nan_to_num narrow ne
-neg new_full new_ones new_zeros nn.functional.adaptive_avg_pool1d nn.functional.adaptive_avg_pool2d
+__getitem__ __radd__ __rdiv__ __rmatmul__ __rmul__ __rpow__ __rsub__ abs acos acosh add addbmm addcdiv addcmul addmm
+addmv all amax amin aminmax any argmax argmin argsort as_strided asin asinh atan atan2 atanh baddbmm block_diag bmm
+broadcast_tensors broadcast_to bucketize cat ceil chunk clamp clamp_max clamp_min clone column_stack constant_pad_nd
+contiguous copysign cos cosh cross cummax cumprod cumsum deg2rad diag_embed diagonal diagonal_scatter diff div dot
+dstack einsum eq erf erfc erfinv exp exp2 expand expand_as expm1 fill flatten flip fliplr float float_power floor
+floor_divide fmax fmin fmod frac full_like gather ge gt heaviside hstack hypot index_add index_copy index_fill
+index_put index_select inner int isclose isfinite isinf isnan kron le lerp lgamma linalg.norm linalg.vector_norm log
+log10 log1p log2 log_softmax logaddexp logcumsumexp logical_and logical_not logical_or logical_xor logit logsumexp
+long lt masked_fill matmul max maximum mean meshgrid min minimum mm movedim mul mv nan_to_num narrow ne neg new_full
+new_ones new_zeros nn.functional.adaptive_avg_pool1d nn.functional.adaptive_avg_pool2d
 nn.functional.adaptive_avg_pool3d nn.functional.adaptive_max_pool1d nn.functional.adaptive_max_pool2d
 nn.functional.adaptive_max_pool3d nn.functional.avg_pool1d nn.functional.avg_pool2d nn.functional.avg_pool3d
-nn.functional.batch_norm nn.functional.bilinear nn.functional.celu nn.functional.channel_shuffle
-nn.functional.conv1d nn.functional.conv2d nn.functional.conv3d nn.functional.conv_transpose1d
-nn.functional.conv_transpose2d nn.functional.conv_transpose3d nn.functional.cosine_similarity nn.functional.elu
-nn.functional.embedding nn.functional.gelu nn.functional.glu nn.functional.grid_sample nn.functional.group_norm
-nn.functional.hardshrink nn.functional.hardsigmoid nn.functional.hardswish nn.functional.hardtanh
-nn.functional.instance_norm nn.functional.interpolate nn.functional.layer_norm nn.functional.leaky_relu
-nn.functional.linear nn.functional.local_response_norm nn.functional.logsigmoid nn.functional.max_pool1d
-nn.functional.max_pool2d nn.functional.max_pool3d nn.functional.mish nn.functional.multi_head_attention_forward
-nn.functional.normalize nn.functional.pad nn.functional.pixel_shuffle nn.functional.pixel_unshuffle
-nn.functional.prelu nn.functional.relu nn.functional.relu6 nn.functional.rms_norm
-nn.functional.scaled_dot_product_attention nn.functional.selu nn.functional.silu nn.functional.softmin
-nn.functional.softplus nn.functional.softshrink nn.functional.softsign nn.functional.tanhshrink
-nn.functional.threshold nn.functional.unfold nn.functional.upsample_bilinear nn.functional.upsample_nearest norm
-ones_like outer permute positive pow prod rad2deg ravel reciprocal remainder repeat repeat_interleave reshape
-reshape_as roll rot90 round rsqrt rsub scatter scatter_add scatter_reduce select select_scatter sgn sigmoid sign
-sin sinc sinh slice slice_scatter softmax sort split split_with_sizes sqrt square squeeze stack std std_mean sub
-sum t take take_along_dim tan tanh tensor_split tensordot tile to topk trace transpose tril triu true_divide trunc
-unbind unflatten unfold unsqueeze var var_mean view view_as vstack where xlogy zeros_like
+nn.functional.batch_norm nn.functional.bilinear nn.functional.celu nn.functional.channel_shuffle nn.functional.conv1d
+nn.functional.conv2d nn.functional.conv3d nn.functional.conv_transpose1d nn.functional.conv_transpose2d
+nn.functional.conv_transpose3d nn.functional.cosine_similarity nn.functional.elu nn.functional.embedding
+nn.functional.gelu nn.functional.glu nn.functional.grid_sample nn.functional.group_norm nn.functional.hardshrink
+nn.functional.hardsigmoid nn.functional.hardswish nn.functional.hardtanh nn.functional.instance_norm
+nn.functional.interpolate nn.functional.layer_norm nn.functional.leaky_relu nn.functional.linear
+nn.functional.local_response_norm nn.functional.logsigmoid nn.functional.max_pool1d nn.functional.max_pool2d
+nn.functional.max_pool3d nn.functional.mish nn.functional.multi_head_attention_forward nn.functional.normalize
+nn.functional.pad nn.functional.pixel_shuffle nn.functional.pixel_unshuffle nn.functional.prelu nn.functional.relu
+nn.functional.relu6 nn.functional.rms_norm nn.functional.rrelu nn.functional.scaled_dot_product_attention
+nn.functional.selu nn.functional.silu nn.functional.softmin nn.functional.softplus nn.functional.softshrink
+nn.functional.softsign nn.functional.tanhshrink nn.functional.threshold nn.functional.unfold
+nn.functional.upsample_bilinear nn.functional.upsample_nearest norm ones_like outer permute positive pow prod rad2deg
+ravel reciprocal remainder repeat repeat_interleave reshape reshape_as roll rot90 round rsqrt rsub scatter scatter_add
+scatter_reduce searchsorted select select_scatter sgn sigmoid sign sin sinc sinh slice slice_scatter softmax sort
+split split_with_sizes sqrt square squeeze stack std std_mean sub sum t take take_along_dim tan tanh tensor_split
+tensordot tile to topk trace transpose tril triu true_divide trunc unbind unflatten unfold unsqueeze var var_mean view
+view_as vstack where xlogy zeros_like
 """
 OPERATORS = _LISTED.split()
 

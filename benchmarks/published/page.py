@@ -17,6 +17,7 @@ from benchmarks.published.networks import NETWORKS, Network
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/published.json"
 TIMES = ROOT / "benchmarks/results/networks.json"
+FAMILIES = ROOT / "benchmarks/results/families.json"
 PAGE = ROOT / "docs/networks.md"
 
 _INTRODUCTION = """\
@@ -53,6 +54,15 @@ and MNN and PyTorch beside ours.
 | network | input | threads | GMAC | ours, ms | {peers} | ratio | in turns, to the same | error |
 |---|---|---|---|---|{rule}---|---|---|"""
 
+_FAMILIES = """
+## Families of layers
+
+`python -m benchmarks.families`: a few layers of one kind, so that the changes of layout at their ends, where tensors
+have channels first, weigh more than in a network. **ms** and **ratio** as above, that to the faster of the two.
+
+| family | threads | GMAC | ours, ms | {peers} | ratio | error |
+|---|---|---|---|{rule}---|---|"""
+
 Rows = list[tuple[Network, dict[str, Any]]]
 
 
@@ -60,7 +70,9 @@ def write_page(results: dict[str, Any]) -> None:
     """Write the page."""
     rows = [(network, results[network.name]) for network in NETWORKS if network.name in results]
     measured = times(json.loads(TIMES.read_text(encoding="utf-8"))) if TIMES.exists() else ()
-    lines = [_INTRODUCTION, *_counted(rows), "", *_table(rows), *_others(rows), *measured, *_recipes(rows)]
+    layers = families(json.loads(FAMILIES.read_text(encoding="utf-8"))) if FAMILIES.exists() else ()
+    told = [*_counted(rows), "", *_table(rows), *_others(rows)]
+    lines = [_INTRODUCTION, *told, *measured, *layers, *_recipes(rows)]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -137,6 +149,25 @@ def times(measured: dict[str, Any]) -> Iterator[str]:
     if ratios:
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         yield from ("", f"Geometric mean of the ratios: {mean:.2f}.")
+
+
+def families(measured: dict[str, Any]) -> Iterator[str]:
+    """The section of what ``benchmarks.families`` measured."""
+    runs = [run for run in measured["runs"] if "ms" in run["peers"]["ours"]]
+    peers = [peer for peer in dict.fromkeys(peer for run in runs for peer in run["peers"]) if peer != "ours"]
+    yield _FAMILIES.format(peers=" | ".join(f"{peer}, ms" for peer in peers), rule="---|" * len(peers))
+    ratios = []
+    for run in runs:
+        ours, able = run["peers"]["ours"], {peer: run["peers"].get(peer, {}) for peer in peers}
+        found = [result["least_processor_ratio"] for result in able.values() if "least_processor_ratio" in result]
+        cells = [run["case"], str(run["threads"]), f"{run['gmacs']:.2f}", f"{ours['least_processor_ms']:.2f}"]
+        cells += [f"{one['least_processor_ms']:.2f}" if "ms" in one else "–" for one in able.values()]
+        cells += [f"{max(found):.2f}" if found else "–", f"{ours['error']:.0e}"]
+        ratios += [max(found)] if found else []
+        yield f"| {' | '.join(cells)} |"
+    mean = math.exp(sum(map(math.log, ratios)) / max(1, len(ratios)))
+    least = sum(ratio <= 1 for ratio in ratios)
+    yield from ("", f"At most 1.0 in {least} of {len(ratios)} families; geometric mean {mean:.2f}.")
 
 
 def _recipes(rows: Rows) -> Iterator[str]:

@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from dance_tvm.artifact.c_program import Names, Program
 from dance_tvm.artifact.linker import target_triple, zig_command
 from dance_tvm.artifact.weight_store import Store
 from dance_tvm.core.errors import DanceError
 from dance_tvm.machines.host import needed_flags
 from dance_tvm.machines.target import Target
+
+if TYPE_CHECKING:  # packing needs the sources' place alone, and no TVM
+    from dance_tvm.artifact.c_program import Names, Program
 
 INTERFACE = Path(__file__).with_name("interface")
 HEADER = INTERFACE / "dance_model.h"

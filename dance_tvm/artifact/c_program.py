@@ -30,7 +30,6 @@ class Place:
 
     where: str
     index: int
-    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Step:
 
 @dataclass
 class Storage:
-    """A piece of the arena, in use from step ``first`` to step ``last``."""
+    """A tensor's piece of the arena, in use from step ``first`` to step ``last``."""
 
     bytes: int
     first: int = -1
@@ -79,6 +78,15 @@ class Program:
     def arena_bytes(self) -> int:
         """Memory for the activations of one call."""
         return max((storage.offset + storage.bytes for storage in self.storages), default=0)
+
+    def free_during(self, step: int) -> tuple[int, int]:
+        """Offset and bytes of the largest part of the arena in which nothing lies during a step."""
+        used = sorted((each.offset, each.bytes) for each in self.storages if each.first <= step <= each.last)
+        best, end = (0, 0), 0
+        for offset, size in [*used, (self.arena_bytes, 0)]:
+            best = max(best, (offset - end, end))
+            end = max(end, offset + size + -size % ALIGNMENT)
+        return best[1], max(0, best[0])
 
     def source(self, names: Names, store: Store) -> str:
         """The program as C (`interface/program.h`), with its weights in ``store``."""
@@ -111,7 +119,7 @@ class _Reader:
 
     def __init__(self, mod: tvm.IRModule, weights: Sequence[np.ndarray]) -> None:
         self.program = Program()
-        self._known: dict[Any, Any] = {}  # variable: View, Storage's index, or a tuple of such
+        self._known: dict[Any, Any] = {}  # variable: View or a tuple of such
         self._placed: dict[bytes, int] = {}  # constants by hash
         self._symbols = {
             gvar: str(func.attrs["global_symbol"]) for gvar, func in mod.functions_items() if _is_kernel(func)
@@ -152,15 +160,13 @@ class _Reader:
 
     def _call(self, call: relax.Call) -> Any:
         name = getattr(call.op, "name", "")
-        if name == "relax.vm.alloc_storage":
-            self.program.storages.append(Storage(_extents(call.args[0])[0]))
-            return len(self.program.storages) - 1
         if name == "relax.vm.alloc_tensor":
-            storage, offset, shape, dtype = call.args[:4]
-            place = Place("IN_ARENA", self._value(storage), int(offset.value))
-            return View(place, _extents(shape), str(dtype.value))
-        if name in ("relax.vm.kill_object", "relax.null_value"):
-            return None
+            shape, dtype = call.args[2:4]
+            view = View(Place("IN_ARENA", len(self.program.storages)), _extents(shape), str(dtype.value))
+            self.program.storages.append(Storage(view.bytes))
+            return view
+        if name in ("relax.vm.alloc_storage", "relax.vm.kill_object", "relax.null_value"):
+            return None  # pieces are as long in use as the single tensors in them
         if isinstance(call.op, tvm.ir.GlobalVar):
             return self._kernel(self._symbols.get(call.op) or _refuse(call.op.name_hint), call.args)
         if name == "relax.call_packed" or isinstance(call.op, relax.ExternFunc):
@@ -323,7 +329,7 @@ class _Printer:
     def _tensor(self, view: View) -> str:
         place = view.place
         in_arena = place.where == "IN_ARENA"
-        offset = place.offset + (self.program.storages[place.index].offset if in_arena else 0)
+        offset = self.program.storages[place.index].offset if in_arena else 0
         index = 0 if in_arena else place.index
         shape, strides = self._shapes[view.shape], self._shapes[_strides(view.shape)]
         return (
@@ -338,8 +344,10 @@ class _Printer:
 
     def _steps(self) -> list[str]:
         found, first = [], 0
-        for step in self.program.steps:
-            found.append(f"{{__tvm_ffi_{step.kernel}, {_quoted(step.kernel)}, {first}, {len(step.arguments)}}}")
+        for number, step in enumerate(self.program.steps):
+            call = f"__tvm_ffi_{step.kernel}, {_quoted(step.kernel)}, {first}, {len(step.arguments)}"
+            free, free_bytes = self.program.free_during(number)
+            found.append(f"{{{call}, {free}u, {free_bytes}u}}")
             first += len(step.arguments)
         return found
 

@@ -45,7 +45,7 @@ def _allowed(artifact: Artifact, expected: dict[str, np.ndarray]) -> dict[str, f
 
 
 def _first_divergence(artifact: Artifact, network: LoadedNetwork, stored: np.ndarray | None) -> str:
-    """The first layer whose values have another mean than at the build, told as the end of a sentence."""
+    """The first layer whose values have another mean than at the build, as the end of a sentence."""
     if stored is None:
         return ", and the build stored nothing of its layers"
     try:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,21 +124,32 @@ def build_network(
     given or a random one. ``preprocess`` says how frames of videos become the input, for the manifest. Raises
     DanceError for bad input, with nothing left behind.
     """
-    asked = dict(locals())
     machine = target if isinstance(target, Target) else load_target(target)
     if options is not None and options.dtype == "auto":
-        return _with_best_dtype(asked, machine, options)
-    chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
-    if dump := debug_dump or chosen.debug_dump:
-        chosen = replace(chosen, debug_dump=_dump_folder(dump))
+        build = partial(
+            build_network,
+            _import(model, weights, example_inputs, shapes, batch),
+            out,
+            target=machine,
+            threads=threads,
+            check=check,
+            check_inputs=check_inputs,
+            calibrate=calibrate,
+            debug_dump=debug_dump,
+            logs_from=logs_from,
+            reuse=reuse,
+            layer_errors=layer_errors,
+            preprocess=preprocess or known_preprocess(model),
+            on_phase=on_phase,
+        )
+        return _with_best_dtype(build, machine, options, check)
     source = load_target(logs_from) if logs_from else None
-    if chosen.tuning is None:
-        chosen = replace(chosen, tuning=tuned_tiles(machine, options.logs if options else None, source))
-    require_buildable(machine, chosen.dtype)
+    chosen = _settled(options, machine, threads, debug_dump, source)
+    require_buildable(machine, chosen.dtype)  # this and the next fail before any work is done
     require_program(machine, chosen.weights_dtype, chosen.prepared, chosen.static)
     if layer_errors:
         require_layers_seen(machine)
-    require_writable(out)  # fails before any work is done
+    require_writable(out)
     clock = _Clock(on_phase)
 
     with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
@@ -168,14 +180,22 @@ def build_network(
             return Built(standing, clock.seconds, _peak_memory())
         lowered = lower(imported.mod, machine, chosen, clock.start, measure)
         checked = None if check is False else lambda artifact: check_there(artifact, lowered)
-        told = (checked, reference)
-        artifact = _compiled(out, lowered, manifest, machine, chosen, told, clock)
-        errors = None
-        if layer_errors:
-            tried = [*given.values(), random_inputs(imported.inputs)]
-            errors = _layer_errors(artifact, lowered, tried[0], clock)
+        artifact = _compiled(out, lowered, manifest, machine, chosen, (checked, reference), clock)
+        errors = _layer_errors(artifact, lowered, imported, given, clock) if layer_errors else None
         clock.start("")
         return Built(artifact, clock.seconds, _peak_memory(), errors)
+
+
+def _settled(
+    options: Options | None, machine: Target, threads: int | None, dump: str | Path | None, source: Target | None
+) -> Options:
+    """The options with the number of threads, the tuning logs and the dump's folder that hold for this build."""
+    chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
+    if dump := dump or chosen.debug_dump:
+        chosen = replace(chosen, debug_dump=_dump_folder(dump))
+    if chosen.tuning is not None:
+        return chosen
+    return replace(chosen, tuning=tuned_tiles(machine, options.logs if options else None, source))
 
 
 def _compiled(
@@ -201,28 +221,28 @@ def _compiled(
         return write_program(out, lowered, code, manifest, machine, options, *told)
 
 
-def _layer_errors(artifact: Artifact, lowered: Lowered, arrays: Arrays, clock: _Clock) -> LayerErrors:
+def _layer_errors(
+    artifact: Artifact, lowered: Lowered, imported: Imported, given: dict[str, Arrays], clock: _Clock
+) -> LayerErrors:
+    """On the first inputs ``given``, or on random ones."""
     from dance_tvm.compiler.layer_errors import layer_errors
 
     clock.start("compare layers")
-    return layer_errors(artifact, lowered, arrays)
+    return layer_errors(artifact, lowered, [*given.values(), random_inputs(imported.inputs)][0])
 
 
-def _with_best_dtype(asked: dict[str, Any], machine: Target, options: Options) -> Built:
-    """The build that was ``asked`` for in half precision where the target computes in it and the check, which must have
-    been made, passes; else in float32."""
-    asked["preprocess"] = asked["preprocess"] or known_preprocess(asked["model"])
-    asked["model"] = _import(*(asked[name] for name in ("model", "weights", "example_inputs", "shapes", "batch")))
-    asked |= dict.fromkeys(("weights", "example_inputs", "shapes", "batch"))
+def _with_best_dtype(build: Callable[..., Built], machine: Target, options: Options, check: bool | None) -> Built:
+    """What ``build`` gives in half precision where the target computes in it and the check, which must have been made,
+    passes; else in float32."""
     has_half = machine.gpu.fp16 if machine.gpu else machine.vector.fp16
-    if has_half and asked["check"] is not False:
+    if has_half and check is not False:
         from dance_tvm.compiler.check import DisagreementError
 
         with suppress(DisagreementError):
-            built = build_network(**{**asked, "options": replace(options, dtype="float16")})
+            built = build(options=replace(options, dtype="float16"))
             if built.artifact.manifest.check.status == "passed":
                 return built
-    return build_network(**{**asked, "options": replace(options, dtype="float32")})
+    return build(options=replace(options, dtype="float32"))
 
 
 def _magnitudes(

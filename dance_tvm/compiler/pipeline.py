@@ -19,6 +19,7 @@ from dance_tvm.lowering.choose_kernel import Memory
 from dance_tvm.lowering.describe_layers import kernels_of
 from dance_tvm.lowering.lower_attention import LowerAttention
 from dance_tvm.lowering.lower_norms import LowerNorms
+from dance_tvm.lowering.lower_resampling import LowerResampling
 from dance_tvm.lowering.lower_sorts import LowerSorts
 from dance_tvm.lowering.lower_windows import lower_windows
 from dance_tvm.lowering.lowered import LayerCall, Lowered
@@ -159,7 +160,7 @@ def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int) -> list[tup
             [
                 FoldLists(),
                 *halves,
-                *([] if gpu else [LowerAttention(machine, threads)]),
+                *([] if gpu else [LowerAttention(machine, threads), LowerResampling(machine, threads)]),
                 LowerNorms(gpu or machine, threads),
                 *halves,
                 LowerSorts(gpu or machine, threads),

@@ -36,7 +36,7 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str 
 
 
 def plain(heads: Sequence[str], rows: Rows, title: str = "", caption: str = "") -> str:
-    """A table of one line a row, its cells below one another."""
+    """A table with one line per row, its cells below one another."""
     widths = [max(len(row[index]) for row in [heads, *rows]) for index in range(len(heads))]
     right = [_is_of_figures(rows, index) for index in range(len(heads))]
     lines = [

@@ -12,7 +12,6 @@ from dance_tvm.device import serve
 from dance_tvm.device.processes import THREADS_BY_ENVIRONMENT
 from dance_tvm.device.program import ProgramNetwork
 from dance_tvm.device.session import DeviceSession, LoadedNetwork
-from dance_tvm.device.virtual_machine import LocalGpuNetwork
 
 
 def _asked_threads() -> int | None:
@@ -27,9 +26,7 @@ class LocalSession(DeviceSession):
     name = "local"
 
     def __init__(self) -> None:
-        # TVM's pool aborts the process when it is asked for more threads than the environment allowed at the start.
-        self._is_pinned = not THREADS_BY_ENVIRONMENT.isdisjoint(os.environ)
-        self._threads: int | None = None
+        self._is_pinned, self._threads = False, _asked_threads()
 
     def facts(self) -> dict[str, Any]:
         return serve.describe()
@@ -39,17 +36,22 @@ class LocalSession(DeviceSession):
 
     def pin(self, cpus: list[int] | None, threads: int | None) -> None:
         try:
-            serve.pin(json.dumps({"cpus": cpus, "threads": threads}))
+            os.sched_setaffinity(0, cpus or os.sched_getaffinity(0))
         except (OSError, ValueError):
             raise DanceError(f"this machine has no CPUs {cpus}: it has {sorted(os.sched_getaffinity(0))}") from None
-        self._is_pinned, self._threads = True, threads or (len(cpus) if cpus else None)
+        self._is_pinned, self._threads = True, threads or (len(cpus) if cpus else _asked_threads())
 
     def load(self, artifact: Artifact) -> LoadedNetwork:
         artifact.require_this_machine()
+        threads = self._threads or artifact.manifest.target.threads
         if artifact.manifest.is_program:
-            return ProgramNetwork(artifact, self._threads or _asked_threads() or artifact.manifest.target.threads)
-        if not self._is_pinned:  # TVM by itself takes half of the hardware's threads
-            serve.pin(json.dumps({"cpus": None, "threads": artifact.manifest.target.threads}))
+            return ProgramNetwork(artifact, threads)
+        # TVM's pool by itself takes half of the hardware's threads, and aborts the process when it is asked for more
+        # than the environment allowed at the start.
+        if self._is_pinned or THREADS_BY_ENVIRONMENT.isdisjoint(os.environ):
+            serve.pin(json.dumps({"cpus": None, "threads": threads}))
+        from dance_tvm.device.virtual_machine import LocalGpuNetwork
+
         return LocalGpuNetwork(artifact)
 
     def close(self) -> None:

@@ -2,7 +2,8 @@
 
 One file that needs TVM's runtime, numpy and nothing of this package, so that it can be copied to a device. Over TVM's
 own server it adds an upload store keyed by content hash, weights kept on the device, the time of each kernel, peak
-memory and sensors. RPC executes whatever it is sent: it binds to 127.0.0.1 unless told otherwise.
+memory and sensors. RPC executes whatever it is sent: it binds to 127.0.0.1 unless told otherwise. TVM is imported where
+it is used: this machine's programs are measured by the same functions without it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 import zlib
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -34,9 +36,6 @@ if __name__ == "__main__":  # a device needs no compiler, and starts twice as fa
     os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
 
 import numpy as np
-import tvm
-import tvm_ffi
-from tvm.rpc import server as tvm_server
 
 PROTOCOL = 4
 READY = "dance-tvm device ready on port "
@@ -149,6 +148,8 @@ class Weights:
     def _load(self, sha256: str) -> None:
         with open(self.store.path(sha256), "rb") as stream:
             view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        import tvm
+
         (size,) = struct.unpack_from("<Q", view)
         header = json.loads(view[8 : 8 + size])
         header.pop("__metadata__", None)
@@ -231,6 +232,8 @@ class KernelClock:
 
         Looking reads what a kernel wrote, which warms caches for the next one: it is no measurement of time.
         """
+        import tvm
+        import tvm_ffi
 
         def each_call(_function: Any, symbol: str, before: bool, _value: Any, *arguments: Any) -> int:
             if before:
@@ -414,8 +417,16 @@ def describe() -> dict[str, Any]:
         "system": platform.platform(),
         "cpus": os.cpu_count(),
         "cpu_features": _cpu_features(),
-        "tvm": tvm.__version__,
+        "tvm": _tvm_version(),
     }
+
+
+def _tvm_version() -> str:
+    """Without loading it, as this machine's programs need none; empty where there is none."""
+    try:
+        return version("apache-tvm")
+    except PackageNotFoundError:
+        return getattr(sys.modules.get("tvm"), "__version__", "")
 
 
 def facts(store: Store) -> str:
@@ -514,7 +525,9 @@ def pin(choice: str) -> None:
     wanted = json.loads(choice)
     cpus = wanted["cpus"] or sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cpus)
-    configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+    import tvm
+
+    configure = tvm.get_global_func("runtime.config_threadpool")
     configure(_SHARE_ALL_CORES, wanted["threads"] or len(cpus), [str(cpu) for cpu in cpus])
 
 
@@ -527,6 +540,8 @@ def opencl(what: str, *arguments: Any) -> Any:
 
 def register(store: Store) -> None:
     """Offer the functions to sessions, under names that begin with `dance.`."""
+    import tvm_ffi
+
     kernels: Kernels = {}
     clock, watcher = KernelClock(kernels), Watcher(kernels)
     weights = Weights(store)
@@ -584,6 +599,8 @@ def end_with_pipe(descriptor: int) -> None:
 
 def serve(listening: socket.socket, key: str, tracker: tuple[str, int] | None, address: str | None) -> None:
     """Serve one session after the other, for ever: neither a crashed session nor a lost tracker ends the server."""
+    from tvm.rpc import server as tvm_server
+
     port = listening.getsockname()[1]
     home = os.getcwd()
     while True:
@@ -597,6 +614,8 @@ def serve(listening: socket.socket, key: str, tracker: tuple[str, int] | None, a
 
 def load_runtime_extra() -> None:
     """MetaSchedule's remote runner needs functions of this library."""
+    import tvm
+
     library = Path(tvm.__file__).parent / "lib" / "libtvm_runtime_extra.so"
     if library.exists():
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)

@@ -1,4 +1,4 @@
-"""Live streams: a network built in its streaming form, one frame a call, its state kept between calls.
+"""Live streams: a network built in its streaming form, one frame per call, its state kept between calls.
 
 Such a network takes a frame and state tensors and gives scores and the next state, in the same order and of the same
 shapes (`dance_tvm.sparsity.dstep.network.Stream` is one). The state lives in the session, not in the loaded network,

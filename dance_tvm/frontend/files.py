@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import zipfile
 from pathlib import Path
@@ -51,6 +52,11 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
         raise
     except Exception as problem:
         reason = (str(problem).splitlines() or [""])[0][:200]
+        if re.search(r"wrap_with_\w+ is missing val field", reason):
+            raise DanceError(
+                f"{path} holds regions (no_grad, autocast) inside of regions, which PyTorch writes and cannot read: "
+                "save program.run_decompositions({}) in place of the program."
+            ) from None
         raise DanceError(f"{path} cannot be read as an exported program of this PyTorch: {reason}") from None
 
 
@@ -61,7 +67,8 @@ def _load_without_pickle(path: Path) -> torch.export.ExportedProgram:
     def tensors_only(*args: Any, **kwargs: Any) -> Any:
         return plain_load(*args, **{**kwargs, "weights_only": True})
 
-    with mock.patch.object(torch, "load", tensors_only):
+    log = logging.getLogger("torch.export")  # tells of a failure with its traceback before it raises
+    with mock.patch.object(torch, "load", tensors_only), mock.patch.object(log, "disabled", True):
         return torch.export.load(str(path))
 
 

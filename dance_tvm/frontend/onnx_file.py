@@ -41,10 +41,25 @@ def load(path: Path) -> Any:
         raise DanceError(f"{path} is not an ONNX model, or is damaged: {first_line(problem)[:200]}") from None
     if not model.graph.output:
         raise DanceError(f"{path} is not an ONNX model, or is damaged: its graph returns nothing.")
+    _require_readable(model, path)
     for sparse in model.graph.sparse_initializer:
         model.graph.initializer.append(numpy_helper.from_array(dense(sparse), sparse.values.name))
     del model.graph.sparse_initializer[:]
     return model
+
+
+def _require_readable(model: Any, path: Path) -> None:
+    """Raise DanceError, naming what it is, for tensors and names that ONNX's checker lets pass and nobody can read."""
+    for tensor in _messages(model, onnx.TensorProto):
+        try:
+            if tensor.data_type != onnx.TensorProto.STRING:
+                numpy_helper.to_array(tensor)
+        except Exception:
+            raise DanceError(f"{path} is damaged: its tensor {tensor.name!r} has not the numbers it tells.") from None
+    for node in _messages(model, onnx.NodeProto):
+        texts = (node.name, node.op_type, node.domain, *node.input, *node.output)
+        if not all(isinstance(text, str) for text in texts):
+            raise DanceError(f"{path} is damaged: a name in it is no text.")
 
 
 def opsets_of(model: Any, path: Path) -> dict[str, int]:
@@ -89,7 +104,8 @@ def dtype_name(value: Any) -> str:
     """The dtype of an input or output. Raises DanceError for types that no array has, as strings."""
     _require_tensor(value)
     kind = value.type.tensor_type.elem_type
-    name = onnx.TensorProto.DataType.Name(kind).lower() if kind else "of no type"
+    known = kind in onnx.TensorProto.DataType.values() and kind
+    name = onnx.TensorProto.DataType.Name(kind).lower() if known else "of no type"
     dtype = {"float": "float32", "double": "float64"}.get(name, name)
     if dtype not in _DTYPES:
         raise DanceError(f"{value.name!r} of the network holds {name}s: export it with numbers in and out.")

@@ -22,6 +22,7 @@ from dance_tvm.frontend.torch_reductions import (
 )
 from dance_tvm.frontend.torch_resampling import RESAMPLING
 from dance_tvm.frontend.torch_scattering import SCATTERING
+from dance_tvm.frontend.torch_special import SPECIAL
 from dance_tvm.frontend.torch_values import (
     Conversion,
     Importer,
@@ -304,4 +305,5 @@ CONVERSIONS: dict[str, Conversion] = {
     **INDEXING,
     **SCATTERING,
     **ORDER,
+    **SPECIAL,
 }

@@ -72,7 +72,7 @@ def fold_constants(program: torch.export.ExportedProgram) -> dict[str, torch.Ten
     targets = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.kind is not InputKind.USER_INPUT}
     with torch.no_grad():
         for node in program.graph.nodes:
-            if node.op == "placeholder" and node.name in targets:
+            if node.op == "placeholder" and targets.get(node.name) in named:  # tokens of effects have no value
                 known[node] = named[targets[node.name]].detach()
             elif node.op in ("call_function", "placeholder") and _is_empty(node.meta.get("val")):
                 known[node] = pytree.tree_map_only(torch.Tensor, _empty, node.meta["val"])

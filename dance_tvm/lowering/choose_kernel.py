@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -25,7 +24,7 @@ from dance_tvm.schedules.emit import FLOAT
 from dance_tvm.schedules.gpu.choice import groups_cost
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.kernel import Weights
-from dance_tvm.schedules.layer import Choice, Layer
+from dance_tvm.schedules.layer import Choice, Layer, Limits
 
 from .half_range import HalfRange
 from .registry import choose
@@ -35,14 +34,11 @@ from .sites import Site, Sites
 #: Filters of a kernel group that a block of threads can take.
 BLOCK_GROUP_FILTERS = (16, 32, 8)
 
-#: How many times its weights a layer's transformed ones may take, and the bytes of weights from which on that counts.
-#: 2.4 lets through tiles of two along every axis, or of three along two; 1 no transform at all.
+#: small: a limit for the network, shared out among its layers (:mod:`.share_memory`); balanced: limits for large ones.
 Memory = Literal["small", "balanced", "fast"]
-MOST_GROWTH: dict[Memory, tuple[float, int]] = {
-    "small": (1.0, 1 << 18),
-    "balanced": (2.4, 8 << 20),
-    "fast": (math.inf, 0),
-}
+#: How many times its weights a layer's transformed ones may take in balanced, and the bytes of weights from which on
+#: that counts. It lets through tiles of two along every axis, or of three along two.
+BALANCED_GROWTH, BALANCED_BYTES = 2.4, 8 << 20
 
 GroupCost = Callable[[KernelGroups], float]
 
@@ -50,7 +46,7 @@ GroupCost = Callable[[KernelGroups], float]
 @dataclass
 class Chooser:
     """Chooses for a machine. ``wanted`` is auto, direct or winograd; ``sparsity``: zero weights may be left out, in
-    groups that are chosen by ``group_cost`` where it is given."""
+    groups that are chosen by ``group_cost`` where it is given. ``limits`` are those of sites' memory, by start."""
 
     machine: Machine | Gpu
     sites: Sites
@@ -62,6 +58,7 @@ class Chooser:
     group_cost: GroupCost | None = None
     memory: Memory = "fast"
     half_range: HalfRange | None = None
+    limits: Mapping[relax.Var, Limits] = field(default_factory=dict)
     groups: dict[relax.Var, KernelGroups] = field(default_factory=dict)
 
     def choose(self, site: Site) -> Choice[LayerKernel]:
@@ -105,16 +102,16 @@ class Chooser:
             group=(1, 1) if groups is None else (groups.gm, groups.gn),
             columns=None if groups is None else len(groups.columns),
             kept=1.0 if groups is None else groups.kept,
-            most_growth=self._most_growth(site),
+            memory=self._limits(site),
             gate=site.gate is not None,
             before=site.before,
             spread=site.spread,
         )
 
-    def _most_growth(self, site: Site) -> float:
-        """How many times the site's weights a kernel's may take."""
-        most, large = MOST_GROWTH[self.memory]
-        return most if site.weight.nbytes > large else math.inf
+    def _limits(self, site: Site) -> Limits:
+        """What memory the site's kernel may take."""
+        large = self.memory == "balanced" and site.weight.nbytes > BALANCED_BYTES
+        return self.limits.get(site.start, Limits(growth=BALANCED_GROWTH) if large else Limits())
 
     def weights(self, site: Site) -> Weights:
         """What the site's kernel packs."""

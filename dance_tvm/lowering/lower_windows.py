@@ -43,6 +43,7 @@ from .masks import Masks
 from .plan_lists import Given, Lists, Values, counted
 from .registry import kernels_of
 from .sample_lists import SampleLists
+from .share_memory import shared_out
 from .sites import Site, Sites
 
 #: The function beside ``main`` that runs the planning alone. It takes what ``main`` takes and returns int32 (rows, 4):
@@ -91,6 +92,8 @@ def lower_windows(
         chooser.half_range = HalfRange(graph, largest or {})
     if cpu:
         absorb_gates(graph, sites, lambda site: is_pointwise(chooser.layer(site)))
+    if isinstance(machine, Machine) and memory == "small":
+        chooser.limits = shared_out(chooser, machine)
     lowering = _Lowering(mod, graph, liveness, sites, chooser, {chain.end: chain for chain in chains})
     with one_thread() if threads == 1 else nullcontext():
         lowered = lowering.run()

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+#: By a module's name, the shapes of its first input and its output.
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
 
 @dataclass(frozen=True)
 class LayerMacs:
@@ -30,19 +33,8 @@ def count_layers(model: nn.Module, *inputs: torch.Tensor) -> list[LayerMacs]:
     Convolutions (transposed too), linear layers and functional matrix products count; additions, norms and
     activations do not. Works on shapes alone: nothing is computed, and ``model`` is left as it is.
     """
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     modules = dict(model.named_modules())
-    hooks = [module.register_forward_hook(_note_shape(name, shapes)) for name, module in modules.items()]
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    on_meta = {name: tensor.to("meta") for name, tensor in state.items()}
-    was_training = model.training
-    try:
-        with FlopCounterMode(display=False, depth=1000) as counter, torch.no_grad():
-            torch.func.functional_call(model.eval(), on_meta, tuple(x.to("meta") for x in inputs))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+    counter, shapes = _run(model, inputs)
     # A multiply-accumulate is two operations in the counter.
     totals = {
         key.partition(".")[2]: sum(operations.values()) // 2
@@ -65,13 +57,28 @@ def _outermost(names: list[str]) -> list[str]:
 
 
 def count(model: nn.Module, *inputs: torch.Tensor) -> int:
-    """Multiply-accumulates of one call of ``model`` on ``inputs``."""
-    return sum(layer.macs for layer in count_layers(model, *inputs))
+    """Multiply-accumulates of one call of ``model`` on ``inputs``, those of a module under two names once."""
+    return _run(model, inputs)[0].get_total_flops() // 2
 
 
-def _note_shape(
-    name: str, shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+def _run(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[FlopCounterMode, Shapes]:
+    """One call on shapes alone: what it counts, and by module's name the shapes of its first input and its output."""
+    shapes: Shapes = {}
+    hooks = [module.register_forward_hook(_note_shape(name, shapes)) for name, module in model.named_modules()]
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    on_meta = {name: tensor.to("meta") for name, tensor in state.items()}
+    was_training = model.training
+    try:
+        with FlopCounterMode(display=False, depth=1000) as counter, torch.no_grad():
+            torch.func.functional_call(model.eval(), on_meta, tuple(x.to("meta") for x in inputs))
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return counter, shapes
+
+
+def _note_shape(name: str, shapes: Shapes) -> Callable[[nn.Module, tuple[object, ...], object], None]:
     def note(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         shapes[name] = (_shape(inputs[0] if inputs else None), _shape(output))
 

@@ -43,7 +43,7 @@ def overview(results: Results) -> Chart:
             tip = f"{name}: {text}, most runs {box[0]:.3g} to {box[1]:.3g}"
             shown.append(Row(name, [Bar(1e3 * runs.p50, ROLES[item.role], text, tip, box)]))
             cells.append([name, *(f"{value:.4g}" for value in (1e3 * runs.fastest, box[0], 1e3 * runs.p50, box[1]))])
-    scale = from_zero("milliseconds a run", [bar.box[1] for row in shown for bar in row.bars if bar.box])
+    scale = from_zero("milliseconds per run", [bar.box[1] for row in shown for bar in row.bars if bar.box])
     table = Table("Latency", "", ["network", "fastest ms", "5th percentile", "median", "95th percentile"], cells)
     about = "Median latency of each network, with the range of most runs"
     text = "Bars are medians; nine in ten runs lie within the whisker."
@@ -98,7 +98,7 @@ def kept_against_latency(device: Device) -> Chart | None:
 
 
 def by_layer(device: Device, results: Results) -> Chart | None:
-    """Where the time goes: a row a layer, a bar an artifact; links lead to why each kernel was chosen."""
+    """Where the time goes: one row per layer, one bar per artifact; links lead to why each kernel was chosen."""
     profiled = [item for item in device.measured if item.profile]
     if not profiled:
         return None
@@ -123,7 +123,7 @@ def by_layer(device: Device, results: Results) -> Chart | None:
     scale = from_zero("milliseconds", [bar.value for row in shown for bar in row.bars])
     table = Table("Where the time goes", "", ["layer", *(f"{name}, ms" for name in names)], cells)
     left = len(seconds) - len(shown)
-    text = "A row a layer, in order." + (f" The other {left}, which take less, are in the table." if left else "")
+    text = "One row per layer, in order." + (f" The other {left}, which take less, are in the table." if left else "")
     legend = [(name, ROLES[item.role]) for name, item in zip(names, profiled, strict=True)]
     return Chart("Where the time goes", text, rows(scale, shown, legend, "Time of each layer"), table)
 

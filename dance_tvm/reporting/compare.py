@@ -62,7 +62,7 @@ def differences(device: Device, old: Measured, new: Measured) -> list[str]:
         ("input", old.input_sha256[:12], new.input_sha256[:12]),
     ]
     found = [
-        f"{new.name} on {name_of(device)}: the {what} was {then or 'not told'} in A and is {now or 'not told'} in B"
+        f"{new.name} on {name_of(device)}: the {what} was {then or 'not given'} in A and is {now or 'not given'} in B"
         for what, then, now in asked
         if then != now
     ]
@@ -120,7 +120,7 @@ def _chart(shared: list[Both]) -> Chart:
             text = f"{1e3 * item.latency.p50:.3g} ms"
             bars.append(Bar(1e3 * item.latency.p50, colour, text, f"{name}: {text}", box))
         shown.append(Row(f"{new.name} ({new.role}) on {name_of(device)}", bars))
-    scale = from_zero("milliseconds a run", [bar.box[1] for row in shown for bar in row.bars if bar.box])
+    scale = from_zero("milliseconds per run", [bar.box[1] for row in shown for bar in row.bars if bar.box])
     cells = [[row.label, *(f"{bar.value:.4g}" for bar in row.bars)] for row in shown]
     table = Table("Latency", "", ["network", "A, median ms", "B, median ms"], cells)
     drawing = rows(scale, shown, [("A", 0), ("B", 1)], "Median latency in A and in B")

@@ -1,40 +1,50 @@
-"""This process among those that train together."""
+"""Lightning Fabric for a run: device, precision, and this process among those that torchrun started together."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
 
+from dance_tvm.core.errors import DanceError
+from dance_tvm.sparsity.optimization import half_precision
+from dance_tvm.sparsity.settings import Settings
 
-@dataclass(frozen=True)
-class Processes:
-    rank: int
-    count: int
-    device: torch.device
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
-    @property
-    def leader(self) -> bool:
-        return self.rank == 0
+_PRECISIONS = {None: "32-true", torch.float16: "16-mixed", torch.bfloat16: "bf16-mixed"}
 
 
 @contextmanager
-def processes_of_run() -> Iterator[Processes]:
-    """This process's place among torchrun's, its device, and the process group while it is needed."""
-    count, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    if count == 1:
-        yield Processes(0, 1, device)
-        return
-    distributed.init_process_group("nccl" if gpu else "gloo")
+def fabric_of_run(settings: Settings) -> Iterator[Fabric]:
+    """What places modules and adds gradients up; its process group, where torchrun started several, ends with it.
+
+    Raises DanceError where Lightning Fabric is not installed.
+    """
     try:
-        yield Processes(distributed.get_rank(), count, device)
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies.ddp import DDPStrategy
+    except ImportError as error:
+        raise DanceError(f"training needs {error.name}: pip install 'dance-tvm[train]'") from None
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    count, here = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    precision: Any = _PRECISIONS[half_precision(settings, torch.device(kind))]
+    fabric = Fabric(
+        accelerator=kind,
+        devices=here,
+        num_nodes=count // here,
+        # A method may leave parameters without a gradient in a step.
+        strategy=DDPStrategy(find_unused_parameters=True) if count > 1 else "auto",
+        precision=precision,
+    )
+    fabric.launch()
+    try:
+        yield fabric
     finally:
-        distributed.destroy_process_group()
+        if count > 1 and distributed.is_initialized():
+            distributed.destroy_process_group()

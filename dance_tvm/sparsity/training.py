@@ -11,17 +11,15 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dance_tvm.core.errors import DanceError
@@ -30,10 +28,13 @@ from dance_tvm.sparsity import checkpoint
 from dance_tvm.sparsity.batches import Indexed, ShuffledByEpoch
 from dance_tvm.sparsity.clips import Batch, Clips, Splits
 from dance_tvm.sparsity.method import Context, create_method
-from dance_tvm.sparsity.optimization import half_precision, make_optimizer, seed_everything, set_rate
-from dance_tvm.sparsity.processes import Processes, processes_of_run
+from dance_tvm.sparsity.optimization import make_optimizer, seed_everything, set_rate
+from dance_tvm.sparsity.processes import fabric_of_run
 from dance_tvm.sparsity.settings import Settings
 from dance_tvm.sparsity.tasks import Classification, Task
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -79,11 +80,11 @@ def train(
     hears the figures of each epoch as it ends.
     Raises DanceError when the loss is not finite, the disk refuses a write, or the checkpoint is of another run.
     """
-    with processes_of_run() as processes:
-        trainer = _Trainer(settings, network, splits, folder, task or Classification(), processes, console)
+    with fabric_of_run(settings) as fabric:
+        trainer = _Trainer(settings, network, splits, folder, task or Classification(), fabric, console)
         if resume:
             trainer.resume()
-        return trainer.run(on_epoch if processes.leader and on_epoch else lambda _row: None)
+        return trainer.run(on_epoch if fabric.is_global_zero and on_epoch else lambda _row: None)
 
 
 #: What behaves otherwise in training than in use, and rests where a task imitates.
@@ -114,18 +115,12 @@ class _Trainer:
         splits: Splits,
         folder: Path,
         task: Task,
-        processes: Processes,
+        fabric: Fabric,
         console: Console | None,
     ) -> None:
-        self._settings, self._splits, self._folder, self._task, self._processes = (
-            settings,
-            splits,
-            folder,
-            task,
-            processes,
-        )
-        self._console = console if console and processes.leader else Console(quiet=True)
-        self._device = processes.device
+        self._settings, self._splits, self._folder, self._task, self._fabric = settings, splits, folder, task, fabric
+        self._console = console if console and fabric.is_global_zero else Console(quiet=True)
+        self._device = fabric.device
         seed_everything(settings.seed)
         self._sampler = self._make_sampler()
         self._loader = self._make_loader(splits.train, self._sampler, drop_last=len(splits.train) > settings.batch)
@@ -139,17 +134,17 @@ class _Trainer:
         self._network = self._method.prepare(network, self._context()).to(self._device)
         if weights.keys() & (self._network.state_dict().keys() - network.state_dict().keys()):
             checkpoint.load_weights(self._network, weights, str(settings.init), partial=True)  # the method's own, too
-        self._parallel = self._wrap(self._network)
         self._optimizer = make_optimizer(settings, list(self._method.parameters(self._network)))
-        self._half = half_precision(settings, self._device)
-        self._scaler = torch.amp.GradScaler(enabled=self._half is torch.float16)
+        # The network computes in the run's precision through ``_parallel`` alone: held-out clips are judged in float32.
+        self._parallel, self._stepper = fabric.setup(self._network, self._optimizer)
+        self._precision = fabric.strategy.precision
         self._history: list[dict[str, float]] = []
         self._best: dict[str, float] | None = None
 
     # -- building --
 
     def _make_sampler(self) -> Any:
-        if self._processes.count == 1:
+        if self._fabric.world_size == 1:
             return ShuffledByEpoch(len(self._splits.train), self._settings.seed)
         dataset = Indexed(self._splits.train)
         return DistributedSampler(dataset, shuffle=True, seed=self._settings.seed, drop_last=True)
@@ -175,12 +170,6 @@ class _Trainer:
             task=self._task,
         )
 
-    def _wrap(self, network: nn.Module) -> nn.Module:
-        if self._processes.count == 1:
-            return network
-        ids = [self._device.index] if self._device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=ids, find_unused_parameters=True)
-
     # -- the loop --
 
     def run(self, on_epoch: Callable[[dict[str, float]], object]) -> Result:
@@ -203,7 +192,7 @@ class _Trainer:
 
     def _epoch(self, epoch: int, advance: Callable[[], Any]) -> dict[str, float]:
         started = time.perf_counter()
-        seed_everything(self._settings.seed, epoch, self._processes.rank)
+        seed_everything(self._settings.seed, epoch, self._fabric.global_rank)
         self._sampler.set_epoch(epoch)
         if hasattr(self._splits.train, "set_epoch"):
             self._splits.train.set_epoch(epoch)
@@ -227,8 +216,7 @@ class _Trainer:
         """One batch; the optimizer steps where a group of `accumulate` of them, or the epoch, ends."""
         first = step - step % self._settings.accumulate
         group = min(self._settings.accumulate, len(self._loader) - first)
-        half = torch.autocast(self._device.type, self._half) if self._half else nullcontext()
-        with half:
+        with self._fabric.autocast():
             outputs = self._parallel(batch.clips)
             terms = {"task": self._task.loss(outputs, batch)} | self._method.losses(self._network, outputs, batch)
         values = {name: float(term.detach()) for name, term in terms.items()}
@@ -237,15 +225,12 @@ class _Trainer:
                 raise DanceError(self._not_finite(name, value, epoch, step))
         if step == first:
             self._optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(torch.stack([term.float() for term in terms.values()]).sum() / group).backward()
-        if step + 1 < first + group:
-            return values
-        self._scaler.unscale_(self._optimizer)
-        trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        nn.utils.clip_grad_norm_(trained, self._settings.clip_norm)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._method.stepped(self._network)
+        self._fabric.backward(torch.stack([term.float() for term in terms.values()]).sum() / group)
+        if step + 1 == first + group:
+            most = self._settings.clip_norm
+            self._fabric.clip_gradients(self._parallel, self._stepper, max_norm=most, error_if_nonfinite=False)
+            self._stepper.step()
+            self._method.stepped(self._network)
         return values
 
     def _not_finite(self, term: str, value: float, epoch: int, step: int) -> str:
@@ -258,8 +243,8 @@ class _Trainer:
     def evaluate(self) -> dict[str, float]:
         """Mean of the task's and the method's values over the held-out clips, the same in every process."""
         self._network.eval()
-        clips, place = self._splits.held_out, self._processes
-        mine = list(range(place.rank, len(clips), place.count))
+        clips, place = self._splits.held_out, self._fabric
+        mine = list(range(place.global_rank, len(clips), place.world_size))
         loader = self._make_loader(clips, mine, drop_last=False)
         sums: dict[str, Tensor] = {}
         for batch in (Batch(*part).to(self._device) for part in loader):
@@ -269,9 +254,8 @@ class _Trainer:
                 sums[name] = (
                     sums.get(name, torch.zeros((), dtype=torch.float64, device=self._device)) + value.double().sum()
                 )
-        if place.count > 1:
-            for name in sorted(sums):
-                distributed.all_reduce(sums[name])
+        for name in sorted(sums) if place.world_size > 1 else ():
+            sums[name] = cast(Tensor, place.all_reduce(sums[name], reduce_op="sum"))
         metrics = {name: float(total) / len(clips) for name, total in sums.items()}
         if {"hits", "extra", "missed"} <= metrics.keys():
             hits, extra, missed = (metrics.pop(name) for name in ("hits", "extra", "missed"))
@@ -285,7 +269,7 @@ class _Trainer:
         better = self._best is None or self._standing(row) >= self._standing(self._best)
         if better:
             self._best = row
-        if not self._processes.leader:
+        if not self._fabric.is_global_zero:
             return
         tensors = checkpoint.with_prefix("network", self._network.state_dict())
         tensors |= checkpoint.with_prefix("method", self._method.tensors(self._network))
@@ -293,7 +277,7 @@ class _Trainer:
         if better:
             checkpoint.write_checkpoint(self._folder / BEST, tensors, about)
         tensors |= checkpoint.with_prefix("optimizer", checkpoint.optimizer_tensors(self._optimizer))
-        about["scaler"] = self._scaler.state_dict()
+        about["scaler"] = self._precision.state_dict()
         checkpoint.write_checkpoint(self._folder / CHECKPOINT, tensors, about)
         _write_curves(self._folder, self._history)
 
@@ -319,13 +303,12 @@ class _Trainer:
         self._method.load_tensors(self._network, checkpoint.without_prefix("method", tensors))
         checkpoint.restore_optimizer(self._optimizer, checkpoint.without_prefix("optimizer", tensors))
         if about["scaler"]:
-            self._scaler.load_state_dict(about["scaler"])
+            self._precision.load_state_dict(about["scaler"])
         self._history, self._best = about["history"], about["best"]
 
     def _finish(self) -> Result:
         """Goes back to the best epoch and writes the inference network with its card."""
-        if self._processes.count > 1:
-            distributed.barrier()
+        self._fabric.barrier()
         tensors, _ = checkpoint.read_checkpoint(self._folder / BEST)
         checkpoint.load_weights(self._network, checkpoint.without_prefix("network", tensors), self._folder / BEST)
         self._method.load_tensors(self._network, checkpoint.without_prefix("method", tensors))
@@ -345,7 +328,7 @@ class _Trainer:
             **self._method.card(self._network),
         }
         network = self._method.finished(self._network)
-        if self._processes.leader:
+        if self._fabric.is_global_zero:
             checkpoint.write_checkpoint(
                 self._folder / MODEL, checkpoint.with_prefix("network", network.state_dict()), card
             )

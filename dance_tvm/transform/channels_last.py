@@ -7,7 +7,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import emit, is_tensor, literal, rewrite, shape_of
+from dance_tvm.ir.graph import constant, emit, is_tensor, literal, rewrite, shape_of
 from dance_tvm.ir.transposed import TRANSPOSED, takes_kernel
 from dance_tvm.liveness.rules import ELEMENTWISE
 
@@ -95,6 +95,8 @@ class _Layouts:
             data, axes, *rest = call.args
             moved = [_axis_in_last(int(axis.value), len(shape_of(data))) for axis in axes.fields]
             return relax.op.strided_slice(self._to_last(builder, data), moved, *rest)
+        if name == "take":
+            return self._take(builder, call)
         if name == "nn.pad":
             return self._pad(builder, call)
         if name == "concat":
@@ -144,6 +146,15 @@ class _Layouts:
         if name == "nn.group_norm":
             fields["num_groups"] = int(attrs.num_groups)
         return getattr(relax.op.nn, name.removeprefix("nn."))(self.last[data], *scales, **fields)
+
+    def _take(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
+        """A read at constant places of one axis, as resampling has it."""
+        data, places = call.args
+        known, axis = constant(places), call.attrs.axis
+        if data not in self.last or known is None or known.ndim != 1 or axis is None:
+            return None
+        moved = _axis_in_last(int(axis), len(shape_of(data)))
+        return relax.op.take(self._to_last(builder, data), places, moved, str(call.attrs.mode))
 
     def _pad(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Call:
         data, attrs = call.args[0], call.attrs

@@ -66,7 +66,8 @@ class ScheduleRest:
         plan = Transpose.of(shape, order)
         if plan is None or min(plan.rows, plan.columns) < LINE:
             return None
-        return transpose(plan, shape, [shape[axis] for axis in order], self.vector_floats, name)
+        kernel = transpose(plan, shape, [shape[axis] for axis in order], self.vector_floats, name)
+        return kernel.without_attr("global_symbol")  # another pass may rename the function that it is, or copy it
 
     def _spread(self, schedule: s_tir.Schedule, block: s_tir.schedule.SBlockRV) -> None:
         loops = schedule.get_loops(block)

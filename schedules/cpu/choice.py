@@ -6,14 +6,13 @@ are all the same mapping from a decision's name to a small integer, which ``Kern
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from ..convolution import LayerKernel
 from ..kernel import Kernel
-from ..layer import Choice, Layer
+from ..layer import UNLIMITED, Choice, Layer, Limits
 from ..pool import Pool
 from ..space import Space
 from ..workload import GATHER, KERNEL_GROUPS, LINE, POINTWISE, POOL, WINOGRAD, Decisions, Workload
@@ -28,7 +27,8 @@ from .row_plan import RowPlan
 from .row_space import is_dense
 from .row_tiles import RowTile
 from .tiles import Machine, Tile
-from .winograd_choice import choose, transformed, why_not
+from .winograd_choice import choose, trades, transformed, why_not
+from .winograd_space import within
 
 K = TypeVar("K", bound=Kernel)
 
@@ -138,14 +138,14 @@ def choose_kernel(
     machine: Machine,
     wanted: str = "auto",
     log: TuningLog | None = None,
-    most_growth: float = math.inf,
+    limits: Limits = UNLIMITED,
 ) -> Choice[LayerKernel]:
     """``conv`` or Winograd in its place, and the record that chose its sizes ("": the defaults).
 
     The model of time decides, unless the log holds measurements of both for this very workload. ``origin`` says where
-    the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd, ``most_growth`` that of ``choose``.
+    the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd, ``limits`` are those of ``choose``.
     """
-    choice = replace(choose(conv, machine, workload.threads, wanted, most_growth), workload=workload)
+    choice = replace(choose(conv, machine, workload.threads, wanted, limits), workload=workload)
     default = replace(choice, origin=origin if choice.kernel is conv else "")
     if log is None or wanted == "direct" or why_not(conv):
         return default
@@ -155,7 +155,7 @@ def choose_kernel(
     if advice is None or not space.allows(decisions):
         return default
     fitted = other.sized(decisions)
-    if fitted.growth > most_growth:
+    if not within(fitted, limits):
         return default
     tuned: Choice[LayerKernel] = Choice(fitted, choice.reason, advice.origin, workload)
     measured = log.advise(workload)
@@ -173,7 +173,7 @@ def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) ->
     """The direct kernel of a layer, over lists or along lines, or Winograd in its place."""
     found = settled_direct(layer, machine, log)
     conv = found.kernel
-    choice = choose_kernel(conv, found.origin, layer.workload, machine, wanted, log, layer.most_growth)
+    choice = choose_kernel(conv, found.origin, layer.workload, machine, wanted, log, layer.memory)
     if not is_dense(layer) or (wanted == "winograd" and choice.kernel is not conv):
         return choice
     lines, workload = _line(layer, machine), line(layer.workload)
@@ -184,6 +184,16 @@ def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) ->
         if choice.kernel is not conv or choice.origin or slower:
             return choice
     return settled(lines, machine, workload, log)
+
+
+def memory_trades(
+    layer: Layer, machine: Machine, log: TuningLog | None, most_scratch: float
+) -> list[tuple[float, float]]:
+    """What memory buys in a layer (:func:`.winograd_choice.trades`); one entry where there is no choice."""
+    few = is_dense(layer) and layer.channels_in <= FEW_CHANNELS
+    if is_pointwise(layer) or layer.groups > 1 or layer.spread is not None or few:
+        return [(1.0, 0.0)]
+    return trades(settled_direct(layer, machine, log).kernel, machine, layer.threads, most_scratch)
 
 
 def offer_pointwise(layer: Layer, machine: Machine, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel] | None:

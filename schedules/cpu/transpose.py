@@ -1,7 +1,8 @@
 """Changes of layout: channels first to channels last and back, or any two runs of axes that change places.
 
-Element by element one side would be read or written a float of each cache line at a time. Here a tile of one line by
-one line is read along its rows into a small buffer and written along its columns, so that every line is touched once.
+Element by element one side would be read or written a float of each cache line at a time. Here tiles of one line by one
+line are turned in registers, so that every line is touched once, and a few tiles side by side along the longer axis, so
+that memory is read or written in runs of lines.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..emit import Expr, argument, big, choose, flat, kernel, lanes, let, parallel, scratch, serial, store
+from ..emit import Expr, argument, big, flat, kernel, lanes, let, parallel, serial, store
+from .transposed import transposed
 
 #: Rows and columns of a tile, in floats: those of a cache line.
 LINE = 16
+#: Tiles side by side: on 192 × 6,272 floats four take 0.65 of the time of one, and eight no less.
+SIDE_BY_SIDE = 4
 
 
 @dataclass(frozen=True)
@@ -54,51 +58,38 @@ def transpose(
 ) -> tirx.PrimFunc:
     """Emit the kernel: x of ``shape``, y of shape ``result``."""
     rows, columns = plan.rows, plan.columns
-    # Bands of the longer axis are shared out over the threads; ``at`` orders (along it, across it) as (row, column).
     by_rows = rows >= columns
     length, width = (rows, columns) if by_rows else (columns, rows)
-    bands = -(-length // LINE)
-
-    def at(along: Expr, across: Expr) -> tuple[Expr, Expr]:
-        return (along, across) if by_rows else (across, along)
+    count = min(vector_floats, LINE)
 
     with kernel(name) as built:
         source, target = argument("x", shape), argument("y", result)
         x, y = flat(source), flat(target)
 
         def tile(begin: Expr, row: Expr, column: Expr) -> None:
-            waiting = scratch((LINE * LINE,))
-            begin_x, begin_y = let(begin + big(row) * columns + column), let(begin + big(column) * rows + row)
-            with serial(LINE) as r:
-                for c in range(0, LINE, vector_floats):
-                    value = x[lanes(begin_x + big(r) * columns + c, vector_floats)]
-                    store(waiting, value, lanes(r * LINE + c, vector_floats))
-            with serial(LINE) as c:
-                for r in range(0, LINE, vector_floats):
-                    values = [waiting[(r + index) * LINE + c] for index in range(vector_floats)]
-                    vector = tirx.Shuffle(values, list(range(vector_floats))) if vector_floats > 1 else values[0]
-                    store(y, vector, lanes(begin_y + big(c) * rows + r, vector_floats))
+            with serial(LINE // count) as down, serial(LINE // count) as right:
+                first, other = let(row + down * count), let(column + right * count)
+                begin_x, begin_y = let(begin + big(first) * columns + other), let(begin + big(other) * rows + first)
+                vectors = [let(x[lanes(begin_x + index * columns, count)]) for index in range(count)]
+                for index, value in enumerate(transposed(vectors)):
+                    store(y, value, lanes(begin_y + index * rows, count))
 
-        def singly(begin: Expr, first: tuple[Expr, Expr], extents: tuple[Expr, Expr]) -> None:
-            with serial(extents[1]) as c, serial(extents[0]) as r:
-                row, column = first[0] + r, first[1] + c
+        def band(begin: Expr, first: Expr, tiles: int) -> None:
+            with serial(-(-width // LINE)) as step:
+                across = let(tirx.min(step * LINE, width - LINE))  # the last tile overlaps the one before
+                for index in range(tiles):
+                    along = let(tirx.min(first + index * LINE, length - LINE))
+                    tile(begin, *((along, across) if by_rows else (across, along)))
+
+        if min(rows, columns) < LINE:
+            with parallel(plan.batch) as index, serial(columns) as column, serial(rows) as row:
+                begin = let(big(index) * (rows * columns))
                 store(y, x[begin + big(row) * columns + column], begin + big(column) * rows + row)
-
-        with parallel(plan.batch * bands) as task:
-            begin = let(big(tirx.floordiv(task, bands)) * (rows * columns))
-            first = let(tirx.floormod(task, bands) * LINE)
-
-            def whole_band() -> None:
-                with serial(width // LINE) as step:
-                    tile(begin, *at(first, let(step * LINE)))
-                if width % LINE:
-                    singly(begin, at(first, width - width % LINE), at(LINE, width % LINE))
-
-            def last_band() -> None:
-                singly(begin, at(first, 0), at(length % LINE, width))
-
-            if length % LINE:
-                choose(first + LINE <= length, whole_band, last_band)
-            else:
-                whole_band()
+        else:
+            tiles = -(-length // LINE)
+            bands = -(-tiles // SIDE_BY_SIDE)
+            each = -(-tiles // bands)
+            with parallel(plan.batch * bands) as task:
+                begin = let(big(tirx.floordiv(task, bands)) * (rows * columns))
+                band(begin, let(tirx.floormod(task, bands) * (each * LINE)), each)
     return built.func

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
+from operator import attrgetter
 
 from ..convolution import LayerKernel
 from ..geometry import Triple
-from ..layer import Choice
+from ..layer import UNLIMITED, Choice, Limits
 from .conv3d_gather import GatherConv
 from .conv3d_kgs import KernelGroupConv
 from .tiles import Machine
 from .winograd import WinogradConv
 from .winograd_plan import WinogradPlan
-from .winograd_space import NEVER_SLOWER, best, refusal
+from .winograd_space import NEVER_SLOWER, best, options, refusal
 
 
 def why_not(conv: GatherConv) -> str:
@@ -31,17 +31,15 @@ def transformed(conv: GatherConv) -> WinogradConv:
 
 
 def choose(
-    conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto", most_growth: float = math.inf
+    conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto", limits: Limits = UNLIMITED
 ) -> Choice[LayerKernel]:
-    """``conv`` itself or the Winograd kernel predicted to be faster; ``wanted`` is auto, direct or winograd.
-
-    Transformed weights take at most ``most_growth`` times the memory of the layer's own.
-    """
+    """``conv`` itself or the Winograd kernel within ``limits`` predicted to be faster; ``wanted`` is auto, direct or
+    winograd."""
     if wanted == "direct":
         return Choice(conv, "")
     if reason := why_not(conv):
         return Choice(conv, f"direct: {reason}" if wanted == "winograd" else "")
-    found = best(transformed(conv), machine, threads, most_growth=most_growth)
+    found = best(transformed(conv), machine, threads, limits=limits)
     if found is None:
         return Choice(conv, "direct: no tile's transformed inputs fit the memory allowed")
     direct, other = conv.predict(machine, threads), found.predict(machine, threads)
@@ -53,3 +51,16 @@ def choose(
             return Choice(conv, f"{kind}: Winograd {times}")
         times += ", but more where masks leave everything"
     return Choice(found, f"{times}; scratch {found.scratch_bytes / 2**20:.0f} MiB")
+
+
+def trades(conv: GatherConv, machine: Machine, threads: int, most_scratch: float) -> list[tuple[float, float]]:
+    """How far weights may grow, and the predicted seconds that this buys: those of ``conv`` itself, which keeps them as
+    they are, then of each Winograd kernel that is faster than all with fewer weights."""
+    least = {1.0: conv.predict(machine, threads)}
+    offered = [] if why_not(conv) else list(options(transformed(conv), machine))
+    fitting = [option for option in offered if option.scratch_bytes <= most_scratch]
+    for option in sorted(fitting, key=attrgetter("weights")):
+        seconds = option.predict(machine, threads)
+        if seconds < min(least.values()):
+            least[option.growth] = seconds
+    return list(least.items())

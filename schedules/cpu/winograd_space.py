@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from ..convolution import Convolution
 from ..geometry import Triple, Window
+from ..layer import UNLIMITED, Limits
 from ..workload import Decisions, Workload
 from .cost import axis_densities, runs, winograd_seconds
 from .direct_spaces import GatherSpace
@@ -131,13 +132,13 @@ def best(
     machine: Machine,
     threads: int,
     densities: Sequence[float] | None = None,
-    most_growth: float = math.inf,
+    limits: Limits = UNLIMITED,
 ) -> W | None:
     """The Winograd kernel with the shortest predicted time, a smaller one's weights preferred where they are close.
 
     Of kernels that masks thin, only those that keep pace with the fastest where masks leave everything.
     """
-    fitting = [option for option in options(conv, machine) if option.growth <= most_growth]
+    fitting = [option for option in options(conv, machine) if within(option, limits)]
     dense = {id(option): option.predict(machine, threads, [1.0]) for option in fitting}
     bound = NEVER_SLOWER * min(dense.values(), default=0.0)
     chosen: W | None = None
@@ -149,6 +150,11 @@ def best(
         if keeps_pace and seconds < least * (WORTH_MEMORY if larger else 1.0):
             chosen, least = option, seconds
     return chosen
+
+
+def within(option: Transformed, limits: Limits) -> bool:
+    """Whether its memory is within the limits."""
+    return option.growth <= limits.growth and option.scratch_bytes <= limits.scratch
 
 
 def options(conv: W, machine: Machine) -> Iterator[W]:

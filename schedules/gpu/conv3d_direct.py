@@ -1,6 +1,6 @@
 """Convolutions that no tile fits, on a GPU: groups of few channels (depthwise), and linear layers of few rows.
 
-Depthwise: one thread an output value, output channels next to each other. Few rows: the weights are read once and
+Depthwise: one thread per output value, output channels next to each other. Few rows: the weights are read once and
 nothing else counts, so a block takes 32 output channels and shares the input channels out over its threads.
 """
 
@@ -27,7 +27,7 @@ FEW_ROWS = 8
 
 @dataclass(frozen=True)
 class DirectConv(BlockConv):
-    """A convolution with one thread an output value; of the tile only ``mr`` counts."""
+    """A convolution with one thread per output value; of the tile only ``mr`` counts."""
 
     @property
     def name(self) -> str:
@@ -52,7 +52,7 @@ class DirectConv(BlockConv):
         """Nothing."""
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
-        """One thread an output value."""
+        """One thread per output value."""
         tiles, rows = self.plan.tiles_capacity, self.tile.mr
         blocks = -(-rows * self.channels_out // BLOCK)
         given = Arguments(self, args)

@@ -1,4 +1,4 @@
-"""Max and average pooling on a GPU: one thread an output value, over the frames that are read."""
+"""Max and average pooling on a GPU: one thread per output value, over the frames that are read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class BlockPool(Pool):
         return f"pool3d_{self.pooling}_gpu_{short(self.dtype)}"
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
-        """One thread an output value."""
+        """One thread per output value."""
         window, channels = self.window, self.channels
         out_t, out_h, out_w = window.out
         in_frames, out_frames = args.get("in_frames"), args.get("out_frames")

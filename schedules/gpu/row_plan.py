@@ -2,7 +2,7 @@
 
 Rows form classes by their live frame taps alone: a tile of a block is large, and classes by the edges of the picture
 would leave most tiles nearly empty. Taps that fall on padding beside the picture are read as zeros instead. The lists
-are those of :mod:`..row_plan` with one tile a block and one segment a tile, and one list more, which the planner's
+are those of :mod:`..row_plan` with one tile per block and one segment per tile, and one list more, which the planner's
 first launch leaves for its second:
 
 ===========  ======================  ===============================================================================

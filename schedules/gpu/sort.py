@@ -30,7 +30,7 @@ class CountingSort(Sort):
         return self.lines * self.extent**2
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
-        """One thread a value."""
+        """One thread per value."""
         memory = {name: flat(buffer) for name, buffer in args.items()}
         span = self.extent * self.inner
         with each_element(self.lines * self.extent) as index:

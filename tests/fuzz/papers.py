@@ -29,7 +29,7 @@ def _dstep(rng: Random, temporal: str, shape: list[int]) -> list[str]:
     return [
         "from dance_tvm.models.resnet import BasicBlock, Bottleneck, VideoResNet",
         "from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet, Stream",
-        "from dance_tvm.sparsity.dstep.random_policies import Mix, example_clip, with_mix",
+        "from benchmarks.random_policies import Mix, example_clip, with_mix",
         f"base = VideoResNet({block}, {blocks}, temporal={temporal!r}, "
         f"num_classes=3, in_channels={shape[1]}, width={rng.choice((8, 8, 16))}, stem={stem!r})",
         f"clip = example_clip({tuple(shape[1:])}, seed={rng.randrange(99)})",

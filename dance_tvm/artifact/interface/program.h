@@ -43,7 +43,8 @@ typedef struct {
 typedef struct {
   tvm_function call;
   const char *kernel;
-  int32_t first, count; /* its arguments */
+  int32_t first, count;    /* its arguments */
+  size_t free, free_bytes; /* the largest part of the arena where nothing lies meanwhile */
 } program_step;
 
 /* How numbers are stored: as they are; those that are not zero, behind a bit for each; as half-precision floats; as

@@ -177,6 +177,7 @@ static int run_step(dance_model *model, int32_t index) {
   int code = DANCE_OK;
   int64_t start = model->profiles ? now() : 0;
   forget_error();
+  lend(model->arena + step->free, step->free_bytes);
   if (step->call(NULL, model->arguments + step->first, step->count, &result)) {
     SAY(model->error, sizeof model->error, step->kernel, ": ", kernel_error());
     code = DANCE_FAILED;

@@ -61,11 +61,12 @@ void say(char *to, size_t room, const char *const *parts, size_t count);
     say((to), (room), said, sizeof said / sizeof said[0]);     \
   } while (0)
 
-/* Scratch memory of one thread, given back in the order of a stack. Where it is too small, a request gets memory of
- * its own and the next call finds enough: no call after the first allocates. */
+/* Scratch memory of one thread, given back in the order of a stack. What of the arena is free during a step is lent to
+ * the caller's thread first. Where its own is too small, a request gets memory apart and the next call finds enough: no
+ * call after the first allocates. */
 typedef struct {
-  char *base;
-  size_t room, used, wanted, most;
+  char *base, *lent;
+  size_t room, used, wanted, most, lent_room, lent_used;
 } scratch;
 
 /* What is left of a loop of what one thread takes first: number of the loop << 32 | behind the last portion << 16 | the
@@ -100,6 +101,7 @@ void end_pool(pool *threads);
 seat enter(pool *threads); /* gives the seat to leave to */
 void leave(seat before);
 int run_loop(parallel_body body, void *closure, int tasks);
+void lend(void *memory, size_t bytes); /* scratch for this thread, instead of what was lent before */
 void forget_error(void);
 const char *kernel_error(void); /* what a kernel of this thread said last */
 

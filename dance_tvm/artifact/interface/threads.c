@@ -194,6 +194,13 @@ seat enter(pool *threads) {
 
 void leave(seat before) { here = before; }
 
+void lend(void *memory, size_t bytes) {
+  scratch *mine = &here.of->scratches[here.index];
+  mine->lent = memory;
+  mine->lent_room = bytes;
+  mine->lent_used = 0;
+}
+
 void forget_error(void) { last_error[0] = 0; }
 
 const char *kernel_error(void) { return last_error; }
@@ -224,6 +231,11 @@ static void *take_workspace(int device, int id, uint64_t bytes, int code, int bi
   scratch *mine = my_scratch();
   size_t size = rounded(bytes ? bytes : 1);
   if (!mine) return aligned(size);
+  if (mine->lent_room - mine->lent_used >= size) {
+    char *lent = mine->lent + mine->lent_used;
+    mine->lent_used += size;
+    return lent;
+  }
   if (!mine->wanted && mine->room < mine->most) { /* nothing of it is in use: make it as large as was ever wanted */
     free(mine->base);
     mine->base = aligned(mine->most);
@@ -248,6 +260,8 @@ static int give_workspace(int device, int id, void *memory) {
   char *given = memory;
   if (!mine) {
     free(memory);
+  } else if (mine->lent && given >= mine->lent && given < mine->lent + mine->lent_room) {
+    mine->lent_used = (size_t)(given - mine->lent);
   } else if (mine->base && given >= mine->base && given < mine->base + mine->room) {
     mine->wanted -= mine->used - (size_t)(given - mine->base);
     mine->used = (size_t)(given - mine->base);

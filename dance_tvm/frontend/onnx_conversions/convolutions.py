@@ -42,12 +42,21 @@ def _shared_out(total: Sequence[int], automatic: str) -> list[int]:
     return less + more if automatic == "SAME_UPPER" else more + less
 
 
+def _rank(op: Operator, x: Any, weight: Any) -> int:
+    """Over how many axes it goes. Raises UnsupportedError where there is no kernel, or attribute and weights differ."""
+    rank, kernel = len(shape_of(x)) - 2, shape_of(weight)[2:]
+    if rank not in (1, 2, 3):
+        raise UnsupportedError(f"is not supported over {rank} axes")
+    if op.ints("kernel_shape", kernel) != kernel:
+        told = f"has kernel_shape {op.ints('kernel_shape', kernel)} and weights of {kernel}"
+        raise UnsupportedError(told, "export the network again")
+    return rank
+
+
 def convolution(op: Operator) -> Any:
     """A convolution, its bias added behind it."""
     x, weight, bias = op.input(0), op.input(1), op.input(2)
-    rank = len(shape_of(x)) - 2
-    if rank not in (1, 2, 3):
-        raise UnsupportedError(f"is not supported over {rank} axes")
+    rank = _rank(op, x, weight)
     strides, dilations, pads = padded_window(op, shape_of(x)[2:], shape_of(weight)[2:])
     function = (relax.op.nn.conv1d, relax.op.nn.conv2d, relax.op.nn.conv3d)[rank - 1]
     out_dtype = "int32" if dtype_of(x).startswith("int") else None
@@ -57,9 +66,7 @@ def convolution(op: Operator) -> Any:
 
 def _conv_transpose(op: Operator) -> Any:
     x, weight, bias = op.input(0), op.input(1), op.input(2)
-    extents, rank = shape_of(x)[2:], len(shape_of(x)) - 2
-    if rank not in (1, 2, 3):
-        raise UnsupportedError(f"is not supported over {rank} axes")
+    extents, rank = shape_of(x)[2:], _rank(op, x, weight)
     strides, dilations = op.ints("strides", [1] * rank), op.ints("dilations", [1] * rank)
     extra = op.ints("output_padding", [0] * rank)
     weight = _dilated(op, weight, dilations)

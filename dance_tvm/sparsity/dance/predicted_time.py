@@ -55,7 +55,7 @@ class TimeCounter:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A convolution, what is told of it, and at which shares."""
+    """A convolution, its listed times, and at which shares."""
 
     work: ConvolutionWork
     times: LayerTimes
@@ -89,7 +89,7 @@ class _Layer:
         return self.dense * product
 
     def _factor(self, told: tuple[float, ...], kept: Tensor) -> Tensor:
-        """The told times over the dense one where ``kept`` (clips,) of the units are alive."""
+        """The listed times over the dense one where ``kept`` (clips,) of the units are alive."""
         shares = self.shares.to(kept.device)
         values = torch.tensor(told, device=kept.device, dtype=kept.dtype) / told[0]
         shares = torch.cat([shares, shares.new_zeros(1)]).to(kept.dtype)

@@ -204,7 +204,7 @@ class DStepResNet(VideoResNet):
 
 
 class Stream(nn.Module):
-    """One network, one frame a call: `scores, *state = stream(frame, *state)`, state being explicit tensors.
+    """One network, one frame per call: `scores, *state = stream(frame, *state)`, state being explicit tensors.
 
     `frame` is (N, C, H, W); scores (N, num_classes) are those of the frames so far, so that after T frames they equal
     the whole clip's. `state_names` names the tensors: the channels to shift, the pooled means, the merged maps of each
