@@ -42,7 +42,7 @@ lint: prepare
 
 docs: prepare
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	@$(RUN) -m mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 bench:
 	@.ci/prepare

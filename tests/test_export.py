@@ -134,3 +134,9 @@ def test_torchvision_tells_its_scale(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(DanceError, match="pip install torchvision"):
         export.load_source("torchvision:any")
+    # As a torchvision for CUDA says beside a torch for processors.
+    monkeypatch.delitem(sys.modules, "torchvision")
+    (here / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(str(here))
+    with pytest.raises(DanceError, match="another build of PyTorch"):
+        export.load_source("torchvision:any")

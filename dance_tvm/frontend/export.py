@@ -196,6 +196,12 @@ def _package(name: str) -> Any:
     except ImportError as error:
         package = name.partition(".")[0]
         raise DanceError(f"{package} cannot be loaded ({error}): pip install {package}") from None
+    except RuntimeError as error:  # its compiled operators are of another build of PyTorch
+        package = name.partition(".")[0]
+        raise DanceError(
+            f"{package} was made for another build of PyTorch than torch {torch.__version__} ({first_line(error)}): "
+            f"install both from one index, as `pip install torch {package}` does"
+        ) from None
 
 
 def _plain(place: str, name: str) -> nn.Module:

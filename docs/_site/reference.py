@@ -243,6 +243,8 @@ def _split(package: str, sentence: str) -> Refusal:
     rest = sentence[at + 2 :].strip() if at > 0 else ""
     if len(rest.replace("…", "").split()) >= 2:
         return Refusal(package, sentence[:at].strip(), rest)
+    if sentence.startswith("--"):
+        return Refusal(package, sentence, "give that option another value: `--help` of the command shows examples")
     general = ADVICE.get(package, "`--help` of the command lists its options, and `-vv` prints the traceback")
     return Refusal(package, sentence, general)
 

@@ -20,10 +20,11 @@ PUT_CYCLES = 3.0
 L2_BYTES = 24.0
 
 
-def is_dense(layer: Layer) -> bool:
-    """Whether the layer leaves nothing out and has one group: what these convolutions take."""
-    whole = not layer.workload.lists and layer.columns is None and layer.spread is None
-    return whole and layer.groups == 1
+def is_dense(layer: Layer, *masks: str) -> bool:
+    """Whether the layer leaves nothing out but by ``masks`` of these axes and has one group: what these convolutions
+    take."""
+    lists = set(layer.workload.lists).difference(masks)
+    return not lists and layer.columns is None and layer.spread is None and layer.groups == 1
 
 
 def put_cycles(machine: Machine, terms: int, vectors: int) -> float:
