@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +16,7 @@ from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import Progress
 
 if TYPE_CHECKING:
+    from dance_tvm.lowering.choose_kernel import Memory
     from dance_tvm.machines.target import Target
     from dance_tvm.schedules.cpu.units import Serving
     from dance_tvm.schedules.workload import Workload
@@ -38,6 +39,9 @@ def units(
     kernels: Annotated[int, typer.Option(min=1, help="Kernels to tell of each layer, the best first.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write the sites' units, for `train --set units=FILE`.")] = None,
     as_json: AsJson = False,
+    memory: Annotated[
+        Literal["balanced", "fast"], typer.Option(help="As the build's: which kernels large layers may have.")
+    ] = "balanced",
 ) -> None:
     """Show, layer by layer, in which units frames, channels and positions can be left out, and the time that saves.
 
@@ -58,7 +62,7 @@ def units(
         progress.phase("lower")
         workloads = _convolutions(model, machine, count)
         progress.phase("predict")
-        found = _served(workloads, machine)
+        found = _served(workloads, machine, memory)
         try:
             sites = _sites(model, machine.name, count, workloads, found) if model in names() else None
         except DanceError:  # a network of the zoo without 3D convolutions has no sites
@@ -94,13 +98,17 @@ def _convolutions(model: str, machine: Target, threads: int) -> dict[str, Worklo
     return found
 
 
-def _served(workloads: dict[str, Workload], machine: Target) -> dict[str, list[Serving]]:
+def _served(workloads: dict[str, Workload], machine: Target, memory: Memory) -> dict[str, list[Serving]]:
     """The kernels that could serve each layer, the best first."""
+    from dance_tvm.lowering.choose_kernel import limits_of
     from dance_tvm.lowering.machine import machine_of
     from dance_tvm.schedules.cpu.units import servings
 
     facts = machine_of(machine)
-    return {name: servings(workload, facts) for name, workload in workloads.items()}
+    return {
+        name: servings(workload, facts, limits_of(memory, workload.weight_bytes))
+        for name, workload in workloads.items()
+    }
 
 
 def _sites(

@@ -63,6 +63,11 @@ class Workload(GroupedChannels):
         dense = self.window.tap_positions * self.depth * self.channels_out
         return dense * self.kept * self.density ** len(self.lists)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the layer's own weights, in float32."""
+        return 4 * self.window.taps * self.depth * self.channels_out
+
     def at(self, density: float) -> Workload:
         """The same kernel at another density; a kernel without lists has only one."""
         return replace(self, density=density if self.lists else 1.0)

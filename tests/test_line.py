@@ -10,7 +10,7 @@ from convolutions import call, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_depthwise import window_of
-from test_pointwise import AVX2, AVX512, NEON
+from test_pointwise import AVX2, AVX512, LANES, NEON
 from torch import nn
 
 from dance_tvm.compiler.pipeline import Options, lower
@@ -25,19 +25,30 @@ from dance_tvm.schedules.layer import Layer
 from dance_tvm.schedules.workload import Workload
 
 
-def check(conv: LineConv, seed: int = 0) -> None:
+def check(conv: LineConv, seed: int = 0, density: float = 0.5) -> None:
     """Small integers, so that sums are exact; the output is NaN beforehand."""
-    rng, window = np.random.default_rng(seed), conv.window
-    x = rng.integers(-9, 10, conv.x_shape).astype("float32")
+    rng, window, most = np.random.default_rng(seed), conv.window, 9 if conv.dtype == "float32" else 1
+    x = rng.integers(-most, most + 1, conv.x_shape).astype("float32")
     weight = rng.integers(-4, 5, (conv.channels_out, conv.channels_in, *window.kernel)).astype("float32")
     bias = rng.integers(-9, 10, conv.channels_out).astype("float32")
     residual = rng.integers(-9, 10, conv.y_shape).astype("float32")
-    y, _ = call(conv, x, {}, Weights(weight, bias), residual)
+    masks = {name: rng.random(operand.shape) < density for name, operand in conv.plan.masks.items()}
+    y, values = call(conv, x, masks, Weights(weight, bias), residual)
     data = torch.from_numpy(x).double().permute(0, 4, 1, 2, 3)
     sizes = (window.stride, window.padding, window.dilation)
     wanted = nn.functional.conv3d(data, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), *sizes)
     exact = wanted.permute(0, 2, 3, 4, 1).numpy() + (residual if conv.residual else 0)
-    np.testing.assert_array_equal(y, np.maximum(exact, 0) if conv.activation else exact)
+    exact = np.maximum(exact, 0) if conv.activation else exact
+    places = (window.batch, *window.out)
+    frames = np.broadcast_to(masks.get("out_frames", np.ones((1, 1), bool))[:, :, None, None], places)
+    positions = np.broadcast_to(masks.get("positions", np.ones((1, 1, 1, 1), bool)), places)
+    np.testing.assert_array_equal(y[frames & positions], exact[frames & positions])
+    zeros = {"": ~positions & False, "rows": frames & ~positions, "all": ~(frames & positions)}[conv.zero_dead]
+    assert not y[zeros].any()
+    if masks:
+        taps = [[len(window.live_taps(axis, index)) for index in range(window.out[axis])] for axis in range(3)]
+        pairs = np.einsum("nthw,t,h,w->", (frames & positions).astype(int), *taps)
+        assert int(values["counts"][0, 3]) == pairs
 
 
 @st.composite
@@ -48,21 +59,28 @@ def convolutions(draw: st.DrawFn) -> LineConv:
     padding = draw(st.sampled_from([(0, 0, 0), tuple(d * (k // 2) for k, d in zip(kernel, dilation, strict=True))]))
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     size = tuple(draw(st.integers(need, need + more)) for need, more in zip(reach, (2, 3, 9), strict=True))
-    floats, step = draw(st.sampled_from([(4, 1), (4, 4), (8, 1), (16, 1)]))
+    dtype, floats, step = draw(st.sampled_from(LANES))
+    batch = draw(st.integers(1, 2))
+    window = window_of(batch, size, kernel, stride, padding, dilation)
+    told_apart = (draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, window.out[0]])))
     return LineConv(
-        window_of(draw(st.integers(1, 2)), size, kernel, stride, padding, dilation),
-        draw(st.integers(1, 6)),
+        window,
+        draw(st.sampled_from([1, 2, 3, 4, 5, 6, 17, 70])),
         draw(st.integers(1, 23)),
         RowTile(draw(st.integers(1, 7)), draw(st.integers(1, 3)), floats, step),
         residual=draw(st.booleans()),
         activation=draw(st.sampled_from(["", "relu"])),
+        out_frames=draw(st.booleans()),
+        positions=draw(st.sampled_from([None, told_apart])),
+        zero_dead=draw(st.sampled_from(["", "rows", "all"])),
+        dtype=dtype,
     )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(convolutions(), st.integers(0, 99))
-def test_any_convolution(conv, seed):
-    check(conv, seed)
+@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(convolutions(), st.integers(0, 99), st.sampled_from([0.1, 0.6, 0.95, 1.0]))
+def test_any_convolution_under_any_masks_of_its_outputs(conv, seed, density):
+    check(conv, seed, density)
 
 
 def test_taps_that_the_same_outputs_read_are_one_loop():
@@ -97,7 +115,11 @@ def test_layers_that_have_the_kernel():
     assert choose(Layer(STEM, 3, 24), AVX512).kernel.name.startswith("conv3d_line_")
     assert choose(Layer(strided, 24, 48), AVX512).kernel.name.startswith("conv3d_line_")
     assert choose(Layer(deep, 64, 64), AVX512, "auto").kernel.name.startswith("conv3d_winograd_")
-    assert choose(Layer(STEM, 3, 24, out_frames=True), AVX512).kernel.name.startswith("conv3d_gather_")
+    masked = choose(Layer(STEM, 3, 24, out_frames=True, positions=(1, 1), zero_dead="rows"), AVX512).kernel
+    assert masked.name.startswith("conv3d_line_")
+    assert set(masked.plan.masks) == {"out_frames", "positions"}
+    assert choose(Layer(STEM, 3, 24, in_frames=True), AVX512).kernel.name.startswith("conv3d_gather_")
+    assert choose(Layer(strided, 24, 48, out_frames=True), AVX512).kernel.name.startswith("conv3d_gather_")
     assert choose(Layer(STEM, 4, 24, groups=2), AVX512).kernel.name.startswith("conv3d_gather_")
 
 

@@ -78,4 +78,4 @@ def test_the_page_tells_processor_time_and_the_ratio_to_the_fastest():
     assert (
         "| MobileNet 3D | 1x3x16x112x112 | 1 | 0.23 | 6.0 | 5.0 | 12.0 | – | 1.20 (one) | 1.20 (1.10 to 1.30) |" in text
     )
-    assert "Geometric mean of the ratios: 1.20." in text
+    assert "Geometric mean of the ratios, 1 thread: 1.20." in text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ _TIMES = """
 The machine was shared with other work meanwhile, so that times by the wall would be no latencies: **ms** is the least
 processor time of a call (all threads of the engine), **ratio** that of ours to the fastest other's, and **in turns**
 the median of the ratios of wall times within a round, with its 95 % interval. What a call of ours is spent on:
-`python -m benchmarks.networks --profile NAME`. Not measured yet are the other networks of that command, two threads,
-and MNN and PyTorch beside ours.
+`python -m benchmarks.networks --profile NAME`. What has no row here, with two threads or beside MNN (whose column is
+empty then), is not measured yet.
 
 {machine}.
 
@@ -129,7 +130,7 @@ def times(measured: dict[str, Any]) -> Iterator[str]:
     yield _TIMES.format(machine=machine, peers=" | ".join(f"{peer}, ms" for peer in peers), rule="---|" * len(peers))
     shapes = {network.name: network.shapes for network in NETWORKS}
     inputs = {entry.name: entry.shapes or shapes.get(entry.published, "the zoo's") for entry in MEASURED}
-    ratios = []
+    ratios: dict[int, list[float]] = defaultdict(list)
     for run in runs:
         ours, others = run["peers"]["ours"], {peer: run["peers"].get(peer, {}) for peer in peers}
         able = {peer: result for peer, result in others.items() if "least_processor_ratio" in result}
@@ -140,15 +141,16 @@ def times(measured: dict[str, Any]) -> Iterator[str]:
         if fastest:
             best = able[fastest]
             low, high = best["ratio_interval"]
-            ratios.append(best["least_processor_ratio"])
-            cells += [f"{ratios[-1]:.2f} ({fastest})", f"{best['ours_over_it']:.2f} ({low:.2f} to {high:.2f})"]
+            ratio = best["least_processor_ratio"]
+            ratios[run["threads"]].append(ratio)
+            cells += [f"{ratio:.2f} ({fastest})", f"{best['ours_over_it']:.2f} ({low:.2f} to {high:.2f})"]
         else:
             cells += ["–", "–"]
         cells.append(f"{ours['error']:.0e}")
         yield f"| {' | '.join(cells)} |"
-    if ratios:
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        yield from ("", f"Geometric mean of the ratios: {mean:.2f}.")
+    for threads, each in ratios.items():
+        mean = math.exp(sum(map(math.log, each)) / len(each))
+        yield from ("", f"Geometric mean of the ratios, {threads} thread{'s' * (threads > 1)}: {mean:.2f}.")
 
 
 def families(measured: dict[str, Any]) -> Iterator[str]:

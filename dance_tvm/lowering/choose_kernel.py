@@ -43,6 +43,12 @@ BALANCED_GROWTH, BALANCED_BYTES = 2.4, 8 << 20
 GroupCost = Callable[[KernelGroups], float]
 
 
+def limits_of(memory: Memory, weight_bytes: int) -> Limits:
+    """What memory the kernel of a layer with so many bytes of weights may take, whatever the other layers are."""
+    large = memory == "balanced" and weight_bytes > BALANCED_BYTES
+    return Limits(growth=BALANCED_GROWTH) if large else Limits()
+
+
 @dataclass
 class Chooser:
     """Chooses for a machine. ``wanted`` is auto, direct or winograd; ``sparsity``: zero weights may be left out, in
@@ -110,8 +116,7 @@ class Chooser:
 
     def _limits(self, site: Site) -> Limits:
         """What memory the site's kernel may take."""
-        large = self.memory == "balanced" and site.weight.nbytes > BALANCED_BYTES
-        return self.limits.get(site.start, Limits(growth=BALANCED_GROWTH) if large else Limits())
+        return self.limits.get(site.start) or limits_of(self.memory, site.weight.nbytes)
 
     def weights(self, site: Site) -> Weights:
         """What the site's kernel packs."""

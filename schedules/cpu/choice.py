@@ -34,6 +34,8 @@ K = TypeVar("K", bound=Kernel)
 
 #: Measured gain from which records turn a choice between direct and Winograd: the two were not measured in turns.
 WORTH_SWITCHING = 1.05
+#: Axes along which the convolution along lines leaves outputs out, where it would be taken without masks as well.
+MASKS_OF_LINES = ("out_frames", "positions")
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,15 @@ def settled_direct(layer: Layer, machine: Machine, log: TuningLog | None = None)
 
 
 def _line(layer: Layer, machine: Machine) -> LineConv:
-    tile = RowTile(1, 1, machine.vector_floats, 1)
-    return LineConv(layer.window, layer.channels_in, layer.channels_out, tile, layer.residual, layer.activation)
+    tile = RowTile(1, 1, machine.storing(layer.dtype).vector_floats, 1)
+    sizes, behind = (layer.window, layer.channels_in, layer.channels_out), (layer.residual, layer.activation)
+    return LineConv(*sizes, tile, *behind, layer.out_frames, layer.positions, layer.zero_dead, layer.dtype)
 
 
 def _pointwise(layer: Layer, machine: Machine) -> PointwiseConv:
-    tile, behind = PointwiseTile(1, 1, machine.vector_floats, 1, 1), (layer.residual, layer.activation)
-    return PointwiseConv(layer.window, layer.channels_in, layer.channels_out, tile, *behind, layer.gate, layer.before)
+    tile = PointwiseTile(1, 1, machine.storing(layer.dtype).vector_floats, 1, 1)
+    behind, before = (layer.residual, layer.activation), (layer.gate, layer.before)
+    return PointwiseConv(layer.window, layer.channels_in, layer.channels_out, tile, *behind, *before, layer.dtype)
 
 
 def _pool(workload: Workload, machine: Machine) -> VectorPool:
@@ -172,11 +176,12 @@ def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) ->
     found = settled_direct(layer, machine, log)
     conv = found.kernel
     choice = choose_kernel(conv, found.origin, layer.workload, machine, wanted, log, layer.memory)
-    if not is_dense(layer) or (wanted == "winograd" and choice.kernel is not conv):
+    masks = MASKS_OF_LINES if layer.channels_in <= FEW_CHANNELS else ()
+    if not is_dense(layer, *masks) or (wanted == "winograd" and choice.kernel is not conv):
         return choice
     lines, workload = _line(layer, machine), line(layer.workload)
     if layer.channels_in > FEW_CHANNELS:
-        listing = listing_seconds(machine, layer.workload, conv.tile.mr, conv.tile.vectors)
+        listing = listing_seconds(machine.storing(layer.dtype), layer.workload, conv.tile.mr, conv.tile.vectors)
         seconds = settled(lines, machine, workload, None).kernel.predict(machine, layer.threads)
         slower = seconds > conv.predict(machine, layer.threads) + listing
         if choice.kernel is not conv or choice.origin or slower:
@@ -188,7 +193,7 @@ def memory_trades(
     layer: Layer, machine: Machine, log: TuningLog | None, most_scratch: float
 ) -> list[tuple[float, float]]:
     """What memory buys in a layer (:func:`.winograd_choice.trades`); one entry where there is no choice."""
-    few = is_dense(layer) and layer.channels_in <= FEW_CHANNELS
+    few = is_dense(layer, *MASKS_OF_LINES) and layer.channels_in <= FEW_CHANNELS
     if is_pointwise(layer) or layer.groups > 1 or layer.spread is not None or few:
         return [(1.0, 0.0)]
     return trades(settled_direct(layer, machine, log).kernel, machine, layer.threads, most_scratch)

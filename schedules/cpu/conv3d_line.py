@@ -1,34 +1,63 @@
-"""The dense convolution along lines, for layers of few input channels and strided pointwise ones (`docs/kernels.md`).
+"""The convolution along lines, for layers of few input channels and strided pointwise ones (`docs/kernels.md`).
 
 A tile is ``mr`` outputs of one line × some vectors of output channels. Of each line of taps the inputs of an output lie
 side by side in memory, those of the next output at a constant distance: one loop over taps and channels multiplies them
 all, without lists. Tiles at both ends of a line leave out the taps outside the clip when the kernel is emitted.
+
+Where masks tell which outputs are read, lines and tiles of which none is are left out; a tile that is read in part is
+computed whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from tvm import tirx
 
-from ..emit import Expr, big, let, parallel, serial
+from ..emit import (
+    FLOAT,
+    HALF,
+    INT,
+    Expr,
+    big,
+    ceil_div,
+    choose,
+    let,
+    number,
+    parallel,
+    scratch,
+    serial,
+    store,
+    when,
+    write,
+)
 from ..geometry import HEIGHT, TIME, WIDTH, Window
-from ..kernel import Count
+from ..kernel import Count, Operand, Planned
 from ..space import Space
 from ..taps import span
 from ..workload import Workload
 from .cost import seconds_per_cycle
 from .line_tiles import LineSpace, predicted_cycles
 from .lines import each_piece
-from .row_tiles import RowConv, RowTile, RowTiles, panel_widths
-from .tiles import Machine
+from .row_plan import RowPlan
+from .row_tiles import RowConv, RowTile, RowTiles, TileSums, panel_widths
+from .tiles import HALF_TERMS, Machine
+
+#: Of the two outer axes, where a line begins to read and its taps inside the clip.
+Spans = tuple[tuple[Expr, Expr, Expr], tuple[Expr, Expr, Expr]]
+#: Of each output of a tile, the taps that read inside the clip.
+Taps = list[list[int]]
 
 
 @dataclass(frozen=True)
 class LineConv(RowConv):
-    """A dense convolution with what is fused behind it."""
+    """A convolution with what is fused behind it.
+
+    ``out_frames``, ``positions`` and ``zero_dead`` are those of the row plan and of the gathered convolution.
+    """
 
     window: Window
     channels_in: int
@@ -36,11 +65,15 @@ class LineConv(RowConv):
     tile: RowTile
     residual: bool = False
     activation: str = ""
+    out_frames: bool = False
+    positions: tuple[int, int] | None = None
+    zero_dead: str = ""
+    dtype: str = FLOAT
 
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        return f"conv3d_line_f32_{self.size_name}"
+        return f"conv3d_line_{self.size_name}"
 
     @property
     def row_floats(self) -> int:
@@ -49,19 +82,35 @@ class LineConv(RowConv):
 
     def space(self, machine: Machine, workload: Workload) -> Space:
         """The register tile."""
-        return LineSpace(machine, workload)
+        return LineSpace(machine.storing(self.dtype), workload)
 
     def predict(
         self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
     ) -> float:
         """As :mod:`~.line_tiles` has it: nothing is listed."""
         tile = (self.tile.mr, self.tile.vectors, self.tile.step)
-        cycles = predicted_cycles(machine, self.window, (self.channels_in, self.channels_out), tile)
-        return cycles * seconds_per_cycle(machine) / threads
+        stored = machine.storing(self.dtype)
+        cycles = predicted_cycles(stored, self.window, (self.channels_in, self.channels_out), tile)
+        return cycles * seconds_per_cycle(stored) / threads
 
     def work(self) -> tuple[Count, Count, Count]:
-        """All taps inside the clip."""
-        return Count(self.window.tap_positions), Count(self.channels_in), Count(self.channels_out)
+        """All taps inside the clip, of the outputs that are read."""
+        pairs = Count(operand="counts", at=(3,)) if self.plan.masks else Count(self.window.tap_positions)
+        return pairs, Count(self.channels_in), Count(self.channels_out)
+
+    @property
+    def plan(self) -> RowPlan:
+        """Its rows, which are planned for their counts alone."""
+        return RowPlan(self.window, 1, 1, self.window.taps, 1, False, self.out_frames, self.positions)
+
+    def lists(self) -> list[Planned]:
+        """What counts its rows, where masks leave some out."""
+        return [Planned(self.plan, tuple(self.plan.shapes))] if self.plan.masks else []
+
+    def operands(self) -> list[Operand]:
+        """The masks before the output."""
+        *given, y = super().operands()
+        return [*given, *self.plan.masks.values(), y]
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Lines by panels of output channels."""
@@ -84,41 +133,116 @@ def runs(window: Window, inside: list[list[int]]) -> list[tuple[int, int, int, i
     return found
 
 
+def most_in_a_pass(window: Window, depth: int) -> tuple[int, int]:
+    """Frames of taps, or of one frame the lines of taps, whose products half precision may add up; 0: less than one."""
+    line = window.kernel[WIDTH] * depth
+    frames = HALF_TERMS // (window.kernel[HEIGHT] * line)
+    return frames, 0 if frames else HALF_TERMS // line
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of outputs: which of all it is, and its clip, frame and row."""
+
+    index: Expr
+    clip: Expr
+    frame: Expr
+    row: Expr
+
+
 class _Emitter(RowTiles):
     """The kernel's loops, down to the tile."""
 
-    def emit(self) -> None:
-        window = self.conv.window
-        frames, height, _ = window.out
-        with parallel(window.batch * frames * height) as line:
-            clip = let(tirx.floordiv(line, frames * height))
-            at = let(tirx.floormod(tirx.floordiv(line, height), frames)), let(tirx.floormod(line, height))
-            spans = span(window, TIME, at[0]), span(window, HEIGHT, at[1])
-            first = 0
-            for panels, width in panel_widths(self.conv.vectors, self.tile.vectors):
-                with serial(panels) as index:
-                    vector = let(first + index * width)
-                    each_piece(window, WIDTH, self.tile.mr, partial(self._tile, (clip, line), spans, (vector, width)))
-                first += panels * width
+    def __init__(self, conv: LineConv, args: Mapping[str, tirx.Buffer]) -> None:
+        super().__init__(conv, args)
+        self.positions, self.zero_dead = conv.positions, conv.zero_dead
+        self.frame_mask, self.position_mask = args.get("out_frames"), args.get("positions")
 
-    def _tile(
-        self,
-        at: tuple[Expr, Expr],
-        spans: tuple[tuple[Expr, Expr, Expr], tuple[Expr, Expr, Expr]],
-        panel: tuple[Expr, int],
-        begin: Expr,
-        inside: list[list[int]],
+    def emit(self) -> None:
+        frames, height, _ = self.conv.window.out
+        with parallel(self.conv.window.batch * frames * height) as index:
+            clip = let(tirx.floordiv(index, frames * height))
+            frame, row = let(tirx.floormod(tirx.floordiv(index, height), frames)), let(tirx.floormod(index, height))
+            line = _Line(index, clip, frame, row)
+            if self.frame_mask is None:
+                self._line(line)
+            else:
+                read = self.frame_mask[clip, frame] != number(0.0)
+                choose(read, partial(self._line, line), partial(self._dead_line, line))
+
+    def _line(self, line: _Line) -> None:
+        """One line of a frame that somebody reads."""
+        window, width = self.conv.window, self.conv.window.out[WIDTH]
+        read = None if self.position_mask is None else self._count_read(line, 0, width)
+        spans = span(window, TIME, line.frame), span(window, HEIGHT, line.row)
+        self.remember()
+        first = 0
+        for panels, vectors in panel_widths(self.conv.vectors, self.tile.vectors):
+            with serial(panels) as index:
+                panel = (let(first + index * vectors), vectors)
+                each_piece(window, WIDTH, self.tile.mr, partial(self._piece, line, read, spans, panel))
+            first += panels * vectors
+        if read is not None and self.zero_dead:
+            with when(read < width), serial(width) as column, when(self._is_read(line, column) == 0):
+                self._zeros(line, column)
+
+    # -- what is read ------------------------------------------------------------------------------------------------
+
+    def _is_read(self, line: _Line, column: Expr) -> Expr:
+        """1 where somebody reads an output of a line, else 0."""
+        assert self.position_mask is not None
+        assert self.positions is not None
+        clips, frames = self.positions
+        at = (line.clip if clips > 1 else 0, line.frame if frames > 1 else 0, line.row, column)
+        return tirx.Cast(INT, self.position_mask[at] != number(0.0))
+
+    def _count_read(self, line: _Line, begin: Expr, count: int) -> Expr:
+        """How many of ``count`` outputs of a line from ``begin`` on somebody reads."""
+        found = scratch((1,), INT)
+        store(found, tirx.IntImm(INT, 0), 0)
+        with serial(count) as index:
+            store(found, found[0] + self._is_read(line, begin + index), 0)
+        return let(found[0])
+
+    def _dead_line(self, line: _Line) -> None:
+        if self.zero_dead == "all":
+            with serial(self.conv.window.out[WIDTH]) as column:
+                self._zeros(line, column)
+
+    def _zeros(self, line: _Line, column: Expr) -> None:
+        channels = self.conv.channels_out
+        with serial(channels) as channel:
+            write(self.y, number(0.0), big(line.index * self.conv.window.out[WIDTH] + column) * channels + channel)
+
+    def _piece(
+        self, line: _Line, read: Expr | None, spans: Spans, panel: tuple[Expr, int], begin: Expr, inside: Taps
     ) -> None:
+        """A tile, unless nobody reads any of it; ``read``: how many outputs of the line somebody does."""
+        if read is None:
+            self._tile(line, spans, panel, begin, inside)
+            return
+        some = scratch((1,), INT)
+        store(some, read, 0)
+        with when(tirx.all(read > 0, read < self.conv.window.out[WIDTH])):
+            store(some, self._count_read(line, begin, len(inside)), 0)
+        with when(some[0] > 0):
+            self._tile(line, spans, panel, begin, inside)
+
+    # -- the tile ----------------------------------------------------------------------------------------------------
+
+    def _tile(self, line: _Line, spans: Spans, panel: tuple[Expr, int], begin: Expr, inside: Taps) -> None:
         """The outputs from ``begin`` on of one line, all their taps."""
         conv, window, depth = self.conv, self.conv.window, self.conv.channels_in
-        (clip, line), (vector, width) = at, panel
+        vector, width = panel
         (source0, first0, past0), (source1, first1, past1) = spans
-        acc = self.start(vector, len(inside), width)
+        sums = self.start(vector, len(inside), width)
         left = let(begin * window.stride[WIDTH] - window.padding[WIDTH])
-        with serial(past0 - first0) as index0:
+        frames, rows = most_in_a_pass(window, depth) if conv.dtype == HALF else (0, 0)
+        multiply = self.add if frames or rows else self.multiply
+        with self._taps(TIME, past0 - first0, frames, sums) as index0:
             tap0 = let(first0 + index0)
-            frame = let(clip * window.size[TIME] + source0 + tap0 * window.dilation[TIME])
-            with serial(past1 - first1) as index1:
+            frame = let(line.clip * window.size[TIME] + source0 + tap0 * window.dilation[TIME])
+            with self._taps(HEIGHT, past1 - first1, rows, sums) as index1:
                 tap1 = let(first1 + index1)
                 row = let(frame * window.size[HEIGHT] + source1 + tap1 * window.dilation[HEIGHT])
                 source = let(big(row * window.size[WIDTH] + left) * depth)
@@ -126,7 +250,21 @@ class _Emitter(RowTiles):
                 weights = let(big(vector) * self.vector_floats + big(tap) * (depth * self.count))
                 for first, count, begin_row, end_row in runs(window, inside):
                     moved = first * window.dilation[WIDTH] * depth + begin_row * conv.row_floats
-                    some = acc[begin_row:end_row]
-                    self.multiply(source + moved, weights + first * depth * self.count, count * depth, some)
-        target = let(big(line * window.out[WIDTH] + begin) * conv.channels_out + vector * self.count)
-        self.finish(target, vector, acc)
+                    some = sums.rows(begin_row, end_row)
+                    multiply(source + moved, weights + first * depth * self.count, count * depth, some)
+        target = let(big(line.index * window.out[WIDTH] + begin) * conv.channels_out + vector * self.count)
+        self.finish(target, sums)
+
+    @contextmanager
+    def _taps(self, axis: int, count: Expr, most: int, sums: TileSums) -> Iterator[Expr]:
+        """Loop over ``count`` taps along an axis, at most ``most`` of them in a pass; 0: passes are made elsewhere."""
+        if not most:
+            with serial(count) as index:
+                yield index
+        elif most >= self.conv.window.kernel[axis]:
+            with self.one_pass(sums), serial(count) as index:
+                yield index
+        else:
+            groups = serial(ceil_div(count, most))
+            with groups as group, self.one_pass(sums), serial(tirx.min(most, count - group * most)) as index:
+                yield let(group * most + index)

@@ -12,12 +12,12 @@ from statistics import mean
 
 from ..geometry import Triple
 from ..kernel import Kernel
-from ..layer import Layer
+from ..layer import UNLIMITED, Layer, Limits
 from ..workload import Workload
 from .choice import settled_direct
 from .tiles import Machine
 from .winograd_choice import transformed, why_not
-from .winograd_space import NEVER_SLOWER, options
+from .winograd_space import NEVER_SLOWER, options, within
 
 #: Axes of activations that masks thin, and the lists that both sides of a convolution then walk.
 AXES = {
@@ -53,12 +53,13 @@ class Serving:
         return mean(times[SHARES.index(share)] for times in self.seconds.values() for share in (1.0, 0.5))
 
 
-def servings(workload: Workload, machine: Machine) -> list[Serving]:
+def servings(workload: Workload, machine: Machine, limits: Limits = UNLIMITED) -> list[Serving]:
     """Every kernel that could serve the convolution, masked along one axis: that of the least expected time first.
 
-    Those that are slow where nothing is left out come last: a build does not choose them (``NEVER_SLOWER``).
+    Those that are slow where nothing is left out come last: a build does not choose them (``NEVER_SLOWER``), and
+    those beyond ``limits`` are left out.
     """
-    kernels = {axis: _candidates(_masked(workload, lists), machine) for axis, lists in AXES.items()}
+    kernels = {axis: _candidates(_masked(workload, lists), machine, limits) for axis, lists in AXES.items()}
     tiles = set.intersection(*(set(candidates) for candidates in kernels.values()))
     channels = min(machine.vector_floats, workload.channels_out)
 
@@ -80,12 +81,12 @@ def _masked(workload: Workload, lists: tuple[str, ...]) -> Workload:
     return replace(workload.direct, lists=kept)
 
 
-def _candidates(workload: Workload, machine: Machine) -> dict[Triple, list[Kernel]]:
+def _candidates(workload: Workload, machine: Machine, limits: Limits) -> dict[Triple, list[Kernel]]:
     """The kernels that could serve the layer, by the tile of outputs that each computes at once."""
     direct = settled_direct(Layer.of(workload), machine).kernel
     found: dict[Triple, list[Kernel]] = {DIRECT: [direct]}
     if not why_not(direct):
-        for conv in options(transformed(direct), machine):
+        for conv in (option for option in options(transformed(direct), machine) if within(option, limits)):
             found.setdefault(conv.plan.m, []).append(conv)
     return found
 
