@@ -95,6 +95,12 @@ def lane(vector: Expr, index: int) -> Expr:
     return tirx.Shuffle([vector], [index])
 
 
+def splat_lane(vector: Expr, index: int, of: int, count: int) -> Expr:
+    """One lane of a vector of ``of`` lanes in each of ``count``: a shuffle where it can be, since of lanes that are
+    taken out one by one LLVM makes as many loads."""
+    return tirx.Shuffle([vector], [index] * count) if of == count else splat(lane(vector, index), count)
+
+
 def number(value: float, count: int = 1, dtype: str = FLOAT) -> Expr:
     """A constant in ``count`` lanes."""
     return splat(tirx.FloatImm(dtype, value), count)
@@ -182,9 +188,9 @@ def ceil_div(value: Expr, by: int) -> Expr:
     return tirx.floordiv(value + (by - 1), by)
 
 
-def at_least(bound: float, x: Expr, count: int) -> Expr:
+def at_least(bound: float, x: Expr, count: int, dtype: str = FLOAT) -> Expr:
     """``max(x, bound)`` that leaves NaN as it is; ``tirx.max`` would make the bound of it."""
-    return tirx.Select(x < number(bound, count), number(bound, count), x)
+    return tirx.Select(x < number(bound, count, dtype), number(bound, count, dtype), x)
 
 
 def at_most(bound: float, x: Expr, count: int) -> Expr:

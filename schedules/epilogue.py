@@ -13,7 +13,7 @@ from typing import Any
 
 from tvm import tirx
 
-from .emit import ACTIVATIONS, Expr, at_least, at_most, let, number
+from .emit import ACTIVATIONS, FLOAT, Expr, at_least, at_most, cast, lanes, let, number, store, write
 
 #: An operand of a step: a vector, or a number that is known when compiling.
 Value = Any
@@ -134,6 +134,16 @@ def activate(activation: str, value: Expr, count: int) -> Expr:
         result = STEPS[name](count, operands)
         found.append(result if name in COMPARISONS else let(result))
     return found[-1]
+
+
+def write_activated(buffer: tirx.Buffer, activation: str, value: Expr, at: Expr, count: int) -> None:
+    """Store float32 values after the activation, as what ``buffer`` holds. Rounding changes no sign, so that halves are
+    rectified as they are stored: half as many instructions."""
+    if activation == "relu" and buffer.dtype != FLOAT:
+        rounded = let(cast(value, str(buffer.dtype), count))
+        store(buffer, at_least(0.0, rounded, count, str(buffer.dtype)), lanes(at, count))
+        return
+    write(buffer, activate(activation, value, count), at, count)
 
 
 def _operand(text: str, x: Expr, found: Sequence[Expr]) -> Value:

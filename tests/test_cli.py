@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from dance_tvm.core.cli import COMMANDS, plain_errors, start
-from dance_tvm.core.errors import DanceError
+from dance_tvm.core.errors import DanceError, unexpected_told
 
 
 def command(*arguments, **options):
@@ -145,3 +145,11 @@ def test_ctrl_c_that_a_library_gives_back_as_its_own_error_is_still_ctrl_c(capsy
     assert ended.value.code == 130
     assert capsys.readouterr().err == "error: interrupted\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_package_that_is_missing_is_named():
+    with (
+        pytest.raises(DanceError, match=r"^importing net\.pt2 needs the Python package torch: pip install torch$"),
+        unexpected_told(lambda: "importing net.pt2"),
+    ):
+        raise ModuleNotFoundError("No module named 'torch.export'", name="torch.export")

@@ -245,14 +245,18 @@ def test_a_sample_of_the_standards_own_cases(tmp_path, case):
 
 
 def test_a_file_in_float64_without_the_import(tmp_path):
-    random = np.random.default_rng(8)
+    random, asymmetric = np.random.default_rng(8), {"coordinate_transformation_mode": "asymmetric"}
     nodes = [
         node("Conv", ["x", "w", "b"], ["a"], pads=[1, 0, 2, 0, 1, 0], strides=[1, 2, 1], dilations=[1, 1, 2]),
         node("MaxPool", ["a"], ["c"], kernel_shape=[2, 2, 2], pads=[0, 1, 0, 1, 0, 0], strides=[1, 2, 1]),
         node("ConvTranspose", ["c", "v"], ["d"], strides=[2, 1, 2], pads=[1, 0, 0, 0, 0, 1], output_padding=[1, 0, 0]),
-        node("InstanceNormalization", ["d", "s", "s"], ["y"], epsilon=1e-4),
+        node("InstanceNormalization", ["d", "s", "s"], ["e"], epsilon=1e-4),
+        node("Resize", ["e", "", "twice"], ["f"], mode="nearest", nearest_mode="round_prefer_floor"),
+        node("Resize", ["f", "", "", "size"], ["y"], mode="nearest", nearest_mode="floor", **asymmetric),
     ]
     weights = {
+        "twice": np.array([1, 1, 3, 1, 2], np.float32),
+        "size": np.array([1, 2, 25, 4, 60]),
         "w": random.normal(size=(4, 2, 3, 2, 2)).astype("float32"),
         "b": random.normal(size=4).astype("float32"),
         "v": random.normal(size=(4, 2, 2, 1, 3)).astype("float32"),

@@ -96,7 +96,7 @@ def lower(
     phases = _Phases(on_phase, options.debug_dump)
     source = mod
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
-        spread = [] if gpu is None and options.dtype == "float32" else [SpreadTransposed()]
+        spread = [] if gpu is None else [SpreadTransposed()]
         for name, passes in _before_kernels(spread, [narrow] if options.sparsity == "auto" else []):
             mod = phases.run(name, mod, passes)
             source = mod if name == LAST_WITH_NAMES else source

@@ -17,12 +17,15 @@ class DanceError(Exception):
 def unexpected_told(what: Callable[[], str]) -> Iterator[None]:
     """Turn what TVM, PyTorch or our own code raises by mistake into a DanceError: ``what()`` says what was being done.
 
-    A disk or memory that is full is no mistake, and passes through.
+    A disk or memory that is full is no mistake, and passes through; a package that is not installed is named.
     """
     try:
         yield
     except (DanceError, OSError, MemoryError):
         raise
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        raise DanceError(f"{what()} needs the Python package {package}: pip install {package}") from missing
     except Exception as problem:
         lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
         told = lines[0][:300] if lines else type(problem).__name__

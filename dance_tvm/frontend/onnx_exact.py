@@ -21,7 +21,7 @@ from dance_tvm.frontend.interface import Arrays
 from dance_tvm.frontend.onnx_file import in_float64
 
 #: Operators that the reference computes number by number: a network of these would take minutes.
-_SLOW = {"AveragePool", "LpPool", "Resize", "Upsample", "GridSample", "DeformConv", "RoiAlign", "MaxUnpool", "Col2Im"}
+_SLOW = {"AveragePool", "LpPool", "Upsample", "GridSample", "DeformConv", "RoiAlign", "MaxUnpool", "Col2Im"}
 
 
 def exact(model: Any, arrays: Arrays) -> list[np.ndarray] | None:
@@ -30,7 +30,7 @@ def exact(model: Any, arrays: Arrays) -> list[np.ndarray] | None:
         return None
     wide = {name: array.astype(np.float64) if _is_float(array) else array for name, array in arrays.items()}
     try:
-        runner = ReferenceEvaluator(in_float64(model), new_ops=[Conv, ConvTranspose, MaxPool])
+        runner = ReferenceEvaluator(in_float64(model), new_ops=[Conv, ConvTranspose, MaxPool, Resize])
         return [np.asarray(value) for value in cast(Sequence[Any], runner.run(None, wide))]
     except Exception:
         return None  # forms that the reference does not take in float64
@@ -41,7 +41,7 @@ def _is_float(array: np.ndarray) -> bool:
 
 
 def _tensors(*arrays: np.ndarray | None) -> list[torch.Tensor | None]:
-    return [None if array is None else torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+    return [None if array is None else torch.tensor(array) for array in arrays]
 
 
 def _window(given: dict[str, Any], rank: int) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -102,3 +102,23 @@ class MaxPool(OpRun):
         pool: Any = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[x.ndim - 3]
         padded = _padded(cast(torch.Tensor, _tensors(x)[0]), front, behind, -np.inf)
         return (pool(padded, list(given["kernel_shape"]), strides, 0, dilations).numpy(),)
+
+
+class Resize(OpRun):
+    """Nearest neighbours: the one before, and where sizes grow a whole number of times the nearest by half pixels."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, roi: Any = None, scales: Any = None, sizes: Any = None, **given: Any) -> Any:
+        rules = (given.get("coordinate_transformation_mode"), given.get("nearest_mode"))
+        if given.get("mode") != "nearest" or given.get("axes") or given.get("antialias"):
+            raise NotImplementedError(rules)
+        by_size = sizes is not None and len(sizes)
+        wanted = np.asarray(sizes) if by_size else np.floor(np.asarray(scales, np.float64) * x.shape).astype(int)
+        whole = all(new % old == 0 for new, old in zip(wanted, x.shape, strict=True))
+        before = rules == ("asymmetric", "floor") and (whole or by_size)
+        if not before and not (whole and rules == ("half_pixel", "round_prefer_floor")):
+            raise NotImplementedError(rules)
+        for axis, (new, old) in enumerate(zip(wanted, x.shape, strict=True)):
+            x = x.take(np.arange(new) * old // new, axis)
+        return (x,)

@@ -35,13 +35,13 @@ def _absorb_gate(graph: Graph, sites: Sites, site: Site, takes: Callable[[Site],
         taken = [product, *between]
         if not ends_here or any(var in sites.inside or var in sites.by_end or var in sites.aliases for var in taken):
             continue
-        site.data, site.gate = gated
+        (site.data, site.gate), site.gated = gated, data
         site.before = "" if chain is None else chain.activation
         if takes(site):  # what is known to be dead of its input may be more than of the product
             sites.inside.update(taken)
             site.absorbed += taken
             return
-        site.data, site.gate, site.before = data, None, ""
+        site.data, site.gate, site.before, site.gated = data, None, "", None
 
 
 def _products(graph: Graph, data: relax.Var) -> list[relax.Var]:

@@ -37,7 +37,8 @@ class HalfRange:
     def why_whole(self, site: Site) -> str:
         """Why a site stays in float32; empty where half precision will do."""
         kept = [("what it reads", site.data), ("its result", site.end)]
-        kept += [] if site.residual is None else [("what is added to it", site.residual)]
+        others = ("what is added to it", site.residual), ("what it reads, gated,", site.gated)
+        kept += [(what, var) for what, var in others if var is not None]
         for what, var in kept:
             if why := self.why_not(var, what):
                 return why
@@ -45,7 +46,8 @@ class HalfRange:
         if why := _beyond("its largest weight", float(sizes.max(initial=0.0)), LARGEST):
             return why
         terms = -np.sort(-sizes, axis=1)[:, :HALF_TERMS].sum(1).max(initial=0.0)
-        return _beyond("a sum of its products may reach", float(terms) * (self._seen(site.data) or 0.0), LARGEST, 0.0)
+        read = site.data if site.gated is None else site.gated
+        return _beyond("a sum of its products may reach", float(terms) * (self._seen(read) or 0.0), LARGEST, 0.0)
 
     def why_not(self, var: relax.Var, what: str) -> str:
         """Why half precision does not hold ``var``, which a sentence calls ``what``; empty where it does."""

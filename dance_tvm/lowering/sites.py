@@ -49,6 +49,8 @@ class Site:
     #: What the data is multiplied by for each clip and channel, and the activation between that and the layer.
     gate: relax.Var | None = None
     before: str = ""
+    #: What the weights are multiplied with where that is not the data itself.
+    gated: relax.Var | None = None
     #: Of a transposed convolution: how far apart the window sees the input's positions.
     spread: Triple | None = None
     absorbed: list[relax.Var] = field(default_factory=list)

@@ -93,14 +93,15 @@ def settled_direct(layer: Layer, machine: Machine, log: TuningLog | None = None)
 
 
 def _line(layer: Layer, machine: Machine) -> LineConv:
-    tile = RowTile(1, 1, machine.vector_floats, 1)
+    tile = RowTile(1, 1, machine.storing(layer.dtype).vector_floats, 1)
     sizes, behind = (layer.window, layer.channels_in, layer.channels_out), (layer.residual, layer.activation)
-    return LineConv(*sizes, tile, *behind, layer.out_frames, layer.positions, layer.zero_dead)
+    return LineConv(*sizes, tile, *behind, layer.out_frames, layer.positions, layer.zero_dead, layer.dtype)
 
 
 def _pointwise(layer: Layer, machine: Machine) -> PointwiseConv:
-    tile, behind = PointwiseTile(1, 1, machine.vector_floats, 1, 1), (layer.residual, layer.activation)
-    return PointwiseConv(layer.window, layer.channels_in, layer.channels_out, tile, *behind, layer.gate, layer.before)
+    tile = PointwiseTile(1, 1, machine.storing(layer.dtype).vector_floats, 1, 1)
+    behind, before = (layer.residual, layer.activation), (layer.gate, layer.before)
+    return PointwiseConv(layer.window, layer.channels_in, layer.channels_out, tile, *behind, *before, layer.dtype)
 
 
 def _pool(workload: Workload, machine: Machine) -> VectorPool:
@@ -184,7 +185,7 @@ def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) ->
         return choice
     lines, workload = _line(layer, machine), line(layer.workload)
     if layer.channels_in > FEW_CHANNELS:
-        listing = listing_seconds(machine, layer.workload, conv.tile.mr, conv.tile.vectors)
+        listing = listing_seconds(machine.storing(layer.dtype), layer.workload, conv.tile.mr, conv.tile.vectors)
         seconds = settled(lines, machine, workload, None).kernel.predict(machine, layer.threads)
         slower = seconds > conv.predict(machine, layer.threads) + listing
         if choice.kernel is not conv or choice.origin or slower:

@@ -10,13 +10,30 @@ computed whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from tvm import tirx
 
-from ..emit import INT, Expr, big, choose, let, number, parallel, scratch, serial, store, when
+from ..emit import (
+    FLOAT,
+    HALF,
+    INT,
+    Expr,
+    big,
+    ceil_div,
+    choose,
+    let,
+    number,
+    parallel,
+    scratch,
+    serial,
+    store,
+    when,
+    write,
+)
 from ..geometry import HEIGHT, TIME, WIDTH, Window
 from ..kernel import Count, Operand, Planned
 from ..space import Space
@@ -26,8 +43,8 @@ from .cost import seconds_per_cycle
 from .line_tiles import LineSpace, predicted_cycles
 from .lines import each_piece
 from .row_plan import RowPlan
-from .row_tiles import RowConv, RowTile, RowTiles, panel_widths
-from .tiles import Machine
+from .row_tiles import RowConv, RowTile, RowTiles, TileSums, panel_widths
+from .tiles import HALF_TERMS, Machine
 
 #: Of the two outer axes, where a line begins to read and its taps inside the clip.
 Spans = tuple[tuple[Expr, Expr, Expr], tuple[Expr, Expr, Expr]]
@@ -51,11 +68,12 @@ class LineConv(RowConv):
     out_frames: bool = False
     positions: tuple[int, int] | None = None
     zero_dead: str = ""
+    dtype: str = FLOAT
 
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        return f"conv3d_line_f32_{self.size_name}"
+        return f"conv3d_line_{self.size_name}"
 
     @property
     def row_floats(self) -> int:
@@ -64,15 +82,16 @@ class LineConv(RowConv):
 
     def space(self, machine: Machine, workload: Workload) -> Space:
         """The register tile."""
-        return LineSpace(machine, workload)
+        return LineSpace(machine.storing(self.dtype), workload)
 
     def predict(
         self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
     ) -> float:
         """As :mod:`~.line_tiles` has it: nothing is listed."""
         tile = (self.tile.mr, self.tile.vectors, self.tile.step)
-        cycles = predicted_cycles(machine, self.window, (self.channels_in, self.channels_out), tile)
-        return cycles * seconds_per_cycle(machine) / threads
+        stored = machine.storing(self.dtype)
+        cycles = predicted_cycles(stored, self.window, (self.channels_in, self.channels_out), tile)
+        return cycles * seconds_per_cycle(stored) / threads
 
     def work(self) -> tuple[Count, Count, Count]:
         """All taps inside the clip, of the outputs that are read."""
@@ -114,6 +133,13 @@ def runs(window: Window, inside: list[list[int]]) -> list[tuple[int, int, int, i
     return found
 
 
+def most_in_a_pass(window: Window, depth: int) -> tuple[int, int]:
+    """Frames of taps, or of one frame the lines of taps, whose products half precision may add up; 0: less than one."""
+    line = window.kernel[WIDTH] * depth
+    frames = HALF_TERMS // (window.kernel[HEIGHT] * line)
+    return frames, 0 if frames else HALF_TERMS // line
+
+
 @dataclass(frozen=True)
 class _Line:
     """A line of outputs: which of all it is, and its clip, frame and row."""
@@ -149,6 +175,7 @@ class _Emitter(RowTiles):
         window, width = self.conv.window, self.conv.window.out[WIDTH]
         read = None if self.position_mask is None else self._count_read(line, 0, width)
         spans = span(window, TIME, line.frame), span(window, HEIGHT, line.row)
+        self.remember()
         first = 0
         for panels, vectors in panel_widths(self.conv.vectors, self.tile.vectors):
             with serial(panels) as index:
@@ -185,7 +212,7 @@ class _Emitter(RowTiles):
     def _zeros(self, line: _Line, column: Expr) -> None:
         channels = self.conv.channels_out
         with serial(channels) as channel:
-            store(self.y, number(0.0), big(line.index * self.conv.window.out[WIDTH] + column) * channels + channel)
+            write(self.y, number(0.0), big(line.index * self.conv.window.out[WIDTH] + column) * channels + channel)
 
     def _piece(
         self, line: _Line, read: Expr | None, spans: Spans, panel: tuple[Expr, int], begin: Expr, inside: Taps
@@ -208,12 +235,14 @@ class _Emitter(RowTiles):
         conv, window, depth = self.conv, self.conv.window, self.conv.channels_in
         vector, width = panel
         (source0, first0, past0), (source1, first1, past1) = spans
-        acc = self.start(vector, len(inside), width)
+        sums = self.start(vector, len(inside), width)
         left = let(begin * window.stride[WIDTH] - window.padding[WIDTH])
-        with serial(past0 - first0) as index0:
+        frames, rows = most_in_a_pass(window, depth) if conv.dtype == HALF else (0, 0)
+        multiply = self.add if frames or rows else self.multiply
+        with self._taps(TIME, past0 - first0, frames, sums) as index0:
             tap0 = let(first0 + index0)
             frame = let(line.clip * window.size[TIME] + source0 + tap0 * window.dilation[TIME])
-            with serial(past1 - first1) as index1:
+            with self._taps(HEIGHT, past1 - first1, rows, sums) as index1:
                 tap1 = let(first1 + index1)
                 row = let(frame * window.size[HEIGHT] + source1 + tap1 * window.dilation[HEIGHT])
                 source = let(big(row * window.size[WIDTH] + left) * depth)
@@ -221,7 +250,21 @@ class _Emitter(RowTiles):
                 weights = let(big(vector) * self.vector_floats + big(tap) * (depth * self.count))
                 for first, count, begin_row, end_row in runs(window, inside):
                     moved = first * window.dilation[WIDTH] * depth + begin_row * conv.row_floats
-                    some = acc[begin_row:end_row]
-                    self.multiply(source + moved, weights + first * depth * self.count, count * depth, some)
+                    some = sums.rows(begin_row, end_row)
+                    multiply(source + moved, weights + first * depth * self.count, count * depth, some)
         target = let(big(line.index * window.out[WIDTH] + begin) * conv.channels_out + vector * self.count)
-        self.finish(target, vector, acc)
+        self.finish(target, sums)
+
+    @contextmanager
+    def _taps(self, axis: int, count: Expr, most: int, sums: TileSums) -> Iterator[Expr]:
+        """Loop over ``count`` taps along an axis, at most ``most`` of them in a pass; 0: passes are made elsewhere."""
+        if not most:
+            with serial(count) as index:
+                yield index
+        elif most >= self.conv.window.kernel[axis]:
+            with self.one_pass(sums), serial(count) as index:
+                yield index
+        else:
+            groups = serial(ceil_div(count, most))
+            with groups as group, self.one_pass(sums), serial(tirx.min(most, count - group * most)) as index:
+                yield let(group * most + index)

@@ -13,15 +13,14 @@ from functools import partial
 
 from tvm import tirx
 
-from ..emit import Expr, big, choose, let, parallel, serial
+from ..emit import FLOAT, Expr, big, choose, let, parallel, serial
 from ..geometry import HEIGHT, TIME, WIDTH, Triple, Window
 from ..kernel import Count
 from ..spread import Spread
 from .conv3d_line import runs
 from .lines import each_piece
 from .pointwise_tiles import PointwiseTile
-from .row_products import Sums
-from .row_tiles import RowConv, RowTile, RowTiles, panel_widths
+from .row_tiles import RowConv, RowTile, RowTiles, TileSums, panel_widths
 
 #: Of the taps that an output reads on an axis: the first, the input position there, and how many.
 Span = tuple[Expr, Expr, Expr]
@@ -41,6 +40,7 @@ class TransposedConv(RowConv):
     tile: RowTile
     residual: bool = False
     activation: str = ""
+    dtype: str = FLOAT
 
     @property
     def geometry(self) -> Spread:
@@ -50,7 +50,7 @@ class TransposedConv(RowConv):
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        return f"conv3d_transposed_f32_{self.size_name}"
+        return f"conv3d_transposed_{self.size_name}"
 
     @property
     def x_shape(self) -> tuple[int, ...]:
@@ -88,6 +88,7 @@ class _Lines(RowTiles):
             clip = let(tirx.floordiv(line, frames * height))
             at = let(tirx.floormod(tirx.floordiv(line, height), frames)), let(tirx.floormod(line, height))
             spans = self._span(TIME, at[0]), self._span(HEIGHT, at[1])
+            self.remember(passes=True)
             taps = 0
             for remainder, phase in enumerate(self.geometry.phases(WIDTH)):
                 if phase.outputs:
@@ -129,7 +130,7 @@ class _Lines(RowTiles):
         conv, geometry, depth = self.conv, self.geometry, self.conv.channels_in
         (clip, line), (window, remainder, taps), (vector, width) = at, phase, panel
         (first0, source0, count0), (first1, source1, count1) = spans
-        acc = self.start(vector, len(inside), width)
+        sums = self.start(vector, len(inside), width)
         left = let(begin - window.padding[WIDTH])
         with serial(count0) as index0, serial(count1) as index1:
             frame = let(clip * geometry.size[TIME] + source0 + index0)
@@ -139,11 +140,11 @@ class _Lines(RowTiles):
             tap = let((tap0 * conv.window.kernel[HEIGHT] + tap1) * conv.window.kernel[WIDTH] + taps)
             weights = let(big(vector) * self.vector_floats + big(tap) * (depth * self.count))
             for first, count, begin_row, end_row in runs(window, inside):
-                some = acc[begin_row:end_row]
+                some = sums.rows(begin_row, end_row)
                 moved = source + (first + begin_row) * depth
                 self.multiply(moved, weights + first * depth * self.count, count * depth, some)
         place = big(line * conv.window.out[WIDTH] + begin * geometry.spread[WIDTH] + remainder)
-        self.finish(let(place * conv.channels_out + vector * self.count), vector, acc)
+        self.finish(let(place * conv.channels_out + vector * self.count), sums)
 
 
 class _Positions(RowTiles):
@@ -170,6 +171,7 @@ class _Positions(RowTiles):
             column = let(tirx.floormod(phase, width))
             turned = (geometry.spread[TIME] - 1 - frame) * height + (height - 1 - row)
             weights = let(big(turned * width + column) * (self.conv.channels_in * self.count))
+            self.remember()
             first = 0
             for panels, vectors in panel_widths(self.conv.vectors, tile.vectors):
                 with serial(panels) as index, serial(-(-rows // mr)) as piece:
@@ -182,22 +184,22 @@ class _Positions(RowTiles):
     def _tile(self, at: Expr, phase: tuple[Expr, Expr, Expr], weights: Expr, shape: tuple[Expr, int, int]) -> None:
         """The outputs of one phase that ``mr`` positions from ``at`` on make."""
         (vector, width, mr), extent = shape, self.geometry.size[WIDTH]
-        acc = self.start(vector, mr, width)
-        self.multiply(let(big(at) * self.conv.channels_in), weights, self.conv.channels_in, acc)
+        sums = self.start(vector, mr, width)
+        self.multiply(let(big(at) * self.conv.channels_in), weights, self.conv.channels_in, sums)
         if mr > extent:
-            self._apart(at, phase, vector, acc)
+            self._apart(at, phase, sums)
             return
         together = tirx.floormod(at, extent) + mr <= extent
         choose(
             together,
-            lambda: self.finish(self._place(at, phase, vector), vector, acc),
-            lambda: self._apart(at, phase, vector, acc),
+            lambda: self.finish(self._place(at, phase, vector), sums),
+            lambda: self._apart(at, phase, sums),
         )
 
-    def _apart(self, at: Expr, phase: tuple[Expr, Expr, Expr], vector: Expr, acc: Sums) -> None:
+    def _apart(self, at: Expr, phase: tuple[Expr, Expr, Expr], sums: TileSums) -> None:
         """Results of positions that stand in several lines."""
-        for row, sums in enumerate(acc):
-            self.finish(self._place(at + row, phase, vector), vector, [sums])
+        for row in range(len(sums.put)):
+            self.finish(self._place(at + row, phase, sums.vector), sums.rows(row, row + 1))
 
     def _place(self, position: Expr, phase: tuple[Expr, Expr, Expr], vector: Expr) -> Expr:
         """Where the output of a phase that a position makes lies."""

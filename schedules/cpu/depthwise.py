@@ -40,7 +40,7 @@ from ..emit import (
     when,
     write,
 )
-from ..epilogue import activate
+from ..epilogue import write_activated
 from ..geometry import Window
 from ..kernel import Count, Operand, Planned, Weights, constant, output
 from ..taps import span
@@ -351,4 +351,4 @@ class _Emitter:
                 value = read(row[v], 0, count)
                 if self.residual is not None:
                     value = value + read(self.residual, at, count)
-                write(self.y, activate(conv.activation, value, count), at, count)
+                write_activated(self.y, conv.activation, value, at, count)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ..geometry import HEIGHT, TIME, WIDTH, Window
 from ..workload import LINE, Workload
 from .cost import seconds_per_cycle
-from .row_space import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, RowSpace
+from .row_space import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, RowSpace, put_cycles
 from .row_tiles import panel_widths
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine, tap_tiles
 
@@ -33,15 +33,16 @@ def predicted_cycles(machine: Machine, window: Window, channels: tuple[int, int]
     depth, channels_out = channels
     mr, most, step = tile
     tiles = -(-window.out[WIDTH] // mr)
-    near = 4 * window.taps * depth * channels_out <= WEIGHTS_SHARE_OF_L2 * machine.l2
+    near = machine.element_bytes * window.taps * depth * channels_out <= WEIGHTS_SHARE_OF_L2 * machine.l2
     lines, terms = window.positions_out // window.out[WIDTH], window.kernel[WIDTH] * depth
     total = 0.0
     for panels, vectors in panel_widths(-(-channels_out // machine.vector_floats), most):
         floats = vectors * machine.vector_floats
-        far = 4 * floats / (L2_BYTES if near else L3_BYTES)
+        far = machine.element_bytes * floats / (L2_BYTES if near else L3_BYTES)
         bound = max(mr * vectors / 2, (mr / step + vectors) / 2, far, CHAINS_TO_HIDE_LATENCY / 2)
         line = terms * (bound + 0.1 * mr / step + 0.35 * vectors) + LINE_CYCLES
-        store = VECTOR_CYCLES * mr * vectors + TILE_CYCLES
+        put = put_cycles(machine, terms * tap_lines(window) // lines, mr * vectors)
+        store = put + VECTOR_CYCLES * mr * vectors + TILE_CYCLES
         total += panels * tiles * (tap_lines(window) * line + lines * store)
     return total
 

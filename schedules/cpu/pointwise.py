@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..emit import Expr, big, flat, lanes, let, parallel, scratch, serial, store
+from ..emit import FLOAT, Expr, big, flat, let, parallel, read, scratch, serial, write
 from ..epilogue import activate
 from ..geometry import Window
 from ..kernel import Count, Operand
@@ -40,11 +40,12 @@ class PointwiseConv(RowConv):
     activation: str = ""
     gate: bool = False
     before: str = ""
+    dtype: str = FLOAT
 
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        return f"conv3d_pointwise{'_g' if self.gate else ''}_f32_{self.size_name}"
+        return f"conv3d_pointwise{'_g' if self.gate else ''}_{self.size_name}"
 
     def operands(self) -> list[Operand]:
         """Those of :class:`RowConv`, the gate behind the constants."""
@@ -54,15 +55,16 @@ class PointwiseConv(RowConv):
 
     def space(self, machine: Machine, workload: Workload) -> Space:
         """Register tile, blocks of rows, shares of threads."""
-        return PointwiseSpace(machine, workload)
+        return PointwiseSpace(machine.storing(self.dtype), workload)
 
     def predict(
         self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
     ) -> float:
         """As :mod:`~.pointwise_tiles` has it: nothing is listed."""
         tile = (self.tile.mr, self.tile.vectors, self.tile.step)
-        cycles = predicted_cycles(machine, self.window, (self.channels_in, self.channels_out), tile)
-        return cycles * seconds_per_cycle(machine) / threads
+        stored = machine.storing(self.dtype)
+        cycles = predicted_cycles(stored, self.window, (self.channels_in, self.channels_out), tile)
+        return cycles * seconds_per_cycle(stored) / threads
 
     def work(self) -> tuple[Count, Count, Count]:
         """All of it."""
@@ -92,6 +94,7 @@ class _Emitter(RowTiles):
             start = let(tirx.min(block * rows, total - rows))  # the last block overlaps the one before
             if self.gate is not None:
                 self.source, self.first_row = self._gated(start, rows), start
+            self.remember()
             first = 0
             for panels, width in panel_widths(self.conv.vectors, tile.vectors):
                 self._panels(start, rows, part, (first, panels, width))
@@ -101,7 +104,7 @@ class _Emitter(RowTiles):
         """What the weights are multiplied with, of the rows of a block."""
         conv, depth = self.pointwise, self.conv.channels_in
         assert self.gate is not None
-        made = scratch((rows * depth,))
+        made = scratch((rows * depth,), conv.dtype)
         count = min(self.count, 1 << (depth.bit_length() - 1))
         of_clip = conv.window.positions_out // conv.window.batch
         with serial(rows) as row:
@@ -109,8 +112,8 @@ class _Emitter(RowTiles):
             factors = let(tirx.floordiv(start + row, of_clip) * depth)
             with serial(-(-depth // count)) as vector:
                 at = let(tirx.min(vector * count, depth - count))  # the last vector overlaps the one before
-                value = self.x[lanes(here + at, count)] * self.gate[lanes(factors + at, count)]
-                store(made, activate(conv.before, value, count), lanes(target + at, count))
+                value = read(self.x, here + at, count) * read(self.gate, factors + at, count)
+                write(made, activate(conv.before, value, count), target + at, count)
         return made
 
     def _panels(self, start: Expr, rows: int, part: Expr, shape: tuple[int, int, int]) -> None:
@@ -126,7 +129,7 @@ class _Emitter(RowTiles):
     def _tile(self, row: Expr, vector: Expr, mr: int, width: int) -> None:
         """Sums over all input channels, then residual, activation and store."""
         conv = self.conv
-        acc = self.start(vector, mr, width)
+        sums = self.start(vector, mr, width)
         source = let(big(row - self.first_row) * conv.channels_in)
-        self.multiply(source, let(big(vector) * self.vector_floats), conv.channels_in, acc)
-        self.finish(let(big(row) * conv.channels_out + vector * self.count), vector, acc)
+        self.multiply(source, let(big(vector) * self.vector_floats), conv.channels_in, sums)
+        self.finish(let(big(row) * conv.channels_out + vector * self.count), sums)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from ..geometry import Window
 from ..layer import Layer
 from ..workload import POINTWISE, Decisions, Workload
-from .row_space import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, RowSpace, is_dense
+from .row_space import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, RowSpace, is_dense, put_cycles
 from .row_tiles import RowTile, panel_widths
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine
 
@@ -41,11 +41,11 @@ def predicted_cycles(machine: Machine, window: Window, channels: tuple[int, int]
     total = 0.0
     for panels, vectors in panel_widths(-(-channels_out // machine.vector_floats), most):
         multiply, loads = mr * vectors / 2, (mr / step + vectors) / 2
-        far = 4 * vectors * machine.vector_floats / L2_BYTES
+        far = machine.element_bytes * vectors * machine.vector_floats / L2_BYTES
         bound = max(multiply, loads, far, CHAINS_TO_HIDE_LATENCY / 2)
         channel = bound + 0.1 * mr / step + 0.35 * vectors
-        cycles = depth * channel + VECTOR_CYCLES * mr * vectors + TILE_CYCLES
-        total += panels * (-(-rows // mr) * cycles + 4 * rows * depth / L2_BYTES)
+        cycles = depth * channel + put_cycles(machine, depth, mr * vectors) + VECTOR_CYCLES * mr * vectors + TILE_CYCLES
+        total += panels * (-(-rows // mr) * cycles + machine.element_bytes * rows * depth / L2_BYTES)
     return total
 
 
@@ -83,7 +83,8 @@ class PointwiseSpace(RowSpace):
     def default(self) -> Decisions:
         """What is chosen without a record."""
         tile, threads = super().default(), self.workload.threads
-        fitting = max(1, int(ROWS_SHARE_OF_L2 * self.machine.l2) // (4 * self.terms * tile["mr"]))
+        tile_bytes = self.machine.element_bytes * self.terms * tile["mr"]
+        fitting = max(1, int(ROWS_SHARE_OF_L2 * self.machine.l2) // tile_bytes)
         tiles_of_all = -(-self.rows // tile["mr"])
         block_tiles = max(1, min(fitting, tiles_of_all // threads))
         splits = 1 if -(-tiles_of_all // block_tiles) >= threads else threads

@@ -6,12 +6,11 @@ side by side: the innermost loop of pointwise layers, of convolutions along line
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..emit import Expr, big, lane, lanes, let, number, scratch, serial, splat, store
+from ..emit import Expr, big, lanes, let, number, scratch, serial, splat, splat_lane, store
 from .tiles import Machine
 
 #: The sums of a tile: a buffer of one vector for each row and vector.
@@ -47,33 +46,26 @@ def cleared(mr: int, width: int, count: int) -> Sums:
 def multiply(rows: Rows, source: Expr, vectors: Vectors, weights: Expr, terms: int, step: int, acc: Sums) -> None:
     """``acc[r] += rows[r, term] · vectors[term]`` over ``terms`` that lie side by side from ``source`` and ``weights``
     on; ``step`` of them are loaded as one vector per row (1: single values are broadcast from memory)."""
-    rest = terms % step if step > 1 else terms
-    if terms > rest:
-        with serial(terms // step) as chunk:
-            _terms(rows, source, vectors, weights, let(big(chunk) * step), step, acc)
-    if rest:
-        with serial(rest) as index:
-            _terms(rows, source, vectors, weights, let(big(index) + (terms - rest)), 1, acc)
+    if step == 1 or terms < step:
+        with serial(terms) as index:
+            _terms(rows, source, vectors, weights, let(big(index)), range(1), acc)
+        return
+    with serial(terms // step) as chunk:
+        _terms(rows, source, vectors, weights, let(big(chunk) * step), range(step), acc)
+    if rest := terms % step:  # the last lanes of a vector that overlaps the one before
+        _terms(rows, source, vectors, weights, big(terms - step), range(step - rest, step), acc)
 
 
-def _terms(
-    rows: Rows,
-    source: Expr,
-    vectors: Vectors,
-    weights: Expr,
-    term: Expr,
-    step: int,
-    acc: Sequence[Sequence[tirx.Buffer]],
-) -> None:
-    """``step`` terms from ``term`` on."""
-    count = vectors.count
-    xs = [rows.buffer[lanes(source + term + r * rows.distance, step)] for r in range(len(acc))]
+def _terms(rows: Rows, source: Expr, vectors: Vectors, weights: Expr, first: Expr, some: range, acc: Sums) -> None:
+    """``some`` of as many terms from ``first`` on as it ends after."""
+    count, step = vectors.count, some.stop
+    xs = [rows.buffer[lanes(source + first + r * rows.distance, step)] for r in range(len(acc))]
     xs = [let(x) for x in xs] if step > 1 else xs
-    for k in range(step):
-        at = weights + (term + k) * count
+    for k in some:
+        at = weights + (first + k) * count
         w = [let(vectors.buffer[lanes(at + v * vectors.distance, count)]) for v in range(len(acc[0]))]
         for x, sums in zip(xs, acc, strict=True):
-            value = let(splat(lane(x, k) if step > 1 else x, count))
+            value = let(splat_lane(x, k, step, count) if step > 1 else splat(x, count))
             for v, total in enumerate(sums):
                 store(total, total[lanes(0, count)] + value * w[v], lanes(0, count))
 

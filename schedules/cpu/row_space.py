@@ -14,16 +14,22 @@ from .tiles import Machine, candidates
 
 #: Cycles of a tile beside its sums: addresses and loops, and for each vector its bias and its store.
 TILE_CYCLES, VECTOR_CYCLES = 10.0, 1.5
+#: Cycles in which a vector of sums in half precision is put into float32 ones.
+PUT_CYCLES = 3.0
 #: Bytes a cycle that come from the second-level cache.
 L2_BYTES = 24.0
 
 
 def is_dense(layer: Layer, *masks: str) -> bool:
-    """Whether the layer leaves nothing out but by ``masks`` of these axes and has one group, in float32: what these
-    convolutions take."""
+    """Whether the layer leaves nothing out but by ``masks`` of these axes and has one group: what these convolutions
+    take."""
     lists = set(layer.workload.lists).difference(masks)
-    whole = not lists and layer.columns is None and layer.spread is None
-    return whole and layer.groups == 1 and layer.dtype == "float32"
+    return not lists and layer.columns is None and layer.spread is None and layer.groups == 1
+
+
+def put_cycles(machine: Machine, terms: int, vectors: int) -> float:
+    """Cycles in which sums in half precision are put into float32 ones, of a tile of so many vectors."""
+    return 0.0 if machine.element_bytes == 4 else PUT_CYCLES * vectors * -(-terms // machine.most_terms)
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,60 @@ packed as single vectors of output channels, so that panels of any width read th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
 from tvm import tirx
 
 from ..convolution import LayerKernel
-from ..emit import Expr, choose, flat, lanes, let, scratch, store
-from ..epilogue import activate
+from ..emit import (
+    FLOAT,
+    INT,
+    Expr,
+    big,
+    cast,
+    choose,
+    flat,
+    lanes,
+    let,
+    number,
+    read,
+    scratch,
+    serial,
+    short,
+    store,
+)
+from ..epilogue import write_activated
 from ..geometry import Window
 from ..kernel import Operand, Weights, constant, output
 from ..preparation import Panels
 from .conv3d_gather import parts_of
 from .row_products import Rows, Sums, Vectors, multiply
+from .tiles import HALF_TERMS
+
+#: Up to so many bytes memory of a kernel is on the stack, where LLVM takes it apart into registers.
+STACK_BYTES = 1024
+#: Floats before the sums in such memory.
+SPARE = 4
+
+
+@dataclass(frozen=True)
+class TileSums:
+    """The sums of a tile: a buffer of one vector for each row and vector, the ``registers`` that products are added to,
+    and where each of them is ``put`` as float32, which is the same but in half precision; ``vector`` is the first of
+    the layer's."""
+
+    registers: Sums
+    put: list[list[tuple[tirx.Buffer, int]]]
+    vector: Expr
+
+    def rows(self, begin: int, end: int) -> TileSums:
+        """Those of some rows."""
+        return TileSums(self.registers[begin:end], self.put[begin:end], self.vector)
 
 
 @dataclass(frozen=True)
@@ -41,6 +80,8 @@ class RowConv(LayerKernel):
     tile: RowTile
     residual: bool
     activation: str
+    #: How activations and weights are stored.
+    dtype: str
     groups = 1
 
     @property
@@ -60,23 +101,29 @@ class RowConv(LayerKernel):
 
     @property
     def size_name(self) -> str:
-        """How names tell the tile."""
+        """How names tell the type and the tile."""
         step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
-        return f"mr{self.tile.mr}_nr{self.tile.vectors * self.tile.vector_floats}{step}"
+        return f"{short(self.dtype)}_mr{self.tile.mr}_nr{self.tile.vectors * self.tile.vector_floats}{step}"
 
     def operands(self) -> list[Operand]:
         """x (N, T, H, W, C_in), weights (vectors, taps, C_in, lanes), bias in whole vectors, residual, y."""
+        packed = (self.vectors, self.window.taps, self.channels_in, self.tile.vector_floats)
         return [
-            Operand("x", self.x_shape),
-            constant("weights", (self.vectors, self.window.taps, self.channels_in, self.tile.vector_floats)),
+            Operand("x", self.x_shape, self.dtype),
+            constant("weights", packed, self.dtype),
             constant("bias", (self.vectors * self.tile.vector_floats,)),
-            *([Operand("residual", self.y_shape, role="residual")] if self.residual else []),
-            output("y", self.y_shape),
+            *([Operand("residual", self.y_shape, self.dtype, "residual")] if self.residual else []),
+            output("y", self.y_shape, self.dtype),
         ]
 
     @property
-    def preparation(self) -> Panels:
-        """How weights become what the kernel reads: panels of one vector."""
+    def preparation(self) -> Panels | None:
+        """How weights become what the kernel reads, where the artifact's library can do it."""
+        return self.panelled if self.dtype == FLOAT else None
+
+    @property
+    def panelled(self) -> Panels:
+        """How weights are laid out: panels of one vector."""
         return Panels(1, self.channels_out, self.channels_in, self.window.taps, self.tile.vector_floats)
 
     def prepare(self, weights: Weights | None) -> dict[str, np.ndarray]:
@@ -86,7 +133,7 @@ class RowConv(LayerKernel):
         bias[: self.channels_out] = weights.bias
         constants = {"bias": bias}
         if weights.weight is not None:
-            constants["weights"] = self.preparation.apply(weights.weight)
+            constants["weights"] = self.panelled.apply(weights.weight).astype(self.dtype, copy=False)
         return constants
 
     def unpacked(self, at: Expr) -> tuple[Expr, Expr, Expr, Expr]:
@@ -122,37 +169,92 @@ class RowTiles:
         self.count = conv.tile.vector_floats
         #: What the weights are multiplied with.
         self.source = self.x
+        #: Where sums in half precision are put that take several passes.
+        self.memory: tirx.Buffer | None = None
         #: Floats from one vector's packed weights to the next one's.
         self.vector_floats = conv.window.taps * conv.channels_in * self.count
 
-    def start(self, vector: Expr, mr: int, width: int) -> Sums:
+    def start(self, vector: Expr, mr: int, width: int) -> TileSums:
         """The sums of ``mr`` rows × ``width`` vectors from ``vector`` on, each the bias so far."""
-        count = self.count
-        acc = [[scratch((count,)) for _ in range(width)] for _ in range(mr)]
+        count, dtype = self.count, self.conv.dtype
+        registers = [[scratch((count,), dtype) for _ in range(width)] for _ in range(mr)]
+        if dtype == FLOAT:
+            put = [[(register, 0) for register in row] for row in registers]
+        elif self.memory is None:
+            put = [[(scratch((count,)), 0) for _ in range(width)] for _ in range(mr)]
+            return TileSums(registers, put, vector)  # begun by the only pass
+        else:
+            put = [[(self.memory, SPARE + (r * width + v) * count) for v in range(width)] for r in range(mr)]
         for v in range(width):
-            bias = let(self.bias[lanes((vector + v) * count, count)])
+            bias = self._bias(vector + v)
             for r in range(mr):
-                store(acc[r][v], bias, lanes(0, count))
-        return acc
+                buffer, at = put[r][v]
+                store(buffer, bias, lanes(at, count))
+        return TileSums(registers, put, vector)
 
-    def multiply(self, source: Expr, weights: Expr, terms: int, acc: Sums) -> None:
-        """``acc[r] += x[r, term] · w[term]`` over so many terms that lie side by side."""
+    def _bias(self, vector: Expr) -> Expr:
+        return let(self.bias[lanes(vector * self.count, self.count)])
+
+    def remember(self, passes: bool = False) -> None:
+        """Give the sums of the tiles to come memory where they take several ``passes``, as many terms do: registers
+        would not do for them beside those that products are added to."""
+        tile, terms = self.tile, self.conv.window.taps * self.conv.channels_in
+        if self.conv.dtype != FLOAT and (passes or terms > HALF_TERMS):
+            self.memory = scratch((max(SPARE + tile.mr * tile.vectors * self.count, 1 + STACK_BYTES // 4),))
+            store(self.memory, number(0.0), 0)
+
+    @contextmanager
+    def one_pass(self, sums: TileSums) -> Iterator[None]:
+        """What is added to the registers within it is put into the sums behind it."""
+        if self.conv.dtype == FLOAT:
+            yield
+            return
+        count = self.count
+        for total in chain(*sums.registers):
+            store(total, number(0.0, count, self.conv.dtype), lanes(0, count))
+        yield
+        # To LLVM this zero may be another one in each pass, and so the sums another place: else it would take them into
+        # registers, of which there are none left.
+        moved = 0 if self.memory is None else let(cast(self.memory[0], INT))
+        for v in range(len(sums.put[0])):
+            bias = self._bias(sums.vector + v) if self.memory is None else None
+            for registers, put in zip(sums.registers, sums.put, strict=True):
+                buffer, at = put[v]
+                place = lanes(at + moved, count)
+                store(buffer, (buffer[place] if bias is None else bias) + read(registers[v], 0, count), place)
+
+    def multiply(self, source: Expr, weights: Expr, terms: int, sums: TileSums) -> None:
+        """``sums[r] += x[r, term] · w[term]`` over so many terms that lie side by side, in passes."""
+        if self.conv.dtype == FLOAT:
+            self.add(source, weights, terms, sums)
+            return
+        passes, step = -(-terms // HALF_TERMS), self.tile.step
+        each = -(-terms // (passes * step)) * step
+        with serial(terms // each) as index, self.one_pass(sums):
+            first = let(big(index) * each)
+            self.add(let(source + first), let(weights + first * self.count), each, sums)
+        if rest := terms % each:
+            with self.one_pass(sums):
+                self.add(source + (terms - rest), weights + (terms - rest) * self.count, rest, sums)
+
+    def add(self, source: Expr, weights: Expr, terms: int, sums: TileSums) -> None:
+        """The same within a pass."""
         rows, vectors = Rows(self.source, self.conv.row_floats), Vectors(self.weights, self.vector_floats, self.count)
-        multiply(rows, source, vectors, weights, terms, self.tile.step, acc)
+        multiply(rows, source, vectors, weights, terms, self.tile.step, sums.registers)
 
-    def finish(self, target: Expr, vector: Expr, acc: Sequence[Sequence[tirx.Buffer]]) -> None:
+    def finish(self, target: Expr, sums: TileSums) -> None:
         """Store a tile; where the output channels end inside its last vector, that one in parts."""
         conv, count = self.conv, self.count
         left = conv.channels_out % count
-        for r, sums in enumerate(acc):
-            for v, total in enumerate(sums):
+        for r, row in enumerate(sums.put):
+            for v, total in enumerate(row):
                 at = target + (r * conv.stored_floats + v * count)
-                if not left or v + 1 < len(sums):
+                if not left or v + 1 < len(row):
                     self._store(total, 0, at, count)
                 else:
-                    self._store_last(total, at, vector + v)
+                    self._store_last(total, at, sums.vector + v)
 
-    def _store_last(self, total: tirx.Buffer, at: Expr, vector: Expr) -> None:
+    def _store_last(self, total: tuple[tirx.Buffer, int], at: Expr, vector: Expr) -> None:
         """One vector of a panel's last: all of it, or what there is of the layer's last."""
 
         def whole() -> None:
@@ -164,8 +266,9 @@ class RowTiles:
 
         choose(vector + 1 < self.conv.vectors, whole, part)
 
-    def _store(self, total: tirx.Buffer, first: int, at: Expr, count: int) -> None:
-        value = total[lanes(first, count)]
+    def _store(self, total: tuple[tirx.Buffer, int], first: int, at: Expr, count: int) -> None:
+        buffer, begin = total
+        value = buffer[lanes(begin + first, count)]
         if self.residual is not None:
-            value = value + self.residual[lanes(at, count)]
-        store(self.y, activate(self.conv.activation, value, count), lanes(at, count))
+            value = value + read(self.residual, at, count)
+        write_activated(self.y, self.conv.activation, value, at, count)

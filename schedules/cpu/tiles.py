@@ -19,9 +19,9 @@ ROWS_SHARE_OF_L2 = 0.4
 GATHERING_ROWS_SHARE_OF_L2 = 1.0
 #: Cycles that one fused multiply-add takes until its result can be added to again, times two a cycle.
 CHAINS_TO_HIDE_LATENCY = 8
-#: Products in half precision that are added up before their sum goes to float32: their largest error is then 1e-3 of
-#: a layer's largest output, whatever its depth, and the sums take a tenth of the time (docs/kernels.md).
-HALF_TERMS = 64
+#: Products in half precision that are added up before their sum goes to float32: their largest error is then 1.6e-3 of
+#: a layer's largest output, whatever its depth, and the sums take a twentieth of the time (docs/kernels.md).
+HALF_TERMS = 128
 #: Rows of a register tile in half precision: an instruction reaches the lanes of 16 registers alone, and with more rows
 #: LLVM moves inputs between memory and those.
 HALF_ROWS = 8

@@ -21,8 +21,8 @@ def offer(layer: Layer, machine: Machine, _wanted: str, _log: object) -> Choice[
     if layer.spread is None:
         return None
     geometry = Spread(layer.window, layer.spread)
-    tile = _tile(machine, geometry, layer)
-    behind = layer.residual, layer.activation
+    tile = _tile(machine.storing(layer.dtype), geometry, layer)
+    behind = layer.residual, layer.activation, layer.dtype
     return Choice(TransposedConv(layer.window, layer.spread, layer.channels_in, layer.channels_out, tile, *behind))
 
 
