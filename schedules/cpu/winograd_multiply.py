@@ -150,15 +150,17 @@ class Products:
                 lambda: self._multiply_runs(chunk, sample, xi, panel, some, listed=True),
             )
 
-        def narrowest(widths: list[int]) -> None:
+        def narrowest(vectors: Expr, widths: list[int]) -> None:
             width, *wider = widths
             if wider:
-                choose(vectors <= width, lambda: multiply(width), lambda: narrowest(wider))
+                choose(vectors <= width, lambda: multiply(width), lambda: narrowest(vectors, wider))
             else:
                 multiply(width)
 
-        vectors = let(ceil_div(self.live_out(sample) - panel * tile.nr, tile.vector_floats))
-        narrowest(self._widths)
+        if len(self._widths) == 1:
+            multiply(tile.vectors)
+        else:
+            narrowest(let(ceil_div(self.live_out(sample) - panel * tile.nr, tile.vector_floats)), self._widths)
 
     @property
     def _widths(self) -> list[int]:
