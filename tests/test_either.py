@@ -13,7 +13,12 @@ from test_depthwise import window_of
 from test_pointwise import AVX512
 from torch import nn
 
+from dance_tvm.compiler.build import build_network
+from dance_tvm.compiler.check import DisagreementError
+from dance_tvm.core.random_inputs import random_inputs
+from dance_tvm.device import open_device
 from dance_tvm.lowering.registry import choose
+from dance_tvm.schedules import emit
 from dance_tvm.schedules.cpu.either import Either
 from dance_tvm.schedules.cpu.either_choice import direct_costs, seconds_at, winograd_costs
 from dance_tvm.schedules.kernel import Weights
@@ -93,6 +98,44 @@ def test_costs_are_those_of_the_model():
     assert seconds_at(winograd_costs(kernel.first, AVX512, 1), 1, 1, 1) == pytest.approx(dense, rel=0.05)
     thin, full = (seconds_at(direct_costs(kernel.second, AVX512, 1), rows, 1, 1) for rows in (0.1, 1.0))
     assert thin < 0.5 * full
+
+
+class Scattered(nn.Module):
+    """A convolution of which a mask leaves single positions."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv3d(64, 64, 3, padding=1)
+
+    def forward(self, x, scores):
+        return torch.relu(self.conv(x)) * (scores > 0).to(x.dtype)
+
+
+def test_the_check_runs_both_kernels_whatever_calls_choose(monkeypatch, tmp_path):
+    example = torch.randn(1, 64, 3, 14, 14), torch.ones(1, 1, 1, 14, 14)
+
+    def wrong_second(kernel, args):
+        emit.choose(args["decision"][0] == 0, lambda: kernel.first.emit(args), lambda: emit.clear(args["y"]))
+
+    monkeypatch.setattr(Either, "emit", wrong_second)
+    with pytest.raises(DisagreementError):
+        build_network(Scattered().eval(), tmp_path / "wrong", example_inputs=example, check=True)
+    unchecked = build_network(Scattered().eval(), tmp_path / "wrong", example_inputs=example, check=False).artifact
+    assert any("_or_" in layer.kernel for layer in unchecked.manifest.layers)
+    given = random_inputs(unchecked.manifest.inputs)
+    x, scores = (torch.from_numpy(array) for array in given.values())
+    with torch.no_grad():
+        exact = Scattered().double()(x.double(), scores.double()).numpy()
+    with open_device("local") as device:
+        network = device.load(unchecked)
+        ran, first, second = (
+            next(iter(found.values()))
+            for found in (network.run(given), network.run_choosing(given, 0), network.run_choosing(given, 1))
+        )
+    for answer in (ran, first):
+        np.testing.assert_allclose(answer, exact, rtol=0, atol=1e-4 * np.abs(exact).max())
+    assert not second.any()
 
 
 def test_layers_that_have_one_kernel():
