@@ -31,6 +31,9 @@ from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.device import KernelTime, open_device, serve
 from dance_tvm.machines.target import Energy, load_target
+from dance_tvm.schedules.cpu.conv3d_line import LineConv
+from dance_tvm.schedules.cpu.row_tiles import RowTile
+from dance_tvm.schedules.geometry import Window
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,28 @@ def test_every_frame_of_a_winograd_tile_counts_as_computed():
     assert alive[0, :4].all()
     assert alive[0, 4:].sum() == 4 * (16 * 16 - 4 * 4)
     assert not alive[0, 4:, :4, :4].any()
+
+
+def test_what_masks_leave_of_a_convolution_without_lists_is_counted():
+    window = Window(2, (5, 7, 9), (3, 7, 5), (3, 3, 5), stride=(2, 1, 2), padding=(1, 1, 2))
+    conv = LineConv(window, 3, 6, RowTile(4, 1, 8, 1), out_frames=True, positions=(1, 3))
+    seed = np.random.default_rng(4)
+    masks = {
+        "out_frames": np.array([[1, 0, 1], [0, 0, 0.5]], "float32"),
+        "positions": (seed.random((1, 3, *window.out[1:])) < 0.4).astype("float32"),
+    }
+    shapes = {each.name: each.shape for each in conv.operands()}
+    named = {name: tvm.runtime.tensor(masks.get(name, np.zeros(shape, "float32"))) for name, shape in shapes.items()}
+    work, alive, channels = serve.executed(conv.describe(), named)
+    wanted = (masks["out_frames"][:, :, None, None] != 0) & (masks["positions"] != 0)
+    pairs = torch.conv3d(torch.ones(2, 1, 5, 7, 9), torch.ones(1, 1, 3, 3, 5), stride=(2, 1, 2), padding=(1, 1, 2))[
+        :, 0
+    ]
+    assert np.array_equal(alive, wanted)
+    assert channels is None
+    assert work["macs"] == int(pairs.numpy()[wanted].sum()) * 3 * 6
+    assert work["frames"] == 0.5
+    assert work["share"] == pytest.approx(work["macs"] / (wanted.size * 45 * 18))
 
 
 def test_winograd_and_kernel_groups_are_counted(tmp_path):

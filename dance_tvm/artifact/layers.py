@@ -30,7 +30,8 @@ class KernelInfo(BaseModel):
     ``name`` is the kernel's own, by which layers name it; several functions may have it. ``operands`` are its tensors
     in order. ``tile`` are the frames, rows and columns of a tile of Winograd's, else nothing; of two kernels in one,
     those of the first. ``parts``: the kernels that a function of joined small ones runs, in order. ``macs``:
-    multiply-accumulates of a call, padding left out, where they are the same in every call.
+    multiply-accumulates of a call, padding left out, where they are the same in every call. ``taps``: of a convolution
+    that asks masks without lists, the taps that each output reads inside the clip, along frames, rows and columns.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -41,6 +42,7 @@ class KernelInfo(BaseModel):
     tile: list[int] = []
     parts: list[str] = []
     macs: int | None = None
+    taps: list[list[int]] = []
 
     @property
     def is_free_choice(self) -> bool:

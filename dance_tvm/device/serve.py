@@ -258,7 +258,7 @@ def looked_at(kernel: dict[str, Any] | None, tensors: list[Any]) -> dict[str, An
     """Bytes of a call's tensors; of a convolution what its index lists kept, and means of what it wrote.
 
     `kernel` is what the manifest says of it: its `kind`, its `operands` in order, of Winograd's the `tile`, and of one
-    without lists its `macs`.
+    without lists its `macs`, or its `taps` where masks leave outputs out.
     """
     size = sum(int(np.prod(tensor.shape, dtype="int64")) * np.dtype(str(tensor.dtype)).itemsize for tensor in tensors)
     if kernel is None or kernel["kind"] != CONVOLUTION:
@@ -283,8 +283,12 @@ def executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, A
         named, tile = _of_second(named), []
     if "counts" in named:
         return _work(named, tile)
+    if kernel.get("taps"):
+        return _masked_work(named, kernel["taps"])
     macs = kernel.get("macs")
-    return None if macs is None else _dense_work(named, macs)
+    if macs is None:
+        return None
+    return _without_lists(named, macs, 1.0, np.ones([int(extent) for extent in named["y"].shape[:4]], bool))
 
 
 def _of_second(named: dict[str, Any]) -> dict[str, Any]:
@@ -331,18 +335,33 @@ def _work(named: dict[str, Any], tile: list[int]) -> tuple[dict[str, Any], np.nd
     return kept, alive, channels
 
 
-def _dense_work(named: dict[str, Any], macs: int) -> tuple[dict[str, Any], np.ndarray, None]:
-    """The same of a convolution that leaves nothing out."""
+def _masked_work(named: dict[str, Any], taps: list[list[int]]) -> tuple[dict[str, Any], np.ndarray, None]:
+    """The same of a convolution that asks the masks of its outputs itself: out_frames (N, T) and positions
+    (N or 1, T or 1, H, W). `taps`: how many each output along an axis reads inside the clip."""
     shape = [int(extent) for extent in named["y"].shape]
     alive = np.ones(shape[:4], bool)
+    if "out_frames" in named:
+        alive &= (named["out_frames"].numpy() != 0)[:, :, None, None]
+    if "positions" in named:
+        alive &= named["positions"].numpy() != 0
+    pairs = int(np.einsum("ntyx,t,y,x->", alive.astype("int64"), *taps))
+    every_tap = int(np.prod(shape[:4])) * int(named["weights"].shape[1])
+    channels = int(named["x"].shape[-1]) * shape[-1]
+    return _without_lists(named, pairs * channels, pairs / every_tap, alive)
+
+
+def _without_lists(
+    named: dict[str, Any], macs: int, share: float, alive: np.ndarray
+) -> tuple[dict[str, Any], np.ndarray, None]:
+    """The same of a convolution that walks no lists and computed the positions `alive` with all channels."""
     kept = {
         "macs": macs,
-        "share": 1.0,
-        "positions": 1.0,
-        "frames": 1.0,
+        "share": share,
+        "positions": float(alive.mean()),
+        "frames": float(alive.any((2, 3)).mean()),
         "channels_in": 1.0,
         "channels_out": 1.0,
-        "shape": shape[1:4],
+        "shape": [int(extent) for extent in named["y"].shape[1:4]],
         "alive": base64.b64encode(zlib.compress(np.packbits(alive[0]).tobytes())).decode(),
     }
     return kept, alive, None

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from tvm import tirx
 
@@ -106,6 +107,14 @@ class LineConv(RowConv):
     def lists(self) -> list[Planned]:
         """What counts its rows, where masks leave some out."""
         return [Planned(self.plan, tuple(self.plan.shapes))] if self.plan.masks else []
+
+    def describe(self) -> dict[str, Any]:
+        """Also the taps that each output reads, by which its masks tell what was executed."""
+        if not self.plan.masks:
+            return super().describe()
+        window = self.window
+        taps = [[len(window.live_taps(axis, index)) for index in range(window.out[axis])] for axis in range(3)]
+        return {**super().describe(), "taps": taps}
 
     def operands(self) -> list[Operand]:
         """The masks before the output."""
