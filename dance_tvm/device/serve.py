@@ -278,11 +278,10 @@ def looked_at(kernel: dict[str, Any] | None, tensors: list[Any]) -> dict[str, An
 def executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, Any] | None:
     """What a convolution, whose tensors are `named` by its operands, executed (see `_work`); None where it cannot be
     told."""
-    tile = kernel["tile"]
     if "decision" in named and int(named["decision"].numpy()[0]):
-        named, tile = _of_second(named), []
+        return _work(_of_second(named), [])
     if "counts" in named:
-        return _work(named, tile)
+        return _work(named, kernel["tile"])
     if kernel.get("taps"):
         return _masked_work(named, kernel["taps"])
     macs = kernel.get("macs")
