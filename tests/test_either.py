@@ -20,7 +20,7 @@ from dance_tvm.device import open_device
 from dance_tvm.lowering.registry import choose
 from dance_tvm.schedules import emit
 from dance_tvm.schedules.cpu.either import Either
-from dance_tvm.schedules.cpu.either_choice import direct_costs, seconds_at, winograd_costs
+from dance_tvm.schedules.cpu.either_choice import direct_costs, winograd_costs
 from dance_tvm.schedules.kernel import Weights
 from dance_tvm.schedules.layer import Layer, Limits
 
@@ -95,8 +95,8 @@ def test_scattered_thin_masks_run_the_direct_kernel_and_full_ones_winograd():
 def test_costs_are_those_of_the_model():
     kernel = both_of()
     dense = kernel.first.predict(AVX512, 1, [1.0], whole_units=True)
-    assert seconds_at(winograd_costs(kernel.first, AVX512, 1), 1, 1, 1) == pytest.approx(dense, rel=0.05)
-    thin, full = (seconds_at(direct_costs(kernel.second, AVX512, 1), rows, 1, 1) for rows in (0.1, 1.0))
+    assert winograd_costs(kernel.first, AVX512, 1).seconds(1, 1, 1) == pytest.approx(dense, rel=0.05)
+    thin, full = (direct_costs(kernel.second, AVX512, 1).seconds(rows, 1, 1) for rows in (0.1, 1.0))
     assert thin < 0.5 * full
 
 

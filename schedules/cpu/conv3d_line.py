@@ -40,7 +40,6 @@ from ..kernel import Count, Operand, Planned
 from ..space import Space
 from ..taps import span
 from ..workload import Workload
-from .cost import seconds_per_cycle
 from .line_tiles import LineSpace, predicted_cycles
 from .lines import each_piece
 from .row_plan import RowPlan
@@ -89,10 +88,7 @@ class LineConv(RowConv):
         self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
     ) -> float:
         """As :mod:`~.line_tiles` has it: nothing is listed."""
-        tile = (self.tile.mr, self.tile.vectors, self.tile.step)
-        stored = machine.storing(self.dtype)
-        cycles = predicted_cycles(stored, self.window, (self.channels_in, self.channels_out), tile)
-        return cycles * seconds_per_cycle(stored) / threads
+        return self.seconds_by(predicted_cycles, machine, threads)
 
     def work(self) -> tuple[Count, Count, Count]:
         """All taps inside the clip, of the outputs that are read."""

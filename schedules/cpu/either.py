@@ -46,17 +46,17 @@ class Either(LayerKernel):
         return self.first.window
 
     @property
-    def channels_in(self) -> int:  # type: ignore[override]
+    def channels_in(self) -> int:  # type: ignore[override]  # a field of others
         """Of both."""
         return self.first.channels_in
 
     @property
-    def channels_out(self) -> int:  # type: ignore[override]
+    def channels_out(self) -> int:  # type: ignore[override]  # a field of others
         """Of both."""
         return self.first.channels_out
 
     @property
-    def groups(self) -> int:  # type: ignore[override]
+    def groups(self) -> int:  # type: ignore[override]  # a field of others
         """Of both."""
         return self.first.groups
 
@@ -71,7 +71,7 @@ class Either(LayerKernel):
         return f"{self.first.name}_or_{self.second.name.removeprefix('conv3d_')}"
 
     @property
-    def exact(self) -> bool:  # type: ignore[override]
+    def exact(self) -> bool:  # type: ignore[override]  # a field of others
         """If both are."""
         return self.first.exact and self.second.exact
 
@@ -161,14 +161,10 @@ class Decision(Kernel):
     """
 
     kind = PLANNER
+    name = "decide"
     counts: LiveCounts
     grains: tuple[Grain, Grain]
     costs: tuple[Costs, Costs]
-
-    @property
-    def name(self) -> str:
-        """What it does."""
-        return "decide"
 
     def operands(self) -> list[Operand]:
         """What is forced, the masks, the decision."""
@@ -177,7 +173,7 @@ class Decision(Kernel):
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Both costs, compared."""
         shares = self.counts.emit(args, self.grains)
-        first, second = (cost.seconds(*share) for cost, share in zip(self.costs, shares, strict=True))
+        first, second = (cost.microseconds(*share) for cost, share in zip(self.costs, shares, strict=True))
         forced = let(args[FORCED.name][0])
         store(args[DECISION.name], tirx.Select(forced < 0, tirx.Cast(INT, let(second) < let(first)), forced), 0)
 

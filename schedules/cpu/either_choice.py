@@ -31,7 +31,7 @@ def either(winograd: WinogradConv, direct: GatherConv, machine: Machine, threads
     grains = Grain(plan.m, winograd.unit, winograd.tile.vector_floats), Grain()
     density = THIN ** (1 / sum(thinned))
     first, second = (
-        seconds_at(cost, *_scattered(grain, thinned, density)) for cost, grain in zip(costs, grains, strict=True)
+        cost.seconds(*_scattered(grain, thinned, density)) for cost, grain in zip(costs, grains, strict=True)
     )
     if second >= first:
         return None
@@ -50,14 +50,6 @@ def _scattered(grain: Grain, thinned: tuple[bool, ...], density: float) -> tuple
     taps = density if thinned[0] and grain.tile[0] == 1 else 1.0
     rows = taps * alive(thinned[1], grain.tile[0]) * alive(thinned[2], grain.tile[1] * grain.tile[2])
     return rows, alive(thinned[3], grain.unit_in), alive(thinned[4], grain.unit_out)
-
-
-def seconds_at(costs: Costs, rows: float, read: float, written: float) -> float:
-    """As :meth:`Costs.seconds` has it."""
-    multiply = rows * read * written * costs.multiply
-    weights = read * written * (costs.weights + rows * costs.again)
-    sides = rows * (costs.rows + read * costs.read + written * costs.write)
-    return max(multiply, weights) + costs.exposed * min(multiply, weights) + sides + costs.always
 
 
 def winograd_costs(conv: WinogradConv, machine: Machine, threads: int) -> Costs:

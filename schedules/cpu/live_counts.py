@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tvm import tirx
@@ -44,18 +44,19 @@ class Costs:
     always: float = 0.0
     exposed: float = 0.5
 
-    def seconds(self, rows: Expr, read: Expr, written: Expr) -> Expr:
-        """With shares left of rows and of channels on either side: float32 expressions, or floats."""
-        both = let(read * written)
-        multiply = let(rows * both * _number(self.multiply))
-        weights = let(both * (_number(self.weights) + rows * _number(self.again)))
-        hidden = tirx.max(multiply, weights) + number(self.exposed) * tirx.min(multiply, weights)
-        sides = read * _number(self.read) + written * _number(self.write) + _number(self.rows)
-        return hidden + rows * sides + _number(self.always)
+    def seconds(
+        self, rows: Any, read: Any, written: Any, larger: Callable[..., Any] = max, smaller: Callable[..., Any] = min
+    ) -> Any:
+        """With shares left of rows and of channels on either side: floats, or expressions with TVM's max and min."""
+        both = read * written
+        multiply, weights = rows * both * self.multiply, both * (self.weights + rows * self.again)
+        hidden = larger(multiply, weights) + self.exposed * smaller(multiply, weights)
+        return hidden + rows * (read * self.read + written * self.write + self.rows) + self.always
 
-
-def _number(value: float) -> Expr:
-    return number(1e6 * value)  # microseconds: float32 has no room for small seconds' products
+    def microseconds(self, rows: Expr, read: Expr, written: Expr) -> Expr:
+        """The same as a float32 expression, which has no room for small seconds' products."""
+        terms = {each.name: 1e6 * getattr(self, each.name) for each in fields(self) if each.name != "exposed"}
+        return replace(self, **terms).seconds(rows, read, written, tirx.max, tirx.min)
 
 
 @dataclass(frozen=True)

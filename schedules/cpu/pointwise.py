@@ -21,7 +21,6 @@ from ..geometry import Window
 from ..kernel import Count, Operand
 from ..space import Space
 from ..workload import Workload
-from .cost import seconds_per_cycle
 from .pointwise_tiles import PointwiseSpace, PointwiseTile, predicted_cycles
 from .row_tiles import RowConv, RowTiles, panel_widths
 from .tiles import Machine
@@ -61,10 +60,7 @@ class PointwiseConv(RowConv):
         self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
     ) -> float:
         """As :mod:`~.pointwise_tiles` has it: nothing is listed."""
-        tile = (self.tile.mr, self.tile.vectors, self.tile.step)
-        stored = machine.storing(self.dtype)
-        cycles = predicted_cycles(stored, self.window, (self.channels_in, self.channels_out), tile)
-        return cycles * seconds_per_cycle(stored) / threads
+        return self.seconds_by(predicted_cycles, machine, threads)
 
     def work(self) -> tuple[Count, Count, Count]:
         """All of it."""

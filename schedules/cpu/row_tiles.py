@@ -6,7 +6,7 @@ packed as single vectors of output channels, so that panels of any width read th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -38,8 +38,9 @@ from ..geometry import Window
 from ..kernel import Operand, Weights, constant, output
 from ..preparation import Panels
 from .conv3d_gather import parts_of
+from .cost import seconds_per_cycle
 from .row_products import Rows, Sums, Vectors, multiply
-from .tiles import HALF_TERMS
+from .tiles import HALF_TERMS, Machine
 
 #: Up to so many bytes memory of a kernel is on the stack, where LLVM takes it apart into registers.
 STACK_BYTES = 1024
@@ -142,6 +143,12 @@ class RowConv(LayerKernel):
         line, channel = let(tirx.floordiv(at, count * depth)), let(tirx.floormod(tirx.floordiv(at, count), depth))
         out = let(tirx.floordiv(line, taps) * count + tirx.floormod(at, count))
         return out, let(tirx.floormod(line, taps)), channel, out < self.channels_out
+
+    def seconds_by(self, cycles: Callable[..., float], machine: Machine, threads: int) -> float:
+        """Of ``cycles`` (stored, window, channels on either side, tile), shared out over the threads."""
+        tile, stored = (self.tile.mr, self.tile.vectors, self.tile.step), machine.storing(self.dtype)
+        needed = cycles(stored, self.window, (self.channels_in, self.channels_out), tile)
+        return needed * seconds_per_cycle(stored) / threads
 
     def sized(self: R, decisions: Mapping[str, int]) -> R:
         """With this tile."""
