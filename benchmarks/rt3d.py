@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,6 +49,7 @@ from dance_tvm.tuning.measure_groups import one_convolution
 from .agreement import Agreement, Judge
 from .engines import Case as PeerCase
 from .engines import Engine, export_case
+from .runs import machine
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 RESULTS = Path(__file__).parent / "results" / "rt3d.json"
@@ -262,7 +264,8 @@ def table2(
             built, models.example_inputs(name), case, [p for p in peers.split(",") if p], threads, runs
         )
         facts = {key: json.loads((base / key / "pruned.json").read_text()) for key in built}
-        found[name] = {"threads": threads, "runs": runs, "seconds": seconds, "facts": facts}
+        on = {"machine": machine(), "date": datetime.now(timezone.utc).date().isoformat()}
+        found[name] = {"threads": threads, "runs": runs, "seconds": seconds, "facts": facts, **on}
         keep_result("table2", found)
     write_table2(found)
 

@@ -25,9 +25,10 @@ from dance_tvm.machines.target import load_target
 from dance_tvm.sparsity import checkpoint, training
 from dance_tvm.sparsity.clips import Batch, Splits
 from dance_tvm.sparsity.dance.adaptors import AdaptorSpatial, AdaptorTemporal
-from dance_tvm.sparsity.dance.controller import AXES, Masks
+from dance_tvm.sparsity.dance.controller import Masks
 from dance_tvm.sparsity.dance.macs import MacCounter
-from dance_tvm.sparsity.dance.method import AAP, controller_of, parse_amount, prune
+from dance_tvm.sparsity.dance.method import AAP, controller_of, prune
+from dance_tvm.sparsity.dance.options import AXES, parse_amount
 from dance_tvm.sparsity.dance.sites import trace
 from dance_tvm.sparsity.dance.start import leave_out_least, refit
 from dance_tvm.sparsity.dance.trained import SHIPPED, load
