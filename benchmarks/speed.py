@@ -1,31 +1,29 @@
-"""README's picture and table of speed, drawn from measurements of one machine.
+"""README's picture and table of speed: dense and pruned networks in turns with other engines, on one machine.
 
-    python -m benchmarks.rt3d build      the networks, dense and pruned
-    python -m benchmarks.rt3d table2     those and their dense peers in turns, two threads
-    python -m benchmarks.networks --only "C3D|R2plus1D-18|S3D|TransNetV2|ResNet18-TSN"
-    python -m benchmarks.speed           docs/images/speed.png and README's section
+    python -m benchmarks.rt3d build --only dense,kgs,filter     what is measured
+    python -m benchmarks.speed measure                          the picture's networks
+    python -m benchmarks.networks --only "C3D|R2plus1D-18|S3D|TransNetV2|ResNet18-TSN"      the table's
+    python -m benchmarks.speed draw                             docs/images/speed.png and README's section
 
-Needs matplotlib (``pip install 'dance-tvm[report]'``).
+Needs matplotlib (``pip install 'dance-tvm[report]'``) and the engines that `benchmarks.engines` names.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import date
+from datetime import date, datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import matplotlib
+import typer
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-from matplotlib.axes import Axes
+from .runs import machine
 
-from .rt3d import write_section
-
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+MEASURED = RESULTS / "speed.json"
 PICTURE = ROOT / "docs" / "images" / "speed.png"
 
 #: The picture's bars: key in RT3D's table 2, name, colour.
@@ -50,23 +48,60 @@ DENSE = {
 ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "mnn": "MNN", "pytorch": "PyTorch"}
 
 
-def main() -> None:
+HEAD = ("network", "1 thread", "2 threads", "fastest other engine")
+
+
+@app.command("measure")
+def measure_command(
+    artifacts: Annotated[Path, typer.Option(help="where `benchmarks.rt3d build` left them")] = Path(
+        "build/rt3d/artifacts"
+    ),
+    network: Annotated[list[str] | None, typer.Option(help=", ".join(PRUNED))] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    runs: Annotated[int, typer.Option(min=2, help="turns of each, at least")] = 10,
+) -> None:
+    """Time the picture's networks, dense and pruned, in turns with their dense peers."""
+    from dance_tvm import models
+    from dance_tvm.artifact.folder import load_artifact
+
+    from .engines import Case
+    from .rt3d import latencies
+
+    found = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+    for name in network or list(PRUNED):
+        base = artifacts / f"{name}-{threads}"
+        built = {key: load_artifact(base / key) for key in ("dense", "kgs", "filter")}
+        facts = {key: json.loads((base / key / "pruned.json").read_text()) for key in built}
+        case, peers = Case(name, 0, artifacts / "peers" / name), [key for key in ENGINES if key not in built]
+        seconds = latencies(built, models.example_inputs(name), case, peers, threads, runs)
+        today = datetime.now(timezone.utc).date().isoformat()
+        found[name] = {"threads": threads, "seconds": seconds, "facts": facts, "machine": machine(), "date": today}
+        MEASURED.write_text(json.dumps(found, indent=1) + "\n")
+        print(name, {key: round(1e3 * took, 1) for key, took in seconds.items()}, flush=True)
+
+
+@app.command()
+def draw() -> None:
     """Draw the picture and write README's section anew."""
-    pruned = json.loads((RESULTS / "rt3d.json").read_text())["table2"]
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from .rt3d import write_section
+
+    pruned = json.loads(MEASURED.read_text())
     runs = json.loads((RESULTS / "networks.json").read_text())["runs"]
     figure, grid = pyplot.subplots(1, len(PRUNED), figsize=(11, 3.4), sharey=True)
     for axis, (key, name) in zip(grid, PRUNED.items(), strict=True):
-        draw(axis, name, pruned[key])
+        bars(axis, name, pruned[key])
     figure.tight_layout()
     figure.savefig(PICTURE, dpi=100)
     found = [run for run in runs if run["case"] in DENSE]
     write_section("speed", _about(pruned, found), HEAD, table(found), page=ROOT / "README.md")
 
 
-HEAD = ("network", "1 thread", "2 threads", "fastest other engine")
-
-
-def draw(axis: Axes, name: str, found: Mapping[str, Any]) -> None:
+def bars(axis: Any, name: str, found: Mapping[str, Any]) -> None:
     """One network's milliseconds a clip: other engines in grey, ours in colour, the multiply-adds saved in words."""
     dense = found["facts"]["dense"]["macs"]
     for place, (key, _, colour) in enumerate(SHOWN):
@@ -120,4 +155,4 @@ def _told(machine: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    app()

@@ -16,6 +16,7 @@ from dance_tvm.core.files import require_suffix
 from dance_tvm.core.options import AsJson, Devices
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import JsonLines, Progress
+from dance_tvm.device import require_spec
 
 if TYPE_CHECKING:
     from dance_tvm.benchmarking.results import Measured, Profile, Results
@@ -76,6 +77,8 @@ def bench(
         raise DanceError("give --cluster or --cpus, not both")
     if trace and not layers:
         raise DanceError("--trace shows layers: leave --no-layers out")
+    for spec in device or []:
+        require_spec(spec)
     _require_files([*artifacts, *([dense] if dense else [])], {"--out": out, "--trace": trace})
     own_cpus = parse_cpus(cpus) if cpus else None
     if labels and not clips:

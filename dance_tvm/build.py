@@ -127,8 +127,7 @@ def build(
     if layer_errors:
         requests.require_layers_seen(machine)
     require_source(model)
-    given = {"--check-inputs": check_inputs or [], "--calibrate": calibrate or []}
-    requests.require_files({"--weights": [weights] if weights else [], **given})
+    requests.require_files({"--weights": weights, "--check-inputs": check_inputs, "--calibrate": calibrate})
     place = out or requests.default_out(model, machine)
     require_free(place)
     if logs is not None and not logs.is_dir():

@@ -113,10 +113,12 @@ def tune(
 
 
 def require_devices_of(machine: Target, devices: list[str]) -> None:
-    """Raise DanceError where a device is known not to be the target: its times would be taken for the target's."""
+    """Raise DanceError where a device is none, or known not to be the target: its times would be taken for those."""
+    from dance_tvm.device import require_spec
     from dance_tvm.machines.target import load_target
 
     for spec in devices:
+        require_spec(spec)
         if spec == "local" and machine.gpu is None and machine.fingerprint != load_target("host").fingerprint:
             raise DanceError(
                 f"--device local is this machine and not {machine.name}: what is measured here says nothing of it; "

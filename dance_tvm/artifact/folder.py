@@ -379,7 +379,9 @@ def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        if folder.is_file():
+            raise DanceError(f"{folder} is a file: an artifact is the folder that `dance-tvm build` writes") from None
         if not folder.is_dir():
             raise DanceError(f"there is no artifact {folder}: `dance-tvm build` writes one") from None
         raise DanceError(f"{folder} holds no {MANIFEST}: it is not an artifact of dance-tvm build") from None

@@ -16,10 +16,10 @@ MACHINES = {"x86_64": ("x86_64",), "aarch64": ("aarch64", "arm64")}
 KINDS = ("llvm", "cuda", "opencl")
 
 
-def require_files(options: Mapping[str, Sequence[Path]]) -> None:
+def require_files(options: Mapping[str, Path | Sequence[Path] | None]) -> None:
     """Raise DanceError for files, by the option that names them, that are not there."""
-    for option, paths in options.items():
-        for path in paths:
+    for option, given in options.items():
+        for path in [given] if isinstance(given, Path) else given or []:
             if not path.is_file():
                 raise DanceError(f"there is no file {path} ({option}): check the path")
 
