@@ -79,6 +79,7 @@ def command(*words: str, **options) -> subprocess.CompletedProcess[str]:
         (["train", "--out", "FINISHED"], 2),
         (["train", "--method", "kgs", "--set", "epsylon=1"], 2),
         (["train", "--method", "dstep", "--model", "resnet-mini", "--print-config"], 0),
+        (["units", "--model", "c3d-maxi"], 2),
         (["bench", "/nowhere"], 2),
         (["run", "/nowhere", "--outputs", "scores.csv"], 2),
     ],
