@@ -1,4 +1,4 @@
-"""Networks that an Arm processor computes in half precision, on the emulated device."""
+"""Networks in half precision, on the emulated device and on this machine where it multiplies halves."""
 
 from __future__ import annotations
 
@@ -43,17 +43,19 @@ class EveryKind(nn.Module):
         return self.head((self.twice(y) + self.apart(y)).mean((2, 3, 4)))
 
 
-@pytest.mark.device
-def test_a_network_of_every_kind_of_layer_agrees_with_its_source(tmp_path):
+@pytest.mark.parametrize("target", [pytest.param("snapdragon", marks=pytest.mark.device), "host"])
+def test_a_network_of_every_kind_of_layer_agrees_with_its_source(tmp_path, target):
     from dance_tvm.device import emulator_available
 
-    if reason := emulator_available():
+    if target != "host" and (reason := emulator_available()):
         pytest.skip(f"no emulated device: {reason}")
+    if not load_target(target).vector.fp16:
+        pytest.skip(f"{target} does not multiply halves")
     torch.manual_seed(0)
     network, clip = EveryKind().eval(), torch.rand(1, 3, 4, 8, 8)
     options = Options(threads=1, dtype="float16", conv="direct")
     manifest = build_network(
-        network, tmp_path / "half", target="snapdragon", example_inputs=(clip,), options=options, check=True
+        network, tmp_path / "half", target=target, example_inputs=(clip,), options=options, check=True
     ).artifact.manifest
     assert (manifest.check.status, manifest.tolerance) == ("passed", HALF_ON_PROCESSOR)
     kernels = {layer.kernel.split("_f16")[0] for layer in manifest.layers}

@@ -150,6 +150,7 @@ def build_network(
     if layer_errors:
         require_layers_seen(machine)
     require_writable(out)
+    machine = machine.storing(chosen.dtype)
     clock = _Clock(on_phase)
 
     with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
