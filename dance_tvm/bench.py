@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dance_tvm.artifact.folder import require_artifact
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_suffix
@@ -77,9 +78,7 @@ def bench(
         raise DanceError("give --cluster or --cpus, not both")
     if trace and not layers:
         raise DanceError("--trace shows layers: leave --no-layers out")
-    for spec in device or []:
-        require_spec(spec)
-    _require_files([*artifacts, *([dense] if dense else [])], {"--out": out, "--trace": trace})
+    _require_named([*artifacts, *([dense] if dense else [])], device or [], {"--out": out, "--trace": trace})
     own_cpus = parse_cpus(cpus) if cpus else None
     if labels and not clips:
         raise DanceError("--labels gives the classes of clips: give --clips too")
@@ -137,14 +136,15 @@ def bench(
         raise typer.Exit(REGRESSION)
 
 
-def _require_files(artifacts: Sequence[Path], results: Mapping[str, Path | None]) -> None:
-    """Raise DanceError for artifacts that are not there, and for results of another kind; by the options' names."""
+def _require_named(artifacts: Sequence[Path], devices: Sequence[str], results: Mapping[str, Path | None]) -> None:
+    """Raise DanceError for artifacts or devices that are none, and for results of another kind, by option."""
+    for spec in devices:
+        require_spec(spec)
     for option, path in results.items():
         if path is not None:
             require_suffix(path, option, (".json",))
     for artifact in artifacts:
-        if not artifact.is_dir():
-            raise DanceError(f"there is no artifact {artifact}: `dance-tvm build` writes one")
+        require_artifact(artifact)
 
 
 def parse_cpus(text: str) -> list[int]:
