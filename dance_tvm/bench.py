@@ -186,11 +186,16 @@ def _print(results: Results) -> None:
             f"differ by {each.difference:.1g} of the largest value"
         )
     for pair in results.pairs:
-        saved = f", {pair.mac_reduction:.2f}x fewer MACs" if pair.mac_reduction else ""
+        many = pair.over_clips
+        less = (many or pair).mac_reduction
+        saved = f", {less:.2f}x fewer MACs" if less else ""
+        span = f"95% between {pair.low:.2f} and {pair.high:.2f}"
+        if many:
+            span = f"the mean of {many.count} clips, from {many.least:.2f} to {many.most:.2f}"
         ratio = f", {pair.efficiency:.0%} of the saving became speed" if pair.efficiency else ""
         typer.echo(
-            f"{pair.device}: {pair.sparse} is {pair.speed_up:.2f}x as fast as {pair.dense} "
-            f"(95% between {pair.low:.2f} and {pair.high:.2f}){saved}{ratio}"
+            f"{pair.device}: {pair.sparse} is {(many or pair).speed_up:.2f}x as fast as {pair.dense} "
+            f"({span}){saved}{ratio}"
         )
     for verdict in results.verdicts:
         how = "in turns" if verdict.interleaved else "at another time"
