@@ -152,6 +152,10 @@ def build_network(
     with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
         clock.start("import")
         imported = _import(model, weights, example_inputs, shapes, batch)
+        if chosen.io == "float16":
+            from dance_tvm.frontend.half_io import with_half_io
+
+            imported = with_half_io(imported)
         _dump(chosen.debug_dump, "imported", imported.mod)
         manifest = new_manifest(imported, machine, chosen, source)
         manifest.preprocess = preprocess or known_preprocess(model)
