@@ -134,8 +134,7 @@ def build(
     requests.require_files({"--weights": weights, "--check-inputs": check_inputs, "--calibrate": calibrate})
     place = out or requests.default_out(model, machine)
     require_free(place)
-    if logs is not None and not logs.is_dir():
-        raise DanceError(f"there is no folder of tuning logs {logs}: `dance-tvm tune --logs` makes one")
+    requests.require_logs(logs)
     _warn(machine, model, weights, threads)
     prepare = read_preprocess(preprocess) if preprocess else None
     with Progress(as_json, json_lines) as progress:

@@ -117,6 +117,8 @@ def main(
     elif not json_lines:
         rows = [[name, f"{value:.6g}"] for name, value in result.metrics.items()]
         print_table(["figure", "value"], rows, title=f"best epoch, written to {result.folder}")
+        if export:
+            typer.echo(f"next: dance-tvm build --model {out / 'model.pt2'}")
 
 
 def _config(*, init: Path | None, **settings: Any) -> str:

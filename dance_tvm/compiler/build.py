@@ -151,11 +151,7 @@ def build_network(
 
     with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
         clock.start("import")
-        imported = _import(model, weights, example_inputs, shapes, batch)
-        if chosen.io == "float16":
-            from dance_tvm.frontend.half_io import with_half_io
-
-            imported = with_half_io(imported)
+        imported = _with_io(_import(model, weights, example_inputs, shapes, batch), chosen.io)
         _dump(chosen.debug_dump, "imported", imported.mod)
         manifest = new_manifest(imported, machine, chosen, source)
         manifest.preprocess = preprocess or known_preprocess(model)
@@ -185,6 +181,15 @@ def build_network(
         errors = _layer_errors(artifact, lowered, imported, given, clock) if layer_errors else None
         clock.start("")
         return Built(artifact, clock.seconds, _peak_memory(), errors)
+
+
+def _with_io(imported: Imported, io: str) -> Imported:
+    """The network with inputs and outputs in ``io``."""
+    if io != "float16":
+        return imported
+    from dance_tvm.frontend.half_io import with_half_io
+
+    return with_half_io(imported)
 
 
 def _require(machine: Target, chosen: Options, layer_errors: bool, out: str | Path) -> None:

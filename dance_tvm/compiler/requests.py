@@ -24,6 +24,12 @@ def require_files(options: Mapping[str, Path | Sequence[Path] | None]) -> None:
                 raise DanceError(f"there is no file {path} ({option}): check the path")
 
 
+def require_logs(logs: Path | None) -> None:
+    """Raise DanceError for a folder of tuning logs that is not there."""
+    if logs is not None and not logs.is_dir():
+        raise DanceError(f"there is no folder of tuning logs {logs}: `dance-tvm tune --logs` makes one")
+
+
 def require_agreement(numerics: str, conv: str) -> None:
     """Raise DanceError for options that contradict one another."""
     if numerics == "exact" and conv == "winograd":

@@ -159,6 +159,11 @@ class AAP(Method):
             {"params": [controller.theta], "lr_scale": options.threshold_rate, "weight_decay": 0.0},
         ]
 
+    def finished(self, network: nn.Module) -> nn.Module:
+        for module in self._prunes:
+            module.watching = False  # what runs later, and what is exported, keeps nothing of a call
+        return network
+
     def epoch_started(self, network: nn.Module, epoch: int) -> None:
         self._step = epoch * self._steps
         for module in self._prunes:
