@@ -153,6 +153,8 @@ def build_network(
     clock = _Clock(on_phase)
 
     with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
+        clock.start("load PyTorch's exporter")
+        _load_frontend(model)
         clock.start("import")
         imported = _import(model, weights, example_inputs, shapes, batch)
         _dump(chosen.debug_dump, "imported", imported.mod)
@@ -281,6 +283,16 @@ def _made_of(out: str | Path, manifest: Manifest) -> Artifact | None:
 def _peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _load_frontend(model: Any) -> None:
+    """Load what the import of ``model`` needs, so that it can be told from the time of the import."""
+    from dance_tvm.frontend.importer import load_exporter
+    from dance_tvm.frontend.interface import Imported
+
+    is_onnx = isinstance(model, str | Path) and Path(model).suffix == ".onnx"
+    if not isinstance(model, Imported) and not is_onnx:
+        load_exporter()
 
 
 def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any, batch: int | None) -> Imported:
