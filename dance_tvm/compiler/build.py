@@ -154,15 +154,7 @@ def build_network(
     clock = _Clock(on_phase)
 
     with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
-        clock.start("load PyTorch's exporter")
-        _load_frontend(model)
-        clock.start("import")
-        imported = _import(model, weights, example_inputs, shapes, batch)
-        if chosen.io == "float16":
-            from dance_tvm.frontend.half_io import with_half_io
-
-            imported = with_half_io(imported)
-        _dump(chosen.debug_dump, "imported", imported.mod)
+        imported = _imported(clock, chosen, model, weights, example_inputs, shapes, batch)
         manifest = new_manifest(imported, machine, chosen, source)
         manifest.preprocess = preprocess or known_preprocess(model)
         from dance_tvm.compiler.check import check_artifact, check_kernels, was_checked  # PyTorch is loaded by now
@@ -290,14 +282,23 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _load_frontend(model: Any) -> None:
-    """Load what the import of ``model`` needs, so that it can be told from the time of the import."""
+def _imported(clock: _Clock, options: Options, model: Any, *given: Any) -> Imported:
+    """The network with the inputs and outputs that ``options`` want; loading what its import needs has its own time."""
+    clock.start("load PyTorch's exporter")
     from dance_tvm.frontend.importer import load_exporter
     from dance_tvm.frontend.interface import Imported
 
     is_onnx = isinstance(model, str | Path) and Path(model).suffix == ".onnx"
-    if not isinstance(model, Imported) and not is_onnx:
+    if not is_onnx and not isinstance(model, Imported):
         load_exporter()
+    clock.start("import")
+    imported = _import(model, *given)
+    if options.io == "float16":
+        from dance_tvm.frontend.half_io import with_half_io
+
+        imported = with_half_io(imported)
+    _dump(options.debug_dump, "imported", imported.mod)
+    return imported
 
 
 def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any, batch: int | None) -> Imported:
