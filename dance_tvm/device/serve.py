@@ -310,7 +310,8 @@ def _work(named: dict[str, Any], tile: list[int]) -> tuple[dict[str, Any], np.nd
     rows_by_tap, alive = _winograd_rows(named, tile, shape) if tile else _gathered_rows(named, shape)
     channels_in, channels_out = float(named["x"].shape[-1]), float(shape[-1])
     if "column_starts" in named:
-        macs = _kernel_group_macs(rows_by_tap, named["weights"], named["column_starts"], named["columns"], shape[-1])
+        columns = named["column_places" if tile else "columns"]
+        macs = _kernel_group_macs(rows_by_tap, named["weights"], named["column_starts"], columns, shape[-1])
         kept_in = kept_out = channels = None
     else:
         depth = int(named["weights"].shape[-2])
@@ -421,7 +422,7 @@ def _kernel_group_macs(rows_by_tap: np.ndarray, weights: Any, starts: Any, colum
     """column_starts (samples or 1, groups, taps + 1): a group's entries of a tap, each for a run of columns, and each
     column for as many filters as one group has, the last one what is left of them."""
     entries = np.diff(starts.numpy().astype("int64"), axis=2)[..., : rows_by_tap.shape[1]]
-    run, wide = int(weights.shape[0]) // int(columns.shape[-1]), int(weights.shape[-1])
+    run, wide = int(weights.shape[-2]) // int(columns.shape[-1]), int(weights.shape[-1])
     of_group = np.clip(filters - wide * np.arange(entries.shape[1]), 0, wide)
     by_tap = (entries * of_group[:, None]).sum(1)  # (samples or 1, taps)
     return run * int((rows_by_tap * by_tap).sum())
