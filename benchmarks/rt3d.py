@@ -19,7 +19,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,7 +35,6 @@ from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.pipeline import Options
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device import KernelTime, LoadedNetwork, open_device
-from dance_tvm.liveness.kernel_groups import only_group
 from dance_tvm.models.macs import count as count_macs
 from dance_tvm.records.group_choice import SynthesisedLayer
 from dance_tvm.sparsity.checkpoint import load_weights, read_weights, write_atomically
@@ -332,8 +330,9 @@ def _built(
     inputs: tuple[torch.Tensor, ...],
     threads: int,
     conv: Literal["auto", "direct"] = "auto",
+    group: tuple[int, int] | None = None,
 ) -> Artifact:
-    options = Options(threads=threads, conv=conv)
+    options = Options(threads=threads, conv=conv, kernel_group=group)
     return build_network(network, folder, example_inputs=inputs, check=False, options=options).artifact
 
 
@@ -394,8 +393,8 @@ def layer(
         pruned = LAYER.weight(1, 1, 1.0) if weight is None else weight
         network, clip = one_convolution(LAYER, pruned)
         if not folder.exists():
-            with only_group(*group) if weight is not None else nullcontext():
-                _built(folder, network, (clip,), threads, "auto" if key == "dense" else "direct")
+            conv: Literal["auto", "direct"] = "auto" if key == "dense" else "direct"
+            _built(folder, network, (clip,), threads, conv, None if weight is None else group)
         built[key] = load_artifact(folder)
     if only_build:
         return
@@ -447,8 +446,8 @@ def combined(
     built = {}
     for key, weight in {"dense": dense, "kgs": pruned}.items():
         if not (artifacts / key).exists():
-            with only_group(*GROUP) if key == "kgs" else nullcontext():
-                _built(artifacts / key, Masked([weight, weight]).eval(), (clip, *ones), threads, "direct")
+            network, used = Masked([weight, weight]).eval(), GROUP if key == "kgs" else None
+            _built(artifacts / key, network, (clip, *ones), threads, "direct", used)
         built[key] = load_artifact(artifacts / key)
     if only_build:
         return
@@ -529,9 +528,8 @@ def instructions(
         network, clip = one_convolution(PHONE_LAYER, PHONE_LAYER.weight(*(group or (1, 1)), rate))
         folder = artifacts / key.replace(" ", "-")
         if not folder.exists():
-            with only_group(*group) if group else nullcontext():
-                options = Options(threads=1, conv="direct")
-                build_network(network, folder, target=target, example_inputs=(clip,), check=False, options=options)
+            options = Options(threads=1, conv="direct", kernel_group=group)
+            build_network(network, folder, target=target, example_inputs=(clip,), check=False, options=options)
         counted[key] = count(load_artifact(folder))
     rows = []
     for key, (group, rate) in cases.items():

@@ -150,12 +150,11 @@ def build_network(
     if layer_errors:
         require_layers_seen(machine)
     require_writable(out)
+    machine = machine.storing(chosen.dtype)
     clock = _Clock(on_phase)
 
     with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
-        clock.start("import")
-        imported = _import(model, weights, example_inputs, shapes, batch)
-        _dump(chosen.debug_dump, "imported", imported.mod)
+        imported = _imported(clock, chosen, model, weights, example_inputs, shapes, batch)
         manifest = new_manifest(imported, machine, chosen, source)
         manifest.preprocess = preprocess or known_preprocess(model)
         from dance_tvm.compiler.check import check_artifact, check_kernels, was_checked  # PyTorch is loaded by now
@@ -281,6 +280,25 @@ def _made_of(out: str | Path, manifest: Manifest) -> Artifact | None:
 def _peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _imported(clock: _Clock, options: Options, model: Any, *given: Any) -> Imported:
+    """The network with the inputs and outputs that ``options`` want; loading what its import needs has its own time."""
+    clock.start("load PyTorch's exporter")
+    from dance_tvm.frontend.importer import load_exporter
+    from dance_tvm.frontend.interface import Imported
+
+    is_onnx = isinstance(model, str | Path) and Path(model).suffix == ".onnx"
+    if not is_onnx and not isinstance(model, Imported):
+        load_exporter()
+    clock.start("import")
+    imported = _import(model, *given)
+    if options.io == "float16":
+        from dance_tvm.frontend.half_io import with_half_io
+
+        imported = with_half_io(imported)
+    _dump(options.debug_dump, "imported", imported.mod)
+    return imported
 
 
 def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any, batch: int | None) -> Imported:

@@ -26,6 +26,12 @@ from dance_tvm.frontend.torch_shapes import Shapes, with_shapes
 Weights = str | Path | Mapping[str, torch.Tensor]
 
 
+def load_exporter() -> None:
+    """Load the parts of PyTorch that export, read and decompose networks: a second or more, which else the first of
+    these takes."""
+    import torch._dynamo  # noqa: F401  # torch.export needs all of it
+
+
 def import_model(
     model: str | Path | nn.Module | torch.export.ExportedProgram,
     *,
