@@ -112,6 +112,7 @@ class Chooser:
             gate=site.gate is not None,
             before=site.before,
             spread=site.spread,
+            planar=site.planar,
         )
 
     def _limits(self, site: Site) -> Limits:
