@@ -373,8 +373,9 @@ def test_parts_with_kernels_for_channels_first_keep_it_and_others_do_not() -> No
             with R.dataflow():
                 y = R.nn.conv3d(x, a)
                 z = R.nn.relu(y)
-                flat = R.reshape(z, (1, 3, 4, 128))
-                w = R.reshape(flat, (1, 3, 4, 8, 16))
+                flat = R.reshape(z, (1536,))
+                sines = R.sin(flat)
+                w = R.reshape(sines, (1, 3, 4, 8, 16))
                 c = R.nn.conv3d(w, b, padding=[1, 0, 0])
                 R.output(c)
             return c
@@ -390,8 +391,9 @@ def test_parts_with_kernels_for_channels_first_keep_it_and_others_do_not() -> No
             with R.dataflow():
                 y = R.nn.conv3d(x, a)
                 z = R.nn.relu(y)
-                flat = R.reshape(z, (1, 3, 4, 128))
-                w = R.reshape(flat, (1, 3, 4, 8, 16))
+                flat = R.reshape(z, (1536,))
+                sines = R.sin(flat)
+                w = R.reshape(sines, (1, 3, 4, 8, 16))
                 last = R.permute_dims(w, [0, 2, 3, 4, 1])
                 d = R.nn.conv3d(
                     last, b, padding=[1, 0, 0], data_layout="NDHWC", kernel_layout="OIDHW", out_layout="NDHWC"

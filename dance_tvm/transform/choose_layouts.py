@@ -1,18 +1,18 @@
 """Which operators keep the source's layout, channels first: one decision for a whole network.
 
-Operators that read each other's values share a layout; changes stand where such a part of the network ends. Kernels
-with channels innermost are the rule. A part of pointwise convolutions, max pools and what needs no layout alone has
-kernels for either, and keeps that of the source: no change at its ends.
+Operators that read each other's values share a layout, and so do those between which values are only moved; changes
+stand where such a part of the network ends. Kernels with channels innermost are the rule. A part of nothing but
+pointwise convolutions, max pools and what needs no layout has kernels for either, and keeps that of the source: no
+change at its ends.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, lies_along, shape_of
+from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, lies_along, shape_of, variables
 from dance_tvm.ir.windows import CONVOLUTIONS, MAX_POOLS, is_planar_convolution, is_planar_pool, planar_window_of
 from dance_tvm.liveness.rules import ELEMENTWISE
 from dance_tvm.schedules.geometry import WIDTH
@@ -21,30 +21,35 @@ from dance_tvm.schedules.geometry import WIDTH
 RANKS = (4, 5)
 #: Positions of a clip, and of a line that is pooled, from which on they fill vectors as well as channels do.
 FEWEST_POSITIONS, SHORTEST_LINE = 96, 14
-#: Norms whose statistics are those of lines of positions.
-NORMS_BY_CHANNEL = {"nn.instance_norm", "nn.group_norm"}
-#: Operators that belong to no part: they take their data as the source has it.
-OUTSIDE = {"reshape", "permute_dims", "expand_dims", "squeeze", "flatten", "matmul", "broadcast_to"}
+#: Operators that move values.
+MOVES = {"reshape", "permute_dims", "expand_dims", "squeeze", "flatten", "split"}
 
 
-@dataclass
-class Parts:
-    """The variables of a network in parts that share a layout; ``parent`` leads to each part's first one."""
+def planar(graph: Graph) -> set[relax.Var]:
+    """The operators that keep channels first: of parts with a convolution or pool whose every operator can."""
+    parts = _Parts(graph)
+    able: dict[relax.Var, bool] = {}
+    windows: set[relax.Var] = set()
+    for var in parts.parent:
+        first = parts.first(var)
+        able[first] = able.get(first, True) and _able(graph, var)
+        if graph.op(var) in CONVOLUTIONS | MAX_POOLS:
+            windows.add(first)
+    return {var for var in parts.parent if able[first := parts.first(var)] and first in windows}
 
-    graph: Graph
-    parent: dict[relax.Var, relax.Var] = field(default_factory=dict)
 
-    @staticmethod
-    def of(graph: Graph) -> Parts:
-        """Those of ``graph``."""
-        parts = Parts(graph)
+class _Parts:
+    """Variables that read each other's values, but for what is neither tensor of a rank that has a layout nor moved
+    from one; ``parent`` leads to each part's first one."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.parent: dict[relax.Var, relax.Var] = {}
         for var in graph.order:
-            if _has_layout(graph, var):
-                parts.parent[var] = var
-                for data in _data(graph.call(var)):
-                    if data in parts.parent:
-                        parts.parent[parts.first(data)] = parts.first(var)
-        return parts
+            data = [read for read in variables(graph.value[var]) if read in self.parent]
+            if _moves(graph, var) or any(is_tensor(each) and len(shape_of(each)) in RANKS for each in (var, *data)):
+                self.parent[var] = var
+                for each in data:
+                    self.parent[self.first(each)] = self.first(var)
 
     def first(self, var: relax.Var) -> relax.Var:
         """The variable that stands for the part of ``var``."""
@@ -53,47 +58,25 @@ class Parts:
         return var
 
 
-def planar(graph: Graph) -> set[relax.Var]:
-    """The operators that keep channels first: those of parts whose every operator can, a convolution or pool in each,
-    and around which the source itself has channels nowhere innermost."""
-    parts = Parts.of(graph)
-    able: dict[relax.Var, bool] = {}
-    windows: set[relax.Var] = set()
-    for var in parts.parent:
-        first = parts.first(var)
-        able[first] = able.get(first, True) and _able(graph, var) and not _beside_a_change(graph, var)
-        if graph.op(var) in CONVOLUTIONS | MAX_POOLS:
-            windows.add(first)
-    return {var for var in parts.parent if able[first := parts.first(var)] and first in windows}
-
-
-def _has_layout(graph: Graph, var: relax.Var) -> bool:
-    """Whether ``var`` is made by an operator that has a layout, of what it reads or of what it gives."""
-    name = graph.op(var)
-    if not name or name in OUTSIDE or not is_tensor(var):
-        return False
-    return len(shape_of(var)) in RANKS or any(data in graph.value for data in _data(graph.call(var)))
-
-
-def _data(call: relax.Call) -> list[relax.Var]:
-    """The variables of a rank with a layout that an operator reads."""
-    flat: list[relax.Expr] = []
-    for arg in call.args:
-        flat += list(arg.fields) if isinstance(arg, relax.Tuple) else [arg]
-    return [arg for arg in flat if isinstance(arg, relax.Var) and is_tensor(arg) and len(shape_of(arg)) in RANKS]
+def _moves(graph: Graph, var: relax.Var) -> bool:
+    """Whether ``var`` has the values that it reads, in another shape or order: changes of layout at either end are
+    parts of the same copy."""
+    return graph.op(var) in MOVES or not isinstance(graph.value[var], relax.Call)
 
 
 def _able(graph: Graph, var: relax.Var) -> bool:
     """Whether an operator has a kernel for channels first that is as fast as that for channels innermost."""
+    if _moves(graph, var):
+        return not _moves_channels(graph, var)
     name, call = graph.op(var), graph.call(var)
-    if dtype_of(var) != "float32":
+    if not name or not is_tensor(var) or dtype_of(var) != "float32":
         return False
     if name in CONVOLUTIONS:
         return is_planar_convolution(graph, var) and math.prod(shape_of(var)[2:]) >= FEWEST_POSITIONS
     if name in MAX_POOLS:
         window = planar_window_of(graph, var)
         return window is not None and is_planar_pool(graph, var) and window.out[WIDTH] >= SHORTEST_LINE
-    if name in NORMS_BY_CHANNEL:
+    if name == "nn.instance_norm":
         return int(call.attrs.channel_axis) % len(shape_of(var)) == 1
     return name in ELEMENTWISE and all(_fits(arg, shape_of(var)) for arg in call.args)
 
@@ -109,13 +92,8 @@ def _fits(arg: relax.Expr, shape: tuple[int, ...]) -> bool:
     return is_tensor(arg) and shape_of(arg) == shape
 
 
-def _beside_a_change(graph: Graph, var: relax.Var) -> bool:
-    """Whether the source itself has channels innermost where ``var`` is read or what it reads is made."""
-    reads = [data for data in _data(graph.call(var)) if _moves_channels(graph, data)]
-    return bool(reads) or any(_moves_channels(graph, reader) for reader in graph.readers[var])
-
-
 def _moves_channels(graph: Graph, var: relax.Var) -> bool:
+    """Whether the source itself changes between channels first and last."""
     if graph.op(var) != "permute_dims":
         return False
     rank = len(shape_of(var))
