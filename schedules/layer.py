@@ -32,7 +32,8 @@ class Layer(GroupedChannels):
     ``kept`` which share of all columns that is, and ``nonzero`` which weights are left, where that is known.
     ``memory`` limits what its kernel takes. ``gate``: its input is multiplied by a value for each clip and channel,
     then passes the activation ``before``. ``spread``: a transposed convolution's window sees the input's positions so
-    far apart, zeros between them. The other fields are those of :class:`.convolution.Convolution`.
+    far apart, zeros between them. ``planar``: its tensors have channels first (N, C, T, H, W). The other fields are
+    those of :class:`.convolution.Convolution`.
     """
 
     window: Window
@@ -58,6 +59,7 @@ class Layer(GroupedChannels):
     gate: bool = False
     before: str = ""
     spread: Triple | None = None
+    planar: bool = False
 
     @property
     def samples(self) -> int:

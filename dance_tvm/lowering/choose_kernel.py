@@ -118,6 +118,7 @@ class Chooser:
             gate=site.gate is not None,
             before=site.before,
             spread=site.spread,
+            planar=site.planar,
         )
 
     def _nonzero(self, site: Site) -> Nonzero:
