@@ -91,10 +91,6 @@ def build(
     ] = "float32",
     prepared: Annotated[bool, typer.Option(help="Store weights as kernels read them.")] = False,
     static: Annotated[bool, typer.Option(help="Write libmodel.a too, for apps that link.")] = False,
-    device_code: Annotated[
-        Literal["compiled", "source"],
-        typer.Option(help="Of a CUDA target: PTX, or source that the device compiles."),
-    ] = "compiled",
     preprocess: Annotated[
         Path | None,
         typer.Option(help="How frames of videos become the input (.toml, docs/run.md).", show_default="the zoo's own"),
@@ -140,7 +136,6 @@ def build(
             numerics=numerics,
             conv=conv,
             sparsity=sparsity,
-            device_code=device_code,
             dtype=dtype,
             memory=memory,
             weights_dtype=weights_dtype,

@@ -68,7 +68,6 @@ class Options:
     debug_dump: Path | None = None
     tuning: TuningLog | None = None
     logs: Path | None = None
-    device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16", "auto"] = "float32"
     memory: Memory = "balanced"
     weights_dtype: Literal["float32", "float16"] = "float32"
