@@ -31,7 +31,8 @@ class Layer(GroupedChannels):
     Of a layer whose zero weights are left out, ``group`` is the kernel group, ``columns`` how many columns are left and
     ``kept`` which share of all columns that is. ``memory`` limits what its kernel takes. ``gate``: its input is
     multiplied by a value for each clip and channel, then passes the activation ``before``. ``spread``: a transposed
-    convolution's window sees the input's positions so far apart, zeros between them. The other fields are those of
+    convolution's window sees the input's positions so far apart, zeros between them. ``planar``: its tensors have
+    channels first (N, C, T, H, W). The other fields are those of
     :class:`.convolution.Convolution`.
     """
 
@@ -57,6 +58,7 @@ class Layer(GroupedChannels):
     gate: bool = False
     before: str = ""
     spread: Triple | None = None
+    planar: bool = False
 
     @property
     def samples(self) -> int:

@@ -59,13 +59,15 @@ tvm_ffi.register_error("DanceError", DanceError)
 class Options:
     """What a build may choose. ``dtype`` auto is float16 where the target has it and the check passes, else float32.
     ``io`` float16 takes and gives in half precision what the source has in float32.
-    ``logs``: the folder of tuning logs to use alone, in place of the usual ones; ``cache``: whether kernels are taken
-    from and kept in the user's cache, which changes no byte of the result."""
+    ``kernel_group``: filters and channels of the kernel groups in which zero weights are left out, whatever that costs,
+    in place of the cheapest. ``logs``: the folder of tuning logs to use alone, in place of the usual ones; ``cache``:
+    whether kernels are taken from and kept in the user's cache, which changes no byte of the result."""
 
     threads: int = 1
     numerics: Literal["fast", "exact"] = "fast"
     conv: Literal["auto", "direct", "winograd"] = "auto"
     sparsity: Literal["auto", "off"] = "auto"
+    kernel_group: tuple[int, int] | None = None
     debug_dump: Path | None = None
     tuning: TuningLog | None = None
     logs: Path | None = None
@@ -99,7 +101,8 @@ def lower(
     source = mod
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
         spread = [] if gpu is None else [SpreadTransposed()]
-        for name, passes in _before_kernels(spread, [narrow] if options.sparsity == "auto" else []):
+        planar = gpu is None and options.dtype == "float32"
+        for name, passes in _before_kernels(spread, [narrow] if options.sparsity == "auto" else [], planar):
             mod = phases.run(name, mod, passes)
             source = mod if name == LAST_WITH_NAMES else source
         phases.begin("sparse kernels")
@@ -110,6 +113,7 @@ def lower(
             threads=options.threads,
             tuning=options.tuning,
             convolution="direct" if options.numerics == "exact" else options.conv,
+            group=options.kernel_group,
             group_cost=group_cost(
                 target, options.threads, partial(excess_cycles, machine.storing(options.dtype)), options.logs
             ),
@@ -132,7 +136,7 @@ Passes = list[tvm.transform.Pass]
 LAST_WITH_NAMES = "fold batch norm"
 
 
-def _before_kernels(spread: Passes, narrow: Passes) -> list[tuple[str, Passes]]:
+def _before_kernels(spread: Passes, narrow: Passes, planar: bool) -> list[tuple[str, Passes]]:
     """What is done to the network while its operators are still those of the source."""
     return [
         (
@@ -148,7 +152,7 @@ def _before_kernels(spread: Passes, narrow: Passes) -> list[tuple[str, Passes]]:
         (LAST_WITH_NAMES, [WholePools(), FoldPads(), NormsByClip(), FoldBatchNorm(), *narrow]),
         (
             "channels last",
-            [ChannelsLast(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
+            [ChannelsLast(planar), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
         ),
     ]
 

@@ -267,12 +267,18 @@ def looked_at(kernel: dict[str, Any] | None, tensors: list[Any]) -> dict[str, An
     if (found := executed(kernel, named)) is None:
         return {"bytes": size}
     work, alive, channels = found
-    written = named["y"].numpy()[alive]  # (positions, C): elsewhere nothing was written that is read
+    written = result_of(kernel, named)[alive]  # (positions, C): elsewhere nothing was written that is read
     values = written if channels is None else written[:, channels]
     means = {}
     if values.size:
         means = {"mean": float(values.mean(dtype="float64")), "mean_size": float(np.abs(values).mean(dtype="float64"))}
     return {"bytes": size, "work": work, **means}
+
+
+def result_of(kernel: dict[str, Any], named: dict[str, Any]) -> np.ndarray:
+    """What a layer wrote (N, T, H, W, C); a kernel's of `planar` tensors has channels first."""
+    written: np.ndarray = named["y"].numpy()
+    return np.moveaxis(written, 1, -1) if kernel.get("planar") else written
 
 
 def executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, Any] | None:
@@ -287,7 +293,8 @@ def executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, A
     macs = kernel.get("macs")
     if macs is None:
         return None
-    return _without_lists(named, macs, 1.0, np.ones([int(extent) for extent in named["y"].shape[:4]], bool))
+    sizes = [int(extent) for extent in named["y"].shape]
+    return _without_lists(macs, 1.0, np.ones([sizes[0], *sizes[2:]] if kernel.get("planar") else sizes[:4], bool))
 
 
 def _of_second(named: dict[str, Any]) -> dict[str, Any]:
@@ -346,12 +353,10 @@ def _masked_work(named: dict[str, Any], taps: list[list[int]]) -> tuple[dict[str
     pairs = int(np.einsum("ntyx,t,y,x->", alive.astype("int64"), *taps))
     every_tap = int(np.prod(shape[:4])) * int(named["weights"].shape[1])
     channels = int(named["x"].shape[-1]) * shape[-1]
-    return _without_lists(named, pairs * channels, pairs / every_tap, alive)
+    return _without_lists(pairs * channels, pairs / every_tap, alive)
 
 
-def _without_lists(
-    named: dict[str, Any], macs: int, share: float, alive: np.ndarray
-) -> tuple[dict[str, Any], np.ndarray, None]:
+def _without_lists(macs: int, share: float, alive: np.ndarray) -> tuple[dict[str, Any], np.ndarray, None]:
     """The same of a convolution that walks no lists and computed the positions `alive` with all channels."""
     kept = {
         "macs": macs,
@@ -360,7 +365,7 @@ def _without_lists(
         "frames": float(alive.any((2, 3)).mean()),
         "channels_in": 1.0,
         "channels_out": 1.0,
-        "shape": [int(extent) for extent in named["y"].shape[1:4]],
+        "shape": list(alive.shape[1:]),
         "alive": base64.b64encode(zlib.compress(np.packbits(alive[0]).tobytes())).decode(),
     }
     return kept, alive, None

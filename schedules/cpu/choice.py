@@ -206,7 +206,7 @@ def memory_trades(
 ) -> list[tuple[float, float]]:
     """What memory buys in a layer (:func:`.winograd_choice.trades`); one entry where there is no choice."""
     few = is_dense(layer, *MASKS_OF_LINES) and layer.channels_in <= FEW_CHANNELS
-    if is_pointwise(layer) or layer.groups > 1 or layer.spread is not None or few:
+    if is_pointwise(layer) or layer.groups > 1 or layer.spread is not None or layer.planar or few:
         return [(1.0, 0.0)]
     return trades(settled_direct(layer, machine, log).kernel, machine, layer.threads, most_scratch)
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from ..layer import Layer
 from ..workload import Decisions, Workload
-from .space import WORTH_TRYING, are_whole
+from .space import WORTH_TRYING, VectorSpace, are_whole
 from .tiles import Machine, candidates
 
 #: Cycles of a tile beside its sums: addresses and loops, and for each vector its bias and its store.
@@ -24,7 +24,8 @@ def is_dense(layer: Layer, *masks: str) -> bool:
     """Whether the layer leaves nothing out but by ``masks`` of these axes and has one group: what these convolutions
     take."""
     lists = set(layer.workload.lists).difference(masks)
-    return not lists and layer.columns is None and layer.spread is None and layer.groups == 1
+    whole = layer.columns is None and layer.spread is None and not layer.planar
+    return whole and not lists and layer.groups == 1
 
 
 def put_cycles(machine: Machine, terms: int, vectors: int) -> float:
@@ -33,7 +34,7 @@ def put_cycles(machine: Machine, terms: int, vectors: int) -> float:
 
 
 @dataclass(frozen=True)
-class RowSpace:
+class RowSpace(VectorSpace):
     """The register tile, ``mr`` × ``vectors``, and ``step``, as in :class:`~.direct_spaces.GatherSpace`."""
 
     machine: Machine
