@@ -72,7 +72,6 @@ class Options:
     debug_dump: Path | None = None
     tuning: TuningLog | None = None
     logs: Path | None = None
-    device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16", "auto"] = "float32"
     io: Literal["source", "float16"] = "source"
     memory: Memory = "balanced"
