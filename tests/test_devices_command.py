@@ -27,7 +27,7 @@ with log.open("a") as stream:
 if words == ["devices"]:
     print("List of devices attached")
     print(pathlib.Path({state!r}).read_text(), end="")
-elif "shell" in words and "tvm_rpc server" in words[-1]:
+elif "shell" in words and ("tvm_rpc server" in words[-1] or "./dance_server" in words[-1]):
     for number in range(20000):  # more than a pipe holds
         print("bind to 127.0.0.1, try", number, flush=number == 0)
     print("the phone's memory is full", flush=True)
@@ -104,7 +104,7 @@ def test_phones_that_cannot_be_used(phone, tmp_path, monkeypatch):
     state.write_text("A\tdevice\n")
     with pytest.raises(DanceError, match="No space left on device"):
         adb.Adb().push(tmp_path / "x", "refused")
-    with pytest.raises(DanceError, match="holds no tvm_rpc"), adb.Adb().server(tmp_path, "k", 1, 2):
+    with pytest.raises(DanceError, match="holds no dance_server"), adb.Adb().server(tmp_path, "k", 1, 2):
         pass
     monkeypatch.setenv("ADB", "no-such-adb")
     with pytest.raises(DanceError, match="apt-get install adb"):
