@@ -75,6 +75,10 @@ def build(
             "auto: float16 if the check passes in it."
         ),
     ] = "float32",
+    io: Annotated[
+        Literal["source", "float16"],
+        typer.Option(help="Take and give in half precision what is float32."),
+    ] = "source",
     calibrate: Annotated[
         list[Path] | None,
         typer.Option(help="Real inputs (.npz) that tell which layers --dtype float16 has no range for; repeatable."),
@@ -143,6 +147,7 @@ def build(
             device_code=device_code,
             dtype=dtype,
             memory=memory,
+            io=io,
             weights_dtype=weights_dtype,
             prepared=prepared,
             static=static,

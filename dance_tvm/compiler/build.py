@@ -150,11 +150,16 @@ def build_network(
     if layer_errors:
         require_layers_seen(machine)
     require_writable(out)
+    machine = machine.storing(chosen.dtype)
     clock = _Clock(on_phase)
 
     with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
         clock.start("import")
         imported = _import(model, weights, example_inputs, shapes, batch)
+        if chosen.io == "float16":
+            from dance_tvm.frontend.half_io import with_half_io
+
+            imported = with_half_io(imported)
         _dump(chosen.debug_dump, "imported", imported.mod)
         manifest = new_manifest(imported, machine, chosen, source)
         manifest.preprocess = preprocess or known_preprocess(model)

@@ -58,6 +58,7 @@ tvm_ffi.register_error("DanceError", DanceError)
 @dataclass(frozen=True)
 class Options:
     """What a build may choose. ``dtype`` auto is float16 where the target has it and the check passes, else float32.
+    ``io`` float16 takes and gives in half precision what the source has in float32.
     ``logs``: the folder of tuning logs to use alone, in place of the usual ones; ``cache``: whether kernels are taken
     from and kept in the user's cache, which changes no byte of the result."""
 
@@ -70,6 +71,7 @@ class Options:
     logs: Path | None = None
     device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16", "auto"] = "float32"
+    io: Literal["source", "float16"] = "source"
     memory: Memory = "balanced"
     weights_dtype: Literal["float32", "float16"] = "float32"
     prepared: bool = False
