@@ -160,3 +160,16 @@ def run(*words: str) -> str:
     result = CliRunner().invoke(devices.app, list(words))
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def test_a_server_of_ours_is_started_with_its_token(phone, tmp_path, monkeypatch):
+    monkeypatch.setenv("DANCE_TVM_TOKEN", "a secret")
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "dance_server").write_text("program")
+    with adb.Adb("R3CT").server(tmp_path / "server", "galaxy", 9190, 9090):
+        deadline = time.monotonic() + 20
+        while "./dance_server" not in phone[0].read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    said = phone[0].read_text()
+    assert "DANCE_TVM_TOKEN='a secret' ./dance_server --port 9090 --tracker 127.0.0.1:9190 --key galaxy" in said
+    assert "shell pkill dance_server" in said

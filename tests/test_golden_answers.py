@@ -99,9 +99,7 @@ def digests(target: Target, device: str, folder: Path) -> dict[str, str]:
     return {str(at): hashlib.sha256((found[name] + 0.0).tobytes()).hexdigest() for at, name in enumerate(found)}
 
 
-@pytest.mark.parametrize(
-    "key", ["x86-64 AVX2", "x86-64 AVX-512", pytest.param("aarch64", marks=pytest.mark.device)]
-)
+@pytest.mark.parametrize("key", ["x86-64 AVX2", "x86-64 AVX-512", pytest.param("aarch64", marks=pytest.mark.device)])
 def test_answers_are_the_same_to_the_bit(key: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     target, device = targets()[key], "local"
     if key == "aarch64":
@@ -115,4 +113,6 @@ def test_answers_are_the_same_to_the_bit(key: str, tmp_path: Path, request: pyte
     if request.config.getoption("--refresh-golden"):
         GOLDEN.write_text(json.dumps({**kept, key: found}, indent=1, sort_keys=True) + "\n")
     else:
-        assert found == kept[key], "answers changed: if that is meant, pytest tests/test_golden_answers.py --refresh-golden"
+        assert found == kept[key], (
+            "answers changed: if that is meant, pytest tests/test_golden_answers.py --refresh-golden"
+        )
