@@ -39,7 +39,6 @@ from dance_tvm.device.emulator import prepare
 from dance_tvm.lowering.machine import machine_of
 from dance_tvm.lowering.registry import choose
 from dance_tvm.machines.target import load_target
-from dance_tvm.schedules.emit import one_thread
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.layer import Layer
 from dance_tvm.sparsity.units import read_units
@@ -250,8 +249,7 @@ def _inner_loop(layer: Layer, dtype: str, target: str) -> tuple[str, Loop, int]:
     """The kernel of a layer, its loop with the most multiply-adds for its length, and lanes of a multiply-add."""
     facts = load_target(target)
     choice = choose(replace(layer, dtype=dtype), machine_of(facts), "direct")
-    with one_thread():
-        func = choice.kernel.primfunc()
+    func = choice.kernel.primfunc(one_thread=True)
     with facts.tvm_target(1), tvm.transform.PassContext(config={"tirx.disable_assert": True}):
         built = tvm.compile(tvm.IRModule({choice.kernel.name: func}), facts.tvm_target(1))
     loops = list(loops_of(built.mod.inspect_source("asm")))

@@ -59,7 +59,7 @@ def test_lines_are_turned_and_converted() -> None:
 
 
 def scheduled(
-    shape: tuple[int, ...], order: tuple[int, ...], dtype: str, doubled: bool, stored: str = ""
+    shape: tuple[int, ...], order: tuple[int, ...], dtype: str, doubled: bool, stored: str = "", threads: int = 2
 ) -> tuple[str, tvm.IRModule]:
     """``permute_dims`` and, where asked for, a doubling or a conversion fused to it, after the pass."""
     builder = relax.BlockBuilder()
@@ -72,7 +72,7 @@ def scheduled(
             output = builder.emit_output(relax.op.add(moved, moved) if doubled else moved)
         builder.emit_func_output(output)
     passes = [relax.transform.LegalizeOps(), relax.transform.AnnotateTIROpPattern(), relax.transform.FuseOps()]
-    mod = tvm.transform.Sequential([*passes, relax.transform.FuseTIR(), ScheduleRest(8, 2)])(builder.get())
+    mod = tvm.transform.Sequential([*passes, relax.transform.FuseTIR(), ScheduleRest(8, threads)])(builder.get())
     (func,) = (func for name, func in mod.functions_items() if name.name_hint != "main")
     return str(func), mod
 
@@ -108,3 +108,9 @@ def test_a_conversion_behind_a_move_is_part_of_it() -> None:
     text, _ = scheduled((1, 3, 4, 64, 64), LAST, "float32", False, "float16")
     assert "Shuffle" in text
     assert "float16x16" in text
+
+
+def test_one_thread_asks_for_no_other() -> None:
+    shape = (1, 20, 4, 16, 16)
+    assert "T.parallel" in scheduled(shape, LAST, "float32", False)[0]
+    assert "T.parallel" not in scheduled(shape, LAST, "float32", False, threads=1)[0]

@@ -68,7 +68,8 @@ class ScheduleRest:
         if plan is None or not plan.worthwhile:
             return None
         types = (str(func.params[0].ty.dtype), str(func.params[1].ty.dtype))
-        kernel = transpose(plan, shape, [shape[axis] for axis in order], self.vector_floats, name, types)
+        turned = [shape[axis] for axis in order]
+        kernel = transpose(plan, shape, turned, self.vector_floats, name, types, self.threads == 1)
         return kernel.without_attr("global_symbol")  # another pass may rename the function that it is, or copy it
 
     def _spread(self, schedule: s_tir.Schedule, block: s_tir.schedule.SBlockRV) -> None:

@@ -71,10 +71,11 @@ def transpose(
     vector_floats: int,
     name: str = "transpose",
     dtypes: tuple[str, str] = (FLOAT, FLOAT),
+    one_thread: bool = False,
 ) -> tirx.PrimFunc:
     """Emit the kernel: x of ``shape``, y of shape ``result``, of these ``dtypes``."""
     count = min(vector_floats * (2 if dtypes[1] == HALF else 1), LINE)
-    with kernel(name) as built:
+    with kernel(name, one_thread=one_thread) as built:
         source, target = argument("x", shape, dtypes[0]), argument("y", result, dtypes[1])
         x, y = flat(source), flat(target)
         if min(plan.rows, plan.columns) >= LINE:
