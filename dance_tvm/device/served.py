@@ -55,11 +55,6 @@ class ServedSession(DeviceSession):
 
     def load(self, artifact: Artifact) -> LoadedNetwork:
         manifest = artifact.manifest
-        if not manifest.is_program:
-            raise DanceError(
-                f"{manifest.name} is built for a GPU, and {self.name} runs the artifacts of processors: "
-                f"start serve.py there (docs/devices.md)"
-            )
         require_fit(artifact, self.name, self._facts)
         while self._abandoned:
             self.connection.ask("closing a network", Operation.UNLOAD, struct.pack("<II", self._abandoned.pop(), 0))
