@@ -145,11 +145,7 @@ def build_network(
         return _with_best_dtype(build, machine, options, check)
     source = load_target(logs_from) if logs_from else None
     chosen = _settled(options, machine, threads, debug_dump, source)
-    require_buildable(machine, chosen.dtype)  # this and the next fail before any work is done
-    require_program(machine, chosen.weights_dtype, chosen.prepared, chosen.static)
-    if layer_errors:
-        require_layers_seen(machine)
-    require_writable(out)
+    _require(machine, chosen, layer_errors, out)
     machine = machine.storing(chosen.dtype)
     clock = _Clock(on_phase)
 
@@ -183,6 +179,15 @@ def build_network(
         errors = _layer_errors(artifact, lowered, imported, given, clock) if layer_errors else None
         clock.start("")
         return Built(artifact, clock.seconds, _peak_memory(), errors)
+
+
+def _require(machine: Target, chosen: Options, layer_errors: bool, out: str | Path) -> None:
+    """Raise DanceError, before any work is done, for what cannot be built or written."""
+    require_buildable(machine, chosen.dtype)
+    require_program(machine, chosen.weights_dtype, chosen.prepared, chosen.static)
+    if layer_errors:
+        require_layers_seen(machine)
+    require_writable(out)
 
 
 def _settled(
