@@ -216,5 +216,5 @@ K = TypeVar("K", bound=Kernel)
 
 def described(func: tirx.PrimFunc) -> dict[str, Any] | None:
     """The description of the kernel that ``func`` was emitted from; None for functions of TVM's."""
-    told = func.attrs.get(DESCRIPTION) if func.attrs else None
-    return None if told is None else json.loads(str(told))
+    text = func.attrs.get(DESCRIPTION) if func.attrs else None
+    return None if text is None else json.loads(str(text))
