@@ -158,8 +158,8 @@ def look(tracker: str, probe: bool = False) -> tuple[list[Server], dict[str, int
     free = {key: queues.get(key, {}).get("free", 0) for key in keys}
     servers = _in_use(sorted(zip(keys, addresses, strict=True)), free)
     if probe:
-        told = _probe(host, port, free)
-        servers = [replace(server, **told.get(server.address, {})) for server in servers]
+        states = _probe(host, port, free)
+        servers = [replace(server, **states.get(server.address, {})) for server in servers]
     return servers, {key: queue["pending"] for key, queue in queues.items() if queue["pending"]}
 
 
@@ -191,7 +191,7 @@ def _probe(host: str, port: int, free: dict[str, int]) -> dict[str, dict[str, An
     from dance_tvm.device import open_server
     from dance_tvm.device.tracker import request_device
 
-    told: dict[str, dict[str, Any]] = {}
+    states: dict[str, dict[str, Any]] = {}
     for key in [key for key, count in free.items() for _ in range(count)]:
         address = ""
         try:
@@ -200,12 +200,12 @@ def _probe(host: str, port: int, free: dict[str, int]) -> dict[str, dict[str, An
             with open_server(key, *found, PROBE_TIMEOUT_S, PROBE_TIMEOUT_S) as session:
                 facts, heat = session.facts(), hottest(session.sensors())
         except DanceError as error:
-            told[address] = {"state": "lost", "health": str(error)}
+            states[address] = {"state": "lost", "health": str(error)}
             continue
         words = [facts.get("machine", "TVM's own server"), f"{facts['cpus']} cores" if facts else ""]
         health = ", ".join(word for word in [*words, f"{heat:.0f} °C" if heat else ""] if word)
-        told[address] = {"state": "free", "health": health}
-    return told
+        states[address] = {"state": "free", "health": health}
+    return states
 
 
 _HEADS = ["key", "server", "state", "runs", "for", "waiting", "health"]
