@@ -269,7 +269,7 @@ def test_channels_that_nobody_reads_are_taken_out() -> None:
     narrow = NarrowChannels()
     small = {"first": first[[0, 2]], "second": second[:, [0, 2]].copy()}
     becomes(narrow, bound(TwoConvolutions, {"first": first, "second": second}), bound(After, small))
-    assert sorted(narrow.told.values()) == [
+    assert sorted(narrow.reasons.values()) == [
         "filter, 1.50x fewer MACs: 0 of 2 filters and 1 of 3 input channels are taken out",
         "filter, 1.50x fewer MACs: 1 of 3 filters and 0 of 2 input channels are taken out",
     ]

@@ -124,7 +124,7 @@ def lower(
         phases.end("sparse kernels", mod := windows.mod)
         for name, passes in [*_behind_kernels(machine, gpu, options.threads), ("lift weights", [lift_weights])]:
             mod = phases.run(name, mod, passes)
-    layers = [_with_reason(layer, narrow.told.get(layer.name, "")) for layer in windows.layers]
+    layers = [_with_reason(layer, narrow.reasons.get(layer.name, "")) for layer in windows.layers]
     layers = _as_called(layers, windows.calls, mod)
     found = windows.workloads, windows.sources, kernels_of(mod), windows.calls, source
     return Lowered(mod, layers, lift_weights.weights, *found)
