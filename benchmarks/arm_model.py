@@ -1,11 +1,15 @@
 """What half precision saves on Arm processors: instructions counted in emulation, cycles predicted from LLVM's models.
 
     python -m benchmarks.arm_model networks --json FILE      instructions of one call, float32 beside float16
+    python -m benchmarks.arm_model layers                    the same of single layers, per multiply-add
+    python -m benchmarks.arm_model masks                     speed-up over dense ÷ reduction, in instructions, by type
+    python -m benchmarks.arm_model peers --json FILE         networks in ONNX Runtime's and MNN's aarch64 wheels
     python -m benchmarks.arm_model kernels                   cycles per multiply-add of each kernel's inner loop
 
 Instructions are the same at every run; they need the emulated device (`dance-tvm doctor`). Cycles are *predicted*: the
 innermost loop of the assembly through `llvm-mca` of LLVM 19 or newer (Debian's package llvm-19) on scheduling models of
-processors, every load a hit in the first-level cache. X3D-XS needs pytorchvideo.
+processors, every load a hit in the first-level cache. X3D-XS needs pytorchvideo. MNN is asked with precision low, for
+which it computes in half precision, and with precision high.
 """
 
 from __future__ import annotations
@@ -20,33 +24,41 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tvm
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
+from dance_tvm import models
 from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.pipeline import Options
 from dance_tvm.device import prepare_emulator
+from dance_tvm.device.emulator import prepare
 from dance_tvm.lowering.machine import machine_of
 from dance_tvm.lowering.registry import choose
 from dance_tvm.machines.target import load_target
-from dance_tvm.schedules.emit import one_thread
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.layer import Layer
+from dance_tvm.sparsity.units import read_units
+from dance_tvm.units import units as units_command
 
+from .emulated_peers import EmulatedPeers
+from .engines import export_case
 from .instructions import instructions
 from .published.networks import NETWORKS
+from .units import CASES, drawer, masked
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 Dtype = Literal["float32", "float16"]
 Conv = Literal["direct", "auto"]
+DTYPES: tuple[Dtype, ...] = ("float32", "float16")
 #: What each network is built as, the one that the others are compared with first.
 BUILDS: tuple[tuple[Dtype, Conv], ...] = (
     ("float32", "direct"),
     ("float32", "auto"),
-    ("float16", "direct"),
     ("float16", "auto"),
 )
 #: Scheduling models, of which family of phones' cores each is, and how many multiply-add instructions Arm's guides let
@@ -95,17 +107,108 @@ def networks(
 
 
 def _count(name: str, dtype: Dtype, conv: Conv, target: str) -> int:
+    return _instructions(*_network(name), dtype, conv, target)
+
+
+def _network(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """A network of the zoo or of those published, and its inputs."""
     known = {network.name: network for network in NETWORKS}
+    if name in known:
+        network = known[name].create()
+        return network, tuple(known[name].inputs(network))
+    entry = models.entry(name)
+    return models.pretrained(name) if entry.pretrained else models.create(name), models.example_inputs(name)
+
+
+def _instructions(network: nn.Module, inputs: tuple[torch.Tensor, ...], dtype: Dtype, conv: Conv, target: str) -> int:
     options = Options(threads=1, dtype=dtype, conv=conv)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "network"
-        if name in known:
-            network = known[name].create()
-            inputs = tuple(known[name].inputs(network))
-            built = build_network(network, place, target=target, example_inputs=inputs, options=options, check=False)
-        else:
-            built = build_network(name, place, target=target, options=options, check=False)
-        return instructions(built.artifact, calls=1)
+        built = build_network(network, place, target=target, example_inputs=inputs, options=options, check=False)
+        return instructions(built.artifact)[0]
+
+
+@app.command("layers")
+def layers(target: Annotated[str, typer.Option(help="what to build for; aarch64")] = "snapdragon") -> None:
+    """Print instructions per multiply-add of some layers, built alone with --conv direct."""
+    prepare_emulator()
+    table = Table("layer", "float32", "float16")
+    for name, layer in _layers():
+        if layer.columns is not None:
+            continue
+        window, channels = layer.window, layer.channels_in
+        torch.manual_seed(0)
+        sizes = (window.kernel, window.stride, window.padding)
+        module = nn.Sequential(nn.Conv3d(channels, layer.channels_out, *sizes, groups=layer.groups), nn.ReLU()).eval()
+        clip = torch.randn(window.batch, channels, *window.size)
+        macs = window.tap_positions * layer.channels_out * channels / layer.groups
+        counts = [_instructions(module, (clip,), dtype, "direct", target) / macs for dtype in DTYPES]
+        table.add_row(name, *(f"{count:.4f}" for count in counts))
+    Console().print(table)
+
+
+@app.command("masks")
+def masks(
+    name: Annotated[str, typer.Option("--network", help="a network of the zoo with sites")] = "c3d-mini",
+    target: Annotated[str, typer.Option(help="what to build for; aarch64")] = "snapdragon",
+    out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+) -> None:
+    """Print speed-up over the dense network of the same type ÷ reduction of multiply-adds, of masks in units."""
+    prepare_emulator()
+    network, (clip,) = models.create(name).eval(), models.example_inputs(name)
+    graph, _ = masked(network, models.entry(name).input_shape)
+    units = Path(tempfile.mkdtemp()) / "units.json"
+    units_command(name, target, 1, 1, units, True)
+    draw = drawer(name, read_units(units).sites)
+    drawn = {case.name: draw.draw(case, draw.density(case), 100) for case in CASES if case.whole}
+    shares = {case: draw.share(each) for case, each in drawn.items()}
+    full = tuple(mask for site in drawn["ones"][1:] for mask in site if mask is not None)
+    rows = []
+    for dtype in DTYPES:
+        dense = _instructions(network, (clip,), dtype, "direct", target)
+        with tempfile.TemporaryDirectory() as folder:
+            options = Options(threads=1, dtype=dtype, conv="direct")
+            inputs = (clip, *full)
+            artifact = build_network(
+                graph, Path(folder) / "masked", target=target, example_inputs=inputs, options=options, check=False
+            ).artifact
+            names = [tensor.name for tensor in artifact.manifest.inputs]
+            given = []
+            for each in drawn.values():
+                arrays = [mask.numpy() for site in each[1:] for mask in site if mask is not None]
+                given.append(dict(zip(names, [clip.numpy(), *arrays], strict=True)))
+            for case, count in zip(drawn, instructions(artifact, given), strict=True):
+                efficiency = dense / count * shares[case]
+                rows.append({"masks": case, "dtype": dtype, "share": shares[case], "efficiency": efficiency})
+                typer.echo(f"{case} {dtype}: {count:,} of {dense:,}, {shares[case]:.3f} left", err=True)
+    table = Table("masks", "MACs left", *DTYPES)
+    for case in drawn:
+        cells = [row for row in rows if row["masks"] == case]
+        table.add_row(case, f"{shares[case]:.2f}", *(f"{row['efficiency']:.3f}" for row in cells))
+    Console().print(table)
+    if out is not None:
+        out.write_text(json.dumps({"target": target, "network": name, "rows": rows}, indent=1) + "\n", "utf-8")
+
+
+@app.command("peers")
+def peers(
+    only: Annotated[str, typer.Option(help="comma-separated names")] = "c3d-mini,MobileNet 3D",
+    engines: Annotated[str, typer.Option(help="comma-separated engines")] = "onnxruntime,mnn,mnn-half",
+    out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+) -> None:
+    """Print instructions of one call of each network in other engines."""
+    emulated, asked = EmulatedPeers(prepare(lambda told: typer.echo(told, err=True))), engines.split(",")
+    table, rows = Table("network", *asked), []
+    for name in only.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            network, inputs = _network(name)
+            case = export_case(name, network.eval(), list(inputs), Path(folder))
+            counts = {engine: emulated.instructions(engine, case) for engine in asked}
+        rows += [{"network": name, "engine": engine, "instructions": count} for engine, count in counts.items()]
+        table.add_row(name, *(f"{count / 1e6:.1f} M" for count in counts.values()))
+        if out is not None:
+            out.write_text(json.dumps({"threads": 1, "rows": rows}, indent=1) + "\n", "utf-8")
+    Console().print(table)
 
 
 @app.command("kernels")
@@ -123,7 +226,7 @@ def kernels(
         rates = [f"{INDEPENDENT / _cycles(probe, model, mca):.1f} of {most}" for model, (_, most) in PROCESSORS.items()]
         table.add_row("the model's multiply-adds a cycle, of the published", dtype, "", *rates)
     for name, layer in _layers():
-        for dtype in ("float32", "float16"):
+        for dtype in DTYPES:
             kernel, loop, lanes = _inner_loop(layer, dtype, target)
             macs = lanes * loop.multiplies
             cycles = [f"{_cycles(loop, model, mca) / macs:.4f}" for model in PROCESSORS]
@@ -146,8 +249,7 @@ def _inner_loop(layer: Layer, dtype: str, target: str) -> tuple[str, Loop, int]:
     """The kernel of a layer, its loop with the most multiply-adds for its length, and lanes of a multiply-add."""
     facts = load_target(target)
     choice = choose(replace(layer, dtype=dtype), machine_of(facts), "direct")
-    with one_thread():
-        func = choice.kernel.primfunc()
+    func = choice.kernel.primfunc(one_thread=True)
     with facts.tvm_target(1), tvm.transform.PassContext(config={"tirx.disable_assert": True}):
         built = tvm.compile(tvm.IRModule({choice.kernel.name: func}), facts.tvm_target(1))
     loops = list(loops_of(built.mod.inspect_source("asm")))

@@ -77,7 +77,7 @@ def measure(layer: Layer, conv: Literal["direct", "auto"], target: str, dtype: D
             options=Options(threads=1, conv=conv, dtype=dtype),
             check=False,
         )
-        count = instructions(built.artifact, calls=1)  # a layer of billions of multiply-adds takes minutes
+        (count,) = instructions(built.artifact)
         return _row(layer, built.artifact.manifest.layers[0].kernel, count)
 
 

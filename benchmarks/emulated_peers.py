@@ -19,7 +19,7 @@ from dance_tvm.device.emulator import GLIBC_2_36, PYTHON, python_command
 from .engines import Case, mnn_model
 from .instructions import count_calls
 
-PEERS = ("onnxruntime", "mnn", "mnn-exact")
+PEERS = ("onnxruntime", "mnn", "mnn-exact", "mnn-half")
 WHEELS = ("onnxruntime", "MNN")
 CPU = "cortex-a76"
 CPUINFO = """processor\t: 0
@@ -50,14 +50,18 @@ import numpy, MNN
 interpreter = MNN.Interpreter(sys.argv[2] + "/model.mnn")
 if EXACT:
     interpreter.setSessionHint(3, 0)  # no Winograd
-session = interpreter.createSession({"numThread": 1, "backend": "CPU", "precision": "high"})
+session = interpreter.createSession({"numThread": 1, "backend": "CPU", "precision": PRECISION})
 x = numpy.load(sys.argv[2] + "/input-0.npy")
 held = MNN.Tensor(x.shape, MNN.Halide_Type_Float, x, MNN.Tensor_DimensionType_Caffe)
 interpreter.getSessionInput(session).copyFrom(held)
 for _ in range(int(sys.argv[3])):
     interpreter.runSession(session)
 """
-PROGRAMS = {"onnxruntime": _ONNXRUNTIME, "mnn": f"EXACT = False{_MNN}", "mnn-exact": f"EXACT = True{_MNN}"}
+_SETTINGS = {"mnn": (False, "high"), "mnn-exact": (True, "high"), "mnn-half": (False, "low")}
+PROGRAMS = {
+    "onnxruntime": _ONNXRUNTIME,
+    **{name: f"EXACT, PRECISION = {settings}{_MNN}" for name, settings in _SETTINGS.items()},
+}
 
 
 class EmulatedPeers:

@@ -101,6 +101,9 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each engine.")] = 15,
     work: Annotated[Path | None, typer.Option(help="Keep exported networks here, and take them from here.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for networks.json.")] = RESULTS,
+    build_only: Annotated[
+        bool, typer.Option("--build-only", help="Export and build what --work lacks, no more.")
+    ] = False,
     profile: Annotated[str, typer.Option(help="In place of measuring: what ours spends a call of this one on.")] = "",
 ) -> None:
     """Measure, print a table, and write JSON."""
@@ -120,6 +123,9 @@ def main(
         for entry in chosen:
             case = _case(entry, work or Path(scratch))
             for count in (int(number) for number in threads.split(",")):
+                if build_only:
+                    build_ours(case, count)
+                    continue
                 if profile:
                     print("\n".join(_profile(case, count)))
                     continue

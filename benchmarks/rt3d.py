@@ -19,7 +19,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,7 +35,6 @@ from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.pipeline import Options
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device import KernelTime, LoadedNetwork, open_device
-from dance_tvm.liveness.kernel_groups import only_group
 from dance_tvm.models.macs import count as count_macs
 from dance_tvm.records.group_choice import SynthesisedLayer
 from dance_tvm.sparsity.checkpoint import load_weights, read_weights, write_atomically
@@ -218,13 +216,14 @@ def build(
     network: Annotated[list[str] | None, typer.Option(help="c3d, r2plus1d-18, s3d")] = None,
     threads: Threads = 2,
     group: Annotated[tuple[int, int], typer.Option(help="filters and channels of a kernel group")] = GROUP,
+    only: Annotated[str, typer.Option(help="of the builds, comma between")] = ",".join(BUILDS),
 ) -> None:
     """Compile what table2 times and export the dense network for its peers; what is there already stays."""
     for name in network or list(NETWORKS):
         inputs = models.example_inputs(name)
         for key, (scheme, conv) in BUILDS.items():
             folder = artifacts / f"{name}-{threads}" / key
-            if (folder / "pruned.json").exists():
+            if (folder / "pruned.json").exists() or key not in only.split(","):
                 continue
             pruned = models.create(name)
             macs = count_macs(pruned, *inputs)
@@ -258,9 +257,7 @@ def table2(
             raise DanceError(f"{base} holds no compiled networks: python -m benchmarks.rt3d build --network {name}")
         built = {key: load_artifact(base / key) for key in BUILDS if (base / key / "pruned.json").exists()}
         case = PeerCase(name, 0, artifacts / "peers" / name)
-        seconds = _latencies(
-            built, models.example_inputs(name), case, [p for p in peers.split(",") if p], threads, runs
-        )
+        seconds = latencies(built, models.example_inputs(name), case, [p for p in peers.split(",") if p], threads, runs)
         facts = {key: json.loads((base / key / "pruned.json").read_text()) for key in built}
         found[name] = {"threads": threads, "runs": runs, "seconds": seconds, "facts": facts}
         keep_result("table2", found)
@@ -331,12 +328,13 @@ def _built(
     inputs: tuple[torch.Tensor, ...],
     threads: int,
     conv: Literal["auto", "direct"] = "auto",
+    group: tuple[int, int] | None = None,
 ) -> Artifact:
-    options = Options(threads=threads, conv=conv)
+    options = Options(threads=threads, conv=conv, kernel_group=group)
     return build_network(network, folder, example_inputs=inputs, check=False, options=options).artifact
 
 
-def _latencies(
+def latencies(
     built: Mapping[str, Artifact],
     inputs: tuple[torch.Tensor, ...],
     case: PeerCase,
@@ -393,12 +391,12 @@ def layer(
         pruned = LAYER.weight(1, 1, 1.0) if weight is None else weight
         network, clip = one_convolution(LAYER, pruned)
         if not folder.exists():
-            with only_group(*group) if weight is not None else nullcontext():
-                _built(folder, network, (clip,), threads, "auto" if key == "dense" else "direct")
+            conv: Literal["auto", "direct"] = "auto" if key == "dense" else "direct"
+            _built(folder, network, (clip,), threads, conv, None if weight is None else group)
         built[key] = load_artifact(folder)
     if only_build:
         return
-    seconds = _latencies(built, (clip,), PeerCase("", 0, artifacts), (), threads, runs)
+    seconds = latencies(built, (clip,), PeerCase("", 0, artifacts), (), threads, runs)
     keep_result("layer", {"threads": threads, "group": group, "seconds": seconds})
     rows = []
     for share in SPARSITIES:
@@ -446,8 +444,8 @@ def combined(
     built = {}
     for key, weight in {"dense": dense, "kgs": pruned}.items():
         if not (artifacts / key).exists():
-            with only_group(*GROUP) if key == "kgs" else nullcontext():
-                _built(artifacts / key, Masked([weight, weight]).eval(), (clip, *ones), threads, "direct")
+            network, used = Masked([weight, weight]).eval(), GROUP if key == "kgs" else None
+            _built(artifacts / key, network, (clip, *ones), threads, "direct", used)
         built[key] = load_artifact(artifacts / key)
     if only_build:
         return
@@ -457,7 +455,7 @@ def combined(
         "8 of 16 tiles": (ones[0], _tiles(8)),
         "7 of 8 frames, 11 of 16 tiles": (frames, _tiles(11)),
     }
-    seconds, macs = _masked_latencies(built, clip, masks, runs)
+    seconds, macs = _maskedlatencies(built, clip, masks, runs)
     rows = []
     base, work = seconds["dense", "none"], macs["dense", "none"]
     for mask in masks:
@@ -486,7 +484,7 @@ def _tiles(kept: int) -> torch.Tensor:
     return spread.reshape(1, 1, 1, *LAYER.size[1:])
 
 
-def _masked_latencies(
+def _maskedlatencies(
     built: Mapping[str, Artifact],
     clip: torch.Tensor,
     masks: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
@@ -528,9 +526,8 @@ def instructions(
         network, clip = one_convolution(PHONE_LAYER, PHONE_LAYER.weight(*(group or (1, 1)), rate))
         folder = artifacts / key.replace(" ", "-")
         if not folder.exists():
-            with only_group(*group) if group else nullcontext():
-                options = Options(threads=1, conv="direct")
-                build_network(network, folder, target=target, example_inputs=(clip,), check=False, options=options)
+            options = Options(threads=1, conv="direct", kernel_group=group)
+            build_network(network, folder, target=target, example_inputs=(clip,), check=False, options=options)
         counted[key] = count(load_artifact(folder))
     rows = []
     for key, (group, rate) in cases.items():
@@ -574,7 +571,7 @@ def table3(
         )
         for case in cases
     }
-    seconds = _latencies(built, inputs, PeerCase("", 0, runs), (), threads, times)
+    seconds = latencies(built, inputs, PeerCase("", 0, runs), (), threads, times)
     rows = []
     for vanilla in (case for case in cases if case.scheme == "vanilla"):
         as_good = [

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dance_tvm.artifact.preprocess import read_preprocess
+from dance_tvm.artifact.staging import require_free
 from dance_tvm.compiler import requests
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.options import AsJson, Model, TargetName, Threads
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import JsonLines, Progress
+from dance_tvm.models.registry import require_source
 
 if TYPE_CHECKING:
     from dance_tvm.compiler.build import Built
@@ -75,6 +77,10 @@ def build(
             "auto: float16 if the check passes in it."
         ),
     ] = "float32",
+    io: Annotated[
+        Literal["source", "float16"],
+        typer.Option(help="Take and give in half precision what is float32."),
+    ] = "source",
     calibrate: Annotated[
         list[Path] | None,
         typer.Option(help="Real inputs (.npz) that tell which layers --dtype float16 has no range for; repeatable."),
@@ -124,11 +130,12 @@ def build(
     requests.require_agreement(numerics, conv)
     if layer_errors:
         requests.require_layers_seen(machine)
-    requests.require_model(model)
-    requests.require_weights(weights)
-    if logs is not None and not logs.is_dir():
-        raise DanceError(f"there is no folder of tuning logs {logs}: `dance-tvm tune --logs` makes one")
-    _warn(machine, model, weights)
+    require_source(model)
+    requests.require_files({"--weights": weights, "--check-inputs": check_inputs, "--calibrate": calibrate})
+    place = out or requests.default_out(model, machine)
+    require_free(place)
+    requests.require_logs(logs)
+    _warn(machine, model, weights, threads)
     prepare = read_preprocess(preprocess) if preprocess else None
     with Progress(as_json, json_lines) as progress:
         progress.phase("load the compiler")
@@ -143,6 +150,7 @@ def build(
             device_code=device_code,
             dtype=dtype,
             memory=memory,
+            io=io,
             weights_dtype=weights_dtype,
             prepared=prepared,
             static=static,
@@ -151,7 +159,7 @@ def build(
         )
         built = build_network(
             model,
-            out or requests.default_out(model, machine),
+            place,
             target=machine,
             weights=weights,
             shapes=shapes or None,
@@ -174,8 +182,12 @@ def build(
         _print(built)
 
 
-def _warn(machine: Target, model: str, weights: Path | None) -> None:
-    """Warn of a processor that nobody has measured, and of weights that nobody has trained."""
+def _warn(machine: Target, model: str, weights: Path | None, threads: int | None) -> None:
+    """Warn of a processor that nobody has measured, of more threads than it has, of weights that nobody has trained."""
+    cores = sum(cluster.cores for cluster in machine.clusters)
+    if threads is not None and threads > cores:
+        said = f"--threads {threads} is more than the {cores} cores of {machine.name}: they will wait for one another"
+        warnings.warn(said, DanceWarning, stacklevel=3)
     if machine.tuning_log == "host-x86-64-sse":
         said = "this processor has no AVX2: kernels for it use SSE, which nobody has measured; --target names others"
         warnings.warn(said, DanceWarning, stacklevel=3)

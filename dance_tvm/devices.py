@@ -64,6 +64,9 @@ def watch(
     """Show the tracker's devices again and again; a tracker that went away is waited for."""
     from rich.live import Live
 
+    from dance_tvm.device import address_of
+
+    address_of(tracker, "--tracker")  # waiting mends a tracker that is away, and no wrong address
     watched = sys.stdout.isatty()
     looks = 0
     with Live(auto_refresh=False) if watched else nullcontext() as live:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dance_tvm.compiler.requests import require_model
 from dance_tvm.core.cli import INTERRUPTED, application, examples, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_suffix
@@ -18,6 +17,7 @@ from dance_tvm.core.options import AsJson, Devices, Model, TargetName, Threads
 from dance_tvm.core.printing import framed, print_table
 from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.core.verbosity import level
+from dance_tvm.models.registry import require_source
 
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
@@ -74,7 +74,7 @@ def tune(
     machine = load_target(target)
     axes = _axes(masks)
     require_devices_of(machine, device or ["local"])
-    require_model(model)
+    require_source(model)
     from dance_tvm.lowering.machine import gpu_of, machine_of
     from dance_tvm.tuning.farm import Farm
     from dance_tvm.tuning.libraries import require_gpu, require_processor
@@ -113,10 +113,12 @@ def tune(
 
 
 def require_devices_of(machine: Target, devices: list[str]) -> None:
-    """Raise DanceError where a device is known not to be the target: its times would be taken for the target's."""
+    """Raise DanceError where a device is none, or known not to be the target: its times would be taken for those."""
+    from dance_tvm.device import require_spec
     from dance_tvm.machines.target import load_target
 
     for spec in devices:
+        require_spec(spec)
         if spec == "local" and machine.gpu is None and machine.fingerprint != load_target("host").fingerprint:
             raise DanceError(
                 f"--device local is this machine and not {machine.name}: what is measured here says nothing of it; "

@@ -50,9 +50,10 @@ def units(
     sites.
     """
     from dance_tvm.machines.target import load_target
-    from dance_tvm.models.registry import names
+    from dance_tvm.models.registry import names, require_source
 
     machine = load_target(target)
+    require_source(model)
     if machine.gpu is not None:
         raise DanceError(f"{machine.name} is a GPU, whose kernels list single frames and channels: units are for CPUs")
     if out is not None and model not in names():

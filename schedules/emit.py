@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 from tvm import s_tir, tirx
@@ -26,8 +25,8 @@ BIG_INT = "int64"
 #: Relax's pattern kind of functions that it must not fuse with others; saves it the analysis of long bodies.
 OPAQUE = 8
 
-
-_ONE_THREAD: ContextVar[bool] = ContextVar("one_thread", default=False)
+#: The attribute of a PrimFunc under construction that stays on the thread which calls it.
+_ONE_THREAD = "dance.one_thread"
 
 
 class Built:
@@ -37,19 +36,22 @@ class Built:
 
 
 @contextmanager
-def kernel(name: str, attrs: Mapping[str, str] | None = None) -> Iterator[Built]:
-    """Open a PrimFunc called ``name``, with ``attrs`` beside the attributes that all have."""
+def kernel(name: str, attrs: Mapping[str, str] | None = None, one_thread: bool = False) -> Iterator[Built]:
+    """Open a PrimFunc called ``name``, with ``attrs`` beside the attributes that all have.
+
+    ``one_thread``: it never wakes another thread, which costs more than a small kernel takes.
+    """
     built = Built()
     usual = {"tir.noalias": True, "global_symbol": name, "tirx.is_scheduled": True, "op_pattern": OPAQUE}
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(name)
-            T.func_attr({**usual, **(attrs or {})})
+            T.func_attr({**usual, **(attrs or {}), _ONE_THREAD: one_thread})
             yield built
         func = builder.get()
     # Relax looks for a root block in every function that it calls.
     root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", func.body))
-    built.func = func.with_body(root)
+    built.func = func.with_body(root).without_attr(_ONE_THREAD)
 
 
 def argument(name: str, shape: Sequence[int], dtype: str = FLOAT) -> tirx.Buffer:
@@ -153,18 +155,9 @@ def serial(extent: Expr) -> Any:
 
 
 def parallel(extent: Expr) -> Any:
-    """A loop from zero whose iterations are shared out over the threads; within ``one_thread`` it stays on one."""
-    return T.serial(0, extent) if _ONE_THREAD.get() else T.parallel(0, extent)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Emit kernels that never wake another thread: waking one costs more than a small kernel takes."""
-    token = _ONE_THREAD.set(True)
-    try:
-        yield
-    finally:
-        _ONE_THREAD.reset(token)
+    """A loop from zero whose iterations are shared out over threads, unless the kernel stays on one."""
+    function = IRBuilder.current().frames[0]
+    return T.serial(0, extent) if function.attrs[_ONE_THREAD] else T.parallel(0, extent)
 
 
 @contextmanager

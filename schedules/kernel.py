@@ -200,9 +200,9 @@ class Kernel(ABC):
         """The operands that it writes."""
         return [operand for operand in self.operands() if operand.role == "output"]
 
-    def primfunc(self, name: str = "") -> tirx.PrimFunc:
-        """The function, called ``name`` or by the kernel's own name."""
-        with kernel(name or self.name, {DESCRIPTION: json.dumps(self.describe())}) as built:
+    def primfunc(self, name: str = "", one_thread: bool = False) -> tirx.PrimFunc:
+        """The function, called ``name`` or by the kernel's own name; with ``one_thread`` it never wakes another."""
+        with kernel(name or self.name, {DESCRIPTION: json.dumps(self.describe())}, one_thread) as built:
             self.emit({each.name: argument(each.name, each.shape, each.dtype) for each in self.operands()})
         return built.func
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from tvm import s_tir
 
 from .workload import Decisions, Workload
 
@@ -34,3 +36,6 @@ class Space(Protocol):
 
     def parts(self) -> list[dict[str, list[int]]]:
         """The values of each decision, in parts within which each goes with each."""
+
+    def tile_loops(self, sch: s_tir.Schedule, loops: Sequence[Any], chosen: Mapping[str, Any]) -> None:
+        """Tile the loops of an implicit GEMM over rows, output channels, taps and input channels by decisions."""

@@ -23,9 +23,9 @@ def emitted_by(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]
     found: list[str] = []
     emit = module.call_kernel
 
-    def call(builder: Any, kernel: Kernel, args: Any) -> Any:
+    def call(builder: Any, kernel: Kernel, args: Any, threads: int) -> Any:
         found.append(kernel.kind)
-        return emit(builder, kernel, args)
+        return emit(builder, kernel, args, threads)
 
     monkeypatch.setattr(module, "call_kernel", call)
     return found

@@ -144,6 +144,8 @@ def test_list_and_watch_real_servers():
         devices.look(address)
     with pytest.raises(DanceError, match="HOST:PORT"):
         devices.look("nonsense")
+    with pytest.raises(DanceError, match="HOST:PORT"):
+        CliRunner().invoke(devices.app, ["watch", "--tracker", "nonsense"], catch_exceptions=False)
 
 
 def test_ctrl_c_ends_watch_quietly():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,6 +22,7 @@ from dance_tvm import models
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend import import_model, interpreter, torch_conversions
+from dance_tvm.frontend.files import load_program
 
 torch.manual_seed(0)
 CLIPS = torch.randn(2, 8, 6, 10, 10)
@@ -459,6 +461,38 @@ def test_pickles_inside_a_program_run_nothing(exported, tmp_path):
         with pytest.raises(DanceError, match=re.escape(path.name)):
             import_model(path)
     assert not (tmp_path / "ran").exists()
+
+
+def _with_member(source, target, name, data):
+    shutil.copy(source, target)
+    with zipfile.ZipFile(source) as archive:
+        root = archive.namelist()[0].split("/")[0]
+    with zipfile.ZipFile(target, "a") as archive:
+        archive.writestr(f"{root}/{name}", data)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("data/aotinductor/model/code.so", "no part of an exported program"),
+        ("models/model.jsoX", "no part of an exported program"),
+        ("data/weights/legacy.pt", "pickled objects"),
+        ("models/Model.json", "two members of one name"),
+    ],
+)
+def test_members_that_the_loader_would_run_or_misread_are_refused(exported, tmp_path, name, why):
+    bomb = io.BytesIO()
+    torch.save({"0.weight": _Bomb(tmp_path / "ran")}, bomb)
+    path = _with_member(exported, tmp_path / "more.pt2", name, bomb.getvalue())
+    with pytest.raises(DanceError, match=rf"more\.pt2 .*{why}"):
+        import_model(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_extra_files_beside_a_program_are_left_alone(exported, tmp_path):
+    path = _with_member(exported, tmp_path / "notes.pt2", "extra/labels.json", b'{"target": "torch.hub.load"}')
+    assert load_program(path).state_dict
 
 
 def test_a_program_that_calls_other_functions_is_refused(exported, tmp_path):

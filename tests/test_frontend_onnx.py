@@ -156,13 +156,6 @@ def test_what_is_not_supported_is_named(tmp_path):
             import_model(path)
 
 
-def test_a_recurrent_layer_is_refused_with_the_way_that_works(tmp_path):
-    network = nn.Sequential(nn.Flatten(2), nn.GRU(24, 4, batch_first=True))
-    torch.onnx.export(network, (torch.randn(2, 5, 2, 12),), tmp_path / "gru.onnx", dynamo=True, verbose=False)
-    with pytest.raises(DanceError, match=r"GRU of layer '1' is not supported: export the network to \.pt2"):
-        import_model(tmp_path / "gru.onnx")
-
-
 def test_damaged_and_foreign_files_are_one_sentence(tmp_path):
     whole = _save(tmp_path / "whole.onnx", [helper.make_node("Relu", ["x"], ["y"])]).read_bytes()
     for name, data in {"cut.onnx": whole[:-20], "text.onnx": b"hello", "empty.onnx": b""}.items():

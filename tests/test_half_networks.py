@@ -1,11 +1,13 @@
-"""Networks that an Arm processor computes in half precision, on the emulated device."""
+"""Networks in half precision, on the emulated device and on this machine where it multiplies halves."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from dance_tvm import DanceError, open_device
 from dance_tvm.artifact.layers import LayerInfo
 from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.magnitudes import measured_on
@@ -43,17 +45,19 @@ class EveryKind(nn.Module):
         return self.head((self.twice(y) + self.apart(y)).mean((2, 3, 4)))
 
 
-@pytest.mark.device
-def test_a_network_of_every_kind_of_layer_agrees_with_its_source(tmp_path):
+@pytest.mark.parametrize("target", [pytest.param("snapdragon", marks=pytest.mark.device), "host"])
+def test_a_network_of_every_kind_of_layer_agrees_with_its_source(tmp_path, target):
     from dance_tvm.device import emulator_available
 
-    if reason := emulator_available():
+    if target != "host" and (reason := emulator_available()):
         pytest.skip(f"no emulated device: {reason}")
+    if not load_target(target).vector.fp16:
+        pytest.skip(f"{target} does not multiply halves")
     torch.manual_seed(0)
     network, clip = EveryKind().eval(), torch.rand(1, 3, 4, 8, 8)
     options = Options(threads=1, dtype="float16", conv="direct")
     manifest = build_network(
-        network, tmp_path / "half", target="snapdragon", example_inputs=(clip,), options=options, check=True
+        network, tmp_path / "half", target=target, example_inputs=(clip,), options=options, check=True
     ).artifact.manifest
     assert (manifest.check.status, manifest.tolerance) == ("passed", HALF_ON_PROCESSOR)
     kernels = {layer.kernel.split("_f16")[0] for layer in manifest.layers}
@@ -132,3 +136,34 @@ def test_auto_is_single_precision_where_nothing_was_checked(tmp_path):
     )
     assert all("_f32_" in layer.kernel for layer in built.artifact.manifest.layers)
     assert "dtype" not in built.artifact.manifest.options
+
+
+def test_inputs_and_outputs_are_in_half_precision_where_asked_for(tmp_path):
+    network, options = nn.Sequential(nn.Conv3d(3, 8, 1), nn.ReLU()).eval(), Options(threads=1, io="float16")
+    clip = torch.rand(1, 3, 2, 6, 6)
+    built = build_network(network, tmp_path / "io", example_inputs=(clip,), options=options, check=True)
+    manifest = built.artifact.manifest
+    assert manifest.check.status == "passed"
+    assert [each.dtype for each in (*manifest.inputs, *manifest.outputs)] == ["float16"] * 2
+    with open_device("local") as device:
+        (found,) = device.load(built.artifact).run({manifest.inputs[0].name: clip.half().numpy()}).values()
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, network(clip.half().float()).detach().numpy(), rtol=2e-3, atol=1e-4)
+
+
+class Million(nn.Module):
+    """A million times its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1e6 * x
+
+
+def test_an_output_beyond_half_precision_is_refused_and_not_made_infinite(tmp_path):
+    with pytest.raises(DanceError, match="half precision ends at 65504: leave --io out"):
+        build_network(
+            Million().eval(),
+            tmp_path / "io",
+            example_inputs=(torch.ones(1, 2, 1, 4, 4),),
+            options=Options(threads=1, io="float16"),
+            check=True,
+        )

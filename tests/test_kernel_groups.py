@@ -12,7 +12,6 @@ from dance_tvm.liveness.kernel_groups import (
     choose_kernel_groups,
     find_kernel_groups,
     lane_cost,
-    only_group,
 )
 
 
@@ -184,14 +183,6 @@ def test_an_injected_cost_decides():
 
     chosen = choose_kernel_groups(weight, cost=prefers_4x1)
     assert (chosen.gm, chosen.gn) == (4, 1)
-
-
-def test_a_group_can_be_insisted_on_to_measure_it():
-    weight = prune_columns(dense_weight(32, 32, 3), 16, 8, random_keep(dense_weight(32, 32, 3), 16, 8, 0.3))
-    with only_group(4, 1):
-        chosen = choose_kernel_groups(weight, cost=lane_cost(16))
-        assert (chosen.gm, chosen.gn) == (4, 1)
-    assert choose_kernel_groups(weight, cost=lane_cost(16)).gm == 16
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from dance_tvm.device.opencl import OpenCLSession
 from dance_tvm.device.opencl_network import OpenCLNetwork
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu.sort import MergeSort
-from dance_tvm.schedules.emit import one_thread
 from tests.test_transform import outputs
 
 NAN, INF = float("nan"), float("inf")
@@ -99,10 +98,8 @@ def test_the_kernel_sorts_lines_of_every_length(dtype: str, descending: bool) ->
         if dtype.startswith("float"):
             x[generator.random(x.shape) < 0.2] = np.nan
         kept = extent - extent // 4
-        with one_thread():
-            functions[f"sort{extent}"] = MergeSort(x.shape, 1, kept, descending, dtype, True, "int32").primfunc(
-                f"sort{extent}"
-            )
+        kernel = MergeSort(x.shape, 1, kept, descending, dtype, True, "int32")
+        functions[f"sort{extent}"] = kernel.primfunc(f"sort{extent}", one_thread=True)
         cases[f"sort{extent}"] = (x, kept)
     built = tvm.compile(tvm.IRModule(functions), target=load_target("host").tvm_target(1))
     for name, (x, kept) in cases.items():

@@ -169,3 +169,11 @@ def test_another_architecture_is_told(monkeypatch):
     monkeypatch.setattr(host.platform, "machine", lambda: "riscv64")
     with pytest.raises(DanceError, match="riscv64"):
         load_target("host")
+
+
+def test_only_code_in_half_precision_may_use_what_is_there_for_it():
+    target = load_target("snapdragon").model_copy(update={"half_features": ["of_halves"]})
+    assert target.storing("float32") is target
+    half = target.storing("float16")
+    assert half.tvm["mattr"] == [*target.tvm["mattr"], "+of_halves"]
+    assert half.name == target.name

@@ -32,27 +32,47 @@ def test_axes_that_move_together_are_one(
     assert Transpose.of(shape, order) == expected
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(st.integers(1, 3), st.integers(1, 90), st.integers(1, 90), st.sampled_from([1, 4, 8]))
-def test_it_equals_numpy(batch: int, rows: int, columns: int, vector_floats: int) -> None:
-    x = np.arange(batch * rows * columns, dtype="float32").reshape(batch, rows, columns)
-    y = tensor(np.full((batch, columns, rows), np.nan, "float32"))
-    func = transpose(Transpose(batch, rows, columns), x.shape, y.shape, vector_floats)
-    compiled(func)(tensor(x), y)
+def agrees(plan: Transpose, vector_floats: int, dtypes: tuple[str, str]) -> None:
+    """The kernel against NumPy, on whole numbers that half precision holds."""
+    shape = (plan.batch, plan.rows, plan.columns)
+    x = (np.arange(np.prod(shape)) % 2047).astype(dtypes[0]).reshape(shape)
+    y = tensor(np.full((plan.batch, plan.columns, plan.rows), np.nan, dtypes[1]))
+    compiled(transpose(plan, x.shape, y.shape, vector_floats, dtypes=dtypes))(tensor(x), y)
     np.testing.assert_array_equal(y.numpy(), x.transpose(0, 2, 1))
 
 
-def scheduled(shape: tuple[int, ...], order: tuple[int, ...], dtype: str, doubled: bool) -> tuple[str, tvm.IRModule]:
-    """``permute_dims`` and, where asked for, a doubling fused to it, after the pass."""
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.integers(1, 3), st.integers(1, 90), st.integers(1, 90), st.sampled_from([1, 4, 8]))
+def test_it_equals_numpy(batch: int, rows: int, columns: int, vector_floats: int) -> None:
+    agrees(Transpose(batch, rows, columns), vector_floats, ("float32", "float32"))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4])
+@pytest.mark.parametrize("dtypes", [("float32", "float16"), ("float16", "float32"), ("float32", "float32")])
+def test_few_channels_are_interleaved_and_converted(rows: int, dtypes: tuple[str, str]) -> None:
+    agrees(Transpose(2, rows, 41), 4, dtypes)
+    agrees(Transpose(1, 19, rows), 4, dtypes)
+
+
+def test_lines_are_turned_and_converted() -> None:
+    agrees(Transpose(2, 20, 33), 4, ("float32", "float16"))
+
+
+def scheduled(
+    shape: tuple[int, ...], order: tuple[int, ...], dtype: str, doubled: bool, stored: str = "", threads: int = 2
+) -> tuple[str, tvm.IRModule]:
+    """``permute_dims`` and, where asked for, a doubling or a conversion fused to it, after the pass."""
     builder = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType(shape, dtype))
     with builder.function("main", [x]):
         with builder.dataflow():
             moved = builder.emit(relax.op.permute_dims(x, order))
+            if stored:
+                moved = builder.emit(relax.op.astype(moved, stored))
             output = builder.emit_output(relax.op.add(moved, moved) if doubled else moved)
         builder.emit_func_output(output)
     passes = [relax.transform.LegalizeOps(), relax.transform.AnnotateTIROpPattern(), relax.transform.FuseOps()]
-    mod = tvm.transform.Sequential([*passes, relax.transform.FuseTIR(), ScheduleRest(8, 2)])(builder.get())
+    mod = tvm.transform.Sequential([*passes, relax.transform.FuseTIR(), ScheduleRest(8, threads)])(builder.get())
     (func,) = (func for name, func in mod.functions_items() if name.name_hint != "main")
     return str(func), mod
 
@@ -65,7 +85,8 @@ LAST = (0, 2, 3, 4, 1)
     [
         pytest.param((1, 20, 4, 16, 16), LAST, "float32", False, True, id="channels last"),
         pytest.param((1, 20, 4, 3, 3), LAST, "float32", False, False, id="small"),
-        pytest.param((1, 3, 16, 32, 32), LAST, "float32", False, False, id="three channels"),
+        pytest.param((1, 3, 16, 32, 32), LAST, "float32", False, True, id="three channels"),
+        pytest.param((1, 5, 16, 32, 32), LAST, "float32", False, False, id="five channels"),
         pytest.param((1, 20, 4, 16, 16), LAST, "uint8", False, False, id="bytes"),
         pytest.param((1, 20, 4, 16, 16), LAST, "float32", True, False, id="with arithmetic"),
         pytest.param((40, 20, 40), (1, 0, 2), "float32", False, False, id="rows keep together"),
@@ -81,3 +102,15 @@ def test_large_moves_of_floats_are_tiled(
     built = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
     x = np.random.default_rng(0).integers(0, 99, shape).astype(dtype)
     np.testing.assert_array_equal(built["main"](tensor(x)).numpy(), x.transpose(order) * (1 + doubled))
+
+
+def test_a_conversion_behind_a_move_is_part_of_it() -> None:
+    text, _ = scheduled((1, 3, 4, 64, 64), LAST, "float32", False, "float16")
+    assert "Shuffle" in text
+    assert "float16x16" in text
+
+
+def test_one_thread_asks_for_no_other() -> None:
+    shape = (1, 20, 4, 16, 16)
+    assert "T.parallel" in scheduled(shape, LAST, "float32", False)[0]
+    assert "T.parallel" not in scheduled(shape, LAST, "float32", False, threads=1)[0]

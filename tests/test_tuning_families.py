@@ -12,9 +12,10 @@ from test_tuning import AVX2, NEON, Told, record, workload
 from torch import nn
 
 from dance_tvm.compiler.build import build_network
-from dance_tvm.compiler.pipeline import Options
+from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.core.cli import start
-from dance_tvm.liveness.kernel_groups import only_group
+from dance_tvm.frontend import import_model
+from dance_tvm.liveness import kernel_groups
 from dance_tvm.lowering.machine import machine_of
 from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.machines.target import load_target
@@ -61,6 +62,12 @@ class Pruned(nn.Module):
         return self.pool(torch.relu(self.conv(torch.relu(self.first(x)))))
 
 
+@pytest.fixture
+def groups_of_16x4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size in which the networks here are pruned is the only candidate."""
+    monkeypatch.setattr(kernel_groups, "CANDIDATES", ((16, 4),))
+
+
 def families(network: nn.Module, **options) -> dict[str, Workload]:
     exported = torch.export.export(network, CLIP)
     return {layer.workload.family: layer.workload for layer in layers_of(exported, HOST, threads=1, **options)}
@@ -69,10 +76,9 @@ def families(network: nn.Module, **options) -> dict[str, Workload]:
 # -- workloads --------------------------------------------------------------------------------------------------------
 
 
-def test_networks_pruned_alike_share_their_records():
-    with only_group(16, 4):
-        one, other = families(Pruned(0), conv="direct"), families(Pruned(1), conv="direct")
-        less = families(Pruned(0, rate=1.5), conv="direct")
+def test_networks_pruned_alike_share_their_records(groups_of_16x4):
+    one, other = families(Pruned(0), conv="direct"), families(Pruned(1), conv="direct")
+    less = families(Pruned(0, rate=1.5), conv="direct")
     assert not np.array_equal(Pruned(0).conv.weight != 0, Pruned(1).conv.weight != 0)
     assert one == other
     assert one[KERNEL_GROUPS].group == (16, 4)
@@ -178,21 +184,31 @@ def test_measurements_choose_between_kernel_groups_and_winograd():
     assert fast.origin == "tuned conv3d_winograd"
 
 
+def test_a_build_takes_the_kernel_group_that_it_is_given():
+    mod = import_model(Pruned(0), example_inputs=CLIP, check=False).mod
+
+    def group(**options) -> tuple[int, int]:
+        workloads = lower(mod, HOST, Options(conv="direct", **options)).workloads.values()
+        return next(work.group for work in workloads if work.family == KERNEL_GROUPS)
+
+    assert group(kernel_group=(16, 1)) == (16, 1)
+    assert group()[1] != 1
+
+
 # -- tuning and building ----------------------------------------------------------------------------------------------
 
 
-def test_builds_follow_the_records_of_kernel_groups_and_pools(tmp_path, own_logs):
+def test_builds_follow_the_records_of_kernel_groups_and_pools(tmp_path, own_logs, groups_of_16x4):
     """The records name sizes that no default would be, and stem from a network with other zeros."""
     options = Options(threads=1, conv="direct")
-    with only_group(16, 4):
-        found = families(Pruned(0), conv="direct")
-        machine = machine_of(HOST)
-        for family, chosen in ((KERNEL_GROUPS, {"mr": 3, "segment_taps": 2}), (POOL, {"vectors": 2})):
-            space = kernel_of(found[family], machine).space(machine, found[family])
-            decisions = {**space.default(), **chosen}
-            rest = {"status": "verified", "origin": "local", "trials": 3, "default_seconds": 0.02}
-            append(log_path(HOST, family), [new_record(found[family], HOST, decisions, [0.01], **rest)])
-        built = build_network(Pruned(1), tmp_path / "made", example_inputs=CLIP, options=options, check=True)
+    found = families(Pruned(0), conv="direct")
+    machine = machine_of(HOST)
+    for family, chosen in ((KERNEL_GROUPS, {"mr": 3, "segment_taps": 2}), (POOL, {"vectors": 2})):
+        space = kernel_of(found[family], machine).space(machine, found[family])
+        decisions = {**space.default(), **chosen}
+        rest = {"status": "verified", "origin": "local", "trials": 3, "default_seconds": 0.02}
+        append(log_path(HOST, family), [new_record(found[family], HOST, decisions, [0.01], **rest)])
+    built = build_network(Pruned(1), tmp_path / "made", example_inputs=CLIP, options=options, check=True)
     layers = {layer.name: layer for layer in built.artifact.manifest.layers}
     groups = next(layer for layer in layers.values() if layer.kernel.startswith("conv3d_kgs"))
     pool = next(layer for layer in layers.values() if layer.kind == "pool3d")
@@ -203,13 +219,13 @@ def test_builds_follow_the_records_of_kernel_groups_and_pools(tmp_path, own_logs
     assert built.artifact.manifest.check.status == "passed"
 
 
-def test_a_pruned_network_is_tuned_and_built_by_its_records(tmp_path, own_logs, monkeypatch, capsys):
+def test_a_pruned_network_is_tuned_and_built_by_its_records(tmp_path, own_logs, groups_of_16x4, monkeypatch, capsys):
     monkeypatch.setattr(tuner, "DISTURBED", math.inf)  # layers this small take less time than their noise
     monkeypatch.setattr(search, "POPULATION", 16)
     monkeypatch.setattr(kernel_log, "MOST_SPREAD", math.inf)
     torch.export.save(torch.export.export(Pruned(0), CLIP), tmp_path / "pruned.pt2")
     command = ["--model", str(tmp_path / "pruned.pt2"), "--trials", "2", "--threads", "1", "--conv", "direct", "--json"]
-    with only_group(16, 4), pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as left:
         start(tune_command, "tune", command)
     said = capsys.readouterr()
     assert left.value.code in (0, None), said.err
@@ -221,10 +237,8 @@ def test_a_pruned_network_is_tuned_and_built_by_its_records(tmp_path, own_logs, 
         log = Log.read(log_path(HOST, family))
         assert {found.status for found in log.records()} == {"trial", "verified"}
         assert not log.problems
-    with only_group(16, 4):
-        built = build_network(
-            Pruned(1), tmp_path / "made", example_inputs=CLIP, options=Options(threads=1, conv="direct"), check=True
-        )
+    options = Options(threads=1, conv="direct")
+    built = build_network(Pruned(1), tmp_path / "made", example_inputs=CLIP, options=options, check=True)
     assert [layer.tuned[:8] for layer in built.artifact.manifest.layers] == ["tuned 20"] * 3
 
 

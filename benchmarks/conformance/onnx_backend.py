@@ -35,8 +35,8 @@ _INTEGERS = {
     *(TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64),
 }
 
-# Not of networks for inference: recurrent cells, losses, random numbers, bits taken for another type.
-_LEFT_OUT = re.compile(r"RNN|GRU|LSTM|.*Loss|Bernoulli|Random.*|Multinomial|BitCast")
+# Not of networks for inference: losses, random numbers, bits taken for another type.
+_LEFT_OUT = re.compile(r".*Loss|Bernoulli|Random.*|Multinomial|BitCast")
 _LEFT_OUT_CASES = re.compile(r"test_(cast|sce|nllloss)|.*train")
 
 # Inputs of operators that decide shapes or which elements are read; in networks they are constants.

@@ -375,14 +375,23 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     path.replace(folder / MANIFEST)
 
 
+def require_artifact(folder: Path) -> None:
+    """Raise DanceError where ``folder`` is no artifact; whether it is whole is for `load_artifact` to say."""
+    if folder.is_file():
+        raise DanceError(f"{folder} is a file: an artifact is the folder that `dance-tvm build` writes")
+    if not folder.is_dir():
+        raise DanceError(f"there is no artifact {folder}: `dance-tvm build` writes one")
+    if not (folder / MANIFEST).exists():
+        raise DanceError(f"{folder} holds no {MANIFEST}: it is not an artifact of dance-tvm build")
+
+
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
-    except FileNotFoundError:
-        if not folder.is_dir():
-            raise DanceError(f"there is no artifact {folder}: `dance-tvm build` writes one") from None
-        raise DanceError(f"{folder} holds no {MANIFEST}: it is not an artifact of dance-tvm build") from None
+    except (FileNotFoundError, NotADirectoryError):
+        require_artifact(folder)
+        raise
     except OSError as error:
         raise DanceError(f"{path} cannot be read: {error.strerror}") from None
     damaged = DanceError(f"{path} is damaged: its seal does not fit; build the artifact again")

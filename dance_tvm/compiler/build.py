@@ -145,17 +145,12 @@ def build_network(
         return _with_best_dtype(build, machine, options, check)
     source = load_target(logs_from) if logs_from else None
     chosen = _settled(options, machine, threads, debug_dump, source)
-    require_buildable(machine, chosen.dtype)  # this and the next fail before any work is done
-    require_program(machine, chosen.weights_dtype, chosen.prepared, chosen.static)
-    if layer_errors:
-        require_layers_seen(machine)
-    require_writable(out)
+    _require(machine, chosen, layer_errors, out)
+    machine = machine.storing(chosen.dtype)
     clock = _Clock(on_phase)
 
     with unexpected_told(lambda: f"The phase {clock.phase!r} of the build"):
-        clock.start("import")
-        imported = _import(model, weights, example_inputs, shapes, batch)
-        _dump(chosen.debug_dump, "imported", imported.mod)
+        imported = _imported(clock, chosen, model, weights, example_inputs, shapes, batch)
         manifest = new_manifest(imported, machine, chosen, source)
         manifest.preprocess = preprocess or known_preprocess(model)
         from dance_tvm.compiler.check import check_artifact, check_kernels, was_checked  # PyTorch is loaded by now
@@ -184,6 +179,15 @@ def build_network(
         errors = _layer_errors(artifact, lowered, imported, given, clock) if layer_errors else None
         clock.start("")
         return Built(artifact, clock.seconds, _peak_memory(), errors)
+
+
+def _require(machine: Target, chosen: Options, layer_errors: bool, out: str | Path) -> None:
+    """Raise DanceError, before any work is done, for what cannot be built or written."""
+    require_buildable(machine, chosen.dtype)
+    require_program(machine, chosen.weights_dtype, chosen.prepared, chosen.static)
+    if layer_errors:
+        require_layers_seen(machine)
+    require_writable(out)
 
 
 def _settled(
@@ -281,6 +285,25 @@ def _made_of(out: str | Path, manifest: Manifest) -> Artifact | None:
 def _peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _imported(clock: _Clock, options: Options, model: Any, *given: Any) -> Imported:
+    """The network with the inputs and outputs that ``options`` want; loading what its import needs has its own time."""
+    clock.start("load PyTorch's exporter")
+    from dance_tvm.frontend.importer import load_exporter
+    from dance_tvm.frontend.interface import Imported
+
+    is_onnx = isinstance(model, str | Path) and Path(model).suffix == ".onnx"
+    if not is_onnx and not isinstance(model, Imported):
+        load_exporter()
+    clock.start("import")
+    imported = _import(model, *given)
+    if options.io == "float16":
+        from dance_tvm.frontend.half_io import with_half_io
+
+        imported = with_half_io(imported)
+    _dump(options.debug_dump, "imported", imported.mod)
+    return imported
 
 
 def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes: Any, batch: int | None) -> Imported:

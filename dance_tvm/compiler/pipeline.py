@@ -58,18 +58,22 @@ tvm_ffi.register_error("DanceError", DanceError)
 @dataclass(frozen=True)
 class Options:
     """What a build may choose. ``dtype`` auto is float16 where the target has it and the check passes, else float32.
-    ``logs``: the folder of tuning logs to use alone, in place of the usual ones; ``cache``: whether kernels are taken
-    from and kept in the user's cache, which changes no byte of the result."""
+    ``io`` float16 takes and gives in half precision what the source has in float32.
+    ``kernel_group``: filters and channels of the kernel groups in which zero weights are left out, whatever that costs,
+    in place of the cheapest. ``logs``: the folder of tuning logs to use alone, in place of the usual ones; ``cache``:
+    whether kernels are taken from and kept in the user's cache, which changes no byte of the result."""
 
     threads: int = 1
     numerics: Literal["fast", "exact"] = "fast"
     conv: Literal["auto", "direct", "winograd"] = "auto"
     sparsity: Literal["auto", "off"] = "auto"
+    kernel_group: tuple[int, int] | None = None
     debug_dump: Path | None = None
     tuning: TuningLog | None = None
     logs: Path | None = None
     device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16", "auto"] = "float32"
+    io: Literal["source", "float16"] = "source"
     memory: Memory = "balanced"
     weights_dtype: Literal["float32", "float16"] = "float32"
     prepared: bool = False
@@ -108,6 +112,7 @@ def lower(
             threads=options.threads,
             tuning=options.tuning,
             convolution="direct" if options.numerics == "exact" else options.conv,
+            group=options.kernel_group,
             group_cost=group_cost(
                 target, options.threads, partial(excess_cycles, machine.storing(options.dtype)), options.logs
             ),

@@ -16,6 +16,7 @@ __all__ = [
     "emulator_available",
     "open_device",
     "prepare_emulator",
+    "require_spec",
 ]
 
 
@@ -25,6 +26,7 @@ def open_device(spec: str, *, timeout: float = 60, call_timeout: float = 600) ->
     `timeout` s are given to reach the device and to wait for its turn, `call_timeout` s to each single upload step,
     load, run or measurement. Raises DanceError where the device is absent, busy, or the spec is none of these.
     """
+    require_spec(spec)
     if spec == "local":
         from dance_tvm.device.local import LocalSession
 
@@ -39,17 +41,28 @@ def open_device(spec: str, *, timeout: float = 60, call_timeout: float = 600) ->
     if kind == "rpc":
         host, port = address_of(rest, f"device {spec!r}")
         return RemoteSession(Connection(spec, host, port, "", timeout, call_timeout))
-    if kind == "tracker":
-        from dance_tvm.device.tracker import request_device
+    from dance_tvm.device.tracker import request_device
 
-        address, _, key = rest.partition("/")
-        if not key:
-            raise DanceError(f"device {spec!r} lacks the key: write tracker://HOST:PORT/KEY")
-        host, port = address_of(address, f"device {spec!r}")
-        deadline = time.monotonic() + timeout
-        found = request_device(host, port, key, timeout)
-        return RemoteSession(Connection(spec, *found, max(5.0, deadline - time.monotonic()), call_timeout))
-    raise DanceError(f"unknown device {spec!r}: it must be local, emulator, rpc://HOST:PORT or tracker://HOST:PORT/KEY")
+    address, _, key = rest.partition("/")
+    host, port = address_of(address, f"device {spec!r}")
+    deadline = time.monotonic() + timeout
+    found = request_device(host, port, key, timeout)
+    return RemoteSession(Connection(spec, *found, max(5.0, deadline - time.monotonic()), call_timeout))
+
+
+def require_spec(spec: str) -> None:
+    """Raise DanceError unless ``spec`` names a device as `open_device` takes it; TVM is not loaded for that."""
+    kind, _, rest = spec.partition("://")
+    address, _, key = rest.partition("/")
+    if spec in ("local", "emulator"):
+        return
+    if kind not in ("rpc", "tracker"):
+        raise DanceError(
+            f"unknown device {spec!r}: it must be local, emulator, rpc://HOST:PORT or tracker://HOST:PORT/KEY"
+        )
+    if kind == "tracker" and not key:
+        raise DanceError(f"device {spec!r} lacks the key: write tracker://HOST:PORT/KEY")
+    address_of(rest if kind == "rpc" else address, f"device {spec!r}")
 
 
 def emulator_available() -> str | None:

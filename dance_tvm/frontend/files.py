@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
-import logging
 import re
 import zipfile
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -28,6 +27,15 @@ _ARITHMETIC = re.compile(
     r"|Symbol\('\w+'|, (?:positive|nonnegative|integer)=(?:True|False)|-?\d+|[(), ])*"
 )
 
+# The folders of an archive that PyTorch's loader reads, and what belongs there. Left out are other endings of programs,
+# which it reads all the same, and libraries (data/aotinductor), which it would load.
+_READ_BY_THE_LOADER = ("models/", "data/")
+_KNOWN_MEMBERS = re.compile(
+    r"models/[\w.-]+\.json|data/(weights|constants)/([\w.-]+_config\.json|[\w-]+|[\w.-]+\.pt)|data/sample_inputs/[\w.-]+\.pt"
+)
+
+_PICKLED = "{} holds pickled objects, which could run code: export the network without them."
+
 
 def require_file(path: Path, what: str) -> None:
     """Raise DanceError where ``path`` cannot be read as a file."""
@@ -40,14 +48,17 @@ def require_file(path: Path, what: str) -> None:
 def load_program(path: Path) -> torch.export.ExportedProgram:
     """The program in a ``.pt2`` file written by ``torch.export.save``.
 
-    PyTorch's own loader unpickles, evaluates symbolic shapes and resolves any name under ``torch``, so the archive is
-    looked through before it is handed over. Raises DanceError for a file that is torn, foreign, holds pickled objects,
-    shapes that are more than arithmetic, or operators that are not tensor operators.
+    PyTorch's own loader unpickles, evaluates symbolic shapes, resolves any name under ``torch`` and loads libraries, so
+    the archive is inspected before it is handed over. Raises DanceError for a file that is torn, foreign, has pickled
+    objects or compiled code, shapes that are more than arithmetic, or operators that are not tensor operators.
     """
     require_file(path, "model")
-    _inspect(path)
+    _require_intact(path)
+    from torch.export.pt2_archive._package import load_pt2  # with it comes a second of PyTorch's compiler
+
     try:
-        return _load_without_pickle(path)
+        _inspect(path)
+        return load_pt2(str(path)).exported_programs["model"]
     except DanceError:
         raise
     except Exception as problem:
@@ -60,34 +71,57 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
         raise DanceError(f"{path} cannot be read as an exported program of this PyTorch: {reason}") from None
 
 
-def _load_without_pickle(path: Path) -> torch.export.ExportedProgram:
-    """``torch.export.load`` where every ``torch.load`` inside of it, fallbacks included, reads tensors only."""
-    plain_load = torch.load
-
-    def tensors_only(*args: Any, **kwargs: Any) -> Any:
-        return plain_load(*args, **{**kwargs, "weights_only": True})
-
-    log = logging.getLogger("torch.export")  # tells of a failure with its traceback before it raises
-    with mock.patch.object(torch, "load", tensors_only), mock.patch.object(log, "disabled", True):
-        return torch.export.load(str(path))
-
-
-def _inspect(path: Path) -> None:
+def _require_intact(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
-            if (torn := archive.testzip()) is not None:
-                raise DanceError(f"{path} is damaged: {torn} inside of it fails its checksum.")
-            members = archive.namelist()
-            programs = [name for name in members if re.search(r"(^|/)models/[^/]+\.json$", name)]
-            if not programs:
-                raise DanceError(f"{path} holds no exported program: write it with torch.export.save.")
-            for name in members:
-                if name.endswith(".json"):
-                    _inspect_json(path, json.loads(archive.read(name)))
+            torn, members = archive.testzip(), archive.namelist()
     except (zipfile.BadZipFile, EOFError, OSError):
         raise DanceError(f"{path} is not a .pt2 file, or is truncated: export the network again.") from None
     except (ValueError, NotImplementedError, RuntimeError):
         raise DanceError(f"{path} holds a description that cannot be read: export the network again.") from None
+    if torn is not None:
+        raise DanceError(f"{path} is damaged: {torn} inside of it fails its checksum.")
+    if not any(re.search(r"(^|/)models/[^/]+\.json$", name) for name in members):
+        raise DanceError(f"{path} holds no exported program: write it with torch.export.save.")
+
+
+def _inspect(path: Path) -> None:
+    """Raise DanceError where loading ``path`` would run what stands in it.
+
+    The members are read as the loader will read them, by PyTorch's reader: another one may see another archive.
+    """
+    from torch.export.pt2_archive import PT2ArchiveReader
+
+    archive = PT2ArchiveReader(str(path))
+    members = [name for name in archive.get_file_names() if name.lower().startswith(_READ_BY_THE_LOADER)]
+    if len({name.lower() for name in members}) < len(members):
+        raise DanceError(f"{path} has two members of one name, of which either could be read: export it again.")
+    for name in members:
+        if not _KNOWN_MEMBERS.fullmatch(name):
+            raise DanceError(f"{path} has a member {name}, which is no part of an exported program.")
+        if name.endswith(".json"):
+            _inspect_json(path, _description(path, archive.read_string(name)))
+        elif name.endswith(".pt"):
+            _require_tensors_alone(path, archive.read_bytes(name))
+
+
+def _description(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise DanceError(f"{path} holds a description that cannot be read: export the network again.") from None
+
+
+def _require_tensors_alone(path: Path, pickled: bytes) -> None:
+    """PyTorch's loader reads with ``weights_only`` first and without it where that fails: here it must not fail."""
+    if not pickled:
+        return
+    try:
+        torch.load(io.BytesIO(pickled), weights_only=True)
+    except Exception:
+        raise DanceError(
+            f"{path} holds pickled objects, which could run code: export the network without them."
+        ) from None
 
 
 def _inspect_json(path: Path, value: Any) -> None:
@@ -97,7 +131,7 @@ def _inspect_json(path: Path, value: Any) -> None:
     if not isinstance(value, dict):
         return
     if value.get("use_pickle") is True or str(value.get("path_name", "")).startswith(("custom_obj", "opaque_obj")):
-        raise DanceError(f"{path} holds pickled objects, which could run code: export the network without them.")
+        raise DanceError(_PICKLED.format(path))
     expression = value.get("expr_str")
     if "__enum__" in value or not (expression is None or _ARITHMETIC.fullmatch(str(expression))):
         raise DanceError(f"{path} has shapes that no arithmetic tells: export the network with fixed shapes.")

@@ -46,8 +46,6 @@ from dance_tvm.frontend.onnx_nodes import (
 from dance_tvm.frontend.ranges import with_ranges
 from dance_tvm.frontend.torch_program import first_line
 
-_CELLS = ("RNN", "GRU", "LSTM")  # one operator for a whole recurrent layer
-
 #: Constants that depend on constants alone are not computed where they would grow to more elements than this.
 MOST_ELEMENTS = 1 << 24
 
@@ -261,7 +259,8 @@ class _Importer(ONNXGraphImporter):
         body = self._definition(node, inputs)
         if kind not in _get_convert_map() or (body is not None and kind in onnx_conversions.BY_DEFINITION):
             if body is None:
-                raise UnsupportedError("is not supported", _instead(kind))
+                otherwise = "export the network to .pt2, or take it out of what is exported"
+                raise UnsupportedError("is not supported", otherwise)
             return self._inside(body, node, inputs, defaults_of(node, self.opset))
         try:
             # TVM's importer prints what it fails on before it raises.
@@ -382,10 +381,3 @@ _NEVER_THE_SAME = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomU
 
 # Results whose shape no kernel knows before it runs.
 _OF_ANY_SIZE = ("NonMaxSuppression", "NonZero", "Unique", "Range")
-
-
-def _instead(kind: str) -> str:
-    """What to do about an operator that cannot be read."""
-    if kind in _CELLS:
-        return "export the network to .pt2: there it is made of simple operators"
-    return "export the network to .pt2, or take it out of what is exported"

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -33,8 +31,6 @@ CANDIDATES: tuple[tuple[int, int], ...] = tuple(itertools.product(GROUP_FILTERS,
 
 # A gathered kernel pays for its index loads; under this share of saved work a dense kernel is as fast.
 BREAK_EVEN = 0.08
-
-_only: ContextVar[tuple[int, int] | None] = ContextVar("only_group", default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,13 +212,10 @@ def choose_kernel_groups(
     candidates = tuple(candidates)
     if not candidates:
         raise DanceError("No candidate group size was given; name at least one (filters, channels) pair.")
-    only = _only.get()
-    if only:
-        return _listed_singly(find_kernel_groups(weight, *only))
     zeros = 1 - np.count_nonzero(weight) / max(weight.size, 1)
     if zeros < BREAK_EVEN:
         return _as_dense(weight, *candidates[0], f"{zeros:.1%} of the weights are zero, under the break-even")
-    found = [_listed_singly(find_kernel_groups(weight, gm, gn)) for gm, gn in candidates]
+    found = [groups_of_size(weight, gm, gn) for gm, gn in candidates]
     sparse = [groups for groups in found if groups.scheme != "dense"]
     if not sparse:
         return min(found, key=lambda groups: groups.lanes)
@@ -239,21 +232,15 @@ def fitting_groups(lanes: int) -> list[tuple[int, int]]:
     return [(gm, gn) for gm, gn in CANDIDATES if gm % lanes == 0] or [(lanes, gn) for gn in GROUP_CHANNELS]
 
 
-def _listed_singly(groups: KernelGroups) -> KernelGroups:
-    """Filter sparsity in groups of one channel: zero channels lie singly, and one live channel keeps its group."""
+def groups_of_size(weight: NDArray[np.floating], gm: int, gn: int) -> KernelGroups:
+    """The weights in groups of ``gm`` filters by ``gn`` channels, whatever they cost.
+
+    Filter sparsity is taken in groups of one channel: zero channels lie singly, and one live channel keeps its group.
+    """
+    groups = find_kernel_groups(weight, gm, gn)
     if groups.scheme != "filter" or groups.gn == 1:
         return groups
     return replace(groups, gn=1, live=_live_columns(groups.weight, groups.gm, 1))
-
-
-@contextmanager
-def only_group(gm: int, gn: int) -> Iterator[None]:
-    """Within the block ``choose_kernel_groups`` takes this group whatever it costs: for measuring what it costs."""
-    before = _only.set((gm, gn))
-    try:
-        yield
-    finally:
-        _only.reset(before)
 
 
 def lane_cost(

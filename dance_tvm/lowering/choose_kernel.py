@@ -15,6 +15,7 @@ from dance_tvm.liveness.kernel_groups import (
     KernelGroups,
     choose_kernel_groups,
     fitting_groups,
+    groups_of_size,
     lane_cost,
 )
 from dance_tvm.schedules.convolution import LayerKernel
@@ -52,7 +53,8 @@ def limits_of(memory: Memory, weight_bytes: int) -> Limits:
 @dataclass
 class Chooser:
     """Chooses for a machine. ``wanted`` is auto, direct or winograd; ``sparsity``: zero weights may be left out, in
-    groups that are chosen by ``group_cost`` where it is given. ``limits`` are those of sites' memory, by start."""
+    groups of the size ``group`` or, without it, of one that is chosen by ``group_cost`` where it is given. ``limits``
+    are those of sites' memory, by start."""
 
     machine: Machine | Gpu
     sites: Sites
@@ -61,6 +63,7 @@ class Chooser:
     wanted: str
     sparsity: bool
     log: TuningLog | None
+    group: tuple[int, int] | None = None
     group_cost: GroupCost | None = None
     memory: Memory = "fast"
     half_range: HalfRange | None = None
@@ -130,7 +133,11 @@ class Chooser:
         if not self.sparsity or site.whole or site.groups > 1:
             return None
         if site.start not in self.groups:
-            self.groups[site.start] = choose_kernel_groups(site.weight, *self._group_options(site))
+            self.groups[site.start] = (
+                groups_of_size(site.weight, *self.group)
+                if self.group
+                else choose_kernel_groups(site.weight, *self._group_options(site))
+            )
         groups = self.groups[site.start]
         return None if groups.scheme == "dense" else groups
 

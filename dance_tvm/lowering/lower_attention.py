@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,7 +15,7 @@ from dance_tvm.ir.views import RESHAPES, View, joined, moved, regrouped, view_of
 from dance_tvm.schedules.cpu.attention import Attention
 from dance_tvm.schedules.cpu.product import Placed, Product, tile_for
 from dance_tvm.schedules.cpu.tiles import Machine
-from dance_tvm.schedules.emit import FLOAT, one_thread
+from dance_tvm.schedules.emit import FLOAT
 from dance_tvm.schedules.strided import Strided
 
 from .calls import call_kernel
@@ -46,12 +45,10 @@ class LowerAttention:
             if var not in calls:
                 return None
             call = calls[var]
-            return call_kernel(
-                builder, call.kernel, {name: substitute(read, new) for name, read in call.operands.items()}
-            )
+            operands = {name: substitute(read, new) for name, read in call.operands.items()}
+            return call_kernel(builder, call.kernel, operands, self.threads)
 
-        with one_thread() if self.threads == 1 else nullcontext():
-            return relax.transform.DeadCodeElimination()(rewrite(mod, visit))
+        return relax.transform.DeadCodeElimination()(rewrite(mod, visit))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, rewrite, sh
 from dance_tvm.schedules.cpu.moments import VectorReduction
 from dance_tvm.schedules.cpu.norm import Norm
 from dance_tvm.schedules.cpu.tiles import Machine
-from dance_tvm.schedules.emit import FLOAT, HALF, one_thread
+from dance_tvm.schedules.emit import FLOAT, HALF
 from dance_tvm.schedules.gpu.reduce import BlockReduction
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.reduction import Reduction
@@ -47,8 +46,7 @@ class LowerNorms:
         lowering = _Lowering(graph, self.machine, self.threads)
         if not lowering.found:
             return mod
-        with one_thread() if self.threads == 1 else nullcontext():
-            return relax.transform.DeadCodeElimination()(rewrite(mod, lowering.visit))
+        return relax.transform.DeadCodeElimination()(rewrite(mod, lowering.visit))
 
 
 @dataclass
@@ -193,7 +191,7 @@ class _Lowering:
             data = self.halves.get(data, data)
             if dtype_of(data) != FLOAT:
                 fields["dtype"] = dtype_of(data)
-            data = call_kernel(builder, self._reduction(fields), {"x": data})
+            data = call_kernel(builder, self._reduction(fields), {"x": data}, self.threads)
         return data
 
     def _reduction(self, fields: dict[str, Any]) -> Reduction:
@@ -220,8 +218,9 @@ class _Lowering:
         spec = replace(spec, residual=site.residual is not None, activation=site.activation, **types)
         readers = self.graph.readers[site.end]
         if site.end in self.graph.outputs or not all(narrows(self.graph, reader) for reader in readers):
-            return call_kernel(builder, spec, values)
-        return builder.emit(relax.op.astype(call_kernel(builder, replace(spec, y_dtype=HALF), values), FLOAT))
+            return call_kernel(builder, spec, values, self.threads)
+        half = call_kernel(builder, replace(spec, y_dtype=HALF), values, self.threads)
+        return builder.emit(relax.op.astype(half, FLOAT))
 
     def _softmax(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         """Exponentials of differences from the largest, beside their sum."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +23,7 @@ from dance_tvm.ir.graph import (
 )
 from dance_tvm.schedules.cpu.resample import Resample, tables
 from dance_tvm.schedules.cpu.tiles import Machine
-from dance_tvm.schedules.emit import FLOAT, one_thread
+from dance_tvm.schedules.emit import FLOAT
 from dance_tvm.schedules.geometry import triple
 
 from .calls import call_kernel
@@ -63,8 +62,7 @@ class LowerResampling:
         ) -> relax.Expr | None:
             return None if var not in chosen else self._call(builder, chosen[var], shape_of(var), new)
 
-        with one_thread() if self.threads == 1 else nullcontext():
-            return relax.transform.DeadCodeElimination()(rewrite(mod, visit))
+        return relax.transform.DeadCodeElimination()(rewrite(mod, visit))
 
     def _call(
         self, builder: relax.BlockBuilder, one: _Resampled, shape: Shape, new: dict[relax.Var, relax.Expr]
@@ -87,7 +85,8 @@ class LowerResampling:
             batch, before, behind, channels, triple(taps), given, self.machine.vector_floats, missing == 1
         )
         read = {operand.name for operand in kernel.inputs()}
-        return call_kernel(builder, kernel, {name: value for name, value in values.items() if name in read})
+        args = {name: value for name, value in values.items() if name in read}
+        return call_kernel(builder, kernel, args, self.threads)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import tvm
@@ -14,7 +13,6 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.ir.graph import Graph, dtype_of, rewrite, shape_of
 from dance_tvm.schedules.cpu.sort import MergeSort
 from dance_tvm.schedules.cpu.tiles import Machine
-from dance_tvm.schedules.emit import one_thread
 from dance_tvm.schedules.gpu.sort import CountingSort
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.sort import Sort
@@ -57,10 +55,9 @@ class LowerSorts:
                 raise DanceError(
                     f"ordering lines of {found.extent} values is not supported on a GPU: order fewer at a time"
                 )
-            return call_kernel(builder, found, {"x": value.args[0]})
+            return call_kernel(builder, found, {"x": value.args[0]}, self.threads)
 
-        with one_thread() if self.threads == 1 else nullcontext():
-            return rewrite(mod, visit)
+        return rewrite(mod, visit)
 
 
 def _wanted(call: relax.Call, kernel: type[Sort]) -> Sort:

@@ -7,7 +7,6 @@ Sites are found (:mod:`.sites`), a kernel is chosen for each (:mod:`.choose_kern
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +25,7 @@ from dance_tvm.schedules.cpu.carry_frames import Carry
 from dance_tvm.schedules.cpu.choice import TuningLog
 from dance_tvm.schedules.cpu.pointwise_tiles import is_pointwise
 from dance_tvm.schedules.cpu.tiles import Machine
-from dance_tvm.schedules.emit import FLOAT, HALF, one_thread
+from dance_tvm.schedules.emit import FLOAT, HALF
 from dance_tvm.schedules.geometry import added
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.preparation import Source
@@ -74,6 +73,7 @@ def lower_windows(
     threads: int = 1,
     tuning: TuningLog | None = None,
     convolution: str = "direct",
+    group: tuple[int, int] | None = None,
     group_cost: GroupCost | None = None,
     dtype: str = "float32",
     memory: Memory = "fast",
@@ -87,17 +87,16 @@ def lower_windows(
     lists = SampleLists(machine, threads, convolution) if isinstance(machine, Machine) else None
     sites = Sites.of(graph, liveness, lists, pools_skip=cpu)
     chains = find_chains(graph, liveness, sites) if cpu else []
-    chooser = Chooser(machine, sites, threads if cpu else 1, dtype, convolution, sparsity, tuning, group_cost, memory)
+    used = threads if cpu else 1
+    chooser = Chooser(machine, sites, used, dtype, convolution, sparsity, tuning, group, group_cost, memory)
     if cpu and dtype == HALF:
         chooser.half_range = HalfRange(graph, largest or {})
     if cpu:
         absorb_gates(graph, sites, lambda site: is_pointwise(chooser.layer(site)))
     if isinstance(machine, Machine) and memory == "small":
         chooser.limits = shared_out(chooser, machine)
-    lowering = _Lowering(mod, graph, liveness, sites, chooser, {chain.end: chain for chain in chains})
-    with one_thread() if threads == 1 else nullcontext():
-        lowered = lowering.run()
-    mod = relax.transform.DeadCodeElimination()(lowered)
+    lowering = _Lowering(mod, graph, liveness, sites, chooser, {chain.end: chain for chain in chains}, threads)
+    mod = relax.transform.DeadCodeElimination()(lowering.run())
     return Windows(mod, lowering.layers, lowering.calls, lowering.workloads, lowering.lists.sources)
 
 
@@ -111,6 +110,7 @@ class _Lowering:
     sites: Sites
     chooser: Chooser
     chains: dict[relax.Var, Chain]
+    threads: int
     layers: list[LayerInfo] = field(default_factory=list)
     calls: dict[str, LayerCall] = field(default_factory=dict)
     workloads: dict[str, Workload] = field(default_factory=dict)
@@ -125,7 +125,7 @@ class _Lowering:
         self.builder = relax.BlockBuilder(tvm.IRModule(others))
         machine = self.chooser.machine
         self.kernels = kernels_of(machine)
-        self.masks = Masks(self.builder, self._emit, self.kernels.grown_mask)
+        self.masks = Masks(self.builder, self._emit, self.kernels.grown_mask, self.threads)
         self.lists = Lists(self.builder, self.masks, now=isinstance(machine, Machine))
 
     def run(self) -> tvm.IRModule:
@@ -230,7 +230,7 @@ class _Lowering:
         args = self.lists.arguments(kernel, given, values)
         groups, why = self.chooser.groups.get(site.start), why_dense(site, self.graph, self.liveness)
         self.layers.append(describe(site, choice, alive, wanted, groups, why))
-        called = call_kernel(self.builder, kernel, args)
+        called = call_kernel(self.builder, kernel, args, self.threads)
         self.calls[site.start.name] = LayerCall(called.name, site.end.name)
         return self._seen(called, shape_of(site.end))
 
@@ -256,7 +256,8 @@ class _Lowering:
             if before is None
             else lambda: self._stored(self._emit(before), (kernel.count, *kernel.shape[1:]), dtype),
         )
-        return self._seen(call_kernel(self.builder, kernel, self.lists.arguments(kernel, given, {})), kernel.shape)
+        args = self.lists.arguments(kernel, given, {})
+        return self._seen(call_kernel(self.builder, kernel, args, self.threads), kernel.shape)
 
     def _pool(self, var: relax.Var) -> relax.Expr:
         call, window = self.graph.call(var), window_of(self.graph, var)
@@ -290,7 +291,7 @@ class _Lowering:
         skips = [f"output {axis}" for axis in wanted.axes if axis == "frames"]
         name, tuned = choice.kernel.name, choice.origin
         self.layers.append(LayerInfo(name=var.name, kind="pool3d", kernel=name, macs=0, skips=skips, tuned=tuned))
-        called = call_kernel(self.builder, choice.kernel, args)
+        called = call_kernel(self.builder, choice.kernel, args, self.threads)
         self.calls[var.name] = LayerCall(called.name, var.name)
         return self._seen(called, shape_of(var))
 

@@ -23,6 +23,7 @@ class Masks:
     builder: relax.BlockBuilder
     emit: Callable[[relax.Var], relax.Expr]
     grown: type[GrownMask]
+    threads: int
     made: dict[Hashable, relax.Expr] = field(default_factory=dict)
 
     def seen(self, expression: Expression, operand: Operand) -> relax.Expr:
@@ -53,7 +54,8 @@ class Masks:
             batch, frames, height, width, _ = expression.inner.shape
             kernel = self.grown(expression.window, (batch, frames, height, width), expression.forward)
             inner = emit(relax.op.reshape(self._field(expression.inner), list(kernel.field)))
-            return emit(relax.op.reshape(call_kernel(self.builder, kernel, {"mask": inner}), list(expression.shape)))
+            grown = call_kernel(self.builder, kernel, {"mask": inner}, self.threads)
+            return emit(relax.op.reshape(grown, list(expression.shape)))
         if isinstance(expression, Part):
             inner = self._field(expression.inner)
             return emit(relax.op.strided_slice(inner, [4], [expression.begin], [expression.end]))

@@ -103,7 +103,7 @@ class Lists:
         )
 
     def _outputs(self, planner: Kernel, args: Values) -> list[relax.Expr]:
-        made, count = call_kernel(self.builder, planner, args), len(planner.outputs())
+        made, count = call_kernel(self.builder, planner, args, self.masks.threads), len(planner.outputs())
         return [made] if count == 1 else [self.builder.emit(relax.TupleGetItem(made, i)) for i in range(count)]
 
 

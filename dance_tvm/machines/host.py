@@ -32,6 +32,7 @@ FEATURES = {
     "avx512vl": "avx512vl",
     "avx512vnni": "avx512_vnni",
     "avx512bf16": "avx512_bf16",
+    "avx512fp16": "avx512_fp16",
     "fullfp16": "asimdhp",
     "dotprod": "asimddp",
     "i8mm": "i8mm",
@@ -108,11 +109,13 @@ def _x86() -> dict[str, Any]:
             1.0,
             "x86-64-v2" if "sse4_2" in flags else "x86-64",
         )
+    halves = level == "avx512" and "avx512_fp16" in flags
     return {
         "tvm": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": mcpu},
         "tuning_log": f"host-x86-64-{level}",
         "link": {"machine": "x86_64"},
-        "vector": {"floats": floats, "registers": registers},
+        "vector": {"floats": floats, "registers": registers, "fp16": halves},
+        "half_features": ["avx512fp16"] if halves else [],
         "clusters": [_cluster(_cpuinfo("model name") or mcpu, available_cores(), mcpu, _ghz(0), rate)],
     }
 

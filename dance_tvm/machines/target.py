@@ -49,7 +49,7 @@ class Caches(_Facts):
 
 class Vector(_Facts):
     """fp32 lanes of one vector register (4 NEON, 8 AVX2, 16 AVX-512) and the number of such registers; ``fp16``:
-    whether it multiplies twice as many halves at once (Armv8.2's FP16)."""
+    whether it multiplies twice as many halves at once (Armv8.2's FP16, AVX-512's FP16)."""
 
     floats: int = Field(ge=1)
     registers: int = Field(ge=1)
@@ -121,6 +121,7 @@ class Target(_Facts):
     energy: Energy
     gpu: Gpu | None = None
     tuning_log: str = Field(default="", description="name of the tuning log; the target's own name if empty")
+    half_features: list[str] = Field(default=[], description="LLVM's features that half precision needs beside `tvm`")
     sources: dict[str, str]
 
     def model_post_init(self, _context: Any) -> None:
@@ -149,6 +150,13 @@ class Target(_Facts):
         if self.gpu is not None:
             facts["gpu"] = self.gpu.model_dump(exclude={"driver"})
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def storing(self, dtype: str) -> Target:
+        """The same machine, code for which may use what it has for this type: float32 code keeps to `tvm` alone."""
+        if dtype != "float16" or not self.half_features:
+            return self
+        attributes = [*self.tvm.get("mattr", []), *(f"+{feature}" for feature in self.half_features)]
+        return self.model_copy(update={"tvm": {**self.tvm, "mattr": attributes}})
 
     def tvm_target(self, threads: int | None = None) -> TVMTarget:
         """TVM's target for ``threads`` cores (``self.threads`` unless given)."""

@@ -11,7 +11,8 @@ from tvm.s_tir.schedule import LoopRV
 from tvm_ffi import structural_walk
 
 from dance_tvm.ir.graph import is_scheduled
-from dance_tvm.schedules.cpu.transpose import LINE, Transpose, transpose
+from dance_tvm.schedules.cpu.transpose import Transpose, transpose
+from dance_tvm.schedules.emit import FLOAT, HALF
 
 #: Functions with less work than this run on one thread: waking the others costs more.
 PARALLEL_ELEMENTS = 16384
@@ -45,28 +46,30 @@ class ScheduleRest:
             root = schedule.get_sblock("root")
         except s_tir.ScheduleError:
             return _bare(func)  # TVM's own loops, as those of scatter, which have no blocks to schedule
+        for block in reversed(schedule.get_child_blocks(root)):  # so that what several links of a chain read has one
+            _inline(schedule, block)  # reader by its turn
         blocks = schedule.get_child_blocks(root)
         if len(blocks) == 1 and (kernel := self._change_of_layout(func, schedule.get(blocks[0]), name)):
             return kernel
-        for block in reversed(blocks):  # so that what several links of a chain read has one reader by its turn
-            _inline(schedule, block)
-        for block in schedule.get_child_blocks(root):
+        for block in blocks:
             if schedule.get_loops(block):
                 with suppress(s_tir.ScheduleError):
                     self._spread(schedule, block)
         return schedule.mod["main"]
 
     def _change_of_layout(self, func: tirx.PrimFunc, block: s_tir.SBlock, name: str) -> tirx.PrimFunc | None:
-        """The kernel for ``func`` if all its one block does is to move axes of a large float32 tensor, whole lines
-        each way."""
+        """The kernel for ``func`` if all its one block does is to move axes of a large tensor of floats, by vectors,
+        and to store it in single or half precision."""
         found = _moved_axes(func, block)
         if found is None or math.prod(found[0]) < PARALLEL_ELEMENTS:
             return None
         shape, order = found
         plan = Transpose.of(shape, order)
-        if plan is None or min(plan.rows, plan.columns) < LINE:
+        if plan is None or not plan.worthwhile:
             return None
-        kernel = transpose(plan, shape, [shape[axis] for axis in order], self.vector_floats, name)
+        types = (str(func.params[0].ty.dtype), str(func.params[1].ty.dtype))
+        turned = [shape[axis] for axis in order]
+        kernel = transpose(plan, shape, turned, self.vector_floats, name, types, self.threads == 1)
         return kernel.without_attr("global_symbol")  # another pass may rename the function that it is, or copy it
 
     def _spread(self, schedule: s_tir.Schedule, block: s_tir.schedule.SBlockRV) -> None:
@@ -129,10 +132,14 @@ def _moved_axes(func: tirx.PrimFunc, block: s_tir.SBlock) -> tuple[list[int], li
     if not isinstance(block.body, tirx.BufferStore):
         return None
     load, params = block.body.value, list(func.params)
+    if isinstance(load, tirx.Cast):
+        load = load.value
     if not isinstance(load, tvm.ir.expr.TensorLoad) or len(params) != 2:
         return None
     source, target = params
-    if not (load.source.same_as(source) and block.body.buffer.same_as(target)) or str(source.ty.dtype) != "float32":
+    if not (load.source.same_as(source) and block.body.buffer.same_as(target)):
+        return None
+    if not {str(source.ty.dtype), str(target.ty.dtype)} <= {FLOAT, HALF}:
         return None
     axes = [axis.var for axis in block.iter_vars]
     if len(block.body.indices) != len(axes) or not all(map(_same, block.body.indices, axes)):

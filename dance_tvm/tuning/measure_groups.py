@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.liveness.kernel_groups import fitting_groups, only_group
+from dance_tvm.liveness.kernel_groups import fitting_groups
 from dance_tvm.machines.target import Target
 from dance_tvm.records.group_choice import (
     SYNTHESISED,
@@ -76,10 +77,14 @@ def timed_build(session: DeviceSession, target: Target, threads: int, folder: Pa
     def measure(layer: SynthesisedLayer, weight: NDArray[np.float32], group: tuple[int, int] | None) -> float:
         network, clip = one_convolution(layer, weight)
         name = f"{'x'.join(map(str, weight.shape))}-{'x'.join(map(str, group or ('dense',)))}"
-        with only_group(*(group or (1, 1))):
-            built = build_network(
-                network, folder / name, target=target, example_inputs=(clip,), options=options, check=False
-            )
+        built = build_network(
+            network,
+            folder / name,
+            target=target,
+            example_inputs=(clip,),
+            options=replace(options, kernel_group=group or (1, 1)),
+            check=False,
+        )
         loaded = session.load(built.artifact)
         tensor = loaded.manifest.inputs[0]
         return statistics.median(loaded.time({tensor.name: clip.numpy()}, repeats))

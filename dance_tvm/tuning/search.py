@@ -11,10 +11,7 @@ import itertools
 import logging
 import math
 import random
-import sys
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -24,10 +21,9 @@ import tvm_ffi
 from tvm import s_tir
 from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
+from tvm.s_tir.meta_schedule.logging import get_logging_func
 from tvm.script import tirx as T
 
-from dance_tvm.schedules.cpu.space import VectorSpace
-from dance_tvm.schedules.gpu.block_space import BlockSpace
 from dance_tvm.schedules.space import Space
 from dance_tvm.schedules.workload import Decisions, Workload
 
@@ -35,25 +31,6 @@ POPULATION, GENERATIONS = 48, 2
 #: Trials before the cost model says anything.
 FEWEST_TO_FIT = 8
 _PREFIX = "dance."
-#: The loops of the stand-in, as ``VectorSpace.loops`` names them.
-AXES = ("rows", "channels_out", "taps", "channels_in")
-
-
-@contextmanager
-def without_intrinsics() -> Iterator[None]:
-    """Within the block TVM's tensor intrinsics are an empty module unless they are loaded.
-
-    A tuning context imports them; their scripts for GPUs take most of a minute to parse, and our kernels use none.
-    """
-    name = "tvm.s_tir.tensor_intrin"
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = types.ModuleType(name)
-    try:
-        yield
-    finally:
-        del sys.modules[name]
 
 
 def stand_in(workload: Workload) -> tvm.tirx.PrimFunc:
@@ -98,45 +75,7 @@ def schedule(sch: s_tir.Schedule, space: Space, part: Mapping[str, Sequence[int]
         decision = values.index(pinned[name]) if pinned else None
         chosen[name] = sch.sample_categorical(values, [1.0 / len(values)] * len(values), decision=decision)
         sch.annotate(block, _PREFIX + name, chosen[name])
-    if isinstance(space, BlockSpace):
-        _tile_blocks(sch, chosen)
-    else:
-        _tile_vectors(sch, space, chosen)  # type: ignore[arg-type]  # a space is either a GPU's or a CPU's
-
-
-def _tile_vectors(sch: s_tir.Schedule, space: VectorSpace, chosen: Mapping[str, Any]) -> None:
-    """For a CPU: threads share out panels and blocks of rows, a register tile is unrolled."""
-    sizes = space.loops()
-    rows, outs, taps, channels = (
-        _split(sch, loop, [size if isinstance(size, int) else chosen[size] for size in sizes.get(axis, ())])
-        for axis, loop in zip(AXES, sch.get_loops(sch.get_sblock("conv")), strict=True)
-    )
-    register_rows = rows[1:][-1:]
-    in_block = [*rows[1 : len(rows) - len(register_rows)], *taps[1:], *channels[1:]]
-    sch.reorder(outs[0], rows[0], taps[0], channels[0], *in_block, *register_rows, *outs[1:])
-    sch.parallel(sch.fuse(outs[0], rows[0]))
-    sch.vectorize(outs[-1])
-    for loop in (*outs[1:-1], *register_rows):
-        sch.unroll(loop)
-
-
-def _split(sch: s_tir.Schedule, loop: Any, sizes: Sequence[Any]) -> list[Any]:
-    return list(sch.split(loop, [None, *sizes])) if sizes else [loop]
-
-
-def _tile_blocks(sch: s_tir.Schedule, chosen: Mapping[str, Any]) -> None:
-    """For a GPU: blocks of threads compute rows × output channels, each thread some of both."""
-    row, out, tap, channel = sch.get_loops(sch.get_sblock("conv"))
-    tiles, in_tile = sch.split(row, [None, chosen["mr"]])
-    panels, in_panel = sch.split(out, [None, chosen["nr"]])
-    down, rows = sch.split(in_tile, [None, chosen["thread_rows"]])
-    right, columns = sch.split(in_panel, [None, chosen["thread_channels"]])
-    steps, in_step = sch.split(channel, [None, chosen["step"]])
-    sch.reorder(tiles, panels, down, right, tap, steps, in_step, rows, columns)
-    sch.bind(sch.fuse(tiles, panels), "blockIdx.x")
-    sch.bind(sch.fuse(down, right), "threadIdx.x")
-    for loop in (rows, columns):
-        sch.unroll(loop)
+    space.tile_loops(sch, sch.get_loops(block), chosen)
 
 
 @derived_object
@@ -276,20 +215,13 @@ class LayerSearch:
         spaces = ms.space_generator.ScheduleFn(
             self._design_spaces, sch_rules=[], postprocs=[], mutator_probs={MutateDecision(seed): 1.0}
         )
-        with without_intrinsics():
-            self.context = ms.TuneContext(
-                self.mod,
-                target=target,
-                space_generator=spaces,
-                search_strategy=ms.search_strategy.EvolutionarySearch(
-                    population_size=POPULATION,
-                    init_min_unmeasured=POPULATION // 4,
-                    genetic_num_iters=GENERATIONS,
-                    eps_greedy=0.15,
-                ),
-                num_threads=1,
-                rand_state=1 + seed,
-            )
+        strategy = ms.search_strategy.EvolutionarySearch(
+            population_size=POPULATION,
+            init_min_unmeasured=POPULATION // 4,
+            genetic_num_iters=GENERATIONS,
+            eps_greedy=0.15,
+        )
+        self.context = _context(self.mod, target, spaces, strategy, 1 + seed)
         self.context.pre_tuning(1 << 20, batch, self.context.generate_design_space(), self._database, model)
 
     def _design_spaces(self, sch: s_tir.Schedule) -> list[s_tir.Schedule]:
@@ -349,6 +281,16 @@ class LayerSearch:
         sch = s_tir.Schedule(self.mod)
         schedule(sch, self.space, part, pinned)
         return ms.MeasureCandidate(sch, ms.arg_info.ArgInfo.from_entry_func(self.mod, remove_preproc=True))
+
+
+def _context(mod: tvm.IRModule, target: tvm.target.Target, spaces: Any, strategy: Any, seed: int) -> ms.TuneContext:
+    """A tuning context, made as ``ms.TuneContext`` makes it but for TVM's tensor intrinsics, which that imports: their
+    scripts for GPUs take most of a minute to parse, and our kernels use none."""
+    log = get_logging_func(logging.getLogger("tvm.s_tir.meta_schedule.tune_context"))
+    made = tvm_ffi.get_global_func("s_tir.meta_schedule.TuneContext")
+    context = made(mod, target, spaces, strategy, "main", 1, seed, log)
+    tvm_ffi.get_global_func("s_tir.meta_schedule.TuneContextInitialize")(context)
+    return context
 
 
 def _result(seconds: float | None) -> Any:

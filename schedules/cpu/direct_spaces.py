@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from ..geometry import Window
 from ..layer import Layer
 from ..workload import Decisions, Workload
-from .space import Loops, are_whole, block_sizes, most_tiles, pass_taps, register_tiles
+from .space import Loops, VectorSpace, are_whole, block_sizes, most_tiles, pass_taps, register_tiles
 from .tiles import Machine, Tile, candidates, default_tile, window_cycles
 
 #: Shares of the first-level cache that the weights of one pass may take.
@@ -39,7 +39,7 @@ def kernel_group_tile(
 
 
 @dataclass(frozen=True)
-class GatherSpace:
+class GatherSpace(VectorSpace):
     """The decisions of the gathered convolution for one workload on one machine.
 
     ===============  ===============================================================================================
@@ -143,7 +143,7 @@ class GatherSpace:
 
 
 @dataclass(frozen=True)
-class KernelGroupSpace:
+class KernelGroupSpace(VectorSpace):
     """The decisions of the convolution over the columns that kernel groups keep, for one workload on one machine.
 
     They are those of :class:`GatherSpace` but for two: the filters of a group are the output channels of a tile, and

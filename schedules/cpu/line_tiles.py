@@ -9,6 +9,7 @@ from ..workload import LINE, Workload
 from .cost import seconds_per_cycle
 from .row_space import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, RowSpace, put_cycles
 from .row_tiles import panel_widths
+from .space import Loops
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine, tap_tiles
 
 #: Bytes a cycle that come from beyond the second-level cache, where weights that take more than this share of it are:
@@ -75,7 +76,7 @@ class LineSpace(RowSpace):
         work = self.workload
         return predicted_cycles(self.machine, work.window, (work.channels_in, work.channels_out), tile)
 
-    def loops(self) -> dict[str, tuple[str | int, ...]]:
+    def loops(self) -> Loops:
         """Outputs of a line; vectors of a panel."""
         return {"rows": ("mr",), "channels_out": ("vectors", self.machine.vector_floats)}
 

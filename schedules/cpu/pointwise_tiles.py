@@ -11,6 +11,7 @@ from ..layer import Layer
 from ..workload import POINTWISE, Decisions, Workload
 from .row_space import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, RowSpace, is_dense, put_cycles
 from .row_tiles import RowTile, panel_widths
+from .space import Loops
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine
 
 #: Share of the second-level cache that a block's rows may take; with a gate, what they become takes as much again.
@@ -106,7 +107,7 @@ class PointwiseSpace(RowSpace):
         }
         return [{**part, **blocking} for part in super().parts()]
 
-    def loops(self) -> dict[str, tuple[str | int, ...]]:
+    def loops(self) -> Loops:
         """Blocks of tiles of rows; vectors of a panel."""
         return {"rows": ("block_tiles", "mr"), "channels_out": ("vectors", self.machine.vector_floats)}
 

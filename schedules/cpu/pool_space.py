@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..workload import Decisions, Workload
-from .space import Loops, are_whole
+from .space import Loops, VectorSpace, are_whole
 from .tiles import Machine
 
 #: Vectors of channels that a pool may reduce at once.
@@ -24,7 +24,7 @@ def default_vectors(channels: int, vector_floats: int) -> int:
 
 
 @dataclass(frozen=True)
-class PoolSpace:
+class PoolSpace(VectorSpace):
     """The decisions of a pool for one workload on one machine.
 
     There is one: ``vectors``, how many vectors of channels are reduced at once. The rest of its time a pool waits for

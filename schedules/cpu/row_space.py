@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from ..layer import Layer
 from ..workload import Decisions, Workload
-from .space import WORTH_TRYING, are_whole
+from .space import WORTH_TRYING, VectorSpace, are_whole
 from .tiles import Machine, candidates
 
 #: Cycles of a tile beside its sums: addresses and loops, and for each vector its bias and its store.
@@ -33,7 +33,7 @@ def put_cycles(machine: Machine, terms: int, vectors: int) -> float:
 
 
 @dataclass(frozen=True)
-class RowSpace:
+class RowSpace(VectorSpace):
     """The register tile, ``mr`` × ``vectors``, and ``step``, as in :class:`~.direct_spaces.GatherSpace`."""
 
     machine: Machine

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tvm import s_tir
 
 from ..geometry import Window
-from ..space import Space
 from .tiles import Machine, candidates
 
 #: Register tiles that the model of ``tiles.predicted_cycles`` holds for this much slower than its best are not tried.
@@ -56,12 +58,32 @@ def are_whole(decisions: Mapping[str, int], names: tuple[str, ...]) -> bool:
     return set(decisions) == set(names) and all(isinstance(value, int) for value in decisions.values())
 
 
-class VectorSpace(Space, Protocol):
+#: The axes of :data:`Loops`, as an implicit GEMM nests them.
+AXES = ("rows", "channels_out", "taps", "channels_in")
+
+
+class VectorSpace(ABC):
     """The space of a kernel for a CPU."""
 
-    @property
-    def machine(self) -> Machine:
-        """On which machine."""
-
+    @abstractmethod
     def loops(self) -> Loops:
         """How the decisions tile ``rows``, ``channels_out``, ``taps`` and ``channels_in``."""
+
+    def tile_loops(self, sch: s_tir.Schedule, loops: Sequence[Any], chosen: Mapping[str, Any]) -> None:
+        """Threads share out panels and blocks of rows, a register tile is unrolled."""
+        sizes = self.loops()
+        rows, outs, taps, channels = (
+            _split(sch, loop, [size if isinstance(size, int) else chosen[size] for size in sizes.get(axis, ())])
+            for axis, loop in zip(AXES, loops, strict=True)
+        )
+        register_rows = rows[1:][-1:]
+        in_block = [*rows[1 : len(rows) - len(register_rows)], *taps[1:], *channels[1:]]
+        sch.reorder(outs[0], rows[0], taps[0], channels[0], *in_block, *register_rows, *outs[1:])
+        sch.parallel(sch.fuse(outs[0], rows[0]))
+        sch.vectorize(outs[-1])
+        for loop in (*outs[1:-1], *register_rows):
+            sch.unroll(loop)
+
+
+def _split(sch: s_tir.Schedule, loop: Any, sizes: Sequence[Any]) -> list[Any]:
+    return list(sch.split(loop, [None, *sizes])) if sizes else [loop]

@@ -52,7 +52,7 @@ class Machine:
             vector_floats=2 * self.vector_floats,
             gflops=2 * self.gflops,
             element_bytes=2,
-            most_rows=HALF_ROWS,
+            most_rows=self.most_rows if self.broadcast_loads else HALF_ROWS,
             most_terms=HALF_TERMS,
         )
 

@@ -56,7 +56,7 @@ class WinogradPlan(Plan):
         """Which axes are transformed."""
         return (self.m[0] > 1, self.window.kernel[1] > 1, self.window.kernel[2] > 1)
 
-    @property
+    @cached_property
     def alpha(self) -> Triple:
         """Inputs that one tile reads on each axis; 1 where the axis is not transformed."""
         kernel = self.window.kernel

@@ -16,7 +16,7 @@ from ..layer import UNLIMITED, Limits
 from ..workload import Decisions, Workload
 from .cost import axis_densities, runs, winograd_seconds
 from .direct_spaces import GatherSpace
-from .space import WORTH_TRYING, Loops, are_whole, register_tiles
+from .space import WORTH_TRYING, Loops, VectorSpace, are_whole, register_tiles
 from .tiles import WEIGHTS_SHARE_OF_L1, Machine, Tile, candidates, predicted_cycles
 from .winograd_plan import WinogradPlan
 
@@ -211,7 +211,7 @@ def _register_tile(conv: Convolution, machine: Machine, plan: WinogradPlan) -> T
 
 
 @dataclass(frozen=True)
-class WinogradSpace:
+class WinogradSpace(VectorSpace):
     """The decisions of the Winograd convolution for one workload on one machine.
 
     =======================  ===================================================================================

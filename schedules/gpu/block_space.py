@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
+
+from tvm import s_tir
 
 from ..workload import KERNEL_GROUPS, Decisions, Workload
 from .tiles import BlockTile, Gpu, candidates, default_tile, predicted_cost
@@ -79,6 +82,20 @@ class BlockSpace:
             {"mr": sorted(fitting), **{name: [value] for name, value in zip(self.names[1:], rest, strict=True)}}
             for rest, fitting in rows.items()
         ]
+
+    def tile_loops(self, sch: s_tir.Schedule, loops: Sequence[Any], chosen: Mapping[str, Any]) -> None:
+        """Blocks of threads compute rows × output channels, each thread some of both."""
+        row, out, tap, channel = loops
+        tiles, in_tile = sch.split(row, [None, chosen["mr"]])
+        panels, in_panel = sch.split(out, [None, chosen["nr"]])
+        down, rows = sch.split(in_tile, [None, chosen["thread_rows"]])
+        right, columns = sch.split(in_panel, [None, chosen["thread_channels"]])
+        steps, in_step = sch.split(channel, [None, chosen["step"]])
+        sch.reorder(tiles, panels, down, right, tap, steps, in_step, rows, columns)
+        sch.bind(sch.fuse(tiles, panels), "blockIdx.x")
+        sch.bind(sch.fuse(down, right), "threadIdx.x")
+        for loop in (rows, columns):
+            sch.unroll(loop)
 
 
 def decisions_of(tile: BlockTile) -> Decisions:

@@ -4,7 +4,7 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 
-typedef enum { LEAF_1_C, LEAF_7_B, LEAF_7_C, LEAF_7_1_A, REGISTERS } part;
+typedef enum { LEAF_1_C, LEAF_7_B, LEAF_7_C, LEAF_7_D, LEAF_7_1_A, REGISTERS } part;
 typedef enum { NO_STATE, VECTORS_OF_8 = 0x6, VECTORS_OF_16 = 0xe6 } state; /* that the system keeps, in XCR0 */
 
 static const struct {
@@ -18,7 +18,7 @@ static const struct {
     {"bmi2", LEAF_7_B, 8, NO_STATE},              {"avx512f", LEAF_7_B, 16, VECTORS_OF_16},
     {"avx512dq", LEAF_7_B, 17, VECTORS_OF_16},    {"avx512bw", LEAF_7_B, 30, VECTORS_OF_16},
     {"avx512vl", LEAF_7_B, 31, VECTORS_OF_16},    {"avx512_vnni", LEAF_7_C, 11, VECTORS_OF_16},
-    {"avx512_bf16", LEAF_7_1_A, 5, VECTORS_OF_16},
+    {"avx512_bf16", LEAF_7_1_A, 5, VECTORS_OF_16}, {"avx512_fp16", LEAF_7_D, 23, VECTORS_OF_16},
 };
 
 static uint32_t kept_state(void) {
@@ -32,7 +32,7 @@ int processor_has(const char *instructions) {
   uint32_t found[REGISTERS] = {0}, a, b, c, d;
   if (__get_cpuid(1, &a, &b, &c, &d)) found[LEAF_1_C] = c;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
-    found[LEAF_7_B] = b, found[LEAF_7_C] = c;
+    found[LEAF_7_B] = b, found[LEAF_7_C] = c, found[LEAF_7_D] = d;
     if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) found[LEAF_7_1_A] = a;
   }
   const uint32_t kept = kept_state();

@@ -13,6 +13,7 @@ from dance_tvm.frontend.onnx_conversions import (
     pools,
     products,
     quantized,
+    recurrent,
     reductions,
     resampling,
     shapes,
@@ -33,5 +34,6 @@ CONVERSIONS: dict[str, Conversion] = {
     **pools.CONVERSIONS,
     **norms.CONVERSIONS,
     **quantized.CONVERSIONS,
+    **recurrent.CONVERSIONS,
     **resampling.CONVERSIONS,
 }

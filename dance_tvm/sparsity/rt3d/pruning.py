@@ -20,7 +20,8 @@ from dance_tvm.liveness.rules import CHANNELWISE
 from dance_tvm.liveness.torch_graph import module_window, operator_of
 from dance_tvm.models.macs import count_layers
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.sparsity.rt3d.schemes import Scheme, SchemeName
+from dance_tvm.sparsity.rt3d.options import SchemeName
+from dance_tvm.sparsity.rt3d.schemes import Scheme
 
 Budget = Literal["macs", "parameters"]
 

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.sparsity.rt3d.options import SchemeName
 
-SchemeName = Literal["filter", "vanilla", "kgs"]
 SCHEMES: tuple[SchemeName, ...] = ("filter", "vanilla", "kgs")
 
 
