@@ -1,8 +1,7 @@
 """README's picture and table of speed: dense and pruned networks in turns with other engines, on one machine.
 
     python -m benchmarks.rt3d build --only dense,kgs,filter     what is measured
-    python -m benchmarks.speed measure                          the picture's networks
-    python -m benchmarks.networks --only "C3D|R2plus1D-18|S3D|TransNetV2|ResNet18-TSN"      the table's
+    python -m benchmarks.speed measure                          benchmarks/results/speed.json
     python -m benchmarks.speed draw                             docs/images/speed.png and README's section
 
 Needs matplotlib (``pip install 'dance-tvm[report]'``) and the engines that `benchmarks.engines` names.
@@ -11,7 +10,7 @@ Needs matplotlib (``pip install 'dance-tvm[report]'``) and the engines that `ben
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,19 +35,14 @@ SHOWN = (
     ("kgs", "dance_tvm, kernel groups pruned", "#d55e00"),
     ("filter", "dance_tvm, whole filters pruned", "#e69f00"),
 )
-PRUNED = {"c3d": "C3D", "r2plus1d-18": "R(2+1)D-18", "s3d": "S3D"}
-#: The table's networks: name in networks.json, name to be read.
-DENSE = {
-    "C3D": "C3D",
-    "R2plus1D-18": "R(2+1)D-18",
-    "S3D": "S3D",
-    "TransNetV2": "TransNetV2",
-    "ResNet18-TSN": "ResNet-18, TSN",
-}
-ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "mnn": "MNN", "pytorch": "PyTorch"}
+NAMES = {"c3d": "C3D", "r2plus1d-18": "R(2+1)D-18", "s3d": "S3D"}
+ENGINES = ("pytorch", "onnxruntime", "openvino", "mnn")
+OURS = ("dense", "kgs", "filter")
 
 
-HEAD = ("network", "1 thread", "2 threads", "fastest other engine")
+HEAD = (
+    "network", "fastest other engine", "dense here", "kernel groups pruned", "filters pruned", "of the dense MACs",
+)  # fmt: skip
 
 
 @app.command("measure")
@@ -56,7 +50,7 @@ def measure_command(
     artifacts: Annotated[Path, typer.Option(help="where `benchmarks.rt3d build` left them")] = Path(
         "build/rt3d/artifacts"
     ),
-    network: Annotated[list[str] | None, typer.Option(help=", ".join(PRUNED))] = None,
+    network: Annotated[list[str] | None, typer.Option(help=", ".join(NAMES))] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     runs: Annotated[int, typer.Option(min=2, help="turns of each, at least")] = 10,
 ) -> None:
@@ -68,12 +62,12 @@ def measure_command(
     from .rt3d import latencies
 
     found = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
-    for name in network or list(PRUNED):
+    for name in network or list(NAMES):
         base = artifacts / f"{name}-{threads}"
-        built = {key: load_artifact(base / key) for key in ("dense", "kgs", "filter")}
+        built = {key: load_artifact(base / key) for key in OURS}
         facts = {key: json.loads((base / key / "pruned.json").read_text()) for key in built}
-        case, peers = Case(name, 0, artifacts / "peers" / name), [key for key in ENGINES if key not in built]
-        seconds = latencies(built, models.example_inputs(name), case, peers, threads, runs)
+        case = Case(name, 0, artifacts / "peers" / name)
+        seconds = latencies(built, models.example_inputs(name), case, ENGINES, threads, runs)
         today = datetime.now(timezone.utc).date().isoformat()
         found[name] = {"threads": threads, "seconds": seconds, "facts": facts, "machine": machine(), "date": today}
         MEASURED.write_text(json.dumps(found, indent=1) + "\n")
@@ -90,15 +84,13 @@ def draw() -> None:
 
     from .rt3d import write_section
 
-    pruned = json.loads(MEASURED.read_text())
-    runs = json.loads((RESULTS / "networks.json").read_text())["runs"]
-    figure, grid = pyplot.subplots(1, len(PRUNED), figsize=(11, 3.4), sharey=True)
-    for axis, (key, name) in zip(grid, PRUNED.items(), strict=True):
-        bars(axis, name, pruned[key])
+    measured = json.loads(MEASURED.read_text())
+    figure, grid = pyplot.subplots(1, len(measured), figsize=(11, 3.4), sharey=True, squeeze=False)
+    for axis, (key, found) in zip(grid[0], measured.items(), strict=True):
+        bars(axis, NAMES[key], found)
     figure.tight_layout()
     figure.savefig(PICTURE, dpi=100)
-    found = [run for run in runs if run["case"] in DENSE]
-    write_section("speed", _about(pruned, found), HEAD, table(found), page=ROOT / "README.md")
+    write_section("speed", _about(measured), HEAD, table(measured), page=ROOT / "README.md")
 
 
 def bars(axis: Any, name: str, found: Mapping[str, Any]) -> None:
@@ -117,36 +109,29 @@ def bars(axis: Any, name: str, found: Mapping[str, Any]) -> None:
     axis.set_title(f"{name}, ms a clip of 16 frames", fontsize=10)
 
 
-def table(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row for each network: our time ÷ the fastest other's within the same rounds, on one thread and on two."""
+def table(measured: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each network: our times, dense and pruned, as shares of the fastest other engine's."""
     rows = []
-    for case, name in DENSE.items():
-        ratios, fastest = [], []
-        for threads in (1, 2):
-            run = next((run for run in runs if (run["case"], run["threads"]) == (case, threads)), None)
-            others = {peer: one for peer, one in (run or {"peers": {}})["peers"].items() if "ours_over_it" in one}
-            others.pop("ours", None)
-            if not others:
-                ratios.append("–")
-                continue
-            best = max(others, key=lambda peer: others[peer]["ours_over_it"])
-            ratios.append(f"{others[best]['ours_over_it']:.2f}")
-            fastest.append(ENGINES[best])
-        rows.append([name, *ratios, ", ".join(dict.fromkeys(fastest))])
+    for key, found in measured.items():
+        seconds, facts = found["seconds"], found["facts"]
+        fastest = min((peer for peer in ENGINES if peer in seconds), key=lambda peer: seconds[peer])
+        label = next(label for peer, label, _ in SHOWN if peer == fastest)
+        shares = [f"{seconds[ours] / seconds[fastest]:.2f}" for ours in OURS]
+        rows.append([NAMES[key], label, *shares, f"{facts['kgs']['macs'] / facts['kgs']['dense_macs']:.2f}"])
     return rows
 
 
-def _about(pruned: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
+def _about(measured: Mapping[str, Any]) -> str:
     """What the picture and the table are of: machine, day, how measured."""
-    machines = {_told(pruned[key]["machine"]) for key in PRUNED}
-    days = {pruned[key]["date"] for key in PRUNED} | {run["date"] for run in runs}
+    machines = {_told(found["machine"]) for found in measured.values()}
     if len(machines) > 1:
-        raise SystemExit(f"error: the picture's networks were measured on several machines: {', '.join(machines)}")
-    told = " and ".join(f"{day:%-d %B %Y}" for day in sorted(map(date.fromisoformat, days)))
+        raise SystemExit(f"error: the networks were measured on several machines: {', '.join(machines)}")
+    days = sorted({date.fromisoformat(found["date"]) for found in measured.values()})
+    threads = " and ".join(sorted({str(found["threads"]) for found in measured.values()}))
     return (
-        f"Every network ran on all engines in turns, float32, one clip, on an {machines.pop()}, {told}; the "
-        "picture's on two threads, pruned as in [docs/rt3d.md](docs/rt3d.md#table-2-latency-against-peers). Dense "
-        "against dense, our time ÷ that of the fastest of ONNX Runtime, OpenVINO and MNN:"
+        f"Every network ran on all engines in turns, {threads} threads, float32, one clip, "
+        f"{' and '.join(f'{day.day} {day:%B %Y}' for day in days)}, on an {machines.pop()}; pruned as in "
+        "[docs/rt3d.md](docs/rt3d.md#table-2-latency-against-peers). As shares of the fastest other engine's time:"
     )
 
 

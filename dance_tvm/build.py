@@ -97,10 +97,6 @@ def build(
     ] = "float32",
     prepared: Annotated[bool, typer.Option(help="Store weights as kernels read them.")] = False,
     static: Annotated[bool, typer.Option(help="Write libmodel.a too, for apps that link.")] = False,
-    device_code: Annotated[
-        Literal["compiled", "source"],
-        typer.Option(help="Of a CUDA target: PTX, or source that the device compiles."),
-    ] = "compiled",
     preprocess: Annotated[
         Path | None,
         typer.Option(help="How frames of videos become the input (.toml, docs/run.md).", show_default="the zoo's own"),
@@ -147,7 +143,6 @@ def build(
             numerics=numerics,
             conv=conv,
             sparsity=sparsity,
-            device_code=device_code,
             dtype=dtype,
             memory=memory,
             io=io,

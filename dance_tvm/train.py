@@ -64,7 +64,7 @@ def main(
         str | None, typer.Option(help="aap: time:0.5, half of the time that `--set units=FILE` predicts; or macs:0.5")
     ] = None,
     algorithm: Annotated[str | None, typer.Option(help="kgs: heuristic, lasso or reweighted")] = None,
-    scheme: Annotated[str | None, typer.Option(help="kgs: filter, vanilla or kgs")] = None,
+    scheme: Annotated[str | None, typer.Option(help="kgs: filter, vanilla, slices or kgs")] = None,
     rate: Annotated[float | None, typer.Option(help="kgs: how many times fewer MACs")] = None,
     target_flops: Annotated[float | None, typer.Option(help="dstep: share of the dense FLOPs, 0 to 1")] = None,
     option: Annotated[
@@ -83,8 +83,8 @@ def main(
 
     entry(model)  # fails before the seconds that loading PyTorch takes, as wrong options do below
     out = out or Path("trained") / f"{model}-{method}"
-    if not (resume or overwrite or print_config):
-        _require_no_run(out)
+    if not print_config:
+        _require_place(out, resume, overwrite)
     named = {
         "target_macs": target_macs,
         **_of_budget(budget, method, target_macs),
@@ -142,8 +142,12 @@ def _of_budget(budget: str | None, method: str, target_macs: str | None) -> dict
     return {f"target_{kind}": amount}
 
 
-def _require_no_run(folder: Path) -> None:
-    """Raise DanceError where a run, finished or not, would be lost."""
+def _require_place(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raise DanceError where a run, finished or not, would be lost, and where there is none to go on with."""
+    if resume and not (folder / "checkpoint.safetensors").is_file():
+        raise DanceError(f"{folder} holds no run to go on with: name its --out, or train without --resume")
+    if resume or overwrite:
+        return
     for name, state in (("card.json", "a finished run"), ("checkpoint.safetensors", "a run that is not finished")):
         if (folder / name).exists():
             raise DanceError(

@@ -139,6 +139,10 @@ class Kernel(ABC):
         """The same of all operands that are made so, by their names."""
         return {} if self.preparation is None else {"weights": self.preparation}
 
+    def unprepared(self, weight: np.ndarray) -> np.ndarray:
+        """What ``preparations`` make their operands of: the layer's weights, or those of them that it uses."""
+        return weight
+
     @property
     def scratch_bytes(self) -> int:
         """Memory that it holds while it runs, beside its operands."""

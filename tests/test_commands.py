@@ -77,7 +77,9 @@ def command(*words: str, **options) -> subprocess.CompletedProcess[str]:
         (["bench", "FINISHED"], 2),
         (["train", "--model", "c3d-maxi"], 2),
         (["train", "--out", "FINISHED"], 2),
+        (["train", "--resume", "--out", "FINISHED"], 2),
         (["train", "--method", "kgs", "--set", "epsylon=1"], 2),
+        (["export-dstep", "/nowhere/model.safetensors"], 2),
         (["train", "--method", "dstep", "--model", "resnet-mini", "--print-config"], 0),
         (["units", "--model", "c3d-maxi"], 2),
         (["bench", "/nowhere"], 2),
@@ -191,7 +193,7 @@ def test_a_training_is_not_written_over(tmp_path, left, said):
     assert isinstance(refused.exception, DanceError)
     assert said in str(refused.exception)
     assert "--overwrite" in str(refused.exception)
-    train._require_no_run(tmp_path / "another")
+    train._require_place(tmp_path / "another", resume=False, overwrite=False)
 
 
 def test_the_methods_of_training_are_all_offered():

@@ -361,6 +361,55 @@ def test_channels_are_innermost_between_the_networks_edges() -> None:
     )
 
 
+def test_parts_with_kernels_for_channels_first_keep_it_and_others_do_not() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(
+            x: R.Tensor((1, 2, 4, 8, 16), "float32"),
+            a: R.Tensor((3, 2, 1, 1, 1), "float32"),
+            b: R.Tensor((4, 3, 3, 1, 1), "float32"),
+        ) -> R.Tensor((1, 4, 4, 8, 16), "float32"):
+            with R.dataflow():
+                y = R.nn.conv3d(x, a)
+                z = R.nn.relu(y)
+                flat = R.reshape(z, (1536,))
+                sines = R.sin(flat)
+                w = R.reshape(sines, (1, 3, 4, 8, 16))
+                c = R.nn.conv3d(w, b, padding=[1, 0, 0])
+                R.output(c)
+            return c
+
+    @I.ir_module
+    class After:
+        @R.function
+        def main(
+            x: R.Tensor((1, 2, 4, 8, 16), "float32"),
+            a: R.Tensor((3, 2, 1, 1, 1), "float32"),
+            b: R.Tensor((4, 3, 3, 1, 1), "float32"),
+        ) -> R.Tensor((1, 4, 4, 8, 16), "float32"):
+            with R.dataflow():
+                y = R.nn.conv3d(x, a)
+                z = R.nn.relu(y)
+                flat = R.reshape(z, (1536,))
+                sines = R.sin(flat)
+                w = R.reshape(sines, (1, 3, 4, 8, 16))
+                last = R.permute_dims(w, [0, 2, 3, 4, 1])
+                d = R.nn.conv3d(
+                    last, b, padding=[1, 0, 0], data_layout="NDHWC", kernel_layout="OIDHW", out_layout="NDHWC"
+                )
+                c = R.permute_dims(d, [0, 4, 1, 2, 3])
+                R.output(c)
+            return c
+
+    weights = {"a": np.ones((3, 2, 1, 1, 1), "float32"), "b": np.ones((4, 3, 3, 1, 1), "float32")}
+    becomes(
+        tvm.transform.Sequential([ChannelsLast(planar=True), relax.transform.DeadCodeElimination()]),
+        bound(Before, weights),
+        relax.transform.CanonicalizeBindings()(bound(After, weights)),
+    )
+
+
 def test_what_no_window_makes_keeps_its_layout() -> None:
     @I.ir_module
     class Elementwise:

@@ -108,10 +108,15 @@ def shared_library_linker(target: Target, kernels: Sequence[str] = ()) -> Shared
 
 
 def link_program(output: str | Path, objects: Sequence[str | Path], target: Target) -> None:
-    """Link a program that needs no TVM into the shared library `output`; Android wants its libc by name."""
+    """Link a program that needs no TVM into the shared library `output`.
+
+    Android wants its libc by name, and a GPU's driver is opened by a library that is part of libc in newer systems.
+    """
     triple = target_triple(target)
+    is_android = "android" in triple
     others = [name for name in target.link.needed if name != "libtvm_ffi.so"]
-    needed = ["libc.so", *others] if "android" in triple else others
+    loader = ["libdl.so" if is_android else "libdl.so.2"] if target.gpu else []
+    needed = [*(["libc.so"] if is_android else []), *loader, *others]
     link_shared(output, objects, triple, needed, target.link.page_size)
 
 

@@ -29,7 +29,7 @@ from dance_tvm.artifact.folder import (
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.artifact.staging import require_writable
 from dance_tvm.compiler.code import compile_lowered
-from dance_tvm.compiler.gpu_code import compile_for_gpu, write_for_gpu
+from dance_tvm.compiler.gpu_code import compile_for_gpu
 from dance_tvm.compiler.pipeline import Measure, Options, lower
 from dance_tvm.compiler.program import write_program
 from dance_tvm.compiler.requests import (
@@ -213,13 +213,12 @@ def _compiled(
 ) -> Artifact:
     """The artifact of ``lowered``, written once it passed the check that ``told`` begins with."""
     clock.start("compile")
-    if machine.gpu:
-        gpu_code = compile_for_gpu(lowered, machine, options)
-        _describe(manifest, lowered, gpu_code.planned, options)
-        clock.start("link")
-        return write_for_gpu(out, lowered, gpu_code, manifest, machine, options, *told)
     with tempfile.TemporaryDirectory(prefix="dance_tvm_kernels_") as folder:
-        code = compile_lowered(lowered, machine, options, Path(folder))
+        code = (
+            compile_for_gpu(lowered, machine, options)
+            if machine.gpu
+            else compile_lowered(lowered, machine, options, Path(folder))
+        )
         _describe(manifest, lowered, code.planned, options)
         clock.start("link")
         return write_program(out, lowered, code, manifest, machine, options, *told)

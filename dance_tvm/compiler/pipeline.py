@@ -71,7 +71,6 @@ class Options:
     debug_dump: Path | None = None
     tuning: TuningLog | None = None
     logs: Path | None = None
-    device_code: Literal["compiled", "source"] = "compiled"
     dtype: Literal["float32", "float16", "auto"] = "float32"
     io: Literal["source", "float16"] = "source"
     memory: Memory = "balanced"
@@ -101,7 +100,8 @@ def lower(
     source = mod
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
         spread = [] if gpu is None else [SpreadTransposed()]
-        for name, passes in _before_kernels(spread, [narrow] if options.sparsity == "auto" else []):
+        planar = gpu is None and options.dtype == "float32"
+        for name, passes in _before_kernels(spread, [narrow] if options.sparsity == "auto" else [], planar):
             mod = phases.run(name, mod, passes)
             source = mod if name == LAST_WITH_NAMES else source
         phases.begin("sparse kernels")
@@ -135,7 +135,7 @@ Passes = list[tvm.transform.Pass]
 LAST_WITH_NAMES = "fold batch norm"
 
 
-def _before_kernels(spread: Passes, narrow: Passes) -> list[tuple[str, Passes]]:
+def _before_kernels(spread: Passes, narrow: Passes, planar: bool) -> list[tuple[str, Passes]]:
     """What is done to the network while its operators are still those of the source."""
     return [
         (
@@ -151,7 +151,7 @@ def _before_kernels(spread: Passes, narrow: Passes) -> list[tuple[str, Passes]]:
         (LAST_WITH_NAMES, [WholePools(), FoldPads(), NormsByClip(), FoldBatchNorm(), *narrow]),
         (
             "channels last",
-            [ChannelsLast(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
+            [ChannelsLast(planar), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
         ),
     ]
 

@@ -28,7 +28,6 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.device import holds
 from dance_tvm.device.remote_program import RemoteProgram
 from dance_tvm.device.session import DeviceSession, LoadedNetwork, kernel_table
-from dance_tvm.device.virtual_machine import RemoteGpuNetwork
 
 UPLOAD_CHUNK = 256 << 10
 _BIG_CORES_FIRST = 1  # TVM's affinity mode for devices that cannot be told their CPUs one by one
@@ -176,9 +175,7 @@ class RemoteSession(DeviceSession):
     def load(self, artifact: Artifact) -> LoadedNetwork:
         self._require_fit(artifact)
         library = self.upload(artifact.library)
-        if artifact.manifest.is_program:
-            return RemoteProgram(self, artifact, library, self._threads or artifact.manifest.target.threads)
-        return RemoteGpuNetwork(self, artifact, library)
+        return RemoteProgram(self, artifact, library, self._threads or artifact.manifest.target.threads)
 
     def close(self) -> None:
         self._functions.clear()

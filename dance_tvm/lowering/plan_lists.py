@@ -56,8 +56,9 @@ class Lists:
             found.update(zip(each.names, self._plan(each.planner, given, found), strict=True))
         constants = kernel.prepare(given.weights)
         if given.weights is not None and given.weights.weight is not None:
+            weight = kernel.unprepared(given.weights.weight)
             for name, preparation in kernel.preparations.items():
-                self.sources[array_digest(constants[name])] = Source(preparation, given.weights.weight)
+                self.sources[array_digest(constants[name])] = Source(preparation, weight)
         return found | {name: relax.const(array) for name, array in constants.items()}
 
     def arguments(self, kernel: Kernel, given: Given, values: Values) -> Values:

@@ -41,11 +41,13 @@ LEAST_SUMS = 8
 
 @dataclass(frozen=True)
 class Panel:
-    """Where the weights of each vector of a panel begin, and how many floats lie between two taps."""
+    """Where the weights of each vector of a panel begin, how many floats lie between two taps, and between two rows of
+    a vector."""
 
     weights: tirx.Buffer
     starts: Sequence[Expr]
     tap_floats: int
+    row_floats: int
 
     def at(self, tap: Expr) -> Panel:
         """The panel at one tap."""
@@ -148,7 +150,7 @@ class Products:
             elif vectors % tile.vectors:
                 vector = tirx.min(vector, vectors - 1)
             starts.append(let(plane + big(vector) * vector_floats))
-        return Panel(self.weights, starts, tap_floats)
+        return Panel(self.weights, starts, tap_floats, floats)
 
     # -- loops -------------------------------------------------------------------------------------------------------
 
@@ -239,34 +241,48 @@ class Products:
         ``channels``: the sample whose list they are taken from (None: they are all alive), the first in V, how many.
         """
         conv, tile = self.conv, self.tile
-        count, row_floats, width = tile.vector_floats, conv.panels * tile.nr, len(columns.starts)
-        acc = [[scratch((count,)) for _ in range(width)] for _ in range(tile.mr)]
-        cells = [(r, v) for r in range(tile.mr) for v in range(width)]
-
-        def clear() -> None:
-            for r, v in cells:
-                store(acc[r][v], number(0.0, count), lanes(0, count))
-
-        def resume() -> None:
-            for r, v in cells:
-                store(acc[r][v], self.products[self._vector(place + r * row_floats, v)], lanes(0, count))
-
-        choose(fresh, clear, resume)
+        acc = self._started(place, len(columns.starts), fresh)
         sample, first, depth = channels
         with serial(taps[1] - taps[0]) as offset:
             entry = let(taps[0] + offset)
             shift = let(self.taps[entry, 1])
             sources = [let(source + big(row + shift) * conv.channels_in) for row in rows]
             tap = let(self.taps[entry, 0])
-            at_tap, jump = columns.at(tap), self._to_next_panel(tap, width)
+            at_tap, jump = columns.at(tap), self._to_next_panel(tap, len(acc[0]))
             if sample is None:
                 later = let(first + tile.depth_block)
                 ahead = later + tirx.Select(later >= conv.channels_in, jump, 0)
                 self._multiply(sources, at_tap, Channels(first, first, depth, let(ahead)), acc)
             else:
                 self._multiply_units(sources, at_tap, (sample, first, depth), jump, acc)
-        for r, v in cells:
-            store(self.products, acc[r][v][lanes(0, count)], self._vector(place + r * row_floats, v))
+        self._put_back(acc, place)
+
+    def _started(self, place: Expr, width: int, fresh: Expr) -> list[list[tirx.Buffer]]:
+        """The sums of one tile of rows in registers: zeros if ``fresh``, else those at ``place``."""
+        count, rows = self.tile.vector_floats, range(self.tile.mr)
+        acc = [[scratch((count,)) for _ in range(width)] for _ in rows]
+
+        def clear() -> None:
+            for r in rows:
+                for v in range(width):
+                    store(acc[r][v], number(0.0, count), lanes(0, count))
+
+        def resume() -> None:
+            for r in rows:
+                for v in range(width):
+                    store(acc[r][v], self.products[self._product(place, r, v)], lanes(0, count))
+
+        choose(fresh, clear, resume)
+        return acc
+
+    def _put_back(self, acc: list[list[tirx.Buffer]], place: Expr) -> None:
+        for r, row in enumerate(acc):
+            for v, sums in enumerate(row):
+                store(self.products, sums[lanes(0, self.tile.vector_floats)], self._product(place, r, v))
+
+    def _product(self, place: Expr, r: int, v: int) -> Expr:
+        """The ``v``-th vector of row ``r`` of a tile at ``place``."""
+        return self._vector(place + r * (self.conv.panels * self.tile.nr), v)
 
     def _to_next_panel(self, tap: Expr, width: int) -> Expr:
         """Rows of weights from the end of a vector's ``tap`` to what is read next: its next tap, which lies there, or
@@ -313,7 +329,7 @@ class Products:
                 values = [let(self.sources[lanes(at + channels.source + start, tile.step)]) for at in sources]
                 for k in range(tile.step):
                     spread = [splat(lane(value, k), tile.vector_floats) for value in values]
-                    floats = tile.vector_floats
+                    floats = columns.row_floats
                     new_line = k * floats // LINE_FLOATS != (k - 1) * floats // LINE_FLOATS
                     self._multiply_add(spread, columns, channels, start + k, acc, new_line)
         if tile.step == 1 or not isinstance(count, int) or count % tile.step:
@@ -333,10 +349,10 @@ class Products:
     ) -> None:
         """One channel, the ``k``-th of ``channels``; ``ahead``: ask for weights to come too."""
         count = self.tile.vector_floats
-        row = let(big(channels.row + k) * count)
+        row = let(big(channels.row + k) * columns.row_floats)
         w = [let(columns.weights[lanes(start + row, count)]) for start in columns.starts]
         if ahead:
-            later = let(big(channels.ahead + k) * count)
+            later = let(big(channels.ahead + k) * columns.row_floats)
             for start in columns.starts:
                 prefetch(columns.weights, start + later)
         for r, value in enumerate(values):
