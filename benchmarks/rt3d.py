@@ -202,6 +202,7 @@ BUILDS: dict[str, tuple[str, Literal["auto", "direct"]]] = {
     "dense-direct": ("", "direct"),
     "kgs-direct": ("kgs", "direct"),
     "kgs": ("kgs", "auto"),
+    "slices": ("slices", "auto"),
     "vanilla-direct": ("vanilla", "direct"),
     "vanilla": ("vanilla", "auto"),
     "filter": ("filter", "auto"),

@@ -64,7 +64,7 @@ def main(
         str | None, typer.Option(help="aap: time:0.5, half of the time that `--set units=FILE` predicts; or macs:0.5")
     ] = None,
     algorithm: Annotated[str | None, typer.Option(help="kgs: heuristic, lasso or reweighted")] = None,
-    scheme: Annotated[str | None, typer.Option(help="kgs: filter, vanilla or kgs")] = None,
+    scheme: Annotated[str | None, typer.Option(help="kgs: filter, vanilla, slices or kgs")] = None,
     rate: Annotated[float | None, typer.Option(help="kgs: how many times fewer MACs")] = None,
     target_flops: Annotated[float | None, typer.Option(help="dstep: share of the dense FLOPs, 0 to 1")] = None,
     option: Annotated[

@@ -144,14 +144,22 @@ class _View(ctypes.Structure):
     )
 
     def array(self) -> Seen:
-        """The tensor's memory; bfloat16, which numpy does not have, as float32."""
+        """The tensor's memory."""
         shape = tuple(self.shape[: self.rank])
-        name = {0: "int", 1: "uint", 2: "float", 4: "uint", 6: "bool"}[self.kind]
-        dtype = np.dtype(name if name == "bool" else f"{name}{self.bits}")
-        size = int(np.prod(shape, dtype="int64")) * dtype.itemsize
+        size = int(np.prod(shape, dtype="int64")) * ((self.bits + 7) // 8)
         memory = (ctypes.c_char * size).from_address(self.data) if size else b""
-        array = np.frombuffer(memoryview(memory), dtype).reshape(shape)
-        return Seen.of((array.astype("uint32") << 16).view("float32") if self.kind == 4 else array)
+        return seen(self.kind, self.bits, shape, memoryview(memory))
+
+
+def seen(kind: int, bits: int, shape: tuple[int, ...], memory: memoryview | None) -> Seen:
+    """A tensor of a `dance_kind` as it lies in memory; bfloat16, which numpy does not have, as float32; where no memory
+    is given, something of its shape and type."""
+    name = {0: "int", 1: "uint", 2: "float", 4: "uint", 6: "bool"}[kind]
+    dtype = np.dtype(name if name == "bool" else f"{name}{bits}")
+    array = (
+        np.broadcast_to(np.zeros((), dtype), shape) if memory is None else np.frombuffer(memory, dtype).reshape(shape)
+    )
+    return Seen.of((array.astype("uint32") << 16).view("float32") if kind == 4 else array)
 
 
 Kernels = dict[str, dict[str, Any]]  # what an artifact's manifest says of its kernels, by symbol
@@ -244,7 +252,8 @@ def _work(named: dict[str, Any], tile: list[int]) -> tuple[dict[str, Any], np.nd
     rows_by_tap, alive = _winograd_rows(named, tile, shape) if tile else _gathered_rows(named, shape)
     channels_in, channels_out = float(named["x"].shape[-1]), float(shape[-1])
     if "column_starts" in named:
-        macs = _kernel_group_macs(rows_by_tap, named["weights"], named["column_starts"], named["columns"], shape[-1])
+        columns = named["column_places" if tile else "columns"]
+        macs = _kernel_group_macs(rows_by_tap, named["weights"], named["column_starts"], columns, shape[-1])
         kept_in = kept_out = channels = None
     else:
         depth = int(named["weights"].shape[-2])
@@ -353,7 +362,7 @@ def _kernel_group_macs(rows_by_tap: np.ndarray, weights: Any, starts: Any, colum
     """column_starts (samples or 1, groups, taps + 1): a group's entries of a tap, each for a run of columns, and each
     column for as many filters as one group has, the last one what is left of them."""
     entries = np.diff(starts.numpy().astype("int64"), axis=2)[..., : rows_by_tap.shape[1]]
-    run, wide = int(weights.shape[0]) // int(columns.shape[-1]), int(weights.shape[-1])
+    run, wide = int(weights.shape[-2]) // int(columns.shape[-1]), int(weights.shape[-1])
     of_group = np.clip(filters - wide * np.arange(entries.shape[1]), 0, wide)
     by_tap = (entries * of_group[:, None]).sum(1)  # (samples or 1, taps)
     return run * int((rows_by_tap * by_tap).sum())

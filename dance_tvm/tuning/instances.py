@@ -137,6 +137,7 @@ def build_instance(instance: Instance, target: Target, path: Path) -> None:
     from dance_tvm.device.launches import device_code
     from dance_tvm.lowering.machine import host_code_of
 
+    target = target.storing(instance.workload.dtype)
     module, tvm_target = instance.module(target.gpu is not None), target.tvm_target(instance.workload.threads)
     with tvm_target, tvm.transform.PassContext(config=host_code_of(target)):
         built = tvm.compile(module, target=tvm_target)

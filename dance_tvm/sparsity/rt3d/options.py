@@ -8,7 +8,7 @@ from pydantic import Field
 
 from dance_tvm.sparsity.options import MethodOptions
 
-SchemeName = Literal["filter", "vanilla", "kgs"]
+SchemeName = Literal["filter", "vanilla", "slices", "kgs"]
 
 
 class KGSOptions(MethodOptions):
