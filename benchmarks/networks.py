@@ -4,6 +4,7 @@
     python -m benchmarks.networks --group mobile --threads 1
     python -m benchmarks.networks --only "X3D-XS|MoViNet-A0" --peers ours,onnxruntime,openvino
     python -m benchmarks.networks --profile X3D-XS           what ours spends a call on
+    python -m benchmarks.networks --prepare --work FOLDER    export and build; a run with the same --work only measures
 
 Networks are those of ``benchmarks.published`` (its requirements hold their wheels) and of the zoo, at their usual
 input sizes or at the smaller ones named here. Engines and turns are those of ``engines.py``. docs/networks.md is
@@ -73,10 +74,18 @@ MEASURED = (
     Measured("EfficientNet-B0 3D", "mobile", "EfficientNet-B0 3D", "1x1x96x96x96"),
     Measured("TSM-MobileNetV2", "mobile", "TSM mobilenetv2_100", "1x8x3x112x112", "tsm('mobilenetv2_100', 8)"),
     Measured("TSN-MobileNetV3", "mobile", "TSN mobilenetv3_small_100", "1x8x3x224x224", "tsn('mobilenetv3_large_100')"),
-    Measured("SlowFast-R50", "convolutional", "slowfast_r50"),
-    Measured("CSN-R101", "convolutional", "csn_r101"),
-    Measured("R(2+1)D-50", "convolutional", "r2plus1d_r50"),
-    Measured("I3D", "convolutional", "I3D", "1x3x16x112x112"),
+    Measured("SlowFast-R50", "convolutional", "slowfast_r50", "1x3x8x256x256 1x3x32x256x256", "slowfast(50, 32, 256)"),
+    Measured(
+        "CSN-R101",
+        "convolutional",
+        "csn_r101",
+        "1x3x32x224x224",
+        "create_csn(model_depth=101, stem_pool=nn.MaxPool3d, head_pool_kernel_size=(4, 7, 7))",
+    ),
+    Measured(
+        "R(2+1)D-50", "convolutional", "r2plus1d_r50", "1x3x16x224x224", "r2plus1d_r50(head_pool_kernel_size=(4, 7, 7))"
+    ),
+    Measured("I3D", "convolutional", "I3D", "1x3x16x224x224"),
     Measured("S3D", "convolutional", "s3d"),
     Measured("MONAI UNet", "volumes", "UNet", "1x1x96x96x96"),
     Measured("SegResNet", "volumes", "SegResNet", "1x1x64x64x64"),
@@ -101,7 +110,13 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each engine.")] = 15,
     work: Annotated[Path | None, typer.Option(help="Keep exported networks here, and take them from here.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for networks.json.")] = RESULTS,
+    build_only: Annotated[
+        bool, typer.Option("--build-only", help="Export and build what --work lacks, no more.")
+    ] = False,
     profile: Annotated[str, typer.Option(help="In place of measuring: what ours spends a call of this one on.")] = "",
+    prepare: Annotated[
+        bool, typer.Option(help="Only export and build into --work, and measure in a later run.")
+    ] = False,
 ) -> None:
     """Measure, print a table, and write JSON."""
     pattern = re.escape(profile) if profile else only
@@ -120,12 +135,17 @@ def main(
         for entry in chosen:
             case = _case(entry, work or Path(scratch))
             for count in (int(number) for number in threads.split(",")):
+                if build_only:
+                    build_ours(case, count)
+                    continue
                 if profile:
                     print("\n".join(_profile(case, count)))
-                    continue
-                runs = [measure(case, names, count, rounds, lambda text: print(text, file=sys.stderr))]
-                print(table(runs), flush=True)
-                write_runs(runs, out / "networks.json")
+                elif prepare:
+                    build_ours(case, count)
+                else:
+                    runs = [measure(case, names, count, rounds, lambda text: print(text, file=sys.stderr))]
+                    print(table(runs), flush=True)
+                    write_runs(runs, out / "networks.json")
 
 
 def _case(entry: Measured, folder: Path) -> Case:

@@ -3,8 +3,8 @@
     python -m benchmarks.plots
 
 Peers: how many times our time each engine takes, whole networks and layers. Efficiency: speed-up ÷ reduction of
-multiply-adds by density of the axis, layer by layer. Speed: whole networks in other engines, dense and pruned here, of
-benchmarks/results/rt3d.json. Needs matplotlib (``pip install 'dance-tvm[report]'``).
+multiply-adds by density of the axis, layer by layer. README's picture is ``benchmarks.speed``'s. Needs matplotlib
+(``pip install 'dance-tvm[report]'``).
 """
 
 from __future__ import annotations
@@ -26,27 +26,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 FIGURES, PICTURES = DOCS / "benchmarks", DOCS / "images"
 
 
-#: What RT3D's table measured in turns, as the README's picture shows it: key, name, colour.
-SHOWN = (
-    ("pytorch", "PyTorch", "#9aa0a6"),
-    ("onnxruntime", "ONNX Runtime", "#9aa0a6"),
-    ("openvino", "OpenVINO", "#9aa0a6"),
-    ("mnn", "MNN", "#9aa0a6"),
-    ("dense", "dance_tvm, dense", "#0072b2"),
-    ("kgs", "dance_tvm, kernel groups pruned", "#d55e00"),
-    ("filter", "dance_tvm, whole filters pruned", "#e69f00"),
-)
-NAMES = {"c3d": "C3D", "r2plus1d-18": "R(2+1)D-18", "s3d": "S3D"}
-
-
 def main() -> None:
     """Draw every picture anew."""
-    table = json.loads((Path(__file__).parent / "results" / "rt3d.json").read_text())["table2"]
-    figure, grid = pyplot.subplots(1, len(table), figsize=(11, 3.4), sharey=True)
-    for axis, (name, found) in zip(grid, table.items(), strict=True):
-        speed(axis, NAMES[name], found)
-    _save(figure, "speed.png")
-
     networks, layers = (_figures(name)["runs"] for name in ("peers", "peers-layers"))
     figure, axes = pyplot.subplots(3, 1, figsize=(11, 12))
     peers(axes[0], networks, "whole networks")
@@ -64,22 +45,6 @@ def main() -> None:
         efficiency(axis, [row for row in rows if row["layer"] == name], name)
     axes[0][-1].legend(fontsize="small", loc="lower right")
     _save(figure, "benchmarks-efficiency.png")
-
-
-def speed(axis: Axes, name: str, found: dict[str, Any]) -> None:
-    """One network's milliseconds a clip: other engines in grey, ours in colour, the multiply-adds saved in words."""
-    dense = found["facts"]["dense"]["macs"]
-    for place, (key, _, colour) in enumerate(SHOWN):
-        took = 1e3 * found["seconds"][key]
-        axis.barh(place, took, color=colour)
-        work = found["facts"].get(key, {}).get("macs", dense)
-        less = f" ({dense / work:.1f}× fewer MACs)" if work < 0.95 * dense else ""
-        axis.text(took, place, f" {took:.0f}{less}", va="center", fontsize=8)
-    axis.set_yticks(range(len(SHOWN)), [label for _, label, _ in SHOWN], fontsize=9)
-    axis.invert_yaxis()
-    axis.margins(x=0.35)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(f"{name}, ms a clip of 16 frames", fontsize=10)
 
 
 def peers(axis: Axes, runs: Sequence[dict[str, Any]], title: str) -> None:

@@ -202,6 +202,7 @@ BUILDS: dict[str, tuple[str, Literal["auto", "direct"]]] = {
     "dense-direct": ("", "direct"),
     "kgs-direct": ("kgs", "direct"),
     "kgs": ("kgs", "auto"),
+    "slices": ("slices", "auto"),
     "vanilla-direct": ("vanilla", "direct"),
     "vanilla": ("vanilla", "auto"),
     "filter": ("filter", "auto"),
@@ -216,13 +217,14 @@ def build(
     network: Annotated[list[str] | None, typer.Option(help="c3d, r2plus1d-18, s3d")] = None,
     threads: Threads = 2,
     group: Annotated[tuple[int, int], typer.Option(help="filters and channels of a kernel group")] = GROUP,
+    only: Annotated[str, typer.Option(help="of the builds, comma between")] = ",".join(BUILDS),
 ) -> None:
     """Compile what table2 times and export the dense network for its peers; what is there already stays."""
     for name in network or list(NETWORKS):
         inputs = models.example_inputs(name)
         for key, (scheme, conv) in BUILDS.items():
             folder = artifacts / f"{name}-{threads}" / key
-            if (folder / "pruned.json").exists():
+            if (folder / "pruned.json").exists() or key not in only.split(","):
                 continue
             pruned = models.create(name)
             macs = count_macs(pruned, *inputs)
@@ -256,9 +258,7 @@ def table2(
             raise DanceError(f"{base} holds no compiled networks: python -m benchmarks.rt3d build --network {name}")
         built = {key: load_artifact(base / key) for key in BUILDS if (base / key / "pruned.json").exists()}
         case = PeerCase(name, 0, artifacts / "peers" / name)
-        seconds = _latencies(
-            built, models.example_inputs(name), case, [p for p in peers.split(",") if p], threads, runs
-        )
+        seconds = latencies(built, models.example_inputs(name), case, [p for p in peers.split(",") if p], threads, runs)
         facts = {key: json.loads((base / key / "pruned.json").read_text()) for key in built}
         found[name] = {"threads": threads, "runs": runs, "seconds": seconds, "facts": facts}
         keep_result("table2", found)
@@ -335,7 +335,7 @@ def _built(
     return build_network(network, folder, example_inputs=inputs, check=False, options=options).artifact
 
 
-def _latencies(
+def latencies(
     built: Mapping[str, Artifact],
     inputs: tuple[torch.Tensor, ...],
     case: PeerCase,
@@ -397,7 +397,7 @@ def layer(
         built[key] = load_artifact(folder)
     if only_build:
         return
-    seconds = _latencies(built, (clip,), PeerCase("", 0, artifacts), (), threads, runs)
+    seconds = latencies(built, (clip,), PeerCase("", 0, artifacts), (), threads, runs)
     keep_result("layer", {"threads": threads, "group": group, "seconds": seconds})
     rows = []
     for share in SPARSITIES:
@@ -456,7 +456,7 @@ def combined(
         "8 of 16 tiles": (ones[0], _tiles(8)),
         "7 of 8 frames, 11 of 16 tiles": (frames, _tiles(11)),
     }
-    seconds, macs = _masked_latencies(built, clip, masks, runs)
+    seconds, macs = _maskedlatencies(built, clip, masks, runs)
     rows = []
     base, work = seconds["dense", "none"], macs["dense", "none"]
     for mask in masks:
@@ -485,7 +485,7 @@ def _tiles(kept: int) -> torch.Tensor:
     return spread.reshape(1, 1, 1, *LAYER.size[1:])
 
 
-def _masked_latencies(
+def _maskedlatencies(
     built: Mapping[str, Artifact],
     clip: torch.Tensor,
     masks: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
@@ -572,7 +572,7 @@ def table3(
         )
         for case in cases
     }
-    seconds = _latencies(built, inputs, PeerCase("", 0, runs), (), threads, times)
+    seconds = latencies(built, inputs, PeerCase("", 0, runs), (), threads, times)
     rows = []
     for vanilla in (case for case in cases if case.scheme == "vanilla"):
         as_good = [

@@ -21,10 +21,12 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             return "absent"
 
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    said = Path("/proc/cpuinfo").read_text()
+    names = [line for line in said.splitlines() if line.startswith("model name")]
     packages = ("apache-tvm", "torch", "onnxruntime", "openvino", "MNN")
     return {
         "processor": names[0].partition(":")[2].strip() if names else platform.processor(),
+        "vectors": "AVX-512" if "avx512f" in said else "AVX2" if "avx2" in said else "",
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "versions": {package: found(package) for package in packages},
@@ -53,7 +55,9 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def write_runs(runs: list[dict[str, Any]], path: Path) -> None:
-    """Write what has been measured so far; figures of other cases that the file holds are kept."""
+    """Write what has been measured so far, with today's date; other cases that the file holds are kept."""
+    today = datetime.now(timezone.utc).date().isoformat()
+    runs = [{"date": today, **run} for run in runs]
     done = {(run["case"], run["threads"]) for run in runs}
     before = json.loads(path.read_text())["runs"] if path.exists() else []
     every = [run for run in before if (run["case"], run["threads"]) not in done] + runs

@@ -39,9 +39,10 @@ from dance_tvm.compiler.pipeline import Options
 from dance_tvm.device import open_device
 from dance_tvm.device.session import LoadedNetwork
 from dance_tvm.machines.host import _cpuinfo
-from dance_tvm.sparsity.dance.controller import AXES, Masks
+from dance_tvm.sparsity.dance.controller import Masks
 from dance_tvm.sparsity.dance.macs import MacCounter
 from dance_tvm.sparsity.dance.method import prune
+from dance_tvm.sparsity.dance.options import AXES
 from dance_tvm.sparsity.dance.sites import node_named, trace
 from dance_tvm.sparsity.units import SiteUnits, read_units
 from dance_tvm.units import units as units_command

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dance_tvm.artifact.folder import require_artifact
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_suffix
 from dance_tvm.core.options import AsJson, Devices
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import JsonLines, Progress
+from dance_tvm.device import require_spec
 
 if TYPE_CHECKING:
     from dance_tvm.benchmarking.results import Measured, Profile, Results
@@ -76,7 +78,7 @@ def bench(
         raise DanceError("give --cluster or --cpus, not both")
     if trace and not layers:
         raise DanceError("--trace shows layers: leave --no-layers out")
-    _require_files([*artifacts, *([dense] if dense else [])], {"--out": out, "--trace": trace})
+    _require_named([*artifacts, *([dense] if dense else [])], device or [], {"--out": out, "--trace": trace})
     own_cpus = parse_cpus(cpus) if cpus else None
     if labels and not clips:
         raise DanceError("--labels gives the classes of clips: give --clips too")
@@ -134,14 +136,15 @@ def bench(
         raise typer.Exit(REGRESSION)
 
 
-def _require_files(artifacts: Sequence[Path], results: Mapping[str, Path | None]) -> None:
-    """Raise DanceError for artifacts that are not there, and for results of another kind; by the options' names."""
+def _require_named(artifacts: Sequence[Path], devices: Sequence[str], results: Mapping[str, Path | None]) -> None:
+    """Raise DanceError for artifacts or devices that are none, and for results of another kind, by option."""
+    for spec in devices:
+        require_spec(spec)
     for option, path in results.items():
         if path is not None:
             require_suffix(path, option, (".json",))
     for artifact in artifacts:
-        if not artifact.is_dir():
-            raise DanceError(f"there is no artifact {artifact}: `dance-tvm build` writes one")
+        require_artifact(artifact)
 
 
 def parse_cpus(text: str) -> list[int]:
@@ -183,11 +186,16 @@ def _print(results: Results) -> None:
             f"differ by {each.difference:.1g} of the largest value"
         )
     for pair in results.pairs:
-        saved = f", {pair.mac_reduction:.2f}x fewer MACs" if pair.mac_reduction else ""
+        many = pair.over_clips
+        less = (many or pair).mac_reduction
+        saved = f", {less:.2f}x fewer MACs" if less else ""
+        span = f"95% between {pair.low:.2f} and {pair.high:.2f}"
+        if many:
+            span = f"the mean of {many.count} clips, from {many.least:.2f} to {many.most:.2f}"
         ratio = f", {pair.efficiency:.0%} of the saving became speed" if pair.efficiency else ""
         typer.echo(
-            f"{pair.device}: {pair.sparse} is {pair.speed_up:.2f}x as fast as {pair.dense} "
-            f"(95% between {pair.low:.2f} and {pair.high:.2f}){saved}{ratio}"
+            f"{pair.device}: {pair.sparse} is {(many or pair).speed_up:.2f}x as fast as {pair.dense} "
+            f"({span}){saved}{ratio}"
         )
     for verdict in results.verdicts:
         how = "in turns" if verdict.interleaved else "at another time"

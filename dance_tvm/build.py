@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dance_tvm.artifact.preprocess import read_preprocess
+from dance_tvm.artifact.staging import require_free
 from dance_tvm.compiler import requests
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.options import AsJson, Model, TargetName, Threads
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import JsonLines, Progress
+from dance_tvm.models.registry import require_source
 
 if TYPE_CHECKING:
     from dance_tvm.compiler.build import Built
@@ -95,10 +97,6 @@ def build(
     ] = "float32",
     prepared: Annotated[bool, typer.Option(help="Store weights as kernels read them.")] = False,
     static: Annotated[bool, typer.Option(help="Write libmodel.a too, for apps that link.")] = False,
-    device_code: Annotated[
-        Literal["compiled", "source"],
-        typer.Option(help="Of a CUDA target: PTX, or source that the device compiles."),
-    ] = "compiled",
     preprocess: Annotated[
         Path | None,
         typer.Option(help="How frames of videos become the input (.toml, docs/run.md).", show_default="the zoo's own"),
@@ -128,11 +126,12 @@ def build(
     requests.require_agreement(numerics, conv)
     if layer_errors:
         requests.require_layers_seen(machine)
-    requests.require_model(model)
-    requests.require_weights(weights)
-    if logs is not None and not logs.is_dir():
-        raise DanceError(f"there is no folder of tuning logs {logs}: `dance-tvm tune --logs` makes one")
-    _warn(machine, model, weights)
+    require_source(model)
+    requests.require_files({"--weights": weights, "--check-inputs": check_inputs, "--calibrate": calibrate})
+    place = out or requests.default_out(model, machine)
+    require_free(place)
+    requests.require_logs(logs)
+    _warn(machine, model, weights, threads)
     prepare = read_preprocess(preprocess) if preprocess else None
     with Progress(as_json, json_lines) as progress:
         progress.phase("load the compiler")
@@ -144,7 +143,6 @@ def build(
             numerics=numerics,
             conv=conv,
             sparsity=sparsity,
-            device_code=device_code,
             dtype=dtype,
             memory=memory,
             io=io,
@@ -156,7 +154,7 @@ def build(
         )
         built = build_network(
             model,
-            out or requests.default_out(model, machine),
+            place,
             target=machine,
             weights=weights,
             shapes=shapes or None,
@@ -179,8 +177,12 @@ def build(
         _print(built)
 
 
-def _warn(machine: Target, model: str, weights: Path | None) -> None:
-    """Warn of a processor that nobody has measured, and of weights that nobody has trained."""
+def _warn(machine: Target, model: str, weights: Path | None, threads: int | None) -> None:
+    """Warn of a processor that nobody has measured, of more threads than it has, of weights that nobody has trained."""
+    cores = sum(cluster.cores for cluster in machine.clusters)
+    if threads is not None and threads > cores:
+        said = f"--threads {threads} is more than the {cores} cores of {machine.name}: they will wait for one another"
+        warnings.warn(said, DanceWarning, stacklevel=3)
     if machine.tuning_log == "host-x86-64-sse":
         said = "this processor has no AVX2: kernels for it use SSE, which nobody has measured; --target names others"
         warnings.warn(said, DanceWarning, stacklevel=3)
@@ -211,10 +213,10 @@ def _facts(built: Built) -> dict[str, Any]:
 
 def _for_json(found: LayerErrors) -> dict[str, Any]:
     """JSON has no infinity: a ratio that is exact, or all noise, is null, and the difference says which."""
-    told = asdict(found)
-    for layer in told["layers"]:
+    facts = asdict(found)
+    for layer in facts["layers"]:
         layer |= {key: None for key in ("signal_to_noise", "worst") if not math.isfinite(layer[key])}
-    return told
+    return facts
 
 
 def _print(built: Built) -> None:

@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from dance_tvm.core.cli import application, examples, start
+from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_suffix
 
 app = application()
 
+WEIGHTS = "model.safetensors"
 SHIPPED = Path(__file__).parent / "models" / "weights" / "resnet-mini-dstep.safetensors"
 
 
@@ -26,17 +28,20 @@ def export_dstep(
         Path, typer.Argument(help="model.safetensors of a run with --method dstep.", show_default="the one shipped")
     ] = SHIPPED,
     stream: Annotated[bool, typer.Option("--stream", help="One frame per call, state as inputs and outputs.")] = False,
-    out: Annotated[Path | None, typer.Option(help="The .pt2 file.", show_default="beside the weights")] = None,
+    out: Annotated[Path | None, typer.Option(help="The .pt2 file.", show_default="beside weights of yours")] = None,
 ) -> None:
     """Export a trained D-STEP network for `dance-tvm build --model`."""
-    path = out or weights.with_name("stream.pt2" if stream else "clip.pt2")
+    name = "stream.pt2" if stream else "clip.pt2"
+    path = out or (Path(name) if weights == SHIPPED else weights.with_name(name))
     require_suffix(path, "--out", (".pt2",))
+    if not weights.is_file():
+        raise DanceError(f"there is no file of weights {weights}: a run of `train --method dstep` leaves {WEIGHTS}")
     from dance_tvm.sparsity.dstep.export import export_network
     from dance_tvm.sparsity.dstep.method import load_trained
 
     network, card = load_trained(weights)
     export_network(network, tuple(card["clip_shape"]), path, stream=stream)
-    typer.echo(path)
+    typer.echo(f"next: dance-tvm build --model {path}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from dance_tvm.core.output_files import write_outputs
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.core.random_inputs import random_inputs
+from dance_tvm.device import require_spec
 
 if TYPE_CHECKING:
     from dance_tvm.artifact.folder import Manifest
@@ -64,6 +65,7 @@ def run(
     if outputs is not None:
         require_suffix(outputs, "--outputs", (".npz",))
         _require_file(outputs)
+    require_spec(device)
     names = read_labels(labels) if labels else []
     from dance_tvm.artifact.folder import load_artifact
 
@@ -227,8 +229,8 @@ def _print(
     rows = []
     for name, results, seconds in found:
         best = _top(results, manifest, labels, top)
-        told = ", ".join(f"{each['label'] or each['class']} {each['score']:.3f}" for each in best)
-        rows.append([name, f"{1e3 * seconds:.1f}", told])
+        classes = ", ".join(f"{each['label'] or each['class']} {each['score']:.3f}" for each in best)
+        rows.append([name, f"{1e3 * seconds:.1f}", classes])
     print_table(["window", "ms", "highest scores"], rows, f"{manifest.name} on {device}")
 
 

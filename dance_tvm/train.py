@@ -64,7 +64,7 @@ def main(
         str | None, typer.Option(help="aap: time:0.5, half of the time that `--set units=FILE` predicts; or macs:0.5")
     ] = None,
     algorithm: Annotated[str | None, typer.Option(help="kgs: heuristic, lasso or reweighted")] = None,
-    scheme: Annotated[str | None, typer.Option(help="kgs: filter, vanilla or kgs")] = None,
+    scheme: Annotated[str | None, typer.Option(help="kgs: filter, vanilla, slices or kgs")] = None,
     rate: Annotated[float | None, typer.Option(help="kgs: how many times fewer MACs")] = None,
     target_flops: Annotated[float | None, typer.Option(help="dstep: share of the dense FLOPs, 0 to 1")] = None,
     option: Annotated[
@@ -79,11 +79,12 @@ def main(
 ) -> None:
     """Trains and leaves model.safetensors, card.json, curves.csv and a checkpoint in --out."""
     from dance_tvm.models.registry import entry
+    from dance_tvm.sparsity.options import method_options
 
-    entry(model)  # fails before the seconds that loading PyTorch takes
+    entry(model)  # fails before the seconds that loading PyTorch takes, as wrong options do below
     out = out or Path("trained") / f"{model}-{method}"
-    if not (resume or overwrite or print_config):
-        _require_no_run(out)
+    if not print_config:
+        _require_place(out, resume, overwrite)
     named = {
         "target_macs": target_macs,
         **_of_budget(budget, method, target_macs),
@@ -93,13 +94,14 @@ def main(
         "target_flops": target_flops,
     }
     options = {name: value for name, value in named.items() if value is not None} | _parsed(option or [])
+    every = method_options(method, options).model_dump(mode="json")
     progress = Progress(as_json, json_lines)
     chosen: dict[str, Any] = {
         "epochs": epochs, "batch": batch, "lr": lr, "optimizer": optimizer, "amp": amp, "precision": precision,
         "accumulate": accumulate, "workers": workers,
     }  # fmt: skip
     if print_config:
-        typer.echo(_config(method=method, model=model, data=data, seed=seed, options=options, init=init, **chosen))
+        typer.echo(_config(method=method, model=model, data=data, seed=seed, options=every, init=init, **chosen))
         return
     result = run(
         method=method, model=model, data=data, out=out, init=init, resume=resume, seed=seed, threads=threads,
@@ -115,18 +117,15 @@ def main(
     elif not json_lines:
         rows = [[name, f"{value:.6g}"] for name, value in result.metrics.items()]
         print_table(["figure", "value"], rows, title=f"best epoch, written to {result.folder}")
+        if export:
+            typer.echo(f"next: dance-tvm build --model {out / 'model.pt2'}")
 
 
-def _config(*, method: str, options: dict[str, Any], init: Path | None, **settings: Any) -> str:
-    """Every setting of a run as JSON. Raises DanceError for a wrong option."""
-    from dance_tvm.sparsity.method import create_method
+def _config(*, init: Path | None, **settings: Any) -> str:
+    """Every setting of a run as JSON."""
     from dance_tvm.sparsity.settings import Settings
 
-    made = create_method(method, options)
-    chosen = Settings(
-        method=method, options=made.options.model_dump(mode="json"), init=str(init) if init else None, **settings
-    )
-    return chosen.model_dump_json(indent=2)
+    return Settings(init=str(init) if init else None, **settings).model_dump_json(indent=2)
 
 
 def _of_budget(budget: str | None, method: str, target_macs: str | None) -> dict[str, str]:
@@ -143,8 +142,12 @@ def _of_budget(budget: str | None, method: str, target_macs: str | None) -> dict
     return {f"target_{kind}": amount}
 
 
-def _require_no_run(folder: Path) -> None:
-    """Raise DanceError where a run, finished or not, would be lost."""
+def _require_place(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raise DanceError where a run, finished or not, would be lost, and where there is none to go on with."""
+    if resume and not (folder / "checkpoint.safetensors").is_file():
+        raise DanceError(f"{folder} holds no run to go on with: name its --out, or train without --resume")
+    if resume or overwrite:
+        return
     for name, state in (("card.json", "a finished run"), ("checkpoint.safetensors", "a run that is not finished")):
         if (folder / name).exists():
             raise DanceError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dance_tvm.compiler.requests import require_model
+from dance_tvm.compiler.requests import require_buildable
 from dance_tvm.core.cli import INTERRUPTED, application, examples, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_suffix
@@ -18,6 +18,7 @@ from dance_tvm.core.options import AsJson, Devices, Model, TargetName, Threads
 from dance_tvm.core.printing import framed, print_table
 from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.core.verbosity import level
+from dance_tvm.models.registry import require_source
 
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
@@ -46,6 +47,9 @@ def tune(
         str, typer.Option(help="Tune as though masks thinned these axes, e.g. in_frames,in_channels,out_channels.")
     ] = "",
     conv: Annotated[Literal["auto", "direct", "winograd"], typer.Option(help="Only kernels of this kind.")] = "auto",
+    dtype: Annotated[
+        Literal["float32", "float16"], typer.Option(help="Kernels of builds with this --dtype.")
+    ] = "float32",
     clips: Annotated[str, typer.Option(help="Tune masked layers at the densities that these clips show.")] = "",
     weights: Annotated[Path | None, typer.Option(help="Trained weights; tile sizes do not depend on them.")] = None,
     threads: Threads = None,
@@ -74,7 +78,8 @@ def tune(
     machine = load_target(target)
     axes = _axes(masks)
     require_devices_of(machine, device or ["local"])
-    require_model(model)
+    require_source(model)
+    require_buildable(machine, dtype)
     from dance_tvm.lowering.machine import gpu_of, machine_of
     from dance_tvm.tuning.farm import Farm
     from dance_tvm.tuning.libraries import require_gpu, require_processor
@@ -91,6 +96,7 @@ def tune(
         only=layers or [],
         conv=conv,
         clips=clips,
+        dtype=dtype,
     )
     plan = Plan(trials, time_limit or float("inf"), jobs or available_cores(), seed)
     with Farm(device or ["local"], trial_timeout) as farm:
@@ -113,10 +119,12 @@ def tune(
 
 
 def require_devices_of(machine: Target, devices: list[str]) -> None:
-    """Raise DanceError where a device is known not to be the target: its times would be taken for the target's."""
+    """Raise DanceError where a device is none, or known not to be the target: its times would be taken for those."""
+    from dance_tvm.device import require_spec
     from dance_tvm.machines.target import load_target
 
     for spec in devices:
+        require_spec(spec)
         if spec == "local" and machine.gpu is None and machine.fingerprint != load_target("host").fingerprint:
             raise DanceError(
                 f"--device local is this machine and not {machine.name}: what is measured here says nothing of it; "
@@ -194,7 +202,8 @@ def _share(tuner: Tuner, workload: Workload, seconds: float) -> float | None:
     known = tuner.unit == "seconds" and 0 < seconds < float("inf") and workload.family != POOL
     if not known or (gpu is not None and gpu.assumed):
         return None
-    return 2e-9 * workload.work / seconds / tuner.target.peak_gflops
+    peak = tuner.target.peak_gflops * (2 if gpu is None and workload.dtype == "float16" else 1)
+    return 2e-9 * workload.work / seconds / peak
 
 
 def _all_layers(tuner: Tuner, which: str) -> float:

@@ -50,9 +50,10 @@ def units(
     sites.
     """
     from dance_tvm.machines.target import load_target
-    from dance_tvm.models.registry import names
+    from dance_tvm.models.registry import names, require_source
 
     machine = load_target(target)
+    require_source(model)
     if machine.gpu is not None:
         raise DanceError(f"{machine.name} is a GPU, whose kernels list single frames and channels: units are for CPUs")
     if out is not None and model not in names():
@@ -137,8 +138,8 @@ def _facts(
     from dance_tvm.schedules.cpu.units import SHARES
 
     layers = [{"layer": name, "kernels": [asdict(kernel) for kernel in kernels]} for name, kernels in found.items()]
-    told = {"network": model, "target": target, "threads": threads, "live_shares": SHARES, "layers": layers}
-    return told | {"sites": [site.model_dump() for site in sites.sites] if sites else None}
+    facts = {"network": model, "target": target, "threads": threads, "live_shares": SHARES, "layers": layers}
+    return facts | {"sites": [site.model_dump() for site in sites.sites] if sites else None}
 
 
 def _print_layers(found: dict[str, list[Serving]], kernels: int) -> None:

@@ -51,6 +51,27 @@ class Columns:
         return self.index[2].astype(np.int32)
 
 
+@dataclass(frozen=True, eq=False)
+class Nonzero:
+    """Which weights of a layer are not zero, where kernels read whole frames of a kernel: bool (C_out, C_in, KT)."""
+
+    alive: NDArray[np.bool_]
+
+    @staticmethod
+    def of(weight: NDArray[np.floating]) -> Nonzero:
+        """Of weights (C_out, C_in, KT, KH, KW)."""
+        return Nonzero((weight != 0).any(axis=(3, 4)))
+
+    def columns(self, gm: int, gn: int, whole: bool) -> Columns:
+        """The columns that groups of ``gm`` filters by ``gn`` channels keep, in a kernel of KT taps; of one tap where
+        all frames are read together (``whole``)."""
+        alive = self.alive.any(axis=2, keepdims=True) if whole else self.alive
+        filters, channels, taps = alive.shape
+        padded = np.pad(alive, [(0, -filters % gm), (0, -channels % gn), (0, 0)])
+        grouped = padded.reshape(-(-filters // gm), gm, -1, gn, taps)
+        return Columns(np.asarray(grouped.any(axis=(1, 3))), channels, gn)
+
+
 def column_run(channels: int, gn: int) -> int:
     """How many columns, of consecutive input channels, always come together."""
     return gn if channels % gn == 0 else 1

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from .geometry import GroupedChannels, Triple, Window
 from .kernel import Kernel
-from .kernel_columns import column_run
+from .kernel_columns import Nonzero, column_run
 from .workload import KERNEL_GROUPS, TYPICAL_DENSITY, Workload
 
 
@@ -28,11 +28,12 @@ class Layer(GroupedChannels):
     """A layer: its shapes, what masks thin, and what its kernel does behind it.
 
     ``positions`` and ``in_positions``: how many clips and frames the mask of output and input positions tells apart.
-    Of a layer whose zero weights are left out, ``group`` is the kernel group, ``columns`` how many columns are left and
-    ``kept`` which share of all columns that is. ``memory`` limits what its kernel takes. ``gate``: its input is
-    multiplied by a value for each clip and channel, then passes the activation ``before``. ``spread``: a transposed
-    convolution's window sees the input's positions so far apart, zeros between them. The other fields are those of
-    :class:`.convolution.Convolution`.
+    Of a layer whose zero weights are left out, ``group`` is the kernel group, ``columns`` how many columns are left,
+    ``kept`` which share of all columns that is, and ``nonzero`` which weights are left, where that is known.
+    ``memory`` limits what its kernel takes. ``gate``: its input is multiplied by a value for each clip and channel,
+    then passes the activation ``before``. ``spread``: a transposed convolution's window sees the input's positions so
+    far apart, zeros between them. ``planar``: its tensors have channels first (N, C, T, H, W). The other fields are
+    those of :class:`.convolution.Convolution`.
     """
 
     window: Window
@@ -53,10 +54,12 @@ class Layer(GroupedChannels):
     group: tuple[int, int] = (1, 1)
     columns: int | None = None
     kept: float = 1.0
+    nonzero: Nonzero | None = None
     memory: Limits = UNLIMITED
     gate: bool = False
     before: str = ""
     spread: Triple | None = None
+    planar: bool = False
 
     @property
     def samples(self) -> int:

@@ -9,13 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import tvm
 from tvm import relax
 
-from dance_tvm.artifact.folder import RUNTIME_VERSIONS, Artifact, BuiltFor, Check, Manifest, Tensor, write_artifact
-from dance_tvm.artifact.linker import shared_library_linker
+from dance_tvm.artifact.folder import RUNTIME_VERSIONS, Artifact, BuiltFor, Check, Manifest, Tensor
 from dance_tvm.artifact.weight_store import MOST_INLINE
 from dance_tvm.compiler.code import compile_lowered
+from dance_tvm.compiler.gpu_code import compile_for_gpu
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.compiler.program import write_program
 from dance_tvm.lowering.lowered import Lowered
@@ -101,18 +100,14 @@ def write(
         memory_peak_bytes=0,
         check=Check(status="not run"),
     )
-    if target.gpu is None:
-        lowered = replace(lowered, weights=weights or {})
-        with TemporaryDirectory() as folder:
-            code = compile_lowered(lowered, target, Options(threads=1), Path(folder))
-            return write_program(
-                out, lowered, code, manifest, target, Options(), most_inline=0 if weights else MOST_INLINE
-            )
-    executable = tvm.compile(lowered.mod, target.tvm_target(1))
-    linker = shared_library_linker(target)
-    return write_artifact(
-        out, lambda path: executable.export_library(str(path), fcompile=linker), weights or {}, manifest
-    )
+    lowered = replace(lowered, weights=weights or {})
+    options = Options(threads=1)
+    with TemporaryDirectory() as folder:
+        if target.gpu is None:
+            code = compile_lowered(lowered, target, options, Path(folder))
+        else:
+            code = compile_for_gpu(lowered, target, options)
+        return write_program(out, lowered, code, manifest, target, options, most_inline=0 if weights else MOST_INLINE)
 
 
 def matmul_case(seed: int = 0) -> tuple[dict[str, np.ndarray], np.ndarray]:

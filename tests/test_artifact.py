@@ -126,6 +126,9 @@ def test_a_folder_that_is_no_artifact_is_told(tmp_path):
         load_artifact(tmp_path)
     with pytest.raises(DanceError, match=r"there is no artifact .*none: `dance-tvm build` writes one"):
         load_artifact(tmp_path / "none")
+    (tmp_path / "letter").write_text("Dear device,")
+    with pytest.raises(DanceError, match="letter is a file: an artifact is the folder"):
+        load_artifact(tmp_path / "letter")
 
 
 def test_another_schema_is_told_as_such(copy):

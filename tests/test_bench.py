@@ -97,6 +97,9 @@ def test_everything_of_a_dynamic_network(sparse, dense, clips, tmp_path):
     assert pair.mac_reduction == pytest.approx((22 * 24 + 8 * 64) / (5 * 24 + 2 * 64))
     assert pair.low <= pair.speed_up <= pair.high
     assert pair.speed_up > 1
+    gains = [his.p50 / our.p50 for our, his in zip(ours.clips, theirs.clips, strict=True)]
+    assert (pair.over_clips.count, pair.over_clips.least, pair.over_clips.most) == (3, min(gains), max(gains))
+    assert 1 < pair.over_clips.mac_reduction < pair.mac_reduction  # the first clip keeps the least
     assert ours.energy.kind == "estimate" or "RAPL" in ours.energy.source
     assert ours.frames == 8
     write_results(tmp_path / "r.json", results)

@@ -30,7 +30,7 @@ from dance_tvm.machines import host
 from dance_tvm.machines.target import load_target
 from dance_tvm.models import names
 from dance_tvm.records.kernel_log import append, log_path, new_record, parse_loosely
-from dance_tvm.sparsity.method import METHODS
+from dance_tvm.sparsity.options import METHODS
 
 HEAVY = re.compile(r"\| +(tvm|torch|scipy|onnx)$", re.MULTILINE)
 
@@ -65,11 +65,23 @@ def command(*words: str, **options) -> subprocess.CompletedProcess[str]:
         (["build", "--model", "c3d-maxi"], 2),
         (["build", "--model", "/nowhere/net.onnx"], 2),
         (["build", "--weights", "/nowhere/net.safetensors"], 2),
+        (["build", "--model", "BOARD.toml"], 2),
+        (["build", "--model", "FINISHED"], 2),
+        (["build", "--out", "FINISHED"], 2),
+        (["build", "--calibrate", "/nowhere/clips.npz"], 2),
         (["build", "--numerics", "exact", "--conv", "winograd"], 2),
         (["tune", "--target", "snapdragon", "--device", "local"], 2),
         (["tune", "--plot", "search.png"], 2),
+        (["tune", "--device", "nowhere"], 2),
+        (["bench", "FINISHED", "--device", "tracker://127.0.0.1:9190"], 2),
+        (["bench", "FINISHED"], 2),
         (["train", "--model", "c3d-maxi"], 2),
         (["train", "--out", "FINISHED"], 2),
+        (["train", "--resume", "--out", "FINISHED"], 2),
+        (["train", "--method", "kgs", "--set", "epsylon=1"], 2),
+        (["export-dstep", "/nowhere/model.safetensors"], 2),
+        (["train", "--method", "dstep", "--model", "resnet-mini", "--print-config"], 0),
+        (["units", "--model", "c3d-maxi"], 2),
         (["bench", "/nowhere"], 2),
         (["run", "/nowhere", "--outputs", "scores.csv"], 2),
     ],
@@ -181,7 +193,7 @@ def test_a_training_is_not_written_over(tmp_path, left, said):
     assert isinstance(refused.exception, DanceError)
     assert said in str(refused.exception)
     assert "--overwrite" in str(refused.exception)
-    train._require_no_run(tmp_path / "another")
+    train._require_place(tmp_path / "another", resume=False, overwrite=False)
 
 
 def test_the_methods_of_training_are_all_offered():
@@ -605,14 +617,16 @@ def test_what_is_built_already_is_kept_until_something_changes(small_network, tm
     )
 
 
-def test_random_weights_are_told(tmp_path, monkeypatch, recwarn):
+def test_random_weights_and_threads_without_cores_are_told(tmp_path, monkeypatch, recwarn):
     from dance_tvm.compiler import build as compiler
 
     monkeypatch.setattr(compiler, "build_network", lambda *_args, **_options: pytest.skip("told before"))
+    words = ["--model", "c3d", "--out", str(tmp_path), "--target", "snapdragon", "--threads", "9"]
     with pytest.raises(pytest.skip.Exception):
-        CliRunner().invoke(build.app, ["--model", "c3d", "--out", str(tmp_path)], catch_exceptions=False)
+        CliRunner().invoke(build.app, words, catch_exceptions=False)
     assert [str(one.message) for one in recwarn if one.category is DanceWarning] == [
-        "c3d is built with random weights: give trained ones with --weights, or train it first"
+        "--threads 9 is more than the 8 cores of snapdragon: they will wait for one another",
+        "c3d is built with random weights: give trained ones with --weights, or train it first",
     ]
 
 

@@ -19,8 +19,8 @@ from dance_tvm.models.resnet import BasicBlock, VideoResNet
 from dance_tvm.sparsity.dance.macs import MacCounter
 from dance_tvm.sparsity.dstep.flops import Needed
 from dance_tvm.sparsity.dstep.network import DStepOptions, Stream
+from dance_tvm.sparsity.rt3d.options import SchemeName
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
-from dance_tvm.sparsity.rt3d.schemes import SchemeName
 
 
 def test_dance_counts_each_layer_as_the_built_network_does() -> None:

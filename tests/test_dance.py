@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from dance_tvm.machines.target import load_target
 from dance_tvm.sparsity import checkpoint, training
 from dance_tvm.sparsity.clips import Batch, Splits
 from dance_tvm.sparsity.dance.adaptors import AdaptorSpatial, AdaptorTemporal
-from dance_tvm.sparsity.dance.controller import AXES, Masks
+from dance_tvm.sparsity.dance.controller import Masks
 from dance_tvm.sparsity.dance.macs import MacCounter
-from dance_tvm.sparsity.dance.method import AAP, controller_of, parse_amount, prune
+from dance_tvm.sparsity.dance.method import AAP, controller_of, prune
+from dance_tvm.sparsity.dance.options import AXES, parse_amount
 from dance_tvm.sparsity.dance.sites import trace
 from dance_tvm.sparsity.dance.start import leave_out_least, refit
 from dance_tvm.sparsity.dance.trained import SHIPPED, load
@@ -36,7 +38,7 @@ from dance_tvm.sparsity.motion_digits import MotionDigits
 from dance_tvm.sparsity.settings import Settings
 from dance_tvm.sparsity.tasks import Classification, Distillation, Logits
 from dance_tvm.sparsity.video import FrameWindows
-from dance_tvm.train import run
+from dance_tvm.train import run, write_export
 
 SHAPE = (1, 8, 16, 16)
 
@@ -451,7 +453,10 @@ def test_small_batches_may_leave_batch_norm_as_it_came(tmp_path: Path) -> None:
     def trained(keep: bool) -> dict[str, Tensor]:
         options = {"target_macs": 0.5, "keep_norm": keep}
         out = tmp_path / str(keep)
-        run(method="aap", model="c3d-mini", data=data, out=out, epochs=1, batch=4, threads=1, options=options)
+        done = run(method="aap", model="c3d-mini", data=data, out=out, epochs=1, batch=4, threads=1, options=options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # attributes that a call would leave behind
+            write_export(done, out / "model.pt2")
         return checkpoint.without_prefix("network", checkpoint.read_checkpoint(out / "model.safetensors")[0])
 
     kept, moved = trained(True), trained(False)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from benchmarks.random_policies import (
     Mix,
@@ -16,10 +18,10 @@ from benchmarks.random_policies import (
     random_policies,
     with_mix,
 )
-from dance_tvm import train
+from dance_tvm import export_dstep, train
 from dance_tvm.core.errors import DanceError
 from dance_tvm.models.resnet import BasicBlock, VideoResNet, resnet18, resnet50, resnet_mini
-from dance_tvm.sparsity.dstep import flops, losses
+from dance_tvm.sparsity.dstep import export, flops, losses
 from dance_tvm.sparsity.dstep.method import DSTEP, load_trained
 from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet, Merged, Stream, merge
 from dance_tvm.sparsity.dstep.policy import Decision, SpatialPolicy, TemporalPolicy, gumbel_sigmoid
@@ -458,3 +460,12 @@ def test_wrong_options_are_told(tmp_path):
         train.run(
             method="dstep", model="c3d-mini", data="motion-digits,train=8,test=8", out=tmp_path, epochs=1, batch=8
         )
+
+
+def test_the_shipped_network_is_exported_to_where_the_user_is(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(export, "export_network", lambda _network, _shape, path, stream: written.append((path, stream)))
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(export_dstep.app, ["--stream"])
+    assert written == [(Path("stream.pt2"), True)]
+    assert done.output == "next: dance-tvm build --model stream.pt2\n"

@@ -15,6 +15,8 @@ from torch import nn
 
 from dance_tvm.artifact import device_code
 from dance_tvm.artifact.folder import Artifact, load_artifact
+from dance_tvm.artifact.gpu_launches import DeviceCode as OpenCLCode
+from dance_tvm.artifact.gpu_launches import Launch, Plan
 from dance_tvm.build import DEFAULT_MODEL
 from dance_tvm.build import app as build_command
 from dance_tvm.compiler import build as compiler
@@ -22,10 +24,7 @@ from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.pipeline import Options
 from dance_tvm.core.cli import start
 from dance_tvm.core.errors import DanceError
-from dance_tvm.device import open_device
-from dance_tvm.device.opencl import DeviceCode as OpenCLCode
-from dance_tvm.device.opencl import Launch, OpenCLSession, Plan
-from dance_tvm.device.placement import compute_device, gpu_failures_explained
+from dance_tvm.device.opencl import OpenCLSession
 from dance_tvm.machines import gpu
 from dance_tvm.machines.target import load_target
 
@@ -67,9 +66,24 @@ def made(tmp_path_factory) -> Callable[..., Artifact]:
     return make
 
 
-def symbols(library: Path) -> set[str]:
-    """Names in the dynamic symbol table, as far as they are text in the file."""
-    return set(re.findall(rb"__tvm_ffi_[A-Za-z0-9_]+", library.read_bytes()))
+def undefined(library: Path) -> set[str]:
+    """What the library asks of those that are loaded beside it, as far as it is TVM's or a driver's."""
+    text = library.read_bytes()
+    return {name.decode() for name in re.findall(rb"(?:TVM|cu|cl)[A-Z][A-Za-z0-9]+(?=\0)", dynamic_names(text))}
+
+
+def dynamic_names(data: bytes) -> bytes:
+    """The table of names of an ELF file's dynamic symbols."""
+    at, size, count = (
+        int.from_bytes(data[begin : begin + width], "little") for begin, width in ((40, 8), (58, 2), (60, 2))
+    )
+    for header in range(at, at + size * count, size):
+        kind, address, length = (
+            int.from_bytes(data[header + i : header + i + w], "little") for i, w in ((4, 4), (24, 8), (32, 8))
+        )
+        if kind == 3 and b"\0dance_model_api\0" in data[address : address + length]:
+            return data[address : address + length]
+    raise AssertionError("no dynamic symbols")
 
 
 @needs_nvrtc
@@ -83,7 +97,7 @@ def test_a_jetson_library_holds_ptx_that_its_driver_takes(made, target, arch, ne
     assert f".version {newest}\n.target {arch}\n".encode() in data
     assert b".visible .entry conv3d_gather_gpu" in data
     assert b"__global__" not in data, "CUDA source was left inside"
-    assert b"__tvm_ffi__library_bin" in symbols(artifact.library)
+    assert undefined(artifact.library) == {"TVMFFIErrorSetRaisedFromCStr"}, "it is weak: TVM's loader may be there"
     facts = artifact.manifest.device_code
     assert (facts.format, facts.architecture, facts.version) == ("ptx", arch, newest)
     text = data[data.index(b".version") :].split(b"\0")[0]
@@ -104,16 +118,9 @@ def test_a_phone_library_holds_opencl_source(made):
     data = artifact.library.read_bytes()
     assert int.from_bytes(data[18:20], "little") == 183
     assert b"__kernel void conv3d_gather_gpu" in data
-    assert b"__tvm_ffi__library_bin" in symbols(artifact.library)
+    assert undefined(artifact.library) == {"TVMFFIErrorSetRaisedFromCStr"}, "it is weak: TVM's loader may be there"
     assert artifact.manifest.device_code.format == "opencl"
     assert "driver" in artifact.manifest.device_code.note
-
-
-def test_cuda_source_says_where_it_is_compiled(made):
-    artifact = made("jetson-nano", device_code="source")
-    assert b"__global__" in artifact.library.read_bytes()
-    assert artifact.manifest.device_code.format == "cuda"
-    assert "nvcc on the device" in artifact.manifest.device_code.note
 
 
 @needs_nvrtc
@@ -142,7 +149,6 @@ def test_the_commands_of_the_readme_build_the_shipped_network(tmp_path, capsys, 
         artifact = load_artifact(out)
         assert artifact.manifest.target.machine == "aarch64"
         assert artifact.manifest.device_code.architecture == ("sm_53" if target == "jetson-nano" else "any")
-        assert "__tvm_ffi__library_bin" in {name.decode() for name in symbols(artifact.library)}
         library = artifact.library.read_bytes()
         assert sign in library
         assert b"conv3d_gather_gpu_io_f32" in library
@@ -153,7 +159,7 @@ def test_the_commands_of_the_readme_build_the_shipped_network(tmp_path, capsys, 
 
 def test_without_a_cuda_compiler_the_build_says_how_to_get_one(tmp_path, monkeypatch):
     monkeypatch.setattr(device_code, "_wheel_file", lambda *_: None)
-    with pytest.raises(DanceError, match=r"there is no CUDA compiler: pip install.*--device-code source"):
+    with pytest.raises(DanceError, match=r"there is no CUDA compiler: pip install"):
         built(tmp_path / "made", "jetson-nano")
     assert not (tmp_path / "made").exists()
 
@@ -166,38 +172,6 @@ def test_ptx_that_the_driver_would_refuse_is_refused_here():
         device_code.assemble(ptx + "\n.visible .entry k2() { nonsense; }\n", "sm_53")
     with pytest.raises(DanceError, match=r"NVRTC cannot compile for sm_53: .*undefined"):
         device_code.compile_ptx('extern "C" __global__ void k() { y = 1; }', "sm_53")
-
-
-class Absent:
-    exist = False
-
-
-def test_a_session_without_the_gpu_is_refused(made):
-    artifact = made("opencl")
-    if artifact.manifest.target.machine != "x86_64":
-        pytest.skip("built for another processor")
-    with (
-        open_device("local") as device,
-        pytest.raises(DanceError, match=r"opencl and this machine has no opencl device"),
-    ):
-        device.load(artifact)
-    with pytest.raises(DanceError, match="phone has no opencl device"):
-        compute_device(artifact.manifest, lambda *_: Absent(), "phone")
-
-
-def test_an_old_driver_and_full_memory_are_told_in_one_sentence(made):
-    manifest = made("jetson-nano", device_code="source").manifest.model_copy(deep=True)
-    manifest.device_code.version = "7.4"
-    with (
-        pytest.raises(DanceError, match=r"driver of nano is too old .* PTX 7.4, which needs a driver for CUDA 11.4"),
-        gpu_failures_explained(manifest, "nano"),
-    ):
-        raise RuntimeError("cuModuleLoadData failed with error: CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
-    with (
-        pytest.raises(DanceError, match=r"nano is out of device memory: .* needs \d+ MiB in a call"),
-        gpu_failures_explained(manifest, "nano"),
-    ):
-        raise RuntimeError("CUDA: out of memory")
 
 
 @needs_opencl

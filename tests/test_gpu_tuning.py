@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from dance_tvm.artifact.gpu_launches import DeviceCode, Launch, Plan
 from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.pipeline import Options
 from dance_tvm.core.cli import start
 from dance_tvm.core.errors import DanceError
-from dance_tvm.device.opencl import DeviceCode, Launch, Plan
 from dance_tvm.lowering.machine import gpu_of
 from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.machines.gpu import opencl_devices

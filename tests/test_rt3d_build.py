@@ -38,7 +38,7 @@ class Small(nn.Module):
 def test_a_pruned_network_computes_exactly_what_pytorch_does(tmp_path: Path) -> None:
     clip = torch.randint(-2, 3, (1, 1, 4, 10, 10), generator=torch.Generator().manual_seed(1)).float()
     with open_device("local") as session:
-        for scheme, gm, gn in [("filter", 8, 4), ("vanilla", 8, 1), ("kgs", 16, 4)]:
+        for scheme, gm, gn in [("filter", 8, 4), ("vanilla", 8, 1), ("kgs", 16, 4), ("slices", 16, 4)]:
             network = Small().eval()
             report = prune_to_rate(network, (clip,), scheme, 2.5, gm, gn)
             with torch.inference_mode():

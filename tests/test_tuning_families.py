@@ -89,6 +89,11 @@ def test_networks_pruned_alike_share_their_records(groups_of_16x4):
     assert one[POOL].pooling == "max"
 
 
+def test_a_network_in_half_precision_has_records_of_its_own():
+    found = layers_of(torch.export.export(Pruned(0), CLIP), load_target("snapdragon"), threads=1, dtype="float16")
+    assert {layer.workload.dtype for layer in found} == {"float16"}
+
+
 def test_what_a_kernel_group_costs_is_in_its_workload():
     work = pruned_workload()
     assert work.kept == 0.25

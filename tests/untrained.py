@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
-from dance_tvm.sparsity.dance.controller import AXES, Axis
 from dance_tvm.sparsity.dance.method import controller_of
+from dance_tvm.sparsity.dance.options import AXES, Axis
 
 
 @torch.no_grad()

@@ -44,12 +44,12 @@ class TwoPaths(nn.Module):
         return self.network([slow, fast])
 
 
-def slowfast(depth: int) -> nn.Module:
-    """pytorchvideo's SlowFast of 50 or 101 layers, its last pools as large as the smaller clips here need."""
+def slowfast(depth: int, frames: int = 8, side: int = 64) -> nn.Module:
+    """pytorchvideo's SlowFast of 50 or 101 layers, its last pools as large as the clip needs."""
     declare_torchvision()
     from pytorchvideo.models.slowfast import create_slowfast
 
-    pools = ((2, 2, 2), (8, 2, 2))
+    pools = ((frames // 4, side // 32, side // 32), (frames, side // 32, side // 32))
     kernel = (7, 1, 1) if depth == 50 else (5, 1, 1)
     return TwoPaths(
         create_slowfast(model_depth=depth, slowfast_fusion_conv_kernel_size=kernel, head_pool_kernel_sizes=pools)

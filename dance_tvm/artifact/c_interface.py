@@ -25,17 +25,12 @@ if TYPE_CHECKING:  # packing needs the sources' place alone, and no TVM
 
 INTERFACE = Path(__file__).with_name("interface")
 HEADER = INTERFACE / "dance_model.h"
-RUNTIME = tuple(
-    INTERFACE / f"{name}.c" for name in ("processor", "threads", "digest", "prepare", "weights", "runtime", "tvm")
-)
+_RUNTIME = ("processor", "threads", "digest", "prepare", "weights", "runtime", "tvm")
+#: What runs the steps, by the target's kind.
+_STEPS = {"llvm": ("processor_steps",), "opencl": ("gpu_steps", "opencl"), "cuda": ("gpu_steps", "cuda")}
 COMPILE_TIMEOUT_S = 300
 
-_PROGRAM, _STORE = "program.c", "store.bin"
-_INLINE_STORE = f"""
-__asm__(
-    "    .section .rodata\\n    .balign 64\\n    .hidden dance_store\\n    .globl dance_store\\n"
-    "dance_store:\\n    .incbin \\"{_STORE}\\"\\n    .previous\\n");
-"""
+_PROGRAM, _STORE, _GPU_CODE = "program.c", "store.bin", "gpu_code.txt"
 #: Extensions of instruction sets that the runtime's own loops gain from, as the target file and the compiler name them.
 _FEATURES = ("avx2", "f16c")
 
@@ -57,14 +52,27 @@ def compile_interface(
 
     What ``cache`` holds is taken from there. Raises DanceError where the compiler is missing or fails.
     """
-    for part in RUNTIME:
-        (folder / part.name).write_bytes(part.read_bytes())
-    (folder / _PROGRAM).write_text(program.source(names, store) + _INLINE_STORE)
+    parts = [f"{name}.c" for name in (*_RUNTIME, *_STEPS[target.tvm["kind"]])]
+    for part in parts:
+        (folder / part).write_bytes((INTERFACE / part).read_bytes())
+    included = {"dance_store": _STORE, **({"dance_gpu_code": _GPU_CODE} if program.gpu else {})}
+    data = "".join(_included(*each) for each in included.items())
+    (folder / _PROGRAM).write_text(program.source(names, store) + data)
     (folder / _STORE).write_bytes(b"".join(store.data) if not store.names and store.size else b"\0")
+    (folder / _GPU_CODE).write_bytes(program.gpu.source.encode() + b"\0" if program.gpu else b"")
     flags = _flags(target)
-    sources = [*(part.name for part in RUNTIME), _PROGRAM]
+    sources = [*parts, _PROGRAM]
     _compile(sources, flags, folder, cache)
     return [str(folder / Path(source).with_suffix(".o")) for source in sources]
+
+
+def _included(symbol: str, file: str) -> str:
+    """C that gives the bytes of a file a name."""
+    return f"""
+__asm__(
+    "    .section .rodata\\n    .balign 64\\n    .hidden {symbol}\\n    .globl {symbol}\\n"
+    "{symbol}:\\n    .incbin \\"{file}\\"\\n    .previous\\n");
+"""
 
 
 def _flags(target: Target) -> list[str]:
@@ -90,7 +98,8 @@ def _compile(sources: Sequence[str], flags: list[str], folder: Path, cache: Cach
 
 def _key(source: Path, flags: list[str]) -> str:
     """A hash of all that the object file follows from."""
-    parts = [source.read_bytes(), (source.parent / _STORE).read_bytes() if source.name == _PROGRAM else b""]
+    included = (_STORE, _GPU_CODE) if source.name == _PROGRAM else ()
+    parts = [source.read_bytes(), *((source.parent / name).read_bytes() for name in included)]
     hashed = hashlib.sha256("\0".join([_rules_sha256(), source.name, *flags]).encode())
     for part in parts:
         hashed.update(hashlib.sha256(part).digest())

@@ -15,12 +15,15 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
+from dance_tvm.artifact.gpu_launches import DeviceCode, Launch
 from dance_tvm.artifact.weight_store import ALIGNMENT, Store, Stored
 from dance_tvm.core.errors import DanceError
 from dance_tvm.schedules.preparation import array_digest
 
 #: What the runtime's `dance_kind` calls a type, by the beginning of its name.
 _KINDS = {"int": 0, "uint": 1, "float": 2, "bfloat": 4, "bool": 6}
+#: Parts of one buffer begin at multiples of this; OpenCL's devices want 128 to 512 (CL_DEVICE_MEM_BASE_ADDR_ALIGN).
+GPU_ALIGNMENT = 512
 _CHECKS = ("vm.builtin.check_tensor_info", "vm.builtin.match_shape")
 
 
@@ -54,6 +57,14 @@ class Step:
     arguments: tuple[View | int | float, ...]
 
 
+@dataclass(frozen=True)
+class Launched:
+    """One launch of a GPU's kernel, with the tensors that it is given."""
+
+    launch: Launch
+    given: tuple[View, ...]
+
+
 @dataclass
 class Storage:
     """A tensor's piece of the arena, in use from step ``first`` to step ``last``."""
@@ -73,6 +84,26 @@ class Program:
     weights: list[np.ndarray] = field(default_factory=list)
     inputs: list[View] = field(default_factory=list)
     outputs: list[View] = field(default_factory=list)
+    gpu: DeviceCode | None = None
+    launches: list[list[Launched]] = field(default_factory=list)
+
+    def run_on_gpu(self, code: DeviceCode) -> None:
+        """Let each step launch its kernels of ``code``; their workspaces take room in the arena."""
+        self.gpu = code
+        for number, step in enumerate(self.steps):
+            plan = code.plans[step.kernel]
+            spaces = {name: self._workspace(size, number) for name, size in plan.workspaces.items()}
+            given = [
+                [spaces[ref] if isinstance(ref, str) else step.arguments[ref] for ref in launch.arguments]
+                for launch in plan.launches
+            ]
+            views = [tuple(each for each in row if isinstance(each, View)) for row in given]
+            self.launches.append([Launched(*each) for each in zip(plan.launches, views, strict=True)])
+        _lay_out(self.storages, GPU_ALIGNMENT)
+
+    def _workspace(self, size: int, step: int) -> View:
+        self.storages.append(Storage(size, step, step))
+        return View(Place("IN_ARENA", len(self.storages) - 1), (size,), "uint8")
 
     @property
     def arena_bytes(self) -> int:
@@ -95,14 +126,15 @@ class Program:
 
 @dataclass(frozen=True)
 class Names:
-    """What the table calls things: inputs, outputs; a line that describes the build; threads; and the instruction sets
-    that a processor must have, as Linux names them."""
+    """What the table calls things: inputs, outputs; a line that describes the build; threads; the instruction sets that
+    a processor must have, as Linux names them; and the architecture of an NVIDIA GPU."""
 
     inputs: list[str]
     outputs: list[str]
     description: str
     threads: int
     instructions: list[str]
+    architecture: str = ""
 
 
 def program_of(mod: tvm.IRModule, weights: Sequence[np.ndarray] = ()) -> Program:
@@ -227,7 +259,7 @@ def _bits(dtype: str) -> int:
     return 8 if dtype == "bool" else int("".join(each for each in dtype if each.isdigit()))
 
 
-def _lay_out(storages: list[Storage]) -> None:
+def _lay_out(storages: list[Storage], alignment: int = ALIGNMENT) -> None:
     """Give each storage the lowest offset where no other one lies that is in use at the same time, large ones first."""
     placed: list[Storage] = []
     for storage in sorted((each for each in storages if each.first >= 0), key=lambda each: -each.bytes):
@@ -236,7 +268,7 @@ def _lay_out(storages: list[Storage]) -> None:
             meets = other.first <= storage.last and storage.first <= other.last
             if meets and at < other.offset + other.bytes and other.offset < at + storage.bytes:
                 end = other.offset + other.bytes
-                at = end + (-end % ALIGNMENT)
+                at = end + (-end % alignment)
         storage.offset = at
         placed.append(storage)
 
@@ -252,6 +284,7 @@ class _Printer:
             *program.inputs,
             *program.outputs,
             *(a for s in program.steps for a in s.arguments if isinstance(a, View)),
+            *(view for step in program.launches for each in step for view in each.given),
         ]:
             self._tensors.setdefault(view, len(self._tensors))
         for view in self._tensors:
@@ -262,7 +295,7 @@ class _Printer:
         """The whole file."""
         program, names = self.program, self.names
         arguments = [each for step in program.steps for each in step.arguments]
-        kernels = dict.fromkeys(step.kernel for step in program.steps)
+        kernels = {} if program.gpu else dict.fromkeys(step.kernel for step in program.steps)
         outputs = ", ".join(str(self._tensors[view]) for view in program.outputs)
         parts = [
             '#include "program.h"',
@@ -277,6 +310,7 @@ class _Printer:
             _table("program_argument", "arguments", [self._argument(each) for each in arguments]),
             _table("program_step", "steps", self._steps()),
             *self._weights(),
+            *self._gpu(),
             _table(
                 "dance_tensor",
                 "inputs",
@@ -305,8 +339,29 @@ class _Printer:
             f"    {names.threads}, {program.arena_bytes}u,\n"
             f"    tensors, {len(self._tensors)}, arguments, {arguments}, steps, {len(program.steps)},\n"
             f"    weights, {len(store.tensors)}, {where[0]}, {where[1]}u, {where[2]},\n"
-            f"    inputs, {len(program.inputs)}, {outputs}}};"
+            f"    inputs, {len(program.inputs)}, {outputs}, {'&gpu' if program.gpu else 'NULL'}}};"
         )
+
+    def _gpu(self) -> list[str]:
+        """A GPU's launches, what they are given, and its code, which stands in a file of its own."""
+        code = self.program.gpu
+        if code is None:
+            return []
+        launches = [each for step in self.program.launches for each in step]
+        rows, first = [], 0
+        for each in launches:
+            blocks, threads = (f"{{{', '.join(map(str, size))}}}" for size in (each.launch.grid, each.launch.block))
+            rows.append(f"{{{_quoted(each.launch.kernel)}, {first}, {len(each.given)}, {blocks}, {threads}}}")
+            first += len(each.given)
+        given = ", ".join(str(self._tensors[view]) for each in launches for view in each.given) or "0"
+        half = int("cl_khr_fp16" in code.source)
+        return [
+            _table("gpu_launch", "launches", rows),
+            f"static const int32_t given[] = {{{given}}};",
+            "extern const char dance_gpu_code[] HIDDEN;",
+            f"static const gpu_code gpu = {{dance_gpu_code, {_quoted(self.names.architecture)}, {half}, launches, "
+            f"{len(launches)}, given}};",
+        ]
 
     def _weights(self) -> list[str]:
         """The weights' table, the numbers that it points to, and the hash of the file that holds them."""
@@ -343,12 +398,14 @@ class _Printer:
         return f"{{INTEGER, 0, {value}, 0}}" if isinstance(value, int) else f"{{REAL, 0, 0, {value!r}}}"
 
     def _steps(self) -> list[str]:
-        found, first = [], 0
+        found, first, launch = [], 0, 0
         for number, step in enumerate(self.program.steps):
-            call = f"__tvm_ffi_{step.kernel}, {_quoted(step.kernel)}, {first}, {len(step.arguments)}"
+            call = "NULL" if self.program.gpu else f"__tvm_ffi_{step.kernel}"
             free, free_bytes = self.program.free_during(number)
-            found.append(f"{{{call}, {free}u, {free_bytes}u}}")
-            first += len(step.arguments)
+            launches = len(self.program.launches[number]) if self.program.gpu else 0
+            place = f"{_quoted(step.kernel)}, {first}, {len(step.arguments)}, {free}u, {free_bytes}u"
+            found.append(f"{{{call}, {place}, {launch}, {launches}}}")
+            first, launch = first + len(step.arguments), launch + launches
         return found
 
     def _named(self, name: str, view: View) -> str:

@@ -1,6 +1,6 @@
 """Compile a GPU's code when the artifact is built, not when it is loaded.
 
-TVM's wheel leaves CUDA source in the library, to be compiled by whoever loads it. Boards such as the Jetson Nano have
+TVM makes CUDA source. Boards such as the Jetson Nano have
 no compiler that could, so NVRTC (the ``gpu`` extra) compiles it here to PTX, as old a version as the board's driver
 needs, and ptxas checks it for the board's architecture. OpenCL has no such form: its source travels, and the phone's
 driver compiles it when the artifact is loaded.
@@ -73,31 +73,35 @@ class KernelFacts:
     spills: int
 
 
-def embed_device_code(
-    executable: Any, target: Target, compiled: bool = True
-) -> tuple[dict[str, Any], DeviceCode | None]:
-    """Arguments for ``export_library`` that put the device code into the library, and what it is; none for a CPU.
-
-    ``compiled``: CUDA source is compiled to PTX here. Raises DanceError where there is no compiler, or where the code
-    cannot be had in a PTX version that the target's driver takes.
-    """
-    if target.gpu is None:
-        return {}, None
-    kind = target.tvm["kind"]
-    if kind != "cuda":
-        note = f"compiled by the device's driver when the artifact is loaded ({target.gpu.driver})"
-        return {}, DeviceCode(format="opencl", architecture="any", version="", note=note)
+def described(code: str, target: Target) -> DeviceCode:
+    """What the manifest says of the ``code`` of a GPU."""
+    assert target.gpu is not None
+    if target.tvm["kind"] != "cuda":
+        note = f"compiled by the device's driver when a model is created ({target.gpu.driver})"
+        return DeviceCode(format="opencl", architecture="any", version="", note=note)
+    note = "checked by ptxas" if _ptxas() else "not checked: the nvidia-cuda-nvcc-cu11 wheel is not installed"
     arch = str(target.tvm["arch"])
-    if not compiled:
-        note = "compiled when the artifact is loaded, by nvcc on the device (tvm.support.nvcc, Python and headers)"
-        return {}, DeviceCode(format="cuda", architecture=arch, version="", note=note)
-    ptx = compile_ptx(cuda_source(executable.mod), arch, target.gpu.ptx)
-    checked = _ptxas() is not None
-    if checked:
+    return DeviceCode(format="ptx", architecture=arch, version=_version(code), note=f"{note}; the driver assembles it")
+
+
+def ptx_for(source: str, target: Target) -> str:
+    """PTX of CUDA source in a version that the target's driver takes, checked by ptxas where that is installed.
+
+    Raises DanceError where there is no compiler, or where the code cannot be had in that version.
+    """
+    assert target.gpu is not None
+    arch = str(target.tvm["arch"])
+    ptx = compile_ptx(source, arch, target.gpu.ptx)
+    if _ptxas() is not None:
         assemble(ptx, arch)
-    note = "checked by ptxas" if checked else "not checked: the nvidia-cuda-nvcc-cu11 wheel is not installed"
-    facts = DeviceCode(format="ptx", architecture=arch, version=_version(ptx), note=f"{note}; the driver assembles it")
-    return {"fpack_imports": _packer(ptx, target_triple(target))}, facts
+    return ptx
+
+
+def embed_ptx(executable: Any, target: Target) -> dict[str, Any]:
+    """Of a CUDA target: arguments for TVM's ``export_library`` that put PTX in the place of CUDA source."""
+    if target.tvm["kind"] != "cuda":
+        return {}
+    return {"fpack_imports": _packer(ptx_for(cuda_source(executable.mod), target), target_triple(target))}
 
 
 def cuda_source(module: Any) -> str:
@@ -199,7 +203,7 @@ def _wheel_file(package: str, pattern: str) -> Path | None:
 def _nvrtc() -> ctypes.CDLL:
     path = _wheel_file("cuda_nvrtc", "lib/libnvrtc.so.*")
     if path is None:
-        raise DanceError(f"there is no CUDA compiler: {_WHEELS}, or build with --device-code source")
+        raise DanceError(f"there is no CUDA compiler: {_WHEELS}")
     return ctypes.CDLL(str(path))
 
 

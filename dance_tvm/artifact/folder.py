@@ -32,7 +32,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.machines.host import cpu_flags
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 _SHOWN_OUTPUTS = 8  # in words; the manifest lists all
 
 LIBRARY, WEIGHTS = "model.so", "weights.safetensors"
@@ -137,9 +137,9 @@ class Check(_Strict):
 
 
 class DeviceCode(_Strict):
-    """A GPU's code inside the library: PTX, or source that ``note`` says where is compiled."""
+    """A GPU's code inside the library: PTX, or source that the device's driver compiles."""
 
-    format: Literal["ptx", "cuda", "opencl"]
+    format: Literal["ptx", "opencl"]
     architecture: str
     version: str
     note: str
@@ -179,14 +179,14 @@ class Manifest(_Strict):
     seal: str = ""
 
     @property
-    def is_program(self) -> bool:
-        """Whether the library is a program of its own with a C interface; a GPU's is run by TVM's virtual machine."""
-        return self.target.tvm.get("kind") == "llvm"
+    def is_for_gpu(self) -> bool:
+        """Whether the network runs on a GPU."""
+        return self.target.tvm.get("kind") != "llvm"
 
     @property
     def tolerance(self) -> float:
         """Largest difference allowed from the source, as a share of an output's largest value."""
-        if self.options.get("dtype") == "float16" and self.is_program:
+        if self.options.get("dtype") == "float16" and not self.is_for_gpu:
             return HALF_ON_PROCESSOR
         halved = "float16" in (self.options.get("dtype"), self.options.get("weights_dtype"))
         return HALF_TOLERANCE if halved else TOLERANCE
@@ -375,14 +375,23 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     path.replace(folder / MANIFEST)
 
 
+def require_artifact(folder: Path) -> None:
+    """Raise DanceError where ``folder`` is no artifact; whether it is whole is for `load_artifact` to say."""
+    if folder.is_file():
+        raise DanceError(f"{folder} is a file: an artifact is the folder that `dance-tvm build` writes")
+    if not folder.is_dir():
+        raise DanceError(f"there is no artifact {folder}: `dance-tvm build` writes one")
+    if not (folder / MANIFEST).exists():
+        raise DanceError(f"{folder} holds no {MANIFEST}: it is not an artifact of dance-tvm build")
+
+
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
-    except FileNotFoundError:
-        if not folder.is_dir():
-            raise DanceError(f"there is no artifact {folder}: `dance-tvm build` writes one") from None
-        raise DanceError(f"{folder} holds no {MANIFEST}: it is not an artifact of dance-tvm build") from None
+    except (FileNotFoundError, NotADirectoryError):
+        require_artifact(folder)
+        raise
     except OSError as error:
         raise DanceError(f"{path} cannot be read: {error.strerror}") from None
     damaged = DanceError(f"{path} is damaged: its seal does not fit; build the artifact again")

@@ -32,6 +32,7 @@ class KernelInfo(BaseModel):
     those of the first. ``parts``: the kernels that a function of joined small ones runs, in order. ``macs``:
     multiply-accumulates of a call, padding left out, where they are the same in every call. ``taps``: of a convolution
     that asks masks without lists, the taps that each output reads inside the clip, along frames, rows and columns.
+    ``planar``: its tensors have channels first.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -43,6 +44,7 @@ class KernelInfo(BaseModel):
     parts: list[str] = []
     macs: int | None = None
     taps: list[list[int]] = []
+    planar: bool = False
 
     @property
     def is_free_choice(self) -> bool:

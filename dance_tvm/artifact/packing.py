@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from dance_tvm.artifact.c_interface import HEADER, INTERFACE
-from dance_tvm.artifact.folder import LIBRARY, WEIGHTS, Artifact
+from dance_tvm.artifact.folder import ARCHIVE, LIBRARY, WEIGHTS, Artifact
 from dance_tvm.core.errors import DanceError
 
 Format = Literal["c", "android", "wheel"]
@@ -33,14 +33,20 @@ def load(threads=None, **options):
     return Model(Path(__file__).parent, threads, **options)
 """
 
+#: An app may open a phone's OpenCL only where its manifest says so (Android 12 and newer).
+_ANDROID_MANIFEST = """<manifest xmlns:android="http://schemas.android.com/apk/res/android">
+  <application>
+    <uses-native-library android:name="libOpenCL.so" android:required="false" />
+  </application>
+</manifest>
+"""
+
 
 def pack(artifact: Artifact, out: Path, form: Format, version: str = "1.0.0") -> Path:
     """Write the verified ``artifact`` to ``out`` in the given form; gives the folder or file written.
 
-    Raises DanceError where the artifact has no C interface, does not fit the form, or ``out`` exists.
+    Raises DanceError where the artifact does not fit the form, or ``out`` exists.
     """
-    if not artifact.manifest.is_program:
-        raise DanceError(f"{artifact.path} has no C interface: it is built for a GPU")
     forms: dict[str, Callable[[Artifact, Path], None]] = {"c": _c, "android": _android}
     if form == "wheel":
         return _wheel(artifact, out, version)
@@ -67,7 +73,8 @@ def _files(artifact: Artifact) -> list[Path]:
 
 
 def _c(artifact: Artifact, out: Path) -> None:
-    _copy(out, *_files(artifact), INTERFACE / "CMakeLists.txt")
+    static = [artifact.path / ARCHIVE] if ARCHIVE in artifact.manifest.files else []
+    _copy(out, *_files(artifact), *static, INTERFACE / "CMakeLists.txt")
     _copy(out / "include", HEADER)
 
 
@@ -83,9 +90,7 @@ def _android(artifact: Artifact, out: Path) -> None:
     _copy(main / "java/org/dance", sources / "DanceModel.java")
     _copy(main / "jniLibs/arm64-v8a", artifact.library)
     (main / "jniLibs/arm64-v8a" / LIBRARY).rename(main / "jniLibs/arm64-v8a/libdance_network.so")
-    (main / "AndroidManifest.xml").write_text(
-        '<manifest xmlns:android="http://schemas.android.com/apk/res/android" />\n'
-    )
+    (main / "AndroidManifest.xml").write_text(_ANDROID_MANIFEST)
     if artifact.manifest.parameters:
         _copy(main / "assets", artifact.path / WEIGHTS)
 

@@ -23,7 +23,7 @@ from dance_tvm.benchmarking.clips import (
 )
 from dance_tvm.benchmarking.layers import profile
 from dance_tvm.benchmarking.loading import measure_loading
-from dance_tvm.benchmarking.measure import Contender, Inputs, in_turns, single_stream
+from dance_tvm.benchmarking.measure import Contender, in_turns, single_stream
 from dance_tvm.benchmarking.plan import Entry, Plan, Role, shapes_of
 from dance_tvm.benchmarking.results import (
     Alive,
@@ -31,6 +31,7 @@ from dance_tvm.benchmarking.results import (
     Device,
     Energy,
     Measured,
+    OverClips,
     Pair,
     Picture,
     Profile,
@@ -44,7 +45,7 @@ from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.device import DeviceSession, open_device
 from dance_tvm.machines.target import Target, load_target
 
-CLIP_RUNS = 5
+CLIP_ROUNDS, CLIP_RUNS = 3, 3
 ENERGY_RUNS = 5
 PROFILE_RUNS = 7
 EXPLAINED_BOUND = 0.2
@@ -123,6 +124,7 @@ def _on_device(
             sensing.cool_down(session.sensors, before, plan.cool_down)
 
     in_turns(contenders, plan.runs, plan.seconds, between)
+    _time_clips(entries)
     measured = []
     for entry in entries:
         progress(f"{spec}: looking into {entry.artifact.path}")
@@ -181,7 +183,7 @@ def _measured(plan: Plan, session: DeviceSession, entry: Entry) -> Measured:
     manifest, contender = entry.artifact.manifest, entry.contender
     latency = contender.figures()
     profiled = _profile(entry) if plan.layers else None
-    looked = [_clip(name, inputs, entry, plan) for name, inputs in entry.clips]
+    looked = [_clip(place, entry, plan) for place in range(len(entry.clips))]
     clips = [clip for clip, _ in looked]
     target = _target_of(entry.artifact)
     known = None
@@ -232,11 +234,23 @@ def _profile(entry: Entry) -> Profile | None:
     return found
 
 
-def _clip(name: str, inputs: Inputs, entry: Entry, plan: Plan) -> tuple[Clip, Profile | None]:
+def _time_clips(entries: Sequence[Entry]) -> None:
+    """Time every clip on all artifacts in turns: what disturbs the machine disturbs all alike."""
+    for place in range(max(len(entry.clips) for entry in entries)):
+        able = [entry for entry in entries if place < len(entry.clips)]
+        for entry in able:
+            entry.contender.network.time(entry.clips[place][1], 1)
+            entry.clip_seconds.append([])
+        for _ in range(CLIP_ROUNDS):
+            for entry in able:
+                entry.clip_seconds[place] += entry.contender.network.time(entry.clips[place][1], CLIP_RUNS)
+
+
+def _clip(place: int, entry: Entry, plan: Plan) -> tuple[Clip, Profile | None]:
     """A clip's latency, and what its index lists kept."""
     network, manifest = entry.contender.network, entry.artifact.manifest
-    network.time(inputs, 1)
-    p50, p90 = np.percentile(network.time(inputs, CLIP_RUNS), [50, 90])
+    name, inputs = entry.clips[place]
+    p50, p90 = np.percentile(entry.clip_seconds[place], [50, 90])
     seen = None
     if plan.layers and manifest.macs:
         with contextlib.suppress(DanceError):  # the profile's own note says why there is none
@@ -316,9 +330,26 @@ def _pairs(spec: str, entries: Sequence[Entry], measured: Sequence[Measured]) ->
                 high=ratio[2],
                 mac_reduction=_quotient(theirs.executed_macs, ours.executed_macs),
                 energy_ratio=_energy_ratio(theirs.energy, ours.energy),
+                over_clips=_over_clips(ours.clips, theirs.clips),
             )
         )
     return pairs
+
+
+def _over_clips(sparse: Sequence[Clip], dense: Sequence[Clip]) -> OverClips | None:
+    """What all clips gain; None where there is one, or not the same ones."""
+    if len(sparse) < 2 or [clip.name for clip in sparse] != [clip.name for clip in dense]:
+        return None
+    gains = np.array([theirs.p50 / ours.p50 for ours, theirs in zip(sparse, dense, strict=True)])
+    saved = [_quotient(theirs.executed_macs, ours.executed_macs) for ours, theirs in zip(sparse, dense, strict=True)]
+    known = [each for each in saved if each is not None]
+    return OverClips(
+        count=len(gains),
+        speed_up=float(np.exp(np.log(gains).mean())),
+        least=float(gains.min()),
+        most=float(gains.max()),
+        mac_reduction=float(np.exp(np.log(known).mean())) if len(known) == len(gains) else None,
+    )
 
 
 def _quotient(above: float | None, below: float | None) -> float | None:

@@ -57,6 +57,7 @@ class Entry:
     clips: NamedClips
     notes: list[str] = field(default_factory=list)
     calls: list[KernelTime] = field(default_factory=list)
+    clip_seconds: list[list[float]] = field(default_factory=list)
 
     @property
     def input(self) -> str:

@@ -195,8 +195,20 @@ class Measured(_Strict):
         return statistics.correlation(*zip(*known, strict=True))
 
 
+class OverClips(_Strict):
+    """Sparse against dense over ``count`` clips: geometric means, and the speed-ups of the clips that gain the least
+    and the most."""
+
+    count: int
+    speed_up: float
+    least: float
+    most: float
+    mac_reduction: float | None
+
+
 class Pair(_Strict):
-    """Sparse against dense, measured in turns: ratios above 1 are gains, with the 95% interval of the speed-up."""
+    """Sparse against dense, measured in turns on the first input: ratios above 1 are gains, with the 95% interval of
+    the speed-up; and over all clips, where there are several."""
 
     device: str
     sparse: str
@@ -206,11 +218,13 @@ class Pair(_Strict):
     high: float
     mac_reduction: float | None
     energy_ratio: float | None = None
+    over_clips: OverClips | None = None
 
     @property
     def efficiency(self) -> float | None:
         """Speed-up gained for each fold of work saved."""
-        return self.speed_up / self.mac_reduction if self.mac_reduction else None
+        basis = self.over_clips or self
+        return basis.speed_up / basis.mac_reduction if basis.mac_reduction else None
 
 
 class Peer(_Strict):

@@ -29,7 +29,7 @@ from dance_tvm.artifact.folder import (
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.artifact.staging import require_writable
 from dance_tvm.compiler.code import compile_lowered
-from dance_tvm.compiler.gpu_code import compile_for_gpu, write_for_gpu
+from dance_tvm.compiler.gpu_code import compile_for_gpu
 from dance_tvm.compiler.pipeline import Measure, Options, lower
 from dance_tvm.compiler.program import write_program
 from dance_tvm.compiler.requests import (
@@ -145,11 +145,7 @@ def build_network(
         return _with_best_dtype(build, machine, options, check)
     source = load_target(logs_from) if logs_from else None
     chosen = _settled(options, machine, threads, debug_dump, source)
-    require_buildable(machine, chosen.dtype)  # this and the next fail before any work is done
-    require_program(machine, chosen.weights_dtype, chosen.prepared, chosen.static)
-    if layer_errors:
-        require_layers_seen(machine)
-    require_writable(out)
+    _require(machine, chosen, layer_errors, out)
     machine = machine.storing(chosen.dtype)
     clock = _Clock(on_phase)
 
@@ -167,10 +163,10 @@ def build_network(
             if machine.gpu and lowered is None:
                 lowered = lower(imported.mod, machine, chosen, clock.start)
             clock.start("check")
-            told: dict[str, Any] = {"insist": check is True, "given": given, "reference": reference}
+            arguments: dict[str, Any] = {"insist": check is True, "given": given, "reference": reference}
             if lowered is not None and machine.gpu:
-                return check_kernels(artifact, lowered, imported, **told)
-            return check_artifact(artifact, imported, on_phase=clock.start, **told)
+                return check_kernels(artifact, lowered, imported, **arguments)
+            return check_artifact(artifact, imported, on_phase=clock.start, **arguments)
 
         if reuse and not layer_errors and (standing := _made_of(out, manifest)):
             if check is not False and not was_checked(standing.manifest.check, given):
@@ -183,6 +179,15 @@ def build_network(
         errors = _layer_errors(artifact, lowered, imported, given, clock) if layer_errors else None
         clock.start("")
         return Built(artifact, clock.seconds, _peak_memory(), errors)
+
+
+def _require(machine: Target, chosen: Options, layer_errors: bool, out: str | Path) -> None:
+    """Raise DanceError, before any work is done, for what cannot be built or written."""
+    require_buildable(machine, chosen.dtype)
+    require_program(machine, chosen.weights_dtype, chosen.prepared, chosen.static)
+    if layer_errors:
+        require_layers_seen(machine)
+    require_writable(out)
 
 
 def _settled(
@@ -203,21 +208,20 @@ def _compiled(
     manifest: Manifest,
     machine: Target,
     options: Options,
-    told: tuple[Callable[[Artifact], Check] | None, dict[str, np.ndarray]],
+    check: tuple[Callable[[Artifact], Check] | None, dict[str, np.ndarray]],
     clock: _Clock,
 ) -> Artifact:
-    """The artifact of ``lowered``, written once it passed the check that ``told`` begins with."""
+    """The artifact of ``lowered``, written once it passed ``check``: a check, and the answers that it keeps."""
     clock.start("compile")
-    if machine.gpu:
-        gpu_code = compile_for_gpu(lowered, machine, options)
-        _describe(manifest, lowered, gpu_code.planned, options)
-        clock.start("link")
-        return write_for_gpu(out, lowered, gpu_code, manifest, machine, options, *told)
     with tempfile.TemporaryDirectory(prefix="dance_tvm_kernels_") as folder:
-        code = compile_lowered(lowered, machine, options, Path(folder))
+        code = (
+            compile_for_gpu(lowered, machine, options)
+            if machine.gpu
+            else compile_lowered(lowered, machine, options, Path(folder))
+        )
         _describe(manifest, lowered, code.planned, options)
         clock.start("link")
-        return write_program(out, lowered, code, manifest, machine, options, *told)
+        return write_program(out, lowered, code, manifest, machine, options, *check)
 
 
 def _layer_errors(
@@ -272,8 +276,8 @@ def _made_of(out: str | Path, manifest: Manifest) -> Artifact | None:
         standing = load_artifact(out)
     except DanceError:
         return None
-    told = ("name", "preprocess", "source_sha256", "inputs", "outputs", "target", "options", "versions")
-    same = all(getattr(standing.manifest, key) == getattr(manifest, key) for key in told)
+    keys = ("name", "preprocess", "source_sha256", "inputs", "outputs", "target", "options", "versions")
+    same = all(getattr(standing.manifest, key) == getattr(manifest, key) for key in keys)
     return standing if same else None
 
 

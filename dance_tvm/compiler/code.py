@@ -1,4 +1,4 @@
-"""From a lowered module to machine code for a processor: memory planned, kernels as object files."""
+"""From a lowered module to machine code: memory planned, a processor's kernels as object files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import tvm
 from tvm import relax
 from tvm.relax import vm_build
 
+from dance_tvm.artifact.folder import DeviceCode as Told
+from dance_tvm.artifact.gpu_launches import DeviceCode
 from dance_tvm.artifact.linker import join_objects, target_triple
 from dance_tvm.compiler.kernel_cache import KernelCache
 from dance_tvm.compiler.kernels import compile_kernels
@@ -20,10 +22,14 @@ from dance_tvm.machines.target import Target
 
 @dataclass(frozen=True)
 class Code:
-    """``planned`` is the module whose memory is planned, ``kernels`` are object files with all of its kernels."""
+    """``planned`` is the module whose memory is planned, ``kernels`` are object files with all of its kernels.
+
+    For a GPU there are none, and ``gpu`` is their code, which ``told`` describes."""
 
     planned: tvm.IRModule
     kernels: list[str]
+    gpu: DeviceCode | None = None
+    told: Told | None = None
 
 
 def compile_lowered(lowered: Lowered, machine: Target, options: Options, folder: Path) -> Code:

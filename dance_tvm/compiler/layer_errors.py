@@ -76,8 +76,8 @@ def layer_errors(artifact: Artifact, lowered: Lowered, arrays: Arrays) -> LayerE
         expected = _arranged(source.get(calls[layer.info.name].source), layer)
         if expected is not None:
             errors.append(_compared(layer, expected))
-    told = {error.layer for error in errors}
-    return LayerErrors(errors, [layer.name for layer in artifact.manifest.layers if layer.name not in told])
+    compared = {error.layer for error in errors}
+    return LayerErrors(errors, [layer.name for layer in artifact.manifest.layers if layer.name not in compared])
 
 
 def _seen(artifact: Artifact, arrays: Arrays) -> list[_Written]:
@@ -110,7 +110,7 @@ def _values(
     named = dict(zip(kernel["operands"], map(serve.Seen.of, tensors), strict=True))
     if "y" not in named:
         return None
-    whole = named["y"].numpy()
+    whole = serve.result_of(kernel, named)
     alive, channels = np.ones(whole.shape[:-1], bool), None
     if kernel["kind"] == serve.CONVOLUTION:
         if (found := serve.executed(kernel, named)) is None:

@@ -1,4 +1,4 @@
-"""The artifact of a CPU target: kernels, ``main`` as a table, and what runs it, linked into one library without TVM."""
+"""An artifact: kernels, ``main`` as a table, and what runs it, linked into one library without TVM."""
 
 from __future__ import annotations
 
@@ -58,6 +58,9 @@ def program_objects(
     """The weights of a program and the object files to link, those of them that are new in ``folder``; ``manifest`` is
     told what memory a call takes."""
     program = program_of(code.planned, list(lowered.weights.values()))
+    if code.gpu is not None:
+        program.run_on_gpu(code.gpu)
+    manifest.device_code = code.told
     manifest.memory_peak_bytes = program.arena_bytes + sum(array.nbytes for array in program.weights)
     sources = {} if options.prepared else lowered.sources
     store = store_of(program.weights, sources, most_inline, halve=options.weights_dtype == "float16")
@@ -67,6 +70,7 @@ def program_objects(
         f"{manifest.name} for {machine.name}, dance_tvm {manifest.versions.get('dance-tvm', '')}",
         manifest.target.threads,
         manifest.target.cpu_features,
+        str(machine.tvm.get("arch", "")),
     )
     cache = KernelCache() if options.cache else None
     return store, [*compile_interface(program, store, names, machine, folder, cache), *code.kernels]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dance_tvm.artifact.preprocess import Preprocess
@@ -13,24 +14,20 @@ from dance_tvm.models import registry
 #: Architectures that kernels, linker and artifacts know, and what begins the triples of their code.
 MACHINES = {"x86_64": ("x86_64",), "aarch64": ("aarch64", "arm64")}
 KINDS = ("llvm", "cuda", "opencl")
-NETWORK_FILES = (".pt2", ".onnx")
 
 
-def require_model(model: str) -> None:
-    """Raise DanceError for a file that is not there or a network that the zoo has not; the file's content is its
-    reader's."""
-    path = Path(model)
-    if path.suffix in NETWORK_FILES:
-        if not path.is_file():
-            raise DanceError(f"there is no model file {path}: check the path")
-    elif not path.suffix:
-        registry.entry(model)
+def require_files(options: Mapping[str, Path | Sequence[Path] | None]) -> None:
+    """Raise DanceError for files, by the option that names them, that are not there."""
+    for option, given in options.items():
+        for path in [given] if isinstance(given, Path) else given or []:
+            if not path.is_file():
+                raise DanceError(f"there is no file {path} ({option}): check the path")
 
 
-def require_weights(weights: Path | None) -> None:
-    """Raise DanceError for a file of weights that is not there."""
-    if weights is not None and not weights.is_file():
-        raise DanceError(f"there is no file of weights {weights}: check the path")
+def require_logs(logs: Path | None) -> None:
+    """Raise DanceError for a folder of tuning logs that is not there."""
+    if logs is not None and not logs.is_dir():
+        raise DanceError(f"there is no folder of tuning logs {logs}: `dance-tvm tune --logs` makes one")
 
 
 def require_agreement(numerics: str, conv: str) -> None:
@@ -97,5 +94,5 @@ def is_untrained(model: str, weights: Path | None) -> bool:
 def default_out(model: str, target: Target) -> Path:
     """Where a build goes unless told: ``model.pt2``, as every training leaves one, is named after its folder."""
     path = Path(model)
-    named = path.absolute().parent.name if path.suffix in NETWORK_FILES and path.stem == "model" else path.stem
+    named = path.absolute().parent.name if path.suffix in registry.NETWORK_FILES and path.stem == "model" else path.stem
     return Path("artifacts") / f"{named}-{target.name}"

@@ -14,8 +14,8 @@ from tvm import tirx
 from tvm.target import Target
 from tvm.tirx.build import codegen_build, split_host_device_mods
 
+from dance_tvm.artifact.gpu_launches import DeviceCode, Launch, Plan, Ref
 from dance_tvm.core.errors import DanceError
-from dance_tvm.device.opencl import DeviceCode, Launch, Plan, Ref
 from dance_tvm.schedules.geometry import triple
 
 #: Where a data pointer and the device lie in TVM's packed arguments (`tvm_struct_get`'s field numbers).

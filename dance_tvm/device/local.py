@@ -26,7 +26,7 @@ class LocalSession(DeviceSession):
     name = "local"
 
     def __init__(self) -> None:
-        self._is_pinned, self._threads = False, _asked_threads()
+        self._threads = _asked_threads()
 
     def facts(self) -> dict[str, Any]:
         return serve.describe()
@@ -39,20 +39,11 @@ class LocalSession(DeviceSession):
             os.sched_setaffinity(0, cpus or os.sched_getaffinity(0))
         except (OSError, ValueError):
             raise DanceError(f"this machine has no CPUs {cpus}: it has {sorted(os.sched_getaffinity(0))}") from None
-        self._is_pinned, self._threads = True, threads or (len(cpus) if cpus else _asked_threads())
+        self._threads = threads or (len(cpus) if cpus else _asked_threads())
 
     def load(self, artifact: Artifact) -> LoadedNetwork:
         artifact.require_this_machine()
-        threads = self._threads or artifact.manifest.target.threads
-        if artifact.manifest.is_program:
-            return ProgramNetwork(artifact, threads)
-        # TVM's pool by itself takes half of the hardware's threads, and aborts the process when it is asked for more
-        # than the environment allowed at the start.
-        if self._is_pinned or THREADS_BY_ENVIRONMENT.isdisjoint(os.environ):
-            serve.pin(json.dumps({"cpus": None, "threads": threads}))
-        from dance_tvm.device.virtual_machine import LocalGpuNetwork
-
-        return LocalGpuNetwork(artifact)
+        return ProgramNetwork(artifact, self._threads or artifact.manifest.target.threads)
 
     def close(self) -> None:
         pass

@@ -10,7 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dance_tvm.device.opencl import DeviceCode, OpenCLSession
+from dance_tvm.artifact.gpu_launches import DeviceCode
+from dance_tvm.device.opencl import OpenCLSession
 
 
 class Served:

@@ -12,6 +12,7 @@ from dance_tvm.artifact.folder import Artifact
 from dance_tvm.artifact.interface.dance_model import Model, ModelError
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.session import KernelTime, LoadedNetwork, arrange, kernel_table, merge_kernels
+from dance_tvm.machines.gpu import opencl_library
 
 
 class ProgramNetwork(LoadedNetwork):
@@ -20,7 +21,8 @@ class ProgramNetwork(LoadedNetwork):
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self.manifest = artifact.manifest
         with _refusals(artifact.manifest.name):
-            self._model = Model(artifact.path, threads, verified=True)
+            driver = opencl_library() if artifact.manifest.target.tvm.get("kind") == "opencl" else None
+            self._model = Model(artifact.path, threads, verified=True, driver=driver)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with _refusals(self.manifest.name):

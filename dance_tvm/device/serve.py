@@ -1,9 +1,9 @@
 """TVM's RPC server with what a measurement needs beside it: run it on a board, `python serve.py --help`.
 
 One file that needs TVM's runtime, numpy and nothing of this package, so that it can be copied to a device. Over TVM's
-own server it adds an upload store keyed by content hash, weights kept on the device, the time of each kernel, peak
-memory and sensors. RPC executes whatever it is sent: it binds to 127.0.0.1 unless told otherwise. TVM is imported where
-it is used: this machine's programs are measured by the same functions without it.
+own server it adds an upload store keyed by content hash, the look at each kernel's tensors, peak memory and sensors.
+RPC executes whatever it is sent: it binds to 127.0.0.1 unless told otherwise. TVM is imported where it is used: this
+machine's programs are measured by the same functions without it.
 """
 
 from __future__ import annotations
@@ -16,21 +16,19 @@ import fcntl
 import hashlib
 import json
 import logging
-import mmap
 import os
 import platform
 import shutil
 import signal
 import socket
 import stat
-import struct
 import sys
 import tempfile
 import time
 import zlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 if __name__ == "__main__":  # a device needs no compiler, and starts twice as fast without
     os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
@@ -123,42 +121,6 @@ def default_store() -> Path:
     return cache
 
 
-class Weights:
-    """Tensors of uploaded safetensors files, read once a session and kept on the device."""
-
-    DTYPES: ClassVar = {
-        "F64": "float64",
-        "F32": "float32",
-        "F16": "float16",
-        "I64": "int64",
-        "I32": "int32",
-        "U8": "uint8",
-    }
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.loaded: dict[tuple[str, str], object] = {}
-
-    def get(self, sha256: str, name: str) -> Any:
-        """The tensor `name` of the file."""
-        if (sha256, name) not in self.loaded:
-            self._load(sha256)
-        return self.loaded[sha256, name]
-
-    def _load(self, sha256: str) -> None:
-        with open(self.store.path(sha256), "rb") as stream:
-            view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        import tvm
-
-        (size,) = struct.unpack_from("<Q", view)
-        header = json.loads(view[8 : 8 + size])
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            array = np.frombuffer(view[8 + size + begin : 8 + size + end], self.DTYPES[entry["dtype"]])
-            self.loaded[sha256, name] = tvm.runtime.tensor(array.reshape(entry["shape"]))
-
-
 class Seen(np.ndarray):
     """An array that is read as TVM's tensors are."""
 
@@ -182,14 +144,22 @@ class _View(ctypes.Structure):
     )
 
     def array(self) -> Seen:
-        """The tensor's memory; bfloat16, which numpy does not have, as float32."""
+        """The tensor's memory."""
         shape = tuple(self.shape[: self.rank])
-        name = {0: "int", 1: "uint", 2: "float", 4: "uint", 6: "bool"}[self.kind]
-        dtype = np.dtype(name if name == "bool" else f"{name}{self.bits}")
-        size = int(np.prod(shape, dtype="int64")) * dtype.itemsize
+        size = int(np.prod(shape, dtype="int64")) * ((self.bits + 7) // 8)
         memory = (ctypes.c_char * size).from_address(self.data) if size else b""
-        array = np.frombuffer(memoryview(memory), dtype).reshape(shape)
-        return Seen.of((array.astype("uint32") << 16).view("float32") if self.kind == 4 else array)
+        return seen(self.kind, self.bits, shape, memoryview(memory))
+
+
+def seen(kind: int, bits: int, shape: tuple[int, ...], memory: memoryview | None) -> Seen:
+    """A tensor of a `dance_kind` as it lies in memory; bfloat16, which numpy does not have, as float32; where no memory
+    is given, something of its shape and type."""
+    name = {0: "int", 1: "uint", 2: "float", 4: "uint", 6: "bool"}[kind]
+    dtype = np.dtype(name if name == "bool" else f"{name}{bits}")
+    array = (
+        np.broadcast_to(np.zeros((), dtype), shape) if memory is None else np.frombuffer(memory, dtype).reshape(shape)
+    )
+    return Seen.of((array.astype("uint32") << 16).view("float32") if kind == 4 else array)
 
 
 Kernels = dict[str, dict[str, Any]]  # what an artifact's manifest says of its kernels, by symbol
@@ -219,41 +189,6 @@ class Watcher:
         return json.dumps(calls)
 
 
-class KernelClock:
-    """Instrument of the virtual machine: what each call of a run took, or what it read and wrote."""
-
-    def __init__(self, kernels: Kernels) -> None:
-        self.kernels = kernels
-        self.calls: list[dict[str, Any]] = []
-        self.started = 0.0
-
-    def instrument(self, look: int) -> Any:
-        """The callback for `set_instrument`: it takes the time of every call, or, with `look`, looks at its tensors.
-
-        Looking reads what a kernel wrote, which warms caches for the next one: it is no measurement of time.
-        """
-        import tvm
-        import tvm_ffi
-
-        def each_call(_function: Any, symbol: str, before: bool, _value: Any, *arguments: Any) -> int:
-            if before:
-                self.started = time.perf_counter()
-                return 0
-            call: dict[str, Any] = {"symbol": str(symbol), "seconds": time.perf_counter() - self.started}
-            if look:
-                tensors = [argument for argument in arguments if isinstance(argument, tvm.runtime.Tensor)]
-                call.update(looked_at(self.kernels.get(call["symbol"]), tensors))
-            self.calls.append(call)
-            return 0
-
-        return tvm_ffi.convert(each_call)
-
-    def read(self) -> str:
-        """The calls since the last reading, in order, as JSON."""
-        calls, self.calls = self.calls, []
-        return json.dumps(calls)
-
-
 def looked_at(kernel: dict[str, Any] | None, tensors: list[Any]) -> dict[str, Any]:
     """Bytes of a call's tensors; of a convolution what its index lists kept, and means of what it wrote.
 
@@ -267,12 +202,18 @@ def looked_at(kernel: dict[str, Any] | None, tensors: list[Any]) -> dict[str, An
     if (found := executed(kernel, named)) is None:
         return {"bytes": size}
     work, alive, channels = found
-    written = named["y"].numpy()[alive]  # (positions, C): elsewhere nothing was written that is read
+    written = result_of(kernel, named)[alive]  # (positions, C): elsewhere nothing was written that is read
     values = written if channels is None else written[:, channels]
     means = {}
     if values.size:
         means = {"mean": float(values.mean(dtype="float64")), "mean_size": float(np.abs(values).mean(dtype="float64"))}
     return {"bytes": size, "work": work, **means}
+
+
+def result_of(kernel: dict[str, Any], named: dict[str, Any]) -> np.ndarray:
+    """What a layer wrote (N, T, H, W, C); a kernel's of `planar` tensors has channels first."""
+    written: np.ndarray = named["y"].numpy()
+    return np.moveaxis(written, 1, -1) if kernel.get("planar") else written
 
 
 def executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, Any] | None:
@@ -287,7 +228,8 @@ def executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, A
     macs = kernel.get("macs")
     if macs is None:
         return None
-    return _without_lists(named, macs, 1.0, np.ones([int(extent) for extent in named["y"].shape[:4]], bool))
+    sizes = [int(extent) for extent in named["y"].shape]
+    return _without_lists(macs, 1.0, np.ones([sizes[0], *sizes[2:]] if kernel.get("planar") else sizes[:4], bool))
 
 
 def _of_second(named: dict[str, Any]) -> dict[str, Any]:
@@ -310,7 +252,8 @@ def _work(named: dict[str, Any], tile: list[int]) -> tuple[dict[str, Any], np.nd
     rows_by_tap, alive = _winograd_rows(named, tile, shape) if tile else _gathered_rows(named, shape)
     channels_in, channels_out = float(named["x"].shape[-1]), float(shape[-1])
     if "column_starts" in named:
-        macs = _kernel_group_macs(rows_by_tap, named["weights"], named["column_starts"], named["columns"], shape[-1])
+        columns = named["column_places" if tile else "columns"]
+        macs = _kernel_group_macs(rows_by_tap, named["weights"], named["column_starts"], columns, shape[-1])
         kept_in = kept_out = channels = None
     else:
         depth = int(named["weights"].shape[-2])
@@ -346,12 +289,10 @@ def _masked_work(named: dict[str, Any], taps: list[list[int]]) -> tuple[dict[str
     pairs = int(np.einsum("ntyx,t,y,x->", alive.astype("int64"), *taps))
     every_tap = int(np.prod(shape[:4])) * int(named["weights"].shape[1])
     channels = int(named["x"].shape[-1]) * shape[-1]
-    return _without_lists(named, pairs * channels, pairs / every_tap, alive)
+    return _without_lists(pairs * channels, pairs / every_tap, alive)
 
 
-def _without_lists(
-    named: dict[str, Any], macs: int, share: float, alive: np.ndarray
-) -> tuple[dict[str, Any], np.ndarray, None]:
+def _without_lists(macs: int, share: float, alive: np.ndarray) -> tuple[dict[str, Any], np.ndarray, None]:
     """The same of a convolution that walks no lists and computed the positions `alive` with all channels."""
     kept = {
         "macs": macs,
@@ -360,7 +301,7 @@ def _without_lists(
         "frames": float(alive.any((2, 3)).mean()),
         "channels_in": 1.0,
         "channels_out": 1.0,
-        "shape": [int(extent) for extent in named["y"].shape[1:4]],
+        "shape": list(alive.shape[1:]),
         "alive": base64.b64encode(zlib.compress(np.packbits(alive[0]).tobytes())).decode(),
     }
     return kept, alive, None
@@ -421,7 +362,7 @@ def _kernel_group_macs(rows_by_tap: np.ndarray, weights: Any, starts: Any, colum
     """column_starts (samples or 1, groups, taps + 1): a group's entries of a tap, each for a run of columns, and each
     column for as many filters as one group has, the last one what is left of them."""
     entries = np.diff(starts.numpy().astype("int64"), axis=2)[..., : rows_by_tap.shape[1]]
-    run, wide = int(weights.shape[0]) // int(columns.shape[-1]), int(weights.shape[-1])
+    run, wide = int(weights.shape[-2]) // int(columns.shape[-1]), int(weights.shape[-1])
     of_group = np.clip(filters - wide * np.arange(entries.shape[1]), 0, wide)
     by_tap = (entries * of_group[:, None]).sum(1)  # (samples or 1, taps)
     return run * int((rows_by_tap * by_tap).sum())
@@ -572,8 +513,7 @@ def register(store: Store) -> None:
     import tvm_ffi
 
     kernels: Kernels = {}
-    clock, watcher = KernelClock(kernels), Watcher(kernels)
-    weights = Weights(store)
+    watcher = Watcher(kernels)
 
     def describe_kernels(table: str) -> None:
         kernels.clear()
@@ -585,10 +525,7 @@ def register(store: Store) -> None:
         "store.have": store.have,
         "store.append": store.append,
         "store.finish": store.finish,
-        "weights.get": weights.get,
         "kernels.describe": describe_kernels,
-        "clock.instrument": clock.instrument,
-        "clock.read": clock.read,
         "watcher.address": watcher.address,
         "watcher.read": watcher.read,
         "peak_memory": peak_memory,

@@ -16,12 +16,13 @@ from dance_tvm.core.errors import DanceError, unexpected_told
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend.check import check_import
-from dance_tvm.frontend.files import load_program, load_weights, require_file
+from dance_tvm.frontend.files import load_program, load_weights
 from dance_tvm.frontend.interface import Arrays, Imported
 from dance_tvm.frontend.program_source import ProgramSource
 from dance_tvm.frontend.ranges import with_ranges
 from dance_tvm.frontend.torch_program import decompose, first_line, import_program, require_inference
 from dance_tvm.frontend.torch_shapes import Shapes, with_shapes
+from dance_tvm.models.registry import require_source
 
 Weights = str | Path | Mapping[str, torch.Tensor]
 
@@ -71,6 +72,7 @@ def _import_named(
     batch: int | None,
 ) -> Imported:
     path = Path(model)
+    require_source(model)
     if path.suffix == ".onnx":
         try:
             from dance_tvm.frontend.onnx_graph import import_onnx
@@ -78,18 +80,9 @@ def _import_named(
             raise DanceError("Reading ONNX files needs the onnx package: pip install 'dance-tvm[onnx]'.") from None
         if weights is not None:
             raise DanceError("An ONNX file carries its weights: leave --weights out, or export the network again.")
-        require_file(path, "model")
         return import_onnx(path, check=check, shapes=shapes, batch=batch)
     if path.suffix == ".pt2":
         return _import_exported(load_program(path), path.stem, None, weights, check, path, shapes=shapes, batch=batch)
-    if path.suffix in (".pt", ".pth", ".bin", ".pkl", ".pickle"):
-        raise DanceError(
-            f"{path} holds weights or pickled code, not a network: give a .pt2 or .onnx file, or a network's name "
-            "with --weights."
-        )
-    if path.suffix and (path.exists() or path.parent != Path(".")):
-        require_file(path, "model")
-        raise DanceError(f"{path} is no model file that is known here: give a .pt2 or an .onnx file.")
     entry = models.entry(model)
     inputs = example_inputs or models.example_inputs(model, batch=batch or 1)
     network = models.pretrained(model) if entry.pretrained and weights is None else _seeded(model, weights)
@@ -150,8 +143,8 @@ def _import_exported(
     if entry:
         inputs = [replace(spec, meaning=entry.input_meaning, range=entry.input_range) for spec in inputs]
         if len(entry.outputs) == len(outputs):
-            told = zip(outputs, entry.outputs, strict=True)
-            outputs = [replace(spec, name=name, meaning=meaning) for spec, (name, meaning) in told]
+            named = zip(outputs, entry.outputs, strict=True)
+            outputs = [replace(spec, name=name, meaning=meaning) for spec, (name, meaning) in named]
     mod, nodes = import_program(source.decomposed, inputs, outputs)
 
     def reference(arrays: Arrays) -> Arrays:
@@ -170,13 +163,13 @@ def _replace_weights(program: torch.export.ExportedProgram, state: Mapping[str, 
     missing = sorted(set(own) - set(state))
     unexpected = sorted(set(state) - set(own))
     wrong = sorted(name for name in set(own) & set(state) if own[name].shape != state[name].shape)
-    told = [
+    misfits = [
         f"{kind}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
         if names
     ]
-    if told:
-        raise DanceError(f"The weights do not fit the exported program: {'; '.join(told)}.")
+    if misfits:
+        raise DanceError(f"The weights do not fit the exported program: {'; '.join(misfits)}.")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])

@@ -229,7 +229,7 @@ def _known_to_tvm() -> frozenset[str]:
 
 
 class _Importer(ExportedProgramImporter):
-    """TVM's importer, told which layer each node belongs to."""
+    """TVM's importer, which names what it emits after the layer of each node."""
 
     env: dict[fx.Node, Any]
 
@@ -312,7 +312,7 @@ class _Importer(ExportedProgramImporter):
         return self._agree(node, value)
 
     def _agree(self, node: fx.Node, value: Any) -> Any:
-        """``value`` with the dtype that PyTorch gives ``node``; a different shape is an error, told here."""
+        """``value`` with the dtype that PyTorch gives ``node``; raises DanceError for a different shape."""
         expected = node.meta.get("val")
         if not (isinstance(expected, torch.Tensor) and isinstance(value, relax.Expr)):
             return value

@@ -8,11 +8,12 @@ from typing import Any
 
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, shape_of
-from dance_tvm.schedules.geometry import Triple, Window, added, triple
+from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, shape_of
+from dance_tvm.schedules.geometry import WIDTH, Triple, Window, added, triple
 
 CONVOLUTIONS = {"nn.conv2d", "nn.conv3d"}
-POOLS = {"nn.max_pool2d", "nn.max_pool3d", "nn.avg_pool2d", "nn.avg_pool3d"}
+MAX_POOLS = {"nn.max_pool2d", "nn.max_pool3d"}
+POOLS = {*MAX_POOLS, "nn.avg_pool2d", "nn.avg_pool3d"}
 
 
 def window_of(graph: Graph, var: relax.Var) -> Window | None:
@@ -20,24 +21,56 @@ def window_of(graph: Graph, var: relax.Var) -> Window | None:
     name = graph.op(var)
     if name not in CONVOLUTIONS and name not in POOLS:
         return None
-    call = graph.call(var)
-    attrs = call.attrs
-    data, out = shape_of(call.args[0]), shape_of(var)
-    layout = attrs.data_layout if name in CONVOLUTIONS else attrs.layout
-    if not layout.endswith("C"):
+    attrs = graph.call(var).attrs
+    layout = str(attrs.data_layout if name in CONVOLUTIONS else attrs.layout)
+    return _window(graph, var, slice(1, -1)) if layout.endswith("C") else None
+
+
+def planar_window_of(graph: Graph, var: relax.Var) -> Window | None:
+    """The same where channels come first."""
+    name = graph.op(var)
+    if name not in CONVOLUTIONS and name not in POOLS:
         return None
+    attrs = graph.call(var).attrs
+    layout = str(attrs.data_layout if name in CONVOLUTIONS else attrs.layout)
+    return _window(graph, var, slice(2, None)) if layout.startswith("NC") else None
+
+
+def _window(graph: Graph, var: relax.Var, positions: slice) -> Window:
+    call = graph.call(var)
+    attrs, data = call.attrs, shape_of(call.args[0])
     rank = len(data) - 2
-    kernel = shape_of(call.args[1])[2:] if name in CONVOLUTIONS else attrs.pool_size
+    kernel = shape_of(call.args[1])[2:] if graph.op(var) in CONVOLUTIONS else attrs.pool_size
     padding = [int(pad) for pad in attrs.padding]
     return Window(
         data[0],
-        _triple(data[1:-1], 1),
-        _triple(out[1:-1], 1),
+        _triple(data[positions], 1),
+        _triple(shape_of(var)[positions], 1),
         _triple(kernel, 1),
         _triple(attrs.strides, 1),
         _triple(padding[:rank], 0),
         _triple(attrs.dilation, 1),
     )
+
+
+def is_planar_convolution(graph: Graph, var: relax.Var) -> bool:
+    """Whether a convolution whose channels come first is a matrix product over all positions of each clip."""
+    call, window = graph.call(var), planar_window_of(graph, var)
+    weight = constant(call.args[1])
+    if window is None or weight is None or int(call.attrs.groups) != 1 or str(weight.dtype) != "float32":
+        return False
+    data = call.args[0]
+    if not isinstance(data, relax.Var) or not is_tensor(data) or dtype_of(data) != "float32":
+        return False
+    return window.taps == 1 and window.size == window.out and not any(window.padding)
+
+
+def is_planar_pool(graph: Graph, var: relax.Var) -> bool:
+    """Whether ``var`` is a pool of maxima whose channels come first, over lines of which every window or every second
+    one is taken."""
+    window = planar_window_of(graph, var)
+    known = window is not None and is_tensor(var) and dtype_of(var) == "float32" and window.stride[WIDTH] <= 2
+    return known and graph.op(var) in MAX_POOLS
 
 
 def padding_behind(graph: Graph, pool: relax.Var) -> Triple:

@@ -25,6 +25,7 @@ from dance_tvm.schedules.emit import FLOAT
 from dance_tvm.schedules.gpu.choice import groups_cost
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.kernel import Weights
+from dance_tvm.schedules.kernel_columns import Nonzero
 from dance_tvm.schedules.layer import Choice, Layer, Limits
 
 from .half_range import HalfRange
@@ -69,6 +70,7 @@ class Chooser:
     half_range: HalfRange | None = None
     limits: Mapping[relax.Var, Limits] = field(default_factory=dict)
     groups: dict[relax.Var, KernelGroups] = field(default_factory=dict)
+    nonzero: dict[relax.Var, Nonzero] = field(default_factory=dict)
 
     def choose(self, site: Site) -> Choice[LayerKernel]:
         """The kernel of a site."""
@@ -111,11 +113,19 @@ class Chooser:
             group=(1, 1) if groups is None else (groups.gm, groups.gn),
             columns=None if groups is None else len(groups.columns),
             kept=1.0 if groups is None else groups.kept,
+            nonzero=None if groups is None else self._nonzero(site),
             memory=self._limits(site),
             gate=site.gate is not None,
             before=site.before,
             spread=site.spread,
+            planar=site.planar,
         )
+
+    def _nonzero(self, site: Site) -> Nonzero:
+        """Which weights the site has, made once: kernels know it by identity."""
+        if site.start not in self.nonzero:
+            self.nonzero[site.start] = Nonzero.of(site.weight)
+        return self.nonzero[site.start]
 
     def _limits(self, site: Site) -> Limits:
         """What memory the site's kernel may take."""

@@ -16,7 +16,7 @@ from tvm import relax
 
 from dance_tvm.artifact.layers import LayerInfo
 from dance_tvm.ir.graph import Graph, Shape, dtype_of, shape_of, substitute, variables
-from dance_tvm.ir.windows import POOLS, padding_behind, window_of, zero_padded
+from dance_tvm.ir.windows import POOLS, is_planar_pool, padding_behind, planar_window_of, window_of, zero_padded
 from dance_tvm.liveness.analysis import Liveness
 from dance_tvm.liveness.expressions import Expression
 from dance_tvm.liveness.relax_graph import liveness_of
@@ -24,6 +24,7 @@ from dance_tvm.schedules.convolution import LayerKernel
 from dance_tvm.schedules.cpu.carry_frames import Carry
 from dance_tvm.schedules.cpu.choice import TuningLog
 from dance_tvm.schedules.cpu.pointwise_tiles import is_pointwise
+from dance_tvm.schedules.cpu.pool_planar import PlanarPool
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.emit import FLOAT, HALF
 from dance_tvm.schedules.geometry import added
@@ -174,6 +175,8 @@ class _Lowering:
             self.new[var] = self._chain(self.chains[var])
         elif self.graph.op(var) in POOLS and window_of(self.graph, var) is not None:
             self.new[var] = self._pool(var)
+        elif self.graph.op(var) in POOLS and (planar := self._planar_pool(var)) is not None:
+            self.new[var] = planar
         else:
             for read in variables(self.graph.value[var]):
                 self._emit(read)
@@ -258,6 +261,18 @@ class _Lowering:
         )
         args = self.lists.arguments(kernel, given, {})
         return self._seen(call_kernel(self.builder, kernel, args, self.threads), kernel.shape)
+
+    def _planar_pool(self, var: relax.Var) -> relax.Expr | None:
+        """A pool whose tensors have channels first; None where there is no kernel for it."""
+        window, data, machine = planar_window_of(self.graph, var), self.graph.call(var).args[0], self.chooser.machine
+        if window is None or not isinstance(machine, Machine) or not is_planar_pool(self.graph, var):
+            return None
+        kernel = PlanarPool(window, shape_of(data)[1], "max", vector_floats=machine.vector_floats)
+        self.layers.append(LayerInfo(name=var.name, kind="pool3d", kernel=kernel.name, macs=0, skips=[]))
+        x = self._as_video(self._emit(data), kernel.operands()[0].shape)
+        called = call_kernel(self.builder, kernel, {"x": x}, self.threads)
+        self.calls[var.name] = LayerCall(called.name, var.name)
+        return self._as_video(called, shape_of(var))
 
     def _pool(self, var: relax.Var) -> relax.Expr:
         call, window = self.graph.call(var), window_of(self.graph, var)

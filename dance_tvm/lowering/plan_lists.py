@@ -56,8 +56,9 @@ class Lists:
             found.update(zip(each.names, self._plan(each.planner, given, found), strict=True))
         constants = kernel.prepare(given.weights)
         if given.weights is not None and given.weights.weight is not None:
+            weight = kernel.unprepared(given.weights.weight)
             for name, preparation in kernel.preparations.items():
-                self.sources[array_digest(constants[name])] = Source(preparation, given.weights.weight)
+                self.sources[array_digest(constants[name])] = Source(preparation, weight)
         return found | {name: relax.const(array) for name, array in constants.items()}
 
     def arguments(self, kernel: Kernel, given: Given, values: Values) -> Values:
@@ -121,9 +122,9 @@ def counted(builder: relax.BlockBuilder, count: Count, samples: int, values: Val
     emit, op = builder.emit, relax.op
     if not count.operand:
         return relax.const(np.full((samples, 1), count.factor, "int32"))
-    told = values[count.operand]
+    counts = values[count.operand]
     axes = [axis + 1 for axis in range(len(count.at))]
-    value = emit(op.strided_slice(told, axes, list(count.at), [at + 1 for at in count.at]))
+    value = emit(op.strided_slice(counts, axes, list(count.at), [at + 1 for at in count.at]))
     if len(count.at) > 1:
         value = emit(op.reshape(value, [int(value.ty.shape[0]), 1]))
         value = emit(op.broadcast_to(value, [samples, 1]))

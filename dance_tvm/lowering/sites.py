@@ -12,7 +12,7 @@ from tvm import relax
 
 from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, shape_of
 from dance_tvm.ir.transposed import TRANSPOSED, Ordinary, turned
-from dance_tvm.ir.windows import CONVOLUTIONS, POOLS, window_of
+from dance_tvm.ir.windows import CONVOLUTIONS, POOLS, is_planar_convolution, planar_window_of, window_of
 from dance_tvm.liveness.analysis import Liveness
 from dance_tvm.liveness.expressions import EVERYWHERE, Live
 from dance_tvm.schedules.geometry import Triple, Window, triple
@@ -53,6 +53,8 @@ class Site:
     gated: relax.Var | None = None
     #: Of a transposed convolution: how far apart the window sees the input's positions.
     spread: Triple | None = None
+    #: Whether its tensors have channels first.
+    planar: bool = False
     absorbed: list[relax.Var] = field(default_factory=list)
     masked: bool = False
     lists: SiteLists = field(default_factory=SiteLists)
@@ -66,7 +68,7 @@ class Site:
     @property
     def whole(self) -> bool:
         """Whether its kernel reads and computes everything, whatever masks say."""
-        return self.linear or self.spread is not None
+        return self.linear or self.spread is not None or self.planar
 
     @property
     def channels_out(self) -> int:
@@ -179,7 +181,7 @@ class Sites:
         other = right if left.same_as(site.end) else left
         value = constant(other)
         if value is not None:
-            per_channel = value.size == 1 or (value.size == site.channels_out and value.shape[-1] == value.size)
+            per_channel = value.size == 1 or _by_channel(value, site, len(shape_of(reader)))
             if not per_channel or site.residual is not None:
                 return False
             added = np.broadcast_to(value.reshape(-1), (site.channels_out,)).astype("float64")
@@ -312,9 +314,19 @@ def _start(graph: Graph, var: relax.Var) -> Site | None:
         return Site(var, var, data, weight.T, Window(rows, (1, 1, 1), (1, 1, 1), (1, 1, 1)))
     window = window_of(graph, var)
     if window is None:
-        return None
+        if not is_planar_convolution(graph, var):
+            return None
+        window = planar_window_of(graph, var)
+        assert window is not None
+        return Site(var, var, data, weight.reshape(*weight.shape[:2], 1, 1, 1), window, planar=True)
     full = weight.reshape(*weight.shape[:2], *window.kernel)
     return Site(var, var, data, full, window, int(call.attrs.groups))
+
+
+def _by_channel(value: np.ndarray, site: Site, rank: int) -> bool:
+    """Whether a constant has one value for each of a site's channels, which lie on the last axis or on the second."""
+    axis = 1 - rank if site.planar else -1
+    return value.size == site.channels_out and value.ndim >= -axis and value.shape[axis] == value.size
 
 
 def _transposed(graph: Graph, var: relax.Var) -> Site | None:

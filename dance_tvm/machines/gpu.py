@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from dance_tvm.core.errors import DanceError
@@ -66,6 +67,18 @@ def opencl_devices() -> list[Any]:
         return [device for platform in cl.get_platforms() for device in platform.get_devices()]
     except cl.LogicError:  # how pyopencl says that there is no platform
         return []
+
+
+def opencl_library() -> str | None:
+    """The OpenCL library that pyopencl brought along and opened; None where it is not installed: the system's own.
+
+    It finds devices of the system, and PoCL's where that is installed (the ``gpu`` extra).
+    """
+    try:
+        home = Path(pyopencl().__file__).parent
+    except DanceError:
+        return None
+    return next(map(str, sorted(home.glob(".libs/libOpenCL*"))), None)
 
 
 @lru_cache(maxsize=1)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dance_tvm.core.errors import DanceError
 
 if TYPE_CHECKING:
     import torch
+
+
+#: Files that networks are read from.
+NETWORK_FILES = (".pt2", ".onnx")
+_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -162,3 +168,23 @@ def entry(name: str) -> ModelEntry:
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names())}."
         raise DanceError(f"There is no network called {name!r}: {hint}")
     return _REGISTRY[name]
+
+
+def require_source(model: str) -> None:
+    """Raise DanceError unless ``model`` is a file of a kind that networks are read from, or a name of the zoo; what the
+    file holds is its reader's."""
+    path = Path(model)
+    if path.suffix in _PICKLES:
+        raise DanceError(
+            f"{path} holds weights or pickled code, not a network: give a .pt2 or .onnx file, or a network's name "
+            "with --weights."
+        )
+    if path.is_dir() and model not in _REGISTRY:
+        raise DanceError(f"{path} is a folder, not a model file: give a .pt2 or an .onnx file, or a network's name.")
+    is_path = path.suffix in NETWORK_FILES or (path.suffix and path.parent != Path("."))
+    if is_path and not path.is_file():
+        raise DanceError(f"There is no model file {path}: check the path.")
+    if path.is_file() and path.suffix not in NETWORK_FILES:
+        raise DanceError(f"{path} is no model file that is known here: give a .pt2 or an .onnx file.")
+    if path.suffix not in NETWORK_FILES:
+        entry(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from dance_tvm.benchmarking.results import Device, Layer, Measured, Results, Verdict
 from dance_tvm.core.errors import DanceError
@@ -95,18 +96,27 @@ def tiles(results: Results) -> list[tuple[str, str]]:
     """The few figures that a reader in a hurry takes along."""
     found = []
     for pair in results.pairs:
-        found.append((f"{pair.speed_up:.2f}×", f"as fast as dense, 95% in {pair.low:.2f}–{pair.high:.2f}"))
-        if pair.mac_reduction:
-            found.append((f"{pair.mac_reduction:.2f}×", "fewer multiply-accumulates executed"))
+        many = pair.over_clips
+        if many:
+            span = f"in the mean of {many.count} clips, {many.least:.2f} to {many.most:.2f} by clip"
+        else:
+            span = f"95% in {pair.low:.2f}–{pair.high:.2f}"
+        found.append((f"{(many or pair).speed_up:.2f}×", f"as fast as dense, {span}"))
+        if saved := (many or pair).mac_reduction:
+            found.append((f"{saved:.2f}×", "fewer multiply-accumulates executed"))
         if pair.efficiency:
             found.append((f"{pair.efficiency:.0%}", "of the saved work became speed"))
         if pair.energy_ratio:
-            found.append((f"{pair.energy_ratio:.2f}×", f"less energy a clip ({_energy_kind(results)})"))
+            on = "on the first clip" if many else "a clip"
+            found.append((f"{pair.energy_ratio:.2f}×", f"less energy {on} ({_energy_kind(results)})"))
     for device in results.devices:
         for item in device.measured:
             if item.role != "dense":
-                found.append((_ms(item.latency.p50), f"median of {item.latency.runs} runs, {item.name}"))
-                found.append((f"{item.frames_per_second:.0f}", f"frames a second, {item.name}"))
+                took, of = item.latency.p50, f"{item.latency.runs} runs"
+                if len(item.clips) > 1:
+                    took, of = median(clip.p50 for clip in item.clips), f"{len(item.clips)} clips"
+                found.append((_ms(took), f"median of {of}, {item.name}"))
+                found.append((f"{item.frames / took:.0f}", f"frames a second, {item.name}"))
     return found[:12]
 
 

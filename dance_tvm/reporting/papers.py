@@ -118,7 +118,7 @@ def _figure(figure: Published, device: Device, item: Measured, results: Results)
     pair = next((pair for pair in results.pairs if (pair.device, pair.sparse) == (device.spec, item.artifact)), None)
     latencies = [clip.p50 for clip in item.clips]
     if figure.role == "speed-up" and pair:
-        return f"{pair.speed_up:.2f} x over our dense"
+        return f"{(pair.over_clips or pair).speed_up:.2f} x over our dense"
     if figure.role == "energy" and pair and pair.energy_ratio and item.energy:
         return f"{pair.energy_ratio:.2f} x over our dense ({item.energy.kind})"
     if figure.role in ("fastest", "slowest") and latencies and item.role == "sparse":

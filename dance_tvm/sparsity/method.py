@@ -1,13 +1,13 @@
 """What a pruning method adds to ordinary training.
 
-A *method* is one class that says what it adds to ordinary training. `python -m dance_tvm.train --method NAME` imports
-it lazily by the name in `METHODS`. Everything else is the framework's: data, task loss, schedule, mixed precision,
+A *method* is one class that says what it adds to ordinary training. `dance-tvm train --method NAME` imports it
+lazily by the name in `options.METHODS`. Everything else is the framework's: data, task loss, schedule, mixed precision,
 several processes, curves, checkpoints and resuming.
 
     class Thinning(Method):                              # dance_tvm/sparsity/thinning/method.py, Thinning in METHODS
         name = "thinning"
-        class Options(Method.Options):                   # the method's own settings, checked by pydantic
-            rate: float = 2.0
+        Options = ThinningOptions                        # its settings, in options.py, which loads no PyTorch
+        options: ThinningOptions
         def prepare(self, network, context): ...         # once, before the optimizer: wrap, insert masks, freeze
         def parameters(self, network): ...               # what is trained (parameters or optimizer groups)
         def epoch_started(self, network, epoch): ...     # network.train() was just called
@@ -28,26 +28,16 @@ random generators are seeded anew at each epoch from (seed, epoch, rank), nothin
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity.clips import Batch, Clips
+from dance_tvm.sparsity.options import MethodOptions, checked, method_class
 from dance_tvm.sparsity.tasks import Task
-
-METHODS = {
-    "dense": "dance_tvm.sparsity.method:Method",
-    "ava": "dance_tvm.sparsity.dance.method:AVA",
-    "aap": "dance_tvm.sparsity.dance.method:AAP",
-    "kgs": "dance_tvm.sparsity.rt3d.method:KGS",
-    "dstep": "dance_tvm.sparsity.dstep.method:DSTEP",
-}
 
 
 @dataclass(frozen=True)
@@ -71,17 +61,10 @@ class Method:
 
     name: ClassVar[str] = "dense"
 
-    class Options(BaseModel):
-        model_config = ConfigDict(extra="forbid", frozen=True)
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
 
     def __init__(self, **options: Any) -> None:
-        try:
-            self.options = self.Options(**options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "options"
-            allowed = ", ".join(self.Options.model_fields) or "none"
-            raise DanceError(f"--method {self.name}: {place}: {first['msg']}; its options: {allowed}") from error
+        self.options = checked(self.name, self.Options, options)
 
     def prepare(self, network: nn.Module, context: Context) -> nn.Module:
         """The network to train: may wrap or change `network` in place. Called once, before weights are resumed."""
@@ -131,12 +114,5 @@ class Method:
 
 def create_method(name: str, options: Mapping[str, Any]) -> Method:
     """The method called `name`. Raises DanceError for an unknown name, a missing method or a wrong option."""
-    if name not in METHODS:
-        raise DanceError(f"there is no method called {name!r}; choose one of {', '.join(METHODS)}")
-    module_name, class_name = METHODS[name].split(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise DanceError(f"--method {name} needs the module {error.name}, which is not installed") from error
-    method: Method = getattr(module, class_name)(**options)
+    method: Method = method_class(name)(**options)
     return method

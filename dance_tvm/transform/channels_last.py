@@ -7,9 +7,11 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import constant, emit, is_tensor, literal, rewrite, shape_of
+from dance_tvm.ir.graph import Graph, constant, emit, is_tensor, literal, rewrite, shape_of
 from dance_tvm.ir.transposed import TRANSPOSED, takes_kernel
 from dance_tvm.liveness.rules import ELEMENTWISE
+
+from .choose_layouts import planar
 
 NORMS = {"nn.instance_norm", "nn.group_norm", "nn.layer_norm", "nn.rms_norm"}
 SOFTMAXES = {"nn.softmax", "nn.log_softmax"}
@@ -23,18 +25,26 @@ LAYOUTS = {4: ("NCHW", "NHWC"), 5: ("NCDHW", "NDHWC")}
 
 @tvm.transform.module_pass(opt_level=0, name="ChannelsLast")
 class ChannelsLast:
-    """Convolutions, pools, elementwise operators, reductions and concatenations run with channels innermost."""
+    """Convolutions, pools, elementwise operators, reductions and concatenations run with channels innermost; with
+    ``planar``, parts of the network that have kernels for channels first keep the source's layout
+    (:mod:`.choose_layouts`)."""
+
+    def __init__(self, planar: bool = False) -> None:
+        self.planar = planar
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
-        layouts = _Layouts()
+        graph = Graph.of(mod["main"])
+        layouts = _Layouts(planar(graph) if self.planar else set())
         return relax.transform.CanonicalizeBindings()(rewrite(mod, layouts.visit))
 
 
 class _Layouts:
-    """The rewrite's state: for each old variable, its value with channels innermost (where there is one)."""
+    """The rewrite's state: for each old variable, its value with channels innermost (where there is one). ``kept`` are
+    those that keep channels first."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: set[relax.Var]) -> None:
+        self.kept = kept
         self.last: dict[relax.Expr, relax.Expr] = {}
         self.first: dict[relax.Expr, relax.Expr] = {}
 
@@ -46,7 +56,7 @@ class _Layouts:
         _new: dict[relax.Var, relax.Expr],
     ) -> relax.Expr | None:
         # Values arrive with channels first: `first` of a variable is made on demand and dropped again if unread.
-        if not isinstance(value, relax.Call) or not isinstance(value.op, tvm.ir.Op):
+        if var in self.kept or not isinstance(value, relax.Call) or not isinstance(value.op, tvm.ir.Op):
             return None
         name = value.op.name.removeprefix("relax.")
         if name == "permute_dims" and (moved := self._moved(builder, var, value)) is not None:

@@ -130,8 +130,6 @@ class Farm:
             self.lanes += 1
             return _Place(spec, *address_of(rest, f"device {spec!r}"))
         address, _, key = rest.partition("/")
-        if kind != "tracker" or not key:
-            raise DanceError(f"unknown device {spec!r}: local, emulator, rpc://HOST:PORT or tracker://HOST:PORT/KEY")
         host, port = address_of(address, f"device {spec!r}")
         self.lanes += self._count(spec, host, port, key)
         return _Place(spec, host, port, key)

@@ -132,16 +132,16 @@ def _mask(shape: tuple[int, ...], density: float, seed: int) -> np.ndarray:
 
 def build_instance(instance: Instance, target: Target, path: Path) -> None:
     """Compile and link the library of ``instance`` for ``target``; for OpenCL, its device code beside it as well."""
-    from dance_tvm.artifact.device_code import embed_device_code
+    from dance_tvm.artifact.device_code import embed_ptx
     from dance_tvm.artifact.linker import shared_library_linker
     from dance_tvm.device.launches import device_code
     from dance_tvm.lowering.machine import host_code_of
 
+    target = target.storing(instance.workload.dtype)
     module, tvm_target = instance.module(target.gpu is not None), target.tvm_target(instance.workload.threads)
     with tvm_target, tvm.transform.PassContext(config=host_code_of(target)):
         built = tvm.compile(module, target=tvm_target)
-    packing, _ = embed_device_code(built, target)
-    built.export_library(str(path), fcompile=shared_library_linker(target), **packing)
+    built.export_library(str(path), fcompile=shared_library_linker(target), **embed_ptx(built, target))
     if tvm_target.kind.name == "opencl":
         device_code_of(path).write_text(device_code(module, tvm_target).to_json(), encoding="utf-8")
 

@@ -63,6 +63,7 @@ def layers_of(
     only: Sequence[str] = (),
     conv: Literal["auto", "direct", "winograd"] = "auto",
     clips: str = "",
+    dtype: Literal["float32", "float16"] = "float32",
 ) -> list[Layer]:
     """The distinct kernels of ``model`` with the names of their layers, in order of execution.
 
@@ -70,14 +71,14 @@ def layers_of(
     each layer has on these (see :mod:`~dance_tvm.tuning.calibration`) as well. ``lists`` tunes as though
     masks thinned these axes of every convolution. ``only`` keeps layers whose name matches one of the patterns.
     ``conv``: direct or Winograd kernels alone, or each of the two that a build may choose once it has been tuned.
-    Raises DanceError where nothing is left to tune.
+    ``dtype``: how kernels store activations and weights. Raises DanceError where nothing is left to tune.
     """
     from dance_tvm.compiler.pipeline import Options, lower
     from dance_tvm.frontend import import_model
     from dance_tvm.lowering.machine import gpu_of, machine_of
 
     imported = import_model(model, weights=weights, check=False)
-    workloads = lower(imported.mod, target, Options(threads=threads or target.threads)).workloads
+    workloads = lower(imported.mod, target, Options(threads=threads or target.threads, dtype=dtype)).workloads
     if not workloads:
         raise DanceError(f"{imported.name} has no tunable layer: it holds no convolutions, linear layers or pools")
     layers: dict[str, Layer] = {}

@@ -30,6 +30,7 @@ from .row_tiles import RowTile
 from .tiles import Machine, Tile
 from .winograd import WinogradConv
 from .winograd_choice import choose, trades, transformed, why_not
+from .winograd_columns import WinogradColumns
 from .winograd_space import within
 
 K = TypeVar("K", bound=Kernel)
@@ -84,7 +85,7 @@ def direct(layer: Layer, machine: Machine) -> GatherConv:
     if layer.columns is None:
         return GatherConv(**layer.fields, tile=tile, plan=plan)
     fields = {**layer.fields, "columns": layer.columns, "run": layer.run, "threads": layer.threads}
-    return KernelGroupConv(**fields, tile=tile, plan=plan)
+    return KernelGroupConv(**fields, tile=tile, plan=plan, nonzero=layer.nonzero)
 
 
 def settled_direct(layer: Layer, machine: Machine, log: TuningLog | None = None) -> Choice[GatherConv]:
@@ -151,7 +152,7 @@ def choose_kernel(
     """
     choice = replace(choose(conv, machine, workload.threads, wanted, limits), workload=workload)
     default = replace(choice, origin=origin if choice.kernel is conv else "")
-    if log is None or wanted == "direct" or why_not(conv):
+    if log is None or wanted == "direct" or why_not(conv) or isinstance(choice.kernel, WinogradColumns):
         return default
     other, asked = transformed(conv), workload.winograd
     space, advice = other.space(machine, asked), log.advise(asked)
@@ -165,11 +166,11 @@ def choose_kernel(
     measured = log.advise(workload)
     if wanted == "auto" and measured and (measured.workload, advice.workload) == (workload, asked):
         kind = "kernel groups" if workload.family == KERNEL_GROUPS else "direct"
-        told = f"{1e3 * advice.seconds:.3g} ms measured, {kind} {1e3 * measured.seconds:.3g} ms"
+        times = f"{1e3 * advice.seconds:.3g} ms measured, {kind} {1e3 * measured.seconds:.3g} ms"
         if measured.seconds > WORTH_SWITCHING * advice.seconds:
-            return replace(tuned, reason=told)
+            return replace(tuned, reason=times)
         if advice.seconds > WORTH_SWITCHING * measured.seconds:
-            return Choice(conv, f"{kind}: Winograd {told}", origin, workload)
+            return Choice(conv, f"{kind}: Winograd {times}", origin, workload)
     return default if choice.kernel is conv else tuned
 
 
@@ -206,7 +207,7 @@ def memory_trades(
 ) -> list[tuple[float, float]]:
     """What memory buys in a layer (:func:`.winograd_choice.trades`); one entry where there is no choice."""
     few = is_dense(layer, *MASKS_OF_LINES) and layer.channels_in <= FEW_CHANNELS
-    if is_pointwise(layer) or layer.groups > 1 or layer.spread is not None or few:
+    if is_pointwise(layer) or layer.groups > 1 or layer.spread is not None or layer.planar or few:
         return [(1.0, 0.0)]
     return trades(settled_direct(layer, machine, log).kernel, machine, layer.threads, most_scratch)
 

@@ -10,7 +10,7 @@ A mask of live input channels thins the lists once per clip (:func:`plan_columns
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from tvm import tirx
 from .. import kernel_group_conv
 from ..emit import FLOAT, INT, Expr, big, ceil_div, lane, lanes, let, number, scratch, serial, short, splat, store, when
 from ..kernel import Operand, Weights, constant
+from ..kernel_columns import Nonzero
 from ..kernel_group_conv import KernelGroupLists
 from ..space import Space
 from ..workload import Workload
@@ -34,12 +35,14 @@ from .tiles import HALF_TERMS, Machine
 class KernelGroupConv(KernelGroupLists, GatherConv):
     """As :class:`GatherConv`, with ``tile.nr`` = gm filters in a group and ``columns`` columns over all groups.
 
-    ``run`` is 1 where ``live_in`` thins the columns one by one. ``threads`` share the groups out evenly.
+    ``run`` is 1 where ``live_in`` thins the columns one by one. ``threads`` share the groups out evenly. ``nonzero``
+    is for the choice of kernels: which weights are not zero, where that is known.
     """
 
     columns: int = 0
     run: int = 1
     threads: int = 1
+    nonzero: Nonzero | None = field(default=None, compare=False, repr=False)
 
     @property
     def compact(self) -> bool:

@@ -137,10 +137,15 @@ class WinogradParts:
 
 
 def winograd_parts(
-    conv: Convolution, tile: Tile, plan: WinogradPlan, machine: Machine, density: float = 1.0
+    conv: Convolution,
+    tile: Tile,
+    plan: WinogradPlan,
+    machine: Machine,
+    density: float = 1.0,
+    columns_share: float = 1.0,
 ) -> WinogradParts:
-    """Where ``density`` of the channels on each side that is listed are left."""
-    share, register_tile = _channel_share(conv, density), (tile.mr, tile.vectors, tile.step)
+    """Where ``density`` of the channels on each side that is listed are left, of weight columns ``columns_share``."""
+    share, register_tile = _channel_share(conv, density) * columns_share, (tile.mr, tile.vectors, tile.step)
     cycles = 0.0
     for rows, taps in runs(plan):
         tiles = -(-rows // tile.mr) * conv.panels
@@ -169,9 +174,11 @@ def winograd_seconds(
     threads: int,
     density: float,
     whole_tiles: bool,
+    columns_share: float = 1.0,
 ) -> float:
-    """Of a Winograd kernel where each thinned axis keeps ``density``; ``whole_tiles``: in whole tiles of outputs."""
-    parts = winograd_parts(conv, tile, plan, machine, density)
+    """Of a Winograd kernel where each thinned axis keeps ``density``, of the weight columns ``columns_share``;
+    ``whole_tiles``: in whole tiles of outputs."""
+    parts = winograd_parts(conv, tile, plan, machine, density, columns_share)
     chunks = plan.chunks * _live_share(plan, density, whole_tiles)
     repeats = max(0.0, chunks - 1) / parts.nearer
     multiply = _with_traffic(machine, threads, parts.multiply * chunks, parts.weights * (1 + repeats))

@@ -24,7 +24,8 @@ def is_dense(layer: Layer, *masks: str) -> bool:
     """Whether the layer leaves nothing out but by ``masks`` of these axes and has one group: what these convolutions
     take."""
     lists = set(layer.workload.lists).difference(masks)
-    return not lists and layer.columns is None and layer.spread is None and layer.groups == 1
+    whole = layer.columns is None and layer.spread is None and not layer.planar
+    return whole and not lists and layer.groups == 1
 
 
 def put_cycles(machine: Machine, terms: int, vectors: int) -> float:

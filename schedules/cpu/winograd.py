@@ -123,6 +123,10 @@ class WinogradConv(Transformed):
         """A pair of row and tap is one of each of the ξ products."""
         return Count(self.plan.xi, "pairs", (0,)), *super().work()[1:]
 
+    def multiplied(self, args: Mapping[str, tirx.Buffer], sources: tirx.Buffer, products: tirx.Buffer) -> Products:
+        """What emits the products of ``sources`` (V) as ``products`` (M)."""
+        return Products(self, args, flat(args["weights"]), sources, products)
+
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Chunk by chunk, three phases each."""
         _Emitter(self, args).emit()
@@ -145,7 +149,7 @@ class _Emitter:
             zero_dead(conv, self.args, self.y)
         self.sources = scratch((plan.xi * conv.source_plane,))
         self.products = scratch((plan.xi * conv.product_plane,))
-        multiply = self.multiply = Products(conv, self.args, flat(self.args["weights"]), self.sources, self.products)
+        multiply = self.multiply = conv.multiplied(self.args, self.sources, self.products)
         with serial(self.counts[plan.chunks, 0]) as chunk:
             sample = let(self.counts[chunk, 3])
             with parallel(self.counts[chunk, 0]) as index:

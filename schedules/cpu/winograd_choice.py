@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from operator import attrgetter
 
 from ..convolution import LayerKernel
@@ -11,6 +12,7 @@ from .conv3d_gather import GatherConv
 from .conv3d_kgs import KernelGroupConv
 from .tiles import Machine
 from .winograd import WinogradConv
+from .winograd_columns import WinogradColumns
 from .winograd_plan import WinogradPlan
 from .winograd_space import NEVER_SLOWER, best, options, refusal
 
@@ -30,6 +32,18 @@ def transformed(conv: GatherConv) -> WinogradConv:
     return WinogradConv(window, conv.channels_in, conv.channels_out, 1, conv.tile, tiled, *layer)
 
 
+def over_columns(conv: GatherConv) -> WinogradColumns | None:
+    """The Winograd kernel over the weight columns of ``conv``, of the smallest tiles; None where it has none, or masks
+    thin its channels or the frames that it reads."""
+    if not isinstance(conv, KernelGroupConv) or conv.nonzero is None:
+        return None
+    if why_not(conv) or conv.live_in or conv.live_out or conv.plan.in_frames:
+        return None
+    dense = transformed(conv)
+    layer = {each.name: getattr(dense, each.name) for each in fields(WinogradConv)}
+    return WinogradColumns(**layer, nonzero=conv.nonzero, run=conv.run)
+
+
 def choose(
     conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto", limits: Limits = UNLIMITED
 ) -> Choice[LayerKernel]:
@@ -39,9 +53,11 @@ def choose(
         return Choice(conv, "")
     if reason := why_not(conv):
         return Choice(conv, f"direct: {reason}" if wanted == "winograd" else "")
-    found = best(transformed(conv), machine, threads, limits=limits)
-    if found is None:
+    forms = [form for form in (transformed(conv), over_columns(conv)) if form is not None]
+    fitting = [found for form in forms if (found := best(form, machine, threads, limits=limits)) is not None]
+    if not fitting:
         return Choice(conv, "direct: no tile's transformed inputs fit the memory allowed")
+    found = min(fitting, key=lambda each: each.predict(machine, threads))
     direct, other = conv.predict(machine, threads), found.predict(machine, threads)
     kind = "kernel groups" if isinstance(conv, KernelGroupConv) else "direct"
     times = f"{1e3 * other:.2g} ms predicted, {kind} {1e3 * direct:.2g} ms"
@@ -57,7 +73,8 @@ def trades(conv: GatherConv, machine: Machine, threads: int, most_scratch: float
     """How far weights may grow, and the predicted seconds that this buys: those of ``conv`` itself, which keeps them as
     they are, then of each Winograd kernel that is faster than all with fewer weights."""
     least = {1.0: conv.predict(machine, threads)}
-    offered = [] if why_not(conv) else list(options(transformed(conv), machine))
+    forms = [] if why_not(conv) else [form for form in (transformed(conv), over_columns(conv)) if form is not None]
+    offered = [option for form in forms for option in options(form, machine)]
     fitting = [option for option in offered if option.scratch_bytes <= most_scratch]
     for option in sorted(fitting, key=attrgetter("weights")):
         seconds = option.predict(machine, threads)

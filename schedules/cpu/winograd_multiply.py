@@ -221,19 +221,7 @@ class Products:
         ``channels``: the sample whose list they are taken from (None: they are all alive), the first in V, how many.
         """
         conv, tile = self.conv, self.tile
-        count, row_floats, width = tile.vector_floats, conv.panels * tile.nr, len(columns.starts)
-        acc = [[scratch((count,)) for _ in range(width)] for _ in range(tile.mr)]
-        cells = [(r, v) for r in range(tile.mr) for v in range(width)]
-
-        def clear() -> None:
-            for r, v in cells:
-                store(acc[r][v], number(0.0, count), lanes(0, count))
-
-        def resume() -> None:
-            for r, v in cells:
-                store(acc[r][v], self.products[self._vector(place + r * row_floats, v)], lanes(0, count))
-
-        choose(fresh, clear, resume)
+        acc = self._started(place, len(columns.starts), fresh)
         sample, first, depth = channels
         with serial(taps[1] - taps[0]) as offset:
             entry = let(taps[0] + offset)
@@ -244,8 +232,34 @@ class Products:
                 self._multiply(sources, at_tap, Channels(first, first, depth, first + tile.depth_block), acc)
             else:
                 self._multiply_units(sources, at_tap, sample, first, depth, acc)
-        for r, v in cells:
-            store(self.products, acc[r][v][lanes(0, count)], self._vector(place + r * row_floats, v))
+        self._put_back(acc, place)
+
+    def _started(self, place: Expr, width: int, fresh: Expr) -> list[list[tirx.Buffer]]:
+        """The sums of one tile of rows in registers: zeros if ``fresh``, else those at ``place``."""
+        count, rows = self.tile.vector_floats, range(self.tile.mr)
+        acc = [[scratch((count,)) for _ in range(width)] for _ in rows]
+
+        def clear() -> None:
+            for r in rows:
+                for v in range(width):
+                    store(acc[r][v], number(0.0, count), lanes(0, count))
+
+        def resume() -> None:
+            for r in rows:
+                for v in range(width):
+                    store(acc[r][v], self.products[self._product(place, r, v)], lanes(0, count))
+
+        choose(fresh, clear, resume)
+        return acc
+
+    def _put_back(self, acc: list[list[tirx.Buffer]], place: Expr) -> None:
+        for r, row in enumerate(acc):
+            for v, sums in enumerate(row):
+                store(self.products, sums[lanes(0, self.tile.vector_floats)], self._product(place, r, v))
+
+    def _product(self, place: Expr, r: int, v: int) -> Expr:
+        """The ``v``-th vector of row ``r`` of a tile at ``place``."""
+        return self._vector(place + r * (self.conv.panels * self.tile.nr), v)
 
     def _multiply_units(
         self, sources: list[Expr], columns: Panel, sample: Expr, first: Expr, depth: Expr, acc: list[list[tirx.Buffer]]

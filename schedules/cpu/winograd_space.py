@@ -49,9 +49,18 @@ class Transformed(Convolution):
     plan: WinogradPlan
 
     @property
-    def weights(self) -> int:
+    def weights(self) -> float:
         """Transformed weights of one pair of channels."""
         return self.plan.xi * self.plan.taps
+
+    def most_rows(self, machine: Machine) -> int:
+        """Rows of a register tile."""
+        return machine.most_rows
+
+    def columns_share(self, nr: int, plan: WinogradPlan) -> float:
+        """Of the products in panels of ``nr`` output channels, those that zero weights leave, each slower than a dense
+        one."""
+        return 1.0
 
     @property
     def growth(self) -> float:
@@ -87,6 +96,29 @@ class Transformed(Convolution):
         tile = Tile(vector_floats=self.tile.vector_floats, block_tiles=1, panels_outer=False, **sizes)
         return self.retiled(_winograd_m(self.window, decisions), decisions["columns"], tile)
 
+    def register_tile(self, machine: Machine, plan: WinogradPlan) -> Tile:
+        """The register tile with the fewest predicted cycles over the runs of a full chunk, its sums blocked for L1.
+
+        Where output channels are listed, those are counted that fill its panels when half of the work is left, too.
+        """
+        listed, floats = runs(plan), machine.vector_floats
+        shares = axis_densities((True, True)) if self.live_out else [1.0]
+        written = [min(self.channels_out, math.ceil(share * self.channels_out / floats) * floats) for share in shares]
+
+        def cycles(tile: tuple[int, int, int]) -> float:
+            dense = sum(
+                predicted_cycles(machine, rows, channels, tile) * taps for rows, taps in listed for channels in written
+            )
+            return dense * self.columns_share(tile[1] * floats, plan)
+
+        fitting = [tile for tile in candidates(machine) if tile[0] <= self.most_rows(machine)]
+        mr, vectors, step = min(fitting, key=cycles)
+        nr = vectors * machine.vector_floats
+        depth_block = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (4 * nr) // step * step)
+        segment_taps = max(1, depth_block // min(self.channels_in, depth_block))
+        step = step if self.channels_in >= step else 1
+        return Tile(mr, vectors, machine.vector_floats, step, 1, segment_taps, depth_block)
+
     @property
     def expected(self) -> list[float]:
         """Shares of each thinned axis that may be alive, all axes alike."""
@@ -97,8 +129,9 @@ class Transformed(Convolution):
         self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
     ) -> float:
         """As :mod:`~.cost` has it."""
+        columns = self.columns_share(self.tile.nr, self.plan)
         found = (
-            winograd_seconds(self, self.tile, self.plan, machine, threads, share, whole_units)
+            winograd_seconds(self, self.tile, self.plan, machine, threads, share, whole_units, columns)
             for share in shares or self.expected
         )
         return mean(found)
@@ -177,7 +210,7 @@ def _chunked(conv: W, machine: Machine, m: Triple) -> Iterator[W]:
     whole = replace(conv.plan, m=m, columns=1)
     total = conv.window.batch // whole.samples * whole.places
     for columns in sorted({-(-total // chunks) for chunks in _steps(total)}):
-        option = conv.retiled(m, columns, _register_tile(conv, machine, replace(whole, columns=columns)))
+        option = conv.retiled(m, columns, conv.register_tile(machine, replace(whole, columns=columns)))
         if option.scratch_bytes <= MOST_SCRATCH:
             yield option
 
@@ -186,28 +219,6 @@ def _steps(total: int) -> list[int]:
     """1, 2, 3, 4, 6, 8, … numbers of chunks up to ``total``."""
     steps = {min(total, base << power) for base in (1, 3) for power in range(12)}
     return sorted(steps | {total})
-
-
-def _register_tile(conv: Convolution, machine: Machine, plan: WinogradPlan) -> Tile:
-    """The register tile with the fewest predicted cycles over the runs of a full chunk, its sums blocked for L1.
-
-    Where output channels are listed, those are counted that fill its panels when half of the work is left, too.
-    """
-    listed, floats = runs(plan), machine.vector_floats
-    shares = axis_densities((True, True)) if conv.live_out else [1.0]
-    written = [min(conv.channels_out, math.ceil(share * conv.channels_out / floats) * floats) for share in shares]
-
-    def cycles(tile: tuple[int, int, int]) -> float:
-        return sum(
-            predicted_cycles(machine, rows, channels, tile) * taps for rows, taps in listed for channels in written
-        )
-
-    mr, vectors, step = min(candidates(machine), key=cycles)
-    nr = vectors * machine.vector_floats
-    depth_block = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (4 * nr) // step * step)
-    segment_taps = max(1, depth_block // min(conv.channels_in, depth_block))
-    step = step if conv.channels_in >= step else 1
-    return Tile(mr, vectors, machine.vector_floats, step, 1, segment_taps, depth_block)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 from tvm import tirx
 
 from ..emit import Expr, ceil_div, let, number, read, serial, short, store, when
@@ -43,10 +42,6 @@ class DirectConv(BlockConv):
     def weight_shape(self) -> tuple[int, ...]:
         """(taps, depth, channels_out)."""
         return (self.window.taps, self.depth, self.channels_out)
-
-    def pack_weights(self, weight: np.ndarray) -> np.ndarray:
-        """Put output channels innermost."""
-        return self.pack_unpanelled(weight)
 
     def space(self, machine: Gpu, workload: Workload) -> None:
         """Nothing."""

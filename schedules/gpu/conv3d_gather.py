@@ -19,6 +19,7 @@ from tvm import tirx
 from ..convolution import Convolution
 from ..emit import FLOAT, INT, Expr, flat, lanes, let, number, read, serial, short, store, when, write
 from ..epilogue import activate
+from ..preparation import Panels, Preparation
 from ..space import Space
 from ..workload import Workload
 from .block_space import BlockSpace
@@ -60,16 +61,16 @@ class BlockConv(Convolution):
         """Shape of the packed weights: (panels, taps, depth, nr), or (taps, depth, channels_out) for gathered ones."""
         return (self.window.taps, self.depth, self.channels_out) if self.live_out else super().weight_shape
 
+    @property
+    def panelled(self) -> Preparation:
+        """In panels, or with output channels innermost: one panel as wide as all of them."""
+        if len(self.weight_shape) == 4:
+            return super().panelled
+        return Panels(1, self.channels_out, self.depth, self.window.taps, self.channels_out)
+
     def pack_weights(self, weight: np.ndarray) -> np.ndarray:
         """Pack float32 weights (C_out, C_in / groups, KT, KH, KW) the way the kernel reads them."""
-        if self.live_out:
-            return self.pack_unpanelled(weight)
-        return super().pack_weights(weight)
-
-    def pack_unpanelled(self, weight: np.ndarray) -> np.ndarray:
-        """Put output channels innermost: (taps, depth, channels_out)."""
-        taps_last = weight.reshape(self.channels_out, self.depth, self.window.taps)
-        return np.ascontiguousarray(taps_last.transpose(2, 1, 0), self.dtype)
+        return super().pack_weights(weight).reshape(self.weight_shape)
 
     def unpacked(self, at: Expr) -> tuple[Expr, Expr, Expr, Expr] | None:
         """Where output channels are innermost, too."""

@@ -1,6 +1,7 @@
 /* dance_model.h: the C interface of every artifact, version 1.
  *
- * An artifact's model.so needs libc, libm and pthread alone. It exports one function, dance_model_api, which gives a
+ * An artifact's model.so needs libc, libm and pthread alone; one for a GPU opens the driver's library when a model is
+ * created. It exports one function, dance_model_api, which gives a
  * table of functions; dance_model_open below finds it with dlopen. A model is created from the artifact's weights
  * (where it has a file of them), runs with buffers of the caller's, and is destroyed.
  *
@@ -67,6 +68,8 @@ typedef struct {
   const int32_t *cpus;      /* the threads run on these CPUs; NULL: wherever the system puts them */
   int32_t cpu_count;
   int32_t verified;         /* not 0: the caller has verified the artifact, so its weights are not hashed again */
+  const char *driver;       /* of a GPU: the driver's library; NULL: DANCE_GPU_DRIVER's, else the system's */
+  const char *device;       /* a part of the GPU's name; NULL: the first GPU */
 } dance_options;
 
 typedef struct {
@@ -103,7 +106,7 @@ typedef struct {
   void (*destroy)(dance_model *model);                /* NULL is allowed */
   /* Called after each kernel from the thread that runs the model, until another one or NULL takes its place. */
   void (*watch)(dance_model *model, dance_watcher watcher, void *context);
-  /* `count` runs, and the nanoseconds of each. */
+  /* `count` runs, and the nanoseconds of each; on a GPU without bringing inputs there and outputs back. */
   int (*time)(dance_model *model, const void *const *inputs, void *const *outputs, int32_t count, int64_t *nanoseconds);
 } dance_api;
 
@@ -129,7 +132,7 @@ static inline const dance_api *dance_model_open(const char *path, char *error, s
   *(void **)&get = dlsym(library, "dance_model_api");
   if (get) api = get(DANCE_VERSION);
   if (!api) {
-    snprintf(error, error_bytes, "%.300s has no C interface of version %u: build it anew, for a processor", path, DANCE_VERSION);
+    snprintf(error, error_bytes, "%.300s has no C interface of version %u: build it anew", path, DANCE_VERSION);
     dlclose(library);
   }
   return api;
@@ -185,12 +188,14 @@ class Model {
   dance_model *model_;
 };
 
+#if !defined(DANCE_MODEL_NO_OPEN)
 inline const dance_api *open(const std::string &path) {
   char sentence[512] = "";
   const dance_api *api = dance_model_open(path.c_str(), sentence, sizeof sentence);
   if (!api) throw std::runtime_error(sentence);
   return api;
 }
+#endif
 
 }  // namespace dance
 #endif

@@ -56,6 +56,8 @@ class _Options(ctypes.Structure):
         ("cpus", ctypes.POINTER(ctypes.c_int32)),
         ("cpu_count", ctypes.c_int32),
         ("verified", ctypes.c_int32),
+        ("driver", ctypes.c_char_p),
+        ("device", ctypes.c_char_p),
     ]
 
 
@@ -109,8 +111,10 @@ class Model:
     """A model of the artifact in `folder`, ready to run on `threads` (None: as it was built for).
 
     `cpus`: the processors its threads stay on. `share`: another model of the same artifact, whose weights it uses.
-    The weights are verified by their hash unless the caller has done so (`verified`). Raises ModelError where the
-    folder has no library with a C interface, or its weights are damaged or another library's.
+    Of a network for a GPU, `driver` is the path of the driver's library and `device` a part of the GPU's name, where
+    not the system's driver and its first GPU are meant. The weights are verified by their hash unless the caller has
+    done so (`verified`). Raises ModelError where the folder has no library with a C interface, its weights are damaged
+    or another library's, or there is no GPU that it runs on.
     """
 
     def __init__(
@@ -121,6 +125,8 @@ class Model:
         cpus: list[int] | None = None,
         share: Model | None = None,
         verified: bool = False,
+        driver: str | None = None,
+        device: str | None = None,
     ) -> None:
         self._model: int | None = None
         self._api = _api_of(Path(folder, "model.so"))
@@ -137,6 +143,8 @@ class Model:
             cpus=self._cpus,
             cpu_count=len(cpus or ()),
             verified=int(verified),
+            driver=os.fsencode(driver) if driver else None,
+            device=device.encode() if device else None,
         )
         said = ctypes.create_string_buffer(_ERROR_BYTES)
         self._model = self._api.create(ctypes.byref(options), said, _ERROR_BYTES)
@@ -239,7 +247,7 @@ def _api_of(library: Path) -> _Api:
     except OSError as error:
         raise ModelError(f"{library} cannot be loaded: {error}") from None
     except AttributeError:
-        raise ModelError(f"{library} has no C interface: build it anew, for a processor") from None
+        raise ModelError(f"{library} has no C interface: build it anew") from None
     get.restype, get.argtypes = ctypes.POINTER(_Api), [ctypes.c_uint32]
     found = get(VERSION)
     if not found:

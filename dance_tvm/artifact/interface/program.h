@@ -41,11 +41,28 @@ typedef struct {
 } program_argument;
 
 typedef struct {
-  tvm_function call;
+  tvm_function call; /* NULL on a GPU */
   const char *kernel;
   int32_t first, count;    /* its arguments */
   size_t free, free_bytes; /* the largest part of the arena where nothing lies meanwhile */
+  int32_t launch, launches; /* on a GPU: where they begin in gpu_code, and their number */
 } program_step;
+
+/* A launch of one of a GPU's kernels: where the numbers of the tensors that it is given begin in gpu_code.given. */
+typedef struct {
+  const char *kernel;
+  int32_t first, count;
+  uint32_t blocks[3], threads[3]; /* blocks on each axis, threads of a block */
+} gpu_launch;
+
+typedef struct {
+  const char *code; /* OpenCL C or PTX, which the driver compiles; a zero ends it */
+  const char *needs; /* the GPU's architecture (PTX) */
+  int32_t half;      /* computes in half precision */
+  const gpu_launch *launches;
+  int32_t launch_count;
+  const int32_t *given;
+} gpu_code;
 
 /* How numbers are stored: as they are; those that are not zero, behind a bit for each; as half-precision floats; as
  * differences from one to the next. */
@@ -87,6 +104,7 @@ typedef struct {
   const dance_tensor *outputs;
   const int32_t *output_tensors;
   int32_t output_count;
+  const gpu_code *gpu; /* NULL: the steps run on the processor */
 } dance_program;
 
 extern const dance_program dance_the_program;

@@ -1,18 +1,11 @@
-/* Runs the program that a build generated: one arena, kernels in their order, tables laid out once. */
+/* Runs the program that a build generated: kernels in their order, on the machine that it was built for. */
 #include "runtime.h"
 
 #define MOST_INPUTS 64
 
 struct dance_model {
   const dance_program *program;
-  weight_set *weights;
-  unsigned char *arena;
-  unsigned char *staging; /* inputs whose addresses kernels would not take, and a stream's state */
-  unsigned char *next;    /* a stream's state after this frame */
-  size_t arena_bytes, staging_bytes;
-  size_t *staged; /* where each input's copy lies in staging */
-  dl_tensor *tensors;
-  tvm_any *arguments;
+  machine *machine;
   dance_layer_time *times;
   int profiles, streams;
   _Atomic int cancelled;
@@ -28,54 +21,19 @@ static int refuse(dance_model *model, int code, const char *sentence) {
   return code;
 }
 
+/* Where the machine failed: what it said. */
+static int failed(dance_model *model, const char *what) {
+  SAY(model->error, sizeof model->error, what, ": ", kernel_error());
+  return DANCE_FAILED;
+}
+
 static void destroy(dance_model *model) {
   if (!model) return;
   end_pool(&model->threads);
-  leave_weights(model->weights);
-  free(model->arena);
-  free(model->staging);
-  free(model->next);
-  free(model->staged);
-  free(model->tensors);
-  free(model->arguments);
+  close_machine(model->machine);
   free(model->times);
   free(model->views);
   free(model);
-}
-
-static void *data_of(const dance_model *model, const program_tensor *tensor) {
-  switch (tensor->where) {
-    case IN_ARENA: return model->arena + tensor->offset;
-    case IN_WEIGHT: return (void *)weight_data(model->weights, tensor->index);
-    default: return model->staging + model->staged[tensor->index];
-  }
-}
-
-/* Tensors and arguments are laid out once: a call fills in the addresses of its inputs alone. */
-static void lay_out(dance_model *model) {
-  const dance_program *program = model->program;
-  for (int32_t each = 0; each < program->tensor_count; each++) {
-    const program_tensor *tensor = &program->tensors[each];
-    dl_tensor *view = &model->tensors[each];
-    view->data = data_of(model, tensor);
-    view->device.type = 1; /* a processor */
-    view->rank = tensor->rank;
-    view->dtype.code = tensor->kind;
-    view->dtype.bits = tensor->bits;
-    view->dtype.lanes = 1;
-    view->shape = (int64_t *)tensor->shape;
-    view->strides = (int64_t *)tensor->strides;
-  }
-  for (int32_t each = 0; each < program->argument_count; each++) {
-    const program_argument *argument = &program->arguments[each];
-    tvm_any *any = &model->arguments[each];
-    switch (argument->kind) {
-      case TENSOR: any->type = ANY_DLTENSOR, any->value.pointer = &model->tensors[argument->tensor]; break;
-      case INTEGER: any->type = ANY_INTEGER, any->value.integer = argument->integer; break;
-      case REAL: any->type = ANY_REAL, any->value.real = argument->real; break;
-    }
-  }
-  for (int32_t each = 0; each < program->step_count; each++) model->times[each].kernel = program->steps[each].kernel;
 }
 
 static int is_streaming(const dance_program *program) {
@@ -92,25 +50,12 @@ static int is_streaming(const dance_program *program) {
 static int allocate(dance_model *model) {
   const dance_program *program = model->program;
   int32_t most = 0;
-  model->staged = calloc((size_t)program->input_count + 1, sizeof *model->staged);
-  if (!model->staged) return DANCE_NO_MEMORY;
-  for (int32_t each = 0; each < program->input_count; each++) {
-    model->staged[each] = model->staging_bytes;
-    model->staging_bytes += rounded(program->inputs[each].bytes);
-  }
-  model->streams = is_streaming(program);
-  model->arena_bytes = program->arena_bytes;
-  model->arena = aligned(model->arena_bytes);
-  model->staging = aligned(model->staging_bytes);
-  model->tensors = calloc((size_t)program->tensor_count + 1, sizeof *model->tensors);
-  model->arguments = calloc((size_t)program->argument_count + 1, sizeof *model->arguments);
   model->times = calloc((size_t)program->step_count + 1, sizeof *model->times);
   for (int32_t each = 0; each < program->step_count; each++)
     if (program->steps[each].count > most) most = program->steps[each].count;
   model->views = calloc((size_t)most + 1, sizeof *model->views);
-  if (!model->views || !model->arena || !model->staging || !model->tensors || !model->arguments || !model->times) return DANCE_NO_MEMORY;
-  memset(model->staging, 0, model->staging_bytes);
-  if (model->streams && !(model->next = aligned(model->staging_bytes))) return DANCE_NO_MEMORY;
+  if (!model->views || !model->times) return DANCE_NO_MEMORY;
+  for (int32_t each = 0; each < program->step_count; each++) model->times[each].kernel = program->steps[each].kernel;
   return DANCE_OK;
 }
 
@@ -141,14 +86,12 @@ static dance_model *create(const dance_options *options, char *error, size_t roo
   dance_model *model = calloc(1, sizeof *model);
   if (!model) return NULL;
   model->program = &dance_the_program;
+  model->streams = is_streaming(model->program);
   int code = require_instructions(model->program, error, room);
   if (!code) code = start_threads(model, &given, error, room);
-  if (!code && given.share) {
-    model->weights = given.share->weights;
-    share_weights(model->weights);
-  } else if (!code) {
+  if (!code) {
     seat before = enter(&model->threads);
-    code = load_weights(&model->weights, &given, error, room);
+    code = open_machine(&model->machine, &given, given.share ? given.share->machine : NULL, model->streams, error, room);
     leave(before);
   }
   if (!code) code = allocate(model);
@@ -156,65 +99,47 @@ static dance_model *create(const dance_options *options, char *error, size_t roo
     destroy(model);
     return NULL;
   }
-  lay_out(model);
   if (error && room) error[0] = 0;
   return model;
 }
 
-static void show(dance_model *model, const program_step *step) {
+static int one_step(dance_model *model, int32_t index) {
+  const char *kernel = model->program->steps[index].kernel;
+  const int64_t start = model->profiles ? now() : 0;
   int32_t count = 0;
-  for (int32_t each = step->first; each < step->first + step->count; each++) {
-    if (model->arguments[each].type != ANY_DLTENSOR) continue;
-    const dl_tensor *tensor = model->arguments[each].value.pointer;
-    model->views[count++] = (dance_view){tensor->data, tensor->shape, tensor->rank, tensor->dtype.code, tensor->dtype.bits};
-  }
-  model->watcher(model->context, step->kernel, model->views, count);
-}
-
-static int run_step(dance_model *model, int32_t index) {
-  const program_step *step = &model->program->steps[index];
-  tvm_any result = {0, 0, {0}};
-  int code = DANCE_OK;
-  int64_t start = model->profiles ? now() : 0;
-  forget_error();
-  lend(model->arena + step->free, step->free_bytes);
-  if (step->call(NULL, model->arguments + step->first, step->count, &result)) {
-    SAY(model->error, sizeof model->error, step->kernel, ": ", kernel_error());
-    code = DANCE_FAILED;
-  }
+  if (run_step(model->machine, index) || (model->profiles && finish_steps(model->machine))) return failed(model, kernel);
   if (model->profiles) {
     model->times[index].calls++;
     model->times[index].nanoseconds += now() - start;
   }
-  if (model->watcher && !code) show(model, step);
-  return code;
+  if (!model->watcher) return DANCE_OK;
+  if ((count = show_step(model->machine, index, model->views)) < 0) return failed(model, kernel);
+  model->watcher(model->context, kernel, model->views, count);
+  return DANCE_OK;
 }
 
 static int run_steps(dance_model *model) {
-  seat before = enter(&model->threads);
   int code = DANCE_OK;
   for (int32_t each = 0; each < model->program->step_count && !code; each++) {
-    code = run_step(model, each);
+    code = one_step(model, each);
     if (atomic_load_explicit(&model->cancelled, memory_order_relaxed))
       code = refuse(model, DANCE_CANCELLED, "the call was cancelled");
   }
-  leave(before);
   return code;
 }
 
-static void bind_inputs(dance_model *model, const void *const *inputs) {
-  const dance_program *program = model->program;
-  for (int32_t each = 0; each < program->tensor_count; each++) {
-    const program_tensor *tensor = &program->tensors[each];
-    if (tensor->where != IN_INPUT) continue;
-    const void *given = inputs[tensor->index];
-    if ((uintptr_t)given % ALIGNMENT) {
-      void *copy = model->staging + model->staged[tensor->index];
-      memcpy(copy, given, tensor->bytes);
-      given = copy;
-    }
-    model->tensors[each].data = (void *)given;
-  }
+/* Inputs in, steps, outputs out: all of them, or the first one, and the state stays where it is. */
+static int call(dance_model *model, const void *const *inputs, void *const *outputs, int32_t count) {
+  int code = DANCE_OK;
+  seat before = enter(&model->threads);
+  atomic_store(&model->cancelled, 0);
+  if (give_inputs(model->machine, inputs)) code = failed(model, "the inputs");
+  if (!code) code = run_steps(model);
+  for (int32_t each = 0; each < count && !code; each++)
+    if (take_output(model->machine, each, outputs[each])) code = failed(model, "the outputs");
+  if (!code && count < model->program->output_count && keep_state(model->machine)) code = failed(model, "the state");
+  leave(before);
+  return code;
 }
 
 static int run(dance_model *model, const void *const *inputs, void *const *outputs) {
@@ -223,39 +148,18 @@ static int run(dance_model *model, const void *const *inputs, void *const *outpu
     if (!inputs || !inputs[each]) return refuse(model, DANCE_BAD_ARGUMENT, "an input's address is missing");
   for (int32_t each = 0; each < program->output_count; each++)
     if (!outputs || !outputs[each]) return refuse(model, DANCE_BAD_ARGUMENT, "an output's address is missing");
-  atomic_store(&model->cancelled, 0);
-  bind_inputs(model, inputs);
-  int code = run_steps(model);
-  for (int32_t each = 0; each < program->output_count && !code; each++)
-    memcpy(outputs[each], model->tensors[program->output_tensors[each]].data, program->outputs[each].bytes);
-  return code;
+  return call(model, inputs, outputs, program->output_count);
 }
 
 static int step(dance_model *model, const void *frame, void *output) {
-  const dance_program *program = model->program;
-  const void *inputs[MOST_INPUTS];
-  if (!model->streams || program->input_count > MOST_INPUTS)
+  const void *inputs[MOST_INPUTS] = {frame};
+  if (!model->streams || model->program->input_count > MOST_INPUTS)
     return refuse(model, DANCE_BAD_ARGUMENT, "this is no streaming network: its outputs after the first are not its next state");
   if (!frame || !output) return refuse(model, DANCE_BAD_ARGUMENT, "a frame's or output's address is missing");
-  inputs[0] = frame;
-  for (int32_t each = 1; each < program->input_count; each++) inputs[each] = model->staging + model->staged[each];
-  atomic_store(&model->cancelled, 0);
-  bind_inputs(model, inputs);
-  int code = run_steps(model);
-  if (code) return code;
-  memcpy(output, model->tensors[program->output_tensors[0]].data, program->outputs[0].bytes);
-  for (int32_t each = 1; each < program->output_count; each++)
-    memcpy(model->next + model->staged[each], model->tensors[program->output_tensors[each]].data, program->outputs[each].bytes);
-  unsigned char *before = model->staging;
-  model->staging = model->next;
-  model->next = before;
-  return DANCE_OK;
+  return call(model, inputs, &output, 1);
 }
 
-static int reset(dance_model *model) {
-  memset(model->staging, 0, model->staging_bytes);
-  return DANCE_OK;
-}
+static int reset(dance_model *model) { return forget_state(model->machine) ? failed(model, "the state") : DANCE_OK; }
 
 static int profile(dance_model *model, int on) {
   for (int32_t each = 0; each < model->program->step_count; each++) model->times[each].calls = model->times[each].nanoseconds = 0;
@@ -273,8 +177,7 @@ static void cancel(dance_model *model) { atomic_store(&model->cancelled, 1); }
 static const char *error_of(const dance_model *model) { return model->error; }
 
 static size_t memory(const dance_model *model) {
-  size_t bytes = sizeof *model + model->arena_bytes + model->staging_bytes * (model->next ? 2 : 1);
-  if (model->weights) bytes += weight_bytes(model->weights);
+  size_t bytes = sizeof *model + machine_bytes(model->machine);
   for (int32_t each = 0; each < MOST_THREADS; each++) bytes += model->threads.scratches[each].room;
   return bytes;
 }
@@ -284,14 +187,19 @@ static void watch(dance_model *model, dance_watcher watcher, void *context) {
   model->context = context;
 }
 
+/* A whole call; on a GPU its steps alone, between inputs and outputs that are brought there and back. */
+static int timed(dance_model *model, const void *const *inputs, void *const *outputs, int64_t *nanoseconds) {
+  const int64_t start = now();
+  int code = model->program->gpu ? run_steps(model) : run(model, inputs, outputs);
+  if (!code && finish_steps(model->machine)) code = failed(model, "the call");
+  *nanoseconds = now() - start;
+  return code;
+}
+
 static int time_runs(dance_model *model, const void *const *inputs, void *const *outputs, int32_t count, int64_t *nanoseconds) {
-  for (int32_t each = 0; each < count; each++) {
-    int64_t start = now();
-    int code = run(model, inputs, outputs);
-    nanoseconds[each] = now() - start;
-    if (code) return code;
-  }
-  return DANCE_OK;
+  int code = model->program->gpu ? run(model, inputs, outputs) : DANCE_OK;
+  for (int32_t each = 0; each < count && !code; each++) code = timed(model, inputs, outputs, &nanoseconds[each]);
+  return code;
 }
 
 static const char *describe(void) { return dance_the_program.description; }

@@ -103,7 +103,14 @@ void leave(seat before);
 int run_loop(parallel_body body, void *closure, int tasks);
 void lend(void *memory, size_t bytes); /* scratch for this thread, instead of what was lent before */
 void forget_error(void);
-const char *kernel_error(void); /* what a kernel of this thread said last */
+void complain(const char *const *parts, size_t count);
+const char *kernel_error(void); /* what a kernel or driver said last in this thread */
+
+#define COMPLAIN(...)                                          \
+  do {                                                         \
+    const char *said_parts[] = {__VA_ARGS__};                  \
+    complain(said_parts, sizeof said_parts / sizeof said_parts[0]); \
+  } while (0)
 
 /* -- processor.c ---------------------------------------------------------------------------------------------------- */
 
@@ -132,5 +139,23 @@ size_t weight_bytes(const weight_set *weights); /* 0 where several models share 
 
 /* Bring `weight` from where it is stored to `to`, in the form that its kernel reads; 0: no memory. */
 int prepare_weight(const program_weight *weight, const unsigned char *stored, void *to);
+
+/* -- processor_steps.c or gpu_steps.c: where a model's tensors lie and its steps run --------------------------------- */
+
+typedef struct machine machine;
+
+/* DANCE_OK with `found`, or a code with a sentence in `error`. The caller has entered its pool. `share`: a machine whose
+ * weights are used; `streams`: outputs after the first become the next inputs. */
+int open_machine(machine **found, const dance_options *options, const machine *share, int streams, char *error, size_t room);
+void close_machine(machine *on);
+/* The rest gives 0, or not 0 with a sentence in kernel_error(). */
+int give_inputs(machine *on, const void *const *inputs); /* NULL: the state that keep_state left */
+int run_step(machine *on, int32_t index);
+int finish_steps(machine *on); /* a GPU runs them while run_step has returned */
+int take_output(machine *on, int32_t index, void *to);
+int keep_state(machine *on);
+int forget_state(machine *on);
+int32_t show_step(machine *on, int32_t index, dance_view *views); /* the number of tensors; -1: they cannot be had */
+size_t machine_bytes(const machine *on);
 
 #endif

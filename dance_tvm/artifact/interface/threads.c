@@ -203,6 +203,8 @@ void lend(void *memory, size_t bytes) {
 
 void forget_error(void) { last_error[0] = 0; }
 
+void complain(const char *const *parts, size_t count) { say(last_error, sizeof last_error, parts, count); }
+
 const char *kernel_error(void) { return last_error; }
 
 int start_pool(pool *threads, int32_t size, const dance_options *options) {

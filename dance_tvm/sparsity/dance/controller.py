@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dance_tvm.sparsity.dance.options import AXES
 from dance_tvm.sparsity.dance.sites import Site
 from dance_tvm.sparsity.units import SiteUnits
 
-Axis = Literal["frames", "channels", "positions"]
-AXES: tuple[Axis, ...] = ("frames", "channels", "positions")
 _FIRST_SCORE = 0.0  # logit of every score at the start: 0.5, well above the threshold, so nothing is pruned yet
 _FIRST_THRESHOLD = 0.05
 _LEAST_SCORE = 1e-6  # keeps logits finite

@@ -19,7 +19,8 @@ from dance_tvm.liveness.expressions import Expression, Factor
 from dance_tvm.liveness.macs import ConvolutionWork, MaskValue
 from dance_tvm.liveness.torch_graph import ModuleView, evaluate
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.sparsity.dance.controller import AXES, Controller, Masks, Prune
+from dance_tvm.sparsity.dance.controller import Controller, Masks, Prune
+from dance_tvm.sparsity.dance.options import AXES
 from dance_tvm.sparsity.dance.sites import module_of
 
 

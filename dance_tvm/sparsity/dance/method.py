@@ -10,11 +10,9 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from pydantic import Field, field_validator, model_validator
 from pydantic_core import to_json
 from torch import Tensor, fx, nn
 from torch.nn import functional
@@ -22,8 +20,9 @@ from torch.nn import functional
 from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity.clips import Batch, Clips
 from dance_tvm.sparsity.dance.adaptors import Adaptor
-from dance_tvm.sparsity.dance.controller import AXES, Axis, Controller, Prune
+from dance_tvm.sparsity.dance.controller import Controller, Prune
 from dance_tvm.sparsity.dance.macs import MacCounter
+from dance_tvm.sparsity.dance.options import AXES, AAPOptions, AVAOptions
 from dance_tvm.sparsity.dance.predicted_time import TimeCounter
 from dance_tvm.sparsity.dance.sites import Site, insert, module_of, node_named, trace
 from dance_tvm.sparsity.dance.start import leave_out_least, refit
@@ -47,11 +46,8 @@ class AVA(Method):
 
     name: ClassVar[str] = "ava"
 
-    class Options(Method.Options):
-        variability: float = Field(0.1, ge=0, description="weight of the variability term")
-        ramp: float = Field(0.5, ge=0, le=1, description="share of the epochs over which the weight grows")
-
-    options: Options
+    Options = AVAOptions
+    options: AVAOptions
 
     def prepare(self, network: nn.Module, context: Context) -> nn.Module:
         self._plain, self._epochs, self._weight = network, context.epochs, 0.0
@@ -114,70 +110,17 @@ class AAP(Method):
 
     name: ClassVar[str] = "aap"
 
-    class Options(Method.Options):
-        target_macs: float = Field(0.5, gt=0, description="share of the dense MACs (0.5, 50%), or a count (120M)")
-        target_time: float | None = Field(
-            None, gt=0, le=1, description="share of the dense time that the file of units predicts, in place of MACs"
-        )
-        axes: tuple[Axis, ...] = AXES
-        group: int = Field(8, ge=1, description="channels that are decided together")
-        grid: int = Field(8, ge=1, description="tiles along each edge at full resolution, or at most with units")
-        units: Path | None = Field(None, description="file by `dance-tvm units`: decide in what kernels can skip")
-        compute: float = Field(2.0, ge=0, description="weight of the compute term")
-        guide: float = Field(1.0, ge=0, description="weight of the guide at the start")
-        ramp: float = Field(0.5, ge=0, le=1)
-        distill: float = Field(1.0, ge=0, description="weight of the distance from the dense network's scores")
-        hint: float = Field(0.0, ge=0, description="weight of the distance from the dense network's activations")
-        momentum: float = Field(0.02, gt=0, le=1, description="of batch norm's running averages")
-        keep_norm: bool = Field(False, description="leave the backbone's batch norm as it came, for small batches")
-        freeze: float = Field(0.0, ge=0, le=1, description="last share of the epochs with the backbone frozen")
-        backbone_rate: float = Field(0.3, gt=0, description="learning rate of the backbone, times --lr")
-        controller_rate: float = Field(3.0, gt=0, description="learning rate of the controller, times --lr")
-        threshold_rate: float = Field(10.0, gt=0, description="learning rate of theta, times --lr")
-        start: int = Field(0, ge=0, description="training clips that rank channel groups, to leave out at once")
-        floor: float = Field(0.4, ge=0, le=1, description="share of each site's channel groups that `start` leaves")
-        refit: int = Field(0, ge=0, description="training clips to which `start` fits the weights by least squares")
-
-        @field_validator("target_macs", "target_time", mode="before")
-        @classmethod
-        def _parse_target(cls, value: Any) -> Any:
-            return parse_amount(value)
-
-        @field_validator("axes", mode="before")
-        @classmethod
-        def _parse_axes(cls, value: Any) -> Any:
-            return tuple(value.split("+")) if isinstance(value, str) else value
-
-        @model_validator(mode="after")
-        def _check_start(self) -> AAP.Options:
-            if self.start and "channels" not in self.axes:
-                raise ValueError("start leaves out channels: add them to axes or leave start out")
-            if self.refit and not self.start:
-                raise ValueError("refit fits weights to what start leaves: set start as well")
-            return self
-
-        @model_validator(mode="after")
-        def _check_budget(self) -> AAP.Options:
-            if self.target_time is None:
-                return self
-            if "target_macs" in self.model_fields_set:
-                raise ValueError("a budget is one of time or of multiply-adds: leave --target-macs or the time out")
-            if self.units is None:
-                raise ValueError("a budget of time needs --set units=FILE, which `dance-tvm units --out FILE` writes")
-            if self.start:
-                raise ValueError("start meets a budget of multiply-adds: leave it out, or give --target-macs")
-            return self
-
-    options: Options
+    Options = AAPOptions
+    options: AAPOptions
 
     def prepare(self, network: nn.Module, context: Context) -> nn.Module:
         options = self.options
         self._teacher = Teacher(network, context)
         self._dense = _Activations(network, context) if options.hint > 0 else None
         self._form: dict[str, Any] = {"axes": options.axes, "group": options.group, "grid": options.grid}
-        told = read_units(options.units) if options.units else None
-        if told:
-            self._form["units"] = told.sites
+        units = read_units(options.units) if options.units else None
+        if units:
+            self._form["units"] = units.sites
         graph = prune(network, context.clip_shape, **self._form)
         self._controller = controller_of(graph)
         self._prunes = [module for module in graph.modules() if isinstance(module, Prune)]
@@ -187,7 +130,7 @@ class AAP(Method):
         for module in (*self._norms, self._controller.norm):
             module.momentum = options.momentum
         self._counter = MacCounter(graph)
-        self._times = TimeCounter(self._counter, told) if told and (told.layers or options.target_time) else None
+        self._times = TimeCounter(self._counter, units) if units and (units.layers or options.target_time) else None
         self._epochs, self._steps, self._step = context.epochs, context.steps_per_epoch, 0
         dense = self._counter.count([], 1).dense
         self._target = options.target_macs if options.target_macs <= 1 else options.target_macs / dense
@@ -215,6 +158,11 @@ class AAP(Method):
             {"params": rest, "lr_scale": options.controller_rate},
             {"params": [controller.theta], "lr_scale": options.threshold_rate, "weight_decay": 0.0},
         ]
+
+    def finished(self, network: nn.Module) -> nn.Module:
+        for module in self._prunes:
+            module.watching = False  # what runs later, and what is exported, keeps nothing of a call
+        return network
 
     def epoch_started(self, network: nn.Module, epoch: int) -> None:
         self._step = epoch * self._steps
@@ -376,18 +324,6 @@ def controller_of(graph: nn.Module) -> Controller:
     controller = graph.get_submodule("controller")
     assert isinstance(controller, Controller)
     return controller
-
-
-def parse_amount(value: Any) -> Any:
-    """As numbers: "50%" is 0.5, "120M" is 120e6; other strings and numbers go through float."""
-    if not isinstance(value, str):
-        return value
-    units = {"%": 0.01, "k": 1e3, "M": 1e6, "G": 1e9}
-    unit = units.get(value[-1:])
-    amount = float(value[:-1]) * unit if unit else float(value)
-    if value.endswith("%") and amount > 1:
-        raise ValueError(f"{value} is more than all")
-    return amount
 
 
 def _evenly(clips: Clips, count: int) -> Tensor:

@@ -16,10 +16,9 @@ The group size is no setting of the training: it is the one measured best on ``t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from dance_tvm.core.errors import DanceError
@@ -30,6 +29,7 @@ from dance_tvm.sparsity.clips import Batch
 from dance_tvm.sparsity.method import Context, Method
 from dance_tvm.sparsity.rt3d.importance import importance
 from dance_tvm.sparsity.rt3d.masks import add_mask, bake_masks, set_mask
+from dance_tvm.sparsity.rt3d.options import KGSOptions
 from dance_tvm.sparsity.rt3d.penalty import Penalty
 from dance_tvm.sparsity.rt3d.pruning import (
     Prunable,
@@ -40,7 +40,7 @@ from dance_tvm.sparsity.rt3d.pruning import (
     select,
     weight_masks,
 )
-from dance_tvm.sparsity.rt3d.schemes import Scheme, SchemeName
+from dance_tvm.sparsity.rt3d.schemes import Scheme
 
 # The paper's preference for SIMD of today's phones, where nothing was measured.
 DEFAULT_GROUP = (8, 4)
@@ -58,25 +58,8 @@ class KGS(Method):
 
     name: ClassVar[str] = "kgs"
 
-    class Options(Method.Options):
-        algorithm: Literal["heuristic", "lasso", "reweighted"] = "reweighted"
-        scheme: SchemeName = "kgs"
-        rate: float = Field(2.6, ge=1)
-        gm: int | None = Field(None, ge=1)
-        gn: int | None = Field(None, ge=1)
-        target: str = "host"
-        budget: Literal["macs", "parameters"] = "macs"
-        strength: float = Field(2e-3, ge=0)
-        mix: float = Field(0.5, ge=0, le=1)
-        epsilon: float = Field(0.1, gt=0)
-        rounds: int = Field(4, ge=1)
-        dense: float = Field(0.25, ge=0, lt=1)
-        retrain: float = Field(0.35, gt=0, le=1)
-        skip_first: bool = True
-        # Clips for the heuristic's means of activations and gradients; more change the ranking little.
-        calibration: int = Field(32, ge=1)
-
-    options: Options
+    Options = KGSOptions
+    options: KGSOptions
 
     def prepare(self, network: nn.Module, context: Context) -> nn.Module:
         options = self.options

@@ -20,7 +20,8 @@ from dance_tvm.liveness.rules import CHANNELWISE
 from dance_tvm.liveness.torch_graph import module_window, operator_of
 from dance_tvm.models.macs import count_layers
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.sparsity.rt3d.schemes import Scheme, SchemeName
+from dance_tvm.sparsity.rt3d.options import SchemeName
+from dance_tvm.sparsity.rt3d.schemes import Scheme
 
 Budget = Literal["macs", "parameters"]
 
@@ -267,16 +268,12 @@ def _live_weights(layer: Layer, scheme: Scheme, keep: Mapping[str, Tensor]) -> i
 
 def _live_weights_by_tap(layer: Layer, scheme: Scheme, keep: Mapping[str, Tensor]) -> Tensor:
     """int64 (taps,)."""
-    units, taps = keep[layer.name].cpu(), layer.weight[0, 0].numel()
-    if scheme.name == "kgs":
-        return (scheme.sizes(layer.weight).cpu() * units).sum((0, 1)).flatten()
-    if scheme.name == "vanilla":
-        live = int((scheme.sizes(layer.weight).cpu() * units).sum()) // taps
-    else:
-        linked = layer.source is not None and layer.source in keep
-        channels = int(keep[layer.source or ""].sum()) if linked else layer.weight.shape[1]
-        live = int(units.sum()) * channels
-    return torch.full((taps,), live)
+    units = keep[layer.name].cpu()
+    if scheme.name != "filter":
+        return scheme.expand(units, layer.weight).sum((0, 1)).flatten()
+    linked = layer.source is not None and layer.source in keep
+    channels = int(keep[layer.source or ""].sum()) if linked else layer.weight.shape[1]
+    return torch.full((layer.weight[0, 0].numel(),), int(units.sum()) * channels)
 
 
 def _with_floor(scores: Tensor) -> Tensor:

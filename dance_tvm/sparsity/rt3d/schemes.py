@@ -1,29 +1,31 @@
-"""The three structured sparsity schemes of RT3D (section 3) on weights (M filters, N channels, *kernel).
+"""The three structured sparsity schemes of RT3D (section 3) on weights (M filters, N channels, *kernel), and slices.
 
 A *unit* is what a scheme removes as a whole:
 
     filter    one filter                                          units (M,)
     vanilla   a kernel group of gm filters by gn channels         units (P, Q)
+    slices    one frame of a kernel group, in all its kernels     units (P, Q, KT)
     kgs       one tap of a kernel group, in all its kernels       units (P, Q, *kernel)
 
 with P = ceil(M / gm), Q = ceil(N / gn); groups at the edge are smaller where the channels do not divide. A kernel may
-have any number of dimensions: a 2D convolution is depth 1.
+have any number of dimensions: a 2D convolution is depth 1, and its slices are whole kernel groups. Slices are what a
+Winograd kernel over height and width can leave out: it reads a frame of a kernel as a whole (docs/rt3d.md).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.sparsity.rt3d.options import SchemeName
 
-SchemeName = Literal["filter", "vanilla", "kgs"]
-SCHEMES: tuple[SchemeName, ...] = ("filter", "vanilla", "kgs")
+SCHEMES: tuple[SchemeName, ...] = ("filter", "vanilla", "slices", "kgs")
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Scheme:
         flat = values.reshape(filters, channels, -1)
         padded = functional.pad(flat, (0, 0, 0, -channels % self.gn, 0, -filters % self.gm))
         grouped = padded.reshape(-(-filters // self.gm), self.gm, -(-channels // self.gn), self.gn, flat.shape[2])
-        units = grouped.sum((1, 3))
-        return units.sum(2) if self.name == "vanilla" else units.reshape(*units.shape[:2], *kernel)
+        units, own = grouped.sum((1, 3)), self._told_apart(kernel)
+        return units.reshape(*units.shape[:2], math.prod(own), -1).sum(3).reshape(*units.shape[:2], *own)
 
     def sizes(self, weight: Tensor) -> Tensor:
         """How many weights each unit holds, int64; edge groups hold fewer."""
@@ -57,17 +59,17 @@ class Scheme:
         if self.name == "filter":
             return torch.full((filters,), weight[0].numel(), device=weight.device)
         pairs = torch.outer(_lengths(filters, self.gm), _lengths(channels, self.gn)).to(weight.device)
-        if self.name == "vanilla":
-            return pairs * math.prod(kernel)
-        return pairs.reshape(*pairs.shape, *[1] * len(kernel)).expand(*pairs.shape, *kernel)
+        own = self._told_apart(kernel)
+        sizes = pairs * (math.prod(kernel) // math.prod(own))
+        return sizes.reshape(*pairs.shape, *[1] * len(own)).expand(*pairs.shape, *own)
 
     def expand(self, units: Tensor, weight: Tensor) -> Tensor:
         """The value of each weight's unit, in the shape of ``weight``."""
         filters, channels, *kernel = weight.shape
         if self.name == "filter":
             return units.reshape(filters, *[1] * (weight.dim() - 1)).expand(weight.shape)
-        if self.name == "vanilla":
-            units = units.reshape(*units.shape, *[1] * len(kernel)).expand(*units.shape, *kernel)
+        alike = [1] * (len(kernel) - len(self._told_apart(kernel)))
+        units = units.reshape(*units.shape, *alike).expand(*units.shape[:2], *kernel)
         spread = units.repeat_interleave(self.gm, 0).repeat_interleave(self.gn, 1)
         return spread[:filters, :channels]
 
@@ -82,6 +84,10 @@ class Scheme:
             return l2
         l1 = self.sums(weight.abs()) / self.sizes(weight).sqrt()
         return (1 - mix) * l2 + mix * l1
+
+    def _told_apart(self, kernel: Sequence[int]) -> Sequence[int]:
+        """The leading dimensions of a kernel along which a kernel group's units differ."""
+        return {"vanilla": (), "slices": kernel[:-2]}.get(self.name, kernel)
 
     def __str__(self) -> str:
         return self.name if self.name == "filter" else f"{self.name} {self.gm}x{self.gn}"

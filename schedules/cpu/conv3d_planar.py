@@ -1,0 +1,221 @@
+"""The dense pointwise convolution of tensors with channels first (`docs/kernels.md`).
+
+``Y[clip, oc, p] = act(bias[oc] + Σ W[oc, channel] · X[clip, channel, p] + residual[clip, oc, p])`` for positions p.
+Output channels are the rows of a tile and positions its lanes, so that weights are read as the layer has them and no
+layout changes. Positions that a tile reads lie far apart from channel to channel: a block of them is copied side by
+side first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+
+from ..convolution import LayerKernel
+from ..emit import Expr, big, flat, lanes, let, parallel, read, scratch, serial, splat, store
+from ..epilogue import write_activated
+from ..geometry import Window
+from ..kernel import Count, Operand, Weights, constant, output
+from ..layer import Choice, Layer
+from ..preparation import Panels
+from .cost import seconds_per_cycle
+from .pointwise_tiles import predicted_cycles
+from .row_products import Rows, Sums, Vectors, multiply, rows_beside
+from .row_tiles import RowTile, panel_widths
+from .tiles import CHAINS_TO_HIDE_LATENCY, Machine
+
+#: Share of the second-level cache in which weights are near enough to be read anew for every panel of positions.
+WEIGHTS_SHARE_OF_L2 = 0.5
+#: Share of the first-level cache that a block's positions take then, and of the second-level cache otherwise.
+NEAR_SHARE_OF_L1, FAR_SHARE_OF_L2 = 0.6, 0.5
+#: Vectors of positions beside which a tile has its output channels.
+VECTORS = 2
+
+
+@dataclass(frozen=True)
+class PlanarTile(RowTile):
+    """``mr`` output channels × at most ``vectors`` vectors of positions; ``block`` vectors are copied at a time."""
+
+    block: int
+
+
+@dataclass(frozen=True)
+class PlanarConv(LayerKernel):
+    """A convolution of one tap over tensors (N, C, T, H, W), with what is fused behind it."""
+
+    window: Window
+    channels_in: int
+    channels_out: int
+    tile: PlanarTile
+    residual: bool = False
+    activation: str = ""
+    groups = 1
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as docs/kernels.md decodes it."""
+        tile = self.tile
+        step = f"_k{tile.step}" if tile.step > 1 else ""
+        return f"conv3d_planar_f32_mr{tile.mr}_nr{tile.vectors * tile.vector_floats}{step}"
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """(N, C_in, T, H, W)."""
+        return (self.window.batch, self.channels_in, *self.window.size)
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        """(N, C_out, T, H, W)."""
+        return (self.window.batch, self.channels_out, *self.window.out)
+
+    @property
+    def positions(self) -> int:
+        """Those of one clip."""
+        return math.prod(self.window.out)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Into how many blocks a clip's vectors of positions are cut, and how many vectors each has."""
+        vectors = -(-self.positions // self.tile.vector_floats)
+        blocks = -(-vectors // self.tile.block)
+        return blocks, -(-vectors // blocks)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The positions of a block."""
+        return 4 * self.blocks[1] * self.channels_in * self.tile.vector_floats
+
+    def operands(self) -> list[Operand]:
+        """x, weights (C_out, 1, C_in, 1), bias, residual, y."""
+        return [
+            Operand("x", self.x_shape),
+            constant("weights", (self.channels_out, 1, self.channels_in, 1)),
+            constant("bias", (self.channels_out,)),
+            *([Operand("residual", self.y_shape, role="residual")] if self.residual else []),
+            output("y", self.y_shape),
+        ]
+
+    @property
+    def preparation(self) -> Panels:
+        """Weights stay as they are."""
+        return Panels(1, self.channels_out, self.channels_in, 1, 1)
+
+    def prepare(self, weights: Weights | None) -> dict[str, np.ndarray]:
+        """Weights and bias."""
+        assert weights is not None
+        constants = {"bias": np.ascontiguousarray(weights.bias, "float32")}
+        if weights.weight is not None:
+            constants["weights"] = self.preparation.apply(weights.weight)
+        return constants
+
+    def unpacked(self, at: Expr) -> tuple[Expr, Expr, Expr, Expr]:
+        """As the layer has them."""
+        depth = self.channels_in
+        return let(tirx.floordiv(at, depth)), 0, let(tirx.floormod(at, depth)), tirx.const(True)
+
+    def describe(self) -> dict[str, Any]:
+        """Also that channels come first."""
+        return {**super().describe(), "planar": True}
+
+    def work(self) -> tuple[Count, Count, Count]:
+        """All of it."""
+        return Count(self.window.positions_out), Count(self.channels_in), Count(self.channels_out)
+
+    def predict(
+        self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
+    ) -> float:
+        """As a pointwise layer whose positions are its channels and whose channels its positions."""
+        like, tile = _mirrored(self.window, self.channels_out), self.tile
+        needed = predicted_cycles(machine, like, (self.channels_in, self.positions), (tile.mr, tile.vectors, tile.step))
+        return self.window.batch * needed * seconds_per_cycle(machine) / threads
+
+    def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
+        """Clip by clip, blocks of positions by tiles of output channels."""
+        tile, depth = self.tile, self.channels_in
+        x, weights = flat(args["x"]), flat(args["weights"])
+        count, (blocks, vectors) = tile.vector_floats, self.blocks
+        most = -(-self.positions // count) - vectors
+        mr = min(tile.mr, self.channels_out)
+        with parallel(self.window.batch * blocks) as task:
+            clip, block = let(tirx.floordiv(task, blocks)), let(tirx.floormod(task, blocks))
+            first = let(tirx.min(block * vectors, most))  # the last block overlaps the one before
+            packed = scratch((vectors * depth * count,))
+            with serial(depth) as channel:
+                line = let(big(clip * depth + channel) * self.positions)
+                with serial(vectors) as index:
+                    at = line + self._begin(first + index)
+                    store(packed, x[lanes(at, count)], lanes((index * depth + channel) * count, count))
+            with serial(-(-self.channels_out // mr)) as piece:
+                out, done = let(tirx.min(piece * mr, self.channels_out - mr)), 0
+                for panels, width in panel_widths(vectors, tile.vectors):
+                    with serial(panels) as index:
+                        vector = let(done + index * width)
+                        acc = self._started(args["bias"], out, mr, width)
+                        columns = Vectors(packed, depth * count, count)
+                        source, begin = let(big(out) * depth), let(vector * (depth * count))
+                        multiply(Rows(weights, depth), source, columns, begin, depth, tile.step, acc)
+                        self._finish(
+                            args, let(big(clip * self.channels_out + out) * self.positions), first + vector, acc
+                        )
+                    done += panels * width
+
+    def _begin(self, vector: Expr) -> Expr:
+        """The first position of a vector; a clip's last one overlaps the one before."""
+        count = self.tile.vector_floats
+        return tirx.min(vector * count, self.positions - count)
+
+    def _started(self, bias: tirx.Buffer, out: Expr, mr: int, width: int) -> Sums:
+        """Sums that are the bias of their row."""
+        count = self.tile.vector_floats
+        acc = [[scratch((count,)) for _ in range(width)] for _ in range(mr)]
+        for row, sums in enumerate(acc):
+            value = let(splat(bias[out + row], count))
+            for total in sums:
+                store(total, value, lanes(0, count))
+        return acc
+
+    def _finish(self, args: Mapping[str, tirx.Buffer], target: Expr, vector: Expr, acc: Sums) -> None:
+        """Residual, activation and store; ``target`` is where the first row's channel begins."""
+        y, count = flat(args["y"]), self.tile.vector_floats
+        residual = flat(args["residual"]) if self.residual else None
+        begins = [let(self._begin(vector + index)) for index in range(len(acc[0]))]
+        for row, sums in enumerate(acc):
+            for begin, total in zip(begins, sums, strict=True):
+                at = target + (row * self.positions + begin)
+                value = total[lanes(0, count)]
+                if residual is not None:
+                    value = value + read(residual, at, count)
+                write_activated(y, self.activation, value, at, count)
+
+
+def offer(layer: Layer, machine: Machine, _wanted: str, _log: object) -> Choice[LayerKernel] | None:
+    """The kernel of a layer with channels first, which leaves nothing out; None for all others."""
+    if not layer.planar:
+        return None
+    tile = _tile(machine, layer)
+    behind = layer.residual, layer.activation
+    return Choice(PlanarConv(layer.window, layer.channels_in, layer.channels_out, tile, *behind))
+
+
+def _tile(machine: Machine, layer: Layer) -> PlanarTile:
+    """Two vectors of positions, more beside few output channels, and as many of these as registers hold."""
+    depth, channels_out = layer.channels_in, layer.channels_out
+    vectors = max(VECTORS, -(-CHAINS_TO_HIDE_LATENCY // channels_out))
+    most, step = rows_beside(machine, vectors)
+    mr = -(-channels_out // -(-channels_out // most))  # tiles of equal height
+    near = 4 * depth * channels_out <= WEIGHTS_SHARE_OF_L2 * machine.l2
+    room = NEAR_SHARE_OF_L1 * machine.l1d if near else FAR_SHARE_OF_L2 * machine.l2
+    fitting = int(room) // (4 * depth * machine.vector_floats)
+    of_thread = -(-math.prod(layer.window.out) // (machine.vector_floats * layer.threads))
+    block = max(1, min(max(vectors, fitting), of_thread))
+    return PlanarTile(mr, min(vectors, block), machine.vector_floats, step if depth >= step else 1, block)
+
+
+def _mirrored(window: Window, rows: int) -> Window:
+    """``rows`` rows in the place of a window's positions."""
+    return replace(window, batch=rows, size=(1, 1, 1), out=(1, 1, 1))
