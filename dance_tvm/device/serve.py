@@ -1,9 +1,9 @@
 """TVM's RPC server with what a measurement needs beside it: run it on a board, `python serve.py --help`.
 
 One file that needs TVM's runtime, numpy and nothing of this package, so that it can be copied to a device. Over TVM's
-own server it adds an upload store keyed by content hash, the look at each kernel's tensors, peak
-memory and sensors. RPC executes whatever it is sent: it binds to 127.0.0.1 unless told otherwise. TVM is imported where
-it is used: this machine's programs are measured by the same functions without it.
+own server it adds an upload store keyed by content hash, the look at each kernel's tensors, peak memory and sensors.
+RPC executes whatever it is sent: it binds to 127.0.0.1 unless told otherwise. TVM is imported where it is used: this
+machine's programs are measured by the same functions without it.
 """
 
 from __future__ import annotations
