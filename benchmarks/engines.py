@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,10 +42,12 @@ Run = Callable[[], Sequence[np.ndarray]]
 
 
 class Turn(NamedTuple):
-    """Seconds of one call, as the mean of a turn's."""
+    """Seconds of one call, as the mean of a turn's; ``least`` is the processor's time of the shortest one, which other
+    work beside it disturbs least."""
 
     wall: float
     processor: float
+    least: float
 
 
 @dataclass(frozen=True)
@@ -218,11 +221,13 @@ def _serve(peer: str, case: Case, threads: int, pipe: Connection) -> None:
         repeats = max(1, round(TURN_SECONDS / min(seconds)))
         pipe.send({"error": error})
         while pipe.recv():
-            start = Turn(time.perf_counter(), time.process_time())
+            begin, processor = time.perf_counter(), [time.process_time()]
             for _ in range(repeats):
                 run()
-            end = Turn(time.perf_counter(), time.process_time())
-            pipe.send(Turn((end.wall - start.wall) / repeats, (end.processor - start.processor) / repeats))
+                processor.append(time.process_time())
+            wall = time.perf_counter() - begin
+            least = min(after - before for before, after in pairwise(processor))
+            pipe.send(Turn(wall / repeats, (processor[-1] - processor[0]) / repeats, least))
     except EOFError:
         return
     except BaseException as problem:
@@ -324,13 +329,13 @@ def summary(case: Case, threads: int, engines: Sequence[Engine]) -> dict[str, An
         if engine.failed or not engine.turns:
             results[engine.peer] = {"failed": engine.failed or "not measured"}
             continue
-        wall, processor = ([turn[at] for turn in engine.turns] for at in (0, 1))
+        wall, processor, least = ([turn[at] for turn in engine.turns] for at in range(3))
         median, low, high = median_interval(wall)
         results[engine.peer] = {
             "ms": median * 1e3,
             "interval_ms": [low * 1e3, high * 1e3],
             "processor_ms": float(np.median(processor)) * 1e3,
-            "least_processor_ms": min(processor) * 1e3,
+            "least_processor_ms": min(least) * 1e3,
             "gmacs_per_s": case.macs / median / 1e9,
             "error": engine.error,
             "rounds_ms": [seconds * 1e3 for seconds in wall],
@@ -338,8 +343,8 @@ def summary(case: Case, threads: int, engines: Sequence[Engine]) -> dict[str, An
         if ours is not None and len(ours.turns) == len(engine.turns):
             ratio, low, high = paired_ratio([turn.wall for turn in ours.turns], wall)
             results[engine.peer] |= {"ours_over_it": ratio, "ratio_interval": [low, high]}
-            least = min(turn.processor for turn in ours.turns) / min(processor)
-            results[engine.peer]["least_processor_ratio"] = least
+            own = min(turn.least for turn in ours.turns)
+            results[engine.peer]["least_processor_ratio"] = own / min(least)
     return {"case": case.name, "threads": threads, "gmacs": case.macs / 1e9, "peers": results}
 
 

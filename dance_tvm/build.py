@@ -213,10 +213,10 @@ def _facts(built: Built) -> dict[str, Any]:
 
 def _for_json(found: LayerErrors) -> dict[str, Any]:
     """JSON has no infinity: a ratio that is exact, or all noise, is null, and the difference says which."""
-    told = asdict(found)
-    for layer in told["layers"]:
+    facts = asdict(found)
+    for layer in facts["layers"]:
         layer |= {key: None for key in ("signal_to_noise", "worst") if not math.isfinite(layer[key])}
-    return told
+    return facts
 
 
 def _print(built: Built) -> None:

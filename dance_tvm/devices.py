@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import typer
@@ -19,6 +20,7 @@ from dance_tvm.core.options import AsJson
 from dance_tvm.core.printing import framed, plain, print_table
 
 TRACKER = "127.0.0.1:9190"
+PHONE = "snapdragon"
 PROBE_TIMEOUT_S = 5.0
 
 Tracker = Annotated[str, typer.Option(help="HOST:PORT of an RPC tracker.")]
@@ -88,27 +90,56 @@ def _shown(tracker: str, probe: bool, form: Callable[..., Any]) -> Any:
         return f"{time.strftime('%H:%M:%S')}  {error}"
 
 
-@app.command(epilog=examples("dance-tvm device phone tvm-arm64 --key pixel"))
+@app.command(
+    epilog=examples("dance-tvm device phone --key pixel", "dance-tvm device phone tvm-arm64 --key pixel"),
+)
 def phone(
-    folder: Annotated[Path, typer.Argument(help="Folder with tvm_rpc and its libraries for arm64 (docs/devices.md).")],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Folder with a server for arm64: dance_server, or tvm_rpc and its libraries.", show_default=False
+        ),
+    ] = None,
     tracker: Annotated[str, typer.Option(help="HOST:PORT of the tracker that the phone registers with.")] = TRACKER,
     key: Annotated[str, typer.Option(help="The device's kind in the tracker.")] = "android",
     serial: Annotated[str | None, typer.Option(help="Which phone, where several are connected.")] = None,
     port: Annotated[int, typer.Option(help="Port of the phone's server.")] = 9090,
+    target: Annotated[str, typer.Option(help="Of the dance_server that is made where no FOLDER is given.")] = PHONE,
 ) -> None:
-    """Push TVM's C++ server onto a phone on a cable, forward its ports, start it and keep it until Ctrl-C."""
+    """Push a server onto a phone on a cable, forward its ports, start it and keep it until Ctrl-C."""
     from dance_tvm.device import address_of
     from dance_tvm.device.adb import Adb
+    from dance_tvm.device.server_program import build_server
+    from dance_tvm.machines.target import load_target
 
     host, tracker_port = address_of(tracker, "--tracker")
     if host not in ("127.0.0.1", "localhost"):
         raise DanceError(f"a phone on a cable reaches this machine alone: start the tracker here, not on {host}")
     adb = Adb(serial)
-    with adb.server(folder, key, tracker_port, port) as server:
-        print(f"phone {adb.serial} serves tracker://{tracker}/{key}; Ctrl-C ends it", file=sys.stderr, flush=True)
-        server.process.wait()
-        last_words = server.last_words()
+    with TemporaryDirectory(prefix="dance_tvm_phone_") as made:
+        if folder is None:
+            folder = build_server(load_target(target), Path(made)).parent
+        with adb.server(folder, key, tracker_port, port) as server:
+            print(f"phone {adb.serial} serves tracker://{tracker}/{key}; Ctrl-C ends it", file=sys.stderr, flush=True)
+            server.process.wait()
+            last_words = server.last_words()
     raise DanceError(f"the server on phone {adb.serial} ended: {last_words}")
+
+
+@app.command(
+    epilog=examples(
+        "dance-tvm device server out --target aarch64-linux", "dance-tvm device server out --target snapdragon"
+    )
+)
+def server(
+    folder: Annotated[Path, typer.Argument(help="Folder to write dance_server into.")],
+    target: Annotated[str, typer.Option(help="The device's target.")] = PHONE,
+) -> None:
+    """Write dance_server, a device server that needs no TVM: one small program to copy to a board or phone."""
+    from dance_tvm.device.server_program import build_server
+    from dance_tvm.machines.target import load_target
+
+    typer.echo(build_server(load_target(target), folder))
 
 
 def look(tracker: str, probe: bool = False) -> tuple[list[Server], dict[str, int]]:
@@ -127,8 +158,8 @@ def look(tracker: str, probe: bool = False) -> tuple[list[Server], dict[str, int
     free = {key: queues.get(key, {}).get("free", 0) for key in keys}
     servers = _in_use(sorted(zip(keys, addresses, strict=True)), free)
     if probe:
-        told = _probe(host, port, free)
-        servers = [replace(server, **told.get(server.address, {})) for server in servers]
+        states = _probe(host, port, free)
+        servers = [replace(server, **states.get(server.address, {})) for server in servers]
     return servers, {key: queue["pending"] for key, queue in queues.items() if queue["pending"]}
 
 
@@ -157,24 +188,24 @@ def _in_use(known: list[tuple[str, str]], free: dict[str, int]) -> list[Server]:
 def _probe(host: str, port: int, free: dict[str, int]) -> dict[str, dict[str, Any]]:
     """By address, what each free device reported; the tracker hands them out in turn."""
     from dance_tvm.benchmarking.sensing import hottest
-    from dance_tvm.device.remote import Connection, RemoteSession
+    from dance_tvm.device import open_server
     from dance_tvm.device.tracker import request_device
 
-    told: dict[str, dict[str, Any]] = {}
+    states: dict[str, dict[str, Any]] = {}
     for key in [key for key, count in free.items() for _ in range(count)]:
         address = ""
         try:
             found = request_device(host, port, key, PROBE_TIMEOUT_S)
             address = f"{found[0]}:{found[1]}"
-            with RemoteSession(Connection(key, *found, PROBE_TIMEOUT_S, PROBE_TIMEOUT_S)) as session:
+            with open_server(key, *found, PROBE_TIMEOUT_S, PROBE_TIMEOUT_S) as session:
                 facts, heat = session.facts(), hottest(session.sensors())
         except DanceError as error:
-            told[address] = {"state": "lost", "health": str(error)}
+            states[address] = {"state": "lost", "health": str(error)}
             continue
         words = [facts.get("machine", "TVM's own server"), f"{facts['cpus']} cores" if facts else ""]
         health = ", ".join(word for word in [*words, f"{heat:.0f} °C" if heat else ""] if word)
-        told[address] = {"state": "free", "health": health}
-    return told
+        states[address] = {"state": "free", "health": health}
+    return states
 
 
 _HEADS = ["key", "server", "state", "runs", "for", "waiting", "health"]

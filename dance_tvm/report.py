@@ -61,11 +61,11 @@ def report(
     if len(measured) == 2:
         from dance_tvm.reporting import compare
 
-        told = compare.comparison(measured[0], measured[1], (str(results[0]), str(results[1])))
+        content = compare.comparison(measured[0], measured[1], (str(results[0]), str(results[1])))
         facts = json.dumps(compare.facts(*measured), indent=1)
         beside = results[-1].with_name(f"{results[0].stem}-{results[1].stem}{SUFFIXES[chosen]}")
     else:
-        told = page.page_of(measured[0], [name.value for name in paper or []], tuning or [])
+        content = page.page_of(measured[0], [name.value for name in paper or []], tuning or [])
         facts = measured[0].model_dump_json(indent=1)
     texts: dict[str, Callable[[Any], str]] = {
         "html": page.html,
@@ -73,7 +73,7 @@ def report(
         "json": lambda _: facts + "\n",
     }
     path = out or beside
-    page.write_text(path, texts[chosen](told))
+    page.write_text(path, texts[chosen](content))
     typer.echo(path)
 
 

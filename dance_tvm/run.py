@@ -229,8 +229,8 @@ def _print(
     rows = []
     for name, results, seconds in found:
         best = _top(results, manifest, labels, top)
-        told = ", ".join(f"{each['label'] or each['class']} {each['score']:.3f}" for each in best)
-        rows.append([name, f"{1e3 * seconds:.1f}", told])
+        classes = ", ".join(f"{each['label'] or each['class']} {each['score']:.3f}" for each in best)
+        rows.append([name, f"{1e3 * seconds:.1f}", classes])
     print_table(["window", "ms", "highest scores"], rows, f"{manifest.name} on {device}")
 
 

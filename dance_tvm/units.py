@@ -138,8 +138,8 @@ def _facts(
     from dance_tvm.schedules.cpu.units import SHARES
 
     layers = [{"layer": name, "kernels": [asdict(kernel) for kernel in kernels]} for name, kernels in found.items()]
-    told = {"network": model, "target": target, "threads": threads, "live_shares": SHARES, "layers": layers}
-    return told | {"sites": [site.model_dump() for site in sites.sites] if sites else None}
+    facts = {"network": model, "target": target, "threads": threads, "live_shares": SHARES, "layers": layers}
+    return facts | {"sites": [site.model_dump() for site in sites.sites] if sites else None}
 
 
 def _print_layers(found: dict[str, list[Serving]], kernels: int) -> None:

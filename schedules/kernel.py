@@ -185,7 +185,11 @@ class Kernel(ABC):
     def predict(
         self, machine: Any, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
     ) -> float | None:
-        """Seconds that a call is predicted to take on a machine of its kind; None where there is no model of them.
+        """Seconds that a call is predicted to take on a machine of its kind.
+
+        None where nothing is decided by them: for kernels that are the only one for what they compute (pools, norms,
+        depthwise and transposed convolutions, planners), and on GPUs, whose targets have no rates: there tiles are
+        compared by relative cost.
 
         The mean over ``shares``: of each axis that lists thin, so much is alive; by default what builds assume of
         masks. ``whole_units``: masks leave out what the kernel computes in one piece, and no parts of that.
@@ -216,5 +220,5 @@ K = TypeVar("K", bound=Kernel)
 
 def described(func: tirx.PrimFunc) -> dict[str, Any] | None:
     """The description of the kernel that ``func`` was emitted from; None for functions of TVM's."""
-    told = func.attrs.get(DESCRIPTION) if func.attrs else None
-    return None if told is None else json.loads(str(told))
+    text = func.attrs.get(DESCRIPTION) if func.attrs else None
+    return None if text is None else json.loads(str(text))

@@ -94,8 +94,8 @@ class Workload(GroupedChannels):
     def facts(self) -> dict[str, Any]:
         """JSON-ready description without what is as usual, the inverse of ``Workload.of``."""
         usual = {part.name: part.default for part in fields(self)}
-        told = {name: value for name, value in asdict(self).items() if value != usual[name]}
-        return json.loads(json.dumps(told))
+        values = {name: value for name, value in asdict(self).items() if value != usual[name]}
+        return json.loads(json.dumps(values))
 
     @staticmethod
     def of(facts: Mapping[str, Any]) -> Workload:

@@ -27,7 +27,7 @@ with log.open("a") as stream:
 if words == ["devices"]:
     print("List of devices attached")
     print(pathlib.Path({state!r}).read_text(), end="")
-elif "shell" in words and "tvm_rpc server" in words[-1]:
+elif "shell" in words and ("tvm_rpc server" in words[-1] or "./dance_server" in words[-1]):
     for number in range(20000):  # more than a pipe holds
         print("bind to 127.0.0.1, try", number, flush=number == 0)
     print("the phone's memory is full", flush=True)
@@ -104,7 +104,7 @@ def test_phones_that_cannot_be_used(phone, tmp_path, monkeypatch):
     state.write_text("A\tdevice\n")
     with pytest.raises(DanceError, match="No space left on device"):
         adb.Adb().push(tmp_path / "x", "refused")
-    with pytest.raises(DanceError, match="holds no tvm_rpc"), adb.Adb().server(tmp_path, "k", 1, 2):
+    with pytest.raises(DanceError, match="holds no dance_server"), adb.Adb().server(tmp_path, "k", 1, 2):
         pass
     monkeypatch.setenv("ADB", "no-such-adb")
     with pytest.raises(DanceError, match="apt-get install adb"):
@@ -162,3 +162,16 @@ def run(*words: str) -> str:
     result = CliRunner().invoke(devices.app, list(words))
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def test_a_server_of_ours_is_started_with_its_token(phone, tmp_path, monkeypatch):
+    monkeypatch.setenv("DANCE_TVM_TOKEN", "a secret")
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "dance_server").write_text("program")
+    with adb.Adb("R3CT").server(tmp_path / "server", "galaxy", 9190, 9090):
+        deadline = time.monotonic() + 20
+        while "./dance_server" not in phone[0].read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    said = phone[0].read_text()
+    assert "DANCE_TVM_TOKEN='a secret' ./dance_server --port 9090 --tracker 127.0.0.1:9190 --key galaxy" in said
+    assert "shell pkill dance_server" in said

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from dance_tvm import DanceError, build_network, pack
+from dance_tvm import DanceError, Options, build_network, pack
 from dance_tvm.artifact.c_interface import INTERFACE
 
 USE_C = """
@@ -38,6 +38,19 @@ int main(void) {
 }
 """
 
+USE_LINKED = """
+#include <cstdio>
+#include <dance_model.h>
+int main() {
+  dance_options options = {};
+  options.size = sizeof options;
+  dance::Model model(dance_model_api(DANCE_VERSION), options);
+  float x[4] = {1, 2, 3, 4}, y[2];
+  model.run({x}, {y});
+  std::printf("%.6f %.6f\\n", y[0], y[1]);
+}
+"""
+
 
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
@@ -47,7 +60,8 @@ def network() -> nn.Module:
 
 def artifact(network: nn.Module, out: Path, target: str = "host") -> Path:
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    return build_network(network, out, target=target, example_inputs=(x,), check=False).artifact.path
+    options = Options(static=target == "host")
+    return build_network(network, out, target=target, example_inputs=(x,), check=False, options=options).artifact.path
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +84,17 @@ def test_a_c_folder_is_built_with_cmake(host, network, tmp_path):
     folder = packed(host, "--out", tmp_path / "dance")
     (tmp_path / "main.c").write_text(USE_C)
     (tmp_path / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.16)\nproject(app LANGUAGES C)\nadd_subdirectory(dance)\n"
+        "cmake_minimum_required(VERSION 3.16)\nproject(app LANGUAGES C CXX)\nadd_subdirectory(dance)\n"
         "add_executable(app main.c)\ntarget_link_libraries(app PRIVATE dance_model)\n"
+        "add_executable(linked linked.cpp)\ntarget_link_libraries(linked PRIVATE dance_model_static)\n"
     )
+    (tmp_path / "linked.cpp").write_text(USE_LINKED)
     for step in (["cmake", "-S", tmp_path, "-B", tmp_path / "build"], ["cmake", "--build", tmp_path / "build"]):
         done = subprocess.run(step, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    shown = subprocess.run([tmp_path / "build/app"], capture_output=True, text=True).stdout
-    np.testing.assert_allclose([float(word) for word in shown.split()], expected(network), atol=1e-5)
+    for program in ("app", "linked"):
+        shown = subprocess.run([tmp_path / "build" / program], capture_output=True, text=True).stdout
+        np.testing.assert_allclose([float(word) for word in shown.split()], expected(network), atol=1e-5)
     assert Path(folder).is_dir()
 
 

@@ -26,6 +26,7 @@ from dance_tvm.transform.channels_last import ChannelsLast
 from dance_tvm.transform.compute_empty import ComputeEmpty
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.fold_lists import FoldLists
+from dance_tvm.transform.fold_patches import FoldPatches
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
@@ -268,7 +269,7 @@ def test_channels_that_nobody_reads_are_taken_out() -> None:
     narrow = NarrowChannels()
     small = {"first": first[[0, 2]], "second": second[:, [0, 2]].copy()}
     becomes(narrow, bound(TwoConvolutions, {"first": first, "second": second}), bound(After, small))
-    assert sorted(narrow.told.values()) == [
+    assert sorted(narrow.reasons.values()) == [
         "filter, 1.50x fewer MACs: 0 of 2 filters and 1 of 3 input channels are taken out",
         "filter, 1.50x fewer MACs: 1 of 3 filters and 0 of 2 input channels are taken out",
     ]
@@ -320,6 +321,69 @@ def test_a_transposed_convolution_of_groups_stays() -> None:
             return y
 
     stays(SpreadTransposed(), bound(Module, {"w": np.ones((4, 2, 2, 3), "float32")}))
+
+
+# -- FoldPatches ------------------------------------------------------------------------------------------------------
+
+
+def test_a_convolution_over_patches_of_the_input_is_a_product() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((2, 3, 20, 32), "float32"), w: R.Tensor((5, 3, 10, 16), "float32")) -> R.Tensor(
+            (2, 5, 2, 2), "float32"
+        ):
+            with R.dataflow():
+                y = R.nn.conv2d(x, w, strides=[10, 16])
+                R.output(y)
+            return y
+
+    @I.ir_module
+    class After:
+        @R.function
+        def main(x: R.Tensor((2, 3, 20, 32), "float32"), w: R.Tensor((480, 5), "float32")) -> R.Tensor(
+            (2, 5, 2, 2), "float32"
+        ):
+            with R.dataflow():
+                apart = R.reshape(x, (2, 3, 2, 10, 2, 16))
+                moved = R.permute_dims(apart, [0, 2, 4, 1, 3, 5])
+                rows = R.reshape(moved, (2, 2, 2, 480))
+                y = R.matmul(rows, w)
+                z = R.permute_dims(y, [0, 3, 1, 2])
+                R.output(z)
+            return z
+
+    weight = np.arange(2400, dtype="float32").reshape(5, 3, 10, 16)
+    becomes(FoldPatches(), bound(Before, {"w": weight + 1}), bound(After, {"w": (weight + 1).reshape(5, 480).T.copy()}))
+    stays(FoldPatches(), bound(Before, {"w": weight % 2}))  # half of them zeros, which may be left out
+
+
+def test_windows_that_overlap_or_lie_inside_the_network_stay_convolutions() -> None:
+    @I.ir_module
+    class Overlapping:
+        @R.function
+        def main(x: R.Tensor((1, 3, 20, 36), "float32"), w: R.Tensor((5, 3, 10, 16), "float32")) -> R.Tensor(
+            (1, 5, 2, 3), "float32"
+        ):
+            with R.dataflow():
+                y = R.nn.conv2d(x, w, strides=[10, 10])
+                R.output(y)
+            return y
+
+    @I.ir_module
+    class Inside:
+        @R.function
+        def main(x: R.Tensor((1, 3, 20, 32), "float32"), w: R.Tensor((5, 3, 10, 16), "float32")) -> R.Tensor(
+            (1, 5, 2, 2), "float32"
+        ):
+            with R.dataflow():
+                a = R.nn.relu(x)
+                y = R.nn.conv2d(a, w, strides=[10, 16])
+                R.output(y)
+            return y
+
+    for module in (Overlapping, Inside):
+        stays(FoldPatches(), bound(module, {"w": np.ones((5, 3, 10, 16), "float32")}))
 
 
 # -- ChannelsLast -----------------------------------------------------------------------------------------------------

@@ -63,22 +63,26 @@ def link_shared(
     triple: str,
     needed: Sequence[str] = (),
     page_size: int = PAGE_SIZE,
+    entry: str = "",
 ) -> None:
     """Link object files into the shared library `output` for `triple`, e.g. `aarch64-linux-android`.
 
-    `needed` are the sonames that the device's loader must bring in (DT_NEEDED); `page_size` is in bytes.
+    `needed` are the sonames that the device's loader must bring in (DT_NEEDED); `page_size` is in bytes; `entry` is the
+    symbol that a program begins at.
     Raises DanceError where the architecture is unknown, no linker is there, or linking fails.
     """
     ndk = os.environ.get("TVM_NDK_CC")
     inputs = [str(path) for path in objects]
     if ndk and "android" in triple:
         flags = ["-shared", "-fPIC", "-lm", "-s", "-Wl,--build-id=none", f"-Wl,-z,max-page-size={page_size}"]
+        flags += ["-nostartfiles", f"-Wl,-e,{entry}"] if entry else []
         _run([*shlex.split(ndk), "-o", str(output), *inputs, *flags], tool="TVM_NDK_CC")
         return
     with tempfile.TemporaryDirectory(prefix="dance_tvm_link_") as folder:
         linker = [*lld_command(), "-m", _emulation(triple)]
         stubs = _stub_libraries(linker, Path(folder), needed)
         flags = ["-shared", "--strip-all", "--build-id=none", "--hash-style=both", "-z", f"max-page-size={page_size}"]
+        flags += ["-e", entry] if entry else []
         _run([*linker, *flags, "-o", str(output), *inputs, *stubs], tool="lld")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from dance_tvm.artifact.c_interface import HEADER, INTERFACE
-from dance_tvm.artifact.folder import LIBRARY, WEIGHTS, Artifact
+from dance_tvm.artifact.folder import ARCHIVE, LIBRARY, WEIGHTS, Artifact
 from dance_tvm.core.errors import DanceError
 
 Format = Literal["c", "android", "wheel"]
@@ -73,7 +73,8 @@ def _files(artifact: Artifact) -> list[Path]:
 
 
 def _c(artifact: Artifact, out: Path) -> None:
-    _copy(out, *_files(artifact), INTERFACE / "CMakeLists.txt")
+    static = [artifact.path / ARCHIVE] if ARCHIVE in artifact.manifest.files else []
+    _copy(out, *_files(artifact), *static, INTERFACE / "CMakeLists.txt")
     _copy(out / "include", HEADER)
 
 

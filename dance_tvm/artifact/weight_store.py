@@ -77,12 +77,6 @@ class Store:
         """Bytes of the store."""
         return sum(map(len, self.data))
 
-    @property
-    def prepared_bytes(self) -> int:
-        """What a model holds in memory of its own once its weights are prepared."""
-        apart = [each for each in self.tensors if (each.encoding, each.preparation) != ("PLAIN", "AS_STORED")]
-        return sum(each.bytes for each in apart)
-
     def write(self, path: Path) -> None:
         """Write the store to a file."""
         with path.open("wb") as stream:

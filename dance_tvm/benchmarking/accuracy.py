@@ -29,9 +29,9 @@ def read_classes(path: Path) -> dict[str, int]:
         raise DanceError(f"--labels {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     classes: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
-        name, told = row[0].strip(), row[-1].strip()
-        if told.isdecimal() and len(row) == 2:
-            classes[name] = int(told)
+        name, label = row[0].strip(), row[-1].strip()
+        if label.isdecimal() and len(row) == 2:
+            classes[name] = int(label)
         elif number > 1 or len(row) != 2:
             raise DanceError(f"--labels {path}, line {number}: write the clip's name, a comma and its class's number")
     if not classes:

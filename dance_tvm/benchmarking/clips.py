@@ -50,8 +50,8 @@ def load_clips(spec: str, manifest: Manifest, most: int = MOST_CLIPS) -> NamedCl
 def doubt_of_scale(spec: str, manifest: Manifest) -> str:
     """One sentence where the artifact does not say in which scale it takes the frames of videos; else empty."""
     tensor = manifest.inputs[0]
-    told = tensor.dtype == "uint8" or UP_TO_ONE in tensor.meaning or AS_TRAINED in tensor.meaning
-    if told or manifest.preprocess is not None or not (_holds_videos(Path(spec)) or spec.startswith(VIDEO_SETS)):
+    scaled = tensor.dtype == "uint8" or UP_TO_ONE in tensor.meaning or AS_TRAINED in tensor.meaning
+    if scaled or manifest.preprocess is not None or not (_holds_videos(Path(spec)) or spec.startswith(VIDEO_SETS)):
         return ""
     guess = "0 to 255" if _takes_pixels(manifest.name) else "ImageNet's scale"
     return (

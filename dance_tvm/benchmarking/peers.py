@@ -122,10 +122,10 @@ def judged(
     loaded: Mapping[str, tuple[Contender, float]], ours: Contender, device: str, artifact: str, threads: int
 ) -> list[Peer]:
     """What was measured of each engine, and its time over ours with the 95% interval."""
-    told = []
+    found = []
     for name, (contender, apart) in loaded.items():
         ratio, low, high = paired_ratio(contender.rounds, ours.rounds)
-        told.append(
+        found.append(
             Peer(
                 device=device,
                 artifact=artifact,
@@ -139,4 +139,4 @@ def judged(
                 difference=apart,
             )
         )
-    return told
+    return found

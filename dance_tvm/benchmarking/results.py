@@ -223,8 +223,8 @@ class Pair(_Strict):
     @property
     def efficiency(self) -> float | None:
         """Speed-up gained for each fold of work saved."""
-        told = self.over_clips or self
-        return told.speed_up / told.mac_reduction if told.mac_reduction else None
+        basis = self.over_clips or self
+        return basis.speed_up / basis.mac_reduction if basis.mac_reduction else None
 
 
 class Peer(_Strict):

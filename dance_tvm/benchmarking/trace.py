@@ -21,11 +21,11 @@ def events(process: int, title: str, manifest: Manifest, calls: Sequence[KernelT
     found: list[dict[str, Any]] = [{"ph": "M", "pid": process, "name": "process_name", "args": {"name": title}}]
     since = 0.0
     for call, layer in layers_run(manifest, calls):
-        told: dict[str, Any] = {"kernel": call.symbol, "bytes": call.bytes}
+        details: dict[str, Any] = {"kernel": call.symbol, "bytes": call.bytes}
         if layer is not None:
-            told |= {"macs": layer.macs, "why": layer.reason}
+            details |= {"macs": layer.macs, "why": layer.reason}
         if call.work is not None:
-            told |= {key: value for key, value in call.work.items() if key not in ("alive", "shape")}
+            details |= {key: value for key, value in call.work.items() if key not in ("alive", "shape")}
         found.append(
             {
                 "ph": "X",
@@ -35,7 +35,7 @@ def events(process: int, title: str, manifest: Manifest, calls: Sequence[KernelT
                 "cat": layer.kind if layer is not None else "other",
                 "ts": 1e6 * since,
                 "dur": 1e6 * call.seconds,
-                "args": told,
+                "args": details,
             }
         )
         since += call.seconds

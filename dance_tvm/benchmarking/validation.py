@@ -40,8 +40,8 @@ def validate(artifact: Artifact, network: LoadedNetwork, device: str) -> Validat
 def _allowed(artifact: Artifact, expected: dict[str, np.ndarray]) -> dict[str, float]:
     """By output, what the check of the build allowed on the input that was stored, or what checks allow."""
     manifest = artifact.manifest
-    told = {output.output: output.allowed for output in manifest.check.outputs if output.input == "normal"}
-    return {name: max(told.get(name, 0.0), allowed_of(array, manifest.tolerance)) for name, array in expected.items()}
+    bounds = {output.output: output.allowed for output in manifest.check.outputs if output.input == "normal"}
+    return {name: max(bounds.get(name, 0.0), allowed_of(array, manifest.tolerance)) for name, array in expected.items()}
 
 
 def _first_divergence(artifact: Artifact, network: LoadedNetwork, stored: np.ndarray | None) -> str:

@@ -163,10 +163,10 @@ def build_network(
             if machine.gpu and lowered is None:
                 lowered = lower(imported.mod, machine, chosen, clock.start)
             clock.start("check")
-            told: dict[str, Any] = {"insist": check is True, "given": given, "reference": reference}
+            arguments: dict[str, Any] = {"insist": check is True, "given": given, "reference": reference}
             if lowered is not None and machine.gpu:
-                return check_kernels(artifact, lowered, imported, **told)
-            return check_artifact(artifact, imported, on_phase=clock.start, **told)
+                return check_kernels(artifact, lowered, imported, **arguments)
+            return check_artifact(artifact, imported, on_phase=clock.start, **arguments)
 
         if reuse and not layer_errors and (standing := _made_of(out, manifest)):
             if check is not False and not was_checked(standing.manifest.check, given):
@@ -208,10 +208,10 @@ def _compiled(
     manifest: Manifest,
     machine: Target,
     options: Options,
-    told: tuple[Callable[[Artifact], Check] | None, dict[str, np.ndarray]],
+    check: tuple[Callable[[Artifact], Check] | None, dict[str, np.ndarray]],
     clock: _Clock,
 ) -> Artifact:
-    """The artifact of ``lowered``, written once it passed the check that ``told`` begins with."""
+    """The artifact of ``lowered``, written once it passed ``check``: a check, and the answers that it keeps."""
     clock.start("compile")
     with tempfile.TemporaryDirectory(prefix="dance_tvm_kernels_") as folder:
         code = (
@@ -221,7 +221,7 @@ def _compiled(
         )
         _describe(manifest, lowered, code.planned, options)
         clock.start("link")
-        return write_program(out, lowered, code, manifest, machine, options, *told)
+        return write_program(out, lowered, code, manifest, machine, options, *check)
 
 
 def _layer_errors(
@@ -276,8 +276,8 @@ def _made_of(out: str | Path, manifest: Manifest) -> Artifact | None:
         standing = load_artifact(out)
     except DanceError:
         return None
-    told = ("name", "preprocess", "source_sha256", "inputs", "outputs", "target", "options", "versions")
-    same = all(getattr(standing.manifest, key) == getattr(manifest, key) for key in told)
+    keys = ("name", "preprocess", "source_sha256", "inputs", "outputs", "target", "options", "versions")
+    same = all(getattr(standing.manifest, key) == getattr(manifest, key) for key in keys)
     return standing if same else None
 
 

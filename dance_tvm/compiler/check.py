@@ -214,32 +214,32 @@ def _judge(tried: CheckInputs, name: str, found: Arrays, tolerance: float) -> li
     exact = functools.cache(lambda: tried.imported.exact(tried.arrays[name]) if tried.imported.exact else None)
     outputs = []
     for index, (output, expected) in enumerate(tried.answers[name].items()):
-        told = OutputCheck(
+        result = OutputCheck(
             output=output,
             input=name,
             difference=difference(found[output], expected),
             allowed=allowed_of(expected, tolerance),
         )
-        if told.difference > DOUBT * told.allowed:
-            told.error = difference(found[output], rounding.float64[index])
-            told.source_error = rounding.errors[index]
-            told.allowed = max(told.allowed, MULTIPLE * told.source_error)
-        if told.difference > told.allowed:
-            told.allowed = max(told.allowed, MULTIPLE * rounding.reach[index])
-        if told.difference > told.allowed and (wide := exact()) is not None:
-            _hold_against(told, found[output], expected, wide[index], tolerance)
-        outputs.append(told)
+        if result.difference > DOUBT * result.allowed:
+            result.error = difference(found[output], rounding.float64[index])
+            result.source_error = rounding.errors[index]
+            result.allowed = max(result.allowed, MULTIPLE * result.source_error)
+        if result.difference > result.allowed:
+            result.allowed = max(result.allowed, MULTIPLE * rounding.reach[index])
+        if result.difference > result.allowed and (wide := exact()) is not None:
+            _hold_against(result, found[output], expected, wide[index], tolerance)
+        outputs.append(result)
     return outputs
 
 
 def _hold_against(
-    told: OutputCheck, found: np.ndarray, expected: np.ndarray, exact: np.ndarray, tolerance: float
+    result: OutputCheck, found: np.ndarray, expected: np.ndarray, exact: np.ndarray, tolerance: float
 ) -> None:
     """Allow what the source's own float32 is off its float64, where what was built is as near to that as is asked."""
     error, source_error = difference(found, exact), difference(expected, exact)
     if error <= (asked := allowed_of(expected, tolerance)):
-        told.error, told.source_error = error, source_error
-        told.allowed = max(told.difference, asked + source_error)  # shares of two scales, nearly the same
+        result.error, result.source_error = error, source_error
+        result.allowed = max(result.difference, asked + source_error)  # shares of two scales, nearly the same
 
 
 def _nearness(output: OutputCheck) -> float:

@@ -72,11 +72,11 @@ class KernelCache:
         """Remove what was not used for longest until the limit is kept, and what killed builds left half written."""
         with suppress(OSError):
             found = [(entry.stat(), Path(entry.path)) for entry in os.scandir(self.folder) if entry.is_file()]
-            partial = [(told, path) for told, path in found if path.name.startswith(_PARTIAL)]
-            for told, path in partial:
-                if told.st_mtime < time.time() - _ABANDONED_S:
+            partial = [(status, path) for status, path in found if path.name.startswith(_PARTIAL)]
+            for status, path in partial:
+                if status.st_mtime < time.time() - _ABANDONED_S:
                     path.unlink(missing_ok=True)
-            kept = sorted((told.st_mtime, told.st_size, path) for told, path in found if path.suffix == _SUFFIX)
+            kept = sorted((status.st_mtime, status.st_size, path) for status, path in found if path.suffix == _SUFFIX)
             total = sum(size for _, size, _ in kept)
             if total <= self.limit:
                 return
@@ -94,8 +94,8 @@ def _digest(key: str, code: bytes) -> bytes:
 
 def _is_ours(folder: Path) -> bool:
     """Whether nobody else can put code into ``folder``, which runs in our processes."""
-    told = folder.stat()
-    return told.st_uid == os.geteuid() and not told.st_mode & 0o022
+    status = folder.stat()
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def _limit() -> int:

@@ -76,8 +76,8 @@ def layer_errors(artifact: Artifact, lowered: Lowered, arrays: Arrays) -> LayerE
         expected = _arranged(source.get(calls[layer.info.name].source), layer)
         if expected is not None:
             errors.append(_compared(layer, expected))
-    told = {error.layer for error in errors}
-    return LayerErrors(errors, [layer.name for layer in artifact.manifest.layers if layer.name not in told])
+    compared = {error.layer for error in errors}
+    return LayerErrors(errors, [layer.name for layer in artifact.manifest.layers if layer.name not in compared])
 
 
 def _seen(artifact: Artifact, arrays: Arrays) -> list[_Written]:

@@ -34,6 +34,7 @@ from dance_tvm.transform.compute_empty import ComputeEmpty
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.fold_lists import FoldLists
 from dance_tvm.transform.fold_pads import FoldPads
+from dance_tvm.transform.fold_patches import FoldPatches
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
 from dance_tvm.transform.join_copies import JoinCopies
 from dance_tvm.transform.join_small import JoinSmall
@@ -100,8 +101,8 @@ def lower(
     source = mod
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
         spread = [] if gpu is None else [SpreadTransposed()]
-        planar = gpu is None and options.dtype == "float32"
-        for name, passes in _before_kernels(spread, [narrow] if options.sparsity == "auto" else [], planar):
+        layouts = [ChannelsLast()] if gpu else [FoldPatches(), ChannelsLast(planar=options.dtype == "float32")]
+        for name, passes in _before_kernels(spread, [narrow] if options.sparsity == "auto" else [], layouts):
             mod = phases.run(name, mod, passes)
             source = mod if name == LAST_WITH_NAMES else source
         phases.begin("sparse kernels")
@@ -123,7 +124,7 @@ def lower(
         phases.end("sparse kernels", mod := windows.mod)
         for name, passes in [*_behind_kernels(machine, gpu, options.threads), ("lift weights", [lift_weights])]:
             mod = phases.run(name, mod, passes)
-    layers = [_with_reason(layer, narrow.told.get(layer.name, "")) for layer in windows.layers]
+    layers = [_with_reason(layer, narrow.reasons.get(layer.name, "")) for layer in windows.layers]
     layers = _as_called(layers, windows.calls, mod)
     found = windows.workloads, windows.sources, kernels_of(mod), windows.calls, source
     return Lowered(mod, layers, lift_weights.weights, *found)
@@ -135,7 +136,7 @@ Passes = list[tvm.transform.Pass]
 LAST_WITH_NAMES = "fold batch norm"
 
 
-def _before_kernels(spread: Passes, narrow: Passes, planar: bool) -> list[tuple[str, Passes]]:
+def _before_kernels(spread: Passes, narrow: Passes, layouts: Passes) -> list[tuple[str, Passes]]:
     """What is done to the network while its operators are still those of the source."""
     return [
         (
@@ -151,7 +152,7 @@ def _before_kernels(spread: Passes, narrow: Passes, planar: bool) -> list[tuple[
         (LAST_WITH_NAMES, [WholePools(), FoldPads(), NormsByClip(), FoldBatchNorm(), *narrow]),
         (
             "channels last",
-            [ChannelsLast(planar), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
+            [*layouts, relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
         ),
     ]
 

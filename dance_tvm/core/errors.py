@@ -28,9 +28,9 @@ def unexpected_told(what: Callable[[], str]) -> Iterator[None]:
         raise DanceError(f"{what()} needs the Python package {package}: pip install {package}") from missing
     except Exception as problem:
         lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-        told = lines[0][:300] if lines else type(problem).__name__
+        reason = lines[0][:300] if lines else type(problem).__name__
         raise DanceError(
-            f"{what()} failed: {told}; please report the network, with the traceback that -vv prints"
+            f"{what()} failed: {reason}; please report the network, with the traceback that -vv prints"
         ) from problem
 
 

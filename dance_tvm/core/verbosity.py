@@ -42,7 +42,7 @@ def with_verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
     """``command`` with the options -v and -q, which it need not know."""
 
     @wraps(command)
-    def told(*args: Any, verbose: int = 0, quiet: bool = False, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, verbose: int = 0, quiet: bool = False, **kwargs: Any) -> Any:
         set_level(verbose, quiet)
         return command(*args, **kwargs)
 
@@ -53,6 +53,6 @@ def with_verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
         for name, (kind, default) in more.items()
     ]
     parameters = [*signature.parameters.values(), *added]
-    told.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # functions have one
-    told.__annotations__ = {each.name: each.annotation for each in parameters}
-    return told
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # functions have one
+    wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
+    return wrapped

@@ -1,4 +1,4 @@
-"""Devices: this machine, an emulated aarch64 one, and whatever answers TVM RPC."""
+"""Devices: this machine, an emulated aarch64 one, and what `dance_server` or TVM RPC serves."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ __all__ = [
     "address_of",
     "emulator_available",
     "open_device",
+    "open_server",
     "prepare_emulator",
     "require_spec",
 ]
@@ -35,19 +36,17 @@ def open_device(spec: str, *, timeout: float = 60, call_timeout: float = 600) ->
         from dance_tvm.device.emulator import open_emulator
 
         return open_emulator(timeout=timeout, call_timeout=call_timeout)
-    from dance_tvm.device.remote import Connection, RemoteSession
-
     kind, _, rest = spec.partition("://")
     if kind == "rpc":
         host, port = address_of(rest, f"device {spec!r}")
-        return RemoteSession(Connection(spec, host, port, "", timeout, call_timeout))
+        return open_server(spec, host, port, "", timeout, call_timeout)
     from dance_tvm.device.tracker import request_device
 
     address, _, key = rest.partition("/")
     host, port = address_of(address, f"device {spec!r}")
     deadline = time.monotonic() + timeout
     found = request_device(host, port, key, timeout)
-    return RemoteSession(Connection(spec, *found, max(5.0, deadline - time.monotonic()), call_timeout))
+    return open_server(spec, *found, max(5.0, deadline - time.monotonic()), call_timeout)
 
 
 def require_spec(spec: str) -> None:
@@ -63,6 +62,25 @@ def require_spec(spec: str) -> None:
     if kind == "tracker" and not key:
         raise DanceError(f"device {spec!r} lacks the key: write tracker://HOST:PORT/KEY")
     address_of(rest if kind == "rpc" else address, f"device {spec!r}")
+
+
+def open_server(name: str, host: str, port: int, match: str, timeout: float, call_timeout: float) -> DeviceSession:
+    """A session with the server at HOST:PORT, be it `dance_server` or one of TVM's RPC; `match` is the key that a
+    tracker gave for it, or empty. Raises as `open_device` does."""
+    from dance_tvm.device.server_connection import connect, is_match
+
+    # Of TVM's servers behind a tracker, each connection uses the match key up: only ours are asked there.
+    if not match or is_match(match):
+        deadline = time.monotonic() + timeout
+        served = connect(name, host, port, match, timeout, call_timeout)
+        if served is not None:
+            from dance_tvm.device.served import ServedSession
+
+            return ServedSession(served)
+        timeout = max(1.0, deadline - time.monotonic())
+    from dance_tvm.device.remote import Connection, RemoteSession
+
+    return RemoteSession(Connection(name, host, port, match, timeout, call_timeout))
 
 
 def emulator_available() -> str | None:

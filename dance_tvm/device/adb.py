@@ -1,9 +1,10 @@
-"""Phones on a cable: push files, forward ports, start TVM's server, read sensors, through the `adb` program."""
+"""Phones on a cable: push files, forward ports, start a server, read sensors, through the `adb` program."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.device.server_connection import TOKEN
+from dance_tvm.device.server_program import NAME
 
 COMMAND_TIMEOUT_S = 60
 PUSH_TIMEOUT_S = 600
 FOLDER = "/data/local/tmp/dance_tvm"
-SERVER = "tvm_rpc"
+TVM_SERVER = "tvm_rpc"
 _LAST_BYTES = 4096
 
 # One shell command that prints `name value` a line; what cannot be read prints nothing.
@@ -35,7 +38,7 @@ _SENSORS = (
 
 @dataclass(frozen=True)
 class PhoneServer:
-    """TVM's server as it runs on a phone, and what it has printed."""
+    """A server as it runs on a phone, and what it has printed."""
 
     process: subprocess.Popen[bytes]
     said: IO[bytes]
@@ -88,22 +91,20 @@ class Adb:
 
     @contextlib.contextmanager
     def server(self, folder: Path, key: str, tracker_port: int, port: int) -> Iterator[PhoneServer]:
-        """Push `folder`, start its `tvm_rpc` and register it with our tracker; all is undone at the end.
+        """Push `folder`, start its `dance_server` or `tvm_rpc` and register it with our tracker; undone at the end.
 
         The phone's server listens on its own 127.0.0.1, reached through the cable alone.
         """
-        if not (folder / SERVER).is_file():
-            raise DanceError(f"{folder} holds no {SERVER}: docs/devices.md says how to build TVM's C++ server")
+        program = next((name for name in (NAME, TVM_SERVER) if (folder / name).is_file()), None)
+        if program is None:
+            raise DanceError(f"{folder} holds no {NAME}, which `dance-tvm device server` writes, and no {TVM_SERVER}")
         self.shell(f"mkdir -p {FOLDER}")
         for path in sorted(folder.iterdir()):
             self.push(path, f"{FOLDER}/{path.name}")
-        self.shell(f"chmod 755 {FOLDER}/{SERVER}")
+        self.shell(f"chmod 755 {FOLDER}/{program}")
         self._run(["reverse", f"tcp:{tracker_port}", f"tcp:{tracker_port}"])
         self._run(["forward", f"tcp:{port}", f"tcp:{port}"])
-        command = (
-            f"cd {FOLDER} && LD_LIBRARY_PATH={FOLDER} ./{SERVER} server --host=127.0.0.1 --port={port} "
-            f"--port-end={port + 1} --tracker=127.0.0.1:{tracker_port} --key={key} --custom-addr=127.0.0.1"
-        )
+        command = _start(program, key, tracker_port, port)
         # What it prints goes to a file: a pipe that nobody reads fills up, and the server would wait for ever.
         with tempfile.TemporaryFile() as said:
             process = subprocess.Popen(
@@ -116,7 +117,7 @@ class Adb:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(10)
                 for undo in (
-                    ["shell", f"pkill {SERVER}"],
+                    ["shell", f"pkill {program}"],
                     ["forward", "--remove", f"tcp:{port}"],
                     ["reverse", "--remove", f"tcp:{tracker_port}"],
                 ):
@@ -151,3 +152,18 @@ class Adb:
             said = (done.stderr or done.stdout).strip().splitlines()
             raise DanceError(f"adb {words[0]} failed: {said[-1] if said else f'exit code {done.returncode}'}")
         return done.stdout
+
+
+def _start(program: str, key: str, tracker_port: int, port: int) -> str:
+    """The phone's command that starts the server and registers it with the tracker at its own end of the cable."""
+    if program == TVM_SERVER:
+        return (
+            f"cd {FOLDER} && LD_LIBRARY_PATH={FOLDER} ./{program} server --host=127.0.0.1 --port={port} "
+            f"--port-end={port + 1} --tracker=127.0.0.1:{tracker_port} --key={key} --custom-addr=127.0.0.1"
+        )
+    token = os.environ.get(TOKEN, "")
+    secret = f"{TOKEN}={shlex.quote(token)} " if token else ""
+    return (
+        f"cd {FOLDER} && {secret}./{program} --port {port} --tracker 127.0.0.1:{tracker_port} --key {shlex.quote(key)} "
+        f"--custom-addr 127.0.0.1"
+    )

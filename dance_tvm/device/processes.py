@@ -92,9 +92,12 @@ class PortProcess:
                 with contextlib.suppress(OSError):
                     stream.close()
 
+    def said(self) -> str:
+        """All that it wrote to its standard error so far."""
+        return os.pread(self._log.fileno(), 1 << 20, 0).decode(errors="replace")
+
     def _last_words(self) -> str:
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        lines = self.said().strip().splitlines()
         return f": {lines[-1]}" if lines else ""
 
 

@@ -27,7 +27,7 @@ from dance_tvm.artifact.folder import Artifact, Manifest
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device import holds
 from dance_tvm.device.remote_program import RemoteProgram
-from dance_tvm.device.session import DeviceSession, LoadedNetwork, kernel_table
+from dance_tvm.device.session import DeviceSession, LoadedNetwork, kernel_table, require_fit
 
 UPLOAD_CHUNK = 256 << 10
 _BIG_CORES_FIRST = 1  # TVM's affinity mode for devices that cannot be told their CPUs one by one
@@ -173,7 +173,8 @@ class RemoteSession(DeviceSession):
             self.connection.call("setting its threads", lambda: configure(_BIG_CORES_FIRST, threads), timeout=60)
 
     def load(self, artifact: Artifact) -> LoadedNetwork:
-        self._require_fit(artifact)
+        if self._facts:
+            require_fit(artifact, self.name, self._facts)
         library = self.upload(artifact.library)
         return RemoteProgram(self, artifact, library, self._threads or artifact.manifest.target.threads)
 
@@ -257,17 +258,6 @@ class RemoteSession(DeviceSession):
 
     def _no_space(self, path: Path) -> DanceError:
         return DanceError(f"{self.name} has no space left for {path.name} ({path.stat().st_size / 1e6:.1f} MB)")
-
-    def _require_fit(self, artifact: Artifact) -> None:
-        if not self._facts:
-            return
-        artifact.require_machine(self._facts["machine"])
-        missing = set(artifact.manifest.target.cpu_features) - set(self._facts["cpu_features"])
-        if missing and self._facts["cpu_features"]:
-            raise DanceError(
-                f"{artifact.path} uses instructions that {self.name} lacks ({', '.join(sorted(missing))}): "
-                f"rebuild it for a target that has them not"
-            )
 
     def _ask(self, name: str) -> Any:
         function = self.function(name)

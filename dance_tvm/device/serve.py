@@ -1,9 +1,9 @@
 """TVM's RPC server with what a measurement needs beside it: run it on a board, `python serve.py --help`.
 
 One file that needs TVM's runtime, numpy and nothing of this package, so that it can be copied to a device. Over TVM's
-own server it adds an upload store keyed by content hash, the look at each kernel's tensors, peak
-memory and sensors. RPC executes whatever it is sent: it binds to 127.0.0.1 unless told otherwise. TVM is imported where
-it is used: this machine's programs are measured by the same functions without it.
+own server it adds an upload store keyed by content hash, the look at each kernel's tensors, peak memory and sensors.
+RPC executes whatever it is sent: it binds to 127.0.0.1 unless told otherwise. TVM is imported where it is used: this
+machine's programs are measured by the same functions without it.
 """
 
 from __future__ import annotations
@@ -144,14 +144,22 @@ class _View(ctypes.Structure):
     )
 
     def array(self) -> Seen:
-        """The tensor's memory; bfloat16, which numpy does not have, as float32."""
+        """The tensor's memory."""
         shape = tuple(self.shape[: self.rank])
-        name = {0: "int", 1: "uint", 2: "float", 4: "uint", 6: "bool"}[self.kind]
-        dtype = np.dtype(name if name == "bool" else f"{name}{self.bits}")
-        size = int(np.prod(shape, dtype="int64")) * dtype.itemsize
+        size = int(np.prod(shape, dtype="int64")) * ((self.bits + 7) // 8)
         memory = (ctypes.c_char * size).from_address(self.data) if size else b""
-        array = np.frombuffer(memoryview(memory), dtype).reshape(shape)
-        return Seen.of((array.astype("uint32") << 16).view("float32") if self.kind == 4 else array)
+        return seen(self.kind, self.bits, shape, memoryview(memory))
+
+
+def seen(kind: int, bits: int, shape: tuple[int, ...], memory: memoryview | None) -> Seen:
+    """A tensor of a `dance_kind` as it lies in memory; bfloat16, which numpy does not have, as float32; where no memory
+    is given, something of its shape and type."""
+    name = {0: "int", 1: "uint", 2: "float", 4: "uint", 6: "bool"}[kind]
+    dtype = np.dtype(name if name == "bool" else f"{name}{bits}")
+    array = (
+        np.broadcast_to(np.zeros((), dtype), shape) if memory is None else np.frombuffer(memory, dtype).reshape(shape)
+    )
+    return Seen.of((array.astype("uint32") << 16).view("float32") if kind == 4 else array)
 
 
 Kernels = dict[str, dict[str, Any]]  # what an artifact's manifest says of its kernels, by symbol

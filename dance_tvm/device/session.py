@@ -44,6 +44,18 @@ def merge_kernels(timed: list[list[dict[str, Any]]], seen: list[dict[str, Any]])
     return calls
 
 
+def require_fit(artifact: Artifact, device: str, facts: Mapping[str, Any]) -> None:
+    """Raise DanceError unless the device, of which these facts are known, has the artifact's architecture and the
+    instructions that its code uses."""
+    artifact.require_machine(facts["machine"])
+    missing = set(artifact.manifest.target.cpu_features) - set(facts["cpu_features"])
+    if missing and facts["cpu_features"]:
+        raise DanceError(
+            f"{artifact.path} uses instructions that {device} lacks ({', '.join(sorted(missing))}): "
+            f"rebuild it for a target that has them not"
+        )
+
+
 class LoadedNetwork(ABC):
     """A network that is on a device and ready to run."""
 

@@ -126,7 +126,7 @@ def export(
 
 def advice(said: str) -> str:
     """What to do about an exporter's complaint."""
-    return next((told for pattern, told in ADVICE if re.search(pattern, said)), OTHERWISE)
+    return next((words for pattern, words in ADVICE if re.search(pattern, said)), OTHERWISE)
 
 
 def write_preprocess(found: Preprocess, out: Path) -> Path:

@@ -143,8 +143,8 @@ def _import_exported(
     if entry:
         inputs = [replace(spec, meaning=entry.input_meaning, range=entry.input_range) for spec in inputs]
         if len(entry.outputs) == len(outputs):
-            told = zip(outputs, entry.outputs, strict=True)
-            outputs = [replace(spec, name=name, meaning=meaning) for spec, (name, meaning) in told]
+            named = zip(outputs, entry.outputs, strict=True)
+            outputs = [replace(spec, name=name, meaning=meaning) for spec, (name, meaning) in named]
     mod, nodes = import_program(source.decomposed, inputs, outputs)
 
     def reference(arrays: Arrays) -> Arrays:
@@ -163,13 +163,13 @@ def _replace_weights(program: torch.export.ExportedProgram, state: Mapping[str, 
     missing = sorted(set(own) - set(state))
     unexpected = sorted(set(state) - set(own))
     wrong = sorted(name for name in set(own) & set(state) if own[name].shape != state[name].shape)
-    told = [
+    misfits = [
         f"{kind}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
         if names
     ]
-    if told:
-        raise DanceError(f"The weights do not fit the exported program: {'; '.join(told)}.")
+    if misfits:
+        raise DanceError(f"The weights do not fit the exported program: {'; '.join(misfits)}.")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])

@@ -77,17 +77,17 @@ def require_shape(
     chosen = {}
     for name, dims in declared.items():
         given = tuple(shapes.get(name, [n for n in _batched(name, dims, batch) if isinstance(n, int)]))
-        told = ", ".join(map(str, dims))
+        sizes = ", ".join(map(str, dims))
         if len(given) == len(dims) and all(
             isinstance(n, str) or n == extent for n, extent in zip(dims, given, strict=True)
         ):
             chosen[name] = given
         elif name in shapes:
-            raise DanceError(f"Input {name!r} has the shape ({told}), which {'x'.join(map(str, given))} does not fit.")
+            raise DanceError(f"Input {name!r} has the shape ({sizes}), which {'x'.join(map(str, given))} does not fit.")
         else:
             example = "x".join(str(n) if isinstance(n, int) else "1" for n in dims)
             raise DanceError(
-                f"Input {name!r} has a dynamic shape ({told}): fix it with --shape {name}={example} "
+                f"Input {name!r} has a dynamic shape ({sizes}): fix it with --shape {name}={example} "
                 f"(import_model: shapes={{{name!r}: ...}}), one artifact for each shape."
             )
     return chosen

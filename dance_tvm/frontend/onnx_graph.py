@@ -108,12 +108,12 @@ def _checked(
             return standard
         raise
     except Exception as problem:
-        told = first_line(problem)[:200]
-        raise DanceError(f"{source.path} imports, and cannot be compared with its source: {told}") from problem
+        reason = first_line(problem)[:200]
+        raise DanceError(f"{source.path} imports, and cannot be compared with its source: {reason}") from problem
 
 
 class _Importer(ONNXGraphImporter):
-    """TVM's importer, told which layer each node belongs to; every node's result gets a variable."""
+    """TVM's importer, which names what it emits after the layer of each node; every node's result gets a variable."""
 
     _nodes: dict[str, Value]
 
@@ -195,8 +195,8 @@ class _Importer(ONNXGraphImporter):
         except DanceError:
             raise
         except Exception as problem:
-            told = f"The operator {node.op_type} of layer {layer!r} cannot be read"
-            raise DanceError(f"{told}: export the network to .pt2, or without it.") from problem
+            failure = f"The operator {node.op_type} of layer {layer!r} cannot be read"
+            raise DanceError(f"{failure}: export the network to .pt2, or without it.") from problem
         if not self._within:
             self._layers.update(dict.fromkeys(node.output, layer))
         for name, value in zip(node.output, values, strict=False):

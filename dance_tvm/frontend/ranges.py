@@ -36,8 +36,8 @@ def with_ranges(
             problem = failure
         else:
             return chosen
-    told = (str(problem).splitlines() or [""])[0]
-    raise DanceError(f"The network itself fails on random input, its integers {', '.join(integers)} small: {told}")
+    reason = (str(problem).splitlines() or [""])[0]
+    raise DanceError(f"The network itself fails on random input, its integers {', '.join(integers)} small: {reason}")
 
 
 def _up_to(spec: TensorSpec, largest: int | None) -> TensorSpec:

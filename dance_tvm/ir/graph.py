@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import tvm
@@ -166,6 +167,27 @@ def rewrite(mod: tvm.IRModule, visit: Visit) -> tvm.IRModule:
             result = builder.emit_output(substitute(graph.output, new))
         builder.emit_func_output(result)
     return builder.finalize()
+
+
+T = TypeVar("T")
+
+
+def replace_each(
+    mod: tvm.IRModule,
+    found: Mapping[relax.Var, T],
+    make: Callable[[relax.BlockBuilder, relax.Var, T, dict[relax.Var, relax.Expr]], relax.Expr],
+) -> tvm.IRModule:
+    """``mod`` with ``make(builder, var, found[var], new)`` in the place of each binding ``found``, and without what
+    nobody reads any more; ``new`` as in :func:`rewrite`."""
+    if not found:
+        return mod
+
+    def visit(
+        builder: relax.BlockBuilder, var: relax.Var, _value: relax.Expr, new: dict[relax.Var, relax.Expr]
+    ) -> relax.Expr | None:
+        return make(builder, var, found[var], new) if var in found else None
+
+    return relax.transform.DeadCodeElimination()(rewrite(mod, visit))
 
 
 def emit(builder: relax.BlockBuilder, value: relax.Expr, name: str = "") -> relax.Expr:

@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 from tvm import relax, tirx
 
 from dance_tvm.ir.graph import Graph, Shape, constant, is_tensor, shape_of
-
-#: Extent and distance, in elements of the source, of one digit of an axis's index.
-Digit = tuple[int, int]
+from dance_tvm.schedules.strided import Digit
 
 RESHAPES = {"reshape", "expand_dims", "squeeze", "flatten"}
 

@@ -10,7 +10,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, Shape, constant, dtype_of, is_tensor, rewrite, shape_of, substitute
+from dance_tvm.ir.graph import Graph, Shape, constant, dtype_of, is_tensor, replace_each, shape_of, substitute
 from dance_tvm.ir.views import RESHAPES, View, joined, moved, regrouped, view_of
 from dance_tvm.schedules.cpu.attention import Attention
 from dance_tvm.schedules.cpu.product import Placed, Product, tile_for
@@ -35,20 +35,14 @@ class LowerAttention:
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
         graph = Graph.of(mod["main"])
-        calls = _calls(graph, self.machine, self.threads)
-        if not calls:
-            return mod
 
-        def visit(
-            builder: relax.BlockBuilder, var: relax.Var, _value: relax.Expr, new: dict[relax.Var, relax.Expr]
-        ) -> relax.Expr | None:
-            if var not in calls:
-                return None
-            call = calls[var]
+        def make(
+            builder: relax.BlockBuilder, _var: relax.Var, call: _Call, new: dict[relax.Var, relax.Expr]
+        ) -> relax.Expr:
             operands = {name: substitute(read, new) for name, read in call.operands.items()}
             return call_kernel(builder, call.kernel, operands, self.threads)
 
-        return relax.transform.DeadCodeElimination()(rewrite(mod, visit))
+        return replace_each(mod, _calls(graph, self.machine, self.threads), make)
 
 
 @dataclass(frozen=True)
@@ -86,12 +80,19 @@ def _matrices(graph: Graph, expr: relax.Expr, batch: Shape, columns: bool = Fals
         if len(shape) < 2 or not is_tensor(view.source) or dtype_of(view.source) != FLOAT:
             continue
         wide = view.broadcast([*batch, *shape[-2:]])
-        row, column = wide.one_digit(len(batch)), wide.one_digit(len(batch) + 1)
-        if row is None or column is None or (columns and shape[-1] > 1 and column[1] != 1):
-            continue
-        outer = tuple(joined([digit for axis in wide.axes[:-2] for digit in axis]))
-        return wide, Strided(outer, row[1], 1 if columns else column[1], wide.base)
+        if (found := _strided(wide, columns and shape[-1] > 1)) is not None:
+            return wide, replace(found, columns=1) if columns else found
     return None
+
+
+def _strided(view: View, side_by_side: bool) -> Strided | None:
+    """Where the matrices of a view lie, its last two axes; None where no constant distances lead to them or, if
+    ``side_by_side``, columns lie apart."""
+    row, column = (view.one_digit(axis) for axis in (len(view.axes) - 2, len(view.axes) - 1))
+    if row is None or column is None or (side_by_side and column[1] != 1):
+        return None
+    outer = tuple(joined([digit for axis in view.axes[:-2] for digit in axis]))
+    return Strided(outer, row[1], column[1], view.base)
 
 
 def _batch(*shapes: Shape) -> Shape:
@@ -258,10 +259,8 @@ def _bias(graph: Graph, bias: relax.Expr, shape: Sequence[int]) -> tuple[View, S
         return None
     for view in (view_of(graph, bias), View.whole(bias)):
         wide = view.broadcast(shape)
-        row, column = wide.one_digit(len(shape) - 2), wide.one_digit(len(shape) - 1)
-        if row is not None and column is not None and column[1] == 1:
-            outer = tuple(joined([digit for axis in wide.axes[:-2] for digit in axis]))
-            return wide, Strided(outer, row[1], 1, wide.base)
+        if (found := _strided(wide, True)) is not None:
+            return wide, found
     return None
 
 

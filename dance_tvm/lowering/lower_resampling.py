@@ -17,7 +17,7 @@ from dance_tvm.ir.graph import (
     is_tensor,
     lies_along,
     literal,
-    rewrite,
+    replace_each,
     shape_of,
     substitute,
 )
@@ -54,21 +54,13 @@ class LowerResampling:
                 found[var] = one if before is None else one.behind(before, graph)
         covered = {part for one in found.values() for part in one.parts}
         chosen = {var: one for var, one in found.items() if var not in covered and one.worth_it(shape_of(var))}
-        if not chosen:
-            return mod
-
-        def visit(
-            builder: relax.BlockBuilder, var: relax.Var, _value: relax.Expr, new: dict[relax.Var, relax.Expr]
-        ) -> relax.Expr | None:
-            return None if var not in chosen else self._call(builder, chosen[var], shape_of(var), new)
-
-        return relax.transform.DeadCodeElimination()(rewrite(mod, visit))
+        return replace_each(mod, chosen, self._call)
 
     def _call(
-        self, builder: relax.BlockBuilder, one: _Resampled, shape: Shape, new: dict[relax.Var, relax.Expr]
+        self, builder: relax.BlockBuilder, var: relax.Var, one: _Resampled, new: dict[relax.Var, relax.Expr]
     ) -> relax.Expr:
         """The call of the kernel."""
-        batch, *size, channels = shape_of(one.source)
+        shape, (batch, *size, channels) = shape_of(var), shape_of(one.source)
         missing, values = 3 - len(size), {"x": substitute(one.source, new)}
         taps, weighted = [], []
         for axis in range(3):

@@ -122,9 +122,9 @@ def counted(builder: relax.BlockBuilder, count: Count, samples: int, values: Val
     emit, op = builder.emit, relax.op
     if not count.operand:
         return relax.const(np.full((samples, 1), count.factor, "int32"))
-    told = values[count.operand]
+    counts = values[count.operand]
     axes = [axis + 1 for axis in range(len(count.at))]
-    value = emit(op.strided_slice(told, axes, list(count.at), [at + 1 for at in count.at]))
+    value = emit(op.strided_slice(counts, axes, list(count.at), [at + 1 for at in count.at]))
     if len(count.at) > 1:
         value = emit(op.reshape(value, [int(value.ty.shape[0]), 1]))
         value = emit(op.broadcast_to(value, [samples, 1]))

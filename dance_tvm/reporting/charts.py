@@ -117,8 +117,8 @@ def by_layer(device: Device, results: Results) -> Chart | None:
         place = place_of(device, profiled[first], name) if layers[first].why or layers[first].tuned else ""
         if name in heaviest:
             shown.append(Row(name, bars, place))
-        told = (f"{1e3 * layers[index].seconds:.4g}" if index in layers else "–" for index in range(len(profiled)))
-        cells.append([Link(name, place) if place else name, *told])
+        times = (f"{1e3 * layers[index].seconds:.4g}" if index in layers else "–" for index in range(len(profiled)))
+        cells.append([Link(name, place) if place else name, *times])
     names = [label(item, device, results) for item in profiled]
     scale = from_zero("milliseconds", [bar.value for row in shown for bar in row.bars])
     table = Table("Where the time goes", "", ["layer", *(f"{name}, ms" for name in names)], cells)

@@ -119,8 +119,8 @@ def matched(network: nn.Module, weights: Mapping[str, Tensor], origin: str) -> s
         ("of another shape, and not taken", [name for name in own if name in weights and name not in taken]),
         ("of no use here", [name for name in weights if name not in own]),
     ]
-    told = "".join(f"; {what}: {_some(names)}" for what, names in parts if names)
-    return f"{origin} gives {len(taken)} of {len(own)} tensors{told}"
+    rest = "".join(f"; {what}: {_some(names)}" for what, names in parts if names)
+    return f"{origin} gives {len(taken)} of {len(own)} tensors{rest}"
 
 
 def _some(names: list[str]) -> str:

@@ -121,12 +121,12 @@ def read_units(path: Path) -> Units:
 
 def require_same_sites(units: Sequence[SiteUnits], sites: Sequence[Shaped]) -> None:
     """Raise DanceError unless the units are those of these very sites, in their order."""
-    told = "write the units of this network and clip size by `dance-tvm units`"
+    advice = "write the units of this network and clip size by `dance-tvm units`"
     if len(units) != len(sites):
-        raise DanceError(f"the units are those of {len(units)} sites, and the network has {len(sites)}: {told}")
+        raise DanceError(f"the units are those of {len(units)} sites, and the network has {len(sites)}: {advice}")
     for unit, site in zip(units, sites, strict=True):
         if (unit.node, unit.shape) != (site.node, site.shape):
             raise DanceError(
                 f"the units have {unit.node} {list(unit.shape)} where the network has {site.node} {list(site.shape)}: "
-                + told
+                + advice
             )

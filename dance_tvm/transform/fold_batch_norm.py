@@ -6,7 +6,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, constant, emit, lies_along, rewrite, shape_of, substitute, value_of
+from dance_tvm.ir.graph import Graph, constant, emit, lies_along, replace_each, shape_of, substitute, value_of
 from dance_tvm.ir.transposed import TRANSPOSED
 
 CONVOLUTIONS = ("nn.conv1d", "nn.conv2d", "nn.conv3d")
@@ -25,12 +25,9 @@ class FoldBatchNorm:
         norms = {var: call for var in graph.order if (call := _batch_norm(graph, var)) is not None}
         folded = {var: chain for var, call in norms.items() if (chain := _convolution_before(graph, call)) is not None}
 
-        def visit(
-            builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr, new: dict[relax.Var, relax.Expr]
-        ) -> relax.Expr | None:
-            if var not in norms:
-                return None
-            call = norms[var]
+        def make(
+            builder: relax.BlockBuilder, var: relax.Var, call: relax.Call, new: dict[relax.Var, relax.Expr]
+        ) -> relax.Expr:
             scale, shift = _scale_and_shift(call)
             if var not in folded:
                 source = substitute(call.args[0], new)
@@ -48,7 +45,7 @@ class FoldBatchNorm:
             total = bias * scale + shift
             return emit(builder, relax.op.add(result, _per_channel(total, result, call)), var.name)
 
-        return relax.transform.DeadCodeElimination()(rewrite(mod, visit)) if norms else mod
+        return replace_each(mod, norms, make)
 
 
 def _batch_norm(graph: Graph, var: relax.Var) -> relax.Call | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, emit, rewrite, shape_of, substitute
+from dance_tvm.ir.graph import Graph, emit, replace_each, shape_of, substitute
 
 CONVOLUTIONS = {f"nn.conv{rank}d" for rank in (1, 2, 3)}
 
@@ -22,18 +22,16 @@ class FoldPads:
         graph = Graph.of(mod["main"])
         folded = {var: pads for var in graph.order if (pads := _zeros_before(graph, var)) is not None}
 
-        def visit(
-            builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr, new: dict[relax.Var, relax.Expr]
-        ) -> relax.Expr | None:
-            if var not in folded:
-                return None
-            pads, attrs = folded[var], value.attrs
+        def make(
+            builder: relax.BlockBuilder, var: relax.Var, pads: _Zeros, new: dict[relax.Var, relax.Expr]
+        ) -> relax.Expr:
+            call, attrs = graph.call(var), graph.call(var).attrs
             given = [int(width) for width in attrs.padding]
             geometry = {key: [int(extent) for extent in getattr(attrs, key)] for key in ("strides", "dilation")}
             layouts = {key: str(getattr(attrs, key)) for key in ("data_layout", "kernel_layout", "out_layout")}
             convolution = getattr(relax.op.nn, graph.op(var).removeprefix("nn."))(
                 substitute(pads.source, new),
-                value.args[1],
+                substitute(call.args[1], new),
                 padding=[more + own for more, own in zip(pads.widths, given, strict=True)],
                 groups=int(attrs.groups),
                 **geometry,
@@ -41,7 +39,7 @@ class FoldPads:
             )
             return emit(builder, convolution, var.name)
 
-        return relax.transform.DeadCodeElimination()(rewrite(mod, visit)) if folded else mod
+        return replace_each(mod, folded, make)
 
 
 @dataclass(frozen=True)

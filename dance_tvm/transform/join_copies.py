@@ -10,7 +10,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, rewrite, shape_of, substitute
+from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, replace_each, shape_of, substitute
 from dance_tvm.schedules.cpu.copies import Piece, copies
 
 RESHAPES = {"reshape", "expand_dims", "squeeze"}
@@ -34,14 +34,12 @@ class JoinCopies:
         origins = _Origins(graph)
         for var in graph.order:
             origins.look(var)
-        chosen = {var for var in origins.pieces if self._chosen(graph, origins, var)}
+        chosen = {var: pieces for var, pieces in origins.pieces.items() if self._chosen(graph, origins, var)}
 
-        def visit(
-            builder: relax.BlockBuilder, var: relax.Var, _value: relax.Expr, new: dict[relax.Var, relax.Expr]
-        ) -> relax.Expr | None:
-            if var not in chosen:
-                return None
-            pieces, shape = origins.pieces[var], shape_of(var)
+        def make(
+            builder: relax.BlockBuilder, var: relax.Var, pieces: list[Piece], new: dict[relax.Var, relax.Expr]
+        ) -> relax.Expr:
+            shape = shape_of(var)
             numbers = sorted({piece.source for piece in pieces if piece.source is not None})
             pieces = [
                 piece if piece.source is None else replace(piece, source=numbers.index(piece.source))
@@ -56,7 +54,7 @@ class JoinCopies:
             )
             return builder.emit(call, name_hint=var.name)
 
-        return relax.transform.DeadCodeElimination()(rewrite(mod, visit)) if chosen else mod
+        return replace_each(mod, chosen, make)
 
     def _chosen(self, graph: Graph, origins: _Origins, var: relax.Var) -> bool:
         """Whether ``var`` is worth a kernel: several pieces, and read by something that is no part of a larger copy."""

@@ -73,8 +73,8 @@ class _Joining:
             return isinstance(value.tuple_value, relax.Var) and self._is_small(value.tuple_value)
         if self.graph.op(var) != "call_tir":
             return False
-        told = described(self.builder.get()[value.args[0]])
-        if told is not None and told["kind"] in (LAYER, FREE_CHOICE):
+        description = described(self.builder.get()[value.args[0]])
+        if description is not None and description["kind"] in (LAYER, FREE_CHOICE):
             return False
         if not all(map(_is_whole, self.builder.get()[value.args[0]].params)):
             return False
@@ -131,7 +131,7 @@ class _Joining:
     def _description(self, group: list[relax.Var]) -> dict[str, Any]:
         """What is known of the joined function: the kernels that it runs in order. It plans if any of them does."""
         called = [self.builder.get()[self.graph.value[var].args[0]] for var in group if self._is_call(var)]
-        parts = [told for told in map(described, called) if told is not None]
+        parts = [part for part in map(described, called) if part is not None]
         kind = PLANNER if any(part["kind"] == PLANNER for part in parts) else "other"
         return {"kind": kind, "parts": [part["name"] for part in parts]}
 

@@ -28,14 +28,14 @@ BY_ITSELF = UNARY | POOLS
 
 @tvm.transform.module_pass(opt_level=0, name="NarrowChannels")
 class NarrowChannels:
-    """Rewrite ``main``; ``told`` receives, by the convolution's name, what was taken out of it.
+    """Rewrite ``main``; ``reasons`` receives, by the convolution's name, what was taken out of it.
 
     Runs while channels are axis 1. Grouped convolutions, reshapes and everything else that is not channelwise keep the
     channels they read, as outputs do.
     """
 
     def __init__(self) -> None:
-        self.told: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -71,7 +71,7 @@ class NarrowChannels:
             return call
         small = np.ascontiguousarray(weight[filters][:, read])
         rate = weight.size / small.size
-        self.told[var.name] = (
+        self.reasons[var.name] = (
             f"filter, {rate:.2f}x fewer MACs: {(~filters).sum()} of {len(filters)} filters and "
             f"{(~read).sum()} of {len(read)} input channels are taken out"
         )

@@ -195,8 +195,8 @@ class WholeSpace:
 
     def tell(self, results: Sequence[tuple[Decisions, float | None]]) -> None:
         """Leave out what was measured already."""
-        told = [decisions for decisions, _ in results]
-        self.left = [decisions for decisions in self.left if decisions not in told]
+        measured = [decisions for decisions, _ in results]
+        self.left = [decisions for decisions in self.left if decisions not in measured]
 
 
 class LayerSearch:
@@ -209,7 +209,6 @@ class LayerSearch:
         self.known: set[tuple[int, ...]] = set()
         self._candidates: dict[tuple[int, ...], Any] = {}
         self._asked: list[Any] = []
-        self._extra: set[tuple[int, ...]] = set()
         self._database = ms.database.MemoryDatabase()
         self._workload = self._database.commit_workload(self.mod)
         spaces = ms.space_generator.ScheduleFn(

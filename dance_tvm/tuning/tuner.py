@@ -237,8 +237,8 @@ class Tuner:
             threads = task.layer.workload.threads
             tvm_target = self.target.tvm_target(threads)
             task.search = new_search(task.space, tvm_target, self.model, BATCH, self.plan.seed)
-            told = [(dict(zip(task.space.names, key, strict=True)), seconds) for key, seconds in task.results.items()]
-            task.search.tell(told)
+            known = [(dict(zip(task.space.names, key, strict=True)), seconds) for key, seconds in task.results.items()]
+            task.search.tell(known)
             seeds = self._seeds(task)
             if seeds:
                 return seeds[:room]
@@ -326,7 +326,7 @@ class Tuner:
 
     def _collect(self, task: Task, measured: list[tuple[Decisions, Future[Any]]]) -> None:
         """Keep the results of a batch: in the log first, one by one, as they come."""
-        before, told = task.best, []
+        before, results = task.best, []
         for decisions, future in measured:
             times, device, error = future.result()
             if error == "interrupted" or error.startswith("lost"):
@@ -338,19 +338,19 @@ class Tuner:
             append(self._log(task), [new_record(task.layer.workload, self.target, decisions, times, **rest)])
             seconds = statistics.median(times) if times else None
             task.note(decisions, seconds)
-            told.append((decisions, seconds))
+            results.append((decisions, seconds))
             self.made += 1
-        task.search.tell(told)
+        task.search.tell(results)
         task.stale = 0 if task.best < before * 0.99 else task.stale + 1
-        if self.lost and not told:
+        if self.lost and not results:
             raise DeviceLostError(self.lost)
         if isinstance(getattr(self._pool, "_broken", False), str):
             self._end_pool()
             self._pool = self._new_pool()
-        self.on_event(self._batch_sentence(task, told))
+        self.on_event(self._batch_sentence(task, results))
 
-    def _batch_sentence(self, task: Task, told: list[tuple[Decisions, float | None]]) -> str:
-        failed = sum(seconds is None for _, seconds in told)
+    def _batch_sentence(self, task: Task, results: list[tuple[Decisions, float | None]]) -> str:
+        failed = sum(seconds is None for _, seconds in results)
         best = f"best {self.shown(task.best)}" if task.best < math.inf else "nothing measured yet"
         lost = f", {failed} failed" if failed else ""
         return f"{task.layer.title}: {task.trials} trials{lost}, {best}"

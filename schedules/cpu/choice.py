@@ -166,11 +166,11 @@ def choose_kernel(
     measured = log.advise(workload)
     if wanted == "auto" and measured and (measured.workload, advice.workload) == (workload, asked):
         kind = "kernel groups" if workload.family == KERNEL_GROUPS else "direct"
-        told = f"{1e3 * advice.seconds:.3g} ms measured, {kind} {1e3 * measured.seconds:.3g} ms"
+        times = f"{1e3 * advice.seconds:.3g} ms measured, {kind} {1e3 * measured.seconds:.3g} ms"
         if measured.seconds > WORTH_SWITCHING * advice.seconds:
-            return replace(tuned, reason=told)
+            return replace(tuned, reason=times)
         if advice.seconds > WORTH_SWITCHING * measured.seconds:
-            return Choice(conv, f"{kind}: Winograd {told}", origin, workload)
+            return Choice(conv, f"{kind}: Winograd {times}", origin, workload)
     return default if choice.kernel is conv else tuned
 
 

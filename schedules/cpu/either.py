@@ -244,8 +244,8 @@ class Executed(Kernel):
                 for index, count in enumerate(kernel.work()):
                     value: Any = tirx.IntImm(INT, count.factor)
                     if count.operand:
-                        told = args[prefix + count.operand]
-                        row = sample if int(told.shape[0]) > 1 else 0
+                        counts = args[prefix + count.operand]
+                        row = sample if int(counts.shape[0]) > 1 else 0
                         at = (row, *count.at)
-                        value = tirx.floordiv(value * told[at], count.divisor)
+                        value = tirx.floordiv(value * counts[at], count.divisor)
                     store(args["executed"], value, sample, index)

@@ -16,6 +16,8 @@ from .tiles import CHAINS_TO_HIDE_LATENCY, Machine
 
 #: Share of the second-level cache that a block's rows may take; with a gate, what they become takes as much again.
 ROWS_SHARE_OF_L2 = 0.15
+#: Share of it beyond which weights do not stay there, and that a block's rows may then take.
+WEIGHTS_SHARE_OF_L2, MOST_ROWS_SHARE_OF_L2 = 0.5, 0.5
 #: Tiles of a block that are tried.
 BLOCK_TILES = (8, 32, 128, 512)
 
@@ -84,12 +86,29 @@ class PointwiseSpace(RowSpace):
     def default(self) -> Decisions:
         """What is chosen without a record."""
         tile, threads = super().default(), self.workload.threads
-        tile_bytes = self.machine.element_bytes * self.terms * tile["mr"]
-        fitting = max(1, int(ROWS_SHARE_OF_L2 * self.machine.l2) // tile_bytes)
         tiles_of_all = -(-self.rows // tile["mr"])
-        block_tiles = max(1, min(fitting, tiles_of_all // threads))
+        block_tiles = max(1, min(self._fitting(tile), tiles_of_all // threads))
         splits = 1 if -(-tiles_of_all // block_tiles) >= threads else threads
         return self.normal({**tile, "block_tiles": block_tiles, "splits": splits})
+
+    def _fitting(self, tile: Decisions) -> int:
+        """Tiles of a block: those whose rows stay in the cache beside the weights; where weights do not, as many as
+        make the fewest bytes come from beyond it: weights once for each block, rows that do not fit once for each
+        panel."""
+        machine, size = self.machine, self.machine.element_bytes
+        tile_bytes, row_bytes = size * self.terms * tile["mr"], size * self.terms * self.rows
+        near = max(1, int(ROWS_SHARE_OF_L2 * machine.l2) // tile_bytes)
+        weight_bytes = size * self.terms * self.vectors * machine.vector_floats
+        if weight_bytes <= WEIGHTS_SHARE_OF_L2 * machine.l2:
+            return near
+        panels, tiles = -(-self.vectors // tile["vectors"]), -(-self.rows // tile["mr"])
+
+        def far_bytes(block_tiles: int) -> int:
+            stays = block_tiles * tile_bytes <= MOST_ROWS_SHARE_OF_L2 * machine.l2
+            return -(-tiles // block_tiles) * weight_bytes + (row_bytes if stays else panels * row_bytes)
+
+        most = max(1, int(MOST_ROWS_SHARE_OF_L2 * machine.l2) // tile_bytes)
+        return min(near, most, tiles, key=far_bytes)
 
     def normal(self, decisions: Mapping[str, int]) -> Decisions:
         """Decisions of another shape fitted to this one; equal kernels get equal decisions."""

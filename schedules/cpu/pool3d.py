@@ -202,8 +202,8 @@ class _Emitter:
                     if self.in_positions is None or pool.in_positions is None:
                         read_position()
                     else:
-                        clips, told = pool.in_positions
-                        at = (clip if clips > 1 else 0, source_frame if told > 1 else 0, source_row, source_column)
+                        clips, frames = pool.in_positions
+                        at = (clip if clips > 1 else 0, source_frame if frames > 1 else 0, source_row, source_column)
                         choose(self.in_positions[at] != number(0.0), read_position, read_zeros)
 
             if self.in_frames is None:

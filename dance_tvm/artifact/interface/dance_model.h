@@ -188,12 +188,14 @@ class Model {
   dance_model *model_;
 };
 
+#if !defined(DANCE_MODEL_NO_OPEN)
 inline const dance_api *open(const std::string &path) {
   char sentence[512] = "";
   const dance_api *api = dance_model_open(path.c_str(), sentence, sizeof sentence);
   if (!api) throw std::runtime_error(sentence);
   return api;
 }
+#endif
 
 }  // namespace dance
 #endif

@@ -48,8 +48,8 @@ def _rank(op: Operator, x: Any, weight: Any) -> int:
     if rank not in (1, 2, 3):
         raise UnsupportedError(f"is not supported over {rank} axes")
     if op.ints("kernel_shape", kernel) != kernel:
-        told = f"has kernel_shape {op.ints('kernel_shape', kernel)} and weights of {kernel}"
-        raise UnsupportedError(told, "export the network again")
+        problem = f"has kernel_shape {op.ints('kernel_shape', kernel)} and weights of {kernel}"
+        raise UnsupportedError(problem, "export the network again")
     return rank
 
 

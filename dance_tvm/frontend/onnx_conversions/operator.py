@@ -88,9 +88,9 @@ class Operator:
             for name, value in self.attributes.items()
             if isinstance(value, (bytes, int, float, tuple)) and name != "tvm_custom"
         }
-        told = [f"{name}={value}" for name, value in plain.items()]
+        attributes = [f"{name}={value}" for name, value in plain.items()]
         kinds = [f"{dtype_of(x)} {tuple(shape_of(x))}" for x in self.inputs if isinstance(x, relax.Expr)]
-        return ", ".join([*told, f"of {' and '.join(kinds)}"])
+        return ", ".join([*attributes, f"of {' and '.join(kinds)}"])
 
 
 Conversion = Callable[[Operator], Any]

@@ -118,9 +118,9 @@ class AAP(Method):
         self._teacher = Teacher(network, context)
         self._dense = _Activations(network, context) if options.hint > 0 else None
         self._form: dict[str, Any] = {"axes": options.axes, "group": options.group, "grid": options.grid}
-        told = read_units(options.units) if options.units else None
-        if told:
-            self._form["units"] = told.sites
+        units = read_units(options.units) if options.units else None
+        if units:
+            self._form["units"] = units.sites
         graph = prune(network, context.clip_shape, **self._form)
         self._controller = controller_of(graph)
         self._prunes = [module for module in graph.modules() if isinstance(module, Prune)]
@@ -130,7 +130,7 @@ class AAP(Method):
         for module in (*self._norms, self._controller.norm):
             module.momentum = options.momentum
         self._counter = MacCounter(graph)
-        self._times = TimeCounter(self._counter, told) if told and (told.layers or options.target_time) else None
+        self._times = TimeCounter(self._counter, units) if units and (units.layers or options.target_time) else None
         self._epochs, self._steps, self._step = context.epochs, context.steps_per_epoch, 0
         dense = self._counter.count([], 1).dense
         self._target = options.target_macs if options.target_macs <= 1 else options.target_macs / dense

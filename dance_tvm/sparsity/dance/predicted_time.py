@@ -38,9 +38,9 @@ class TimeCounter:
     def __init__(self, counter: MacCounter, units: Units) -> None:
         if not units.layers:
             raise DanceError("the file of units tells no times: write it anew by `dance-tvm units --out`")
-        told, found = [layer.layer for layer in units.layers], [str(layer.node.target) for layer in counter.layers]
-        if told != found:
-            raise DanceError(f"the file of units tells times of {', '.join(told)}; the network has {', '.join(found)}")
+        named, found = [layer.layer for layer in units.layers], [str(layer.node.target) for layer in counter.layers]
+        if named != found:
+            raise DanceError(f"the file of units tells times of {', '.join(named)}; the network has {', '.join(found)}")
         self._counter, shares = counter, torch.tensor(units.live_shares)
         self._layers = [
             _Layer(layer.work, times, shares) for layer, times in zip(counter.layers, units.layers, strict=True)
@@ -88,10 +88,10 @@ class _Layer:
             product = product * factor
         return self.dense * product
 
-    def _factor(self, told: tuple[float, ...], kept: Tensor) -> Tensor:
+    def _factor(self, times: tuple[float, ...], kept: Tensor) -> Tensor:
         """The listed times over the dense one where ``kept`` (clips,) of the units are alive."""
         shares = self.shares.to(kept.device)
-        values = torch.tensor(told, device=kept.device, dtype=kept.dtype) / told[0]
+        values = torch.tensor(times, device=kept.device, dtype=kept.dtype) / times[0]
         shares = torch.cat([shares, shares.new_zeros(1)]).to(kept.dtype)
         slope = (values[-2] - values[-1]) / (shares[-3] - shares[-2])
         values = torch.cat([values, (values[-1] - slope * shares[-2])[None]])
