@@ -225,6 +225,37 @@ def test_what_only_training_does_is_refused(case, tmp_path):
         import_model(path)
 
 
+class Tail(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.frames, self.function = nn.Conv3d(3, 2, 1), function
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        return self.function(self, self.frames(x))
+
+
+def _counted(network, x):
+    network.seen += x.mean()
+    return x * network.seen
+
+
+OBSTACLES = {
+    r"aten.mode.default of layer 'mode' is not supported": lambda network, x: x.mode(-1)[0],
+    r"aten.rand_like.default of layer 'rand_like' is not supported": lambda network, x: x + torch.rand_like(x),
+    r"aten.fft_rfft.default of layer 'fft_rfft' makes complex numbers": lambda network, x: torch.fft.rfft(x).abs(),
+    r"changes the buffer 'seen'": _counted,
+}
+
+
+@pytest.mark.parametrize("told", OBSTACLES)
+def test_what_nothing_mends_is_refused_before_the_program_is_taken_apart(told, monkeypatch):
+    program = torch.export.export(Tail(OBSTACLES[told]), (CLIP,))
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", None)
+    with pytest.raises(DanceError, match=told):
+        import_model(program)
+
+
 def test_training_mode_that_changes_nothing_is_taken(tmp_path):
     network = _with_training(nn.Sequential(nn.Dropout(0.0), nn.InstanceNorm3d(4), nn.ReLU()))
     import_model(saved(network, (CLIP,), tmp_path / "network.pt2"))

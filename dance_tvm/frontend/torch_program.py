@@ -28,6 +28,12 @@ from dance_tvm.frontend.torch_values import constant
 # What core ATen takes apart and a conversion of ours does better.
 _KEPT = {"select_scatter.default", "diagonal_scatter.default", "take.default", *RESAMPLING}
 
+_UNKNOWN = "The operator {} of layer {!r} is not supported."
+_STATE = (
+    "The network keeps state: its forward changes the buffer {!r}. Export it with the state as an "
+    "input and the next state as an output, as docs/dstep.md does for streams."
+)
+
 # Each round of decompositions may bring up operators that want one themselves.
 _ROUNDS = 4
 
@@ -66,8 +72,9 @@ def decompose(program: torch.export.ExportedProgram) -> Decomposed:
     """``program`` in core ATen operators. Raises DanceError where it keeps state or cannot be decomposed."""
     if any(spec.kind is InputKind.CUSTOM_OBJ for spec in program.graph_signature.input_specs):
         raise DanceError("The network holds custom objects, which cannot be compiled: export it without them.")
+    table = torch.export.default_decompositions()
+    _require_no_obstacle(program, table)
     try:
-        table = torch.export.default_decompositions()
         for target in [target for target in table if _name_of(target) in _KEPT]:
             del table[target]
         program = program.run_decompositions(table)
@@ -86,6 +93,47 @@ def decompose(program: torch.export.ExportedProgram) -> Decomposed:
             program.graph.erase_node(node)
     declared = compute_in_float32(program)
     return Decomposed(program, declared, fold_constants(program))
+
+
+def _require_no_obstacle(program: torch.export.ExportedProgram, table: Mapping[Any, Any]) -> None:
+    """Raise DanceError for what taking the program apart, some seconds for a large one, would only show later."""
+    from torch._decomp import decomposition_table
+
+    specs = program.graph_signature.input_specs
+    buffers = {spec.arg.name: spec.target for spec in specs if spec.kind is InputKind.BUFFER}
+    given = {spec.arg.name for spec in specs if spec.kind is InputKind.USER_INPUT}
+    decided: set[fx.Node] = set()  # what depends on an input
+    for node in program.graph.nodes:
+        if node.name in given or not decided.isdisjoint(node.all_input_nodes):
+            decided.add(node)
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        first = node.args[0] if node.args else None
+        if node.target._schema.is_mutable:
+            if (
+                isinstance(first, fx.Node)
+                and first.name in buffers
+                and _name_of(node.target).partition(".")[0][-1] == "_"
+            ):
+                raise DanceError(_STATE.format(buffers[first.name]))
+        elif node in decided and node.users and (tensors := _tensors_of(node)):
+            if any(tensor.is_complex() for tensor in tensors):
+                told = f"The operator {node.target} of layer {describe(node)!r} makes complex numbers"
+                raise DanceError(f"{told}, which is not supported: compute with real ones.")
+            apart = node.target in table or node.target in decomposition_table or _is_composite(node.target)
+            if not apart and not _is_known(node):
+                raise DanceError(_UNKNOWN.format(node.target, describe(node)))
+
+
+def _tensors_of(node: fx.Node) -> list[torch.Tensor]:
+    value = node.meta.get("val")
+    return [part for part in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(part, torch.Tensor)]
+
+
+def _is_composite(target: torch._ops.OpOverload) -> bool:
+    """Whether PyTorch itself computes the operator by others, so that no program in core operators holds it."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return key in target.py_kernels or target.has_kernel_for_dispatch_key(key)
 
 
 def _not_decomposed(problem: Exception) -> str:
@@ -108,10 +156,7 @@ def _further_decompositions(program: torch.export.ExportedProgram) -> dict[Any, 
 def _require_stateless(program: torch.export.ExportedProgram) -> None:
     changed = [s.target for s in program.graph_signature.output_specs if s.kind is OutputKind.BUFFER_MUTATION]
     if changed:
-        raise DanceError(
-            f"The network keeps state: its forward changes the buffer {changed[0]!r}. Export it with the state as an "
-            "input and the next state as an output, as docs/dstep.md does for streams."
-        )
+        raise DanceError(_STATE.format(changed[0]))
 
 
 def require_inference(program: torch.export.ExportedProgram) -> None:
@@ -211,7 +256,7 @@ class _Importer(ExportedProgramImporter):
     def _require_known(self, nodes: list[fx.Node]) -> None:
         for node in nodes:
             if node.op == "call_function" and node.name not in self._constants and not _is_known(node):
-                raise DanceError(f"The operator {node.target} of layer {describe(node)!r} is not supported.")
+                raise DanceError(_UNKNOWN.format(node.target, describe(node)))
 
     def _translate(
         self, nodes: list[fx.Node], params: Mapping[str, relax.Var], outputs: Sequence[TensorSpec]
