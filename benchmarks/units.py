@@ -124,7 +124,10 @@ class Drawer:
         counts = unit.counts
 
         def kept(axis: str, count: int) -> np.ndarray:
-            return keep(rng, count, density) if axis in case.axes and count > 1 else np.ones(count, bool)
+            if axis not in case.axes or count == 1:
+                return np.ones(count, bool)
+            # A share of a few units is met on average: of two, half of the draws keep both where 0.75 are wanted.
+            return keep(rng, count, math.floor(density * count + rng.random()) / count)
 
         of_frames = kept("frames", counts[0]).repeat(unit.frames)[:frames]
         of_channels = kept("channels", counts[1]).repeat(unit.channels)[:channels]
@@ -250,7 +253,7 @@ def main(
     os.environ["TVM_NUM_THREADS"] = str(threads)
     folder.mkdir(parents=True, exist_ok=True)
     built = artifacts(network, folder, threads, anew)
-    units = folder / f"{network}.json"
+    units = folder / f"{network}-units.json"
     if anew or not units.exists():
         units_command(network, "host", threads, 1, units, True)
     draw = drawer(network, read_units(units).sites)

@@ -200,3 +200,32 @@ def test_networks_take_the_kernel():
         counts = machine["counts"](*given).numpy()
         macs = [int(np.prod(row[1:], dtype=np.int64)) for row in counts]
         assert macs == [210 * 6 * 27, 210 * 27 * 6, 2 * 3 * 3 * 4 * 60, 2 * 3 * 3 * 4 * 190, 2 * 95]
+
+
+def one_row(channels_in: int, channels_out: int, tile: PointwiseTile, activation: str = "") -> PointwiseConv:
+    return PointwiseConv(window_of(1, 1, 1, 1), channels_in, channels_out, tile, activation=activation)
+
+
+@pytest.mark.parametrize("left", [1.0, 0.5, 0.02, 0.0], ids=["all", "half", "few", "none"])
+def test_a_large_layer_of_one_row_reads_the_weights_of_values_that_are_not_zero_alone(left: float) -> None:
+    conv = one_row(2050, 133, PointwiseTile(4, 3, 16, 1, 1, 2), "relu")
+    assert conv.lists_terms
+    rng = np.random.default_rng(3)
+    alive = rng.permutation(conv.channels_in) < left * conv.channels_in
+    x = np.where(alive, rng.integers(1, 9, conv.channels_in), -0.0).astype("float32")
+    weight = rng.integers(-4, 5, (conv.channels_out, conv.channels_in)).astype("float32")
+    bias = rng.integers(-9, 10, conv.channels_out).astype("float32")
+    exact = np.maximum(weight.astype("float64") @ x + bias, 0)
+    weight[:, ~alive] = np.nan
+    y, _ = call(conv, x.reshape(conv.x_shape), {}, Weights(weight.reshape(*weight.shape, 1, 1, 1), bias))
+    np.testing.assert_array_equal(y.ravel(), exact)
+
+
+def test_of_one_row_nan_is_a_value_and_small_layers_keep_no_list() -> None:
+    conv = one_row(2050, 133, PointwiseTile(1, 2, 16, 1, 1, 1))
+    x, weight = np.zeros(2050, "float32"), np.ones((133, 2050, 1, 1, 1), "float32")
+    x[7] = np.nan
+    y, _ = call(conv, x.reshape(conv.x_shape), {}, Weights(weight, np.zeros(133, "float32")))
+    assert np.isnan(y).all()
+    assert not one_row(300, 133, conv.tile).lists_terms
+    assert not PointwiseConv(window_of(2, 1, 1, 1), 2050, 133, conv.tile).lists_terms

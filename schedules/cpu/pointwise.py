@@ -22,7 +22,9 @@ from ..kernel import Count, Operand
 from ..space import Space
 from ..workload import Workload
 from .pointwise_tiles import PointwiseSpace, PointwiseTile, predicted_cycles
+from .row_products import Vectors
 from .row_tiles import RowConv, RowTiles, panel_widths
+from .row_vector import WORTH_LISTING, LiveTerms
 from .tiles import Machine
 
 
@@ -40,6 +42,13 @@ class PointwiseConv(RowConv):
     gate: bool = False
     before: str = ""
     dtype: str = FLOAT
+
+    @property
+    def lists_terms(self) -> bool:
+        """Whether there is one row, of which it leaves out the zeros."""
+        weights = 4 * self.channels_in * self.vectors * self.tile.vector_floats
+        one_row = self.window.positions_out == 1 and self.dtype == FLOAT and not self.gate
+        return one_row and weights >= WORTH_LISTING
 
     @property
     def name(self) -> str:
@@ -80,8 +89,12 @@ class _Emitter(RowTiles):
         self.gate = flat(args["gate"]) if conv.gate else None
         #: Which row ``source`` begins with.
         self.first_row: Expr = 0
+        #: Of a single row, the values that are not zero, where they are listed.
+        self.live: LiveTerms | None = None
 
     def emit(self) -> None:
+        if self.pointwise.lists_terms:
+            self.live = LiveTerms(self.x, self.conv.channels_in)
         total, tile = self.conv.window.positions_out, self.blocks_of
         blocks = -(-total // (tile.mr * tile.block_tiles))
         rows = -(-total // blocks)
@@ -126,6 +139,9 @@ class _Emitter(RowTiles):
         """Sums over all input channels, then residual, activation and store."""
         conv = self.conv
         sums = self.start(vector, mr, width)
-        source = let(big(row - self.first_row) * conv.channels_in)
-        self.multiply(source, let(big(vector) * self.vector_floats), conv.channels_in, sums)
+        weights = let(big(vector) * self.vector_floats)
+        if self.live is not None:
+            self.live.multiply(Vectors(self.weights, self.vector_floats, self.count), weights, sums.registers)
+        else:
+            self.multiply(let(big(row - self.first_row) * conv.channels_in), weights, conv.channels_in, sums)
         self.finish(let(big(row) * conv.channels_out + vector * self.count), sums)

@@ -68,9 +68,9 @@ class WinogradConv(Transformed):
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the transformed weights: (ξ, panels, taps, C_in, nr)."""
-        plan = self.plan
-        return (plan.xi, self.panels, plan.taps, self.channels_in, self.tile.nr)
+        """Shape of the transformed weights: (ξ, vectors of output channels, taps, C_in, lanes)."""
+        plan, floats = self.plan, self.tile.vector_floats
+        return (plan.xi, -(-self.channels_out // floats), plan.taps, self.channels_in, floats)
 
     @property
     def weight_dtype(self) -> str:
@@ -82,7 +82,7 @@ class WinogradConv(Transformed):
         """How weights become what the kernel reads."""
         plan = self.plan
         return WinogradPanels(
-            self.channels_out, self.channels_in, plan.window.kernel, plan.m, plan.transformed, self.tile.nr
+            self.channels_out, self.channels_in, plan.window.kernel, plan.m, plan.transformed, self.tile.vector_floats
         )
 
     def unpacked(self, at: Expr) -> None:

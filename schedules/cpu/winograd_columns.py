@@ -148,7 +148,7 @@ class _ColumnProducts(Products):
         """One ξ, one panel of output channels, all rows of the chunk."""
         conv, tile = self.conv, self.tile
         plane = let(big(xi) * (conv.stored * tile.nr))
-        weights = Panel(self.weights, [plane + v * tile.vector_floats for v in range(tile.vectors)], 0)
+        weights = Panel(self.weights, [plane + v * tile.vector_floats for v in range(tile.vectors)], 0, tile.nr)
         source = let(big(xi) * conv.source_plane)
         target = let(big(xi) * conv.product_plane + panel * tile.nr)
         most = max(1, tile.depth_block * tile.segment_taps // conv.run)

@@ -1,7 +1,8 @@
 """The products of a Winograd kernel: for each of the ξ planes and each panel of output channels, rows times weights.
 
-Weights (ξ, panels, taps, C_in, nr) are read where they are. Live output channels are whole vectors, which any panel may
-hold; live input channels are whole units, of which one after the other is multiplied.
+Weights (ξ, vectors, taps, C_in, lanes) are read where they are: those of one vector of output channels lie by
+themselves, so that none of a dead vector come along. Live output channels are whole vectors, which any panel may hold;
+live input channels are whole units, of which one after the other is multiplied.
 """
 
 from __future__ import annotations
@@ -12,7 +13,23 @@ from typing import Protocol
 
 from tvm import tirx
 
-from ..emit import Expr, big, ceil_div, choose, lane, lanes, let, number, prefetch, scratch, serial, splat, store, when
+from ..emit import (
+    INT,
+    Expr,
+    big,
+    ceil_div,
+    choose,
+    lane,
+    lanes,
+    let,
+    number,
+    prefetch,
+    scratch,
+    serial,
+    splat,
+    store,
+    when,
+)
 from .tiles import Tile
 from .winograd_plan import WinogradPlan
 
@@ -24,11 +41,13 @@ LEAST_SUMS = 8
 
 @dataclass(frozen=True)
 class Panel:
-    """Where the weights of each vector of a panel begin, and how many floats lie between two taps."""
+    """Where the weights of each vector of a panel begin, how many floats lie between two taps, and between two rows of
+    a vector."""
 
     weights: tirx.Buffer
     starts: Sequence[Expr]
     tap_floats: int
+    row_floats: int
 
     def at(self, tap: Expr) -> Panel:
         """The panel at one tap."""
@@ -116,21 +135,22 @@ class Products:
         return self.conv.panels if self.out_channels is None else let(ceil_div(self.live_out(sample), self.tile.nr))
 
     def _panel(self, sample: Expr, xi: Expr, panel: Expr) -> Panel:
+        """Past the last vector that there is, or is listed, that one again."""
         conv, tile = self.conv, self.tile
-        floats, tap_floats = tile.vector_floats, conv.channels_in * tile.nr
-        panel_floats = conv.plan.taps * tap_floats
-        plane = let(big(xi) * (conv.panels * panel_floats))
-        if self.out_channels is None:
-            start = let(plane + big(panel) * panel_floats)
-            return Panel(self.weights, [start + v * floats for v in range(tile.vectors)], tap_floats)
-        last = let(tirx.floordiv(self.out_channels[sample, 0] - 1, floats))
+        floats, tap_floats = tile.vector_floats, conv.channels_in * tile.vector_floats
+        vectors, vector_floats = -(-conv.channels_out // floats), conv.plan.taps * tap_floats
+        plane, first = let(big(xi) * (vectors * vector_floats)), let(panel * tile.vectors)
         starts = []
-        for v in range(tile.vectors):  # past the end of the list the last vector again
-            first = let(self.out_channels[sample, 1 + tirx.min(panel * tile.vectors + v, last) * floats])
-            starts.append(
-                let(plane + big(tirx.floordiv(first, tile.nr)) * panel_floats + tirx.floormod(first, tile.nr))
-            )
-        return Panel(self.weights, starts, tap_floats)
+        for v in range(tile.vectors):
+            vector: Expr = first + v
+            if self.out_channels is not None:
+                last = tirx.floordiv(self.out_channels[sample, 0] - 1, floats)
+                listed = self.out_channels[sample, 1 + tirx.min(vector, last) * floats]
+                vector = tirx.floordiv(listed, floats)
+            elif vectors % tile.vectors:
+                vector = tirx.min(vector, vectors - 1)
+            starts.append(let(plane + big(vector) * vector_floats))
+        return Panel(self.weights, starts, tap_floats, floats)
 
     # -- loops -------------------------------------------------------------------------------------------------------
 
@@ -227,11 +247,14 @@ class Products:
             entry = let(taps[0] + offset)
             shift = let(self.taps[entry, 1])
             sources = [let(source + big(row + shift) * conv.channels_in) for row in rows]
-            at_tap = columns.at(self.taps[entry, 0])
+            tap = let(self.taps[entry, 0])
+            at_tap, jump = columns.at(tap), self._to_next_panel(tap, len(acc[0]))
             if sample is None:
-                self._multiply(sources, at_tap, Channels(first, first, depth, first + tile.depth_block), acc)
+                later = let(first + tile.depth_block)
+                ahead = later + tirx.Select(later >= conv.channels_in, jump, 0)
+                self._multiply(sources, at_tap, Channels(first, first, depth, let(ahead)), acc)
             else:
-                self._multiply_units(sources, at_tap, sample, first, depth, acc)
+                self._multiply_units(sources, at_tap, (sample, first, depth), jump, acc)
         self._put_back(acc, place)
 
     def _started(self, place: Expr, width: int, fresh: Expr) -> list[list[tirx.Buffer]]:
@@ -261,11 +284,24 @@ class Products:
         """The ``v``-th vector of row ``r`` of a tile at ``place``."""
         return self._vector(place + r * (self.conv.panels * self.tile.nr), v)
 
+    def _to_next_panel(self, tap: Expr, width: int) -> Expr:
+        """Rows of weights from the end of a vector's ``tap`` to what is read next: its next tap, which lies there, or
+        after the last one the vector ``width`` further on."""
+        taps = self.conv.plan.taps
+        rows = (width - 1) * taps * self.conv.channels_in
+        return tirx.Select(tap == taps - 1, rows, 0) if taps > 1 else tirx.IntImm(INT, rows)
+
     def _multiply_units(
-        self, sources: list[Expr], columns: Panel, sample: Expr, first: Expr, depth: Expr, acc: list[list[tirx.Buffer]]
+        self,
+        sources: list[Expr],
+        columns: Panel,
+        channels: tuple[Expr, Expr, Expr],
+        jump: Expr,
+        acc: list[list[tirx.Buffer]],
     ) -> None:
-        """Unit after unit of the ``depth`` live channels from the ``first`` on."""
-        conv, unit = self.conv, self.conv.unit
+        """Unit after unit of the live channels of a sample, so many from the first on; ``jump``: rows of weights
+        between the last channel's and what is read next."""
+        conv, unit, (sample, first, depth) = self.conv, self.conv.unit, channels
         assert self.in_channels is not None
         live = self.live_in(sample)
         with serial(ceil_div(depth, unit)) as index:
@@ -275,7 +311,8 @@ class Products:
             later = let(start + max(unit, self.tile.depth_block // unit * unit))
             wraps = let(later >= live)
             place = let(tirx.Select(wraps, tirx.min(later - ceil_div(live, unit) * unit, live - 1), later))
-            ahead = let(self.in_channels[sample, 1 + tirx.max(place, 0)] + tirx.Select(wraps, conv.channels_in, 0))
+            behind = tirx.Select(wraps, conv.channels_in + jump, 0)
+            ahead = let(self.in_channels[sample, 1 + tirx.max(place, 0)] + behind)
             self._multiply(
                 sources, columns, Channels(start, let(self.in_channels[sample, 1 + start]), size, ahead), acc
             )
@@ -292,7 +329,8 @@ class Products:
                 values = [let(self.sources[lanes(at + channels.source + start, tile.step)]) for at in sources]
                 for k in range(tile.step):
                     spread = [splat(lane(value, k), tile.vector_floats) for value in values]
-                    new_line = k * tile.nr // LINE_FLOATS != (k - 1) * tile.nr // LINE_FLOATS
+                    floats = columns.row_floats
+                    new_line = k * floats // LINE_FLOATS != (k - 1) * floats // LINE_FLOATS
                     self._multiply_add(spread, columns, channels, start + k, acc, new_line)
         if tile.step == 1 or not isinstance(count, int) or count % tile.step:
             with serial(count - whole * tile.step) as rest:
@@ -310,11 +348,13 @@ class Products:
         ahead: bool = True,
     ) -> None:
         """One channel, the ``k``-th of ``channels``; ``ahead``: ask for weights to come too."""
-        tile, count = self.tile, self.tile.vector_floats
-        row = let(big(channels.row + k) * tile.nr)
+        count = self.tile.vector_floats
+        row = let(big(channels.row + k) * columns.row_floats)
         w = [let(columns.weights[lanes(start + row, count)]) for start in columns.starts]
         if ahead:
-            prefetch(columns.weights, columns.starts[0] + big(channels.ahead + k) * tile.nr)
+            later = let(big(channels.ahead + k) * columns.row_floats)
+            for start in columns.starts:
+                prefetch(columns.weights, start + later)
         for r, value in enumerate(values):
             x = let(value)
             for v in range(len(w)):

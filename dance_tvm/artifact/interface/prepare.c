@@ -116,39 +116,42 @@ static void transform_axis(double from[][LANES], double to[][LANES], const doubl
 
 /* Sizes: output and input channels, lanes of a panel, taps left as they are, then along each axis its taps, its points
  * and whether it is transformed. Source (out, in, taps); result (points, panels, taps left, in, lanes). A task is one
- * input channel of one panel. */
-static int transform_panel(int task, parallel_env *env, void *closure) {
+ * input channel of LANES filters, whatever panels they are in. */
+static int transform_filters(int task, parallel_env *env, void *closure) {
   const job *given = closure;
   const int32_t *sizes = given->weight->sizes, *taps = sizes + 4, *points = sizes + 7, *transformed = sizes + 10;
   const int32_t out = sizes[0], in = sizes[1], lanes = sizes[2], left = sizes[3];
-  const int32_t panels = (out + lanes - 1) / lanes, panel = task / in, channel = task % in;
+  const int32_t panels = (out + lanes - 1) / lanes, filter = task / in * LANES, channel = task % in;
+  const int32_t count = panels * lanes - filter < LANES ? panels * lanes - filter : LANES;
   const int32_t kernel = taps[0] * taps[1] * taps[2], all = points[0] * points[1] * points[2], xi = all / left;
   double first[MOST_POINTS][LANES], second[MOST_POINTS][LANES];
+  double(*from)[LANES] = first, (*to)[LANES] = second;
+  int64_t place[LANES];
   (void)env;
-  for (int32_t lane = 0; lane < lanes; lane += LANES) {
-    double(*from)[LANES] = first, (*to)[LANES] = second;
-    int32_t filter = panel * lanes + lane, count = lanes - lane < LANES ? lanes - lane : LANES;
-    for (int32_t tap = 0; tap < kernel; tap++)
-      for (int32_t each = 0; each < LANES; each++)
-        from[tap][each] = each < count && filter + each < out
-                              ? (double)given->source[((int64_t)(filter + each) * in + channel) * kernel + tap] : 0.0;
-    const double *matrix = given->weight->transforms;
-    int32_t before = 1, behind = kernel;
-    for (int axis = 0; axis < 3; axis++) {
-      behind /= taps[axis];
-      if (transformed[axis]) {
-        transform_axis(from, to, matrix, (int32_t[]){before, taps[axis], points[axis], behind});
-        matrix += points[axis] * taps[axis];
-        double(*other)[LANES] = from;
-        from = to, to = other;
-      }
-      before *= points[axis];
+  for (int32_t one = 0; one < count; one++) {
+    int64_t panel = (filter + one) / lanes;
+    place[one] = (panel * left * in + channel) * lanes + (filter + one) % lanes;
+  }
+  for (int32_t tap = 0; tap < kernel; tap++)
+    for (int32_t each = 0; each < LANES; each++)
+      from[tap][each] =
+          filter + each < out ? (double)given->source[((int64_t)(filter + each) * in + channel) * kernel + tap] : 0.0;
+  const double *matrix = given->weight->transforms;
+  int32_t before = 1, behind = kernel;
+  for (int axis = 0; axis < 3; axis++) {
+    behind /= taps[axis];
+    if (transformed[axis]) {
+      transform_axis(from, to, matrix, (int32_t[]){before, taps[axis], points[axis], behind});
+      matrix += points[axis] * taps[axis];
+      double(*other)[LANES] = from;
+      from = to, to = other;
     }
-    for (int32_t each = 0; each < all; each++) {
-      int64_t at = (((int64_t)(each % xi) * panels + panel) * left + each / xi) * in + channel;
-      for (int32_t one = 0; one < count; one++) /* not the zero times a negative number that stands there */
-        given->to[at * lanes + lane + one] = filter + one < out ? (float)from[each][one] : 0.0f;
-    }
+    before *= points[axis];
+  }
+  for (int32_t each = 0; each < all; each++) {
+    int64_t at = ((int64_t)(each % xi) * panels * left + each / xi) * in * lanes;
+    for (int32_t one = 0; one < count; one++) /* not the zero times a negative number that stands there */
+      given->to[at + place[one]] = filter + one < out ? (float)from[each][one] : 0.0f;
   }
   return 0;
 }
@@ -166,7 +169,7 @@ int prepare_weight(const program_weight *weight, const unsigned char *stored, vo
   if (weight->preparation == PANELS)
     run_loop(lay_out_panel, &given, sizes[0] * ((sizes[1] + sizes[4] - 1) / sizes[4]));
   else if (weight->preparation == WINOGRAD_PANELS)
-    run_loop(transform_panel, &given, (sizes[0] + sizes[2] - 1) / sizes[2] * sizes[1]);
+    run_loop(transform_filters, &given, ((sizes[0] + sizes[2] - 1) / sizes[2] * sizes[2] + LANES - 1) / LANES * sizes[1]);
   else if (weight->encoding == PLAIN)
     memcpy(to, stored, (size_t)weight->bytes);
   free(decoded);
