@@ -82,9 +82,7 @@ MEASURED = (
         "1x3x32x224x224",
         "create_csn(model_depth=101, stem_pool=nn.MaxPool3d, head_pool_kernel_size=(4, 7, 7))",
     ),
-    Measured(
-        "R(2+1)D-50", "convolutional", "r2plus1d_r50", "1x3x16x224x224", "r2plus1d_r50(head_pool_kernel_size=(4, 7, 7))"
-    ),
+    Measured("R(2+1)D-50", "convolutional", "r2plus1d_r50"),
     Measured("I3D", "convolutional", "I3D", "1x3x16x224x224"),
     Measured("S3D", "convolutional", "s3d"),
     Measured("MONAI UNet", "volumes", "UNet", "1x1x96x96x96"),

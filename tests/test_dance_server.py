@@ -23,6 +23,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.device import open_device, processes
 from dance_tvm.device import served as sessions
+from dance_tvm.device.remote import Connection
 from dance_tvm.device.server_connection import TOKEN, Operation
 from dance_tvm.device.server_program import build_server
 from dance_tvm.machines.target import load_target
@@ -214,9 +215,8 @@ def test_malformed_requests_end_in_a_sentence(server, clip_network):
             status, _, size = struct.unpack("<IIQ", connection.recv(16, socket.MSG_WAITALL))
             assert status == 1
             assert len(connection.recv(size, socket.MSG_WAITALL).decode()) > 10
-    with socket.create_connection(("127.0.0.1", int(server.rpartition(":")[2]))) as stranger:
-        stranger.sendall(struct.pack("<ii", 0xFF271, 5) + b"client:")  # as TVM's clients begin
-        assert stranger.recv(1) == b""
+    with pytest.raises(DanceError, match="or is a dance_server, on which nothing is tuned"):  # what `tune` says of it
+        Connection("the phone", "127.0.0.1", int(server.rpartition(":")[2]), "", 20, 20)
     open_device(server).close()
 
 

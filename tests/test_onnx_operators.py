@@ -131,7 +131,17 @@ def quantized():
     return nodes, {"x": [4, 6]}, {"y": (None, BYTE)}, {**weights, **scales}
 
 
+def mirrored():
+    nodes = [
+        node("Pad", ["x", "rows"], ["a"], mode="reflect"),
+        node("Pad", ["a", "columns"], ["y"], mode="edge"),
+    ]
+    amounts = {"rows": np.array([0, 0, 0, 1, 2, 0, 0, 0, 2, 1]), "columns": np.array([0, 0, 0, 0, 1, 0, 0, 0, 0, 3])}
+    return nodes, {"x": [1, 2, 3, 4, 5]}, {"y": None}, amounts
+
+
 GRAPHS = {
+    "mirrored along some axes": mirrored,
     "pool of bytes": pool_bytes,
     "attributes of opset 10": old_attributes,
     "computed pads": computed_pads,

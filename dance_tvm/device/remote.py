@@ -114,6 +114,11 @@ class Connection:
         except Exception as error:  # TVM raises many kinds here
             if expired.is_set():
                 raise busy from None
+            if "RecvAll" in str(error):
+                raise DanceError(
+                    f"{self.name} closed the connection instead of a greeting: its server died, or is a dance_server, "
+                    f"on which nothing is tuned: start serve.py there (docs/devices.md)"
+                ) from None
             raise DanceError(f"{self.name} cannot be reached: {_last_line(str(error))}") from None
         finally:
             watchdog.cancel()

@@ -176,9 +176,8 @@ def _pad(args: list[Value], attrs: Any) -> torch.Tensor:
     if mode == "constant":
         return F.pad(x, flat, value=value)
     torch_mode = {"reflect": "reflect", "replicate": "replicate", "edge": "replicate", "circular": "circular"}[mode]
-    while flat and flat[-2:] == [0, 0]:
-        flat = flat[:-2]
-    return F.pad(x, flat, mode=torch_mode)
+    spatial = 2 * (x.ndim - 2)  # PyTorch wants amounts for all of these axes, or for one more without a batch
+    return F.pad(x, flat[: spatial + 2] if any(flat[spatial:]) else flat[:spatial], mode=torch_mode)
 
 
 def _prelu(args: list[Value], attrs: Any) -> torch.Tensor:
