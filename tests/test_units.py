@@ -251,5 +251,7 @@ def test_the_command_writes_what_training_reads(tmp_path: Path, capsys: pytest.C
     told = json.loads(capsys.readouterr().out)
     assert [site["node"] for site in told["sites"]] == [site.node for site in read_units(file).sites]
     assert {kernel["kernel"] for layer in told["layers"] for kernel in layer["kernels"]} >= {"direct", "winograd_1x2x2"}
+    other = tmp_path / "other.onnx"
+    other.touch()
     with pytest.raises(DanceError, match="only networks of the zoo"):
-        units_command(model="other.onnx", target="host", threads=1, kernels=1, out=file, as_json=False)
+        units_command(model=str(other), target="host", threads=1, kernels=1, out=file, as_json=False)
