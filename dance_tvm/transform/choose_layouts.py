@@ -53,8 +53,11 @@ class _Parts:
 
     def first(self, var: relax.Var) -> relax.Var:
         """The variable that stands for the part of ``var``."""
-        while not self.parent[var].same_as(var):
-            var = self.parent[var]
+        path = []
+        while not (above := self.parent[var]).same_as(var):
+            path.append(var)
+            var = above
+        self.parent.update(dict.fromkeys(path, var))  # long networks are long chains
         return var
 
 
