@@ -206,9 +206,18 @@ def test_the_command_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+#: As the last owner of the processes' group, what adds up gradients may keep a process from ever ending.
 _TWO = """
+import gc
 import sys
 from pathlib import Path
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+ends = distributed.destroy_process_group
+def checked():
+    assert not [each for each in gc.get_objects() if isinstance(each, DistributedDataParallel)]
+    ends()
+distributed.destroy_process_group = checked
 sys.path.insert(0, {tests!r})
 from test_training import Plain, Splits, Squares, settings
 from dance_tvm.sparsity import training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,4 +48,7 @@ def fabric_of_run(settings: Settings) -> Iterator[Fabric]:
         yield fabric
     finally:
         if count > 1 and distributed.is_initialized():
+            # Whatever adds gradients up must be gone before the group: as its last owner it would wait for the group's
+            # threads while it keeps them from Python's lock.
+            gc.collect()
             distributed.destroy_process_group()

@@ -84,7 +84,10 @@ def train(
         trainer = _Trainer(settings, network, splits, folder, task or Classification(), fabric, console)
         if resume:
             trainer.resume()
-        return trainer.run(on_epoch if fabric.is_global_zero and on_epoch else lambda _row: None)
+        try:
+            return trainer.run(on_epoch if fabric.is_global_zero and on_epoch else lambda _row: None)
+        finally:
+            trainer.close()
 
 
 #: What behaves otherwise in training than in use, and rests where a task imitates.
@@ -169,6 +172,10 @@ class _Trainer:
             train=train,
             task=self._task,
         )
+
+    def close(self) -> None:
+        """Lets go of what adds up the gradients of all processes, before their group ends."""
+        del self._parallel, self._stepper
 
     # -- the loop --
 
