@@ -221,22 +221,29 @@ def build(
 ) -> None:
     """Compile what table2 times and export the dense network for its peers; what is there already stays."""
     for name in network or list(NETWORKS):
-        inputs = models.example_inputs(name)
-        for key, (scheme, conv) in BUILDS.items():
-            folder = artifacts / f"{name}-{threads}" / key
-            if (folder / "pruned.json").exists() or key not in only.split(","):
-                continue
-            pruned = models.create(name)
-            macs = count_macs(pruned, *inputs)
-            facts: dict[str, Any] = {"dense_macs": macs, "macs": macs}
-            if scheme:
-                facts["macs"] = prune_to_rate(pruned, inputs, scheme, NETWORKS[name], *group).macs
-            artifact = _built(folder, pruned, inputs, threads, conv)
-            facts["kernels"] = dict(Counter(layer.kernel.split("_f32")[0] for layer in artifact.manifest.layers))
-            write_atomically(folder / "pruned.json", json.dumps(facts).encode())
-            print(name, key, facts, flush=True)
+        for key in BUILDS:
+            if key in only.split(","):
+                print(name, key, built_as(key, name, artifacts / f"{name}-{threads}" / key, threads, group), flush=True)
         if not (artifacts / "peers" / name).exists():
-            export_case(name, models.create(name), inputs[0], artifacts / "peers")
+            export_case(name, models.create(name), models.example_inputs(name)[0], artifacts / "peers")
+
+
+def built_as(key: str, name: str, folder: Path, threads: int, group: tuple[int, int] = GROUP) -> dict[str, Any]:
+    """Multiply-accumulates, those of the dense network, and kernels of one of ``BUILDS``; what is there stays."""
+    kept = folder / "pruned.json"
+    if kept.exists():
+        found: dict[str, Any] = json.loads(kept.read_text())
+        return found
+    scheme, conv = BUILDS[key]
+    pruned, inputs = models.create(name), models.example_inputs(name)
+    dense = macs = count_macs(pruned, *inputs)
+    if scheme:
+        macs = prune_to_rate(pruned, inputs, scheme, NETWORKS[name], *group).macs
+    artifact = _built(folder, pruned, inputs, threads, conv)
+    kernels = Counter(layer.kernel.split("_f32")[0] for layer in artifact.manifest.layers)
+    facts = {"dense_macs": dense, "macs": macs, "kernels": dict(kernels)}
+    write_atomically(kept, json.dumps(facts).encode())
+    return facts
 
 
 @app.command()

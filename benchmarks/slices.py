@@ -8,9 +8,7 @@ Both write their table into docs/rt3d.md.
 
 from __future__ import annotations
 
-import json
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,9 +17,11 @@ import typer
 
 from benchmarks.rt3d import (
     ALGORITHMS,
+    GROUP,
     NETWORKS,
     SUBJECTS,
     Case,
+    built_as,
     keep_result,
     results,
     train_case,
@@ -30,16 +30,9 @@ from benchmarks.rt3d import (
 )
 from dance_tvm import models
 from dance_tvm.artifact.folder import load_artifact
-from dance_tvm.compiler.build import build_network
-from dance_tvm.compiler.pipeline import Options
 from dance_tvm.device import open_device
-from dance_tvm.models.macs import count as count_macs
-from dance_tvm.sparsity.checkpoint import write_atomically
-from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
 
 SCHEMES: tuple[Literal["kgs", "slices"], ...] = ("kgs", "slices")
-#: Filters and channels of a kernel group.
-GROUP = (16, 4)
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
@@ -95,7 +88,7 @@ def speed(
 def _timed(name: str, folder: Path, runs: int) -> dict[str, Any]:
     """Facts and least seconds of a network's builds, which are made unless they are there."""
     inputs = models.example_inputs(name)
-    facts = {key: _built(name, folder / key, key) for key in ("dense", *SCHEMES)}
+    facts = {key: built_as(key, name, folder / key, threads=1) for key in ("dense", *SCHEMES)}
     with open_device("local") as session:
         loaded = {key: session.load(load_artifact(folder / key)) for key in facts}
         names = [tensor.name for tensor in loaded["dense"].manifest.inputs]
@@ -107,24 +100,6 @@ def _timed(name: str, folder: Path, runs: int) -> dict[str, Any]:
                 one.run(feed)
                 seconds[key].append(time.process_time() - started)
     return {key: {**facts[key], "seconds": float(np.min(seconds[key]))} for key in facts}
-
-
-def _built(name: str, folder: Path, key: str) -> dict[str, Any]:
-    """Multiply-accumulates and kernels of a build; what is there already stays."""
-    kept = folder / "pruned.json"
-    if kept.exists():
-        found: dict[str, Any] = json.loads(kept.read_text())
-        return found
-    pruned, inputs = models.create(name), models.example_inputs(name)
-    dense = macs = count_macs(pruned, *inputs)
-    if key != "dense":
-        macs = prune_to_rate(pruned, inputs, "slices" if key == "slices" else "kgs", NETWORKS[name], *GROUP).macs
-    options = Options(threads=1)
-    artifact = build_network(pruned.eval(), folder, example_inputs=inputs, check=False, options=options).artifact
-    kernels = Counter(layer.kernel.split("_f32")[0] for layer in artifact.manifest.layers if layer.macs)
-    facts = {"dense_macs": dense, "macs": macs, "kernels": dict(kernels)}
-    write_atomically(kept, json.dumps(facts).encode())
-    return facts
 
 
 if __name__ == "__main__":

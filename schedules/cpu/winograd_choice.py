@@ -44,6 +44,12 @@ def over_columns(conv: GatherConv) -> WinogradColumns | None:
     return WinogradColumns(**layer, nonzero=conv.nonzero, run=conv.run)
 
 
+def _forms(conv: GatherConv) -> list[WinogradConv]:
+    """The Winograd kernels that can compute ``conv``: a dense one, and one over its weight columns where it has any."""
+    columns = over_columns(conv)
+    return [transformed(conv)] if columns is None else [transformed(conv), columns]
+
+
 def choose(
     conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto", limits: Limits = UNLIMITED
 ) -> Choice[LayerKernel]:
@@ -53,8 +59,7 @@ def choose(
         return Choice(conv, "")
     if reason := why_not(conv):
         return Choice(conv, f"direct: {reason}" if wanted == "winograd" else "")
-    forms = [form for form in (transformed(conv), over_columns(conv)) if form is not None]
-    fitting = [found for form in forms if (found := best(form, machine, threads, limits=limits)) is not None]
+    fitting = [found for form in _forms(conv) if (found := best(form, machine, threads, limits=limits)) is not None]
     if not fitting:
         return Choice(conv, "direct: no tile's transformed inputs fit the memory allowed")
     found = min(fitting, key=lambda each: each.predict(machine, threads))
@@ -73,8 +78,7 @@ def trades(conv: GatherConv, machine: Machine, threads: int, most_scratch: float
     """How far weights may grow, and the predicted seconds that this buys: those of ``conv`` itself, which keeps them as
     they are, then of each Winograd kernel that is faster than all with fewer weights."""
     least = {1.0: conv.predict(machine, threads)}
-    forms = [] if why_not(conv) else [form for form in (transformed(conv), over_columns(conv)) if form is not None]
-    offered = [option for form in forms for option in options(form, machine)]
+    offered = [] if why_not(conv) else [option for form in _forms(conv) for option in options(form, machine)]
     fitting = [option for option in offered if option.scratch_bytes <= most_scratch]
     for option in sorted(fitting, key=attrgetter("weights")):
         seconds = option.predict(machine, threads)
