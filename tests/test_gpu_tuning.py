@@ -40,6 +40,7 @@ WINDOW = Window(1, (2, 5, 6), (2, 5, 6), (3, 3, 3), padding=(1, 1, 1))
 PLAIN = Workload(WINDOW, 5, 20, residual=True, activation="relu")
 THINNED = Workload(WINDOW, 8, 20, lists=("in_frames", "positions", "in_channels", "out_channels"), density=0.5)
 GROUPS = THINNED.grouped((16, 4), 0.4)
+pytestmark = pytest.mark.usefixtures("small_generations")
 
 
 @pytest.fixture
