@@ -1,7 +1,7 @@
 """Join small kernels that can run one after the other into one function.
 
 A network that decides per clip has dozens of operators of a few hundred elements: pooled statistics, comparisons,
-masks, index lists. Calling each costs the virtual machine more than its work does. Kernels that count as layers stay
+masks, index lists. Calling each costs more than its work does. Kernels that count as layers stay
 calls of their own, so that a run can still be reported layer by layer.
 """
 
