@@ -75,7 +75,7 @@ CASES = [
     Case("all", AXES, 0.25),
     *(
         Case(f"{axis}, scattered {density:g}", (axis,), whole=False, density=density)
-        for axis in ("positions", "channels")
+        for axis in AXES
         for density in (0.9, 0.7, 0.5, 0.3, 0.1)
     ),
 ]

@@ -92,6 +92,22 @@ def test_scattered_thin_masks_run_the_direct_kernel_and_full_ones_winograd():
         assert int(values["decision"][0]) == decision
 
 
+def test_output_channels_that_are_left_cost_their_whole_panel():
+    layer = Layer(window_of(1, (8, 16, 16), (3, 3, 3), padding=(1, 1, 1)), 32, 64, positions=(1, 1), live_out=True)
+    kernel = both_of(layer)
+    panel = kernel.second.tile.nr
+    assert kernel.decision.grains[1].panel == panel > 16
+    dense, costs = 64 // panel, kernel.decision.costs[1]
+    for left, panels in ((1, 1), (panel, 1), (panel + 1, 2)):
+        channels, forced = np.zeros((1, 64), "float32"), np.full(1, -1, "int32")
+        channels[:, ::-1][:, :left] = 1
+        (decision,) = run(
+            kernel.decision.primfunc(), [forced, np.ones((1, 1, 16, 16), "float32"), channels], [np.zeros(1, "int32")]
+        )
+        winograd = kernel.decision.costs[0].seconds(1, 1, -(-left // 16) / 4)
+        assert int(decision[0]) == (costs.seconds(1, 1, panels / dense) < winograd)
+
+
 def test_costs_are_those_of_the_model():
     kernel = both_of()
     dense = kernel.first.predict(AVX512, 1, [1.0], whole_units=True)
