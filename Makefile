@@ -15,15 +15,18 @@ RUN := $(VENV)/bin/python
 # Each test process takes its share of the cores. Text is UTF-8 even after a library has set its process to another locale.
 THREADS := OMP_NUM_THREADS=1 PYTHONUTF8=1
 
-.PHONY: demo test fuzz bench lint prepare constraints test-fast docs
+.PHONY: demo test fuzz bench lint style prepare constraints test-fast docs
 
 demo:
 	@.ci/prepare --emulator
 	@$(RUN) examples/demo.py
 
-test: lint
+# Types are checked beside the tests, which leave a core idle while they start and end; what mypy said is shown if it failed.
+test: style
 	@.ci/prepare --emulator
-	@$(THREADS) $(RUN) -m pytest -q -n $(JOBS) --dist worksteal
+	@said=$$(mktemp); $(RUN) -m mypy >$$said 2>&1 & types=$$!; \
+	$(THREADS) $(RUN) -m pytest -q -n $(JOBS) --dist worksteal --durations 30 --durations-min 5; code=$$?; \
+	wait $$types || { cat $$said; code=1; }; rm -f $$said; exit $$code
 
 fuzz: prepare
 	@$(RUN) -W ignore -m tests.fuzz --minutes $(MINUTES)
@@ -35,10 +38,12 @@ test-fast: lint
 	@$(THREADS) $(RUN) -m pytest -q -n $(JOBS) --dist load -m "not (slow or device or network or gpu)" \
 		$(FAST:%=tests/test_%.py)
 
-lint: prepare
+lint: style
+	@$(RUN) -m mypy
+
+style: prepare
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@$(RUN) -m mypy
 
 docs: prepare
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

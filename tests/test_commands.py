@@ -628,6 +628,9 @@ def test_random_weights_and_threads_without_cores_are_told(tmp_path, monkeypatch
         "--threads 9 is more than the 8 cores of snapdragon: they will wait for one another",
         "c3d is built with random weights: give trained ones with --weights, or train it first",
     ]
+    old = load_target("host").model_copy(update={"tuning_log": "host-x86-64-sse"})
+    with pytest.warns(DanceWarning, match="this processor has no AVX2: kernels for it use SSE"):
+        build._warn(old, "dance-c3d-mini", None, None)
 
 
 def test_ctrl_c_ends_tuning_with_130(small_network, tmp_path):
