@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from convolutions import call
+from convolutions import call, on_processor
 from test_depthwise import window_of
 from test_pointwise import AVX512
 from torch import nn
@@ -87,7 +87,7 @@ def test_output_channels_that_are_left_cost_their_whole_panel():
     for left, panels in ((1, 1), (panel, 1), (panel + 1, 2)):
         channels, forced = np.zeros((1, 64), "float32"), np.full(1, -1, "int32")
         channels[:, ::-1][:, :left] = 1
-        (decision,) = run(
+        (decision,) = on_processor(
             kernel.decision.primfunc(), [forced, np.ones((1, 1, 16, 16), "float32"), channels], [np.zeros(1, "int32")]
         )
         winograd = kernel.decision.costs[0].seconds(1, 1, -(-left // 16) / 4)
