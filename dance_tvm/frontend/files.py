@@ -142,6 +142,11 @@ def _inspect_json(path: Path, value: Any) -> None:
         _inspect_json(path, item)
 
 
+def _is_pickled(path: Path) -> bool:
+    with path.open("rb") as opened:
+        return opened.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """Tensors by name from a ``.safetensors`` file, or from a state dict read with ``weights_only=True``.
 
@@ -156,7 +161,7 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
             return load_file(str(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:
-        if "weights_only" in str(problem) or "Unsupported global" in str(problem):
+        if _is_pickled(path) and ("weights_only" in str(problem) or "Unsupported global" in str(problem)):
             raise DanceError(
                 f"{path} holds pickled objects besides tensors, which could run code: save model.state_dict() alone."
             ) from None
