@@ -134,7 +134,7 @@ def _inspect_json(path: Path, value: Any) -> None:
         raise DanceError(_PICKLED.format(path))
     expression = value.get("expr_str")
     if "__enum__" in value or not (expression is None or _ARITHMETIC.fullmatch(str(expression))):
-        raise DanceError(f"{path} has shapes that no arithmetic tells: export the network with fixed shapes.")
+        raise DanceError(f"{path} has shapes that cannot be computed: export the network with fixed shapes.")
     target = value.get("target")
     if isinstance(target, str) and "inputs" in value and not _KNOWN_TARGETS.fullmatch(target):
         raise DanceError(f"{path} uses the operator {target}, which is not supported.")
