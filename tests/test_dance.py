@@ -587,7 +587,7 @@ def test_the_shipped_network_does_what_its_card_says() -> None:
 
 def test_the_shipped_network_is_asked_for_its_own_classes_only() -> None:
     assert DEFAULT_MODEL == "dance-c3d-mini"
-    with pytest.raises(DanceError, match="tells 8 motions apart, not 5"):
+    with pytest.raises(DanceError, match="knows 8 motions, not 5"):
         models.create("dance-c3d-mini", num_classes=5)
 
 
