@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from convolutions import call
+from convolutions import call, on_processor
 from test_depthwise import window_of
 from test_pointwise import AVX512
 from torch import nn
@@ -76,6 +76,22 @@ def test_scattered_thin_masks_run_the_direct_kernel_and_full_ones_winograd():
         masks = {**masks_of(density), "in_frames": np.ones((2, 4)), "out_frames": np.ones((2, 4))}
         _, values = call(kernel, np.zeros(kernel.x_shape), masks, weights)
         assert int(values["decision"][0]) == decision
+
+
+def test_output_channels_that_are_left_cost_their_whole_panel():
+    layer = Layer(window_of(1, (8, 16, 16), (3, 3, 3), padding=(1, 1, 1)), 32, 64, positions=(1, 1), live_out=True)
+    kernel = both_of(layer)
+    panel = kernel.second.tile.nr
+    assert kernel.decision.grains[1].panel == panel > 16
+    dense, costs = 64 // panel, kernel.decision.costs[1]
+    for left, panels in ((1, 1), (panel, 1), (panel + 1, 2)):
+        channels, forced = np.zeros((1, 64), "float32"), np.full(1, -1, "int32")
+        channels[:, ::-1][:, :left] = 1
+        (decision,) = on_processor(
+            kernel.decision.primfunc(), [forced, np.ones((1, 1, 16, 16), "float32"), channels], [np.zeros(1, "int32")]
+        )
+        winograd = kernel.decision.costs[0].seconds(1, 1, -(-left // 16) / 4)
+        assert int(decision[0]) == (costs.seconds(1, 1, panels / dense) < winograd)
 
 
 def test_costs_are_those_of_the_model():

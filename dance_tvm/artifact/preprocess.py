@@ -72,5 +72,6 @@ def preprocess_of(fields: Mapping[str, Any], place: str) -> Preprocess:
     except ValidationError as error:
         first = error.errors()[0]
         known = "" if first["type"] == "value_error" else f"; the fields are {', '.join(Preprocess.model_fields)}"
-        where, said = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        said = "there is no such field" if first["type"] == "extra_forbidden" else first["msg"]
+        where, said = ".".join(map(str, first["loc"])), said.removeprefix("Value error, ")
         raise DanceError(f"{place}{where}: {said}{known}") from None
