@@ -41,6 +41,7 @@ from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.keep_nan import KEEP_NAN
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
+from dance_tvm.transform.norms_before_concat import NormsBeforeConcat
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
@@ -149,7 +150,7 @@ def _before_kernels(spread: Passes, narrow: Passes, layouts: Passes) -> list[tup
                 *spread,
             ],
         ),
-        (LAST_WITH_NAMES, [WholePools(), FoldPads(), NormsByClip(), FoldBatchNorm(), *narrow]),
+        (LAST_WITH_NAMES, [WholePools(), FoldPads(), NormsByClip(), NormsBeforeConcat(), FoldBatchNorm(), *narrow]),
         (
             "channels last",
             [*layouts, relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
