@@ -21,12 +21,13 @@ demo:
 	@.ci/prepare --emulator
 	@$(RUN) examples/demo.py
 
-# Types are checked beside the tests, which leave a core idle while they start and end; what mypy said is shown if it failed.
+# A command with mypy beside it: tests leave a core idle while they start and end. What mypy said is shown if it failed.
+beside_types = said=$$(mktemp); $(RUN) -m mypy >$$said 2>&1 & types=$$!; \
+	$(THREADS) $(1); code=$$?; wait $$types || { cat $$said; code=1; }; rm -f $$said; exit $$code
+
 test: style
 	@.ci/prepare --emulator
-	@said=$$(mktemp); $(RUN) -m mypy >$$said 2>&1 & types=$$!; \
-	$(THREADS) $(RUN) -m pytest -q -n $(JOBS) --dist worksteal --durations 30 --durations-min 5; code=$$?; \
-	wait $$types || { cat $$said; code=1; }; rm -f $$said; exit $$code
+	@$(call beside_types,$(RUN) -m pytest -q -n $(JOBS) --dist worksteal --durations 30 --durations-min 5)
 
 fuzz: prepare
 	@$(RUN) -W ignore -m tests.fuzz --minutes $(MINUTES)
@@ -34,9 +35,9 @@ fuzz: prepare
 # Files that together take less than a minute and a half on two idle cores, and touch every package.
 FAST := root target cli commands linker liveness_rules boolean_logic short_names transpose check frontend
 
-test-fast: lint
-	@$(THREADS) $(RUN) -m pytest -q -n $(JOBS) --dist load -m "not (slow or device or network or gpu)" \
-		$(FAST:%=tests/test_%.py)
+test-fast: style
+	@$(call beside_types,$(RUN) -m pytest -q -n $(JOBS) --dist load -m "not (slow or device or network or gpu)" \
+		$(FAST:%=tests/test_%.py))
 
 lint: style
 	@$(RUN) -m mypy

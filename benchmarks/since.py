@@ -124,8 +124,8 @@ def _measured(sides: dict[str, Path], folder: Path, rounds: int, seconds: float)
         running = {}
         for side, checkout in sides.items():
             child = subprocess.Popen(
-                [sys.executable, "-c", CHILD, str(folder / side), str(feed)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment(checkout),
+                [sys.executable, "-c", CHILD, str((folder / side).resolve()), str(feed.resolve())],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment(checkout), cwd=checkout,
             )  # fmt: skip
             stack.callback(child.terminate)
             running[side] = child

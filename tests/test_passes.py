@@ -19,7 +19,7 @@ from tvm.script import relax as R
 from tvm.script import tirx as T
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.ir.graph import is_scheduled
+from dance_tvm.ir.graph import Graph, is_scheduled
 from dance_tvm.ir.reasons import Reasons
 from dance_tvm.transform import lift_weights
 from dance_tvm.transform.boolean_logic import BooleanLogic
@@ -142,7 +142,8 @@ def test_pools_with_padding_or_windows_of_two_sizes_stay() -> None:
                 R.output(b)
             return b
 
-    stays(WholePools(), Pools)
+    why = "an adaptive pool: (4, 7, 7) does not divide into (2, 3, 3) windows of one size"
+    declines(WholePools, Pools, why)
 
 
 # -- NormsByClip ------------------------------------------------------------------------------------------------------
@@ -235,7 +236,35 @@ def test_a_norm_goes_into_the_convolution_before_it() -> None:
 
 
 def test_a_norm_whose_parameters_are_computed_stays() -> None:
-    stays(FoldBatchNorm(), bound(ConvolutionAndNorm, {name: NORM[name] for name in ("weight", "gamma", "beta")}))
+    computed = bound(ConvolutionAndNorm, {name: NORM[name] for name in ("weight", "gamma", "beta")})
+    declines(FoldBatchNorm, computed, "a batch norm of its own: its parameters are not constant")
+
+
+def test_a_norm_beside_another_reader_is_a_product_and_a_sum() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(
+            x: R.Tensor((1, 1, 2, 2, 2), "float32"),
+            weight: R.Tensor((2, 1, 1, 1, 1), "float32"),
+            gamma: R.Tensor((2,), "float32"),
+            beta: R.Tensor((2,), "float32"),
+            mean: R.Tensor((2,), "float32"),
+            variance: R.Tensor((2,), "float32"),
+        ) -> R.Tensor((1, 2, 2, 2, 2), "float32"):
+            with R.dataflow():
+                a = R.nn.conv3d(x, weight)
+                b = R.nn.batch_norm(a, gamma, beta, mean, variance, 1, 0.0, True, True, 0.1, False)
+                c = b[0]
+                d = R.add(a, c)
+                R.output(d)
+            return d
+
+    reasons = Reasons()
+    after = FoldBatchNorm(reasons)(bound(Before, NORM))
+    operators = [Graph.of(after["main"]).op(var) for var in Graph.of(after["main"]).order]
+    assert operators[:4] == ["nn.conv3d", "multiply", "add", "add"]
+    assert list(reasons) == ["c: a batch norm apart from convolutions: what it normalises has other readers"]
 
 
 # -- NarrowChannels ---------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class FoldBatchNorm:
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
         graph = Graph.of(mod["main"])
-        norms = {var: call for var in graph.order if (call := _batch_norm(graph, var)) is not None}
+        norms = {var: call for var in graph.order if (call := _batch_norm(graph, var, self.reasons)) is not None}
         folded: dict[relax.Var, _Convolution] = {}
         for var, call in norms.items():
             found = _convolution_before(graph, call)
@@ -60,14 +60,17 @@ class FoldBatchNorm:
         return replace_each(mod, norms, make)
 
 
-def _batch_norm(graph: Graph, var: relax.Var) -> relax.Call | None:
+def _batch_norm(graph: Graph, var: relax.Var, reasons: Reasons) -> relax.Call | None:
     """The batch norm whose first result ``var`` is, if all its parameters are constants."""
     value = graph.value[var]
     if not isinstance(value, relax.TupleGetItem) or value.index != 0:
         return None
     source = value.tuple_value
     call = graph.value.get(source) if isinstance(source, relax.Var) else source
-    if call is None or graph.op(call) != "nn.batch_norm" or any(constant(arg) is None for arg in call.args[1:]):
+    if call is None or graph.op(call) != "nn.batch_norm":
+        return None
+    if any(constant(arg) is None for arg in call.args[1:]):
+        reasons.add(var, "a batch norm of its own: its parameters are not constant")
         return None
     return call
 
