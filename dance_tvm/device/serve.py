@@ -219,8 +219,8 @@ def result_of(kernel: dict[str, Any], named: dict[str, Any]) -> np.ndarray:
 def executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, Any] | None:
     """What a convolution, whose tensors are `named` by its operands, executed (see `_work`); None where it cannot be
     told."""
-    if "decision" in named and int(named["decision"].numpy()[0]):
-        return _work(_of_second(named), [])
+    if kernel.get("second") and int(named["decision"].numpy()[0]):
+        return _work({own: named[name] for own, name in kernel["second"].items()}, [])
     if "counts" in named:
         return _work(named, kernel["tile"])
     if kernel.get("taps"):
@@ -230,14 +230,6 @@ def executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, A
         return None
     sizes = [int(extent) for extent in named["y"].shape]
     return _without_lists(macs, 1.0, np.ones([sizes[0], *sizes[2:]] if kernel.get("planar") else sizes[:4], bool))
-
-
-def _of_second(named: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of the second of two kernels in one, as it knows them."""
-    own = {name: tensor for name, tensor in named.items() if not name.startswith("second_")}
-    for lists in ("in_channels", "out_channels"):
-        own.pop(lists, None)
-    return {**own, **{name[len("second_") :]: named[name] for name in named if name.startswith("second_")}}
 
 
 def _work(named: dict[str, Any], tile: list[int]) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
