@@ -31,6 +31,7 @@ from dance_tvm.transform.fold_patches import FoldPatches
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
+from dance_tvm.transform.norms_before_concat import NormsBeforeConcat
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.spread_transposed import SpreadTransposed
@@ -664,3 +665,54 @@ def test_the_rest_is_bound_to_threads_or_refused_on_a_gpu(monkeypatch: pytest.Mo
         monkeypatch.setattr(tvm.s_tir.dlight, "ApplyDefaultSchedule", lambda *_rules: lambda mod: mod)
         with pytest.raises(DanceError, match="exponential has no GPU schedule: build this network for a CPU target"):
             ScheduleRestForGpu().transform_module(Exponential, None)
+
+
+# -- NormsBeforeConcat ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_behind_a_concatenation_of_convolutions_goes_to_its_parts() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((1, 3, 2, 4, 4)), w: R.Tensor((2, 3, 1, 1, 1)), v: R.Tensor((4, 3, 1, 1, 1))) -> R.Tensor(
+            (1, 6, 2, 4, 4)
+        ):
+            with R.dataflow():
+                a = R.nn.conv3d(x, w)
+                b = R.nn.conv3d(x, v)
+                c = R.concat((a, b), axis=1)
+                d = R.nn.relu(c)
+                e = R.sigmoid(d)
+                R.output(e)
+            return e
+
+    @I.ir_module
+    class After:
+        @R.function
+        def main(x: R.Tensor((1, 3, 2, 4, 4)), w: R.Tensor((2, 3, 1, 1, 1)), v: R.Tensor((4, 3, 1, 1, 1))) -> R.Tensor(
+            (1, 6, 2, 4, 4)
+        ):
+            with R.dataflow():
+                a = R.nn.conv3d(x, w)
+                b = R.nn.conv3d(x, v)
+                c = R.nn.relu(a)
+                d = R.sigmoid(c)
+                e = R.nn.relu(b)
+                f = R.sigmoid(e)
+                g = R.concat((d, f), axis=1)
+                R.output(g)
+            return g
+
+    @I.ir_module
+    class Read:
+        @R.function
+        def main(x: R.Tensor((1, 3, 2, 4, 4)), w: R.Tensor((2, 3, 1, 1, 1))) -> R.Tensor((1, 5, 2, 4, 4)):
+            with R.dataflow():
+                a = R.nn.conv3d(x, w)
+                c = R.concat((a, x), axis=1)
+                d = R.nn.relu(c)
+                R.output(d)
+            return d
+
+    becomes(NormsBeforeConcat(), Before, After)
+    stays(NormsBeforeConcat(), Read)

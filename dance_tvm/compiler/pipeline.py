@@ -42,6 +42,7 @@ from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.keep_nan import KEEP_NAN
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
+from dance_tvm.transform.norms_before_concat import NormsBeforeConcat
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
@@ -155,7 +156,14 @@ def _before_kernels(spread: Passes, narrow: Passes, layouts: Passes, reasons: Re
         ),
         (
             LAST_WITH_NAMES,
-            [WholePools(reasons), FoldPads(reasons), NormsByClip(reasons), FoldBatchNorm(reasons), *narrow],
+            [
+                WholePools(reasons),
+                FoldPads(reasons),
+                NormsByClip(reasons),
+                NormsBeforeConcat(),
+                FoldBatchNorm(reasons),
+                *narrow,
+            ],
         ),
         (
             "channels last",

@@ -328,13 +328,15 @@ def _gathered_rows(named: dict[str, Any], shape: list[int]) -> tuple[np.ndarray,
 
 def _winograd_rows(named: dict[str, Any], tile: list[int], shape: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """The same for Winograd's tiles: columns (chunks, columns), rows_out, runs (chunks, classes, 4), counts
-    (chunks + 1, 4) of inputs, tiles, runs and the sample; the last row counts the chunks."""
+    (chunks + 1, 4) of inputs, tiles, runs and the sample; the last row counts the chunks. Each frame is a clip of its
+    own where the list of columns has room for those of all."""
     names = ("tap_entries", "columns", "rows_out", "runs", "counts")
     taps, columns, rows_out, runs, counts = (named[name].numpy() for name in names)
     deep, tall, wide = tile
     batch, frames, height, width = shape[:4]
     places = -(-height // tall), -(-width // wide)
-    alive = np.zeros((batch, -(-frames // deep), *places), bool)
+    apart = columns.size >= batch * frames * places[0] * places[1]
+    alive = np.zeros((*((batch * frames, 1) if apart else (batch, -(-frames // deep))), *places), bool)
     samples = int(counts[: counts[-1, 0], 3].max(initial=0)) + 1
     by_tap = np.zeros((samples, int(taps[:, 0].max()) + 1), "int64")
     for chunk in range(counts[-1, 0]):
@@ -346,6 +348,7 @@ def _winograd_rows(named: dict[str, Any], tile: list[int], shape: list[int]) -> 
         frame, index = np.divmod(used[used >= 0], columns.shape[1])
         clip, place = np.divmod(columns[chunk, index], places[0] * places[1])
         alive[clip, frame, place // places[1], place % places[1]] = True
+    alive = alive.reshape(batch, -1, *places)
     enlarged = alive.repeat(deep, axis=1).repeat(tall, axis=2).repeat(wide, axis=3)[:, :frames, :height, :width]
     return by_tap, enlarged
 
@@ -594,6 +597,8 @@ def main() -> None:
     tracker = None
     if options.tracker:
         host, _, port = options.tracker.rpartition(":")
+        if not host or not port.isdecimal():
+            parser.error("--tracker is HOST:PORT")
         tracker = (host, int(port))
         if not options.key:
             parser.error("--tracker needs a --key")
@@ -604,7 +609,10 @@ def main() -> None:
     os.register_at_fork(after_in_child=end_with_parent_process)
     load_runtime_extra()
     register(store)
-    listening = socket.create_server((options.host, options.port), backlog=16)
+    try:
+        listening = socket.create_server((options.host, options.port), backlog=16)
+    except (OSError, OverflowError) as error:
+        parser.error(f"{options.host}:{options.port} is not to be had ({error}): choose another --port")
     if options.end_with_stdin:
         end_with_pipe(sys.stdin.fileno())
     print(f"{READY}{listening.getsockname()[1]}", flush=True)

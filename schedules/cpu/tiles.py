@@ -17,6 +17,9 @@ WEIGHTS_SHARE_OF_L1 = 0.5
 ROWS_SHARE_OF_L2 = 0.4
 #: The same where a block gathers its weights first: more rows share the gathering, though some come from further away.
 GATHERING_ROWS_SHARE_OF_L2 = 1.0
+#: Share of it that a panel of weights may take that is read again and again, and how many more cycles a tile may take
+#: whose panel is so small.
+PANEL_SHARE_OF_L2, HARDLY_MORE = 0.7, 1.05
 #: Share of the time that blocks keep all threads at work, from which on no smaller ones are sought.
 BUSY = 0.85
 #: Cycles that one fused multiply-add takes until its result can be added to again, times two a cycle.
@@ -159,6 +162,18 @@ def _panel_cycles(machine: Machine, panel: int, tile: tuple[int, int, int]) -> f
     return panels * (max(multiply, loads, latency) + 0.1 * mr / step + 0.35 * vectors)
 
 
+def _fewest_cycles(
+    machine: Machine, window: Window, group_out: int, options: list[tuple[int, int, int]], vector_bytes: int
+) -> tuple[int, int, int]:
+    """Of ``options`` the tile with the fewest predicted cycles; of those that take hardly more, the first whose panel
+    of weights stays in the second-level cache: rows that read other taps, as at edges, read it again."""
+    cycles = {tile: window_cycles(machine, window, group_out, tile) for tile in options}
+    ordered = sorted(options, key=lambda tile: cycles[tile])
+    near = [tile for tile in ordered if cycles[tile] <= HARDLY_MORE * cycles[ordered[0]]]
+    stays = (tile for tile in near if tile[1] * vector_bytes <= PANEL_SHARE_OF_L2 * machine.l2)
+    return next(stays, ordered[0])
+
+
 def default_tile(
     machine: Machine,
     window: Window,
@@ -177,9 +192,10 @@ def default_tile(
     """
     fitting = [tile for tile in candidates(machine) if tile[0] <= most_rows]
     options = [tile for tile in fitting if nr is None or tile[1] * machine.vector_floats == nr]
-    mr, vectors, step = min(options, key=lambda tile: window_cycles(machine, window, group_out, tile))
-    nr = vectors * machine.vector_floats
     size = machine.element_bytes
+    vector_bytes = size * machine.vector_floats * window.taps * depth
+    mr, vectors, step = _fewest_cycles(machine, window, group_out, options, vector_bytes)
+    nr = vectors * machine.vector_floats
     depth_block = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (size * nr) // step * step)
     depth_block = min(depth_block, machine.most_terms)
     block_depth = min(depth, depth_block)
