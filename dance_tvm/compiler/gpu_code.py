@@ -29,13 +29,7 @@ def compile_for_gpu(lowered: Lowered, machine: Target, options: Options) -> Code
 
 
 def _pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
-    """From kernels to planned memory; TVM's own pipeline for GPUs would schedule and fold once more.
-
-    RewriteDataflowReshape is left out: it takes some kernels whose input and output have as many elements for reshapes
-    (a convolution of 512 to 512 channels), and fails.
-    """
-    from tvm.relax import transform
+    """From kernels to planned memory; TVM's own pipeline for GPUs would schedule and fold once more."""
     from tvm.relax.backend import gpu_generic
 
-    lowering = [transform.ToNonDataflow(), transform.RemovePurityChecking(), transform.CallTIRRewrite()]
-    return tvm.transform.Sequential(lowering + gpu_generic.finalize_passes(target))
+    return tvm.transform.Sequential(gpu_generic.dataflow_lower_passes(target) + gpu_generic.finalize_passes(target))
