@@ -15,15 +15,19 @@ RUN := $(VENV)/bin/python
 # Each test process takes its share of the cores. Text is UTF-8 even after a library has set its process to another locale.
 THREADS := OMP_NUM_THREADS=1 PYTHONUTF8=1
 
-.PHONY: demo test fuzz bench lint prepare constraints test-fast docs
+.PHONY: demo test fuzz bench lint style prepare constraints test-fast docs
 
 demo:
 	@.ci/prepare --emulator
 	@$(RUN) examples/demo.py
 
-test: lint
+# A command with mypy beside it: tests leave a core idle while they start and end. What mypy said is shown if it failed.
+beside_types = said=$$(mktemp); $(RUN) -m mypy >$$said 2>&1 & types=$$!; \
+	$(THREADS) $(1); code=$$?; wait $$types || { cat $$said; code=1; }; rm -f $$said; exit $$code
+
+test: style
 	@.ci/prepare --emulator
-	@$(THREADS) $(RUN) -m pytest -q -n $(JOBS) --dist worksteal
+	@$(call beside_types,$(RUN) -m pytest -q -n $(JOBS) --dist worksteal --durations 30 --durations-min 5)
 
 fuzz: prepare
 	@$(RUN) -W ignore -m tests.fuzz --minutes $(MINUTES)
@@ -31,14 +35,16 @@ fuzz: prepare
 # Files that together take less than a minute and a half on two idle cores, and touch every package.
 FAST := root target cli commands linker liveness_rules boolean_logic short_names transpose check frontend
 
-test-fast: lint
-	@$(THREADS) $(RUN) -m pytest -q -n $(JOBS) --dist load -m "not (slow or device or network or gpu)" \
-		$(FAST:%=tests/test_%.py)
+test-fast: style
+	@$(call beside_types,$(RUN) -m pytest -q -n $(JOBS) --dist load -m "not (slow or device or network or gpu)" \
+		$(FAST:%=tests/test_%.py))
 
-lint: prepare
+lint: style
+	@$(RUN) -m mypy
+
+style: prepare
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@$(RUN) -m mypy
 
 docs: prepare
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu --static --json docs/benchmarks/gpu-static.json
     python -m benchmarks.gpu --json gpu.json            # on a machine with an NVIDIA GPU
+    python -m benchmarks.gpu --export FOLDER            # for one without TVM: gpu_layers.py is run there
 
 Statically: every kernel of C3D and R(2+1)D-18, dense, and of one layer with each kind of sparsity, compiled by NVRTC
 and ptxas for a Jetson Nano and an Orin Nano: registers, shared memory, spills, and the occupancy that follows. Each is
@@ -33,6 +34,7 @@ from dance_tvm.device.launches import device_code
 from dance_tvm.machines.target import Gpu, Target, load_target
 from dance_tvm.schedules.kernel import Kernel, Weights
 
+from . import gpu_export
 from .kernels import C3D, R2PLUS1D, Layer, Masks, calls_of
 
 STATIC_TARGETS = ("jetson-nano", "jetson-orin-nano")
@@ -63,10 +65,15 @@ def main(
     network: Annotated[list[str] | None, typer.Option(help="with --static: the kernels of these networks")] = None,
     rounds: Annotated[int, typer.Option(help="times that both sides take turns")] = 10,
     out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+    export: Annotated[Path | None, typer.Option(help="write layers and a script to this folder")] = None,
+    arch: Annotated[str, typer.Option(help="with --export: the oldest GPU that runs them")] = "sm_90",
 ) -> None:
     """Print the table and write the figures."""
     with plain_errors():
-        if static:
+        if export is not None:
+            written = gpu_export.export(export, gpu_export.target_of(arch), gpu_export.all_layers())
+            print(f"{export}: {written / 1e6:.1f} MB")
+        elif static:
             standing = Standing.at(out)
             fill(standing, [load_target(name) for name in STATIC_TARGETS], network or list(NETWORKS))
             print(table_of(standing.rows))

@@ -87,8 +87,9 @@ def draw() -> None:
     from .rt3d import write_section
 
     measured = json.loads(MEASURED.read_text())
-    figure, grid = pyplot.subplots(1, len(measured), figsize=(11, 3.4), sharey=True, squeeze=False)
-    for axis, (key, found) in zip(grid[0], measured.items(), strict=True):
+    # One below the other, narrow: the words are still read where a phone shows it 360 pixels wide.
+    figure, grid = pyplot.subplots(len(measured), 1, figsize=(6, 2.6 * len(measured)), squeeze=False)
+    for axis, (key, found) in zip(grid[:, 0], measured.items(), strict=True):
         bars(axis, NAMES[key], found)
     figure.tight_layout()
     figure.savefig(PICTURE, dpi=100)

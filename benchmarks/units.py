@@ -4,8 +4,9 @@ The masks are inputs of the network, drawn anew for each clip, after every convo
 would read whole); one artifact serves every mask. ``units``: masks keep or leave whole units, as `dance-tvm units`
 tells them; ``scattered``: single frames, positions or channels. The masked and the dense build, each as the build
 chooses its kernels, take turns in one process, clip by clip; processor time is compared, and the clock told beside it.
-Multiply-adds are those of the kernels' index lists, as training counts them; a reduction that no speed-up follows is a
-kernel that did what it need not have done.
+Multiply-adds left are those of single positions and channels, as training counts them; beside them stands what the
+kernels did, whose tiles and units are whole. A reduction that no speed-up follows is a kernel that did what it need not
+have done.
 
     python -m benchmarks.units --network c3d --json docs/benchmarks/units-c3d.json
     python -m benchmarks.units --network c3d-mini --profile all
@@ -34,6 +35,7 @@ from torch import Tensor, fx, nn
 
 from dance_tvm import models
 from dance_tvm.artifact.folder import load_artifact
+from dance_tvm.benchmarking.layers import profile as by_layer
 from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.pipeline import Options
 from dance_tvm.device import open_device
@@ -75,7 +77,7 @@ CASES = [
     Case("all", AXES, 0.25),
     *(
         Case(f"{axis}, scattered {density:g}", (axis,), whole=False, density=density)
-        for axis in ("positions", "channels")
+        for axis in AXES
         for density in (0.9, 0.7, 0.5, 0.3, 0.1)
     ),
 ]
@@ -183,12 +185,14 @@ def artifacts(name: str, folder: Path, threads: int, anew: bool) -> dict[str, Pa
 
 @dataclass(frozen=True)
 class Row:
-    """One draw of a case: share of the multiply-adds left, and seconds of a call: the shortest by the clock, and the
-    least processor time, which other processes of a busy machine disturb less."""
+    """One draw of a case: share of the multiply-adds left, what the kernels did of them (tiles and units are computed
+    whole), and seconds of a call: the shortest by the clock, and the least processor time, which other processes of a
+    busy machine disturb less."""
 
     case: str
     seed: int
     share: float
+    executed: float
     dense: float
     masked: float
     dense_processor: float
@@ -219,7 +223,9 @@ def measure(
             seconds = min(network.time(given, burst))
             processor[index] = min(processor[index], (process_time() - before) / burst)
             clock[index] = min(clock[index], seconds)
-    return Row(case.name, seed, share, *clock, *processor)
+    layers = by_layer(loaded["masked"].manifest, loaded["masked"].kernels(inputs, 0), 0.0).layers
+    executed = sum(layer.executed_macs for layer in layers) / sum(layer.macs for layer in layers)
+    return Row(case.name, seed, share, executed, *clock, *processor)
 
 
 def profile(loaded: Mapping[str, LoadedNetwork], inputs: dict[str, np.ndarray], repeats: int) -> Table:
@@ -284,15 +290,16 @@ def main(
 
 def _print(rows: list[Row]) -> None:
     """Medians over the draws of each case."""
-    table = Table("masks", "MACs left", "reduction", "speed-up", "÷", "ms", "dense ms", "by the clock")
+    table = Table("masks", "MACs left", "done", "reduction", "speed-up", "÷", "ms", "dense ms", "by the clock")
     for name in dict.fromkeys(row.case for row in rows):
         same = [row for row in rows if row.case == name]
         share, speed = median(row.share for row in same), median(row.speedup for row in same)
         efficiency = median(row.efficiency for row in same)
         times = [1e3 * median(row.masked_processor for row in same), 1e3 * median(row.dense_processor for row in same)]
         clock = median(row.dense / row.masked for row in same)
+        done = median(row.executed for row in same)
         table.add_row(
-            name, f"{share:.2f}", f"{1 / share:.2f}", f"{speed:.2f}", f"{efficiency:.2f}",
+            name, f"{share:.2f}", f"{done:.2f}", f"{1 / share:.2f}", f"{speed:.2f}", f"{efficiency:.2f}",
             *(f"{time:.2f}" for time in times), f"{clock:.2f}",
         )  # fmt: skip
     Console(width=120).print(table)

@@ -83,7 +83,7 @@ def build(
     ] = "source",
     calibrate: Annotated[
         list[Path] | None,
-        typer.Option(help="Real inputs (.npz) that tell which layers --dtype float16 has no range for; repeatable."),
+        typer.Option(help="Real inputs (.npz) that show which layers exceed the range of --dtype float16; repeatable."),
     ] = None,
     memory: Annotated[
         Literal["small", "balanced", "fast"],

@@ -145,13 +145,13 @@ def server(
 def look(tracker: str, probe: bool = False) -> tuple[list[Server], dict[str, int]]:
     """The tracker's servers, each tried, and how many requests wait by key."""
     from dance_tvm.device import address_of
-    from dance_tvm.device.tracker import tracker_summary
+    from dance_tvm.device.tracker import no_tracker, tracker_summary
 
     host, port = address_of(tracker, "--tracker")
     try:
         summary = tracker_summary(host, port, timeout=5)
     except OSError as error:
-        raise DanceError(f"no tracker answers at {tracker}: {error.strerror or error}") from None
+        raise no_tracker(host, port, error) from None
     queues = summary["queue_info"]
     keys = [info["key"].removeprefix("server:") for info in summary["server_info"]]
     addresses = [f"{info['addr'][0]}:{info['addr'][1]}" for info in summary["server_info"]]

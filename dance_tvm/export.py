@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
+from dance_tvm.artifact.preprocess import preprocess_of
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_suffix
 from dance_tvm.core.options import AsJson
 from dance_tvm.core.progress import Progress
+from dance_tvm.models.registry import entry, names
 
 app = application()
 
@@ -55,22 +57,24 @@ def export(
     require_suffix(out, "--out", (".pt2", ".onnx"))
     shapes = [_shape(each) for each in shape or []]
     scale = {name: _numbers(name, text) for name, text in (("mean", mean), ("deviation", deviation)) if text}
+    given = preprocess_of(scale, "--") if scale else None
+    if ":" in source and not shapes:
+        raise DanceError("--shape is missing: give the shape of each input, as 1x3x16x112x112")
+    if ":" not in source:
+        _require_name(source)
     with Progress(quiet=as_json) as progress:
         progress.phase("load PyTorch")
         from dance_tvm import models
-        from dance_tvm.artifact.preprocess import Preprocess
         from dance_tvm.frontend.export import export as written
         from dance_tvm.frontend.export import load_source, write_preprocess
 
         progress.phase(f"make {source}")
         found = load_source(source, weights)
-        if not shapes and ":" not in source:
-            shapes = [list(each.shape) for each in models.example_inputs(source)]
         if not shapes:
-            raise DanceError("--shape is missing: give the shape of each input, as 1x3x16x112x112")
+            shapes = [list(each.shape) for each in models.example_inputs(source)]
         progress.phase(f"export to {out}")
         apart = written(found.module, shapes, out, open_batch=open_batch)
-        prepared = Preprocess.model_validate(scale) if scale else found.preprocess
+        prepared = given or found.preprocess
         beside = write_preprocess(prepared, out) if prepared else None
     facts = {"file": str(out), "preprocess": str(beside) if beside else None, "difference": apart, "shapes": shapes}
     if as_json:
@@ -79,6 +83,15 @@ def export(
     typer.echo(f"{out}: differs from its module by {apart:.1g} of the largest value")
     more = f" --preprocess {beside}" if beside else ""
     typer.echo(f"next: dance-tvm build --model {out}{more}{' --batch 1' if open_batch else ''}")
+
+
+def _require_name(source: str) -> None:
+    """Raise DanceError unless ``source`` is a name of the zoo; a file of Python that it may mean is hinted at."""
+    module = source.removesuffix(".py")
+    if Path(f"{module}.py").is_file() and source not in names():
+        module = module.replace("/", ".")
+        raise DanceError(f"{source} is Python of your own: name a function in it too, as {module}:FUNCTION")
+    entry(source)
 
 
 def _shape(given: str) -> list[int]:

@@ -36,7 +36,7 @@ def units(
     model: Model = "c3d-mini",
     target: TargetName = "host",
     threads: Threads = None,
-    kernels: Annotated[int, typer.Option(min=1, help="Kernels to tell of each layer, the best first.")] = 1,
+    kernels: Annotated[int, typer.Option(min=1, help="Kernels to list for each layer, the best first.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write the sites' units, for `train --set units=FILE`.")] = None,
     as_json: AsJson = False,
     memory: Annotated[

@@ -21,13 +21,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dance_tvm import DanceError, build_network, import_model, open_device
 from dance_tvm.artifact.folder import Artifact
-from dance_tvm.compiler.build import build_network
 from dance_tvm.core.cli import plain_errors
-from dance_tvm.core.errors import DanceError
 from dance_tvm.core.places import cache_folder
-from dance_tvm.device import DeviceSession, LoadedNetwork, emulator_available, open_device, prepare_emulator
-from dance_tvm.frontend import Imported, import_model
+from dance_tvm.device import DeviceSession, LoadedNetwork, emulator_available, prepare_emulator
+from dance_tvm.frontend import Imported
 from dance_tvm.machines.host import available_cores
 from dance_tvm.models import pretrained
 from dance_tvm.models.transnetv2 import STEP, WINDOW, boundaries, clip_path, predict, read_frames, windows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 Triple = tuple[int, int, int]
@@ -36,6 +36,18 @@ class Window:
     stride: Triple = (1, 1, 1)
     padding: Triple = (0, 0, 0)
     dilation: Triple = (1, 1, 1)
+
+    @property
+    def frames_apart(self) -> bool:
+        """Whether each output frame reads the input frame of its number alone."""
+        frames = (self.kernel[TIME], self.stride[TIME], self.padding[TIME])
+        return frames == (1, 1, 0) and self.size[TIME] == self.out[TIME]
+
+    @property
+    def by_frame(self) -> Window:
+        """The same with each frame as a clip of its own, where ``frames_apart``."""
+        size, out = (1, *self.size[1:]), (1, *self.out[1:])
+        return replace(self, batch=self.batch * self.size[TIME], size=size, out=out)
 
     @property
     def taps(self) -> int:

@@ -57,6 +57,11 @@ class Sort(Kernel):
         return math.prod(self.shape[: self.axis]) * self.inner
 
     @property
+    def comparisons(self) -> int:
+        """How many pairs of values are compared, where each is with all others of its line."""
+        return self.lines * self.extent**2
+
+    @property
     def compared(self) -> str:
         """The type in which values are compared."""
         return _COMPARED_AS.get(self.dtype, self.dtype)

@@ -74,6 +74,15 @@ def own_logs(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def small_generations(monkeypatch) -> None:
+    """The search for tiles proposes the best of a few candidates, in place of hundreds."""
+    from dance_tvm.tuning import search
+
+    monkeypatch.setattr(search, "POPULATION", 16)
+    monkeypatch.setattr(search, "GENERATIONS", 1)
+
+
 @pytest.fixture(scope="session")
 def host_artifact(tmp_path_factory):
     """A small network for this machine, its weights inside the library."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from hypothesis import strategies as st
 
 from dance_tvm.schedules.cpu.tiles import Tile
@@ -15,12 +16,23 @@ from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.kernel import Kernel, Weights
 
 NEVER = -(2**31)
+MOST_COMPILED = 64
 TARGET = tvm.target.Target({"kind": "llvm", "num-cores": 2})
 
 
-def compiled(func: tvm.tirx.PrimFunc) -> object:
-    name = str(func.attrs["global_symbol"])
-    return tvm.compile(tvm.IRModule({name: func}), target=TARGET)[name]
+#: What was compiled last, by the function's structural hash: the same kernel is often called on several inputs.
+_COMPILED: dict[int, tuple[tvm.tirx.PrimFunc, Callable[..., None]]] = {}
+
+
+def compiled(func: tvm.tirx.PrimFunc) -> Callable[..., None]:
+    key = tvm_ffi.structural_hash(func)
+    known = _COMPILED.get(key)
+    if known is None or not tvm_ffi.structural_equal(known[0], func):
+        if len(_COMPILED) >= MOST_COMPILED:
+            _COMPILED.clear()
+        name = str(func.attrs["global_symbol"])
+        known = _COMPILED[key] = (func, tvm.compile(tvm.IRModule({name: func}), target=TARGET)[name])
+    return known[1]
 
 
 def tensor(array: np.ndarray) -> tvm.runtime.Tensor:

@@ -17,6 +17,7 @@ from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.gpu_code import compile_for_gpu
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.compiler.program import write_program
+from dance_tvm.device import emulator
 from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import load_target
 
@@ -108,6 +109,13 @@ def write(
         else:
             code = compile_for_gpu(lowered, target, options)
         return write_program(out, lowered, code, manifest, target, options, most_inline=0 if weights else MOST_INLINE)
+
+
+def emulated(program: Path) -> list[str]:
+    """The command that runs a phone's program on the emulated device, begun by glibc's loader in place of bionic's."""
+    system = emulator.prepare()
+    *qemu, _python = emulator.python_command(system)
+    return [*qemu, str(next((system / "root").rglob("ld-linux-aarch64.so.1"))), str(program)]
 
 
 def matmul_case(seed: int = 0) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -173,7 +173,7 @@ def test_json_and_debug_dump(program, tmp_path, capsys):
     assert facts["manifest"]["check"]["status"] == "not run"
     assert {"import", "compile"} <= set(facts["seconds"])
     dumps = {path.name for path in (tmp_path / "ir").iterdir()}
-    assert {"imported.py", "planned.py"} < dumps
+    assert {"imported.py", "planned.py", "reasons.txt"} < dumps
     assert len(dumps) > 4
 
 

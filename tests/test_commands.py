@@ -532,8 +532,16 @@ def test_a_video_runs_window_by_window_as_it_is_to_be_prepared(film, tmp_path):
         update={"resize": None, "every": 1, "divisor": 1.0, "mean": (0.0,), "deviation": (1.0,)}))  # fmt: skip
     assert window[1]["clip"][0, 0].mean((1, 2)).tolist() == list(range(8))
     prepare.write_text("resise = [24, 24]\n")
-    with pytest.raises(DanceError, match="its fields are resize, divisor"):
+    with pytest.raises(DanceError, match="the fields are resize, divisor"):
         read_preprocess(prepare)
+    for wrong, said in [
+        ("mean = [0.4, 0.4]", "mean: 2 numbers for frames of three colours: give three, or one for all"),
+        ("deviation = [0.2, 0.0, 0.2]", "deviation: is divided by: give numbers above zero"),
+        ("mean = [nan]", "finite number"),
+    ]:
+        prepare.write_text(wrong)
+        with pytest.raises(DanceError, match=said):
+            read_preprocess(prepare)
 
 
 def test_a_batch_is_the_first_dimension_where_it_is_open():
@@ -628,6 +636,9 @@ def test_random_weights_and_threads_without_cores_are_told(tmp_path, monkeypatch
         "--threads 9 is more than the 8 cores of snapdragon: they will wait for one another",
         "c3d is built with random weights: give trained ones with --weights, or train it first",
     ]
+    old = load_target("host").model_copy(update={"tuning_log": "host-x86-64-sse"})
+    with pytest.warns(DanceWarning, match="this processor has no AVX2: kernels for it use SSE"):
+        build._warn(old, "dance-c3d-mini", None, None)
 
 
 def test_ctrl_c_ends_tuning_with_130(small_network, tmp_path):

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from devices import matmul_artifact, matmul_case, video_artifact
+from devices import emulated, matmul_artifact, matmul_case, video_artifact
 
 from dance_tvm import devices
 from dance_tvm.artifact.staging import MANIFEST
@@ -234,8 +234,8 @@ def test_behind_a_tracker(start, clip_network):
             time.sleep(0.1)
         (found,) = devices.look(f"127.0.0.1:{port}", probe=True)[0]
         assert "x86_64" in found.health
-        process.stop()
-        with pytest.raises(DanceError):
+        process.stop()  # and the tracker gives it to nobody any more
+        with pytest.raises(DanceError, match="it has no devices at all"):
             open_device(spec, timeout=1)
     finally:
         tracker.stop()
@@ -243,17 +243,13 @@ def test_behind_a_tracker(start, clip_network):
 
 @pytest.mark.device
 def test_an_emulated_phone_needs_no_tvm(start, clip_network, tmp_path):
-    """The program for Android, begun by glibc's loader in place of bionic's."""
     from dance_tvm.device import emulator
 
     if reason := emulator.why_not():
         pytest.skip(f"no emulated device: {reason}")
-    system = emulator.prepare()
-    *qemu, _python = emulator.python_command(system)
-    loader = next((system / "root").rglob("ld-linux-aarch64.so.1"))
     phone = build_server(load_target("snapdragon"), tmp_path / "phone")
     assert b"/system/bin/linker64\0" in phone.read_bytes()
-    _, port = start(command=[*qemu, str(loader), str(phone)])
+    _, port = start(command=emulated(phone))
     artifact = video_artifact(tmp_path / "video", "snapdragon", size=8)
     with open_device("local") as here, open_device(f"rpc://127.0.0.1:{port}") as there:
         assert there.facts()["machine"] == "aarch64"

@@ -17,7 +17,7 @@ from devices import CONSTANT, matmul_artifact, matmul_case
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device import open_device, processes, program
-from dance_tvm.device.remote import RemoteSession
+from dance_tvm.device.remote import Connection, RemoteSession
 from dance_tvm.device.serve import PROTOCOL, Store
 
 
@@ -237,7 +237,11 @@ def test_absent_devices(tracker):
         port = free.getsockname()[1]
     with pytest.raises(DanceError, match=f"rpc://127.0.0.1:{port} cannot be reached"):
         open_device(f"rpc://127.0.0.1:{port}", timeout=5)
-    with pytest.raises(DanceError, match=f"no tracker answers at 127.0.0.1:{port}"):
+    with pytest.raises(
+        DanceError, match=f"the board cannot be reached: nothing listens at 127.0.0.1:{port}; start its"
+    ):
+        Connection("the board", "127.0.0.1", port, "", 5, 5)  # as `tune` does
+    with pytest.raises(DanceError, match=f"no tracker answers at 127.0.0.1:{port} .*serve_tracker --port {port}"):
         open_device(f"tracker://127.0.0.1:{port}/board", timeout=1)
     with pytest.raises(DanceError, match="has no device 'phone'"):
         open_device(f"tracker://127.0.0.1:{tracker}/phone", timeout=1)

@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import tvm
-from convolutions import Arrays, call, compiled, tensor
+from convolutions import call, on_processor
 from test_depthwise import window_of
 from test_pointwise import AVX512
 from torch import nn
@@ -46,19 +45,6 @@ def masks_of(density: float) -> dict[str, np.ndarray]:
     return {name: (rng.random(shape) < density).astype("float32") for name, shape in shapes.items()}
 
 
-FUNCTIONS: dict[str, object] = {}
-
-
-def run(func: tvm.tirx.PrimFunc, inputs: Arrays, outputs: Arrays) -> Arrays:
-    """What ``func`` makes of ``outputs``; functions that are the same are compiled once."""
-    key = func.script()
-    if key not in FUNCTIONS:
-        FUNCTIONS[key] = compiled(func)
-    tensors = [tensor(array) for array in [*inputs, *outputs]]
-    FUNCTIONS[key](*tensors)
-    return [each.numpy() for each in tensors[len(inputs) :]]
-
-
 @pytest.mark.parametrize("forced", [-1, 0, 1])
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 def test_both_kernels_compute_the_same(monkeypatch, density, forced):
@@ -69,7 +55,7 @@ def test_both_kernels_compute_the_same(monkeypatch, density, forced):
     alive = masks["in_frames"][:, :, None, None, None] * masks["in_channels"][:, None, None, None, :]
     x = rng.standard_normal(kernel.x_shape).astype("float32")
     x = np.where(alive > 0, x, 0)
-    y, values = call(kernel, x, masks, Weights(weight, bias), run=run)
+    y, values = call(kernel, x, masks, Weights(weight, bias))
     data = torch.from_numpy(x * alive).double().permute(0, 4, 1, 2, 3)
     exact = nn.functional.conv3d(data, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), 1, 1)
     wanted = masks["out_frames"][:, :, None, None, None] * masks["positions"][..., None]
@@ -88,8 +74,24 @@ def test_scattered_thin_masks_run_the_direct_kernel_and_full_ones_winograd():
     for density, decision in ((1.0, 0), (0.9, 0), (0.15, 1)):
         weights = Weights(np.zeros((32, 48, 3, 3, 3), "float32"), np.zeros(32, "float32"))
         masks = {**masks_of(density), "in_frames": np.ones((2, 4)), "out_frames": np.ones((2, 4))}
-        _, values = call(kernel, np.zeros(kernel.x_shape), masks, weights, run=run)
+        _, values = call(kernel, np.zeros(kernel.x_shape), masks, weights)
         assert int(values["decision"][0]) == decision
+
+
+def test_output_channels_that_are_left_cost_their_whole_panel():
+    layer = Layer(window_of(1, (8, 16, 16), (3, 3, 3), padding=(1, 1, 1)), 32, 64, positions=(1, 1), live_out=True)
+    kernel = both_of(layer)
+    panel = kernel.second.tile.nr
+    assert kernel.decision.grains[1].panel == panel > 16
+    dense, costs = 64 // panel, kernel.decision.costs[1]
+    for left, panels in ((1, 1), (panel, 1), (panel + 1, 2)):
+        channels, forced = np.zeros((1, 64), "float32"), np.full(1, -1, "int32")
+        channels[:, ::-1][:, :left] = 1
+        (decision,) = on_processor(
+            kernel.decision.primfunc(), [forced, np.ones((1, 1, 16, 16), "float32"), channels], [np.zeros(1, "int32")]
+        )
+        winograd = kernel.decision.costs[0].seconds(1, 1, -(-left // 16) / 4)
+        assert int(decision[0]) == (costs.seconds(1, 1, panels / dense) < winograd)
 
 
 def test_costs_are_those_of_the_model():

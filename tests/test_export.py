@@ -107,6 +107,11 @@ def test_own_weights_are_loaded_and_told_where_they_do_not_fit(here):
         (["users_net:Net", "--weights", "DEFAULT"], "is no file"),
         (["users_net:Net", "--out", "net.pth"], "must end in .pt2 or .onnx"),
         (["users_net:Net", "--mean", "grey"], "no list of numbers"),
+        (["users_net:Net", "--mean", "0.4,0.5"], "--mean: 2 numbers for frames of three colours"),
+        (["users_net:Net", "--deviation", "0"], "--deviation: is divided by"),
+        (["users_net:Net", "--weights", "users_net.py"], "is not a weights file"),
+        (["users_net"], "users_net is Python of your own: name a function in it too, as users_net:FUNCTION"),
+        (["users_net.py"], "as users_net:FUNCTION"),
         (["no-such-network"], "no-such-network"),
     ],
 )
@@ -115,6 +120,12 @@ def test_what_cannot_be_exported_is_one_sentence_with_what_to_do(words, said, he
     assert isinstance(done.exception, DanceError), done.output
     assert said in str(done.exception)
     assert not (here / "model.pt2").exists()
+    assert not done.stderr.replace("✓ load PyTorch\n", "").replace(f"✓ make {words[0]}\n", "")
+
+
+def test_shapes_are_asked_for_before_anything_is_loaded(here):
+    done = invoke("nowhere_at_all:Net")
+    assert "--shape is missing" in str(done.exception)
 
 
 def test_torchvision_tells_its_scale(here, monkeypatch):

@@ -139,3 +139,28 @@ class AlongAnAxis(nn.Module):
 
 def test_linear_layers_of_rank_five_under_masks():
     same_as_pytorch(AlongAnAxis(), torch.randn(2, 3, 2, 6, 6))
+
+
+class Branches(nn.Module):
+    """Branches whose concatenation is normed and activated; the second concatenation is read by something else too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first = nn.ModuleList([nn.Conv3d(3, width, 1, bias=width > 5) for width in (5, 6, 7)])
+        self.second = nn.ModuleList([nn.Conv3d(18, width, (3, 1, 1), padding=(1, 0, 0)) for width in (4, 3)])
+        self.norms = nn.ModuleList([nn.BatchNorm3d(18), nn.BatchNorm3d(7)])
+        for norm in self.norms:
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.norms[0](torch.cat([branch(x) for branch in self.first], 1)))
+        joined = torch.cat([branch(y) for branch in self.second], 1)
+        return torch.relu(self.norms[1](joined)) + joined
+
+
+def test_norms_behind_a_concatenation_are_folded_into_its_parts():
+    same_as_pytorch(Branches(), torch.randn(2, 3, 4, 5, 6))

@@ -176,7 +176,7 @@ def _shorter_weights(model):
 
 
 DAMAGES = {
-    "tensor": (_shorter_weights, "tensor 'w' has not the numbers"),
+    "tensor": (_shorter_weights, "tensor 'w' does not have as many"),
     "type": (lambda model: setattr(model.graph.input[0].type.tensor_type, "elem_type", 77), "'x' of the network holds"),
     "window": (_wider_kernel, r"kernel_shape \[115, 1, 2\] and weights of \[2, 1, 2\]"),
 }

@@ -214,4 +214,3 @@ def test_a_gpu_is_described_by_its_driver(monkeypatch):
 
 def test_versions_of_ptx_follow_the_driver():
     assert [gpu.driver_ptx(version) for version in ((10, 2), (11, 4), (12, 2), (9, 0))] == ["6.5", "7.4", "7.8", ""]
-    assert gpu.cuda_of_ptx("6.5") == "10.2"

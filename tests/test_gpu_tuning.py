@@ -40,6 +40,7 @@ WINDOW = Window(1, (2, 5, 6), (2, 5, 6), (3, 3, 3), padding=(1, 1, 1))
 PLAIN = Workload(WINDOW, 5, 20, residual=True, activation="relu")
 THINNED = Workload(WINDOW, 8, 20, lists=("in_frames", "positions", "in_channels", "out_channels"), density=0.5)
 GROUPS = THINNED.grouped((16, 4), 0.4)
+pytestmark = pytest.mark.usefixtures("small_generations")
 
 
 @pytest.fixture
@@ -194,14 +195,14 @@ def test_a_network_is_tuned_over_opencl_and_built_by_its_records(tmp_path, netwo
     monkeypatch.setattr(kernel_log, "MOST_SPREAD", math.inf)
     target = load_target("opencl")
     assert target.gpu.name == opencl_name
-    command = ["--target", "opencl", "--device", "local", "--model", str(network), "--trials", "3"]
+    command = ["--target", "opencl", "--device", "local", "--model", str(network), "--trials", "2"]
     command += ["--logs", str(tmp_path), "--trial-timeout", "300", "--json"]
     with pytest.raises(SystemExit) as left:
         start(tune_command, "tune", command)
     assert left.value.code in (0, None), capsys.readouterr().err
     facts = json.loads(capsys.readouterr().out)
     (layer,) = facts["layers"]  # the linear layer has nothing to decide
-    assert layer["trials"] >= 3
+    assert layer["trials"] >= 2
     assert layer["failed"] == 0
     assert layer["verified"]
     assert layer["share_of_peak"] is None  # how fast such a device is at best is not known

@@ -8,7 +8,7 @@ names of one value (CanonicalizeBindings) don't count.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -19,7 +19,8 @@ from tvm.script import relax as R
 from tvm.script import tirx as T
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.ir.graph import is_scheduled
+from dance_tvm.ir.graph import Graph, is_scheduled
+from dance_tvm.ir.reasons import Reasons
 from dance_tvm.transform import lift_weights
 from dance_tvm.transform.boolean_logic import BooleanLogic
 from dance_tvm.transform.channels_last import ChannelsLast
@@ -30,6 +31,7 @@ from dance_tvm.transform.fold_patches import FoldPatches
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
+from dance_tvm.transform.norms_before_concat import NormsBeforeConcat
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.spread_transposed import SpreadTransposed
@@ -51,6 +53,13 @@ def becomes(rewrite: tvm.transform.Pass, before: tvm.IRModule, after: tvm.IRModu
 
 def stays(rewrite: tvm.transform.Pass, mod: tvm.IRModule) -> None:
     becomes(rewrite, mod, mod)
+
+
+def declines(make: Callable[[Reasons], tvm.transform.Pass], mod: tvm.IRModule, why: str) -> None:
+    """What ``make`` makes leaves ``mod`` as it is, and says why of one operator."""
+    reasons = Reasons()
+    stays(make(reasons), mod)
+    assert [line.partition(": ")[2] for line in reasons] == [why]
 
 
 # -- BooleanLogic -----------------------------------------------------------------------------------------------------
@@ -134,7 +143,8 @@ def test_pools_with_padding_or_windows_of_two_sizes_stay() -> None:
                 R.output(b)
             return b
 
-    stays(WholePools(), Pools)
+    why = "an adaptive pool: (4, 7, 7) does not divide into (2, 3, 3) windows of one size"
+    declines(WholePools, Pools, why)
 
 
 # -- NormsByClip ------------------------------------------------------------------------------------------------------
@@ -173,7 +183,8 @@ def test_a_norm_of_clips_as_channels_is_one_by_clip() -> None:
 
 
 def test_a_norm_whose_parameters_differ_by_clip_stays() -> None:
-    stays(NormsByClip(), bound(NormOfView, {name: np.arange(6, dtype="float32") for name in ("gamma", "beta")}))
+    by_clip = bound(NormOfView, {name: np.arange(6, dtype="float32") for name in ("gamma", "beta")})
+    declines(NormsByClip, by_clip, "a norm of clips seen as channels: its parameters differ from clip to clip")
 
 
 # -- FoldBatchNorm ----------------------------------------------------------------------------------------------------
@@ -226,7 +237,35 @@ def test_a_norm_goes_into_the_convolution_before_it() -> None:
 
 
 def test_a_norm_whose_parameters_are_computed_stays() -> None:
-    stays(FoldBatchNorm(), bound(ConvolutionAndNorm, {name: NORM[name] for name in ("weight", "gamma", "beta")}))
+    computed = bound(ConvolutionAndNorm, {name: NORM[name] for name in ("weight", "gamma", "beta")})
+    declines(FoldBatchNorm, computed, "a batch norm of its own: its parameters are not constant")
+
+
+def test_a_norm_beside_another_reader_is_a_product_and_a_sum() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(
+            x: R.Tensor((1, 1, 2, 2, 2), "float32"),
+            weight: R.Tensor((2, 1, 1, 1, 1), "float32"),
+            gamma: R.Tensor((2,), "float32"),
+            beta: R.Tensor((2,), "float32"),
+            mean: R.Tensor((2,), "float32"),
+            variance: R.Tensor((2,), "float32"),
+        ) -> R.Tensor((1, 2, 2, 2, 2), "float32"):
+            with R.dataflow():
+                a = R.nn.conv3d(x, weight)
+                b = R.nn.batch_norm(a, gamma, beta, mean, variance, 1, 0.0, True, True, 0.1, False)
+                c = b[0]
+                d = R.add(a, c)
+                R.output(d)
+            return d
+
+    reasons = Reasons()
+    after = FoldBatchNorm(reasons)(bound(Before, NORM))
+    operators = [Graph.of(after["main"]).op(var) for var in Graph.of(after["main"]).order]
+    assert operators[:4] == ["nn.conv3d", "multiply", "add", "add"]
+    assert list(reasons) == ["c: a batch norm apart from convolutions: what it normalises has other readers"]
 
 
 # -- NarrowChannels ---------------------------------------------------------------------------------------------------
@@ -269,9 +308,9 @@ def test_channels_that_nobody_reads_are_taken_out() -> None:
     narrow = NarrowChannels()
     small = {"first": first[[0, 2]], "second": second[:, [0, 2]].copy()}
     becomes(narrow, bound(TwoConvolutions, {"first": first, "second": second}), bound(After, small))
-    assert sorted(narrow.reasons.values()) == [
-        "filter, 1.50x fewer MACs: 0 of 2 filters and 1 of 3 input channels are taken out",
-        "filter, 1.50x fewer MACs: 1 of 3 filters and 0 of 2 input channels are taken out",
+    assert list(narrow.reasons) == [
+        "a: filter, 1.50x fewer MACs: 1 of 3 filters and 0 of 2 input channels are taken out",
+        "c: filter, 1.50x fewer MACs: 0 of 2 filters and 1 of 3 input channels are taken out",
     ]
 
 
@@ -320,7 +359,9 @@ def test_a_transposed_convolution_of_groups_stays() -> None:
                 R.output(y)
             return y
 
-    stays(SpreadTransposed(), bound(Module, {"w": np.ones((4, 2, 2, 3), "float32")}))
+    grouped = bound(Module, {"w": np.ones((4, 2, 2, 3), "float32")})
+    why = "TVM's own transposed convolution: it has groups, or its input is neither a picture nor a clip"
+    declines(SpreadTransposed, grouped, why)
 
 
 # -- FoldPatches ------------------------------------------------------------------------------------------------------
@@ -355,7 +396,8 @@ def test_a_convolution_over_patches_of_the_input_is_a_product() -> None:
 
     weight = np.arange(2400, dtype="float32").reshape(5, 3, 10, 16)
     becomes(FoldPatches(), bound(Before, {"w": weight + 1}), bound(After, {"w": (weight + 1).reshape(5, 480).T.copy()}))
-    stays(FoldPatches(), bound(Before, {"w": weight % 2}))  # half of them zeros, which may be left out
+    pruned = bound(Before, {"w": weight % 2})
+    declines(FoldPatches, pruned, "no product of patches: a convolution leaves out the zeros among its weights")
 
 
 def test_windows_that_overlap_or_lie_inside_the_network_stay_convolutions() -> None:
@@ -623,3 +665,54 @@ def test_the_rest_is_bound_to_threads_or_refused_on_a_gpu(monkeypatch: pytest.Mo
         monkeypatch.setattr(tvm.s_tir.dlight, "ApplyDefaultSchedule", lambda *_rules: lambda mod: mod)
         with pytest.raises(DanceError, match="exponential has no GPU schedule: build this network for a CPU target"):
             ScheduleRestForGpu().transform_module(Exponential, None)
+
+
+# -- NormsBeforeConcat ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_behind_a_concatenation_of_convolutions_goes_to_its_parts() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((1, 3, 2, 4, 4)), w: R.Tensor((2, 3, 1, 1, 1)), v: R.Tensor((4, 3, 1, 1, 1))) -> R.Tensor(
+            (1, 6, 2, 4, 4)
+        ):
+            with R.dataflow():
+                a = R.nn.conv3d(x, w)
+                b = R.nn.conv3d(x, v)
+                c = R.concat((a, b), axis=1)
+                d = R.nn.relu(c)
+                e = R.sigmoid(d)
+                R.output(e)
+            return e
+
+    @I.ir_module
+    class After:
+        @R.function
+        def main(x: R.Tensor((1, 3, 2, 4, 4)), w: R.Tensor((2, 3, 1, 1, 1)), v: R.Tensor((4, 3, 1, 1, 1))) -> R.Tensor(
+            (1, 6, 2, 4, 4)
+        ):
+            with R.dataflow():
+                a = R.nn.conv3d(x, w)
+                b = R.nn.conv3d(x, v)
+                c = R.nn.relu(a)
+                d = R.sigmoid(c)
+                e = R.nn.relu(b)
+                f = R.sigmoid(e)
+                g = R.concat((d, f), axis=1)
+                R.output(g)
+            return g
+
+    @I.ir_module
+    class Read:
+        @R.function
+        def main(x: R.Tensor((1, 3, 2, 4, 4)), w: R.Tensor((2, 3, 1, 1, 1))) -> R.Tensor((1, 5, 2, 4, 4)):
+            with R.dataflow():
+                a = R.nn.conv3d(x, w)
+                c = R.concat((a, x), axis=1)
+                d = R.nn.relu(c)
+                R.output(d)
+            return d
+
+    becomes(NormsBeforeConcat(), Before, After)
+    stays(NormsBeforeConcat(), Read)

@@ -171,6 +171,15 @@ def test_another_architecture_is_told(monkeypatch):
         load_target("host")
 
 
+def test_a_gpu_that_is_not_here_is_told(monkeypatch):
+    from dance_tvm.machines import gpu
+
+    monkeypatch.setattr(gpu, "detect_cuda", lambda: None)
+    assert load_target("cuda").description.endswith("this machine has none")
+    monkeypatch.setattr(gpu, "detect_cuda", lambda: {"description": "NVIDIA L4"})
+    assert load_target("cuda").description == "NVIDIA L4"
+
+
 def test_only_code_in_half_precision_may_use_what_is_there_for_it():
     target = load_target("snapdragon").model_copy(update={"half_features": ["of_halves"]})
     assert target.storing("float32") is target

@@ -187,7 +187,7 @@ def test_resuming_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
         (["--data", "cats"], "there are no clips called 'cats'"),
         (["--data", "motion-digits,colour=3"], "does not take"),
         (["--method", "aap", "--target-macs", "-1"], "greater than 0"),
-        (["--method", "ava", "--target-macs", "0.5"], "Extra inputs are not permitted"),
+        (["--method", "ava", "--target-macs", "0.5"], "target_macs: there is no such option; its options: "),
         (["--set", "nonsense"], "not of the form NAME=VALUE"),
         (["--model", "c3d-minni"], "did you mean 'c3d-mini'"),
     ],

@@ -22,7 +22,7 @@ from dance_tvm.records.kernel_log import Log, append, log_path, new_record, pars
 from dance_tvm.schedules.cpu.choice import Advice, choose_kernel, settled_direct
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.direct_spaces import GatherSpace
-from dance_tvm.schedules.cpu.tiles import Machine, default_tile
+from dance_tvm.schedules.cpu.tiles import Machine, busy_share, default_tile, row_tiles
 from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.cpu.winograd_space import best
 from dance_tvm.schedules.geometry import Window
@@ -31,6 +31,7 @@ from dance_tvm.schedules.workload import FAMILIES, WINOGRAD, Workload
 
 AVX2 = Machine(8, 16, 32768, 524288, True)
 NEON = Machine(4, 32, 65536, 524288, False)
+SERVER = Machine(16, 32, 49152, 2 << 20, True)
 TILE = {"mr": 4, "vectors": 2, "step": 1, "block_tiles": 16, "segment_taps": 3, "depth_block": 64, "panels_outer": 0}
 
 
@@ -60,6 +61,20 @@ def test_defaults_and_tuned_choices_come_from_one_place():
     assert tuned.origin == "tuned"
     assert {name: getattr(tuned.kernel.tile, name) for name in TILE} == TILE
     assert (tuned.kernel.plan.mr, tuned.kernel.plan.block_tiles) == (TILE["mr"], TILE["block_tiles"])
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4, 8])
+@pytest.mark.parametrize("machine", [AVX2, NEON, SERVER], ids=["avx2", "neon", "server"])
+def test_all_threads_have_something_to_do_in_a_small_layer(machine, threads):
+    window = Window(1, (3, 5, 5), (3, 5, 5), (3, 3, 3), padding=(1, 1, 1))
+    conv = settled_direct(Layer.of(Workload(window, 96, 96, threads=threads)), machine).kernel
+    tile, tiles = conv.tile, row_tiles(window, conv.tile.mr)
+    blocks = -(-tiles // tile.block_tiles)
+    assert busy_share(blocks * conv.panels, threads) > 0.7
+    whole = conv.sized({**{name: int(getattr(tile, name)) for name in TILE}, "block_tiles": tiles})
+    together, alone = whole.predict(machine, threads), whole.predict(machine, 1)
+    assert together * min(threads, conv.panels) > 0.7 * alone  # a block of a panel is one thread's
+    assert conv.predict(machine, threads) <= together
 
 
 def test_advice_that_does_not_fit_the_registers_is_not_followed():

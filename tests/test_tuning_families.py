@@ -30,7 +30,7 @@ from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.workload import KERNEL_GROUPS, POINTWISE, POOL, WINOGRAD, Workload
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
 from dance_tvm.tune import app as tune_command
-from dance_tvm.tuning import search, tuner
+from dance_tvm.tuning import tuner
 from dance_tvm.tuning.calibration import density_of
 from dance_tvm.tuning.search import LayerSearch, WholeSpace, new_cost_model, new_search
 from dance_tvm.tuning.workloads import layers_of
@@ -157,6 +157,7 @@ def test_a_record_of_longer_runs_is_fitted_to_shorter_ones():
 WORKS = [workload(16), workload(16, family=WINOGRAD), pruned_workload(), pool_workload(512)]
 
 
+@pytest.mark.usefixtures("small_generations")
 @pytest.mark.parametrize("work", WORKS, ids=lambda work: work.family)
 def test_every_family_is_searched(work):
     space = kernel_of(work, machine_of(HOST)).space(machine_of(HOST), work)
@@ -224,9 +225,9 @@ def test_builds_follow_the_records_of_kernel_groups_and_pools(tmp_path, own_logs
     assert built.artifact.manifest.check.status == "passed"
 
 
+@pytest.mark.usefixtures("small_generations")
 def test_a_pruned_network_is_tuned_and_built_by_its_records(tmp_path, own_logs, groups_of_16x4, monkeypatch, capsys):
     monkeypatch.setattr(tuner, "DISTURBED", math.inf)  # layers this small take less time than their noise
-    monkeypatch.setattr(search, "POPULATION", 16)
     monkeypatch.setattr(kernel_log, "MOST_SPREAD", math.inf)
     torch.export.save(torch.export.export(Pruned(0), CLIP), tmp_path / "pruned.pt2")
     command = ["--model", str(tmp_path / "pruned.pt2"), "--trials", "2", "--threads", "1", "--conv", "direct", "--json"]

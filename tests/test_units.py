@@ -182,7 +182,7 @@ def test_predicted_time_is_that_of_live_units_and_has_a_gradient() -> None:
 
 def test_times_of_other_layers_or_none_are_refused(tmp_path: Path) -> None:
     counter = MacCounter(prune(Three(), SHAPE, units=units_of_three()))
-    with pytest.raises(DanceError, match="tells no times"):
+    with pytest.raises(DanceError, match="gives no times"):
         TimeCounter(counter, times_of_three(layers=()))
     with pytest.raises(DanceError, match="the network has"):
         TimeCounter(counter, times_of_three(layers=times_of_three().layers[:2]))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
-from convolutions import Case, call, draw_masks
+from convolutions import Case, call, draw_masks, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,12 +17,13 @@ from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 
 from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.device.serve import executed
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.tiles import Tile
 from dance_tvm.schedules.cpu.winograd import WinogradConv
-from dance_tvm.schedules.cpu.winograd_choice import why_not
+from dance_tvm.schedules.cpu.winograd_choice import transformed, why_not
 from dance_tvm.schedules.cpu.winograd_plan import WinogradPlan
 from dance_tvm.schedules.cpu.winograd_transforms import POINTS, matrices, transform_weights
 from dance_tvm.schedules.kernel import Weights
@@ -259,6 +260,25 @@ def gathered(case: WinogradCase) -> GatherConv:
     """The direct kernel of the same convolution."""
     plan = RowPlan(case.window, TILE.mr, TILE.block_tiles, TILE.segment_taps)
     return GatherConv(case.window, case.channels_in, case.channels_out, 1, plan=plan, tile=TILE)
+
+
+def test_frames_that_read_one_frame_each_are_planned_as_clips() -> None:
+    """A chunk holds a few tiles of a few frames then, in place of a place's tiles over all frames."""
+    case = WinogradCase(batch=2, size=(9, 7, 6), kernel=(1, 3, 3), padding=(0, 1, 1), m=(1, 2, 2))
+    conv = transformed(gathered(case)).retiled(case.m, 4, TILE)
+    assert (conv.plan.window.batch, conv.plan.source_rows, conv.plan.chunks) == (18, 4, 54)
+    rng = np.random.default_rng(5)
+    x, weight, bias = (
+        rng.integers(-3, 4, shape).astype("float32")
+        for shape in (conv.x_shape, (case.channels_out, case.channels_in, *case.kernel), (case.channels_out,))
+    )
+    found, lists = call(conv, x, {}, Weights(weight, bias))
+    np.testing.assert_array_equal(found, expected_output(case, x, weight, bias))
+    named = {name: tensor(value) for name, value in {**lists, "x": x, "y": found}.items()}
+    counted, alive, _ = executed(conv.describe(), named) or ({}, np.zeros(0), None)
+    assert (counted["share"], alive.shape, alive.all()) == (1.0, found.shape[:4], True)
+    strided = replace(case, kernel=(3, 1, 3), stride=(2, 1, 1), padding=(1, 0, 1))
+    assert transformed(gathered(strided)).plan.window == strided.window
 
 
 def test_a_window_is_refused_unless_its_transformed_axes_are_three_long_and_dense() -> None:

@@ -46,14 +46,16 @@ _TIMES = """
 `python -m benchmarks.networks` asks the engines in turns, each in a process of its own, in float32.
 The machine was shared with other work meanwhile, so that times by the wall would be no latencies: **ms** is the least
 processor time of a call (all threads of the engine), **ratio** that of ours to the fastest other's, and **in turns**
-the median of the ratios of wall times within a round, with its 95 % interval. What a call of ours is spent on:
+the median of the ratios of wall times within a round, with its 95 % interval. Rows without a date are older than this
+least, and take the least of the turns' means in its place: the same where a call takes more than some 35 ms, which are
+a turn by themselves, and a few per cent more for all engines where calls are shorter. What a call of ours is spent on:
 `python -m benchmarks.networks --profile NAME`. What has no row here, with two threads or beside MNN (whose column is
 empty then), is not measured yet.
 
 {machine}.
 
-| network | input | threads | GMAC | ours, ms | {peers} | ratio | in turns, to the same | error |
-|---|---|---|---|---|{rule}---|---|---|"""
+| network | input | threads | GMAC | ours, ms | {peers} | ratio | in turns, to the same | error | measured |
+|---|---|---|---|---|{rule}---|---|---|---|"""
 
 _FAMILIES = """
 ## Families of layers
@@ -146,7 +148,7 @@ def times(measured: dict[str, Any]) -> Iterator[str]:
             cells += [f"{ratio:.2f} ({fastest})", f"{best['ours_over_it']:.2f} ({low:.2f} to {high:.2f})"]
         else:
             cells += ["–", "–"]
-        cells.append(f"{ours['error']:.0e}")
+        cells += [f"{ours['error']:.0e}", run.get("date", "–")]
         yield f"| {' | '.join(cells)} |"
     for threads, each in ratios.items():
         mean = math.exp(sum(map(math.log, each)) / len(each))

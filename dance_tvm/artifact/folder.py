@@ -32,7 +32,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.machines.host import cpu_flags
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 _SHOWN_OUTPUTS = 8  # in words; the manifest lists all
 
 LIBRARY, WEIGHTS = "model.so", "weights.safetensors"
@@ -115,7 +115,7 @@ class Check(_Strict):
             return [f"not run: {self.reason}"]
         lines = [f"passed on {self.device}; shares of each output's largest value:"]
         for output in self._nearest():
-            line = f"{output.output} on the {output.input} input: {output.difference:.1g}, allowed {output.allowed:.1g}"
+            line = f"{output.output} on input '{output.input}': {output.difference:.1g}, allowed {output.allowed:.1g}"
             if output.error is not None:
                 line += f"; from float64 {output.error:.1g}, the source itself {output.source_error:.1g}"
             lines.append(line)

@@ -32,7 +32,8 @@ class KernelInfo(BaseModel):
     those of the first. ``parts``: the kernels that a function of joined small ones runs, in order. ``macs``:
     multiply-accumulates of a call, padding left out, where they are the same in every call. ``taps``: of a convolution
     that asks masks without lists, the taps that each output reads inside the clip, along frames, rows and columns.
-    ``planar``: its tensors have channels first.
+    ``planar``: its tensors have channels first. ``second``: of two kernels in one, the second one's operands, each with
+    its name among ``operands``.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -45,6 +46,7 @@ class KernelInfo(BaseModel):
     macs: int | None = None
     taps: list[list[int]] = []
     planar: bool = False
+    second: dict[str, str] = {}
 
     @property
     def is_free_choice(self) -> bool:

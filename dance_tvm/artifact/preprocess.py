@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dance_tvm.core.errors import DanceError
 
@@ -21,13 +23,27 @@ class Preprocess(BaseModel):
     bytes are divided by ``divisor``, ``mean`` is taken off and ``deviation`` divided by, channel by channel; of the
     video every ``every``-th frame is taken."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     resize: tuple[int, int] | None = None
     divisor: float = Field(255.0, gt=0)
     mean: tuple[float, ...] = (0.0,)
     deviation: tuple[float, ...] = (1.0,)
     every: int = Field(1, ge=1)
+
+    @field_validator("mean", "deviation")
+    @classmethod
+    def _for_colours(cls, numbers: tuple[float, ...]) -> tuple[float, ...]:
+        if len(numbers) not in (1, 3):
+            raise ValueError(f"{len(numbers)} numbers for frames of three colours: give three, or one for all")
+        return numbers
+
+    @field_validator("deviation")
+    @classmethod
+    def _divides(cls, numbers: tuple[float, ...]) -> tuple[float, ...]:
+        if min(numbers) <= 0:
+            raise ValueError("is divided by: give numbers above zero")
+        return numbers
 
     def scaled(self, window: np.ndarray) -> np.ndarray:
         """(T, H, W, 3) bytes as float32 in the network's scale."""
@@ -43,11 +59,19 @@ class Preprocess(BaseModel):
 def read_preprocess(path: Path) -> Preprocess:
     """Read the file. Raises DanceError where it is none or a field is wrong."""
     try:
-        return Preprocess.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DanceError(f"--preprocess {path} cannot be read as TOML: {error}") from None
+    return preprocess_of(fields, f"--preprocess {path}: ")
+
+
+def preprocess_of(fields: Mapping[str, Any], place: str) -> Preprocess:
+    """Check the fields. Raises DanceError, which begins with the ``place`` they stand in, where one is wrong."""
+    try:
+        return Preprocess.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        known = ", ".join(Preprocess.model_fields)
-        where = ".".join(map(str, first["loc"]))
-        raise DanceError(f"--preprocess {path}: {where}: {first['msg']}; its fields are {known}") from None
+        known = "" if first["type"] == "value_error" else f"; the fields are {', '.join(Preprocess.model_fields)}"
+        said = "there is no such field" if first["type"] == "extra_forbidden" else first["msg"]
+        where, said = ".".join(map(str, first["loc"])), said.removeprefix("Value error, ")
+        raise DanceError(f"{place}{where}: {said}{known}") from None

@@ -174,8 +174,8 @@ def _load(plan: Plan, spec: str, session: DeviceSession, artifact: Artifact, rol
         entry.notes.append("the build stored no outputs to compare with: built without a check")
     if plan.clips and (doubt := doubt_of_scale(plan.clips, artifact.manifest)):
         entry.notes.append(doubt)
-    if not clips:
-        entry.notes.append("random input: a dynamic network may keep more or less of real clips, give --clips")
+    if not clips and any(layer.skips for layer in artifact.manifest.layers):
+        entry.notes.append("random input: this network's masks may keep more or less of real clips, give --clips")
     return entry
 
 

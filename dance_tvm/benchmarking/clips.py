@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 from dance_tvm.artifact.folder import Manifest, Tensor
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.core.errors import DanceError, DanceWarning
+from dance_tvm.core.input_files import read_archive
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 VIDEOS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v"}
@@ -196,16 +196,9 @@ def _as_input(window: np.ndarray, tensor: Tensor, model: str, preprocess: Prepro
 
 
 def _archive(path: Path, tensor: Tensor, most: int) -> list[tuple[str, np.ndarray]]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise DanceError(f"there is no file {path} to take clips from") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DanceError(f"{path} is no .npz file of plain arrays: {error}") from None
     clips: list[tuple[str, np.ndarray]] = []
     shape = tuple(tensor.shape)
-    for name, array in arrays.items():
+    for name, array in read_archive(path).items():
         if array.shape == shape:
             clips.append((name, array))
         elif array.shape[1:] == shape or (shape[0] == 1 and array.shape[1:] == shape[1:]):

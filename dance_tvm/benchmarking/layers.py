@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from dance_tvm.artifact.folder import Manifest
-from dance_tvm.artifact.layers import KernelInfo, LayerInfo, layers_called
+from dance_tvm.artifact.layers import LayerInfo, layers_called
 from dance_tvm.benchmarking.results import Layer, Profile
 from dance_tvm.device import KernelTime
 
 OTHER = "other operators"
 PLANNING = "index lists"
-MACHINE = "virtual machine"
 
 
 def profile(manifest: Manifest, calls: Sequence[KernelTime], whole_seconds: float, clip: str = "reference") -> Profile:
-    """The layers of a run in order, then index lists, other operators and the virtual machine itself."""
+    """The layers of a run in order, then index lists and other operators."""
     layers: list[Layer] = []
-    rest = {PLANNING: _nothing(PLANNING), OTHER: _nothing(OTHER), MACHINE: _nothing(MACHINE)}
+    rest = {PLANNING: _nothing(PLANNING), OTHER: _nothing(OTHER)}
     for call, match in layers_run(manifest, calls):
         if match is None:
-            kind = _kind(manifest.kernels.get(call.symbol))
-            moved = 0 if kind == MACHINE else call.bytes  # it hands tensors on and reads none
+            kernel = manifest.kernels.get(call.symbol)
+            kind = PLANNING if kernel is not None and kernel.is_planner else OTHER
             rest[kind] = rest[kind].model_copy(
-                update={"seconds": rest[kind].seconds + call.seconds, "bytes": rest[kind].bytes + moved}
+                update={"seconds": rest[kind].seconds + call.seconds, "bytes": rest[kind].bytes + call.bytes}
             )
         else:
             layers.append(_layer(match, call))
@@ -35,12 +34,6 @@ def profile(manifest: Manifest, calls: Sequence[KernelTime], whole_seconds: floa
 def layers_run(manifest: Manifest, calls: Sequence[KernelTime]) -> Iterator[tuple[KernelTime, LayerInfo | None]]:
     """Each call, with the layer that it runs alone."""
     return zip(calls, layers_called(manifest.layers, manifest.kernels, [call.symbol for call in calls]), strict=True)
-
-
-def _kind(kernel: KernelInfo | None) -> str:
-    if kernel is None:
-        return MACHINE
-    return PLANNING if kernel.is_planner else OTHER
 
 
 def _nothing(name: str) -> Layer:

@@ -9,7 +9,7 @@ import tvm
 from tvm import relax
 from tvm.relax import vm_build
 
-from dance_tvm.artifact.folder import DeviceCode as Told
+from dance_tvm.artifact.folder import DeviceCode as DeviceCodeFacts
 from dance_tvm.artifact.gpu_launches import DeviceCode
 from dance_tvm.artifact.linker import join_objects, target_triple
 from dance_tvm.compiler.kernel_cache import KernelCache
@@ -24,12 +24,12 @@ from dance_tvm.machines.target import Target
 class Code:
     """``planned`` is the module whose memory is planned, ``kernels`` are object files with all of its kernels.
 
-    For a GPU there are none, and ``gpu`` is their code, which ``told`` describes."""
+    For a GPU there are none: ``gpu`` is their code, and ``gpu_facts`` what the manifest says of it."""
 
     planned: tvm.IRModule
     kernels: list[str]
     gpu: DeviceCode | None = None
-    told: Told | None = None
+    gpu_facts: DeviceCodeFacts | None = None
 
 
 def compile_lowered(lowered: Lowered, machine: Target, options: Options, folder: Path) -> Code:

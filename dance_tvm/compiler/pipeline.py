@@ -15,6 +15,7 @@ from tvm import relax
 from dance_tvm.artifact.layers import LayerInfo
 from dance_tvm.compiler.requests import require_buildable
 from dance_tvm.core.errors import DanceError
+from dance_tvm.ir.reasons import Reasons
 from dance_tvm.lowering.choose_kernel import Memory
 from dance_tvm.lowering.describe_layers import kernels_of
 from dance_tvm.lowering.lower_attention import LowerAttention
@@ -41,6 +42,7 @@ from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.keep_nan import KEEP_NAN
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
+from dance_tvm.transform.norms_before_concat import NormsBeforeConcat
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
@@ -96,13 +98,14 @@ def lower(
     layers half precision has the range for."""
     machine, gpu = machine_of(target), gpu_of(target)
     require_buildable(target, options.dtype)
-    lift_weights, narrow = LiftWeights(), NarrowChannels()
+    lift_weights, reasons = LiftWeights(), Reasons()
     phases = _Phases(on_phase, options.debug_dump)
     source = mod
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
-        spread = [] if gpu is None else [SpreadTransposed()]
-        layouts = [ChannelsLast()] if gpu else [FoldPatches(), ChannelsLast(planar=options.dtype == "float32")]
-        for name, passes in _before_kernels(spread, [narrow] if options.sparsity == "auto" else [], layouts):
+        spread = [] if gpu is None else [SpreadTransposed(reasons)]
+        narrow = [NarrowChannels(reasons)] if options.sparsity == "auto" else []
+        layouts = [ChannelsLast()] if gpu else [FoldPatches(reasons), ChannelsLast(planar=options.dtype == "float32")]
+        for name, passes in _before_kernels(spread, narrow, layouts, reasons):
             mod = phases.run(name, mod, passes)
             source = mod if name == LAST_WITH_NAMES else source
         phases.begin("sparse kernels")
@@ -122,9 +125,11 @@ def lower(
             largest=measure(source) if measure and options.dtype == "float16" and not gpu else {},
         )
         phases.end("sparse kernels", mod := windows.mod)
-        for name, passes in [*_behind_kernels(machine, gpu, options.threads), ("lift weights", [lift_weights])]:
+        behind = _behind_kernels(machine, gpu, options.threads, reasons)
+        for name, passes in [*behind, ("lift weights", [lift_weights])]:
             mod = phases.run(name, mod, passes)
-    layers = [_with_reason(layer, narrow.reasons.get(layer.name, "")) for layer in windows.layers]
+    phases.write_reasons(reasons)
+    layers = [_with_reason(layer, reasons.of(layer.name)) for layer in windows.layers]
     layers = _as_called(layers, windows.calls, mod)
     found = windows.workloads, windows.sources, kernels_of(mod), windows.calls, source
     return Lowered(mod, layers, lift_weights.weights, *found)
@@ -136,7 +141,7 @@ Passes = list[tvm.transform.Pass]
 LAST_WITH_NAMES = "fold batch norm"
 
 
-def _before_kernels(spread: Passes, narrow: Passes, layouts: Passes) -> list[tuple[str, Passes]]:
+def _before_kernels(spread: Passes, narrow: Passes, layouts: Passes, reasons: Reasons) -> list[tuple[str, Passes]]:
     """What is done to the network while its operators are still those of the source."""
     return [
         (
@@ -149,7 +154,17 @@ def _before_kernels(spread: Passes, narrow: Passes, layouts: Passes) -> list[tup
                 *spread,
             ],
         ),
-        (LAST_WITH_NAMES, [WholePools(), FoldPads(), NormsByClip(), FoldBatchNorm(), *narrow]),
+        (
+            LAST_WITH_NAMES,
+            [
+                WholePools(reasons),
+                FoldPads(reasons),
+                NormsByClip(reasons),
+                NormsBeforeConcat(),
+                FoldBatchNorm(reasons),
+                *narrow,
+            ],
+        ),
         (
             "channels last",
             [*layouts, relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()],
@@ -157,17 +172,18 @@ def _before_kernels(spread: Passes, narrow: Passes, layouts: Passes) -> list[tup
     ]
 
 
-def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int) -> list[tuple[str, Passes]]:
+def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int, reasons: Reasons) -> list[tuple[str, Passes]]:
     """What is done to the operators that no sparse kernel took."""
     halves = [] if gpu else [StoreHalves()]
+    products = [] if gpu else [LowerAttention(machine, threads, reasons), LowerResampling(machine, threads, reasons)]
     return [
         (
             "norms and sorts",
             [
                 FoldLists(),
                 *halves,
-                *([] if gpu else [LowerAttention(machine, threads), LowerResampling(machine, threads)]),
-                LowerNorms(gpu or machine, threads),
+                *products,
+                LowerNorms(gpu or machine, threads, reasons),
                 *halves,
                 LowerSorts(gpu or machine, threads),
             ],
@@ -175,7 +191,7 @@ def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int) -> list[tup
         (
             "other operators",
             [
-                *([] if gpu else [JoinCopies(machine.vector_floats, threads)]),
+                *([] if gpu else [JoinCopies(machine.vector_floats, threads, reasons)]),
                 ComputeEmpty(),
                 relax.transform.DecomposeOpsForInference(),
                 relax.transform.LegalizeOps(KEEP_NAN),
@@ -185,7 +201,7 @@ def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int) -> list[tup
                 ShortNames(),
                 relax.transform.DeadCodeElimination(),
                 ScheduleRestForGpu() if gpu else ScheduleRest(machine.vector_floats, threads),
-                *([] if gpu else [JoinSmall(), VectorMath()]),
+                *([] if gpu else [JoinSmall(reasons), VectorMath()]),
             ],
         ),
     ]
@@ -219,6 +235,11 @@ class _Phases:
             path = self.dump / f"{self.done}-{name.replace(' ', '-')}.py"
             path.write_text(mod.script(show_meta=False), encoding="utf-8")
         self.done += 1
+
+    def write_reasons(self, reasons: Reasons) -> None:
+        """Write what passes left as it was, and why, beside the modules."""
+        if self.dump is not None:
+            (self.dump / "reasons.txt").write_text("".join(f"{line}\n" for line in reasons), encoding="utf-8")
 
 
 def _as_called(layers: list[LayerInfo], calls: Mapping[str, LayerCall], mod: tvm.IRModule) -> list[LayerInfo]:

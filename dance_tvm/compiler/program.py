@@ -60,7 +60,7 @@ def program_objects(
     program = program_of(code.planned, list(lowered.weights.values()))
     if code.gpu is not None:
         program.run_on_gpu(code.gpu)
-    manifest.device_code = code.told
+    manifest.device_code = code.gpu_facts
     manifest.memory_peak_bytes = program.arena_bytes + sum(array.nbytes for array in program.weights)
     sources = {} if options.prepared else lowered.sources
     store = store_of(program.weights, sources, most_inline, halve=options.weights_dtype == "float16")

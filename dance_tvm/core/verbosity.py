@@ -16,7 +16,7 @@ _level = 0
 Verbose = Annotated[
     int,
     typer.Option(
-        "--verbose", "-v", count=True, show_default=False, help="Tell the time of each phase; -vv: tracebacks too."
+        "--verbose", "-v", count=True, show_default=False, help="Print the time of each phase; -vv: tracebacks too."
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and errors alone.")]

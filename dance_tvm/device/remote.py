@@ -119,7 +119,10 @@ class Connection:
                     f"{self.name} closed the connection instead of a greeting: its server died, or is a dance_server, "
                     f"on which nothing is tuned: start serve.py there (docs/devices.md)"
                 ) from None
-            raise DanceError(f"{self.name} cannot be reached: {_last_line(str(error))}") from None
+            why = _last_line(str(error))
+            if "sock.Connect" in why:
+                why = f"nothing listens at {address}:{port}; start its server, or check the address"
+            raise DanceError(f"{self.name} cannot be reached: {why}") from None
         finally:
             watchdog.cancel()
         self._sockets = _new_sockets(before, hosts, port)

@@ -219,8 +219,8 @@ def result_of(kernel: dict[str, Any], named: dict[str, Any]) -> np.ndarray:
 def executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, Any] | None:
     """What a convolution, whose tensors are `named` by its operands, executed (see `_work`); None where it cannot be
     told."""
-    if "decision" in named and int(named["decision"].numpy()[0]):
-        return _work(_of_second(named), [])
+    if kernel.get("second") and int(named["decision"].numpy()[0]):
+        return _work({own: named[name] for own, name in kernel["second"].items()}, [])
     if "counts" in named:
         return _work(named, kernel["tile"])
     if kernel.get("taps"):
@@ -230,14 +230,6 @@ def executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, A
         return None
     sizes = [int(extent) for extent in named["y"].shape]
     return _without_lists(macs, 1.0, np.ones([sizes[0], *sizes[2:]] if kernel.get("planar") else sizes[:4], bool))
-
-
-def _of_second(named: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of the second of two kernels in one, as it knows them."""
-    own = {name: tensor for name, tensor in named.items() if not name.startswith("second_")}
-    for lists in ("in_channels", "out_channels"):
-        own.pop(lists, None)
-    return {**own, **{name[len("second_") :]: named[name] for name in named if name.startswith("second_")}}
 
 
 def _work(named: dict[str, Any], tile: list[int]) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
@@ -336,13 +328,15 @@ def _gathered_rows(named: dict[str, Any], shape: list[int]) -> tuple[np.ndarray,
 
 def _winograd_rows(named: dict[str, Any], tile: list[int], shape: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """The same for Winograd's tiles: columns (chunks, columns), rows_out, runs (chunks, classes, 4), counts
-    (chunks + 1, 4) of inputs, tiles, runs and the sample; the last row counts the chunks."""
+    (chunks + 1, 4) of inputs, tiles, runs and the sample; the last row counts the chunks. Each frame is a clip of its
+    own where the list of columns has room for those of all."""
     names = ("tap_entries", "columns", "rows_out", "runs", "counts")
     taps, columns, rows_out, runs, counts = (named[name].numpy() for name in names)
     deep, tall, wide = tile
     batch, frames, height, width = shape[:4]
     places = -(-height // tall), -(-width // wide)
-    alive = np.zeros((batch, -(-frames // deep), *places), bool)
+    apart = columns.size >= batch * frames * places[0] * places[1]
+    alive = np.zeros((*((batch * frames, 1) if apart else (batch, -(-frames // deep))), *places), bool)
     samples = int(counts[: counts[-1, 0], 3].max(initial=0)) + 1
     by_tap = np.zeros((samples, int(taps[:, 0].max()) + 1), "int64")
     for chunk in range(counts[-1, 0]):
@@ -354,6 +348,7 @@ def _winograd_rows(named: dict[str, Any], tile: list[int], shape: list[int]) -> 
         frame, index = np.divmod(used[used >= 0], columns.shape[1])
         clip, place = np.divmod(columns[chunk, index], places[0] * places[1])
         alive[clip, frame, place // places[1], place % places[1]] = True
+    alive = alive.reshape(batch, -1, *places)
     enlarged = alive.repeat(deep, axis=1).repeat(tall, axis=2).repeat(wide, axis=3)[:, :frames, :height, :width]
     return by_tap, enlarged
 

@@ -163,8 +163,9 @@ def _wanted(kernel: Mapping[str, Any] | None) -> int:
     the shapes alone, and of kernels other than convolutions nothing."""
     if kernel is None or kernel["kind"] != serve.CONVOLUTION:
         return 0
+    shapes_alone = {"x", "weights", kernel.get("second", {}).get("weights")}
     operands = kernel["operands"][:_MOST_TENSORS]
-    return sum(1 << at for at, name in enumerate(operands) if name != "x" and not name.endswith("weights"))
+    return sum(1 << at for at, name in enumerate(operands) if name not in shapes_alone)
 
 
 def _looked_at(part: bytes, table: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

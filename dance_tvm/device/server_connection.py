@@ -22,7 +22,7 @@ _MAGIC, _PROTOCOL = 0x45434E44, 1
 _HEAD = struct.Struct("<IIQ")
 _DONE, _REFUSED, _PART = range(3)
 _MOST_REPLY = 16 << 30  # anything longer is no reply of ours
-_MATCH = re.compile(r"[\w.-]+:dance-\d+:[0-9a-f]{16}")
+_MATCH = re.compile(r"[\w.-]+:dance-\d+-[0-9a-f]{16}")
 
 
 class Operation(enum.IntEnum):

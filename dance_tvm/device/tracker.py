@@ -38,13 +38,18 @@ def request_device(host: str, port: int, key: str, timeout: float) -> tuple[str,
             raise DanceError(_nothing_free(host, port, key, timeout)) from None
         except ConnectionError as error:
             if time.monotonic() + _RETRY_S > deadline:
-                raise DanceError(
-                    f"no tracker answers at {host}:{port} ({error.strerror or error}): "
-                    f"start one with `python -m tvm.exec.rpc_tracker --host 127.0.0.1`"
-                ) from None
+                raise no_tracker(host, port, error) from None
             time.sleep(_RETRY_S)
         except OSError as error:
             raise DanceError(f"the tracker at {host}:{port} cannot be reached: {error.strerror or error}") from None
+
+
+def no_tracker(host: str, port: int, error: OSError) -> DanceError:
+    """What is said where nothing that is a tracker answers."""
+    return DanceError(
+        f"no tracker answers at {host}:{port} ({error.strerror or error}): check the address, or start one with "
+        f"`python -m dance_tvm.device.serve_tracker --port {port}`"
+    )
 
 
 def _nothing_free(host: str, port: int, key: str, timeout: float) -> str:

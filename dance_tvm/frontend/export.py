@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import logging
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.core.agreement import difference
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import written_whole
+from dance_tvm.core.verbosity import level
 from dance_tvm.frontend.interface import array_of
 from dance_tvm.frontend.torch_program import first_line
 
@@ -106,7 +110,7 @@ def export(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _quiet():
                 expected = module(*inputs)
                 program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
                 apart = _apart(program.module()(*inputs), expected)
@@ -122,6 +126,22 @@ def export(
         with written_whole(out, "--out") as beside:
             _write(program, beside, out.suffix)
     return apart
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to the exception what the exporter prints and logs of code it cannot follow, without -v."""
+    if level() > 0:
+        yield
+        return
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def advice(said: str) -> str:

@@ -134,12 +134,17 @@ def _inspect_json(path: Path, value: Any) -> None:
         raise DanceError(_PICKLED.format(path))
     expression = value.get("expr_str")
     if "__enum__" in value or not (expression is None or _ARITHMETIC.fullmatch(str(expression))):
-        raise DanceError(f"{path} has shapes that no arithmetic tells: export the network with fixed shapes.")
+        raise DanceError(f"{path} has shapes that cannot be computed: export the network with fixed shapes.")
     target = value.get("target")
     if isinstance(target, str) and "inputs" in value and not _KNOWN_TARGETS.fullmatch(target):
         raise DanceError(f"{path} uses the operator {target}, which is not supported.")
     for item in value.values():
         _inspect_json(path, item)
+
+
+def _is_pickled(path: Path) -> bool:
+    with path.open("rb") as opened:
+        return opened.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -156,7 +161,7 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
             return load_file(str(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:
-        if "weights_only" in str(problem) or "Unsupported global" in str(problem):
+        if _is_pickled(path) and ("weights_only" in str(problem) or "Unsupported global" in str(problem)):
             raise DanceError(
                 f"{path} holds pickled objects besides tensors, which could run code: save model.state_dict() alone."
             ) from None

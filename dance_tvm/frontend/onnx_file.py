@@ -55,7 +55,9 @@ def _require_readable(model: Any, path: Path) -> None:
             if tensor.data_type != onnx.TensorProto.STRING:
                 numpy_helper.to_array(tensor)
         except Exception:
-            raise DanceError(f"{path} is damaged: its tensor {tensor.name!r} has not the numbers it tells.") from None
+            raise DanceError(
+                f"{path} is damaged: its tensor {tensor.name!r} does not have as many numbers as it declares."
+            ) from None
     for node in _messages(model, onnx.NodeProto):
         texts = (node.name, node.op_type, node.domain, *node.input, *node.output)
         if not all(isinstance(text, str) for text in texts):

@@ -40,13 +40,22 @@ class Ordinary:
 
 def takes_kernel(call: relax.Call) -> bool:
     """Whether a transposed convolution has a kernel of its own: one group, constant weights, nothing cut off."""
+    return not why_no_kernel(call)
+
+
+def why_no_kernel(call: relax.Call) -> str:
+    """Why a transposed convolution has no kernel of its own; empty if it has."""
     attrs, weight = call.attrs, constant(call.args[1])
-    if weight is None or weight.dtype != np.float32 or weight.ndim not in (4, 5) or int(attrs.groups) != 1:
-        return False
+    if weight is None or weight.dtype != np.float32:
+        return "its weights are not constant float32"
+    if weight.ndim not in (4, 5) or int(attrs.groups) != 1:
+        return "it has groups, or its input is neither a picture nor a clip"
     if not is_tensor(call.args[0]) or dtype_of(call.args[0]) != "float32" or 0 in shape_of(call.args[0]):
-        return False
+        return "its input is not float32, or empty"
     ordinary = Ordinary.of(call)
-    return max(int(step) for step in attrs.dilation) == 1 and min(ordinary.before) >= 0 and max(ordinary.strides) > 1
+    if max(int(step) for step in attrs.dilation) > 1 or max(ordinary.strides) == 1:
+        return "it is dilated, or has no stride"
+    return "its padding cuts off more than its kernel reaches" if min(ordinary.before) < 0 else ""
 
 
 def turned(weight: np.ndarray) -> np.ndarray:

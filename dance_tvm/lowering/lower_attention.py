@@ -11,6 +11,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph, Shape, constant, dtype_of, is_tensor, replace_each, shape_of, substitute
+from dance_tvm.ir.reasons import Reasons
 from dance_tvm.ir.views import RESHAPES, View, joined, moved, regrouped, view_of
 from dance_tvm.schedules.cpu.attention import Attention
 from dance_tvm.schedules.cpu.product import Placed, Product, tile_for
@@ -29,8 +30,8 @@ class LowerAttention:
     """``softmax(scale · q kᵀ + biases) v`` in float32 becomes a call of one kernel, which reads its operands where they
     lie and writes its result where it is wanted; other products of two variables become calls as well."""
 
-    def __init__(self, machine: Machine, threads: int = 1) -> None:
-        self.machine, self.threads = machine, threads
+    def __init__(self, machine: Machine, threads: int = 1, reasons: Reasons | None = None) -> None:
+        self.machine, self.threads, self.reasons = machine, threads, reasons or Reasons()
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -42,7 +43,7 @@ class LowerAttention:
             operands = {name: substitute(read, new) for name, read in call.operands.items()}
             return call_kernel(builder, call.kernel, operands, self.threads)
 
-        return replace_each(mod, _calls(graph, self.machine, self.threads), make)
+        return replace_each(mod, _calls(graph, self.machine, self.threads, self.reasons), make)
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,32 @@ class _Call:
     inside: relax.Var | None = None
 
 
-def _calls(graph: Graph, machine: Machine, threads: int) -> dict[relax.Var, _Call]:
+def _calls(graph: Graph, machine: Machine, threads: int, reasons: Reasons) -> dict[relax.Var, _Call]:
     """The kernels of ``main``, by what they replace."""
-    products = [
-        var
-        for var in graph.order
-        if graph.op(var) == "matmul" and is_tensor(var) and dtype_of(var) == FLOAT and 0 not in shape_of(var)
-    ]
-    whole = {var: found for var in products if (found := _attention(graph, var, machine, threads)) is not None}
+    products = []
+    for var in graph.order:
+        if graph.op(var) == "matmul":
+            if is_tensor(var) and dtype_of(var) == FLOAT and 0 not in shape_of(var):
+                products.append(var)
+            else:
+                reasons.add(var, "TVM's own product: it is not float32, or empty")
+    whole: dict[relax.Var, _Call] = {}
+    for var in products:
+        attention = _attention(graph, var, machine, threads)
+        if isinstance(attention, _Call):
+            whole[var] = attention
+        elif attention:
+            reasons.add(var, f"attention in parts: {attention}")
     inside = {call.inside for call in whole.values()}
-    others = (_product(graph, var, machine, threads) for var in products if var not in whole and var not in inside)
-    return {call.end: call for call in (*whole.values(), *others) if call is not None}
+    found = {call.end: call for call in whole.values()}
+    for var in products:
+        if var not in whole and var not in inside:
+            product = _product(graph, var, machine, threads)
+            if isinstance(product, _Call):
+                found[product.end] = product
+            else:
+                reasons.add(var, f"TVM's own product: {product}")
+    return found
 
 
 # --- matrices in tensors ---
@@ -148,15 +164,15 @@ class _Scores:
     biases: tuple[tuple[relax.Expr, Shape], ...] = field(default=())
 
 
-def _attention(graph: Graph, var: relax.Var, machine: Machine, threads: int) -> _Call | None:
-    """The kernel of the attention whose last product is ``var``."""
+def _attention(graph: Graph, var: relax.Var, machine: Machine, threads: int) -> _Call | str:
+    """The kernel of the attention whose last product is ``var``; or why there is none, empty for no softmax."""
     weights, values = graph.call(var).args
     softmax, safe = _softmax(graph, weights)
     if softmax is None:
-        return None
+        return ""
     scores = _scores(graph, graph.call(softmax).args[0])
     if scores is None:
-        return None
+        return "its scores are no scaled product of two variables with biases"
     product = graph.call(scores.product)
     queries, keys, width = shape_of(scores.product)[-2], shape_of(scores.product)[-1], shape_of(var)[-1]
     batch, heads = _batch(shape_of(weights), shape_of(values)), math.prod(shape_of(var)[:-2])
@@ -165,9 +181,9 @@ def _attention(graph: Graph, var: relax.Var, machine: Machine, threads: int) -> 
     v = _matrices(graph, values, batch)
     biases = [_bias(graph, bias, shape) for bias, shape in scores.biases]
     if q is None or k is None or v is None or any(bias is None for bias in biases):
-        return None
+        return "queries, keys, values or biases lie at no constant distances"
     if math.prod(inner) != heads or math.prod(batch) != heads or v[0].scale != 1.0:
-        return None
+        return "heads share queries or keys, or values are scaled"
     end, at = _target(graph, var, (heads, queries, width))
     read = {"q": q, "k": k, "v": v} | {f"bias_{index}": bias for index, bias in enumerate(biases) if bias}
     placed = {name: Placed(shape_of(view.source), where) for name, (view, where) in read.items()}
@@ -267,15 +283,15 @@ def _bias(graph: Graph, bias: relax.Expr, shape: Sequence[int]) -> tuple[View, S
 # --- other products ---
 
 
-def _product(graph: Graph, var: relax.Var, machine: Machine, threads: int) -> _Call | None:
-    """The kernel of a product of two variables."""
+def _product(graph: Graph, var: relax.Var, machine: Machine, threads: int) -> _Call | str:
+    """The kernel of a product of two variables; or why there is none."""
     left, right = graph.call(var).args
     if min(len(shape_of(left)), len(shape_of(right))) < 2 or dtype_of(left) != FLOAT or dtype_of(right) != FLOAT:
-        return None
+        return "one of its operands is a vector, or not float32"
     batch = _batch(shape_of(left), shape_of(right))
     a, b = _matrices(graph, left, batch, columns=True), _matrices(graph, right, batch)
     if a is None or b is None:
-        return None
+        return "its operands lie at no constant distances"
     rows, terms, columns = shape_of(left)[-2], shape_of(left)[-1], shape_of(right)[-1]
     end, at = _target(graph, var, (math.prod(batch), rows, columns))
     kernel = Product(

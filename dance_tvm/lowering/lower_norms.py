@@ -12,6 +12,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, rewrite, shape_of, substitute
+from dance_tvm.ir.reasons import Reasons
 from dance_tvm.schedules.cpu.moments import VectorReduction
 from dance_tvm.schedules.cpu.norm import Norm
 from dance_tvm.schedules.cpu.tiles import Machine
@@ -37,13 +38,13 @@ class LowerNorms:
     """Every float32 norm and reduction of ``main`` by sums becomes a call of a kernel; one norm takes the residual and
     the activation behind it with it."""
 
-    def __init__(self, machine: Machine | Gpu, threads: int = 1) -> None:
-        self.machine, self.threads = machine, threads
+    def __init__(self, machine: Machine | Gpu, threads: int = 1, reasons: Reasons | None = None) -> None:
+        self.machine, self.threads, self.reasons = machine, threads, reasons or Reasons()
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
         graph = Graph.of(mod["main"])
-        lowering = _Lowering(graph, self.machine, self.threads)
+        lowering = _Lowering(graph, self.machine, self.threads, self.reasons)
         if not lowering.found:
             return mod
         return relax.transform.DeadCodeElimination()(rewrite(mod, lowering.visit))
@@ -64,6 +65,7 @@ class _Lowering:
     graph: Graph
     machine: Machine | Gpu
     threads: int
+    reasons: Reasons
     ends: dict[relax.Var, NormSite] = field(default_factory=dict)
     inside: set[relax.Var] = field(default_factory=set)
     #: What holds a widened value in half precision.
@@ -84,7 +86,8 @@ class _Lowering:
     def _site(self, var: relax.Var) -> NormSite:
         """The norm that begins at ``var`` with what may be fused behind it."""
         site = NormSite(var, var)
-        if _plan(self.graph.call(var), self.machine, self.threads) is None:
+        if isinstance(plan := _plan(self.graph.call(var), self.machine, self.threads), str):
+            self.reasons.add(var, f"a norm in parts: {plan}")
             return site
         while not site.activation and (reader := self.graph.only_reader(site.end)) is not None:
             name = self.graph.op(reader)
@@ -205,7 +208,7 @@ class _Lowering:
         self, builder: relax.BlockBuilder, call: relax.Call, site: NormSite, new: dict[relax.Var, relax.Expr]
     ) -> relax.Expr:
         plan = _plan(call, self.machine, self.threads)
-        if plan is None:
+        if isinstance(plan, str):
             return self._by_parts(builder, call)
         spec, scales = plan
         values = {"x": call.args[0]} | {name: relax.const(array) for name, array in scales.items()}
@@ -261,14 +264,14 @@ def _scale_and_shift(call: relax.Call) -> list[tuple[Callable[..., relax.Expr], 
     return [(op, values) for op, values, has in zip(operators, call.args[1:], flags, strict=False) if has]
 
 
-def _plan(call: relax.Call, machine: Machine | Gpu, threads: int) -> tuple[Norm, dict[str, np.ndarray]] | None:
-    """The one kernel that does this norm, and gamma and beta as it reads them; None where there is none."""
+def _plan(call: relax.Call, machine: Machine | Gpu, threads: int) -> tuple[Norm, dict[str, np.ndarray]] | str:
+    """The one kernel that does this norm, and gamma and beta as it reads them; or why there is none."""
     if not isinstance(machine, Machine):
-        return None
+        return "GPUs have no kernel of whole norms"
     form, shape = form_of(call), shape_of(call.args[0])
     given = {operator: constant(values) for operator, values in _scale_and_shift(call)}
     if any(value is None for value in given.values()):
-        return None
+        return "its scale or shift is not constant"
     size = math.prod(form.affine)
     gamma, beta = given.get(relax.op.multiply, np.ones(size)), given.get(relax.op.add, np.zeros(size))
     assert gamma is not None
@@ -279,7 +282,7 @@ def _plan(call: relax.Call, machine: Machine | Gpu, threads: int) -> tuple[Norm,
         scales = {}
     seen = seen_as(form, shape, threads, size if scales else 0)
     if seen is None:
-        return None
+        return "what it normalises lies in no rows or lanes that the kernel walks"
     spec = Norm(
         shape,
         seen.outer,

@@ -21,6 +21,7 @@ from dance_tvm.ir.graph import (
     shape_of,
     substitute,
 )
+from dance_tvm.ir.reasons import Reasons
 from dance_tvm.schedules.cpu.resample import Resample, tables
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.emit import FLOAT
@@ -41,8 +42,8 @@ class LowerResampling:
     """Sums of ``take(x, places, axis) · weights`` with constant places and weights, one axis behind the other, become
     one call of a kernel, where channels are innermost."""
 
-    def __init__(self, machine: Machine, threads: int = 1) -> None:
-        self.machine, self.threads = machine, threads
+    def __init__(self, machine: Machine, threads: int = 1, reasons: Reasons | None = None) -> None:
+        self.machine, self.threads, self.reasons = machine, threads, reasons or Reasons()
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -53,7 +54,14 @@ class LowerResampling:
                 before = found.get(one.source) if isinstance(one.source, relax.Var) else None
                 found[var] = one if before is None else one.behind(before, graph)
         covered = {part for one in found.values() for part in one.parts}
-        chosen = {var: one for var, one in found.items() if var not in covered and one.worth_it(shape_of(var))}
+        chosen: dict[relax.Var, _Resampled] = {}
+        for var, one in found.items():
+            if var in covered:
+                continue
+            if why := one.why_not(shape_of(var)):
+                self.reasons.add(var, f"resampled in parts: {why}")
+            else:
+                chosen[var] = one
         return replace_each(mod, chosen, self._call)
 
     def _call(
@@ -105,10 +113,13 @@ class _Resampled:
         """Inputs of one output."""
         return math.prod(places.shape[1] for places, _ in self.axes.values())
 
-    def worth_it(self, shape: Shape) -> bool:
-        """Whether it is a clip, channels innermost, of some size."""
-        inner = all(0 < axis < len(shape) - 1 for axis in self.axes)
-        return len(shape) in (4, 5) and inner and math.prod(shape) >= FEWEST_ELEMENTS and self.taps <= MOST_TAPS
+    def why_not(self, shape: Shape) -> str:
+        """Why no kernel makes a result of ``shape``; empty if one does."""
+        if len(shape) not in (4, 5) or not all(0 < axis < len(shape) - 1 for axis in self.axes):
+            return "it goes along other axes than those between clips and channels"
+        if math.prod(shape) < FEWEST_ELEMENTS:
+            return f"fewer than {FEWEST_ELEMENTS} elements"
+        return f"more than {MOST_TAPS} inputs of one output" if self.taps > MOST_TAPS else ""
 
 
 def _resampled(graph: Graph, var: relax.Var) -> _Resampled | None:

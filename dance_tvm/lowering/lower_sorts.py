@@ -48,10 +48,11 @@ class LowerSorts:
                 return _place_of_extreme(builder, value, shape_of(var))
             if graph.op(var) not in SORTS:
                 return None
-            found = _wanted(value, MergeSort if isinstance(self.machine, Machine) else CountingSort)
+            on_gpu = isinstance(self.machine, Gpu)
+            found = _wanted(value, CountingSort if on_gpu else MergeSort)
             if math.prod(found.shape) == 0:
                 return _nothing(builder, found)
-            if isinstance(found, CountingSort) and found.comparisons > MOST_COMPARISONS:
+            if on_gpu and found.comparisons > MOST_COMPARISONS:
                 raise DanceError(
                     f"ordering lines of {found.extent} values is not supported on a GPU: order fewer at a time"
                 )

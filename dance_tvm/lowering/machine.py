@@ -47,7 +47,7 @@ def gpu_of(target: Target) -> Gpu | None:
 def host_code_of(machine: Target) -> dict[str, Any]:
     """TVM's configuration for the functions that launch kernels of a GPU: they leave their arguments unchecked.
 
-    The virtual machine checks what it is given; behind it, types and shapes are the compiler's own, and the checks
-    would be most of what LLVM compiles.
+    An artifact checks what it is given at its interface; behind it, types and shapes are the compiler's own, and the
+    checks would be most of what LLVM compiles.
     """
     return {"tirx.disable_assert": machine.gpu is not None}

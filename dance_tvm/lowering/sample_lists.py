@@ -60,13 +60,14 @@ class SampleLists:
     def _seconds(self, site: Site, alive: Live, wanted: Live, lists: SiteLists) -> float:
         """Predicted time of the faster of the direct and the Winograd kernel."""
         window, machine = site.window, self.machine
-        tile = default_tile(machine, window, site.channels_in, site.channels_out)
+        samples = window.batch if lists.inputs or lists.outputs else 1
+        tile = default_tile(machine, window, site.channels_in, site.channels_out, threads=samples * self.threads)
         plan = RowPlan(
             window,
             tile.mr,
             tile.block_tiles,
             tile.segment_taps,
-            window.batch if lists.inputs or lists.outputs else 1,
+            samples,
             alive.frames is not None,
             wanted.frames is not None,
             None if wanted.positions is None else (wanted.positions.shape[0], wanted.positions.shape[1]),

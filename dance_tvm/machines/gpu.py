@@ -34,11 +34,6 @@ def driver_ptx(version: tuple[int, int]) -> str:
     return next((ptx for cuda, ptx in PTX_OF_DRIVER if version >= cuda), "")
 
 
-def cuda_of_ptx(ptx: str) -> str:
-    """The CUDA version whose driver first took that PTX version."""
-    return next((f"{major}.{minor}" for (major, minor), version in PTX_OF_DRIVER if version == ptx), "11.8")
-
-
 def detect_cuda() -> dict[str, Any] | None:
     """Facts of the first GPU in the form of a target file (``tvm``, ``gpu``, memory); None where there is none."""
     library = _driver()

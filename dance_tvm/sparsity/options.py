@@ -49,7 +49,8 @@ def checked(name: str, form: type[Form], options: Mapping[str, Any]) -> Form:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "options"
         allowed = ", ".join(form.model_fields) or "none"
-        raise DanceError(f"--method {name}: {place}: {first['msg']}; its options: {allowed}") from error
+        said = "there is no such option" if first["type"] == "extra_forbidden" else first["msg"]
+        raise DanceError(f"--method {name}: {place}: {said}; its options: {allowed}") from error
 
 
 def _loaded(name: str, module: str, ending: str) -> Any:

@@ -116,7 +116,8 @@ def read_video(path: Video, height: int, width: int) -> np.ndarray:
                 for frame in container.decode(container.streams.video[0])
             ]
     except (av.FFmpegError, IndexError) as error:
-        raise DanceError(f"{path} cannot be decoded ({error}); it is corrupt or not a video: replace it") from error
+        said = getattr(error, "strerror", None) or error
+        raise DanceError(f"{path} cannot be decoded ({said}); it is corrupt or not a video: replace it") from error
     if not frames:
         raise DanceError(f"{path} holds no frame; it is corrupt: replace it")
     return np.stack(frames)

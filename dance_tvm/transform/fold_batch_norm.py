@@ -7,9 +7,12 @@ import tvm
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph, constant, emit, lies_along, replace_each, shape_of, substitute, value_of
+from dance_tvm.ir.reasons import Reasons
 from dance_tvm.ir.transposed import TRANSPOSED
 
 CONVOLUTIONS = ("nn.conv1d", "nn.conv2d", "nn.conv3d")
+#: A convolution and the bias added to it.
+_Convolution = tuple[relax.Var, np.ndarray]
 
 
 @tvm.transform.module_pass(opt_level=0, name="FoldBatchNorm")
@@ -19,11 +22,20 @@ class FoldBatchNorm:
     A batch norm that does not follow a convolution read by it alone becomes a multiply and an add by constants.
     """
 
+    def __init__(self, reasons: Reasons | None = None) -> None:
+        self.reasons = reasons or Reasons()
+
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
         graph = Graph.of(mod["main"])
-        norms = {var: call for var in graph.order if (call := _batch_norm(graph, var)) is not None}
-        folded = {var: chain for var, call in norms.items() if (chain := _convolution_before(graph, call)) is not None}
+        norms = {var: call for var in graph.order if (call := _batch_norm(graph, var, self.reasons)) is not None}
+        folded: dict[relax.Var, _Convolution] = {}
+        for var, call in norms.items():
+            found = _convolution_before(graph, call)
+            if isinstance(found, str):
+                self.reasons.add(var, f"a batch norm apart from convolutions: {found}")
+            else:
+                folded[var] = found
 
         def make(
             builder: relax.BlockBuilder, var: relax.Var, call: relax.Call, new: dict[relax.Var, relax.Expr]
@@ -48,20 +60,23 @@ class FoldBatchNorm:
         return replace_each(mod, norms, make)
 
 
-def _batch_norm(graph: Graph, var: relax.Var) -> relax.Call | None:
+def _batch_norm(graph: Graph, var: relax.Var, reasons: Reasons) -> relax.Call | None:
     """The batch norm whose first result ``var`` is, if all its parameters are constants."""
     value = graph.value[var]
     if not isinstance(value, relax.TupleGetItem) or value.index != 0:
         return None
     source = value.tuple_value
     call = graph.value.get(source) if isinstance(source, relax.Var) else source
-    if call is None or graph.op(call) != "nn.batch_norm" or any(constant(arg) is None for arg in call.args[1:]):
+    if call is None or graph.op(call) != "nn.batch_norm":
+        return None
+    if any(constant(arg) is None for arg in call.args[1:]):
+        reasons.add(var, "a batch norm of its own: its parameters are not constant")
         return None
     return call
 
 
-def _convolution_before(graph: Graph, call: relax.Call) -> tuple[relax.Var, np.ndarray] | None:
-    """The convolution that only this batch norm reads, and the bias added between them."""
+def _convolution_before(graph: Graph, call: relax.Call) -> _Convolution | str:
+    """The convolution that only this batch norm reads, and the bias added between them; or why there is none."""
     var = call.args[0]
     bias: np.ndarray = np.zeros(1)
     if graph.op(var) == "add":
@@ -69,18 +84,20 @@ def _convolution_before(graph: Graph, call: relax.Call) -> tuple[relax.Var, np.n
         conv, other = (left, right) if constant(left) is None else (right, left)
         added = constant(other)
         if added is None or not lies_along(added.shape, shape_of(var), 1) or shape_of(conv) != shape_of(var):
-            return None
+            return "it follows a sum that is no convolution's bias"
         if not _read_once(graph, var):
-            return None
+            return "what it normalises has other readers"
         bias, var = added.reshape(-1).astype("float64"), conv
     if int(call.attrs.axis) % len(shape_of(var)) != 1:
-        return None
+        return "its channels are not the second axis"
     if graph.op(var) not in CONVOLUTIONS and not (
         graph.op(var) in TRANSPOSED and int(graph.call(var).attrs.groups) == 1
     ):
-        return None
-    if not _read_once(graph, var) or constant(graph.call(var).args[1]) is None:
-        return None
+        return "it does not follow a convolution, or a transposed one of one group"
+    if not _read_once(graph, var):
+        return "what it normalises has other readers"
+    if constant(graph.call(var).args[1]) is None:
+        return "the convolution's weights are not constant"
     return var, bias
 
 

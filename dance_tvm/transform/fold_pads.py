@@ -8,6 +8,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph, emit, replace_each, shape_of, substitute
+from dance_tvm.ir.reasons import Reasons
 
 CONVOLUTIONS = {f"nn.conv{rank}d" for rank in (1, 2, 3)}
 
@@ -17,10 +18,13 @@ class FoldPads:
     """``conv(pad(x))`` becomes ``conv(x)`` with more padding: kernels pass over taps outside the clip, where a copy
     with zeros around it costs as much as reading it. Channels first."""
 
+    def __init__(self, reasons: Reasons | None = None) -> None:
+        self.reasons = reasons or Reasons()
+
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
         graph = Graph.of(mod["main"])
-        folded = {var: pads for var in graph.order if (pads := _zeros_before(graph, var)) is not None}
+        folded = {var: pads for var in graph.order if (pads := _zeros_before(graph, var, self.reasons)) is not None}
 
         def make(
             builder: relax.BlockBuilder, var: relax.Var, pads: _Zeros, new: dict[relax.Var, relax.Expr]
@@ -50,7 +54,7 @@ class _Zeros:
     widths: list[int]
 
 
-def _zeros_before(graph: Graph, var: relax.Var) -> _Zeros | None:
+def _zeros_before(graph: Graph, var: relax.Var, reasons: Reasons) -> _Zeros | None:
     """The zeros around the input of ``var``, a convolution; None where there are none or they are not padding."""
     if graph.op(var) not in CONVOLUTIONS:
         return None
@@ -60,6 +64,18 @@ def _zeros_before(graph: Graph, var: relax.Var) -> _Zeros | None:
         return None
     attrs = graph.call(data).attrs
     widths = [int(width) for width in attrs.pad_width]
-    if str(attrs.pad_mode) != "constant" or float(attrs.pad_value) != 0 or any(widths[:4]) or min(widths) < 0:
+    if why := _why_no_padding(str(attrs.pad_mode), float(attrs.pad_value), widths):
+        reasons.add(var, f"the padding before it stays a copy: {why}")
         return None
     return _Zeros(graph.call(data).args[0], [widths[2 * axis + side] for side in (0, 1) for axis in range(2, rank)])
+
+
+def _why_no_padding(mode: str, value: float, widths: list[int]) -> str:
+    """Why a pad cannot be a convolution's own padding; empty if it can."""
+    if mode != "constant":
+        return f"its mode is {mode}, and a convolution pads with zeros"
+    if value != 0:
+        return f"it is {value:g}, and a convolution pads with zeros"
+    if any(widths[:4]):
+        return "it adds clips or channels"
+    return "it cuts off what lies at the edges" if min(widths) < 0 else ""

@@ -11,6 +11,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, replace_each, shape_of, substitute
+from dance_tvm.ir.reasons import Reasons
 from dance_tvm.schedules.cpu.copies import Piece, copies
 
 RESHAPES = {"reshape", "expand_dims", "squeeze"}
@@ -25,8 +26,8 @@ class JoinCopies:
     """A result that several pieces make up, in float32, is copied from where the pieces are. TVM's own kernels choose
     among the pieces element by element, in every lane. What is one piece is left to whoever reads it."""
 
-    def __init__(self, vector_floats: int, threads: int) -> None:
-        self.vector_floats, self.threads = vector_floats, threads
+    def __init__(self, vector_floats: int, threads: int, reasons: Reasons | None = None) -> None:
+        self.vector_floats, self.threads, self.reasons = vector_floats, threads, reasons or Reasons()
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -59,10 +60,21 @@ class JoinCopies:
     def _chosen(self, graph: Graph, origins: _Origins, var: relax.Var) -> bool:
         """Whether ``var`` is worth a kernel: several pieces, and read by something that is no part of a larger copy."""
         pieces, shape = origins.pieces[var], shape_of(var)
-        if not 2 <= len(pieces) <= MOST_PIECES or math.prod(shape) < FEWEST_ELEMENTS:
-            return False
         inside = var not in graph.outputs and all(reader in origins.pieces for reader in graph.readers[var])
-        return not inside and all(piece.by_runs(shape) for piece in pieces)
+        if len(pieces) < 2 or inside:
+            return False
+        if why := _why_not(pieces, shape):
+            self.reasons.add(var, f"pieces copied by TVM's own kernel: {why}")
+        return not why
+
+
+def _why_not(pieces: Sequence[Piece], shape: Sequence[int]) -> str:
+    """Why no kernel copies ``pieces`` into a result of ``shape``; empty if one does."""
+    if len(pieces) > MOST_PIECES:
+        return f"more than {MOST_PIECES}"
+    if math.prod(shape) < FEWEST_ELEMENTS:
+        return f"fewer than {FEWEST_ELEMENTS} elements"
+    return "" if all(piece.by_runs(shape) for piece in pieces) else "they lie in no runs"
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Join small kernels that can run one after the other into one function.
 
 A network that decides per clip has dozens of operators of a few hundred elements: pooled statistics, comparisons,
-masks, index lists. Calling each costs the virtual machine more than its work does. Kernels that count as layers stay
+masks, index lists. Calling each costs more than its work does. Kernels that count as layers stay
 calls of their own, so that a run can still be reported layer by layer.
 """
 
@@ -15,6 +15,7 @@ import tvm
 from tvm import relax, s_tir, tirx
 
 from dance_tvm.ir.graph import Graph, is_tensor, substitute, variables
+from dance_tvm.ir.reasons import Reasons
 from dance_tvm.schedules.emit import OPAQUE
 from dance_tvm.schedules.kernel import DESCRIPTION, FREE_CHOICE, LAYER, PLANNER, described
 
@@ -30,11 +31,14 @@ MOST_JOINED = 16
 class JoinSmall:
     """Reorder the bindings of ``main`` so that small calls stand together, and make one function of each group."""
 
+    def __init__(self, reasons: Reasons | None = None) -> None:
+        self.reasons = reasons or Reasons()
+
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
         others = {gvar: func for gvar, func in mod.functions_items() if gvar.name_hint != "main"}
         builder = relax.BlockBuilder(tvm.IRModule(others))
-        joining = _Joining(builder, Graph.of(mod["main"]))
+        joining = _Joining(builder, Graph.of(mod["main"]), self.reasons)
         joining.emit(mod["main"])
         joined = relax.transform.FuseTIR()(builder.finalize())
         for gvar, func in joined.functions_items():
@@ -48,8 +52,8 @@ class JoinSmall:
 class _Joining:
     """One walk over ``main``."""
 
-    def __init__(self, builder: relax.BlockBuilder, graph: Graph) -> None:
-        self.builder, self.graph = builder, graph
+    def __init__(self, builder: relax.BlockBuilder, graph: Graph, reasons: Reasons) -> None:
+        self.builder, self.graph, self.reasons = builder, graph, reasons
         self.new: dict[relax.Expr, relax.Expr] = {}
         self.small = {var for var in graph.order if self._is_small(var)}
         self.descriptions: dict[str, dict[str, Any]] = {}  # of the functions made here, by their names
@@ -76,10 +80,14 @@ class _Joining:
         description = described(self.builder.get()[value.args[0]])
         if description is not None and description["kind"] in (LAYER, FREE_CHOICE):
             return False
-        if not all(map(_is_whole, self.builder.get()[value.args[0]].params)):
-            return False
         results = var.ty.fields if isinstance(var.ty, relax.TupleType) else [var.ty]
-        return sum(map(_elements, [*(read.ty for read in value.args[1].fields), *results])) <= SMALL_ELEMENTS
+        small = sum(map(_elements, [*(read.ty for read in value.args[1].fields), *results])) <= SMALL_ELEMENTS
+        if small and not all(map(_is_whole, self.builder.get()[value.args[0]].params)):
+            self.reasons.add(
+                var, "a small call of its own: its kernel reads at an offset or stride that a caller gives"
+            )
+            return False
+        return small
 
     def _is_call(self, var: relax.Var) -> bool:
         return not isinstance(self.graph.value[var], relax.TupleGetItem)

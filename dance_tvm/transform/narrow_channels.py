@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph, constant, emit, is_tensor, literal, rewrite, shape_of, value_of
+from dance_tvm.ir.reasons import Reasons
 from dance_tvm.ir.windows import CONVOLUTIONS, POOLS
 from dance_tvm.liveness.kernel_groups import choose_kernel_groups
 from dance_tvm.liveness.rules import PAIRWISE, UNARY
@@ -28,14 +29,14 @@ BY_ITSELF = UNARY | POOLS
 
 @tvm.transform.module_pass(opt_level=0, name="NarrowChannels")
 class NarrowChannels:
-    """Rewrite ``main``; ``reasons`` receives, by the convolution's name, what was taken out of it.
+    """Rewrite ``main``; ``reasons`` receives what was taken out of each convolution.
 
     Runs while channels are axis 1. Grouped convolutions, reshapes and everything else that is not channelwise keep the
     channels they read, as outputs do.
     """
 
-    def __init__(self) -> None:
-        self.reasons: dict[str, str] = {}
+    def __init__(self, reasons: Reasons | None = None) -> None:
+        self.reasons = reasons or Reasons()
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -71,9 +72,10 @@ class NarrowChannels:
             return call
         small = np.ascontiguousarray(weight[filters][:, read])
         rate = weight.size / small.size
-        self.reasons[var.name] = (
+        self.reasons.add(
+            var,
             f"filter, {rate:.2f}x fewer MACs: {(~filters).sum()} of {len(filters)} filters and "
-            f"{(~read).sum()} of {len(read)} input channels are taken out"
+            f"{(~read).sum()} of {len(read)} input channels are taken out",
         )
         return relax.Call(call.op, [call.args[0], literal(small)], call.attrs, call.ty_args)
 

@@ -7,6 +7,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph, Shape, constant, rewrite, shape_of, substitute
+from dance_tvm.ir.reasons import Reasons
 
 CLIP_NORMS = ("nn.instance_norm", "nn.batch_norm")
 
@@ -17,6 +18,9 @@ class NormsByClip:
 
     A batch norm by the batch's own statistics is an instance norm over the clips too."""
 
+    def __init__(self, reasons: Reasons | None = None) -> None:
+        self.reasons = reasons or Reasons()
+
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
         graph = Graph.of(mod["main"])
@@ -24,7 +28,7 @@ class NormsByClip:
         def visit(
             builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr, new: dict[relax.Var, relax.Expr]
         ) -> relax.Expr | None:
-            if graph.op(var) == "reshape" and (found := _norm_of_view(graph, var)) is not None:
+            if graph.op(var) == "reshape" and (found := _norm_of_view(graph, var, self.reasons)) is not None:
                 call, source, scales, axes = found
                 data = substitute(source, new)
                 return builder.emit(_norm(builder, call, data, [relax.const(each) for each in scales], axes))
@@ -47,7 +51,9 @@ def _training(graph: Graph, var: relax.Var) -> relax.Call | None:
     return call if call.attrs.training else None
 
 
-def _norm_of_view(graph: Graph, var: relax.Var) -> tuple[relax.Call, relax.Expr, list[np.ndarray], list[int]] | None:
+def _norm_of_view(
+    graph: Graph, var: relax.Var, reasons: Reasons
+) -> tuple[relax.Call, relax.Expr, list[np.ndarray], list[int]] | None:
     """For a view back of a norm of a view: the norm, what is normalised, parameters by channel, and axes."""
     shape, inner = shape_of(var), graph.call(var).args[0]
     if len(shape) < 3:
@@ -68,10 +74,14 @@ def _norm_of_view(graph: Graph, var: relax.Var) -> tuple[relax.Call, relax.Expr,
     rank = len(shape)
     axes = list(range(2, rank))
     if name == "nn.instance_norm" and sorted(int(axis) % rank for axis in value.attrs.axes) != [0, *axes]:
+        reasons.add(var, "a norm of clips seen as channels: it goes over other axes than the volume's")
         return None
     scales = [_one_clip(constant(arg), shape) for arg in value.args[1:]]
     known = [each for each in scales if each is not None]
-    return (value, source, known, axes) if len(known) == len(scales) else None
+    if len(known) < len(scales):
+        reasons.add(var, "a norm of clips seen as channels: its parameters differ from clip to clip")
+        return None
+    return value, source, known, axes
 
 
 def _one_clip(values: np.ndarray | None, shape: Shape) -> np.ndarray | None:

@@ -6,6 +6,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph, emit, rewrite, shape_of
+from dance_tvm.ir.reasons import Reasons
 
 AVERAGES = {f"nn.avg_pool{rank}d" for rank in (1, 2, 3)}
 ADAPTIVE = {f"nn.adaptive_avg_pool{rank}d" for rank in (1, 2, 3)}
@@ -14,6 +15,9 @@ ADAPTIVE = {f"nn.adaptive_avg_pool{rank}d" for rank in (1, 2, 3)}
 @tvm.transform.module_pass(opt_level=0, name="WholePools")
 class WholePools:
     """Turn average pools, channels first, into the operators that have the better kernels."""
+
+    def __init__(self, reasons: Reasons | None = None) -> None:
+        self.reasons = reasons or Reasons()
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -36,6 +40,8 @@ class WholePools:
                 pool = getattr(relax.op.nn, name.removeprefix("nn.adaptive_"))
                 window = [extent // parts for extent, parts in zip(size, out, strict=True)]
                 return emit(builder, pool(value.args[0], window, window), var.name)
+            if name in ADAPTIVE:
+                self.reasons.add(var, f"an adaptive pool: {size} does not divide into {out} windows of one size")
             return None
 
         return rewrite(mod, visit)

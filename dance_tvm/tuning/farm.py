@@ -18,7 +18,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.device import address_of, processes
 from dance_tvm.device.instruction_counter import InstructionCounter
 from dance_tvm.device.remote import Connection, RemoteSession
-from dance_tvm.device.tracker import request_device, tracker_summary
+from dance_tvm.device.tracker import no_tracker, request_device, tracker_summary
 
 #: Failures in a row after which a device is dropped.
 STRIKES = 3
@@ -141,10 +141,7 @@ class Farm:
             try:
                 summary = tracker_summary(host, port)
             except OSError as error:
-                reason = error.strerror or error
-                raise DanceError(
-                    f"{spec}: no tracker answers at {host}:{port} ({reason}): is the port right?"
-                ) from None
+                raise no_tracker(host, port, error) from None
             keys = [info["key"].removeprefix("server:") for info in summary["server_info"]]
             if key in keys:
                 return keys.count(key)

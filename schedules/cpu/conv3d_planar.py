@@ -29,9 +29,8 @@ from .row_products import Rows, Sums, Vectors, multiply, rows_beside
 from .row_tiles import RowTile, panel_widths
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine
 
-#: Share of the second-level cache in which weights are near enough to be read anew for every panel of positions.
-WEIGHTS_SHARE_OF_L2 = 0.5
-#: Share of the first-level cache that a block's positions take then, and of the second-level cache otherwise.
+#: Share of the first-level cache that a block's positions take where all weights stay there, to be read anew for every
+#: panel of positions, and of the second-level cache otherwise.
 NEAR_SHARE_OF_L1, FAR_SHARE_OF_L2 = 0.6, 0.5
 #: Vectors of positions beside which a tile has its output channels.
 VECTORS = 2
@@ -208,7 +207,7 @@ def _tile(machine: Machine, layer: Layer) -> PlanarTile:
     vectors = max(VECTORS, -(-CHAINS_TO_HIDE_LATENCY // channels_out))
     most, step = rows_beside(machine, vectors)
     mr = -(-channels_out // -(-channels_out // most))  # tiles of equal height
-    near = 4 * depth * channels_out <= WEIGHTS_SHARE_OF_L2 * machine.l2
+    near = 4 * depth * channels_out <= machine.l1d
     room = NEAR_SHARE_OF_L1 * machine.l1d if near else FAR_SHARE_OF_L2 * machine.l2
     fitting = int(room) // (4 * depth * machine.vector_floats)
     of_thread = -(-math.prod(layer.window.out) // (machine.vector_floats * layer.threads))

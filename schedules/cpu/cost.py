@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..convolution import Convolution
 from ..geometry import Window
 from ..plans import RowPlan
-from .tiles import Machine, Tile, predicted_cycles, tap_tiles
+from .tiles import Machine, Tile, busy_share, predicted_cycles, row_tiles, tap_tiles
 from .winograd_plan import WinogradPlan
 
 #: Cycles of one core per vector that is transformed and stored, fitted to layers of C3D and R(2+1)D: inputs, products,
@@ -107,7 +107,10 @@ def direct_seconds(
     cycles += gather_cycles(conv, elements) * plan.samples * blocks
     repeats = 1 + (plan.samples - 1) / (1 if machine.element_bytes * elements > machine.l3 / 2 else CACHE_RATE)
     weights = float(machine.element_bytes) * window.taps * conv.depth * conv.channels_out * share * repeats
-    return _with_traffic(machine, threads, cycles, weights)
+    panels = math.ceil(conv.panels * (density if conv.live_out else 1.0))
+    tiles = row_tiles(window, tile.mr, _row_share(plan, density)) / plan.samples
+    tasks = panels * max(1, math.ceil(tiles / tile.block_tiles))
+    return _with_traffic(machine, threads, cycles / busy_share(tasks, threads), weights)
 
 
 def tiles_filled(window: Window, mr: int, share: float) -> float:

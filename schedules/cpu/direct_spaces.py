@@ -23,7 +23,7 @@ X86_ROW_POINTERS = 10
 
 
 def kernel_group_tile(
-    machine: Machine, window: Window, channels: tuple[int, int], per_tap: int, gm: int, run: int
+    machine: Machine, window: Window, channels: tuple[int, int], per_tap: int, gm: int, run: int, threads: int = 1
 ) -> Tile:
     """The tile of a convolution whose groups of ``gm`` filters keep ``per_tap`` columns a tap in runs of ``run``.
 
@@ -33,7 +33,7 @@ def kernel_group_tile(
     most_rows = X86_ROW_POINTERS if machine.broadcast_loads else 16
     depth, filters = channels
     tile = default_tile(machine, window, per_tap, filters, gm, most_rows)
-    block_tiles = default_tile(machine, window, depth, filters, gm, most_rows).block_tiles
+    block_tiles = default_tile(machine, window, depth, filters, gm, most_rows, threads=threads).block_tiles
     step = tile.step if run % tile.step == 0 else 1
     return replace(tile, depth_block=1 << 30, step=step, block_tiles=block_tiles)
 
@@ -87,7 +87,9 @@ class GatherSpace(VectorSpace):
         """What is chosen without a record."""
         window, depth, group_out = self.workload.window, self.workload.depth, self.workload.group_out
         gathers = bool({"in_channels", "out_channels"} & set(self.workload.lists))
-        tile = default_tile(self.machine, window, depth, group_out, gathers=gathers)
+        samples = window.batch if gathers else 1  # one after the other
+        threads = -(-samples * self.workload.threads // self.workload.groups)
+        tile = default_tile(self.machine, window, depth, group_out, gathers=gathers, threads=threads)
         return self.normal({name: int(getattr(tile, name)) for name in self.names})
 
     def normal(self, decisions: Mapping[str, int]) -> Decisions:
@@ -189,7 +191,7 @@ class KernelGroupSpace(VectorSpace):
         work = self.workload
         per_tap = max(1, round(work.kept * work.channels_in))
         channels = (work.channels_in, work.channels_out)
-        tile = kernel_group_tile(self.machine, work.window, channels, per_tap, work.group[0], self.run)
+        tile = kernel_group_tile(self.machine, work.window, channels, per_tap, work.group[0], self.run, work.threads)
         return self.normal({name: int(getattr(tile, name)) for name in self.names})
 
     def normal(self, decisions: Mapping[str, int]) -> Decisions:

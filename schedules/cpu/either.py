@@ -124,8 +124,9 @@ class Either(LayerKernel):
         choose(args[DECISION.name][0] == 0, first, second)
 
     def describe(self) -> dict[str, Any]:
-        """Also the first one's tile of outputs."""
-        return {**self.first.describe(), **super().describe()}
+        """Also the first one's tile of outputs, and the second one's operands as they are called here."""
+        theirs = {operand.name: _theirs(operand).name for operand in self.second.operands()}
+        return {**self.first.describe(), **super().describe(), "second": theirs}
 
 
 #: Which kernel runs: 0 or 1.

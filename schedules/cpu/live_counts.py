@@ -8,7 +8,7 @@ from typing import Any
 
 from tvm import tirx
 
-from ..emit import FLOAT, INT, Expr, let, number, scratch, serial, store, when
+from ..emit import FLOAT, INT, Expr, ceil_div, let, number, scratch, serial, store, when
 from ..geometry import Triple, Window
 from ..kernel import Operand, channels_mask
 from ..plans import masks_of
@@ -18,19 +18,21 @@ from ..plans import masks_of
 class Grain:
     """In which pieces a kernel leaves work out: tiles of outputs, units of input and of output channels.
 
-    Frames of a tile of several are transformed together: such a tile counts once, whatever frames it reads.
+    Frames of a tile of several are transformed together: such a tile counts once, whatever frames it reads. Output
+    channels that are left fill panels of ``panel``, of which the last is computed whole.
     """
 
     tile: Triple = (1, 1, 1)
     unit_in: int = 1
     unit_out: int = 1
+    panel: int = 1
 
 
 @dataclass(frozen=True)
 class Costs:
     """Seconds of a kernel where nothing is left out: of its multiplies, of weights that stream in once, and once more
     for each part of the rows, of rows whatever their channels, of reading input channels, of writing output channels,
-    and of what masks do not change.
+    of packing weights whatever the rows, and of what masks do not change.
 
     The longer of multiplies and weights hides a part of the shorter, all but ``exposed``.
     """
@@ -41,6 +43,7 @@ class Costs:
     rows: float = 0.0
     read: float = 0.0
     write: float = 0.0
+    pack: float = 0.0
     always: float = 0.0
     exposed: float = 0.5
 
@@ -51,7 +54,8 @@ class Costs:
         both = read * written
         multiply, weights = rows * both * self.multiply, both * (self.weights + rows * self.again)
         hidden = larger(multiply, weights) + self.exposed * smaller(multiply, weights)
-        return hidden + rows * (read * self.read + written * self.write + self.rows) + self.always
+        moved = rows * (read * self.read + written * self.write + self.rows)
+        return hidden + moved + both * self.pack + self.always
 
     def microseconds(self, rows: Expr, read: Expr, written: Expr) -> Expr:
         """The same as a float32 expression, which has no room for small seconds' products."""
@@ -90,25 +94,28 @@ class LiveCounts:
             (
                 self._rows(args, grain),
                 self._channels(args.get("in_channels"), self.channels_in, grain.unit_in),
-                self._channels(args.get("out_channels"), self.channels_out, grain.unit_out),
+                self._channels(args.get("out_channels"), self.channels_out, grain.unit_out, grain.panel),
             )
             for grain in grains
         ]
 
     # -- channels ----------------------------------------------------------------------------------------------------
 
-    def _channels(self, mask: Any, channels: int, unit: int) -> Expr:
+    def _channels(self, mask: Any, channels: int, unit: int, panel: int = 1) -> Expr:
         if mask is None:
             return number(1.0)
-        found = _counter()
-        with serial(self.samples) as sample, serial(-(-channels // unit)) as index:
-            alive = _counter()
-            with serial(unit) as within:
-                channel = let(tirx.min(index * unit + within, channels - 1))
-                with when(mask[sample, channel] != number(0.0)):
-                    store(alive, _int(1), 0)
-            store(found, found[0] + alive[0], 0)
-        return let(tirx.Cast(FLOAT, found[0]) * number(1 / (self.samples * -(-channels // unit))))
+        found, units = _counter(), -(-channels // unit)
+        with serial(self.samples) as sample:
+            of_sample = _counter()
+            with serial(units) as index:
+                alive = _counter()
+                with serial(unit) as within:
+                    channel = let(tirx.min(index * unit + within, channels - 1))
+                    with when(mask[sample, channel] != number(0.0)):
+                        store(alive, _int(1), 0)
+                store(of_sample, of_sample[0] + alive[0], 0)
+            store(found, found[0] + ceil_div(of_sample[0], panel), 0)
+        return let(tirx.Cast(FLOAT, found[0]) * number(1 / (self.samples * -(-units // panel))))
 
     # -- rows --------------------------------------------------------------------------------------------------------
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tvm import tirx
 
 from .. import mask_window
-from ..emit import Expr, let, number, serial, store, when
-from ..geometry import Window
+from ..emit import Expr, flat, let, number, scratch, serial, store
 
 
 @dataclass(frozen=True)
 class GrownMask(mask_window.GrownMask):
-    """The kernel for a processor."""
+    """The kernel for a processor.
+
+    A window is a box: what it reaches along one axis grows along the next. Loops over what one tap reaches have no
+    branch, so that they become vectors.
+    """
 
     @property
     def name(self) -> str:
@@ -22,51 +26,39 @@ class GrownMask(mask_window.GrownMask):
         return "mask_forward" if self.forward else "mask_backward"
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
-        """Visit every tap of every output position."""
-        window, field, shape, forward = self.window, self.field, self.shape, self.forward
-        mask, grown = args.values()
-        source = window.size if forward else window.out
-        spans = [field[axis + 1] != 1 or source[axis] == 1 for axis in range(3)]
-        out_shape = shape if forward else field
-        if not forward:
-            with serial(shape[0]) as n, serial(shape[1]) as t, serial(shape[2]) as h, serial(shape[3]) as w:
-                store(grown, number(0.0), n, t, h, w)
-        with (
-            serial(field[0]) as n,
-            serial(out_shape[1]) as t,
-            serial(out_shape[2]) as h,
-            serial(out_shape[3]) as w,
-        ):
-            if forward:
-                store(grown, number(0.0), n, t, h, w)
-                _each_tap(window, spans, (t, h, w), lambda at: _raise(grown, mask[n, at[0], at[1], at[2]], n, t, h, w))
-            else:
-                with when(mask[n, t, h, w] != number(0.0)):
-                    _each_tap(window, spans, (t, h, w), lambda at: store(grown, number(1.0), n, *at))
+        """Zeros and ones first, then axis by axis, the last into the result."""
+        mask, grown = (flat(buffer) for buffer in args.values())
+        ends = self.window.size if self.forward else self.window.out
+        axes = [axis for axis in range(3) if self.field[axis + 1] != 1 or ends[axis] == 1]
+        extents = [*self.field[1:]]
+        with serial(self.field[0]) as n:
+            result = let(n * math.prod(self.shape[1:]))
+            current = scratch((math.prod(extents),)) if axes else grown
+            start = 0 if axes else result
+            with serial(math.prod(extents)) as at:
+                alive = mask[n * math.prod(extents) + at] != number(0.0)
+                store(current, tirx.Select(alive, number(1.0), number(0.0)), start + at)
+            for axis in axes:
+                final = axis == axes[-1]
+                wider = [*extents[:axis], self.shape[axis + 1], *extents[axis + 1 :]]
+                target = grown if final else scratch((math.prod(wider),))
+                self._grow(axis, extents, current, target, result if final else 0)
+                current, extents = target, wider
 
-
-def _raise(grown: tirx.Buffer, value: Expr, *at: Expr) -> None:
-    with when(value != number(0.0)):
-        store(grown, number(1.0), *at)
-
-
-def _each_tap(
-    window: Window, spans: list[bool], out: tuple[Expr, Expr, Expr], visit: Callable[[list[Expr]], None]
-) -> None:
-    """Call ``visit`` for every input coordinate that output ``out`` reads inside the clip."""
-    extents = [window.kernel[axis] if spans[axis] else 1 for axis in range(3)]
-    with serial(extents[0]) as f, serial(extents[1]) as r, serial(extents[2]) as c:
-        at: list[Expr] = []
-        inside: list[Expr] = []
-        for axis, tap in enumerate((f, r, c)):
-            if not spans[axis]:
-                at.append(0)
-                continue
-            place = let(out[axis] * window.stride[axis] - window.padding[axis] + tap * window.dilation[axis])
-            at.append(place)
-            inside += [place >= 0, place < window.size[axis]]
-        if not inside:
-            visit(at)
-            return
-        with when(tirx.all(*inside)):
-            visit(at)
+    def _grow(self, axis: int, extents: list[int], mask: tirx.Buffer, grown: tirx.Buffer, start: Expr) -> None:
+        """Along one axis, a ``mask`` of these extents into ``grown`` from ``start`` on."""
+        window, length = self.window, self.shape[axis + 1]
+        stride, size, out = window.stride[axis], window.size[axis], window.out[axis]
+        outer, inner = math.prod(extents[:axis]), math.prod(extents[axis + 1 :])
+        with serial(outer * length * inner) as at:
+            store(grown, number(0.0), start + at)
+        with serial(outer) as line, serial(window.kernel[axis]) as tap:
+            shift = let(tap * window.dilation[axis] - window.padding[axis])
+            first = let(tirx.max(0, tirx.floordiv(stride - 1 - shift, stride)))
+            last = let(tirx.min(out, tirx.floordiv(size - 1 - shift, stride) + 1))
+            with serial(tirx.max(last - first, 0)) as index, serial(inner) as within:
+                inside = (first + index) * stride + shift
+                read, written = (inside, first + index) if self.forward else (first + index, inside)
+                place = let(start + (line * length + written) * inner + within)
+                value = mask[(line * extents[axis] + read) * inner + within]
+                store(grown, tirx.max(grown[place], value), place)

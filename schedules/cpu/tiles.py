@@ -17,6 +17,11 @@ WEIGHTS_SHARE_OF_L1 = 0.5
 ROWS_SHARE_OF_L2 = 0.4
 #: The same where a block gathers its weights first: more rows share the gathering, though some come from further away.
 GATHERING_ROWS_SHARE_OF_L2 = 1.0
+#: Share of it that a panel of weights may take that is read again and again, and how many more cycles a tile may take
+#: whose panel is so small.
+PANEL_SHARE_OF_L2, HARDLY_MORE = 0.7, 1.05
+#: Share of the time that blocks keep all threads at work, from which on no smaller ones are sought.
+BUSY = 0.85
 #: Cycles that one fused multiply-add takes until its result can be added to again, times two a cycle.
 CHAINS_TO_HIDE_LATENCY = 8
 #: Products in half precision that are added up before their sum goes to float32: their largest error is then 1.6e-3 of
@@ -108,17 +113,33 @@ def window_cycles(machine: Machine, window: Window, panel: int, tile: tuple[int,
 
 
 @lru_cache(maxsize=1024)
+def _row_classes(window: Window) -> list[tuple[int, int]]:
+    """Rows that read the same taps, as rows at edges read fewer: how many rows, of how many taps."""
+    counted = [Counter(window.live_taps(axis, index) for index in range(window.out[axis])) for axis in range(3)]
+    found = product(*(axis.items() for axis in counted))
+    return [
+        (window.batch * math.prod(size for _, size in classes), math.prod(len(live) for live, _ in classes))
+        for classes in found
+    ]
+
+
+@lru_cache(maxsize=1024)
 def tap_tiles(window: Window, mr: int, share: float = 1.0) -> float:
     """Pairs of register tile and tap: rows that read other taps, as at edges, fill tiles of their own.
 
     ``share`` of the rows of each class are computed together.
     """
-    counted = [Counter(window.live_taps(axis, index) for index in range(window.out[axis])) for axis in range(3)]
-    pairs = 0.0
-    for classes in product(*(axis.items() for axis in counted)):
-        rows = window.batch * share * math.prod(size for _, size in classes)
-        pairs += math.ceil(rows / mr) * math.prod(len(live) for live, _ in classes)
-    return pairs
+    return float(sum(math.ceil(rows * share / mr) * taps for rows, taps in _row_classes(window)))
+
+
+def row_tiles(window: Window, mr: int, share: float = 1.0) -> int:
+    """Register tiles of the rows, of which ``share`` of each class are computed together."""
+    return sum(math.ceil(rows * share / mr) for rows, _ in _row_classes(window))
+
+
+def busy_share(tasks: int, threads: int) -> float:
+    """Share of its threads' time in which a loop of equal tasks keeps them at work."""
+    return tasks / (threads * -(-tasks // threads))
 
 
 def excess_cycles(machine: Machine, vectors: int) -> float:
@@ -141,6 +162,18 @@ def _panel_cycles(machine: Machine, panel: int, tile: tuple[int, int, int]) -> f
     return panels * (max(multiply, loads, latency) + 0.1 * mr / step + 0.35 * vectors)
 
 
+def _fewest_cycles(
+    machine: Machine, window: Window, group_out: int, options: list[tuple[int, int, int]], vector_bytes: int
+) -> tuple[int, int, int]:
+    """Of ``options`` the tile with the fewest predicted cycles; of those that take hardly more, the first whose panel
+    of weights stays in the second-level cache: rows that read other taps, as at edges, read it again."""
+    cycles = {tile: window_cycles(machine, window, group_out, tile) for tile in options}
+    ordered = sorted(options, key=lambda tile: cycles[tile])
+    near = [tile for tile in ordered if cycles[tile] <= HARDLY_MORE * cycles[ordered[0]]]
+    stays = (tile for tile in near if tile[1] * vector_bytes <= PANEL_SHARE_OF_L2 * machine.l2)
+    return next(stays, ordered[0])
+
+
 def default_tile(
     machine: Machine,
     window: Window,
@@ -149,18 +182,20 @@ def default_tile(
     nr: int | None = None,
     most_rows: int = 16,
     gathers: bool = False,
+    threads: int = 1,
 ) -> Tile:
     """The tile with the fewest predicted cycles, its blocks sized to the caches.
 
     ``depth`` is how many input channels (or columns of a kernel group) one tap uses; ``nr`` fixes the output channels
     of a tile, as kernel groups do, and ``most_rows`` bounds its rows. ``gathers``: channel lists are given, so that
-    every block gathers its weights.
+    every block gathers its weights. ``threads`` are to have something to do each.
     """
     fitting = [tile for tile in candidates(machine) if tile[0] <= most_rows]
     options = [tile for tile in fitting if nr is None or tile[1] * machine.vector_floats == nr]
-    mr, vectors, step = min(options, key=lambda tile: window_cycles(machine, window, group_out, tile))
-    nr = vectors * machine.vector_floats
     size = machine.element_bytes
+    vector_bytes = size * machine.vector_floats * window.taps * depth
+    mr, vectors, step = _fewest_cycles(machine, window, group_out, options, vector_bytes)
+    nr = vectors * machine.vector_floats
     depth_block = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (size * nr) // step * step)
     depth_block = min(depth_block, machine.most_terms)
     block_depth = min(depth, depth_block)
@@ -168,8 +203,19 @@ def default_tile(
     share = GATHERING_ROWS_SHARE_OF_L2 if gathers else ROWS_SHARE_OF_L2
     rows = max(mr, int(share * machine.l2) // (size * block_depth))
     block_tiles = min(max(8, rows // mr), 128, -(-window.positions_out // mr) + 8)
+    block_tiles = _shared_out(block_tiles, row_tiles(window, mr), -(-group_out // nr), threads)
     if depth < step:
         step = 1
     # Weights that stay in the second-level cache are read again for each block, so that its rows are read but once.
     outer = size * window.taps * depth * group_out > machine.l2
     return Tile(mr, vectors, machine.vector_floats, step, block_tiles, segment_taps, depth_block, panels_outer=outer)
+
+
+def _shared_out(block_tiles: int, tiles: int, panels: int, threads: int) -> int:
+    """At most ``block_tiles``, and so few of the ``tiles`` of each panel that the threads get about equal shares of all
+    blocks."""
+    fewest = -(-tiles // block_tiles)
+    for blocks in range(fewest, min(tiles, fewest + threads) + 1):
+        if busy_share(blocks * panels, threads) >= BUSY:
+            return min(block_tiles, -(-tiles // blocks))
+    return block_tiles

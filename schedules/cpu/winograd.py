@@ -136,7 +136,7 @@ class _Emitter:
     """The kernel's phases, from its signature down to the multiply-add."""
 
     def __init__(self, conv: WinogradConv, args: Mapping[str, tirx.Buffer]) -> None:
-        self.conv, self.plan, self.tile, self.window = conv, conv.plan, conv.tile, conv.window
+        self.conv, self.plan, self.tile, self.window = conv, conv.plan, conv.tile, conv.plan.window
         self.args = args
         self.bias, self.columns, self.inputs = args["bias"], args["columns"], args["inputs"]
         self.rows_out, self.counts = args["rows_out"], args["counts"]

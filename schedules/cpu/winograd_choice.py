@@ -23,12 +23,17 @@ def why_not(conv: GatherConv) -> str:
 
 
 def transformed(conv: GatherConv) -> WinogradConv:
-    """The Winograd kernel in the place of ``conv``, of the smallest tiles."""
+    """The Winograd kernel in the place of ``conv``, of the smallest tiles.
+
+    Where frames have nothing to do with one another, and masks do not name them, each is a clip of its own in the plan:
+    a chunk need not hold all frames of a place then.
+    """
     window, plan = conv.window, conv.plan
+    apart = window.frames_apart and plan.samples == 1 and not plan.masks
     m: Triple = (1, *(min(2, window.out[axis]) if window.kernel[axis] > 1 else 1 for axis in (1, 2)))  # type: ignore[assignment]  # three
     masks = (plan.samples, plan.in_frames, plan.out_frames, plan.positions)
     layer = (conv.live_in, conv.live_out, conv.residual, conv.activation, conv.zero_dead, conv.dtype)
-    tiled = WinogradPlan(window, m, plan.mr, 1, *masks)
+    tiled = WinogradPlan(window.by_frame if apart else window, m, plan.mr, 1, *masks)
     return WinogradConv(window, conv.channels_in, conv.channels_out, 1, conv.tile, tiled, *layer)
 
 

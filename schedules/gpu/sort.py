@@ -24,11 +24,6 @@ class CountingSort(Sort):
         """The kernel's name, as docs/kernels.md decodes it."""
         return f"{super().name}_gpu"
 
-    @property
-    def comparisons(self) -> int:
-        """How many pairs of values are compared."""
-        return self.lines * self.extent**2
-
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """One thread per value."""
         memory = {name: flat(buffer) for name, buffer in args.items()}

@@ -1,6 +1,9 @@
 /* Text that grows, and SHA-256. */
 #include "server.h"
 
+typedef uint32_t sha256_word;
+#include "sha256.h"
+
 #include <fcntl.h>
 #include <stdarg.h>
 #include <unistd.h>
@@ -44,42 +47,17 @@ size_t read_text(const char *path, char *to, size_t room) {
   return used;
 }
 
-static const uint32_t ROUNDS[64] = {
-    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5, 0xd807aa98, 0x12835b01,
-    0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc,
-    0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da, 0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147,
-    0x06ca6351, 0x14292967, 0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
-    0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070, 0x19a4c116, 0x1e376c08,
-    0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3, 0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208,
-    0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
-static const uint32_t FIRST[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
-
-#define TURNED(x, n) (((x) >> (n)) | ((x) << (32 - (n))))
-
 static void compress(uint32_t state[8], const unsigned char *block) {
-  uint32_t words[64], v[8];
+  uint32_t words[64];
   for (int word = 0; word < 16; word++) {
     memcpy(&words[word], block + 4 * word, 4);
     words[word] = __builtin_bswap32(words[word]);
   }
-  for (int word = 16; word < 64; word++) {
-    uint32_t old = words[word - 15], new = words[word - 2];
-    words[word] = words[word - 16] + words[word - 7] + (TURNED(old, 7) ^ TURNED(old, 18) ^ (old >> 3)) +
-                  (TURNED(new, 17) ^ TURNED(new, 19) ^ (new >> 10));
-  }
-  memcpy(v, state, sizeof v);
-  for (int round = 0; round < 64; round++) {
-    uint32_t e = v[4], a = v[0];
-    uint32_t first = v[7] + (TURNED(e, 6) ^ TURNED(e, 11) ^ TURNED(e, 25)) + ((e & v[5]) ^ (~e & v[6])) + ROUNDS[round] + words[round];
-    uint32_t second = (TURNED(a, 2) ^ TURNED(a, 13) ^ TURNED(a, 22)) + ((a & v[1]) ^ (a & v[2]) ^ (v[1] & v[2]));
-    v[7] = v[6], v[6] = v[5], v[5] = e, v[4] = v[3] + first;
-    v[3] = v[2], v[2] = v[1], v[1] = a, v[0] = first + second;
-  }
-  for (int word = 0; word < 8; word++) state[word] += v[word];
+  sha256_rounds(state, words);
 }
 
 void sha256_begin(sha256 *hash) {
-  memcpy(hash->state, FIRST, sizeof FIRST);
+  memcpy(hash->state, SHA256_FIRST, sizeof SHA256_FIRST);
   hash->bytes = 0;
 }
 

@@ -1,5 +1,6 @@
 /* TVM's tracker (tvm/rpc/tracker.py): messages are a length and JSON. A server offers itself under a match key, which the
- * tracker gives to one client; who comes with it may stay. Its form tells clients that no TVM is here. */
+ * tracker gives to one client; who comes with it may stay. Its form tells clients that no TVM is here, and the tracker what
+ * it forgets when we are gone: all before the last colon is the key. */
 #include "server.h"
 
 #include <arpa/inet.h>
@@ -69,7 +70,7 @@ int tracker_offer(tracker *with) {
     return 0;
   }
   random_bytes(&number, sizeof number);
-  snprintf(with->match, sizeof with->match, "%s:dance-%u:%016llx", with->key, PROTOCOL, (unsigned long long)number);
+  snprintf(with->match, sizeof with->match, "%s:dance-%u-%016llx", with->key, PROTOCOL, (unsigned long long)number);
   add(&offer, "[%d, \"%s\", [%d, \"%s\"], ", PUT, with->key, with->own_port, with->match);
   add_own_address(with, &offer);
   add(&offer, "]");

@@ -62,10 +62,6 @@ def _squared(op: Operator, x: Any) -> Any:
     return op.emit(relax.op.multiply(x, x))
 
 
-def _most(dtype: type[np.floating[Any]] = np.float32) -> float:
-    return float(np.finfo(dtype).max)
-
-
 def _argument(function: Callable[..., Any]) -> Conversion:
     def convert(op: Operator) -> Any:
         x = op.input(0)

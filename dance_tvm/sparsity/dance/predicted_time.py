@@ -37,10 +37,10 @@ class TimeCounter:
 
     def __init__(self, counter: MacCounter, units: Units) -> None:
         if not units.layers:
-            raise DanceError("the file of units tells no times: write it anew by `dance-tvm units --out`")
+            raise DanceError("the file of units gives no times: write it anew by `dance-tvm units --out`")
         named, found = [layer.layer for layer in units.layers], [str(layer.node.target) for layer in counter.layers]
         if named != found:
-            raise DanceError(f"the file of units tells times of {', '.join(named)}; the network has {', '.join(found)}")
+            raise DanceError(f"the file of units gives times of {', '.join(named)}; the network has {', '.join(found)}")
         self._counter, shares = counter, torch.tensor(units.live_shares)
         self._layers = [
             _Layer(layer.work, times, shares) for layer, times in zip(counter.layers, units.layers, strict=True)

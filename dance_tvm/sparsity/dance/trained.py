@@ -43,6 +43,6 @@ def dance_c3d_mini(num_classes: int = 8) -> nn.Module:
     network, card = load(SHIPPED)
     if num_classes != len(card["classes"]):
         raise DanceError(
-            f"dance-c3d-mini tells {len(card['classes'])} motions apart, not {num_classes}: leave the number out"
+            f"dance-c3d-mini knows {len(card['classes'])} motions, not {num_classes}: leave the number out"
         )
     return network
