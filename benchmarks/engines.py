@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing.connection import Connection
@@ -74,14 +75,16 @@ def build_ours(case: Case, threads: int) -> Artifact:
     """The case as this compiler builds it for this machine, or as the same compiler built it before."""
     from dance_tvm.artifact.folder import load_artifact
     from dance_tvm.compiler.build import build_network
+    from dance_tvm.core.errors import DanceError
     from dance_tvm.core.versions import versions
 
     model, place = case.folder / "model.pt2", case.folder / f"ours-{threads}"
     built = place / "manifest.json"
     if built.exists() and built.stat().st_mtime > model.stat().st_mtime:
-        artifact = load_artifact(place)
-        if artifact.manifest.versions.items() >= versions().items():
-            return artifact
+        with suppress(DanceError):  # an artifact of another schema, which is not read
+            artifact = load_artifact(place)
+            if artifact.manifest.versions.items() >= versions().items():
+                return artifact
     return build_network(model, place, target="host", threads=threads, check=False).artifact
 
 

@@ -139,7 +139,9 @@ def server(
     from dance_tvm.device.server_program import build_server
     from dance_tvm.machines.target import load_target
 
-    typer.echo(build_server(load_target(target), folder))
+    machine = load_target(target)
+    typer.echo(build_server(machine, folder))
+    print(f"for {machine.name}; docs/devices.md says how to start it there", file=sys.stderr)
 
 
 def look(tracker: str, probe: bool = False) -> tuple[list[Server], dict[str, int]]:

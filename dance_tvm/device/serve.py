@@ -597,6 +597,8 @@ def main() -> None:
     tracker = None
     if options.tracker:
         host, _, port = options.tracker.rpartition(":")
+        if not host or not port.isdecimal():
+            parser.error("--tracker is HOST:PORT")
         tracker = (host, int(port))
         if not options.key:
             parser.error("--tracker needs a --key")
@@ -607,7 +609,10 @@ def main() -> None:
     os.register_at_fork(after_in_child=end_with_parent_process)
     load_runtime_extra()
     register(store)
-    listening = socket.create_server((options.host, options.port), backlog=16)
+    try:
+        listening = socket.create_server((options.host, options.port), backlog=16)
+    except (OSError, OverflowError) as error:
+        parser.error(f"{options.host}:{options.port} is not to be had ({error}): choose another --port")
     if options.end_with_stdin:
         end_with_pipe(sys.stdin.fileno())
     print(f"{READY}{listening.getsockname()[1]}", flush=True)

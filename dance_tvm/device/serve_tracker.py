@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
@@ -20,11 +21,15 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="port to bind to; 0 takes a free one and prints it")
     parser.add_argument("--end-with-stdin", action="store_true", help="end when standard input closes")
     options = parser.parse_args()
-    listening = socket.create_server((options.host, options.port), backlog=64)
+    try:
+        listening = socket.create_server((options.host, options.port), backlog=64)
+    except (OSError, OverflowError) as error:
+        parser.error(f"{options.host}:{options.port} is not to be had ({error}): choose another --port")
     if options.end_with_stdin:
         threading.Thread(target=_end_with_pipe, daemon=True).start()
     print(f"{READY}{listening.getsockname()[1]}", flush=True)
-    tracker._tracker_server(listening, base.random_key("tracker"))
+    with contextlib.suppress(KeyboardInterrupt):
+        tracker._tracker_server(listening, base.random_key("tracker"))
 
 
 def _end_with_pipe() -> None:
