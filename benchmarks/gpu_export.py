@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dance_tvm import Options, build_network
+from dance_tvm import DanceError, Options, build_network
 from dance_tvm.artifact.interface import dance_model
 from dance_tvm.machines.target import Target, load_target
 
@@ -85,17 +85,23 @@ def target_of(arch: str) -> Target:
 
 
 def export(folder: Path, target: Target, layers: list[Exported]) -> int:
-    """Write layers and script; gives the bytes that they take."""
+    """Write layers and script; gives the bytes that they take. Layers that cannot be built are told and left out."""
     folder.mkdir(parents=True, exist_ok=True)
     for script in (SCRIPT, Path(dance_model.__file__)):
         shutil.copy(script, folder / script.name)
+    written = []
     for each in layers:
         with tempfile.TemporaryDirectory() as name:
-            path = _built(each, target, Path(name) / "layer")
+            try:
+                path = _built(each, target, Path(name) / "layer")
+            except DanceError as error:
+                print(f"{each.name} is left out: {error}")
+                continue
             with zipfile.ZipFile(folder / str(each.facts["file"]), "w", zipfile.ZIP_DEFLATED) as packed:
                 for file in sorted(path.iterdir()):
                     packed.write(file, file.name)
-    (folder / "layers.json").write_text(json.dumps([each.facts for each in layers], indent=1) + "\n")
+        written.append(each)
+    (folder / "layers.json").write_text(json.dumps([each.facts for each in written], indent=1) + "\n")
     return sum(file.stat().st_size for file in folder.iterdir())
 
 

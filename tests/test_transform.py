@@ -64,8 +64,8 @@ class Masked(nn.Module):
 SHAPES = {
     "channels": (2, 8, 1, 1, 1),
     "frames": (2, 1, 4, 1, 1),
-    "positions": (2, 1, 1, 6, 5),
-    "positions of each frame": (2, 1, 4, 6, 5),
+    "positions": (2, 1, 1, 12, 10),
+    "positions of each frame": (2, 1, 4, 12, 10),
 }
 
 
@@ -79,7 +79,7 @@ def masks(shape: tuple[int, ...]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("after", [None, nn.MaxPool3d(2), nn.AvgPool3d((1, 2, 2), (1, 2, 2))], ids=["", "max", "avg"])
 def test_mask_thins_both_convolutions(axis: str, after: nn.Module | None) -> None:
     network = integers(Masked(after))
-    x = torch.randint(-3, 4, (2, 4, 4, 6, 5)).float()
+    x = torch.randint(-3, 4, (2, 4, 4, 12, 10)).float()
     lowered, machine = compile_network(network, x, masks(SHAPES[axis])[0])
     first, second = [layer for layer in lowered.layers if layer.kind == "conv3d"]
     name = axis.split()[0]
@@ -159,7 +159,7 @@ class TwoReaders(nn.Module):
 @pytest.mark.parametrize("axis", SHAPES)
 def test_several_readers(axis: str, share: bool) -> None:
     network = integers(TwoReaders(share))
-    x = torch.randint(-3, 4, (2, 4, 4, 6, 5)).float()
+    x = torch.randint(-3, 4, (2, 4, 4, 12, 10)).float()
     mask = masks(SHAPES[axis])[0]
     lowered, machine = compile_network(network, x, mask)
     first = lowered.layers[0]
@@ -184,7 +184,7 @@ class Watched(nn.Module):
 @pytest.mark.parametrize("pool", [nn.MaxPool3d(2), nn.AvgPool3d((1, 2, 2)), nn.MaxPool3d(3, 1, 1)], ids=str)
 def test_a_pool_masks_what_it_reads(axis: str, pool: nn.Module) -> None:
     network = integers(Watched(pool, nn.Conv3d(8, 6, 3, padding=1)))
-    x = torch.randint(-3, 4, (2, 4, 4, 6, 5)).float()
+    x = torch.randint(-3, 4, (2, 4, 4, 12, 10)).float()
     lowered, machine = compile_network(network, x, masks(SHAPES[axis])[0])
     assert not any("multiply" in gvar.name_hint for gvar in lowered.mod.get_global_vars())
     for mask in masks(SHAPES[axis]):
@@ -195,7 +195,7 @@ def test_a_pool_masks_what_it_reads(axis: str, pool: nn.Module) -> None:
 
 def test_channels_that_a_pools_reader_looks_at_are_masked_before_it() -> None:
     grouped = integers(Watched(nn.MaxPool3d(2), nn.Conv3d(8, 8, 3, padding=1, groups=8)))
-    x = torch.randint(-3, 4, (2, 4, 4, 6, 5)).float()
+    x = torch.randint(-3, 4, (2, 4, 4, 12, 10)).float()
     mask = masks(SHAPES["channels"])[0]
     _, machine = compile_network(grouped, x, mask)
     with torch.no_grad():
