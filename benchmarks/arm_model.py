@@ -1,6 +1,7 @@
 """What half precision saves on Arm processors: instructions counted in emulation, cycles predicted from LLVM's models.
 
     python -m benchmarks.arm_model networks --json FILE      instructions of one call, float32 beside float16
+    python -m benchmarks.arm_model networks --only transnetv2 --frames 10       on a clip of so many frames
     python -m benchmarks.arm_model layers                    the same of single layers, per multiply-add
     python -m benchmarks.arm_model masks                     speed-up over dense ÷ reduction, in instructions, by type
     python -m benchmarks.arm_model peers --json FILE         networks in ONNX Runtime's and MNN's aarch64 wheels
@@ -86,6 +87,7 @@ class Loop:
 def networks(
     only: Annotated[str, typer.Option(help="comma-separated names")] = "c3d-mini,MobileNet 3D,x3d_xs",
     target: Annotated[str, typer.Option(help="what to build for; aarch64")] = "snapdragon",
+    frames: Annotated[int, typer.Option(help="of a clip of TransNetV2; 0: all of its 100, which takes hours")] = 0,
     out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
 ) -> None:
     """Print instructions of one call of each network, by type and convolution."""
@@ -93,21 +95,22 @@ def networks(
     rows: list[dict[str, str | int | float]] = []
     for name in only.split(","):
         for dtype, conv in BUILDS:
-            rows.append(
-                {"network": name, "dtype": dtype, "conv": conv, "instructions": _count(name, dtype, conv, target)}
-            )
+            network, inputs = _network(name)
+            if frames and name == "transnetv2":
+                inputs = tuple(clip[:, :frames] for clip in inputs)
+            count = _instructions(network, inputs, dtype, conv, target)
+            rows.append({"network": name, "dtype": dtype, "conv": conv, "instructions": count})
             typer.echo(f"{name} {dtype} {conv}: {rows[-1]['instructions']:,}", err=True)
             if out is not None:
-                out.write_text(json.dumps({"target": target, "threads": 1, "rows": rows}, indent=1) + "\n", "utf-8")
+                out.write_text(
+                    json.dumps({"target": target, "threads": 1, "frames": frames, "rows": rows}, indent=1) + "\n",
+                    "utf-8",
+                )
     table = Table("network", *(f"{dtype}, {conv}" for dtype, conv in BUILDS))
     for name in only.split(","):
         counted = [float(row["instructions"]) for row in rows if row["network"] == name]
         table.add_row(name, *(f"{count / 1e6:.1f} M ({count / counted[0]:.2f})" for count in counted))
     Console().print(table)
-
-
-def _count(name: str, dtype: Dtype, conv: Conv, target: str) -> int:
-    return _instructions(*_network(name), dtype, conv, target)
 
 
 def _network(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
@@ -236,7 +239,11 @@ def kernels(
 
 def _layers() -> Iterator[tuple[str, Layer]]:
     maps, pad = (4, 14, 14), (1, 1, 1)
-    yield "3×3×3, 64 channels", Layer(Window(1, maps, maps, (3, 3, 3), padding=pad), 64, 64)
+    for size in (maps, (8, 28, 28)):
+        yield (
+            f"3×3×3, 64 channels, {size[0]} × {size[1]} × {size[2]}",
+            Layer(Window(1, size, size, (3, 3, 3), padding=pad), 64, 64),
+        )
     yield "1×1×1, 96 channels", Layer(Window(1, maps, maps, (1, 1, 1)), 96, 96)
     yield "depthwise, 64 channels", Layer(Window(1, maps, maps, (3, 3, 3), padding=pad), 64, 64, 64)
     yield (

@@ -19,6 +19,10 @@ log1p               3 ulp
 sinh, cosh          5 ulp
 ==================  ==========================================================================
 
+``short_sigmoid``, ``short_silu`` and ``short_tanh`` are for float32 values that are rounded to half precision next,
+whose 11 bits need fewer terms: once rounded they are within 0.67 ulp of half precision, of which rounding takes 0.5.
+Whoever stores the result asks for them (:func:`short`).
+
 NaN stays NaN, infinities give what the limits are, and zeros keep their sign.
 """
 
@@ -36,6 +40,9 @@ from tvm.ir import _ffi_api
 
 #: (e^r - 1 - r) / r² for |r| ≤ log(2) / 2.
 EXP = (0.0013941146899014711, 0.00836319662630558, 0.04166637361049652, 0.16666576266288757, 0.5)
+#: 2^f for |f| ≤ 1 / 2 to 7.5e-5 of the value: SHORT_FACTOR (f + SHORT_ROOT) (f² + SHORT_SQUARE[0] f + SHORT_SQUARE[1]).
+SHORT_FACTOR, SHORT_ROOT = 0.05517141776019880, 2.3383462676451363
+SHORT_SQUARE = (2.0590605832452225, 7.750786855721693)
 #: (log(1 + x) - x + x² / 2) / x³ for 1 / √2 ≤ 1 + x ≤ √2 (Cephes).
 LOG = (
     *(7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1),
@@ -48,6 +55,12 @@ TANH_ABOVE = (
 )
 TANH_BELOW = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
 TANH_END = 7.90531110763549805
+#: The same to 3.3e-5 of the value, up to where the result is 1 in half precision.
+SHORT_TANH_ABOVE, SHORT_TANH_BELOW = (
+    (0.0007095575837070204, 0.10362376669459053, 0.9999679317717943),
+    (*(0.01319677941297293, 0.4367460750851799, 1.0),),
+)
+SHORT_TANH_END = 4.6
 #: erf(x) / x likewise.
 ERF_ABOVE = (
     *(-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05),
@@ -66,10 +79,12 @@ LOG2_HIGH, LOG2_LOW = 0.693359375, -2.12194440e-4
 ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000
 #: Beyond these e^x is infinite, and rounds to zero.
 EXP_MOST, EXP_LEAST = 89.0, -104.0
+#: Beyond these 1 + 2^t is infinite, and 1.
+SHORT_MOST, SHORT_LEAST = 129.0, -120.0
 #: The bits of 1 / √2, of a number's mantissa, and how many those are.
 HALF_ROOT_BITS, MANTISSA, MANTISSA_BITS = 0x3F3504F3, 0x007FFFFF, 23
 #: Lanes that vectors have; others are left to TVM.
-WIDTHS = (1, 2, 4, 8, 16)
+WIDTHS = (1, 2, 4, 8, 16, 32)
 
 FLOAT, INT, BOOL = "float", "i32", "i1"
 NAMES = {"+": ("fadd", "add"), "-": ("fsub", "sub"), "*": ("fmul", "mul"), "/": ("fdiv", "sdiv")}
@@ -170,6 +185,15 @@ def _clamped(x: _Value, least: float, most: float) -> _Value:
     return _select(x.compared("ogt", most), most, x)
 
 
+def _bounded(x: _Value, least: float, most: float) -> _Value:
+    """The same in one instruction for either bound on NEON and AVX alike, for bounds other than zero."""
+    for name, bound in (("maximum", least), ("minimum", most)):
+        kind = x.body.type(FLOAT)
+        function = f"@llvm.{name}.{f'v{x.body.lanes}' if x.body.lanes > 1 else ''}f32"
+        x = x.body.add(FLOAT, f"call {kind} {function}({kind} {x.name}, {kind} {x.body.operand(bound, FLOAT)})")
+    return x
+
+
 def _polynomial(x: _Value, factors: Sequence[float]) -> _Value:
     value = x * factors[0] + factors[1]
     for factor in factors[2:]:
@@ -240,6 +264,34 @@ def sigmoid(x: _Value) -> _Value:
     return 1.0 / (exp(0.0 - x) + 1.0)
 
 
+def _one_and_exponential(x: _Value) -> _Value:
+    """1 + e^-x in few instructions: 2^t = 2^n 2^f, of whose factors one is put into the exponent's bits."""
+    t = _bounded(x * (-1 / math.log(2)), SHORT_LEAST, SHORT_MOST)
+    moved = t + ROUNDER
+    f = t - (moved - ROUNDER)
+    linear, constant = SHORT_SQUARE
+    rest = ((f + linear) * f + constant) * (f + SHORT_ROOT)
+    factor = struct.unpack("<i", struct.pack("<f", SHORT_FACTOR))[0]
+    return (moved.seen_as(INT).shifted(MANTISSA_BITS) + factor).seen_as(FLOAT) * rest + 1.0
+
+
+def short_sigmoid(x: _Value) -> _Value:
+    """1 / (1 + e^-x) for a result in half precision."""
+    return 1.0 / _one_and_exponential(x)
+
+
+def short_silu(x: _Value) -> _Value:
+    """x / (1 + e^-x) for a result in half precision."""
+    return x / _one_and_exponential(x)
+
+
+def short_tanh(x: _Value) -> _Value:
+    """A quotient of polynomials for a result in half precision."""
+    x = _bounded(x, -SHORT_TANH_END, SHORT_TANH_END)
+    square = x * x
+    return x * _polynomial(square, SHORT_TANH_ABOVE) / _polynomial(square, SHORT_TANH_BELOW)
+
+
 def _exponentials(x: _Value) -> tuple[_Value, _Value]:
     """e^|x| / 2 and e^-|x| / 2, by halves, so that the first is infinite only where the result is."""
     size = _select(x.compared("olt", 0.0), 0.0 - x, x)
@@ -274,6 +326,12 @@ FUNCTIONS: dict[str, Callable[[_Value], _Value]] = {
     "sinh": sinh,
     "cosh": cosh,
 }
+#: Those whose results are rounded to half precision next.
+SHORT: dict[str, Callable[[_Value], _Value]] = {
+    "short_sigmoid": short_sigmoid,
+    "short_silu": short_silu,
+    "short_tanh": short_tanh,
+}
 
 
 @cache
@@ -282,7 +340,7 @@ def _text(name: str) -> str:
     functions = []
     for lanes in WIDTHS:
         body = _Body(lanes)
-        result, kind = FUNCTIONS[name](_Value(body, "%x", FLOAT)), body.type(FLOAT)
+        result, kind = (FUNCTIONS | SHORT)[name](_Value(body, "%x", FLOAT)), body.type(FLOAT)
         lines = "\n".join(body.lines)
         functions.append(
             f"define {kind} @{_symbol(name, lanes)}({kind} %x) {{\n{lines}\n  ret {kind} {result.name}\n}}"
@@ -294,13 +352,21 @@ def _symbol(name: str, lanes: int) -> str:
     return f"dance_{name}_f32x{lanes}"
 
 
+def short(name: str, x: tirx.Expr) -> tirx.Expr:
+    """One of ``SHORT`` of a float32 vector, for a kernel of a CPU that rounds its result to half precision."""
+    return tvm.ir.Call(tvm.ir.Op.get(f"dance.{name}"), [x], ret_ty=x.ty)
+
+
 def written_out(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """``func`` for a CPU with these functions of float32 in their own form, which comes with it."""
     used: set[str] = set()
 
     def replace(call: tvm.ir.Call) -> tvm.ir.Call:
-        name = str(getattr(call.op, "name", "")).removeprefix("tirx.")
-        if name not in FUNCTIONS or str(call.ty.dtype).partition("x")[0] != "float32":
+        space, _, name = str(getattr(call.op, "name", "")).partition(".")
+        if space == "dance" and name in SHORT:
+            used.add(name)
+            return call
+        if space != "tirx" or name not in FUNCTIONS or str(call.ty.dtype).partition("x")[0] != "float32":
             return call
         used.add(name)
         return tvm.ir.Call(tvm.ir.Op.get(f"dance.{name}"), call.args, ret_ty=call.ty)
@@ -331,7 +397,7 @@ def _lower(call: tvm.ir.Call) -> tvm.ir.Call:
 
 def _register() -> None:
     pure = 1  # tirx's CallEffectKind
-    for name in FUNCTIONS:
+    for name in FUNCTIONS | SHORT:
         _ffi_api.RegisterOp(f"dance.{name}", f"{name} by the vector")
         tvm.ir.register_op_attr(f"dance.{name}", "TCallEffectKind", pure)
         tvm.ir.register_op_attr(f"dance.{name}", "TVectorizable", True)

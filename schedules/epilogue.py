@@ -13,7 +13,8 @@ from typing import Any
 
 from tvm import tirx
 
-from .emit import ACTIVATIONS, FLOAT, Expr, at_least, at_most, cast, lanes, let, number, store, write
+from .elementary import short
+from .emit import ACTIVATIONS, FLOAT, Activation, Expr, at_least, at_most, cast, lanes, let, number, store, write
 
 #: An operand of a step: a vector, or a number that is known when compiling.
 Value = Any
@@ -117,6 +118,20 @@ STEPS: dict[str, Step] = {
 COMPARISONS = ("greater", "greater_equal", "less", "less_equal")
 
 
+def _short_gelu_tanh(x: Expr, count: int) -> Expr:
+    inner = x + x * x * x * number(0.044715, count)
+    return x * short("short_sigmoid", inner * number(2 * math.sqrt(2 / math.pi), count))  # 1 + tanh(u) = 2 sigmoid(2 u)
+
+
+#: Activations of results that are rounded to half precision, which need fewer terms.
+SHORT_ACTIVATIONS: dict[str, Activation] = {
+    "sigmoid": lambda x, _: short("short_sigmoid", x),
+    "silu": lambda x, _: short("short_silu", x),
+    "tanh(x)": lambda x, _: short("short_tanh", x),
+    "gelu_tanh(x)": _short_gelu_tanh,
+}
+
+
 def step_text(name: str, operands: Sequence[str | float]) -> str:
     """One step as a program has it; numbers keep all of their digits."""
     return f"{name}({', '.join(each if isinstance(each, str) else repr(float(each)) for each in operands)})"
@@ -137,13 +152,20 @@ def activate(activation: str, value: Expr, count: int) -> Expr:
 
 
 def write_activated(buffer: tirx.Buffer, activation: str, value: Expr, at: Expr, count: int) -> None:
-    """Store float32 values after the activation, as what ``buffer`` holds. Rounding changes no sign, so that halves are
-    rectified as they are stored: half as many instructions."""
+    """Store float32 values on a CPU after the activation, as what ``buffer`` holds. Rounding changes no sign, so that
+    halves are rectified as they are stored: half as many instructions."""
     if activation == "relu" and buffer.dtype != FLOAT:
         rounded = let(cast(value, str(buffer.dtype), count))
         store(buffer, at_least(0.0, rounded, count, str(buffer.dtype)), lanes(at, count))
         return
-    write(buffer, activate(activation, value, count), at, count)
+    write(buffer, activate_for(str(buffer.dtype), activation, value, count), at, count)
+
+
+def activate_for(dtype: str, activation: str, value: Expr, count: int) -> Expr:
+    """As :func:`activate`, for a CPU that stores the result as ``dtype``."""
+    if dtype != FLOAT and activation in SHORT_ACTIVATIONS:
+        return SHORT_ACTIVATIONS[activation](let(value), count)
+    return activate(activation, value, count)
 
 
 def _operand(text: str, x: Expr, found: Sequence[Expr]) -> Value:

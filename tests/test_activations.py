@@ -99,6 +99,13 @@ def test_every_activation_is_fused():
     assert not left_over(names)
 
 
+def test_silu_by_parts_is_the_named_one():
+    """Layers of one shape share a kernel where their activations are the same."""
+    parts = [Written(lambda x: x * torch.sigmoid(x)), Written(lambda x: torch.sigmoid(x) * x), nn.SiLU()]
+    _, names = compiled(Behind(*parts), torch.randn(1, 3, 2, 9, 9))
+    assert len([name for name in names if name.startswith("conv3d")]) == 1
+
+
 class Elsewhere(nn.Module):
     """Activations behind a depthwise layer, a linear one, norms and a convolution by Winograd's algorithm."""
 

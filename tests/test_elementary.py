@@ -16,7 +16,7 @@ from dance_tvm import build_network, open_device
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.frontend.importer import import_model
 from dance_tvm.machines.target import load_target
-from dance_tvm.schedules.elementary import FUNCTIONS, written_out
+from dance_tvm.schedules.elementary import FUNCTIONS, SHORT, short, written_out
 from dance_tvm.schedules.emit import argument, kernel, lanes, serial, store
 
 SIZE = 1 << 18
@@ -40,13 +40,13 @@ def applied(name: str, count: int, size: int = SIZE) -> tirx.PrimFunc:
         x, y = argument("x", (size,)), argument("y", (size,))
         with serial(size // count) as index:
             at = lanes(index * count, count)
-            store(y, getattr(tirx, name)(x[at]), at)
+            store(y, short(name, x[at]) if name in SHORT else getattr(tirx, name)(x[at]), at)
     return written_out(built.func)
 
 
 @pytest.fixture(scope="module")
 def machine_code() -> tvm.runtime.Module:
-    functions = {f"apply_{name}": applied(name, LANES) for name in FUNCTIONS}
+    functions = {f"apply_{name}": applied(name, LANES) for name in FUNCTIONS | SHORT}
     return tvm.compile(tvm.IRModule(functions), target=load_target("host").tvm_target(1))
 
 
@@ -84,10 +84,26 @@ def test_error_over_all_exponents(machine_code, name):
     assert np.abs(found[below].astype("float64") - rounded[below]).max(initial=0) <= 2 * 2.0**-149
 
 
+@pytest.mark.parametrize("name", SHORT)
+def test_what_half_precision_keeps_of_short_functions(machine_code, name):
+    """Two thirds of a unit in the last place at most once rounded, a half of which is the rounding itself."""
+    x, y = values(), tensor(np.zeros(SIZE, "float32"))
+    machine_code[f"apply_{name}"](tensor(x), y)
+    plain = name.removeprefix("short_")
+    exact = getattr(torch if hasattr(torch, plain) else nn.functional, plain)(torch.from_numpy(x).double()).numpy()
+    with np.errstate(over="ignore"):
+        found, rounded = y.numpy().astype("float16"), exact.astype("float16")
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(rounded))
+    np.testing.assert_array_equal(found[np.isinf(rounded)], rounded[np.isinf(rounded)])
+    finite = np.isfinite(rounded)
+    units = np.abs(found[finite] - exact[finite]) / np.spacing(np.abs(rounded[finite])).astype("float64")
+    assert units.max() < 0.67
+
+
 def test_signs_of_zero(machine_code):
     x, y = np.zeros(SIZE, "float32"), tensor(np.zeros(SIZE, "float32"))
     x[1] = -0.0
-    for name in ("tanh", "erf", "log1p"):
+    for name in ("tanh", "erf", "log1p", "short_tanh", "short_silu"):
         machine_code[f"apply_{name}"](tensor(x), y)
         assert np.signbit(y.numpy()[:2]).tolist() == [False, True], name
 
@@ -96,7 +112,7 @@ def test_signs_of_zero(machine_code):
 def test_no_lane_is_alone(processor):
     """Vectors all the way: no call of libm and no arithmetic of single values, on any kind of processor."""
     target, count = PROCESSORS[processor]
-    functions = {f"apply_{name}": applied(name, count, 16 * count) for name in FUNCTIONS}
+    functions = {f"apply_{name}": applied(name, count, 16 * count) for name in FUNCTIONS | SHORT}
     module = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(target))
     code = module.mod.inspect_source("asm")
     assert not LIBM.findall(code)

@@ -14,6 +14,9 @@ from dance_tvm.schedules.epilogue import STEPS, step_text
 #: Steps of one program: more than any activation of PyTorch takes.
 MOST_STEPS = 16
 
+#: Programs that are an activation with a name.
+SYNONYMS = {f"sigmoid(x); multiply({operands})": "silu" for operands in ("x, %0", "%0, x")}
+
 
 class Chain(NamedTuple):
     """``activation`` as :func:`~..schedules.epilogue.activate` takes it; ``bindings`` in order, the last one is the
@@ -46,7 +49,7 @@ def activation_behind(graph: Graph, var: relax.Var) -> Chain | None:
     if not best:
         return None
     program = "; ".join(list(steps.values())[:best])
-    name = program.removesuffix("(x)")
+    name = SYNONYMS.get(program, program.removesuffix("(x)"))
     return Chain(name if name in ACTIVATIONS else program, list(steps)[:best])
 
 

@@ -40,7 +40,7 @@ from ..emit import (
     when,
     write,
 )
-from ..epilogue import activate
+from ..epilogue import activate_for
 from ..kernel import Operand, Planned
 from ..plans import RowPlan
 from ..space import Space
@@ -402,7 +402,7 @@ class GatherEmitter:
         value = partial[lanes(source, count)]
         if self.residual is not None:
             value = value + read(self.residual, target, count)
-        value = activate(self.conv.activation, value, count)
+        value = activate_for(str(self.y.dtype), self.conv.activation, value, count)
         write(self.y, self._finished(value, channel, count), target, count)
 
     def _finished(self, value: Expr, channel: Expr, count: int) -> Expr:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..emit import FLOAT, Expr, flat, lanes, let, parallel, read, scratch, serial, short, splat, store, write
-from ..epilogue import activate
+from ..emit import FLOAT, Expr, flat, lanes, let, parallel, read, scratch, serial, short, splat, store
+from ..epilogue import write_activated
 from ..kernel import Kernel, Operand, constant, output
 from .moments import (
     DOUBLE,
@@ -149,7 +149,7 @@ class _Emitter:
         value = value * gain + added
         if self.residual is not None:
             value = value + read(self.residual, at, count)
-        write(self.y, activate(self.spec.activation, value, count), at, count)
+        write_activated(self.y, self.spec.activation, value, at, count)
 
     # -- channels innermost ------------------------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..emit import FLOAT, Expr, big, flat, let, parallel, read, scratch, serial, write
-from ..epilogue import activate
+from ..emit import FLOAT, Expr, big, flat, let, parallel, read, scratch, serial
+from ..epilogue import write_activated
 from ..geometry import Window
 from ..kernel import Count, Operand
 from ..space import Space
@@ -122,7 +122,7 @@ class _Emitter(RowTiles):
             with serial(-(-depth // count)) as vector:
                 at = let(tirx.min(vector * count, depth - count))  # the last vector overlaps the one before
                 value = read(self.x, here + at, count) * read(self.gate, factors + at, count)
-                write(made, activate(conv.before, value, count), target + at, count)
+                write_activated(made, conv.before, value, target + at, count)
         return made
 
     def _panels(self, start: Expr, rows: int, part: Expr, shape: tuple[int, int, int]) -> None:

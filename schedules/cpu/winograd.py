@@ -36,7 +36,7 @@ from ..emit import (
     when,
     write,
 )
-from ..epilogue import activate
+from ..epilogue import activate_for
 from ..kernel import Count, Operand, channels_mask
 from .channel_plan import ChannelPlan
 from .dead_outputs import zero_dead
@@ -368,7 +368,7 @@ class _Emitter:
         """Residual, activation and the store of the ``count`` channels from ``start`` on; zeros where they are dead."""
         if self.residual is not None:
             value = value + read(self.residual, start, count)
-        value = activate(self.conv.activation, value, count)
+        value = activate_for(str(self.y.dtype), self.conv.activation, value, count)
         if alive is not None:
             value = tirx.Select(alive != number(0.0, count), value, number(0.0, count))
         write(self.y, value, start, count)
