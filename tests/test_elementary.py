@@ -18,6 +18,7 @@ from dance_tvm.frontend.importer import import_model
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.elementary import FUNCTIONS, SHORT, short, written_out
 from dance_tvm.schedules.emit import argument, kernel, lanes, serial, store
+from dance_tvm.schedules.epilogue import activate_for
 
 SIZE = 1 << 18
 LANES = 8
@@ -97,6 +98,29 @@ def test_what_half_precision_keeps_of_short_functions(machine_code, name):
     np.testing.assert_array_equal(found[np.isinf(rounded)], rounded[np.isinf(rounded)])
     finite = np.isfinite(rounded)
     units = np.abs(found[finite] - exact[finite]) / np.spacing(np.abs(rounded[finite])).astype("float64")
+    assert units.max() < 0.67
+
+
+def test_what_half_precision_keeps_of_gelu_by_tanh():
+    """Of every number of half precision: the error of the short sigmoid, and that of x³ in float32 before it."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view("float16")
+    with kernel("apply_gelu") as built:
+        x, y = argument("x", halves.shape), argument("y", halves.shape)
+        with serial(halves.size // LANES) as index:
+            at = lanes(index * LANES, LANES)
+            store(y, activate_for("float16", "gelu_tanh(x)", x[at], LANES), at)
+    module = tvm.compile(
+        tvm.IRModule({"apply_gelu": written_out(built.func)}), target=load_target("host").tvm_target(1)
+    )
+    found = tensor(np.zeros(halves.shape, "float32"))
+    module["apply_gelu"](tensor(halves.astype("float32")), found)
+    exact = nn.functional.gelu(torch.from_numpy(halves).double(), approximate="tanh").numpy()
+    rounded = exact.astype("float16")
+    np.testing.assert_array_equal(np.isnan(found.numpy()), np.isnan(exact))
+    finite = np.isfinite(exact)
+    units = np.abs(found.numpy().astype("float16")[finite] - exact[finite]) / np.spacing(
+        np.abs(rounded[finite])
+    ).astype("float64")
     assert units.max() < 0.67
 
 
