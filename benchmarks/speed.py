@@ -136,8 +136,8 @@ def _about(measured: Mapping[str, Any]) -> str:
     return (
         f"Every network ran on all engines in turns, {threads} threads, float32, one clip, "
         f"{' and '.join(f'{day.day} {day:%B %Y}' for day in days)}, on an {machines.pop()}. Networks were pruned "
-        "by magnitude to the rates of RT3D's paper: time depends on the rates alone (for the accuracy of trained ones see "
-        "[docs/rt3d.md](docs/rt3d.md)). As shares of the fastest other engine's time:"
+        "by magnitude to the rates of RT3D's paper: time depends on the rates alone (for the accuracy of trained "
+        "ones see [docs/rt3d.md](docs/rt3d.md)). As shares of the fastest other engine's time:"
     )
 
 
