@@ -347,10 +347,10 @@ def test_clips_of_every_kind(sparse, tmp_path, clips):
     np.savez(tmp_path / "wrong.npz", x=np.zeros((5, 5)))
     with pytest.raises(DanceError, match=r"x has shape \(5, 5\)"):
         load_clips(str(tmp_path / "wrong.npz"), sparse.manifest)
-    with pytest.raises(DanceError, match="there is no file"):
+    with pytest.raises(DanceError, match="there is no input file"):
         load_clips(str(tmp_path / "none.npz"), sparse.manifest)
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 no archive")
-    with pytest.raises(DanceError, match=r"bad\.npz is no \.npz"):
+    with pytest.raises(DanceError, match=r"bad\.npz is not an \.npz"):
         load_clips(str(tmp_path / "bad.npz"), sparse.manifest)
     with pytest.raises(DanceError, match="holds no video"):
         load_clips(str(tmp_path), sparse.manifest)

@@ -1,4 +1,4 @@
-"""A fixed minute of the fuzzer, and that it would see, reduce and repeat what is wrong."""
+"""A fixed part of the fuzzer, and that it would see, reduce and repeat what is wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fuzz.runner import Worker
 from fuzz.script import script
 from fuzz.trial import Verdict, compare
 
-SEEDS = range(40)
+SEEDS = range(28)
 
 
 @pytest.fixture(scope="module")

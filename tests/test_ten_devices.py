@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import threading
 import time
 
@@ -81,7 +82,7 @@ def use_all_while_one_dies(port, servers, artifact, inputs, expected):
         thread.join(timeout=60)
     assert len(right) == COUNT - 1
     (failure,) = failures
-    assert "closed the connection while running: its server or network died" in failure
+    assert re.search("closed the connection while .*: its server or network died", failure)
     deadline = time.monotonic() + 20
     while [server.state for server in seen] != ["free"] * (COUNT - 1) and time.monotonic() < deadline:
         time.sleep(0.1)
