@@ -156,41 +156,46 @@ def masks(
     target: Annotated[str, typer.Option(help="what to build for; aarch64")] = "snapdragon",
     out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
 ) -> None:
-    """Print speed-up over the dense network of the same type ÷ reduction of multiply-adds, of masks in units."""
+    """Print, for masks in a type's units, speed-up over its dense network ÷ reduction of multiply-adds."""
     prepare_emulator()
-    network, (clip,) = models.create(name).eval(), models.example_inputs(name)
-    graph, _ = masked(network, models.entry(name).input_shape)
-    units = Path(tempfile.mkdtemp()) / "units.json"
-    units_command(name, target, 1, 1, units, True)
-    draw = drawer(name, read_units(units).sites)
-    drawn = {case.name: draw.draw(case, draw.density(case), 100) for case in CASES if case.whole}
-    shares = {case: draw.share(each) for case, each in drawn.items()}
-    full = tuple(mask for site in drawn["ones"][1:] for mask in site if mask is not None)
-    rows = []
-    for dtype in DTYPES:
-        dense = _instructions(network, (clip,), dtype, "direct", target)
-        with tempfile.TemporaryDirectory() as folder:
-            options = Options(threads=1, dtype=dtype, conv="direct")
-            inputs = (clip, *full)
-            artifact = build_network(
-                graph, Path(folder) / "masked", target=target, example_inputs=inputs, options=options, check=False
-            ).artifact
-            names = [tensor.name for tensor in artifact.manifest.inputs]
-            given = []
-            for each in drawn.values():
-                arrays = [mask.numpy() for site in each[1:] for mask in site if mask is not None]
-                given.append(dict(zip(names, [clip.numpy(), *arrays], strict=True)))
-            for case, count in zip(drawn, instructions(artifact, given), strict=True):
-                efficiency = dense / count * shares[case]
-                rows.append({"masks": case, "dtype": dtype, "share": shares[case], "efficiency": efficiency})
-                typer.echo(f"{case} {dtype}: {count:,} of {dense:,}, {shares[case]:.3f} left", err=True)
-    table = Table("masks", "MACs left", *DTYPES)
-    for case in drawn:
+    rows = [row for dtype in DTYPES for row in _masked_rows(name, dtype, target)]
+    table = Table("masks", *(head for dtype in DTYPES for head in (f"MACs left, {dtype}", dtype)))
+    for case in dict.fromkeys(row["masks"] for row in rows):
         cells = [row for row in rows if row["masks"] == case]
-        table.add_row(case, f"{shares[case]:.2f}", *(f"{row['efficiency']:.3f}" for row in cells))
+        table.add_row(case, *(cell for row in cells for cell in (f"{row['share']:.2f}", f"{row['efficiency']:.3f}")))
     Console().print(table)
     if out is not None:
         out.write_text(json.dumps({"target": target, "network": name, "rows": rows}, indent=1) + "\n", "utf-8")
+
+
+def _masked_rows(name: str, dtype: Dtype, target: str) -> Iterator[dict[str, str | float]]:
+    """Each case of masks in one type: the share of multiply-adds that they leave, and what of it is saved."""
+    network, (clip,) = models.create(name).eval(), models.example_inputs(name)
+    graph, _ = masked(network, models.entry(name).input_shape)
+    with tempfile.TemporaryDirectory() as folder:
+        units = Path(folder) / "units.json"
+        units_command(name, target, 1, 1, units, dtype=dtype)
+        draw = drawer(name, read_units(units).sites)
+        drawn = {case.name: draw.draw(case, draw.density(case), 100) for case in CASES if case.whole}
+        inputs = {
+            case: (clip, *(mask for site in each[1:] for mask in site if mask is not None))
+            for case, each in drawn.items()
+        }
+        artifact = build_network(
+            graph,
+            Path(folder) / "masked",
+            target=target,
+            example_inputs=inputs["ones"],
+            options=Options(threads=1, dtype=dtype),
+            check=False,
+        ).artifact
+        names = [tensor.name for tensor in artifact.manifest.inputs]
+        given = [dict(zip(names, (each.numpy() for each in of), strict=True)) for of in inputs.values()]
+        dense = _instructions(network, (clip,), dtype, "auto", target)
+        for case, count in zip(drawn, instructions(artifact, given), strict=True):
+            share = draw.share(drawn[case])
+            typer.echo(f"{case} {dtype}: {count:,} of {dense:,}, {share:.3f} left", err=True)
+            yield {"masks": case, "dtype": dtype, "share": share, "efficiency": dense / count * share}
 
 
 @app.command("peers")

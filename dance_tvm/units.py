@@ -42,6 +42,10 @@ def units(
     memory: Annotated[
         Literal["balanced", "fast"], typer.Option(help="As the build's: which kernels large layers may have.")
     ] = "balanced",
+    dtype: Annotated[
+        Literal["float32", "float16"],
+        typer.Option(help="As the build's: vectors hold twice as many channels in float16."),
+    ] = "float32",
 ) -> None:
     """Show, layer by layer, in which units frames, channels and positions can be left out, and the time that saves.
 
@@ -49,11 +53,13 @@ def units(
     Sites, where DANCE masks activations, take units that suit the layers before them; only networks of the zoo have
     sites.
     """
+    from dance_tvm.compiler.requests import require_buildable
     from dance_tvm.machines.target import load_target
     from dance_tvm.models.registry import names, require_source
 
     machine = load_target(target)
     require_source(model)
+    require_buildable(machine, dtype)
     if machine.gpu is not None:
         raise DanceError(f"{machine.name} is a GPU, whose kernels list single frames and channels: units are for CPUs")
     if out is not None and model not in names():
@@ -61,7 +67,7 @@ def units(
     count = threads or machine.threads
     with Progress(as_json) as progress:
         progress.phase("lower")
-        workloads = _convolutions(model, machine, count)
+        workloads = _convolutions(model, machine, count, dtype)
         progress.phase("predict")
         found = _served(workloads, machine, memory)
         try:
@@ -82,13 +88,13 @@ def units(
         _print_sites(sites)
 
 
-def _convolutions(model: str, machine: Target, threads: int) -> dict[str, Workload]:
+def _convolutions(model: str, machine: Target, threads: int, dtype: str) -> dict[str, Workload]:
     """What each convolution's kernel is chosen for, by the layer's name."""
     from dance_tvm.compiler.pipeline import Options, lower
     from dance_tvm.frontend import import_model
     from dance_tvm.schedules.workload import POOL
 
-    workloads = lower(import_model(model, check=False).mod, machine, Options(threads=threads)).workloads
+    workloads = lower(import_model(model, check=False).mod, machine, Options(threads=threads, dtype=dtype)).workloads
     found = {
         name: workload
         for name, workload in workloads.items()

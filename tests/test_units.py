@@ -255,3 +255,18 @@ def test_the_command_writes_what_training_reads(tmp_path: Path, capsys: pytest.C
     other.touch()
     with pytest.raises(DanceError, match="only networks of the zoo"):
         units_command(model=str(other), target="host", threads=1, kernels=1, out=file, as_json=False)
+
+
+def test_units_in_half_precision_are_vectors_of_twice_as_many_channels(tmp_path: Path) -> None:
+    """Where a direct kernel serves the layer: Winograd multiplies in float32 in either type."""
+    channels = {}
+    for dtype in ("float32", "float16"):
+        file = tmp_path / f"{dtype}.json"
+        units_command(model="c3d-mini", target="snapdragon", threads=1, out=file, dtype=dtype)
+        kernels = {layer.layer: layer for layer in read_units(file).layers}
+        channels[dtype] = {layer.kernel: layer.unit_channels for layer in kernels.values()}
+    assert set(channels["float32"].values()) == {4}
+    assert channels["float16"]["direct"] == 8
+    assert {lanes for kernel, lanes in channels["float16"].items() if kernel != "direct"} <= {4}
+    with pytest.raises(DanceError, match="cannot compute in half precision"):
+        units_command(model="c3d-mini", target="opencl", dtype="float16")

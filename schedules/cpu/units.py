@@ -61,9 +61,10 @@ def servings(workload: Workload, machine: Machine, limits: Limits = UNLIMITED) -
     """
     kernels = {axis: _candidates(_masked(workload, lists), machine, limits) for axis, lists in AXES.items()}
     tiles = set.intersection(*(set(candidates) for candidates in kernels.values()))
-    channels = min(machine.vector_floats, workload.channels_out)
 
     def serving(m: Triple) -> Serving:
+        multiplying = machine.storing(workload.dtype) if m == DIRECT else machine  # Winograd multiplies in float32
+        channels = min(multiplying.vector_floats, workload.channels_out)
         seconds = {
             axis: tuple(min(_seconds(conv, machine, workload.threads, share) for conv in of[m]) for share in SHARES)
             for axis, of in kernels.items()
