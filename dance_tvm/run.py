@@ -231,7 +231,13 @@ def _print(
         best = _top(results, manifest, labels, top)
         classes = ", ".join(f"{each['label'] or each['class']} {each['score']:.3f}" for each in best)
         rows.append([name, f"{1e3 * seconds:.1f}", classes])
-    print_table(["window", "ms", "highest scores"], rows, f"{manifest.name} on {device}")
+    if any(row[-1] for row in rows):
+        print_table(["window", "ms", "highest scores"], rows, f"{manifest.name} on {device}")
+        return
+    print_table(["window", "ms"], [row[:2] for row in rows], f"{manifest.name} on {device}")
+    typer.echo(
+        "no output is said to hold class scores: name its classes by --labels, or keep what it gives by --outputs"
+    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dance_tvm.schedules.workload import Workload
     from dance_tvm.sparsity.units import Units
 
+Dtype = Literal["float32", "float16"]
+
 app = application()
 
 
@@ -88,7 +90,7 @@ def units(
         _print_sites(sites)
 
 
-def _convolutions(model: str, machine: Target, threads: int, dtype: str) -> dict[str, Workload]:
+def _convolutions(model: str, machine: Target, threads: int, dtype: Dtype) -> dict[str, Workload]:
     """What each convolution's kernel is chosen for, by the layer's name."""
     from dance_tvm.compiler.pipeline import Options, lower
     from dance_tvm.frontend import import_model
@@ -163,7 +165,8 @@ def _print_layers(found: dict[str, list[Serving]], kernels: int) -> None:
     print_table(
         [*heads, *(f"½ {axis}" for axis in AXES)],
         rows,
-        title="units that each layer's kernel can leave out, and how many times as fast half of them is predicted",
+        title="units that each layer's kernel can leave out, and how many times as fast half of them is predicted, "
+        "read and written",
     )
 
 

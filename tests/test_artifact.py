@@ -212,6 +212,18 @@ def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_what_else_stands_in_an_artifact_is_not_taken_away(tmp_path):
+    out = tmp_path / "out"
+    write(out)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(DanceError, match=r"has notes\.txt beside its artifact"):
+        write(out, name="another")
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(DanceError, match="is a file, and an artifact is a folder"):
+        write(out / "notes.txt")
+
+
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DanceError, match="cannot be written"):

@@ -186,4 +186,8 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence(host, network, tmp_path)
     assert "--target snapdragon" in refusal(host, "--format", "android", "--out", tmp_path / "b")
     (tmp_path / "c").mkdir()
     assert "is there already" in refusal(host, "--out", tmp_path / "c")
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["c"]
+    (tmp_path / "file").touch()
+    for form in ("c", "wheel"):
+        assert "cannot be written" in refusal(host, "--format", form, "--out", tmp_path / "file" / "x")
+    assert "is no version of a wheel" in refusal(host, "--format", "wheel", "--version", "x.y", "--out", tmp_path / "d")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["c", "file"]

@@ -18,6 +18,8 @@ from dance_tvm.core.errors import DanceError
 Format = Literal["c", "android", "wheel"]
 
 #: Names that pip knows machines by: wheels for glibc 2.17 or newer.
+#: A version by PEP 440, without epochs.
+_VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9]+(\.[a-z0-9]+)*)?")
 _PLATFORM = "manylinux2014_{machine}"
 _MODULE = """\"\"\"The network {name}, compiled by dance_tvm; needs numpy alone.\"\"\"
 
@@ -45,8 +47,15 @@ _ANDROID_MANIFEST = """<manifest xmlns:android="http://schemas.android.com/apk/r
 def pack(artifact: Artifact, out: Path, form: Format, version: str = "1.0.0") -> Path:
     """Write the verified ``artifact`` to ``out`` in the given form; gives the folder or file written.
 
-    Raises DanceError where the artifact does not fit the form, or ``out`` exists.
+    Raises DanceError where the artifact does not fit the form, or ``out`` exists or cannot be written.
     """
+    try:
+        return _packed(artifact, out, form, version)
+    except OSError as error:
+        raise DanceError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
+
+
+def _packed(artifact: Artifact, out: Path, form: Format, version: str) -> Path:
     forms: dict[str, Callable[[Artifact, Path], None]] = {"c": _c, "android": _android}
     if form == "wheel":
         return _wheel(artifact, out, version)
@@ -96,6 +105,8 @@ def _android(artifact: Artifact, out: Path) -> None:
 
 
 def _wheel(artifact: Artifact, out: Path, version: str) -> Path:
+    if not _VERSION.fullmatch(version):
+        raise DanceError(f"--version {version} is no version of a wheel: give one as 1.2.0 or 1.2.0rc1")
     name = re.sub(r"[^a-z0-9]+", "_", artifact.manifest.name.lower()).strip("_")
     if not name or name[0].isdigit():
         name = f"network_{name}"

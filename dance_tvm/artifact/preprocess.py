@@ -60,6 +60,8 @@ def read_preprocess(path: Path) -> Preprocess:
     """Read the file. Raises DanceError where it is none or a field is wrong."""
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DanceError(f"there is no file {path} (--preprocess): check the path") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DanceError(f"--preprocess {path} cannot be read as TOML: {error}") from None
     return preprocess_of(fields, f"--preprocess {path}: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -88,8 +89,29 @@ def _prefix(target: Path) -> str:
 
 
 def _require_free(target: Path) -> None:
-    if target.exists() and not (target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))):
-        raise DanceError(f"{target} is there and is not an artifact: choose another --out, or remove it")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise DanceError(f"{target} is a file, and an artifact is a folder: choose another --out")
+    if not (target / MANIFEST).is_file():
+        if any(target.iterdir()):
+            raise DanceError(f"{target} is there and is not an artifact: choose another --out, or remove it")
+        return
+    if others := _not_of_an_artifact(target):
+        named = f"{', '.join(others[:3])}{' …' if others[3:] else ''}"
+        raise DanceError(
+            f"{target} has {named} beside its artifact, which a new one there would take away: move what is yours, or "
+            "choose another --out"
+        )
+
+
+def _not_of_an_artifact(folder: Path) -> list[str]:
+    """What stands in ``folder`` that its manifest does not list; nothing is told of a manifest that cannot be read."""
+    try:
+        own = {str(name).partition("/")[0] for name in json.loads((folder / MANIFEST).read_bytes())["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.name not in own | {MANIFEST})
 
 
 def _prepare(target: Path) -> Path:

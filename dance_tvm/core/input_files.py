@@ -11,6 +11,9 @@ import numpy as np
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import Spec
 
+#: Names that a sentence lists.
+_MOST_NAMES = 5
+
 
 def read_inputs(path: Path, specs: Sequence[Spec], network: str) -> dict[str, np.ndarray]:
     """The arrays of ``path`` by the names of ``specs``; a single input may have any name.
@@ -24,7 +27,9 @@ def read_inputs(path: Path, specs: Sequence[Spec], network: str) -> dict[str, np
     missing, unexpected = sorted(set(wanted) - set(arrays)), sorted(set(arrays) - set(wanted))
     if missing or unexpected:
         problem = " and ".join(
-            f"{kind} {', '.join(names)}" for kind, names in (("lacks", missing), ("has unknown", unexpected)) if names
+            f"{kind} {', '.join(names[:_MOST_NAMES])}{' …' if names[_MOST_NAMES:] else ''}"
+            for kind, names in (("lacks", missing), ("has unknown", unexpected))
+            if names
         )
         raise DanceError(f"{path} {problem}: {network} takes {', '.join(wanted)}")
     for name, spec in wanted.items():
@@ -33,6 +38,7 @@ def read_inputs(path: Path, specs: Sequence[Spec], network: str) -> dict[str, np
             raise DanceError(
                 f"{path}: {name} must be {spec.dtype} of shape {tuple(spec.shape)}, "
                 f"not {array.dtype} of shape {array.shape}"
+                + (f": convert it by .astype('{spec.dtype}')" if array.shape == tuple(spec.shape) else "")
             )
     return {name: arrays[name] for name in wanted}
 

@@ -226,6 +226,11 @@ def _package(name: str) -> Any:
 
 def _plain(place: str, name: str) -> nn.Module:
     """What ``name`` of the module ``place`` is or, called without arguments, gives."""
+    if "/" in place or place.endswith(".py"):
+        module = Path(place)
+        raise DanceError(
+            f"{place}:{name} names a file: give {module.stem}:{name}, in the folder {module.parent.absolute()}"
+        )
     sys.path.insert(0, str(Path.cwd()))
     try:
         made = getattr(importlib.import_module(place), name)
