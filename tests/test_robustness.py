@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -146,26 +147,23 @@ def write_and_fail(out: Path, content: str) -> None:
 
 def test_a_place_asked_for_is_not_taken_from_under_another_build(tmp_path):
     """One build asks for `runs/b` and fails while another writes `runs/a`, again and again: both may make `runs`."""
-    stop, asked = threading.Event(), []
+    stop = threading.Event()
 
     def ask() -> None:
         while not stop.is_set():
-            asked.append(False)
             staging.require_writable(tmp_path / "runs" / "b")
             with pytest.raises(InterruptedError):
                 write_and_fail(tmp_path / "runs" / "b", "")
-            asked[-1] = True
 
-    other = threading.Thread(target=ask)
-    other.start()
-    try:
-        for number in range(100):
-            with pytest.raises(InterruptedError):
-                write_and_fail(tmp_path / "runs" / "a", str(number))
-    finally:
-        stop.set()
-        other.join()
-    assert all(asked)
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        try:
+            for number in range(300):
+                with pytest.raises(InterruptedError):
+                    write_and_fail(tmp_path / "runs" / "a", str(number))
+        finally:
+            stop.set()
+        asking.result()  # raises what was refused there
     assert not list(tmp_path.glob("runs/*"))
 
 

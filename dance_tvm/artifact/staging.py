@@ -22,7 +22,7 @@ _PARTIAL = ".partial-"
 
 _LITTLE_SPACE = 64 * 1024
 
-_ATTEMPTS = 10
+_ATTEMPTS = 100
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -67,7 +67,7 @@ def require_writable(out: str | Path) -> None:
 def _again(action: Callable[[], _Result]) -> _Result:
     """Repeat what needs a parent folder: a build that fails takes those that it made away, if they are empty."""
     for _ in range(_ATTEMPTS):
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, FileExistsError):  # mkdir sees it stand, and a moment later it is gone
             return action()
     return action()
 
@@ -118,7 +118,7 @@ def _prepare(target: Path) -> Path:
     """A new folder beside ``target``, after what killed builds left there is gone."""
     _require_free(target)
     prefix = f".{target.name}{_PARTIAL}"
-    for leftover in target.parent.glob(f"{prefix}*"):
+    for leftover in _again(lambda: list(target.parent.glob(f"{prefix}*"))):
         owner = leftover.name.removeprefix(prefix).split("-")[0]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
             shutil.rmtree(leftover, ignore_errors=True)  # of a build that was killed
