@@ -19,6 +19,8 @@ from .winograd_plan import WinogradPlan
 #: Cycles of one core per vector that is transformed and stored, fitted to layers of C3D and R(2+1)D: inputs, products,
 #: and more for each of the planes that one tile is spread over, as every plane lies in a page of its own.
 INPUT_CYCLES, OUTPUT_CYCLES, PLANE_CYCLES = 5.0, 4.0, 0.02
+#: The same of weights that are transformed in every call, in float64.
+WEIGHT_CYCLES = 6.0
 #: Cycles to start a register tile: its list entries, its addresses and the end of its loops.
 TILE_CYCLES = 40.0
 #: Seconds until the threads have met at the end of a phase.
@@ -31,8 +33,9 @@ ONE_CORE_SHARE = 0.6
 CACHE_RATE = 3.0
 #: Bytes of a last-level cache on which one network may count: servers have larger ones, but share them among many.
 MOST_SHARED_CACHE = 32 << 20
-#: Share of a cache that the scratch of a chunk may fill before it is taken to spill.
-SCRATCH_SHARE = 0.6
+#: Share of a cache that the scratch of a chunk may fill before it is taken to spill. One thread's second-level cache
+#: holds weights, inputs and outputs of the chunk as well, of which each of several threads has a part.
+SCRATCH_SHARE, SCRATCH_SHARE_OF_ONE = 0.6, 0.4
 #: Share of the direct kernel's rate that the columns of kernel groups reach (docs/rt3d.md).
 KERNEL_GROUP_EFFICIENCY = 0.9
 #: Cycles to copy one weight into a panel: of single output channels, or of rows for listed input channels.
@@ -66,10 +69,21 @@ def memory_rate(machine: Machine, threads: int) -> float:
     return 1e9 * machine.memory_gb_per_s * min(1.0, ONE_CORE_SHARE * threads)
 
 
+def holds_weights(machine: Machine, weight_bytes: int) -> bool:
+    """Whether the last level of cache holds a network's weights from one call to the next, twice their bytes where they
+    are prepared, beside activations of their size."""
+    return weight_bytes <= _l3(machine) / 4
+
+
+def weights_rate(machine: Machine, threads: int) -> float:
+    """Bytes per second that the threads get of weights that the call has not read before."""
+    return memory_rate(machine, threads) * (CACHE_RATE if machine.weights_cached else 1.0)
+
+
 def _with_traffic(machine: Machine, threads: int, cycles: float, weight_bytes: float) -> float:
-    """Seconds of arithmetic shared out over the threads beside weights that stream in from memory."""
+    """Seconds of arithmetic shared out over the threads beside weights that stream in."""
     arithmetic = cycles * seconds_per_cycle(machine) / threads
-    traffic = weight_bytes / memory_rate(machine, threads)
+    traffic = weight_bytes / weights_rate(machine, threads)
     return max(arithmetic, traffic) + NOT_HIDDEN * min(arithmetic, traffic)
 
 
@@ -105,7 +119,8 @@ def direct_seconds(
     elements = window.taps * conv.depth * conv.channels_out * _channel_share(conv, density)
     blocks = max(1.0, window.positions_out * _row_share(plan, density) / plan.samples / (tile.mr * tile.block_tiles))
     cycles += gather_cycles(conv, elements) * plan.samples * blocks
-    repeats = 1 + (plan.samples - 1) / (1 if machine.element_bytes * elements > machine.l3 / 2 else CACHE_RATE)
+    nearer = not machine.weights_cached and machine.element_bytes * elements <= machine.l3 / 2
+    repeats = 1 + (plan.samples - 1) / (CACHE_RATE if nearer else 1)
     weights = float(machine.element_bytes) * window.taps * conv.depth * conv.channels_out * share * repeats
     panels = math.ceil(conv.panels * (density if conv.live_out else 1.0))
     tiles = row_tiles(window, tile.mr, _row_share(plan, density)) / plan.samples
@@ -130,7 +145,7 @@ def _row_share(plan: RowPlan, density: float) -> float:
 @dataclass(frozen=True)
 class WinogradParts:
     """Of a chunk that is full: cycles of its products, of transforms on either side; bytes of weights that it reads,
-    and how many times faster than from memory they come once an earlier chunk has read them."""
+    and how many times faster they come once an earlier chunk has read them."""
 
     multiply: float
     read: float
@@ -164,9 +179,16 @@ def winograd_parts(
         read=vectors_in * (INPUT_CYCLES + planes),
         write=vectors_out * (OUTPUT_CYCLES + planes),
         weights=weights,
-        # from memory, from the last level that the cores share, or from a core's own cache
-        nearer=1.0 if weights > _l3(machine) / 2 else CACHE_RATE if weights > machine.l2 / 2 else math.inf,
+        nearer=_nearer(machine, weights),
     )
+
+
+def _nearer(machine: Machine, weights: float) -> float:
+    """How many times faster weights come once they were read: from a core's own cache, from the last level that the
+    cores share, or from where they were."""
+    if weights <= machine.l2 / 2:
+        return math.inf
+    return 1.0 if machine.weights_cached or weights > _l3(machine) / 2 else CACHE_RATE
 
 
 def winograd_seconds(
@@ -189,9 +211,19 @@ def winograd_seconds(
     return seconds + chunks * chunk_seconds(conv.scratch_bytes, machine, threads)
 
 
+def transform_seconds(stored: int, machine: Machine, threads: int) -> float:
+    """To transform weights into ``stored`` bytes; reading them again counts as with weights that are kept.
+
+    A line that is written is fetched first, and goes back at some time.
+    """
+    cycles = stored / (4 * machine.vector_floats) * WEIGHT_CYCLES
+    rate = memory_rate(machine, threads) * (CACHE_RATE if stored <= _l3(machine) / 2 else 1.0)
+    return cycles * seconds_per_cycle(machine) / threads + 2 * stored / rate
+
+
 def chunk_seconds(scratch_bytes: int, machine: Machine, threads: int) -> float:
-    """What a chunk takes beside products and transforms."""
-    return 3 * BARRIER_SECONDS + _spill_seconds(scratch_bytes, machine, threads)
+    """What a chunk takes beside products and transforms; one thread waits for no other."""
+    return (3 * BARRIER_SECONDS if threads > 1 else 0.0) + _spill_seconds(scratch_bytes, machine, threads)
 
 
 def _live_share(plan: WinogradPlan, density: float, whole_tiles: bool) -> float:
@@ -214,7 +246,7 @@ def runs(plan: WinogradPlan) -> list[tuple[int, int]]:
 
 def _spill_seconds(scratch_bytes: int, machine: Machine, threads: int) -> float:
     """Time to write the scratch of a chunk and read it back, beyond what the second-level cache hides."""
-    if scratch_bytes <= SCRATCH_SHARE * machine.l2:
+    if scratch_bytes <= (SCRATCH_SHARE if threads > 1 else SCRATCH_SHARE_OF_ONE) * machine.l2:
         return 0.0
     cached = scratch_bytes <= SCRATCH_SHARE * _l3(machine)
     return 2.0 * scratch_bytes / (memory_rate(machine, threads) * (CACHE_RATE if cached else 1.0))
