@@ -110,10 +110,10 @@ def _convolutions(model: str, machine: Target, threads: int, dtype: Dtype) -> di
 def _served(workloads: dict[str, Workload], machine: Target, memory: Memory) -> dict[str, list[Serving]]:
     """The kernels that could serve each layer, the best first."""
     from dance_tvm.lowering.choose_kernel import limits_of
-    from dance_tvm.lowering.machine import machine_of, seen_by
+    from dance_tvm.lowering.machine import machine_of
     from dance_tvm.schedules.cpu.units import servings
 
-    facts = seen_by(machine_of(machine), sum(workload.weight_bytes for workload in workloads.values()))
+    facts = machine_of(machine)
     return {
         name: servings(workload, facts, limits_of(memory, workload.weight_bytes))
         for name, workload in workloads.items()

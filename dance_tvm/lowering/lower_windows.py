@@ -39,7 +39,6 @@ from .describe_layers import describe, why_dense
 from .gates import absorb_gates
 from .half_range import HalfRange
 from .lowered import LayerCall
-from .machine import seen_by
 from .masks import Masks
 from .plan_lists import Given, Lists, Values, counted
 from .registry import kernels_of
@@ -88,8 +87,6 @@ def lower_windows(
     cpu = isinstance(machine, Machine)
     lists = SampleLists(machine, threads, convolution) if isinstance(machine, Machine) else None
     sites = Sites.of(graph, liveness, lists, pools_skip=cpu)
-    if isinstance(machine, Machine):
-        machine = seen_by(machine, sum(site.weight.nbytes for site in sites.by_end.values()))
     chains = find_chains(graph, liveness, sites) if cpu else []
     used = threads if cpu else 1
     chooser = Chooser(machine, sites, used, dtype, convolution, sparsity, tuning, group, group_cost, memory)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dance_tvm.schedules.cpu.cost import holds_weights
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.gpu.tiles import Gpu
 
@@ -27,11 +25,6 @@ def machine_of(target: Target) -> Machine:
         gflops=2 * target.vector.floats * max(cores),
         memory_gb_per_s=target.memory_gb_per_s,
     )
-
-
-def seen_by(machine: Machine, weight_bytes: int) -> Machine:
-    """The machine as a network of so many bytes of weights finds it."""
-    return replace(machine, weights_cached=holds_weights(machine, weight_bytes))
 
 
 def gpu_of(target: Target) -> Gpu | None:

@@ -69,21 +69,10 @@ def memory_rate(machine: Machine, threads: int) -> float:
     return 1e9 * machine.memory_gb_per_s * min(1.0, ONE_CORE_SHARE * threads)
 
 
-def holds_weights(machine: Machine, weight_bytes: int) -> bool:
-    """Whether the last level of cache holds a network's weights from one call to the next, twice their bytes where they
-    are prepared, beside activations of their size."""
-    return weight_bytes <= _l3(machine) / 4
-
-
-def weights_rate(machine: Machine, threads: int) -> float:
-    """Bytes per second that the threads get of weights that the call has not read before."""
-    return memory_rate(machine, threads) * (CACHE_RATE if machine.weights_cached else 1.0)
-
-
 def _with_traffic(machine: Machine, threads: int, cycles: float, weight_bytes: float) -> float:
-    """Seconds of arithmetic shared out over the threads beside weights that stream in."""
+    """Seconds of arithmetic shared out over the threads beside weights that stream in from memory."""
     arithmetic = cycles * seconds_per_cycle(machine) / threads
-    traffic = weight_bytes / weights_rate(machine, threads)
+    traffic = weight_bytes / memory_rate(machine, threads)
     return max(arithmetic, traffic) + NOT_HIDDEN * min(arithmetic, traffic)
 
 
@@ -119,8 +108,7 @@ def direct_seconds(
     elements = window.taps * conv.depth * conv.channels_out * _channel_share(conv, density)
     blocks = max(1.0, window.positions_out * _row_share(plan, density) / plan.samples / (tile.mr * tile.block_tiles))
     cycles += gather_cycles(conv, elements) * plan.samples * blocks
-    nearer = not machine.weights_cached and machine.element_bytes * elements <= machine.l3 / 2
-    repeats = 1 + (plan.samples - 1) / (CACHE_RATE if nearer else 1)
+    repeats = 1 + (plan.samples - 1) / (1 if machine.element_bytes * elements > machine.l3 / 2 else CACHE_RATE)
     weights = float(machine.element_bytes) * window.taps * conv.depth * conv.channels_out * share * repeats
     panels = math.ceil(conv.panels * (density if conv.live_out else 1.0))
     tiles = row_tiles(window, tile.mr, _row_share(plan, density)) / plan.samples
@@ -145,7 +133,7 @@ def _row_share(plan: RowPlan, density: float) -> float:
 @dataclass(frozen=True)
 class WinogradParts:
     """Of a chunk that is full: cycles of its products, of transforms on either side; bytes of weights that it reads,
-    and how many times faster they come once an earlier chunk has read them."""
+    and how many times faster than from memory they come once an earlier chunk has read them."""
 
     multiply: float
     read: float
@@ -179,16 +167,9 @@ def winograd_parts(
         read=vectors_in * (INPUT_CYCLES + planes),
         write=vectors_out * (OUTPUT_CYCLES + planes),
         weights=weights,
-        nearer=_nearer(machine, weights),
+        # from memory, from the last level that the cores share, or from a core's own cache
+        nearer=1.0 if weights > _l3(machine) / 2 else CACHE_RATE if weights > machine.l2 / 2 else math.inf,
     )
-
-
-def _nearer(machine: Machine, weights: float) -> float:
-    """How many times faster weights come once they were read: from a core's own cache, from the last level that the
-    cores share, or from where they were."""
-    if weights <= machine.l2 / 2:
-        return math.inf
-    return 1.0 if machine.weights_cached or weights > _l3(machine) / 2 else CACHE_RATE
 
 
 def winograd_seconds(

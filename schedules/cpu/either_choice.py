@@ -12,9 +12,9 @@ from .cost import (
     TILE_CYCLES,
     chunk_seconds,
     gather_cycles,
+    memory_rate,
     seconds_per_cycle,
     tiles_filled,
-    weights_rate,
     winograd_parts,
 )
 from .either import Decision, Either
@@ -79,7 +79,7 @@ def _scattered(
 def winograd_costs(conv: WinogradConv, machine: Machine, threads: int) -> Costs:
     """What the model of time says of a Winograd kernel."""
     parts, chunks = winograd_parts(conv, conv.tile, conv.plan, machine), conv.plan.chunks
-    cycle, byte = seconds_per_cycle(machine) / threads, 1 / weights_rate(machine, threads)
+    cycle, byte = seconds_per_cycle(machine) / threads, 1 / memory_rate(machine, threads)
     return Costs(
         multiply=parts.multiply * chunks * cycle,
         weights=parts.weights * (1 - 1 / parts.nearer) * byte,
@@ -94,7 +94,7 @@ def winograd_costs(conv: WinogradConv, machine: Machine, threads: int) -> Costs:
 def direct_costs(conv: GatherConv, machine: Machine, threads: int) -> Costs:
     """The same of a direct kernel, so much slower that a call runs it only where it is ``CLEARLY`` faster."""
     window, tile = conv.window, conv.tile
-    cycle, byte = seconds_per_cycle(machine) / threads / CLEARLY, 1 / weights_rate(machine, threads) / CLEARLY
+    cycle, byte = seconds_per_cycle(machine) / threads / CLEARLY, 1 / memory_rate(machine, threads) / CLEARLY
     cycles = predicted_cycles(machine, window.positions_out, conv.channels_out, (tile.mr, tile.vectors, tile.step))
     cycles *= window.tap_positions / window.positions_out * conv.channels_in / tiles_filled(window, tile.mr, 0.5)
     elements = window.taps * conv.channels_in * conv.channels_out

@@ -47,7 +47,6 @@ class Machine:
     element_bytes: int = 4  #: of activations and weights
     most_rows: int = 16  #: of a register tile
     most_terms: int = 1 << 30  #: products that a register of sums adds up before they are put back
-    weights_cached: bool = False  #: those of the network stay in the last level of cache from one call to the next
 
     def storing(self, dtype: str) -> Machine:
         """The same machine as kernels see it that multiply what is stored as ``dtype``."""
