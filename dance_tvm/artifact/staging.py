@@ -72,12 +72,6 @@ def _again(action: Callable[[], _Result]) -> _Result:
     return action()
 
 
-def require_free(out: str | Path) -> None:
-    """Raise DanceError where something stands that is not an artifact; nothing is written."""
-    with suppress(OSError):  # what may not be looked into is refused when it is to be written
-        _require_free(_place(out))
-
-
 def _place(out: str | Path) -> Path:
     """Where the folder itself stands or will stand: a link to it, as to another disk, stays a link."""
     return Path(os.path.realpath(out))
