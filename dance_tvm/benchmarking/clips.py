@@ -14,7 +14,7 @@ from dance_tvm.artifact.folder import Manifest, Tensor
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.input_files import read_archive
-from dance_tvm.sparsity.data_names import require_data
+from dance_tvm.sparsity.data_names import require_av, require_data
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 VIDEOS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v"}
@@ -176,7 +176,8 @@ def windows_of(
 
 
 def require_video_input(manifest: Manifest, preprocess: Preprocess | None = None) -> None:
-    """Raise DanceError where frames of a video, prepared so, cannot be the network's input."""
+    """Raise DanceError where frames of a video, prepared so, cannot be the network's input, or none can be decoded."""
+    require_av()
     if len(manifest.inputs) != 1:
         raise DanceError(f"{manifest.name} takes {len(manifest.inputs)} inputs: a video makes one")
     tensor, chosen = manifest.inputs[0], preprocess or manifest.preprocess

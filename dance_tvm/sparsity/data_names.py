@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -62,9 +63,24 @@ def parse_data(spec: str, option: str = "--data") -> tuple[Reader, str, Options]
     return reader, path, options
 
 
+def require_packages(reader: Reader) -> None:
+    """Raise DanceError where the package that makes or decodes the clips is not installed."""
+    if reader.path == "none" and find_spec("sklearn") is None:
+        raise DanceError("motion digits need scikit-learn; install it with: pip install 'dance-tvm[train]'")
+    if reader.path != "none":
+        require_av()
+
+
+def require_av() -> None:
+    """Raise DanceError where videos cannot be decoded."""
+    if find_spec("av") is None:
+        raise DanceError("reading videos needs PyAV; install it with: pip install 'dance-tvm[train]'")
+
+
 def require_data(spec: str, option: str = "--data") -> None:
     """Raise DanceError for clips that have no such name or are not there."""
     reader, path, _ = parse_data(spec, option)
+    require_packages(reader)
     place = Path(path)
     if reader.path == "folder" and not place.is_dir():
         raise DanceError(f"{option} {spec}: there is no folder {place}")
