@@ -15,6 +15,7 @@ from typing import TypeVar
 import psutil
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.files import PROBE
 
 #: What makes a folder an artifact.
 MANIFEST = "manifest.json"
@@ -59,7 +60,7 @@ def require_writable(out: str | Path) -> None:
 
     def try_it() -> None:
         standing = next(parent for parent in target.parents if parent.exists())
-        Path(tempfile.mkdtemp(prefix=_prefix(target), dir=standing)).rmdir()
+        Path(tempfile.mkdtemp(prefix=PROBE, dir=standing)).rmdir()
 
     _writing(target, lambda: _again(try_it))
 

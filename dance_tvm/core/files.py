@@ -11,6 +11,9 @@ from pathlib import Path
 
 from dance_tvm.core.errors import DanceError
 
+#: How the names of folders begin that are made, and taken away at once, to see whether it can be done.
+PROBE = ".dance_tvm-"
+
 
 def require_suffix(path: Path, option: str, known: Sequence[str]) -> None:
     """Raise DanceError unless the file's name ends as what is written into it, before any work is done."""
@@ -34,7 +37,7 @@ def require_folder(path: Path, option: str) -> None:
     """Raise DanceError where no folder can be made, or written into, at ``path``; nothing is left there."""
     standing = next(place for place in [path, *path.absolute().parents] if place.exists())
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".dance_tvm-", dir=standing))
+        os.rmdir(tempfile.mkdtemp(prefix=PROBE, dir=standing))
     except OSError as error:
         raise _unwritable(path, option, error) from None
 
