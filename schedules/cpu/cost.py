@@ -203,8 +203,8 @@ def transform_seconds(stored: int, machine: Machine, threads: int) -> float:
 
 
 def chunk_seconds(scratch_bytes: int, machine: Machine, threads: int) -> float:
-    """What a chunk takes beside products and transforms; one thread waits for no other."""
-    return (3 * BARRIER_SECONDS if threads > 1 else 0.0) + _spill_seconds(scratch_bytes, machine, threads)
+    """What a chunk takes beside products and transforms."""
+    return 3 * BARRIER_SECONDS + _spill_seconds(scratch_bytes, machine, threads)
 
 
 def _live_share(plan: WinogradPlan, density: float, whole_tiles: bool) -> float:
