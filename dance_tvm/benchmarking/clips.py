@@ -14,6 +14,7 @@ from dance_tvm.artifact.folder import Manifest, Tensor
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.input_files import read_archive
+from dance_tvm.sparsity.data_names import require_av, require_data
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 VIDEOS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v"}
@@ -33,8 +34,7 @@ def load_clips(spec: str, manifest: Manifest, most: int = MOST_CLIPS) -> NamedCl
     `spec` is a folder of videos or one video, an .npz file with an array a clip (or one array of many), or what
     `dance-tvm train --data` takes. Warns (DanceWarning) where the scale of videos is a guess.
     """
-    if len(manifest.inputs) != 1:
-        raise DanceError(f"{manifest.name} takes {len(manifest.inputs)} inputs: --clips is for networks with one")
+    require_fitting_clips(spec, manifest)
     tensor, path = manifest.inputs[0], Path(spec)
     if _holds_videos(path):
         found = _videos(path, manifest, most)
@@ -45,6 +45,28 @@ def load_clips(spec: str, manifest: Manifest, most: int = MOST_CLIPS) -> NamedCl
     if doubt := doubt_of_scale(spec, manifest):
         warnings.warn(doubt, DanceWarning, stacklevel=2)
     return [(name, {tensor.name: array}) for name, array in found]
+
+
+def require_clips(spec: str) -> None:
+    """Raise DanceError where what ``spec`` names is not there, as far as that is known without reading videos or making
+    a data set."""
+    path = Path(spec)
+    if _holds_videos(path):
+        _video_files(path)
+    elif path.suffix == ".npz":
+        read_archive(path)
+    else:
+        require_data(spec, "--clips")
+
+
+def require_fitting_clips(spec: str, manifest: Manifest) -> None:
+    """Raise DanceError where it is known that the clips, which are there, cannot be the network's input."""
+    if len(manifest.inputs) != 1:
+        raise DanceError(f"{manifest.name} takes {len(manifest.inputs)} inputs: --clips is for networks with one")
+    if _holds_videos(Path(spec)):
+        require_video_input(manifest)
+    elif Path(spec).suffix == ".npz":
+        _archive(Path(spec), manifest.inputs[0], 1)
 
 
 def doubt_of_scale(spec: str, manifest: Manifest) -> str:
@@ -111,17 +133,25 @@ def _frames_axis(tensor: Tensor) -> int:
 
 
 def _videos(path: Path, manifest: Manifest, most: int) -> list[tuple[str, np.ndarray]]:
+    require_video_input(manifest)
     tensor, preprocess = manifest.inputs[0], manifest.preprocess
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEOS)
-    if not files:
-        raise DanceError(f"{path} holds no video ({', '.join(sorted(VIDEOS))})")
     clips: list[tuple[str, np.ndarray]] = []
-    for file in files:
+    for file in _video_files(path):
         for name, window in _cut(_read_frames(file, tensor, preprocess), file.stem, tensor, None):
             if len(clips) >= most:
                 return clips
             clips.append((name, _as_input(window, tensor, manifest.name, preprocess)))
     return clips
+
+
+def _video_files(path: Path) -> list[Path]:
+    """One video, or those of a folder. Raises DanceError where there is none."""
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEOS) if path.is_dir() else [path]
+    if not files:
+        raise DanceError(f"{path} holds no video ({', '.join(sorted(VIDEOS))})")
+    if not files[0].is_file():
+        raise DanceError(f"the video {path} is missing; check the path")
+    return files
 
 
 def windows_of(
@@ -133,8 +163,7 @@ def windows_of(
     frames become the input, in place of what the artifact says. Raises DanceError where path or network do not fit;
     warns (DanceWarning) where the scale is a guess.
     """
-    if len(manifest.inputs) != 1:
-        raise DanceError(f"{manifest.name} takes {len(manifest.inputs)} inputs: a video makes one")
+    require_video_input(manifest, preprocess)
     tensor = manifest.inputs[0]
     preprocess = preprocess or manifest.preprocess
     if preprocess is None and (doubt := doubt_of_scale(str(path), manifest)):
@@ -146,21 +175,41 @@ def windows_of(
     ]
 
 
+def require_video_input(manifest: Manifest, preprocess: Preprocess | None = None) -> None:
+    """Raise DanceError where frames of a video, prepared so, cannot be the network's input, or none can be decoded."""
+    require_av()
+    if len(manifest.inputs) != 1:
+        raise DanceError(f"{manifest.name} takes {len(manifest.inputs)} inputs: a video makes one")
+    tensor, chosen = manifest.inputs[0], preprocess or manifest.preprocess
+    if len(tensor.shape) != 5 or tensor.shape[0] != 1:
+        raise DanceError(f"input {tensor.name} has shape {tuple(tensor.shape)}, and videos make one clip of 5 axes")
+    size, resize = _size(tensor), chosen.resize if chosen else None
+    if resize is not None and (resize[0] < size[0] or resize[1] < size[1]):
+        raise DanceError(f"--preprocess: frames of {resize} are smaller than the input's {size}")
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder by their names. Raises DanceError where it holds none."""
+    pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+    if not pictures:
+        raise DanceError(f"{folder} holds no picture ({', '.join(sorted(PICTURES))})")
+    return pictures
+
+
+def _size(tensor: Tensor) -> tuple[int, int]:
+    """Height and width of a video's input."""
+    height, width = tensor.shape[2:4] if frames_last(tensor) else tensor.shape[3:5]
+    return height, width
+
+
 def _read_frames(path: Path, tensor: Tensor, preprocess: Preprocess | None) -> np.ndarray:
     """Frames (T, H, W, 3) as bytes, of the size that the input takes."""
     from dance_tvm.sparsity.video import read_video
 
-    if len(tensor.shape) != 5 or tensor.shape[0] != 1:
-        raise DanceError(f"input {tensor.name} has shape {tuple(tensor.shape)}, and videos make one clip of 5 axes")
-    height, width = tensor.shape[2:4] if frames_last(tensor) else tensor.shape[3:5]
+    height, width = _size(tensor)
     read_at = (preprocess.resize if preprocess else None) or (height, width)
-    if read_at[0] < height or read_at[1] < width:
-        raise DanceError(f"--preprocess: frames of {read_at} are smaller than the input's {(height, width)}")
     if path.is_dir():
-        pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
-        if not pictures:
-            raise DanceError(f"{path} holds no picture ({', '.join(sorted(PICTURES))})")
-        frames = np.concatenate([read_video(picture, *read_at)[:1] for picture in pictures])
+        frames = np.concatenate([read_video(picture, *read_at)[:1] for picture in pictures_in(path)])
     else:
         frames = read_video(path, *read_at)
     return preprocess.cropped(frames[:: preprocess.every], height, width) if preprocess else frames

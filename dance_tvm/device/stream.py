@@ -17,8 +17,20 @@ from typing import Any
 
 import numpy as np
 
+from dance_tvm.artifact.folder import Manifest
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.session import LoadedNetwork
+
+
+def require_stream(manifest: Manifest) -> None:
+    """Raise DanceError unless the network's outputs after the first are its next inputs after the first."""
+    inputs, outputs = manifest.inputs, manifest.outputs
+    kinds = [[(tensor.shape, tensor.dtype) for tensor in side[1:]] for side in (inputs, outputs)]
+    if len(inputs) < 2 or kinds[0] != kinds[1]:
+        raise DanceError(
+            f"{manifest.name} is no streaming network: its outputs after the first are not its next state; build the "
+            "network's streaming form"
+        )
 
 
 class StreamSession:
@@ -30,14 +42,8 @@ class StreamSession:
 
     def __init__(self, network: LoadedNetwork) -> None:
         self._network = network
-        inputs, outputs = network.manifest.inputs, network.manifest.outputs
-        kinds = [[(tensor.shape, tensor.dtype) for tensor in side[1:]] for side in (inputs, outputs)]
-        if len(inputs) < 2 or kinds[0] != kinds[1]:
-            raise DanceError(
-                f"{network.manifest.name} is no streaming network: its outputs after the first are not its "
-                "next state; build the network's streaming form"
-            )
-        self._frame, *self._state_in = inputs
+        require_stream(network.manifest)
+        self._frame, *self._state_in = network.manifest.inputs
         self.reset()
 
     def reset(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity.clips import Splits
+from dance_tvm.sparsity.data_names import require_av
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
@@ -103,10 +104,9 @@ class VideoClips:
 
 def read_video(path: Video, height: int, width: int) -> np.ndarray:
     """All frames (T, height, width, 3) as bytes. Raises DanceError when the file is missing or no readable video."""
-    try:
-        import av
-    except ImportError as error:
-        raise DanceError("reading videos needs PyAV; install it with: pip install 'dance-tvm[train]'") from error
+    require_av()
+    import av
+
     if not path.is_file():
         raise DanceError(f"the video {path} is missing; check the path")
     try:
