@@ -464,6 +464,8 @@ def test_throttling_is_told():
     said = " ".join(sensing.warnings(before, after, {"a": slowing}))
     for words in ("a became 2", "clock governor is schedutil", "clock of cpu0 fell"):
         assert words in said
+    disturbed = statistics.latency([1.0] * 80 + [5.0] * 20, 5, True)
+    assert "b in ten took 5.0 times the median" in " ".join(sensing.warnings(before, before, {"b": disturbed}))
 
 
 def test_cooling_down_waits_for_the_heat_to_go():
