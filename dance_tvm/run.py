@@ -78,7 +78,7 @@ def run(
 
         progress.phase(f"opening {device}")
         found = []
-        with open_device(device, timeout=timeout) as session:
+        with open_device(device, timeout=timeout, on_phase=progress.phase) as session:
             network = session.load(verified)
             for place, source in enumerate(sources, 1):
                 windows = _windows(verified.manifest, source, source == inputs, stride, preprocess)
@@ -103,7 +103,7 @@ def run(
 
 def _sources(inputs: Path | None, videos: list[Path], frames: Path | None) -> list[Path | None]:
     """The files to run on, a folder of videos file by file; None stands for random input."""
-    from dance_tvm.benchmarking.clips import VIDEOS
+    from dance_tvm.artifact.video_windows import VIDEOS
 
     found: list[Path | None] = [path for path in (inputs, frames) if path is not None]
     for video in videos:
@@ -125,7 +125,7 @@ def _windows(
     if video is None:
         return [("random input", random_inputs(manifest.inputs))]
     from dance_tvm.artifact.preprocess import read_preprocess
-    from dance_tvm.benchmarking.clips import windows_of
+    from dance_tvm.artifact.video_windows import windows_of
 
     return windows_of(video, manifest, stride, read_preprocess(preprocess) if preprocess else None)
 

@@ -53,10 +53,9 @@ def stream(
     given = _frames(verified, frames, random)
     scores, seconds = [], []
     from dance_tvm.device import open_device
-    from dance_tvm.device.stream import StreamSession
 
     with Progress(as_json, json_lines) as progress, open_device(device, timeout=timeout) as opened:
-        session = StreamSession(opened.load(verified))
+        session = opened.load(verified).stream()
         progress.phase(f"{len(given)} frames on {device}")
         for index, frame in enumerate(given):
             begun = time.perf_counter()

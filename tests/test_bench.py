@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from dance_tvm import bench, models
 from dance_tvm.artifact.folder import REFERENCE, _describe, _write_manifest, load_artifact
 from dance_tvm.artifact.layers import KernelInfo, LayerInfo
+from dance_tvm.artifact.video_windows import AS_TRAINED, UP_TO_ONE, doubt_of_scale
 from dance_tvm.benchmarking import peers, sensing, statistics
 from dance_tvm.benchmarking.accuracy import accuracy, read_classes
 from dance_tvm.benchmarking.campaign import Plan, run
-from dance_tvm.benchmarking.clips import AS_TRAINED, UP_TO_ONE, doubt_of_scale, frames_of, load_clips
+from dance_tvm.benchmarking.clips import frames_of, load_clips
 from dance_tvm.benchmarking.layers import OTHER, PLANNING, profile
 from dance_tvm.benchmarking.loading import measure_loading
 from dance_tvm.benchmarking.measure import Contender, in_turns, single_stream

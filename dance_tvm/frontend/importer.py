@@ -155,7 +155,7 @@ def _import_exported(
         source.require_same_in_float32(random_inputs(inputs))
         check_import(mod, inputs, reference, lambda arrays: source.intermediates(nodes, arrays))
     digest = sha256 or file_sha256(path) if path else sha256 or _program_sha256(program)
-    return Imported(mod, name, digest, inputs, outputs, reference)
+    return Imported(mod, name, digest, inputs, outputs, reference, video=models.published_video(entry))
 
 
 def _replace_weights(program: torch.export.ExportedProgram, state: Mapping[str, torch.Tensor]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.models.registry import entry
+from dance_tvm.models.registry import ModelEntry, entry
 
 
 def create(name: str, *, num_classes: int | None = None, seed: int = 0, **options: Any) -> nn.Module:
@@ -39,6 +40,11 @@ def pretrained(name: str, **options: Any) -> nn.Module:
     model = create(name, **options)
     load_state(model, _resolve(found.pretrained)())
     return model
+
+
+def published_video(found: ModelEntry | None) -> Callable[[], Path] | None:
+    """What fetches the video that was published with the network, and gives its path."""
+    return _resolve(found.video) if found and found.video else None
 
 
 def options_for(name: str, state: Mapping[str, torch.Tensor]) -> dict[str, int]:

@@ -25,9 +25,9 @@ class ModelEntry:
 
     ``input_shape`` is one sample without the batch axis: (C, T, H, W) for clips, (T, H, W, C) for TransNetV2.
     ``outputs`` are the name and the meaning of each result; ``pretrained`` is ``module:function`` that returns the
-    published state dict; ``input_range``: the input's least and greatest value
-    where they are known; ``trained``: the factory itself gives trained weights. ``preprocess`` are the fields of
-    :class:`dance_tvm.artifact.preprocess.Preprocess` by which frames of a video become the input.
+    published state dict, ``video`` one that gives the path of a published video; ``input_range``: the input's least and
+    greatest value where they are known; ``trained``: the factory itself gives trained weights. ``preprocess`` are the
+    fields of :class:`dance_tvm.artifact.preprocess.Preprocess` by which frames of a video become the input.
     """
 
     factory: str
@@ -41,6 +41,7 @@ class ModelEntry:
     trained: bool = False
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     input_range: tuple[float, float] | None = None
+    video: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,6 +103,7 @@ _REGISTRY: dict[str, ModelEntry] = {
             ("all_frames", "probability (N, T) that the frame is part of a transition"),
         ),
         preprocess={"divisor": 1.0},
+        video="dance_tvm.models.transnetv2:clip_path",
     ),
     "resnet18-tsn": ModelEntry(
         "dance_tvm.models.resnet:resnet18",
