@@ -32,7 +32,7 @@ app = application(help="The devices of a tracker and their health, and phones on
 @dataclass(frozen=True)
 class Server:
     """One device server of a tracker; `lost` ones are registered and answered no probe. `runs` is the command of this
-    user on this machine that uses it, for `seconds` so far, and `health` what the server told."""
+    user on this machine that uses it, for `seconds` so far, and `health` what the server reports."""
 
     key: str
     address: str

@@ -52,7 +52,7 @@ def run(
     preprocess: Annotated[
         Path | None, typer.Option(help="How frames become the input (.toml); docs/run.md lists its fields.")
     ] = None,
-    labels: Annotated[Path | None, typer.Option(help="Names of the classes, one a line.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Names of the classes, one per line.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many of the highest scores to print.")] = 5,
     outputs: Annotated[Path | None, typer.Option(help="Where to write the outputs (.npz).")] = None,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds to wait for the device.")] = 60.0,
@@ -131,7 +131,7 @@ def _windows(
 
 
 def read_labels(path: Path) -> list[str]:
-    """Names of classes, one a line. Raises DanceError where the file cannot be read."""
+    """Names of classes, one per line. Raises DanceError where the file cannot be read."""
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -69,7 +69,7 @@ class LoadedNetwork(ABC):
         """Outputs by the manifest's names for inputs by the manifest's names."""
 
     def run_choosing(self, inputs: Mapping[str, np.ndarray], which: int) -> dict[str, np.ndarray] | None:
-        """The same by kernel ``which``, 0 or 1, of every layer that has two; None where the device cannot be told."""
+        """The same by kernel ``which``, 0 or 1, of every layer that has two; None where the device cannot choose."""
         return None
 
     def step(self, inputs: Mapping[str, Any]) -> tuple[np.ndarray, list[Any]]:
