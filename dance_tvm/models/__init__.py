@@ -15,13 +15,14 @@ if TYPE_CHECKING:
         create,
         example_inputs,
         load_state,
+        misfits,
         options_for,
         pretrained,
         published_video,
     )
 
 __all__ = [
-    "ModelEntry", "create", "entry", "example_inputs", "load_state", "names", "options_for", "pretrained",
+    "ModelEntry", "create", "entry", "example_inputs", "load_state", "misfits", "names", "options_for", "pretrained",
     "published_video", "register",
 ]  # fmt: skip
 

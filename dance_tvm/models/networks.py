@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def create(name: str, *, num_classes: int | None = None, seed: int = 0, **option
     classes = found.num_classes if num_classes is None else num_classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return factory(num_classes=classes, **options).eval()
+        return factory(num_classes=classes, **{**found.options, **options}).eval()
 
 
 def pretrained(name: str, **options: Any) -> nn.Module:
@@ -95,11 +95,15 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         for key, value in state.items()
         if key in own and value.shape != own[key].shape
     ]
-    problems = [
+    if problems := misfits(missing, unexpected, wrong):
+        raise DanceError(f"The weights do not fit {type(model).__name__}: {problems}.")
+    model.load_state_dict(dict(state), strict=False)
+
+
+def misfits(missing: Sequence[str], unexpected: Sequence[str], wrong: Sequence[str]) -> str:
+    """Which weights do not fit, the first of each kind by name; empty where all do."""
+    return "; ".join(
         f"{kind}: {', '.join(keys[:6])}{f' and {len(keys) - 6} more' if len(keys) > 6 else ''}"
         for kind, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
         if keys
-    ]
-    if problems:
-        raise DanceError(f"The weights do not fit {type(model).__name__}: {'; '.join(problems)}.")
-    model.load_state_dict(dict(state), strict=False)
+    )
