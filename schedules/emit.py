@@ -198,17 +198,13 @@ def _hard_sigmoid(x: Expr, count: int) -> Expr:
     return at_least(0.0, at_most(1.0, x * number(1 / 6, count) + number(0.5, count), count), count)
 
 
-def _sigmoid(x: Expr, count: int) -> Expr:
-    return number(1.0, count) / (number(1.0, count) + tirx.exp(number(0.0, count) - x))
-
-
 #: Activations that a convolution applies to its results before it stores them, by the name of the Relax operator.
 ACTIVATIONS: dict[str, Activation] = {
     "": lambda x, count: x,
     "relu": lambda x, count: at_least(0.0, x, count),
     "relu6": lambda x, count: at_most(6.0, at_least(0.0, x, count), count),
-    "sigmoid": _sigmoid,
-    "silu": lambda x, count: x * _sigmoid(x, count),
+    "sigmoid": lambda x, _: tirx.sigmoid(x),
+    "silu": lambda x, _: x * tirx.sigmoid(x),
     "hardsigmoid": _hard_sigmoid,
     "hardswish": lambda x, count: x * _hard_sigmoid(x, count),
 }

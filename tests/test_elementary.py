@@ -23,8 +23,10 @@ from dance_tvm.schedules.epilogue import activate_for
 SIZE = 1 << 18
 LANES = 8
 #: Largest error: in units of the last place of the result, or as a share of it.
-ULPS = {"exp": 2.0, "log": 2.0, "log1p": 3.0, "sigmoid": 3.0, "sinh": 5.0, "cosh": 5.0}
-SHARE = {"tanh": 1e-6, "erf": 1e-6}
+ULPS = {"exp": 2.0, "log": 2.0, "log1p": 3.0, "sinh": 5.0, "cosh": 5.0}
+SHARE = {"tanh": 1e-6, "erf": 1e-6, "sigmoid": 6e-7}
+#: Below it sigmoid may be zero, for 1 + exp(-x) has more than 127 bits before the point.
+SIGMOID_END = -88.37
 ENDS = [np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-45, -1e-45, 1e-40, 3e38, -3e38, 88.7, 89.0, -87.4, -103.9, -104.1]
 #: Processors whose code is looked at, with their vectors.
 PROCESSORS = {
@@ -70,12 +72,12 @@ def test_error_over_all_exponents(machine_code, name):
     with np.errstate(over="ignore"):
         rounded = exact.astype("float32")
     if name == "sigmoid":
-        rounded[x < -88.7] = found[x < -88.7]  # zero from where exp(-x) overflows
-        assert (np.abs(found[x < -88.7]) < 2.0**-126).all()
+        rounded[x < SIGMOID_END] = found[x < SIGMOID_END]
+        assert (np.abs(found[x < SIGMOID_END]) < 2.0**-126).all()
     np.testing.assert_array_equal(np.isnan(found), np.isnan(rounded))
     np.testing.assert_array_equal(np.isinf(found), np.isinf(rounded))
     np.testing.assert_array_equal(found[np.isinf(rounded)], rounded[np.isinf(rounded)])
-    normal = np.isfinite(rounded) & (np.abs(exact) >= 2.0**-126) & ~((name == "sigmoid") & (x < -88.7))
+    normal = np.isfinite(rounded) & (np.abs(exact) >= 2.0**-126) & ~((name == "sigmoid") & (x < SIGMOID_END))
     error = np.abs(found[normal] - exact[normal])
     if name in ULPS:
         assert (error / np.spacing(np.abs(rounded[normal]))).max() <= ULPS[name]
