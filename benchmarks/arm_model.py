@@ -4,6 +4,8 @@
     python -m benchmarks.arm_model networks --only transnetv2 --frames 10       on a clip of so many frames
     python -m benchmarks.arm_model layers                    the same of single layers, per multiply-add
     python -m benchmarks.arm_model masks                     speed-up over dense ÷ reduction, in instructions, by type
+    python -m benchmarks.arm_model pruned                    the same of weights pruned by KGS and by slices
+    python -m benchmarks.arm_model dstep                     the same of D-STEP's decisions
     python -m benchmarks.arm_model peers --json FILE         networks in ONNX Runtime's and MNN's aarch64 wheels
     python -m benchmarks.arm_model kernels                   cycles per multiply-add of each kernel's inner loop
 
@@ -20,10 +22,11 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 import torch
 import tvm
@@ -40,8 +43,11 @@ from dance_tvm.device.emulator import prepare
 from dance_tvm.lowering.machine import machine_of
 from dance_tvm.lowering.registry import choose
 from dance_tvm.machines.target import load_target
+from dance_tvm.models.macs import count as count_macs
+from dance_tvm.models.resnet import VideoResNet
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.layer import Layer
+from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
 from dance_tvm.sparsity.units import read_units
 from dance_tvm.units import units as units_command
 
@@ -49,6 +55,8 @@ from .emulated_peers import EmulatedPeers
 from .engines import export_case
 from .instructions import instructions
 from .published.networks import NETWORKS
+from .random_policies import Mix, example_clip, needed_share, with_mix
+from .slices import SCHEMES
 from .units import CASES, drawer, masked
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -62,6 +70,15 @@ BUILDS: tuple[tuple[Dtype, Conv], ...] = (
     ("float32", "auto"),
     ("float16", "auto"),
 )
+#: Groups that networks are pruned in for each type: filters fill two vectors, channels one.
+GROUPS: dict[Dtype, tuple[int, int]] = {"float32": (8, 4), "float16": (16, 8)}
+#: What D-STEP's policies decide.
+MIXES = {
+    "all computed": Mix(1.0, 1.0, 0.0),
+    "tiles": Mix(0.5, 1.0, 0.0),
+    "channels": Mix(1.0, 0.5, 0.25),
+    "tiles and channels": Mix(0.6, 0.5, 0.25),
+}
 #: Scheduling models, of which family of phones' cores each is, and how many multiply-add instructions Arm's guides let
 #: such a core start in a cycle. LLVM has no models of these cores themselves: for cortex-a78 and cortex-x1 it takes the
 #: A57's, for cortex-x2 Neoverse N2's. Its model of the A55 starts two where one is published, and is of no use here.
@@ -81,6 +98,15 @@ class Loop:
 
     lines: list[str]
     multiplies: int
+
+
+class Row(TypedDict):
+    """What of the reduction of multiply-adds became fewer instructions, in one case and type."""
+
+    case: str
+    dtype: Dtype
+    share: float
+    efficiency: float
 
 
 @app.command("networks")
@@ -123,12 +149,22 @@ def _network(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     return models.pretrained(name) if entry.pretrained else models.create(name), models.example_inputs(name)
 
 
-def _instructions(network: nn.Module, inputs: tuple[torch.Tensor, ...], dtype: Dtype, conv: Conv, target: str) -> int:
+def _instructions(
+    network: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    dtype: Dtype,
+    conv: Conv,
+    target: str,
+    given: Sequence[torch.Tensor] = (),
+) -> int:
+    """Of one call of the network, built now, on the inputs ``given``, else on random ones."""
     options = Options(threads=1, dtype=dtype, conv=conv)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "network"
         built = build_network(network, place, target=target, example_inputs=inputs, options=options, check=False)
-        return instructions(built.artifact)[0]
+        names = [tensor.name for tensor in built.artifact.manifest.inputs]
+        arrays = [dict(zip(names, (each.numpy() for each in given), strict=True))] if given else []
+        return instructions(built.artifact, arrays)[0]
 
 
 @app.command("layers")
@@ -158,17 +194,26 @@ def masks(
 ) -> None:
     """Print, for masks in a type's units, speed-up over its dense network ÷ reduction of multiply-adds."""
     prepare_emulator()
-    rows = [row for dtype in DTYPES for row in _masked_rows(name, dtype, target)]
-    table = Table("masks", *(head for dtype in DTYPES for head in (f"MACs left, {dtype}", dtype)))
-    for case in dict.fromkeys(row["masks"] for row in rows):
-        cells = [row for row in rows if row["masks"] == case]
-        table.add_row(case, *(cell for row in cells for cell in (f"{row['share']:.2f}", f"{row['efficiency']:.3f}")))
+    _report([row for dtype in DTYPES for row in _masked_rows(name, dtype, target)], name, target, out)
+
+
+def _report(rows: Sequence[Row], name: str, target: str, out: Path | None) -> None:
+    table = Table("case", *(head for dtype in DTYPES for head in (f"MACs left, {dtype}", dtype)), "float16 ÷ float32")
+    for case in dict.fromkeys(row["case"] for row in rows):
+        cells = [row for row in rows if row["case"] == case]
+        figures = [figure for row in cells for figure in (f"{row['share']:.2f}", f"{row['efficiency']:.3f}")]
+        table.add_row(case, *figures, f"{cells[1]['efficiency'] / cells[0]['efficiency']:.2f}")
     Console().print(table)
     if out is not None:
         out.write_text(json.dumps({"target": target, "network": name, "rows": rows}, indent=1) + "\n", "utf-8")
 
 
-def _masked_rows(name: str, dtype: Dtype, target: str) -> Iterator[dict[str, str | float]]:
+def _row(case: str, dtype: Dtype, share: float, dense: int, count: int) -> Row:
+    typer.echo(f"{case} {dtype}: {count:,} of {dense:,}, {share:.3f} left", err=True)
+    return {"case": case, "dtype": dtype, "share": share, "efficiency": dense / count * share}
+
+
+def _masked_rows(name: str, dtype: Dtype, target: str) -> Iterator[Row]:
     """Each case of masks in one type: the share of multiply-adds that they leave, and what of it is saved."""
     network, (clip,) = models.create(name).eval(), models.example_inputs(name)
     graph, _ = masked(network, models.entry(name).input_shape)
@@ -193,9 +238,61 @@ def _masked_rows(name: str, dtype: Dtype, target: str) -> Iterator[dict[str, str
         given = [dict(zip(names, (each.numpy() for each in of), strict=True)) for of in inputs.values()]
         dense = _instructions(network, (clip,), dtype, "auto", target)
         for case, count in zip(drawn, instructions(artifact, given), strict=True):
-            share = draw.share(drawn[case])
-            typer.echo(f"{case} {dtype}: {count:,} of {dense:,}, {share:.3f} left", err=True)
-            yield {"masks": case, "dtype": dtype, "share": share, "efficiency": dense / count * share}
+            yield _row(case, dtype, draw.share(drawn[case]), dense, count)
+
+
+@app.command("pruned")
+def pruned(
+    name: Annotated[str, typer.Option("--network", help="a network of the zoo")] = "c3d-mini",
+    rate: Annotated[float, typer.Option(help="how many times fewer multiply-adds are left")] = 3.6,
+    target: Annotated[str, typer.Option(help="what to build for; aarch64")] = "snapdragon",
+    out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+) -> None:
+    """Print, for weights pruned in a type's groups, speed-up over its dense network ÷ reduction of multiply-adds."""
+    prepare_emulator()
+    cases = product(("direct", "auto"), DTYPES)
+    _report([row for conv, dtype in cases for row in _pruned_rows(name, rate, dtype, conv, target)], name, target, out)
+
+
+def _pruned_rows(name: str, rate: float, dtype: Dtype, conv: Conv, target: str) -> Iterator[Row]:
+    """Each scheme in one type: the share of multiply-adds that it leaves, and what of it is saved."""
+    inputs = models.example_inputs(name)
+    dense = _instructions(models.create(name).eval(), inputs, dtype, conv, target)
+    for scheme in SCHEMES:
+        network = models.create(name).eval()
+        macs = count_macs(network, *inputs)
+        share = prune_to_rate(network, inputs, scheme, rate, *GROUPS[dtype]).macs / macs
+        count = _instructions(network, inputs, dtype, conv, target)
+        yield _row(f"{scheme}, --conv {conv}", dtype, share, dense, count)
+
+
+@app.command("dstep")
+def dstep(
+    name: Annotated[str, typer.Option("--network", help="a ResNet of the zoo")] = "resnet-mini",
+    target: Annotated[str, typer.Option(help="what to build for; aarch64")] = "snapdragon",
+    out: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+) -> None:
+    """Print, for D-STEP's decisions, speed-up over the type's dense network ÷ reduction of multiply-adds."""
+    prepare_emulator()
+    _report([row for dtype in DTYPES for row in _dstep_rows(name, dtype, target)], name, target, out)
+
+
+def _dstep_rows(name: str, dtype: Dtype, target: str) -> Iterator[Row]:
+    """Each mix of decisions in one type: the share of multiply-adds that it leaves, and what of it is saved."""
+    channels, *size = models.entry(name).input_shape
+    clip = example_clip((channels, size[0], size[1], size[2]))
+    dense = _instructions(models.create(name).eval(), (clip,), dtype, "auto", target)
+    for case, mix in MIXES.items():
+        network = with_mix(_resnet(name), clip, mix)
+        count = _instructions(network, (clip,), dtype, "auto", target, [clip])
+        yield _row(case, dtype, float(needed_share(network, clip)), dense, count)
+
+
+def _resnet(name: str) -> VideoResNet:
+    network = models.create(name).eval()
+    if not isinstance(network, VideoResNet):
+        raise typer.BadParameter(f"{name} is no ResNet, which D-STEP's policies are for")
+    return network
 
 
 @app.command("peers")

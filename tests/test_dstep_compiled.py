@@ -126,9 +126,9 @@ def test_the_lists_are_found_in_an_ordinary_graph(compiled):
     A clip's frames have channel lists of their own, which are used only where they are predicted to pay.
     """
     _, clip, streamed = compiled
-    assert {"output positions", "output channels"} <= set(skips(streamed, "layer1_0_conv1"))
-    assert "input channels" in skips(streamed, "layer1_0_conv2")
-    assert "output positions" in skips(clip, "layer1_0_conv1")
+    assert {"output positions", "output channels"} <= set(skips(streamed, "layer1.0.conv1"))
+    assert "input channels" in skips(streamed, "layer1.0.conv2")
+    assert "output positions" in skips(clip, "layer1.0.conv1")
 
 
 def test_the_clips_decide_everything_that_can_be_decided():

@@ -15,7 +15,8 @@ from dance_tvm.liveness.kernel_groups import (
     fitting_groups,
     lane_cost,
 )
-from dance_tvm.machines.target import load_target
+from dance_tvm.lowering.machine import machine_of
+from dance_tvm.machines.target import Target, load_target
 from dance_tvm.records import group_choice
 from dance_tvm.records.group_choice import (
     GroupMeasurement,
@@ -25,7 +26,7 @@ from dance_tvm.records.group_choice import (
     measure_groups,
     measured_cost,
 )
-from dance_tvm.records.group_log import log_path, read_log, write_log
+from dance_tvm.records.group_log import group_cost, log_path, read_log, write_log
 
 LAYER = SynthesisedLayer(32, 32, (3, 3, 3), (4, 8, 8))
 
@@ -88,6 +89,31 @@ def test_what_was_measured_decides_the_group_of_a_build():
     assert (chosen.gm, chosen.gn) == (8, 1)
     chosen = choose_kernel_groups(weight, cost=measured_cost([], 8))
     assert (chosen.gm, chosen.gn) == (8, 4)
+
+
+def test_groups_of_half_precision_are_weighed_by_its_own_vectors(tmp_path):
+    """Filters pruned by sixteens are two vectors of halves; as two groups of eight, each would load inputs twice."""
+    target = load_target("snapdragon")
+    stored = machine_of(target).storing("float16")
+    write_log(log_path(target, tmp_path), [measured_on(target, group) for group in (None, (8, 8))])
+    cost = group_cost(target, 1, tmp_path, stored)
+    weight = LAYER.weight(16, 8, 3.0)
+    chosen = choose_kernel_groups(weight, fitting_groups(stored.vector_floats), cost)
+    assert (chosen.gm, chosen.gn) == (16, 8)
+
+
+def measured_on(target: Target, group: tuple[int, int] | None) -> GroupMeasurement:
+    """A float32 measurement in which ``group`` is as fast as none can be."""
+    gm, gn = group or (1, 1)
+    about = {"fingerprint": target.fingerprint, "device": "emulator", "threads": 1, **LAYER.__dict__}
+    return GroupMeasurement(
+        **about,
+        scheme="kgs" if group else "dense",
+        gm=gm,
+        gn=gn,
+        rate=3.0 if group else 1.0,
+        seconds=1e-4 if group else 1.0,
+    )
 
 
 def test_a_device_on_which_no_group_pays_builds_dense():

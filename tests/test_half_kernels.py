@@ -14,6 +14,7 @@ import torch
 from convolutions import call
 from test_conv3d_gather import DENSE, IN_POSITIONS, GatherCase, check
 
+from dance_tvm.liveness.kernel_groups import find_kernel_groups
 from dance_tvm.schedules.cpu.carry_frames import Carry
 from dance_tvm.schedules.cpu.choice import settled_direct
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
@@ -48,6 +49,22 @@ def test_sums_go_to_single_precision_before_half_loses_their_units() -> None:
     found, _ = call(conv, np.ones((1, 2, 4, 4, depth)), weights=weights)
     assert found.dtype == HALF
     assert np.all(found == 8192)
+
+
+@pytest.mark.parametrize("run", [8, 4])
+def test_sums_of_kernel_groups_go_to_single_precision_too(run: int) -> None:
+    """Up to 1,296 threes over several runs of taps: half precision alone would lose units from 2,048 on. Runs that fill
+    no vector are loaded as what they are."""
+    window = Window(1, (3, 4, 4), (3, 4, 4), (3, 3, 3), padding=(1, 1, 1))
+    layer = Layer(window, 48, 16, group=(16, run), columns=48 * 27, dtype=HALF)
+    conv = settled_direct(layer, NEON).kernel
+    assert (conv.tile.nr, conv.tile.step) == (16, run)
+    weight = np.full((16, 48, 3, 3, 3), 3.0, "float32")
+    groups = find_kernel_groups(weight, 16, run)
+    weights = Weights(weight, np.zeros(16, "float32"), groups.listed, groups.weights)
+    found, _ = call(conv, np.ones((1, 3, 4, 4, 48)), weights=weights)
+    taps = np.einsum("t,h,w->thw", [2, 3, 2], [2, 3, 3, 2], [2, 3, 3, 2])
+    assert np.array_equal(found[0], np.repeat(144 * taps[..., None], 16, axis=3))
 
 
 @pytest.mark.parametrize("densities", [None, [1.0]], ids=["masks as expected", "nothing left out"])

@@ -11,7 +11,7 @@ import numpy as np
 from dance_tvm.artifact.folder import Manifest, Tensor
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.core.errors import DanceError, DanceWarning
-from dance_tvm.core.video_files import read_video
+from dance_tvm.core.video_files import read_video, require_av
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 VIDEOS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v"}
@@ -34,8 +34,7 @@ def windows_of(
     frames become the input, in place of what the artifact says. Raises DanceError where path or network do not fit;
     warns (DanceWarning) where the scale is a guess.
     """
-    if len(manifest.inputs) != 1:
-        raise DanceError(f"{manifest.name} takes {len(manifest.inputs)} inputs: a video makes one")
+    require_video_input(manifest, preprocess)
     preprocess = preprocess or manifest.preprocess
     if preprocess is None and (doubt := doubt_of_scale(str(path), manifest)):
         warnings.warn(doubt.replace("--clips", "--preprocess, or --inputs"), DanceWarning, stacklevel=2)
@@ -51,19 +50,39 @@ def cut_windows(
         yield name, {tensor.name: _as_input(window, tensor, manifest.name, preprocess)}
 
 
-def _read_frames(path: Path, tensor: Tensor, preprocess: Preprocess | None) -> np.ndarray:
-    """Frames (T, H, W, 3) as bytes, of the size that the input takes."""
+def require_video_input(manifest: Manifest, preprocess: Preprocess | None = None) -> None:
+    """Raise DanceError where frames of a video, prepared so, cannot be the network's input, or none can be decoded."""
+    require_av()
+    if len(manifest.inputs) != 1:
+        raise DanceError(f"{manifest.name} takes {len(manifest.inputs)} inputs: a video makes one")
+    tensor, chosen = manifest.inputs[0], preprocess or manifest.preprocess
     if len(tensor.shape) != 5 or tensor.shape[0] != 1:
         raise DanceError(f"input {tensor.name} has shape {tuple(tensor.shape)}, and videos make one clip of 5 axes")
+    size, resize = _size(tensor), chosen.resize if chosen else None
+    if resize is not None and (resize[0] < size[0] or resize[1] < size[1]):
+        raise DanceError(f"--preprocess: frames of {resize} are smaller than the input's {size}")
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder by their names. Raises DanceError where it holds none."""
+    pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+    if not pictures:
+        raise DanceError(f"{folder} holds no picture ({', '.join(sorted(PICTURES))})")
+    return pictures
+
+
+def _size(tensor: Tensor) -> tuple[int, int]:
+    """Height and width of a video's input."""
     height, width = tensor.shape[2:4] if frames_last(tensor) else tensor.shape[3:5]
+    return height, width
+
+
+def _read_frames(path: Path, tensor: Tensor, preprocess: Preprocess | None) -> np.ndarray:
+    """Frames (T, H, W, 3) as bytes, of the size that the input takes."""
+    height, width = _size(tensor)
     read_at = (preprocess.resize if preprocess else None) or (height, width)
-    if read_at[0] < height or read_at[1] < width:
-        raise DanceError(f"--preprocess: frames of {read_at} are smaller than the input's {(height, width)}")
     if path.is_dir():
-        pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
-        if not pictures:
-            raise DanceError(f"{path} holds no picture ({', '.join(sorted(PICTURES))})")
-        frames = np.concatenate([read_video(picture, *read_at)[:1] for picture in pictures])
+        frames = np.concatenate([read_video(picture, *read_at)[:1] for picture in pictures_in(path)])
     else:
         frames = read_video(path, *read_at)
     return preprocess.cropped(frames[:: preprocess.every], height, width) if preprocess else frames

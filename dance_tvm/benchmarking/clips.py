@@ -11,9 +11,18 @@ from pathlib import Path
 import numpy as np
 
 from dance_tvm.artifact.folder import Manifest, Tensor
-from dance_tvm.artifact.video_windows import VIDEOS, cut_windows, doubt_of_scale, frames_axis, frames_last, holds_videos
+from dance_tvm.artifact.video_windows import (
+    VIDEOS,
+    cut_windows,
+    doubt_of_scale,
+    frames_axis,
+    frames_last,
+    holds_videos,
+    require_video_input,
+)
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.input_files import read_archive
+from dance_tvm.sparsity.data_names import require_data
 
 MOST_CLIPS = 100
 NamedClips = list[tuple[str, dict[str, np.ndarray]]]
@@ -25,8 +34,7 @@ def load_clips(spec: str, manifest: Manifest, most: int = MOST_CLIPS) -> NamedCl
     `spec` is a folder of videos or one video, an .npz file with an array a clip (or one array of many), or what
     `dance-tvm train --data` takes. Warns (DanceWarning) where the scale of videos is a guess.
     """
-    if len(manifest.inputs) != 1:
-        raise DanceError(f"{manifest.name} takes {len(manifest.inputs)} inputs: --clips is for networks with one")
+    require_fitting_clips(spec, manifest)
     tensor, path = manifest.inputs[0], Path(spec)
     if holds_videos(path):
         found = _videos(path, manifest, most)
@@ -37,6 +45,28 @@ def load_clips(spec: str, manifest: Manifest, most: int = MOST_CLIPS) -> NamedCl
     if doubt := doubt_of_scale(spec, manifest):
         warnings.warn(doubt, DanceWarning, stacklevel=2)
     return [(name, {tensor.name: array}) for name, array in found]
+
+
+def require_clips(spec: str) -> None:
+    """Raise DanceError where what ``spec`` names is not there, as far as that is known without reading videos or making
+    a data set."""
+    path = Path(spec)
+    if holds_videos(path):
+        _video_files(path)
+    elif path.suffix == ".npz":
+        read_archive(path)
+    else:
+        require_data(spec, "--clips")
+
+
+def require_fitting_clips(spec: str, manifest: Manifest) -> None:
+    """Raise DanceError where it is known that the clips, which are there, cannot be the network's input."""
+    if len(manifest.inputs) != 1:
+        raise DanceError(f"{manifest.name} takes {len(manifest.inputs)} inputs: --clips is for networks with one")
+    if holds_videos(Path(spec)):
+        require_video_input(manifest)
+    elif Path(spec).suffix == ".npz":
+        _archive(Path(spec), manifest.inputs[0], 1)
 
 
 def frames_of(manifest: Manifest) -> int:
@@ -72,12 +102,20 @@ def strip(frames: np.ndarray, height: int = 72) -> str:
 
 
 def _videos(path: Path, manifest: Manifest, most: int) -> list[tuple[str, np.ndarray]]:
+    require_video_input(manifest)
     (tensor,) = manifest.inputs
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEOS)
+    windows = (each for file in _video_files(path) for each in cut_windows(file, manifest, None, manifest.preprocess))
+    return [(name, arrays[tensor.name]) for name, arrays in islice(windows, most)]
+
+
+def _video_files(path: Path) -> list[Path]:
+    """One video, or those of a folder. Raises DanceError where there is none."""
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEOS) if path.is_dir() else [path]
     if not files:
         raise DanceError(f"{path} holds no video ({', '.join(sorted(VIDEOS))})")
-    windows = (each for file in files for each in cut_windows(file, manifest, None, manifest.preprocess))
-    return [(name, arrays[tensor.name]) for name, arrays in islice(windows, most)]
+    if not files[0].is_file():
+        raise DanceError(f"the video {path} is missing; check the path")
+    return files
 
 
 def _archive(path: Path, tensor: Tensor, most: int) -> list[tuple[str, np.ndarray]]:

@@ -27,7 +27,7 @@ from dance_tvm.lowering.lowered import LayerCall, Lowered
 from dance_tvm.lowering.machine import gpu_of, machine_of
 from dance_tvm.records.group_log import group_cost
 from dance_tvm.schedules.cpu.choice import TuningLog
-from dance_tvm.schedules.cpu.tiles import Machine, excess_cycles
+from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.transform.boolean_logic import BooleanLogic
 from dance_tvm.transform.channels_last import ChannelsLast
@@ -118,9 +118,7 @@ def lower(
             tuning=options.tuning,
             convolution="direct" if options.numerics == "exact" else options.conv,
             group=options.kernel_group,
-            group_cost=group_cost(
-                target, options.threads, partial(excess_cycles, machine.storing(options.dtype)), options.logs
-            ),
+            group_cost=partial(group_cost, target, options.threads, options.logs),
             dtype=options.dtype,
             memory="fast" if gpu else options.memory,
             largest=measure(source) if measure and options.dtype == "float16" and not gpu else {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +21,17 @@ class Video(Protocol):
         """Its bytes."""
 
 
+def require_av() -> None:
+    """Raise DanceError where videos cannot be decoded."""
+    if find_spec("av") is None:
+        raise DanceError("reading videos needs PyAV; install it with: pip install 'dance-tvm[train]'")
+
+
 def read_video(path: Video, height: int, width: int) -> np.ndarray:
     """All frames (T, height, width, 3) as bytes. Raises DanceError when the file is missing or no readable video."""
-    try:
-        import av
-    except ImportError as error:
-        raise DanceError("reading videos needs PyAV; install it with: pip install 'dance-tvm[train]'") from error
+    require_av()
+    import av
+
     if not path.is_file():
         raise DanceError(f"the video {path} is missing; check the path")
     try:

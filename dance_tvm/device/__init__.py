@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork
+
+if TYPE_CHECKING:
+    from dance_tvm.artifact.folder import Artifact
 
 __all__ = [
     "DeviceSession",
@@ -17,6 +21,7 @@ __all__ = [
     "open_device",
     "open_server",
     "prepare_emulator",
+    "require_runnable",
     "require_spec",
 ]
 
@@ -36,7 +41,8 @@ def open_device(
 
         return LocalSession()
     if spec == "emulator":
-        from dance_tvm.device.emulator import open_emulator, prepare
+        from dance_tvm.device.emulated import open_emulator
+        from dance_tvm.device.emulator import prepare
 
         prepare(on_phase or (lambda _sentence: None))
         return open_emulator(timeout=timeout, call_timeout=call_timeout)
@@ -66,6 +72,21 @@ def require_spec(spec: str) -> None:
     if kind == "tracker" and not key:
         raise DanceError(f"device {spec!r} lacks the key: write tracker://HOST:PORT/KEY")
     address_of(rest if kind == "rpc" else address, f"device {spec!r}")
+
+
+def require_runnable(artifact: Artifact, spec: str) -> None:
+    """Raise DanceError where it is known without opening it that the device does not run the artifact, or that there is
+    no such device here."""
+    if spec == "local":
+        artifact.require_this_machine()
+    if spec != "emulator":
+        return
+    if artifact.manifest.is_for_gpu:
+        name = artifact.manifest.target.name
+        raise DanceError(f"{artifact.path} is built for the GPU of {name}, and the emulated device has none")
+    artifact.require_machine("aarch64")
+    if reason := emulator_available():
+        raise DanceError(f"there is no emulated device here: {reason}")
 
 
 def open_server(name: str, host: str, port: int, match: str, timeout: float, call_timeout: float) -> DeviceSession:

@@ -31,6 +31,17 @@ class Steps(Protocol):
         """The first output, and the others as `inputs` of later calls may hold them."""
 
 
+def require_stream(manifest: Manifest) -> None:
+    """Raise DanceError unless the network's outputs after the first are its next inputs after the first."""
+    inputs, outputs = manifest.inputs, manifest.outputs
+    kinds = [[(tensor.shape, tensor.dtype) for tensor in side[1:]] for side in (inputs, outputs)]
+    if len(inputs) < 2 or kinds[0] != kinds[1]:
+        raise DanceError(
+            f"{manifest.name} is no streaming network: its outputs after the first are not its next state; build the "
+            "network's streaming form"
+        )
+
+
 class StreamSession:
     """One stream through `network`; before the first frame its state is zero.
 
@@ -40,14 +51,8 @@ class StreamSession:
 
     def __init__(self, network: Steps) -> None:
         self._network = network
-        inputs, outputs = network.manifest.inputs, network.manifest.outputs
-        kinds = [[(tensor.shape, tensor.dtype) for tensor in side[1:]] for side in (inputs, outputs)]
-        if len(inputs) < 2 or kinds[0] != kinds[1]:
-            raise DanceError(
-                f"{network.manifest.name} is no streaming network: its outputs after the first are not its "
-                "next state; build the network's streaming form"
-            )
-        self._frame, *self._state_in = inputs
+        require_stream(network.manifest)
+        self._frame, *self._state_in = network.manifest.inputs
         self.reset()
 
     def reset(self) -> None:

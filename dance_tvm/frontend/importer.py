@@ -22,6 +22,7 @@ from dance_tvm.frontend.program_source import ProgramSource
 from dance_tvm.frontend.ranges import with_ranges
 from dance_tvm.frontend.torch_program import decompose, first_line, import_program, require_inference
 from dance_tvm.frontend.torch_shapes import Shapes, with_shapes
+from dance_tvm.models.network_files import require_onnx
 from dance_tvm.models.registry import require_source
 
 Weights = str | Path | Mapping[str, torch.Tensor]
@@ -74,12 +75,9 @@ def _import_named(
     path = Path(model)
     require_source(model)
     if path.suffix == ".onnx":
-        try:
-            from dance_tvm.frontend.onnx_graph import import_onnx
-        except ImportError:
-            raise DanceError("Reading ONNX files needs the onnx package: pip install 'dance-tvm[onnx]'.") from None
-        if weights is not None:
-            raise DanceError("An ONNX file carries its weights: leave --weights out, or export the network again.")
+        require_onnx(path, has_weights=weights is not None)
+        from dance_tvm.frontend.onnx_graph import import_onnx
+
         return import_onnx(path, check=check, shapes=shapes, batch=batch)
     if path.suffix == ".pt2":
         return _import_exported(load_program(path), path.stem, None, weights, check, path, shapes=shapes, batch=batch)

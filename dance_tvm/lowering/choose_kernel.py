@@ -42,7 +42,8 @@ Memory = Literal["small", "balanced", "fast"]
 #: that counts. It lets through tiles of two along every axis, or of three along two.
 BALANCED_GROWTH, BALANCED_BYTES = 2.4, 8 << 20
 
-GroupCost = Callable[[KernelGroups], float]
+#: What kernel groups cost on a machine, as kernels see it that multiply what a layer stores.
+GroupCost = Callable[[Machine], Callable[[KernelGroups], float]]
 
 
 def limits_of(memory: Memory, weight_bytes: int) -> Limits:
@@ -151,14 +152,15 @@ class Chooser:
         groups = self.groups[site.start]
         return None if groups.scheme == "dense" else groups
 
-    def _group_options(self, site: Site) -> tuple[list[tuple[int, int]], GroupCost]:
+    def _group_options(self, site: Site) -> tuple[list[tuple[int, int]], Callable[[KernelGroups], float]]:
         """Sizes of kernel groups that kernels can take, and what groups cost."""
         machine = self.machine
         if isinstance(machine, Gpu):
             sizes = [(gm, gn) for gm in BLOCK_GROUP_FILTERS for gn in GROUP_CHANNELS]
             return sizes, groups_cost(machine, site.window)
-        lanes = machine.storing(self.dtype_of(site)).vector_floats
-        return fitting_groups(lanes), self.group_cost or lane_cost(lanes)
+        stored = machine.storing(self.dtype_of(site))
+        cost = self.group_cost(stored) if self.group_cost else lane_cost(stored.vector_floats)
+        return fitting_groups(stored.vector_floats), cost
 
     def _zeros(self, end: relax.Var) -> str:
         """What a kernel that ends in ``end`` sets to zero of what it leaves out."""

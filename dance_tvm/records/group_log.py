@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from dance_tvm.liveness.kernel_groups import KernelGroups
 from dance_tvm.records.group_choice import GroupMeasurement, measured_cost
 from dance_tvm.records.kernel_log import locked
 from dance_tvm.records.places import log_folders, own_logs
+from dance_tvm.schedules.cpu.tiles import Machine, excess_cycles
 
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
@@ -28,14 +30,14 @@ def log_path(target: Target, folder: Path | None = None) -> Path:
     return (folder or own_logs()) / f"{target.tuning_log}.kernel_groups.jsonl"
 
 
-def group_cost(
-    target: Target, threads: int, excess: Callable[[int], float] | None = None, logs: Path | None = None
-) -> Callable[[KernelGroups], float]:
+def group_cost(target: Target, threads: int, logs: Path | None, machine: Machine) -> Callable[[KernelGroups], float]:
     """What a build for ``target`` asks ``choose_kernel_groups`` to minimise: measured where the logs have it.
 
-    ``excess`` is that of ``lane_cost``; ``logs`` is the one folder to look in, where given.
+    ``machine`` is the target as kernels see it that multiply what a layer stores; what was measured is float32.
+    ``logs`` is the one folder to look in, where given.
     """
-    return measured_cost(measurements_for(target, threads, logs), target.vector.floats, excess)
+    measured = [] if machine.element_bytes == 2 else measurements_for(target, threads, logs)
+    return measured_cost(measured, machine.vector_floats, partial(excess_cycles, machine))
 
 
 def measurements_for(target: Target, threads: int | None = None, logs: Path | None = None) -> list[GroupMeasurement]:

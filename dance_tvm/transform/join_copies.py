@@ -10,7 +10,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, replace_each, shape_of, substitute
+from dance_tvm.ir.graph import Graph, constant, dtype_of, emit, is_tensor, replace_each, shape_of, substitute
 from dance_tvm.ir.reasons import Reasons
 from dance_tvm.schedules.cpu.copies import Piece, copies
 
@@ -53,7 +53,7 @@ class JoinCopies:
             call = relax.call_tir(
                 function, [substitute(source, new) for source in read], relax.TensorType(list(shape), "float32")
             )
-            return builder.emit(call, name_hint=var.name)
+            return emit(builder, call, var.name)
 
         return replace_each(mod, chosen, make)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, constant, literal, replace_each, shape_of, substitute, value_of
+from dance_tvm.ir.graph import Graph, constant, emit, literal, replace_each, shape_of, substitute, value_of
 from dance_tvm.ir.reasons import Reasons
 from dance_tvm.ir.windows import CONVOLUTIONS
 from dance_tvm.liveness.rules import UNARY
@@ -41,7 +41,7 @@ class NormsBeforeConcat:
                     value = builder.emit(_on_part(graph, step, value, slice(first, first + channels)))
                 parts.append(value)
                 first += channels
-            return builder.emit(relax.op.concat(parts, 1), name_hint=var.name)
+            return emit(builder, relax.op.concat(parts, 1), var.name)
 
         return replace_each(mod, chains, make)
 

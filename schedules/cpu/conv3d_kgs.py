@@ -207,8 +207,8 @@ class KernelGroupEmitter(GatherEmitter):
     ) -> None:
         """Accumulate the segment's taps over one tile, one loop for each run of consecutive taps."""
         rows = [let(big(self.rows_in[sample, current, r]) * self.conv.channels_in) for r in range(self.tile.mr)]
-        whole = self.conv.dtype == FLOAT
-        acc = self._started(partial, place) if whole else []
+        acc, added = self._started(partial, place), scratch((1,), INT)
+        store(added, tirx.IntImm(INT, 0), 0)
         first, end = taps
         first_run = let(self.tap_runs[0, first])
         with serial(self.tap_runs[0, end - 1] + 1 - first_run) as index:
@@ -216,23 +216,33 @@ class KernelGroupEmitter(GatherEmitter):
             begin = let(tirx.max(self.tap_runs[1, run], first))
             last = let(tirx.min(self.tap_runs[1, run + 1], end) - 1)
             listed = self._listed(sample, panel, self.taps[begin, 0], self.taps[last, 0])
-            if whole:
+            if self.conv.dtype == FLOAT:
                 self._run(sample, listed, rows, acc)
             else:
-                self._parts(sample, listed, rows, partial, place)
-        if whole:
-            self._put_back(acc, partial, place)
+                self._run_in_parts(sample, listed, rows, acc, (added, partial, place))
+        self._put_back(acc, partial, place)
 
-    def _parts(
-        self, sample: Expr, listed: tuple[Expr, Expr], rows: list[Expr], partial: tirx.Buffer, place: Expr
+    def _run_in_parts(
+        self,
+        sample: Expr,
+        listed: tuple[Expr, Expr],
+        rows: list[Expr],
+        acc: list[list[tirx.Buffer]],
+        sums: tuple[tirx.Buffer, tirx.Buffer, Expr],
     ) -> None:
-        """Accumulate the ``listed`` columns, no more at a time than half precision may add up."""
+        """Accumulate the ``listed`` columns in half precision, which must not add up too many: before it would,
+        ``acc`` goes to the partial sums. ``sums``: entries added up since it last did, partial sums, their place."""
         most = max(1, HALF_TERMS // self.conv.run)
+        added, partial, place = sums
+        zeros = number(0.0, self.tile.vector_floats, self.conv.dtype)
         with serial(ceil_div(listed[1], most)) as part:
             some = let(tirx.min(most, listed[1] - part * most))
-            acc = self._started(partial, place)
+            with when(added[0] + some > most):
+                self._put_back(acc, partial, place)
+                self._each_vector(lambda r, v, _at: store(acc[r][v], zeros, lanes(0, self.tile.vector_floats)))
+                store(added, tirx.IntImm(INT, 0), 0)
             self._run(sample, (let(listed[0] + part * most), some), rows, acc)
-            self._put_back(acc, partial, place)
+            store(added, added[0] + some, 0)
 
     def _listed(self, sample: Expr, panel: Expr, first: Expr, last: Expr) -> tuple[Expr, Expr]:
         """The first entry of the columns of the taps ``first`` to ``last``, and how many there are."""

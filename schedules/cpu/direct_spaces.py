@@ -32,9 +32,10 @@ def kernel_group_tile(
     """
     most_rows = X86_ROW_POINTERS if machine.broadcast_loads else 16
     depth, filters = channels
+    machine = replace(machine, most_terms=1 << 30)  # the kernel counts what it adds up, whatever a pass brings
     tile = default_tile(machine, window, per_tap, filters, gm, most_rows)
     block_tiles = default_tile(machine, window, depth, filters, gm, most_rows, threads=threads).block_tiles
-    step = tile.step if run % tile.step == 0 else 1
+    step = 1 if machine.broadcast_loads else math.gcd(run, machine.vector_floats)
     return replace(tile, depth_block=1 << 30, step=step, block_tiles=block_tiles)
 
 
@@ -177,9 +178,8 @@ class KernelGroupSpace(VectorSpace):
 
     @property
     def steps(self) -> list[int]:
-        """Channels that one load brings, as in :class:`GatherSpace`; a vector of them where runs fill it."""
-        floats = self.machine.vector_floats
-        return [1] if self.machine.broadcast_loads or self.run % floats else [floats]
+        """Channels that one load brings, as in :class:`GatherSpace`; those of a run where they fill no vector."""
+        return [1] if self.machine.broadcast_loads else [math.gcd(self.run, self.machine.vector_floats)]
 
     @property
     def size(self) -> int:
