@@ -180,4 +180,6 @@ class _ColumnProducts(Products):
             column = let(entry * conv.run)
             # No weights are asked for beyond the last ones.
             later = let(tirx.min(column + ahead, conv.stored - conv.run))
-            self._multiply(sources, weights, Channels(self.places[entry], column, conv.run, later), acc)
+            self._multiply(
+                sources, weights, Channels(self.places[entry], column, conv.run, [later] * len(weights.starts)), acc
+            )

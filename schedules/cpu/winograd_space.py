@@ -179,10 +179,15 @@ def best(
     for option in sorted(fitting, key=attrgetter("weights")):
         seconds = option.predict(machine, threads, densities)
         keeps_pace = dense[id(option)] <= bound or conv.expected == [1.0]
-        larger = chosen is not None and (option.weights > chosen.weights or option.scratch_bytes > chosen.scratch_bytes)
-        if keeps_pace and seconds < least * (WORTH_MEMORY if larger else 1.0):
+        if keeps_pace and seconds < least * (WORTH_MEMORY if chosen is not None and _larger(option, chosen) else 1.0):
             chosen, least = option, seconds
     return chosen
+
+
+def _larger(option: Transformed, other: Transformed) -> bool:
+    """Whether it takes more memory. Of a chunk's scratch, masks of positions leave a part untouched."""
+    thinned = option.plan.positions is not None
+    return option.weights > other.weights or (not thinned and option.scratch_bytes > other.scratch_bytes)
 
 
 def within(option: Transformed, limits: Limits) -> bool:
