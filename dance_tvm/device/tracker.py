@@ -55,7 +55,7 @@ def no_tracker(host: str, port: int, error: OSError) -> DanceError:
     """What is said where nothing that is a tracker answers."""
     return DanceError(
         f"no tracker answers at {host}:{port} ({error.strerror or error}): check the address, or start one with "
-        f"`python -m dance_tvm.device.serve_tracker --port {port}`"
+        f"`dance-tvm device tracker --port {port}`"
     )
 
 
