@@ -250,6 +250,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="times that dense and masked take turns for each mask")] = 7,
     draws: Annotated[int, typer.Option(help="masks drawn for each case")] = 3,
     only: Annotated[str, typer.Option(help="comma-separated beginnings of cases' names")] = "",
+    whole: Annotated[bool, typer.Option("--whole", help="masks of whole units alone, no scattered ones")] = False,
     folder: Annotated[Path, typer.Option(help="where artifacts are kept")] = Path("artifacts/units"),
     anew: Annotated[bool, typer.Option("--anew", help="build even what is there")] = False,
     profiled: Annotated[str, typer.Option("--profile", help="a case whose kernels are timed")] = "",
@@ -263,7 +264,8 @@ def main(
     if anew or not units.exists():
         units_command(network, "host", threads, 1, units, True)
     draw = drawer(network, read_units(units).sites)
-    cases = [case for case in CASES if not only or case.name.startswith(tuple(only.split(",")))]
+    wanted = [case for case in CASES if not only or case.name.startswith(tuple(only.split(",")))]
+    cases = [case for case in wanted if case.whole or not whole]
     rows = []
     with open_device("local") as device:
         loaded = {kind: device.load(load_artifact(path)) for kind, path in built.items()}

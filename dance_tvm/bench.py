@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dance_tvm.artifact.folder import require_artifact
+from dance_tvm.benchmarking.clips import MOST_CLIPS
+from dance_tvm.benchmarking.peers import require_peers
+from dance_tvm.benchmarking.requests import require_measurable
+from dance_tvm.benchmarking.results import read_results, write_results
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.files import require_suffix
+from dance_tvm.core.files import require_suffix, require_writable
 from dance_tvm.core.options import AsJson, Devices
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import JsonLines, Progress
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from dance_tvm.benchmarking.results import Measured, Profile, Results
 
 REGRESSION = 3
+
+#: From how much slower on it is a regression, unless told.
+THRESHOLD = 0.05
 
 app = application()
 
@@ -46,7 +52,9 @@ def bench(
         bool, typer.Option("--single-stream", help="MLPerf's single stream too: 1,024 queries and 60 s at least.")
     ] = False,
     clips: Annotated[str | None, typer.Option(help="Folder of videos, .npz, or what `train --data` takes.")] = None,
-    most_clips: Annotated[int, typer.Option(min=1, help="Clips to take at most.")] = 100,
+    most_clips: Annotated[
+        int | None, typer.Option(min=1, help="Clips to take at most.", show_default=str(MOST_CLIPS))
+    ] = None,
     layers: Annotated[bool, typer.Option(help="Time every layer.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; those of the build unless given.")] = None,
     cluster: Annotated[str | None, typer.Option(help="Run on this cluster of the target file.")] = None,
@@ -55,7 +63,9 @@ def bench(
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds to wait for a device's turn.")] = 600.0,
     call_timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for one upload step or measurement.")] = 600.0,
     against: Annotated[Path | None, typer.Option(help="Earlier results; exit code 3 if now slower.")] = None,
-    threshold: Annotated[float, typer.Option(min=0.0, help="How much slower is a regression.")] = 0.05,
+    threshold: Annotated[
+        float | None, typer.Option(min=0.0, help="How much slower is a regression.", show_default=str(THRESHOLD))
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the results (.json) here.")] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Write each kernel of a run here (.json), for Perfetto or chrome://tracing.")
@@ -78,35 +88,32 @@ def bench(
         raise DanceError("give --cluster or --cpus, not both")
     if trace and not layers:
         raise DanceError("--trace shows layers: leave --no-layers out")
-    _require_named([*artifacts, *([dense] if dense else [])], device or [], {"--out": out, "--trace": trace})
-    own_cpus = parse_cpus(cpus) if cpus else None
-    if labels and not clips:
-        raise DanceError("--labels gives the classes of clips: give --clips too")
-    if load_times and any(each != "local" for each in device or []):
-        raise DanceError("--load-times measures on this machine: leave --device out")
-    from dance_tvm.benchmarking.results import read_results
-
-    baseline = read_results(against) if against else None
+    _require_used({"--most-clips": most_clips, "--labels": labels}, {"--clips": clips})
+    _require_used({"--threshold": threshold}, {"--against": against})
+    _require_used({"--peer-model": peer_model}, {"--peer": peer})
+    devices = device or ["local"]
     engines = [name.strip() for name in peer.split(",") if name.strip()] if peer else []
-    from dance_tvm.benchmarking.accuracy import read_classes
+    _require_named(devices, {"--out": out, "--trace": trace})
+    require_peers(engines, peer_model, devices)
+    own_cpus = parse_cpus(cpus) if cpus else None
+    if load_times and devices != ["local"]:
+        raise DanceError("--load-times measures on this machine: leave --device out")
+    baseline = read_results(against) if against else None
+    require_measurable(
+        artifacts, dense, devices, cluster=cluster, cpus=own_cpus, clips=clips, labels=labels, against=baseline
+    )
     from dance_tvm.benchmarking.campaign import run
-    from dance_tvm.benchmarking.peers import require_peers
     from dance_tvm.benchmarking.plan import Plan
-    from dance_tvm.benchmarking.results import write_results
-
-    require_peers(engines, peer_model, device or [])
-    if labels:
-        read_classes(labels)  # fails before anything is measured
 
     plan = Plan(
         artifacts=artifacts,
         dense=dense,
-        devices=device or ["local"],
+        devices=devices,
         runs=runs,
         seconds=seconds,
         single_stream=stream,
         clips=clips,
-        most_clips=most_clips,
+        most_clips=most_clips or MOST_CLIPS,
         layers=layers,
         threads=threads,
         cluster=cluster,
@@ -115,7 +122,7 @@ def bench(
         timeout=timeout,
         call_timeout=call_timeout,
         against=baseline,
-        threshold=threshold,
+        threshold=THRESHOLD if threshold is None else threshold,
         trace=trace,
         peers=engines,
         peer_model=peer_model,
@@ -136,15 +143,22 @@ def bench(
         raise typer.Exit(REGRESSION)
 
 
-def _require_named(artifacts: Sequence[Path], devices: Sequence[str], results: Mapping[str, Path | None]) -> None:
-    """Raise DanceError for artifacts or devices that are none, and for results of another kind, by option."""
+def _require_used(given: Mapping[str, object], needed: Mapping[str, object]) -> None:
+    """Raise DanceError for an option that does nothing without the ``needed`` one."""
+    for option, value in given.items():
+        for other, wanted in needed.items():
+            if value is not None and wanted is None:
+                raise DanceError(f"{option} does nothing without {other}: give that too, or leave {option} out")
+
+
+def _require_named(devices: Sequence[str], results: Mapping[str, Path | None]) -> None:
+    """Raise DanceError for devices that are none, and for results of another kind or in no place, by option."""
     for spec in devices:
         require_spec(spec)
     for option, path in results.items():
         if path is not None:
             require_suffix(path, option, (".json",))
-    for artifact in artifacts:
-        require_artifact(artifact)
+            require_writable(path, option)
 
 
 def parse_cpus(text: str) -> list[int]:
@@ -214,6 +228,10 @@ _VERDICTS = {
 }
 
 
+#: What a share below 100 % says even of a dense network.
+_OF_DENSE = "of dense: the share done of all multiply-accumulates; masks, pruned weights and padding leave the rest out"
+
+
 def _print_summary(spec: str, measured: list[Measured]) -> None:
     heads = ["artifact", "role", "p50 ms", "p90 ms", "p99 ms", "spread", "runs", "frames/s", "GMACs done", "of dense"]
     rows = []
@@ -231,7 +249,7 @@ def _print_summary(spec: str, measured: list[Measured]) -> None:
             "-" if item.share_of_peak is None else f"{item.share_of_peak:.0%}", memory, joules,
             item.energy.kind if item.energy else "-",
         ])  # fmt: skip
-    print_table([*heads, "GFLOP/s", "of peak", "peak MiB", "mJ", "energy"], rows, title=spec)
+    print_table([*heads, "GFLOP/s", "of peak", "peak MiB", "mJ", "energy"], rows, title=spec, caption=_OF_DENSE)
 
 
 def _print_layers(name: str, profile: Profile) -> None:

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dance_tvm.artifact.preprocess import read_preprocess
-from dance_tvm.artifact.staging import require_free
 from dance_tvm.compiler import requests
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.options import AsJson, Model, TargetName, Threads
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import JsonLines, Progress
-from dance_tvm.models.registry import require_source
 
 if TYPE_CHECKING:
     from dance_tvm.compiler.build import Built
@@ -121,18 +119,18 @@ def build(
     # All that can be refused before the seconds that loading the compiler takes.
     shapes = dict(map(_shape, shape or []))
     machine = load_target(target)
-    requests.require_buildable(machine, dtype)
-    requests.require_program(machine, weights_dtype, prepared, static)
-    requests.require_agreement(numerics, conv)
-    if layer_errors:
-        requests.require_layers_seen(machine)
-    require_source(model)
-    requests.require_files({"--weights": weights, "--check-inputs": check_inputs, "--calibrate": calibrate})
     place = out or requests.default_out(model, machine)
-    require_free(place)
-    requests.require_logs(logs)
-    _warn(machine, model, weights, threads)
     prepare = read_preprocess(preprocess) if preprocess else None
+    if logs_from:
+        load_target(logs_from)
+    asked = requests.Request(
+        model=model, target=machine, out=place, weights=weights, shapes=shapes, dtype=dtype, numerics=numerics,
+        conv=conv, memory=memory, weights_dtype=weights_dtype, prepared=prepared, static=static, check=check,
+        check_inputs=check_inputs or [], calibrate=calibrate or [], layer_errors=layer_errors, logs=logs,
+        debug_dump=debug_dump,
+    )  # fmt: skip
+    requests.require(asked)
+    _warn(machine, model, weights, threads)
     with Progress(as_json, json_lines) as progress:
         progress.phase("load the compiler")
         from dance_tvm.compiler.build import build_network

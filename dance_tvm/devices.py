@@ -16,6 +16,7 @@ import typer
 
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.files import require_folder
 from dance_tvm.core.options import AsJson
 from dance_tvm.core.printing import framed, plain, print_table
 
@@ -32,7 +33,7 @@ app = application(help="The devices of a tracker and their health, and phones on
 @dataclass(frozen=True)
 class Server:
     """One device server of a tracker; `lost` ones are registered and answered no probe. `runs` is the command of this
-    user on this machine that uses it, for `seconds` so far, and `health` what the server told."""
+    user on this machine that uses it, for `seconds` so far, and `health` what the server reports."""
 
     key: str
     address: str
@@ -90,6 +91,20 @@ def _shown(tracker: str, probe: bool, form: Callable[..., Any]) -> Any:
         return f"{time.strftime('%H:%M:%S')}  {error}"
 
 
+@app.command("tracker", epilog=examples("dance-tvm device tracker", "dance-tvm device tracker --host 0.0.0.0"))
+def serve_tracker(
+    host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind to; 0 takes a free one.")] = 9190,
+) -> None:
+    """Serve as the tracker that devices register with and builds ask for them, until Ctrl-C."""
+    from dance_tvm.device.serve_tracker import serve
+
+    try:
+        serve(host, port)
+    except OSError as error:
+        raise DanceError(str(error)) from None
+
+
 @app.command(
     epilog=examples("dance-tvm device phone --key pixel", "dance-tvm device phone tvm-arm64 --key pixel"),
 )
@@ -103,8 +118,11 @@ def phone(
     tracker: Annotated[str, typer.Option(help="HOST:PORT of the tracker that the phone registers with.")] = TRACKER,
     key: Annotated[str, typer.Option(help="The device's kind in the tracker.")] = "android",
     serial: Annotated[str | None, typer.Option(help="Which phone, where several are connected.")] = None,
-    port: Annotated[int, typer.Option(help="Port of the phone's server.")] = 9090,
-    target: Annotated[str, typer.Option(help="Of the dance_server that is made where no FOLDER is given.")] = PHONE,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the phone's server.")] = 9090,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Of the dance_server that is made where no FOLDER is given.", show_default=PHONE),
+    ] = None,
 ) -> None:
     """Push a server onto a phone on a cable, forward its ports, start it and keep it until Ctrl-C."""
     from dance_tvm.device import address_of
@@ -115,10 +133,15 @@ def phone(
     host, tracker_port = address_of(tracker, "--tracker")
     if host not in ("127.0.0.1", "localhost"):
         raise DanceError(f"a phone on a cable reaches this machine alone: start the tracker here, not on {host}")
+    if folder is not None and target is not None:
+        raise DanceError("--target is that of a dance_server made anew: leave it out, or FOLDER")
+    if folder is not None and not folder.is_dir():
+        raise DanceError(f"there is no folder {folder}: it holds the server for the phone")
+    machine = load_target(target or PHONE)
     adb = Adb(serial)
     with TemporaryDirectory(prefix="dance_tvm_phone_") as made:
         if folder is None:
-            folder = build_server(load_target(target), Path(made)).parent
+            folder = build_server(machine, Path(made)).parent
         with adb.server(folder, key, tracker_port, port) as server:
             print(f"phone {adb.serial} serves tracker://{tracker}/{key}; Ctrl-C ends it", file=sys.stderr, flush=True)
             server.process.wait()
@@ -140,6 +163,7 @@ def server(
     from dance_tvm.machines.target import load_target
 
     machine = load_target(target)
+    require_folder(folder, "FOLDER")
     typer.echo(build_server(machine, folder))
     print(f"for {machine.name}; docs/devices.md says how to start it there", file=sys.stderr)
 

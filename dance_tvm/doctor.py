@@ -24,6 +24,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.core.options import AsJson
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import Progress
+from dance_tvm.device import address_of
 
 # The pair that is known to work; newer ffi releases crash in tvm.ir.save_json.
 TVM = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
@@ -53,6 +54,8 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Say what works on this machine, and what mends the rest. Exit code 1 if something needed is broken."""
+    if tracker:
+        address_of(tracker, "--tracker")
     with Progress(quiet=as_json) as progress:
         findings = examine(tracker, progress.phase)
     if as_json:
@@ -184,7 +187,6 @@ def adb() -> Finding:
 
 def tracker_answers(address: str) -> Finding:
     """The tracker that the user named."""
-    from dance_tvm.device import address_of
     from dance_tvm.device.tracker import tracker_summary
 
     host, port = address_of(address, "--tracker")

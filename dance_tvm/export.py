@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,10 @@ import typer
 from dance_tvm.artifact.preprocess import preprocess_of
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.files import require_suffix
+from dance_tvm.core.files import require_suffix, require_writable
 from dance_tvm.core.options import AsJson
 from dance_tvm.core.progress import Progress
+from dance_tvm.models.network_files import HUBS, require_python, require_weights, weights_file
 from dance_tvm.models.registry import entry, names
 
 app = application()
@@ -55,13 +57,15 @@ def export(
     Where the scale of its frames is known or given, a .toml beside it gives it to `build --preprocess`.
     """
     require_suffix(out, "--out", (".pt2", ".onnx"))
+    require_writable(out, "--out")
     shapes = [_shape(each) for each in shape or []]
     scale = {name: _numbers(name, text) for name, text in (("mean", mean), ("deviation", deviation)) if text}
     given = preprocess_of(scale, "--") if scale else None
     if ":" in source and not shapes:
         raise DanceError("--shape is missing: give the shape of each input, as 1x3x16x112x112")
-    if ":" not in source:
-        _require_name(source)
+    _require_source(source, weights)
+    if out.suffix == ".onnx" and find_spec("onnxscript") is None:
+        raise DanceError("writing ONNX needs the onnxscript package: pip install 'dance-tvm[onnx]'")
     with Progress(quiet=as_json) as progress:
         progress.phase("load PyTorch")
         from dance_tvm import models
@@ -83,6 +87,26 @@ def export(
     typer.echo(f"{out}: differs from its module by {apart:.1g} of the largest value")
     more = f" --preprocess {beside}" if beside else ""
     typer.echo(f"next: dance-tvm build --model {out}{more}{' --batch 1' if open_batch else ''}")
+
+
+def _require_source(source: str, weights: str | None) -> None:
+    """Raise DanceError for a network that cannot be there, and for weights that it does not take."""
+    place, _, name = source.partition(":")
+    if not name:
+        _require_name(source)
+    elif place in HUBS:
+        if find_spec(place) is None:
+            raise DanceError(f"{place} is not installed: pip install {place}")
+    else:
+        require_python(place, name)
+    if not weights:
+        return
+    if (file := weights_file(weights, place)) is not None:
+        require_weights(file)
+    elif place not in HUBS:
+        raise DanceError(f"--weights {weights} is no file: {source} takes a state dict (.pt, .pth, .safetensors)")
+    elif place == "pytorchvideo" and weights != "pretrained":
+        raise DanceError(f"--weights {weights} is no file: {source} takes `pretrained`, or a state dict's file")
 
 
 def _require_name(source: str) -> None:

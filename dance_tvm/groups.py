@@ -7,10 +7,16 @@ from typing import Annotated
 
 import typer
 
+from dance_tvm.compiler.requests import require_buildable
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.files import require_folder
 from dance_tvm.core.options import PLACES, TargetName, Threads
 from dance_tvm.core.printing import print_table
+from dance_tvm.machines.target import load_target
+from dance_tvm.records.group_choice import require_fitting
+from dance_tvm.records.places import own_logs
+from dance_tvm.tuning.requests import require_devices_of
 
 app = application()
 
@@ -37,9 +43,11 @@ def groups(
 ) -> None:
     """Measure synthesised layers in each kernel group, add the times to the target's log, and name the best group."""
     candidates = [_group(text) for text in group or []]
-    from dance_tvm.machines.target import load_target
-
     machine = load_target(target)
+    require_buildable(machine)
+    require_devices_of(machine, [device])
+    require_fitting(machine, candidates)
+    require_folder(logs or own_logs(), "--logs")
     from dance_tvm.records.group_choice import SYNTHESISED, best_group, efficiencies
     from dance_tvm.records.group_log import log_path, write_log
     from dance_tvm.tuning.measure_groups import measure_on

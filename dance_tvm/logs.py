@@ -128,6 +128,8 @@ def show(
     from dance_tvm.records.kernel_log import Log
 
     found = [record for path in _files(files) for record in Log.read(path).records(workload=layer or None)]
+    if layer and not found:
+        raise DanceError(f"no log has a record of --layer {layer}: `dance-tvm logs best` lists the workloads")
     _print(found[-last:], as_json)
 
 

@@ -12,7 +12,7 @@ import typer
 
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.files import require_suffix
+from dance_tvm.core.files import require_suffix, require_writable
 
 app = application()
 
@@ -49,8 +49,11 @@ def report(
     """Turn measurements into one page that works offline, or into Markdown."""
     if len(results) > 2:
         raise DanceError("give one file of results, or two to set side by side")
-    if out is not None and form is None:
-        require_suffix(out, "--out", tuple(SUFFIXES.values()))
+    if out is not None:
+        require_suffix(out, "--out", (SUFFIXES[form],) if form else tuple(SUFFIXES.values()))
+        require_writable(out, "--out")
+    if len(results) == 2 and (paper or tuning):
+        raise DanceError("--paper and --tuning belong to one file of results: leave the second out")
     from dance_tvm.benchmarking.results import read_results
     from dance_tvm.reporting import page
 

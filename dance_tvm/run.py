@@ -11,21 +11,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
+from dance_tvm.artifact.folder import load_artifact
+from dance_tvm.artifact.preprocess import Preprocess, read_preprocess
+from dance_tvm.artifact.video_windows import VIDEOS, pictures_in, require_video_input, windows_of
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.files import require_suffix
+from dance_tvm.core.files import require_suffix, require_writable
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.options import PLACES, AsJson
 from dance_tvm.core.output_files import write_outputs
-from dance_tvm.core.printing import print_table
+from dance_tvm.core.printing import Table, print_table, print_tables
 from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.core.random_inputs import random_inputs
-from dance_tvm.device import require_spec
+from dance_tvm.device import open_device, require_runnable, require_spec
 
 if TYPE_CHECKING:
-    from dance_tvm.artifact.folder import Manifest
+    from dance_tvm.artifact.folder import Manifest, Tensor
 
 app = application()
+
+#: Highest scores that are printed unless told.
+TOP = 5
 
 #: A run by name: what went in.
 Windows = list[tuple[str, dict[str, np.ndarray]]]
@@ -52,8 +58,10 @@ def run(
     preprocess: Annotated[
         Path | None, typer.Option(help="How frames become the input (.toml); docs/run.md lists its fields.")
     ] = None,
-    labels: Annotated[Path | None, typer.Option(help="Names of the classes, one a line.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many of the highest scores to print.")] = 5,
+    labels: Annotated[Path | None, typer.Option(help="Names of the classes, one per line.")] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="How many of the highest scores to print.", show_default=str(TOP))
+    ] = None,
     outputs: Annotated[Path | None, typer.Option(help="Where to write the outputs (.npz).")] = None,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds to wait for the device.")] = 60.0,
     as_json: AsJson = False,
@@ -62,26 +70,29 @@ def run(
     """Run an artifact on a device: arrays of an .npz file, or a video, in; the network's outputs and top scores out."""
     if sum(bool(given) for given in (inputs, video, frames)) > 1:
         raise DanceError("give one of --inputs, --video and --frames")
+    require_spec(device)
+    if stride is not None and not (video or frames):
+        raise DanceError("--stride is that of a video's windows: give --video or --frames too")
     if outputs is not None:
         require_suffix(outputs, "--outputs", (".npz",))
-        _require_file(outputs)
-    require_spec(device)
-    names = read_labels(labels) if labels else []
-    from dance_tvm.artifact.folder import load_artifact
-
+        require_writable(outputs, "--outputs")
+    names, shown = read_labels(labels) if labels else [], top or TOP
+    prepare = _preprocess(preprocess, video or frames)
+    sources = _sources(inputs, video or [], frames)
+    # All that can be refused before the seconds that opening a device takes.
     verified = load_artifact(artifact)
-    if device == "local":
-        verified.require_this_machine()  # fails before the seconds that opening a device takes
+    require_runnable(verified, device)
+    _require_scores(verified.manifest, names, top)
+    given = read_inputs(inputs, verified.manifest.inputs, verified.manifest.name) if inputs else None
+    if video or frames:
+        require_video_input(verified.manifest, prepare)
     with Progress(as_json, json_lines) as progress:
-        sources = _sources(inputs, video or [], frames)
-        from dance_tvm.device import open_device
-
         progress.phase(f"opening {device}")
         found = []
-        with open_device(device, timeout=timeout) as session:
+        with open_device(device, timeout=timeout, on_phase=progress.phase) as session:
             network = session.load(verified)
             for place, source in enumerate(sources, 1):
-                windows = _windows(verified.manifest, source, source == inputs, stride, preprocess)
+                windows = _windows(verified.manifest, source, given, stride, prepare)
                 of = f", {place} of {len(sources)}" if len(sources) > 1 else ""
                 for index, (name, arrays) in enumerate(windows, 1):
                     many = f" ({index} of {len(windows)}{of})" if len(windows) > 1 or of else ""
@@ -90,21 +101,23 @@ def run(
                     results = network.run(arrays)
                     seconds = time.perf_counter() - begun
                     found.append((name, results, seconds))
-                    progress.tell("run", name=name, seconds=seconds, top=_top(results, verified.manifest, names, top))
-        facts = _facts(device, found, verified.manifest, names, top)
+                    progress.tell("run", name=name, seconds=seconds, top=_top(results, verified.manifest, names, shown))
+        facts = _facts(device, found, verified.manifest, names, shown)
         progress.result(facts)
     if outputs is not None:
         write_outputs(outputs, _joined([results for _, results, _ in found]))
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     elif not json_lines:
-        _print(found, verified.manifest, device, names, top)
+        _print(found, verified.manifest, device, names, shown)
 
 
 def _sources(inputs: Path | None, videos: list[Path], frames: Path | None) -> list[Path | None]:
     """The files to run on, a folder of videos file by file; None stands for random input."""
-    from dance_tvm.benchmarking.clips import VIDEOS
-
+    if frames is not None and not frames.is_dir():
+        raise DanceError(f"--frames {frames} is no folder: name one that holds a video's pictures, or give --video")
+    if frames is not None:
+        pictures_in(frames)
     found: list[Path | None] = [path for path in (inputs, frames) if path is not None]
     for video in videos:
         inside = (
@@ -112,35 +125,59 @@ def _sources(inputs: Path | None, videos: list[Path], frames: Path | None) -> li
         )
         if not inside:
             raise DanceError(f"--video {video} holds no video: --frames takes a folder of pictures")
+        if not inside[0].is_file():
+            raise DanceError(f"the video {video} is missing; check the path")
         found += inside
     return found or [None]
 
 
+def _preprocess(path: Path | None, videos: object) -> Preprocess | None:
+    """How the frames of videos are prepared, where the command line says it."""
+    if path is None:
+        return None
+    if not videos:
+        raise DanceError("--preprocess is for frames of videos: give --video or --frames too")
+    return read_preprocess(path)
+
+
 def _windows(
-    manifest: Manifest, video: Path | None, is_arrays: bool, stride: int | None, preprocess: Path | None
+    manifest: Manifest,
+    source: Path | None,
+    given: dict[str, np.ndarray] | None,
+    stride: int | None,
+    preprocess: Preprocess | None,
 ) -> Windows:
     """What to run on, by name."""
-    if video is not None and is_arrays:
-        return [(str(video), read_inputs(video, manifest.inputs, manifest.name))]
-    if video is None:
+    if source is None:
         return [("random input", random_inputs(manifest.inputs))]
-    from dance_tvm.artifact.preprocess import read_preprocess
-    from dance_tvm.benchmarking.clips import windows_of
-
-    return windows_of(video, manifest, stride, read_preprocess(preprocess) if preprocess else None)
+    return [(str(source), given)] if given is not None else windows_of(source, manifest, stride, preprocess)
 
 
 def read_labels(path: Path) -> list[str]:
-    """Names of classes, one a line. Raises DanceError where the file cannot be read."""
+    """Names of classes, one per line. Raises DanceError where the file cannot be read."""
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DanceError(f"--labels {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _require_file(path: Path) -> None:
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise DanceError(f"{path} cannot be written: give --outputs a file in a folder that exists")
+def _require_scores(manifest: Manifest, labels: list[str], top: int | None) -> None:
+    """Raise DanceError where scores are to be named or counted and no output holds them."""
+    found = next((tensor for tensor in manifest.outputs if _holds_scores(tensor, labels)), None)
+    if found is None and labels:
+        shapes = ", ".join(f"{tensor.name} {tuple(tensor.shape)}" for tensor in manifest.outputs)
+        raise DanceError(f"--labels names {len(labels)} classes, and no output holds so many scores: {shapes}")
+    if found is None and top is not None:
+        raise DanceError(
+            f"--top is of class scores, and {manifest.name} does not say which output holds them: name its classes by "
+            "--labels, or leave --top out"
+        )
+
+
+def _holds_scores(tensor: Tensor, labels: list[str]) -> bool:
+    """Whether an output holds the scores of one clip's classes, which ``labels`` name where there are any."""
+    fits = len(tensor.shape) == 2 and tensor.shape[0] == 1 and len(labels) in (0, tensor.shape[1])
+    return fits and bool(labels or "class scores" in tensor.meaning)
 
 
 def _joined(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -152,16 +189,11 @@ def _joined(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 def _scores(results: Mapping[str, np.ndarray], manifest: Manifest, labels: list[str]) -> np.ndarray | None:
     """Probabilities of one clip's classes, where an output holds such: (classes,)."""
-    for tensor in manifest.outputs:
-        array = results[tensor.name]
-        fits = array.ndim == 2 and len(array) == 1 and (len(labels) == array.shape[1] if labels else True)
-        if fits and (labels or "class scores" in tensor.meaning):
-            scores = array[0].astype("float64")
-            return _softmax(scores) if "before softmax" in tensor.meaning else scores
-    if labels:
-        shapes = ", ".join(f"{tensor.name} {tuple(tensor.shape)}" for tensor in manifest.outputs)
-        raise DanceError(f"--labels names {len(labels)} classes, and no output holds so many scores: {shapes}")
-    return None
+    tensor = next((tensor for tensor in manifest.outputs if _holds_scores(tensor, labels)), None)
+    if tensor is None:
+        return None
+    scores = results[tensor.name][0].astype("float64")
+    return _softmax(scores) if "before softmax" in tensor.meaning else scores
 
 
 def _softmax(values: np.ndarray) -> np.ndarray:
@@ -218,12 +250,14 @@ def _print(
             figures = _figures(array)
             numbers = [f"{figures['least']:.6g}", f"{figures['greatest']:.6g}"]
             rows.append([key, str(array.shape), str(array.dtype), *numbers, _meaning(manifest, key)])
-        print_table(["output", "shape", "dtype", "least", "greatest", "meaning"], rows, f"{manifest.name} on {name}")
+        heads = ["output", "shape", "dtype", "least", "greatest", "meaning"]
+        tables = [Table(heads, rows, f"{manifest.name} on {name}")]
         rows = [
             [f"{each['score']:.4f}", str(each["class"]), each["label"]] for each in _top(results, manifest, labels, top)
         ]
         if rows:
-            print_table(["score", "class", "label"], rows)
+            tables.append(Table(["score", "class", "label"], rows))
+        print_tables(tables)
         typer.echo(f"{1e3 * seconds:.1f} ms on {device}, the first run; `dance-tvm bench` measures")
         return
     rows = []

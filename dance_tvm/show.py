@@ -10,7 +10,7 @@ import typer
 
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.options import AsJson
-from dance_tvm.core.printing import print_table
+from dance_tvm.core.printing import Table, print_tables
 
 if TYPE_CHECKING:
     from dance_tvm.artifact.folder import Artifact
@@ -45,13 +45,11 @@ def _print(found: Artifact) -> None:
         [side, each.name, "x".join(map(str, each.shape)) or "scalar", each.dtype, each.meaning]
         for side, each in tensors
     ]
-    print_table(["", "name", "shape", "dtype", "meaning"], rows)
+    tables = [Table(["", "name", "shape", "dtype", "meaning"], rows)]
     if manifest.layers:
-        typer.echo("")
         heads = ["layer", "kernel", "MACs", "can skip", "tuned", "why"]
-        print_table(heads, [_layer(layer) for layer in manifest.layers])
-    typer.echo("")
-    print_table(["", ""], facts_of(found))
+        tables.append(Table(heads, [_layer(layer) for layer in manifest.layers]))
+    print_tables([*tables, Table(["", ""], facts_of(found))])
 
 
 def _layer(layer: Any) -> list[str]:

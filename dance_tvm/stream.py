@@ -11,9 +11,11 @@ import typer
 
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.files import require_suffix
+from dance_tvm.core.files import require_suffix, require_writable
 from dance_tvm.core.options import PLACES, AsJson
 from dance_tvm.core.progress import JsonLines, Progress
+from dance_tvm.device import open_device, require_runnable, require_spec
+from dance_tvm.device.stream import require_stream
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,19 +46,20 @@ def stream(
         raise DanceError("give --frames FILE or --random COUNT")
     if outputs is not None:
         require_suffix(outputs, "--outputs", (".npz",))
+        require_writable(outputs, "--outputs")
+    require_spec(device)
     import numpy as np
 
     from dance_tvm.artifact.folder import load_artifact
     from dance_tvm.core.output_files import write_outputs
 
     verified = load_artifact(artifact)
+    require_runnable(verified, device)
+    require_stream(verified.manifest)
     given = _frames(verified, frames, random)
     scores, seconds = [], []
-    from dance_tvm.device import open_device
-    from dance_tvm.device.stream import StreamSession
-
     with Progress(as_json, json_lines) as progress, open_device(device, timeout=timeout) as opened:
-        session = StreamSession(opened.load(verified))
+        session = opened.load(verified).stream()
         progress.phase(f"{len(given)} frames on {device}")
         for index, frame in enumerate(given):
             begun = time.perf_counter()

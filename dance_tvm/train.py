@@ -13,9 +13,16 @@ from rich.console import Console
 
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.files import require_folder
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.core.verbosity import level
+from dance_tvm.models.network_files import require_weights
+from dance_tvm.sparsity.data_names import require_data
+from dance_tvm.sparsity.options import method_options, require_model
+from dance_tvm.sparsity.settings import Settings
+from dance_tvm.sparsity.trained import require_same_run
+from dance_tvm.sparsity.units import read_units
 
 app = application()
 
@@ -78,13 +85,13 @@ def main(
     json_lines: JsonLines = False,
 ) -> None:
     """Trains and leaves model.safetensors, card.json, curves.csv and a checkpoint in --out."""
-    from dance_tvm.models.registry import entry
-    from dance_tvm.sparsity.options import method_options
-
-    entry(model)  # fails before the seconds that loading PyTorch takes, as wrong options do below
+    # All that can be refused before the seconds that loading PyTorch takes.
+    require_model(method, model)
     out = out or Path("trained") / f"{model}-{method}"
     if not print_config:
         _require_place(out, resume, overwrite)
+    if precision == "bfloat16" and not amp:
+        raise DanceError("--precision bfloat16 is one of mixed precision: leave --no-amp out")
     named = {
         "target_macs": target_macs,
         **_of_budget(budget, method, target_macs),
@@ -94,7 +101,8 @@ def main(
         "target_flops": target_flops,
     }
     options = {name: value for name, value in named.items() if value is not None} | _parsed(option or [])
-    every = method_options(method, options).model_dump(mode="json")
+    found = method_options(method, options)
+    every = found.model_dump(mode="json")
     progress = Progress(as_json, json_lines)
     chosen: dict[str, Any] = {
         "epochs": epochs, "batch": batch, "lr": lr, "optimizer": optimizer, "amp": amp, "precision": precision,
@@ -103,6 +111,17 @@ def main(
     if print_config:
         typer.echo(_config(method=method, model=model, data=data, seed=seed, options=every, init=init, **chosen))
         return
+    require_data(data)
+    if init is not None:
+        require_weights(init)
+    if (units := getattr(found, "units", None)) is not None:
+        read_units(units)
+    if resume:
+        same = Settings(
+            method=method, model=model, data=data, options=options, seed=seed,
+            init=str(init) if init else None, **chosen,
+        )  # fmt: skip
+        require_same_run(out / "checkpoint.safetensors", same)
     result = run(
         method=method, model=model, data=data, out=out, init=init, resume=resume, seed=seed, threads=threads,
         options=options, **chosen,
@@ -123,8 +142,6 @@ def main(
 
 def _config(*, init: Path | None, **settings: Any) -> str:
     """Every setting of a run as JSON."""
-    from dance_tvm.sparsity.settings import Settings
-
     return Settings(init=str(init) if init else None, **settings).model_dump_json(indent=2)
 
 
@@ -143,7 +160,11 @@ def _of_budget(budget: str | None, method: str, target_macs: str | None) -> dict
 
 
 def _require_place(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raise DanceError where a run, finished or not, would be lost, and where there is none to go on with."""
+    """Raise DanceError where a run, finished or not, would be lost, where there is none to go on with, and where none
+    can be written."""
+    if resume and overwrite:
+        raise DanceError("--resume goes on with what --overwrite replaces: give one of them")
+    require_folder(folder, "--out")
     if resume and not (folder / "checkpoint.safetensors").is_file():
         raise DanceError(f"{folder} holds no run to go on with: name its --out, or train without --resume")
     if resume or overwrite:
@@ -176,7 +197,6 @@ def run(
     from dance_tvm import models
     from dance_tvm.sparsity.data import load_data
     from dance_tvm.sparsity.method import create_method
-    from dance_tvm.sparsity.settings import Settings
     from dance_tvm.sparsity.tasks import Classification, Distillation, Task
     from dance_tvm.sparsity.training import train
 

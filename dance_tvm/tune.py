@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dance_tvm.benchmarking.clips import require_clips
 from dance_tvm.compiler.requests import require_buildable
 from dance_tvm.core.cli import INTERRUPTED, application, examples, start
-from dance_tvm.core.errors import DanceError
-from dance_tvm.core.files import require_suffix
+from dance_tvm.core.errors import DanceError, DanceWarning
+from dance_tvm.core.files import require_folder, require_suffix, require_writable
 from dance_tvm.core.options import AsJson, Devices, Model, TargetName, Threads
 from dance_tvm.core.printing import framed, print_table
 from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.core.verbosity import level
-from dance_tvm.models.registry import require_source
+from dance_tvm.models.network_files import require_network
+from dance_tvm.records.places import own_logs
+from dance_tvm.tuning.requests import require_devices_of
 
 if TYPE_CHECKING:
-    from dance_tvm.machines.target import Target
     from dance_tvm.schedules.workload import Workload
     from dance_tvm.tuning.tuner import Tuner
 
@@ -62,24 +65,22 @@ def tune(
     json_lines: JsonLines = False,
 ) -> None:
     """Search the fastest tiles for a network on a real device, and keep them in the target's tuning log."""
-    if trials < 1:
-        raise DanceError("--trials must be at least 1: with none there is nothing to search")
-    if time_limit is not None and time_limit <= 0:
-        raise DanceError("--time-limit must be above 0: leave it out for none")
-    if any(not 0 < value <= 1 for value in density or []):
-        raise DanceError("--density must lie between 0 and 1, 1 included")
-    if plot is not None and find_spec("jinja2") is None:
-        raise DanceError("--plot needs jinja2: install it with `pip install jinja2`")
+    _require_numbers(trials, time_limit, density or [])
     if plot is not None:
-        require_suffix(plot, "--plot", (".html",))
+        _require_plot(plot)
     from dance_tvm.machines.host import available_cores
     from dance_tvm.machines.target import load_target
 
     machine = load_target(target)
     axes = _axes(masks)
     require_devices_of(machine, device or ["local"])
-    require_source(model)
+    require_network(model, weights)
     require_buildable(machine, dtype)
+    if machine.gpu is not None and conv == "winograd":
+        raise DanceError(f"--conv winograd: {machine.name} is a GPU, and Winograd's kernels are a processor's")
+    if clips:
+        require_clips(clips)
+    require_folder(logs or own_logs(), "--logs")
     from dance_tvm.lowering.machine import gpu_of, machine_of
     from dance_tvm.tuning.farm import Farm
     from dance_tvm.tuning.libraries import require_gpu, require_processor
@@ -98,6 +99,9 @@ def tune(
         clips=clips,
         dtype=dtype,
     )
+    if density and not any(layer.workload.lists for layer in found):
+        said = f"--density is of layers that masks thin, and {model} has none: --masks tunes as though it had"
+        warnings.warn(said, DanceWarning, stacklevel=2)
     plan = Plan(trials, time_limit or float("inf"), jobs or available_cores(), seed)
     with Farm(device or ["local"], trial_timeout) as farm:
         require_processor(farm, machine)
@@ -118,20 +122,22 @@ def tune(
         raise typer.Exit(INTERRUPTED)
 
 
-def require_devices_of(machine: Target, devices: list[str]) -> None:
-    """Raise DanceError where a device is none, or known not to be the target: its times would be taken for those."""
-    from dance_tvm.device import require_spec
-    from dance_tvm.machines.target import load_target
+def _require_numbers(trials: int, time_limit: float | None, density: list[float]) -> None:
+    """Raise DanceError for amounts that no search can have."""
+    if trials < 1:
+        raise DanceError("--trials must be at least 1: with none there is nothing to search")
+    if time_limit is not None and time_limit <= 0:
+        raise DanceError("--time-limit must be above 0: leave it out for none")
+    if any(not 0 < value <= 1 for value in density):
+        raise DanceError("--density must lie between 0 and 1, 1 included")
 
-    for spec in devices:
-        require_spec(spec)
-        if spec == "local" and machine.gpu is None and machine.fingerprint != load_target("host").fingerprint:
-            raise DanceError(
-                f"--device local is this machine and not {machine.name}: what is measured here says nothing of it; "
-                f"give --device rpc://… or tracker://… of such a device, or --target host"
-            )
-        if spec == "emulator" and (machine.gpu is not None or machine.link.machine != "aarch64"):
-            raise DanceError(f"--device emulator is an aarch64 processor, which {machine.name} is not")
+
+def _require_plot(path: Path) -> None:
+    """Raise DanceError where no plot can be drawn or written."""
+    if find_spec("jinja2") is None:
+        raise DanceError("--plot needs jinja2: install it with `pip install jinja2`")
+    require_suffix(path, "--plot", (".html",))
+    require_writable(path, "--plot")
 
 
 def _axes(masks: str) -> list[str]:

@@ -11,8 +11,9 @@ import typer
 
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.files import require_suffix, require_writable
 from dance_tvm.core.options import AsJson, Model, TargetName, Threads
-from dance_tvm.core.printing import print_table
+from dance_tvm.core.printing import Table, print_tables
 from dance_tvm.core.progress import Progress
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ def units(
     model: Model = "c3d-mini",
     target: TargetName = "host",
     threads: Threads = None,
-    kernels: Annotated[int, typer.Option(min=1, help="Kernels to list for each layer, the best first.")] = 1,
+    kernels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Kernels to list for each layer, the best first.", show_default="1; all with --json"),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the sites' units, for `train --set units=FILE`.")] = None,
     as_json: AsJson = False,
     memory: Annotated[
@@ -57,15 +61,19 @@ def units(
     """
     from dance_tvm.compiler.requests import require_buildable
     from dance_tvm.machines.target import load_target
-    from dance_tvm.models.registry import names, require_source
+    from dance_tvm.models.network_files import require_network
+    from dance_tvm.models.registry import names
 
     machine = load_target(target)
-    require_source(model)
+    require_network(model)
     require_buildable(machine, dtype)
     if machine.gpu is not None:
         raise DanceError(f"{machine.name} is a GPU, whose kernels list single frames and channels: units are for CPUs")
     if out is not None and model not in names():
         raise DanceError(f"--out takes the units of sites, which only networks of the zoo have: {', '.join(names())}")
+    if out is not None:
+        require_suffix(out, "--out", (".json",))
+        require_writable(out, "--out")
     count = threads or machine.threads
     with Progress(as_json) as progress:
         progress.phase("lower")
@@ -83,11 +91,10 @@ def units(
 
         write_units(sites, out)
     if as_json:
-        typer.echo(json.dumps(_facts(model, machine.name, count, found, sites), indent=2))
+        listed = {name: served[:kernels] for name, served in found.items()}
+        typer.echo(json.dumps(_facts(model, machine.name, count, listed, sites), indent=2))
         return
-    _print_layers(found, kernels)
-    if sites is not None:
-        _print_sites(sites)
+    print_tables([_of_layers(found, kernels or 1), *([_of_sites(sites)] if sites else [])])
 
 
 def _convolutions(model: str, machine: Target, threads: int, dtype: Dtype) -> dict[str, Workload]:
@@ -150,7 +157,7 @@ def _facts(
     return facts | {"sites": [site.model_dump() for site in sites.sites] if sites else None}
 
 
-def _print_layers(found: dict[str, list[Serving]], kernels: int) -> None:
+def _of_layers(found: dict[str, list[Serving]], kernels: int) -> Table:
     from dance_tvm.schedules.cpu.units import AXES, SHARES
 
     half = SHARES.index(0.5)
@@ -162,7 +169,7 @@ def _print_layers(found: dict[str, list[Serving]], kernels: int) -> None:
             saved = [f"{times[0] / times[half]:.2f}" for times in (kernel.seconds[axis] for axis in AXES)]
             units = [str(frames), str(channels), f"{height}×{width}"]
             rows.append([name, kernel.kernel, *units, f"{1e3 * kernel.dense_seconds:.3g}", *saved])
-    print_table(
+    return Table(
         [*heads, *(f"½ {axis}" for axis in AXES)],
         rows,
         title="units that each layer's kernel can leave out, and how many times as fast half of them is predicted, "
@@ -170,7 +177,7 @@ def _print_layers(found: dict[str, list[Serving]], kernels: int) -> None:
     )
 
 
-def _print_sites(sites: Units) -> None:
+def _of_sites(sites: Units) -> Table:
     rows = []
     for site in sites.sites:
         frames, channels, (height, width) = site.counts
@@ -178,7 +185,7 @@ def _print_sites(sites: Units) -> None:
         units = [str(site.frames), str(site.channels), "×".join(map(str, site.positions))]
         rows.append([site.node, shape, *units, f"{frames} + {channels} + {height}×{width}"])
     heads = ["site", "channels×frames×height×width", "frames", "channels", "positions", "decisions"]
-    print_table(heads, rows, title="units of the sites that DANCE masks")
+    return Table(heads, rows, title="units of the sites that DANCE masks")
 
 
 if __name__ == "__main__":

@@ -288,7 +288,7 @@ def test_a_place_that_cannot_be_written(capsys, tmp_path, program):
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(capsys, tmp_path / "file" / "out", "--model", program)
     dump = ["--debug-dump", tmp_path / "file" / "ir"]
-    assert "cannot be made" in refused(capsys, tmp_path / "out", "--model", program, *dump)
+    assert "choose another --debug-dump" in refused(capsys, tmp_path / "out", "--model", program, *dump)
 
 
 def test_a_folder_of_somebody_else(capsys, tmp_path, program):

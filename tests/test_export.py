@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
 
@@ -151,3 +152,19 @@ def test_torchvision_tells_its_scale(here, monkeypatch):
     monkeypatch.syspath_prepend(str(here))
     with pytest.raises(DanceError, match="another build of PyTorch"):
         export.load_source("torchvision:any")
+
+
+def test_the_exporter_talks_to_the_curious_alone(capsys, monkeypatch):
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    said = logging.StreamHandler(sys.stdout)
+    logger.addHandler(said)
+    try:
+        with export._quiet():
+            logger.warning("torchvision is not installed")
+        assert not capsys.readouterr().out
+        monkeypatch.setattr(export, "level", lambda: 1)
+        with export._quiet():
+            logger.warning("torchvision is not installed")
+        assert "torchvision" in capsys.readouterr().out
+    finally:
+        logger.removeHandler(said)

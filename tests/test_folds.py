@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import torch
 import tvm
@@ -164,3 +166,23 @@ class Branches(nn.Module):
 
 def test_norms_behind_a_concatenation_are_folded_into_its_parts():
     same_as_pytorch(Branches(), torch.randn(2, 3, 4, 5, 6))
+
+
+class Staged(nn.Module):
+    """Convolutions before norms, in modules of modules whose names end in digits."""
+
+    def __init__(self):
+        super().__init__()
+        self.c1 = nn.Conv3d(2, 4, 1)
+        self.c11 = nn.Conv3d(4, 4, 1)
+        block = (("c1", nn.Conv3d(4, 4, 3, padding=1)), ("b1", nn.BatchNorm3d(4)), ("act", nn.ReLU()))
+        self.stages = nn.Sequential(*(nn.Sequential(OrderedDict(block)) for _ in range(2)))
+
+    def forward(self, x):
+        return self.c11(self.stages(self.c11(self.c1(x))))
+
+
+def test_layers_are_called_by_their_modules_paths():
+    imported = import_model(Staged().eval(), example_inputs=(torch.zeros(1, 2, 3, 4, 4),), check=False)
+    lowered = lower(imported.mod, load_target("host"), Options(threads=1))
+    assert [layer.name for layer in lowered.layers] == ["c1", "c11", "stages.0.c1", "stages.1.c1", "c11_1"]

@@ -185,7 +185,7 @@ def test_resuming_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["--data", "cats"], "there are no clips called 'cats'"),
-        (["--data", "motion-digits,colour=3"], "does not take"),
+        (["--data", "motion-digits,colour=3"], "not colour"),
         (["--method", "aap", "--target-macs", "-1"], "greater than 0"),
         (["--method", "ava", "--target-macs", "0.5"], "target_macs: there is no such option; its options: "),
         (["--set", "nonsense"], "not of the form NAME=VALUE"),
@@ -202,7 +202,7 @@ def test_wrong_arguments_are_one_sentence(arguments: list[str], sentence: str, t
 def test_the_command_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
     done = subprocess.run(command(tmp_path, "--data", "ucf101:/nowhere"), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: /nowhere is not a folder")
+    assert done.stderr.startswith("error: --data ucf101:/nowhere: there is no folder /nowhere")
     assert "Traceback" not in done.stderr
 
 

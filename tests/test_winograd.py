@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import tvm
-from convolutions import Case, call, draw_masks, tensor
+from convolutions import Case, call, compiled, draw_masks, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,17 +21,27 @@ from tvm.relax.frontend.torch import from_exported_program
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.device.serve import executed
 from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.cpu import winograd_multiply
+from dance_tvm.schedules.cpu.choice import direct
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.row_plan import RowPlan
-from dance_tvm.schedules.cpu.tiles import Tile
+from dance_tvm.schedules.cpu.tiles import Machine, Tile
 from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.cpu.winograd_choice import transformed, why_not
 from dance_tvm.schedules.cpu.winograd_plan import WinogradPlan
+from dance_tvm.schedules.cpu.winograd_space import best
 from dance_tvm.schedules.cpu.winograd_transforms import POINTS, matrices, transform_weights
+from dance_tvm.schedules.emit import number, store
+from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.kernel import Weights
+from dance_tvm.schedules.layer import Layer, Limits
 from tests.test_transform import outputs
 
 TILE = Tile(mr=3, vectors=2, vector_floats=4, step=1, block_tiles=4, segment_taps=2, depth_block=4)
+#: A core of a server.
+LARGE = Machine(16, 32, 49152, 2 << 20, True, l3=256 << 20, gflops=160.0, memory_gb_per_s=25.0)
+#: Stands in weights that were asked for before they were read.
+MARK = 12345.0
 #: Largest error of the largest output, by the largest m of a tile; at most 2 is exact on small integers.
 TOLERANCE = {1: 0.0, 2: 0.0, 3: 3e-6, 4: 3e-6, 5: 1e-5, 6: 2e-5}
 
@@ -337,6 +349,59 @@ def test_listed_channels_are_found_wherever_they_are(runs: list[tuple[int, int]]
     check(case)
     case.tile = replace(TILE, step=4, depth_block=8)
     check(case)
+
+
+@pytest.mark.parametrize("depth_block", [8, 64])
+def test_only_live_weights_are_asked_for_and_all_but_the_first(
+    monkeypatch: pytest.MonkeyPatch, depth_block: int
+) -> None:
+    def marked(buffer: tvm.tirx.Buffer, index: Any) -> None:
+        store(buffer, number(MARK), tvm.tirx.min(index, int(buffer.shape[0]) - 1))
+
+    monkeypatch.setattr(winograd_multiply, "prefetch", marked)
+    tile = replace(TILE, depth_block=depth_block)
+    flat = {"size": (1, 4, 4), "kernel": (1, 3, 3), "padding": (0, 1, 1)}
+    case = WinogradCase(channels_in=32, channels_out=24, tile=tile, **flat)
+    case.live_in, case.live_out = alive(32, (0, 8), (16, 24), (24, 32)), alive(24, (0, 4), (8, 12), (20, 24))
+    found: list[np.ndarray] = []
+
+    def keeping(func: tvm.tirx.PrimFunc, arrays: Sequence[np.ndarray], blank: list[np.ndarray]) -> list[np.ndarray]:
+        given, results = [tensor(array) for array in arrays], [tensor(array) for array in blank]
+        compiled(func)(*given, *results)
+        found[:] = [array.numpy() for array in given if array.shape == make(case).weight_shape]
+        return [array.numpy() for array in results]
+
+    weights = Weights(np.ones((24, 32, 1, 3, 3), "float32"), np.zeros(24, "float32"))
+    masks = {"in_channels": case.live_in, "out_channels": case.live_out}
+    call(make(case), np.ones((1, 1, 4, 4, 32), "float32"), masks, weights, run=keeping)
+    asked = (found[0] == MARK).any(axis=-1)[:, :, 0]  # (ξ, vectors, C_in)
+    asked[-1, -1] = False  # what is past the end
+    vectors, channels = [0, 2, 5], np.flatnonzero(case.live_in[0])
+    dead = np.ones(asked.shape, bool)
+    dead[np.ix_(range(len(asked)), vectors, channels)] = False
+    assert not asked[dead].any()
+    behind_the_first = asked[1:-1][np.ix_(range(len(asked) - 2), vectors, channels)]
+    assert behind_the_first.all()
+
+
+def thinned(**lists: Any) -> WinogradConv:
+    """A layer of 49 tiles of 2 × 2 × 2, whose weights lie beyond the caches that are ours."""
+    size = (4, 13, 13)
+    window = Window(1, size, size, (3, 3, 3), (1, 1, 1), (1, 1, 1))
+    found = best(transformed(direct(Layer(window, 448, 480, **lists), LARGE)), LARGE, 1, limits=Limits(growth=2.4))
+    assert found is not None
+    return found
+
+
+def test_one_chunk_holds_what_masks_may_leave_where_weights_come_from_memory() -> None:
+    assert thinned(positions=(1, 1), live_in=True, live_out=True).plan.chunks == 1
+
+
+def test_a_chunk_that_live_places_begin_reads_all_weights_again() -> None:
+    conv = thinned(positions=(1, 1))
+    halved = conv.retiled(conv.plan.m, 25, conv.tile)
+    below, half, above = (halved.predict(LARGE, 1, [share], whole_units=True) for share in (0.47, 0.5, 0.53))
+    assert above - half > 2 * (half - below)
 
 
 def test_dead_tiles_and_frames_are_not_touched() -> None:

@@ -15,6 +15,7 @@ from typing import TypeVar
 import psutil
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.files import PROBE
 
 #: What makes a folder an artifact.
 MANIFEST = "manifest.json"
@@ -59,7 +60,7 @@ def require_writable(out: str | Path) -> None:
 
     def try_it() -> None:
         standing = next(parent for parent in target.parents if parent.exists())
-        Path(tempfile.mkdtemp(prefix=_prefix(target), dir=standing)).rmdir()
+        Path(tempfile.mkdtemp(prefix=PROBE, dir=standing)).rmdir()
 
     _writing(target, lambda: _again(try_it))
 
@@ -70,12 +71,6 @@ def _again(action: Callable[[], _Result]) -> _Result:
         with suppress(FileNotFoundError, FileExistsError):  # mkdir sees it stand, and a moment later it is gone
             return action()
     return action()
-
-
-def require_free(out: str | Path) -> None:
-    """Raise DanceError where something stands that is not an artifact; nothing is written."""
-    with suppress(OSError):  # what may not be looked into is refused when it is to be written
-        _require_free(_place(out))
 
 
 def _place(out: str | Path) -> Path:
@@ -106,7 +101,7 @@ def _require_free(target: Path) -> None:
 
 
 def _not_of_an_artifact(folder: Path) -> list[str]:
-    """What stands in ``folder`` that its manifest does not list; nothing is told of a manifest that cannot be read."""
+    """What stands in ``folder`` that its manifest does not list; empty where the manifest cannot be read."""
     try:
         own = {str(name).partition("/")[0] for name in json.loads((folder / MANIFEST).read_bytes())["files"]}
     except (OSError, ValueError, KeyError, TypeError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dance_tvm.artifact.folder import Manifest
+from dance_tvm.artifact.folder import Manifest, Tensor
 from dance_tvm.benchmarking.clips import NamedClips
 from dance_tvm.benchmarking.results import Accuracy
 from dance_tvm.core.errors import DanceError
@@ -46,13 +46,14 @@ def accuracy(
 
     Raises DanceError where the network gives no scores or no clip is labelled.
     """
+    tensor = scores_of(manifest)
     scores: dict[str, list[np.ndarray]] = defaultdict(list)
     hits: list[tuple[bool, bool]] = []
     for name, inputs in clips:
         video = _video(name, classes)
         if video is None:
             continue
-        found = _scores(network.run(inputs), manifest)
+        found = network.run(inputs)[tensor.name][0]
         if classes[video] >= len(found):
             raise DanceError(f"--labels: {video} is of class {classes[video]}, and {manifest.name} knows {len(found)}")
         scores[video].append(found)
@@ -77,11 +78,11 @@ def _video(name: str, classes: Mapping[str, int]) -> str | None:
     return next((each for each in (name, whole) if each in classes), None)
 
 
-def _scores(outputs: Mapping[str, np.ndarray], manifest: Manifest) -> np.ndarray:
+def scores_of(manifest: Manifest) -> Tensor:
+    """The output that holds a clip's class scores. Raises DanceError where there is none."""
     for tensor in manifest.outputs:
-        array = outputs[tensor.name]
-        if array.ndim == 2 and len(array) == 1 and array.shape[1] > 1:
-            return array[0]
+        if len(tensor.shape) == 2 and tensor.shape[0] == 1 and tensor.shape[1] > 1:
+            return tensor
     shapes = ", ".join(f"{tensor.name} {tuple(tensor.shape)}" for tensor in manifest.outputs)
     raise DanceError(f"--labels needs an output of (1, classes), and {manifest.name} gives {shapes}")
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dance_tvm.artifact.folder import LIBRARY, load_artifact
+from dance_tvm.artifact.folder import LIBRARY, Artifact, load_artifact
 from dance_tvm.benchmarking.measure import Contender, Inputs
-from dance_tvm.benchmarking.plan import Entry, Plan, shapes_of
+from dance_tvm.benchmarking.plan import Entry, Plan, Role, shapes_of
 from dance_tvm.benchmarking.results import Measured, Results, Verdict
 from dance_tvm.benchmarking.statistics import judge, paired_ratio, unpaired_ratio
 from dance_tvm.core.errors import DanceError
@@ -26,10 +26,10 @@ def earlier(
     found: dict[str, tuple[Contender, Measured]] = {}
     if plan.against is None:
         return found
-    known = [(entry, old) for entry in entries if (old := _old(plan.against, spec, entry)) is not None]
-    if not known:
-        raise DanceError(f"the baseline has nothing of these networks on {spec}: bench it on the same device first")
-    for entry, old in known:
+    require_known(plan.against, spec, [(entry.artifact, entry.role) for entry in entries])
+    for entry in entries:
+        if (old := _old(plan.against, spec, entry.artifact, entry.role)) is None:
+            continue
         contender = None if old.library_sha256 == entry.library_sha256 else _again(session, entry, old)
         if differs := _differences(plan, entry, old, measured_again=contender is not None):
             raise DanceError(
@@ -76,11 +76,17 @@ def digest(inputs: Inputs) -> str:
     return digest.hexdigest()
 
 
-def _old(against: Results, spec: str, entry: Entry) -> Measured | None:
+def require_known(against: Results, spec: str, artifacts: Sequence[tuple[Artifact, Role]]) -> None:
+    """Raise DanceError where the baseline has nothing of the artifacts on the device."""
+    if not any(_old(against, spec, *each) for each in artifacts):
+        raise DanceError(f"the baseline has nothing of these networks on {spec}: bench it on the same device first")
+
+
+def _old(against: Results, spec: str, artifact: Artifact, role: Role) -> Measured | None:
     """The baseline's measurement on the same device: of the same folder, else of the same network."""
     known = [item for device in against.devices if device.spec == spec for item in device.measured]
-    same_path = [item for item in known if item.artifact == str(entry.artifact.path)]
-    same_name = [item for item in known if item.name == entry.artifact.manifest.name and item.role == entry.role]
+    same_path = [item for item in known if item.artifact == str(artifact.path)]
+    same_name = [item for item in known if item.name == artifact.manifest.name and item.role == role]
     return next(iter(same_path or same_name), None)
 
 
@@ -99,7 +105,7 @@ def verdicts_of(
         if item.artifact in old:
             ratio = paired_ratio(entry.contender.rounds, old[item.artifact][0].rounds)
             found.append(judge(spec, item.artifact, ratio, plan.threshold, interleaved=True))
-        elif (before := _old(plan.against, spec, entry)) is not None:
+        elif (before := _old(plan.against, spec, entry.artifact, entry.role)) is not None:
             ratio = unpaired_ratio(item.latency.seconds, before.latency.seconds)
             verdict = judge(spec, item.artifact, ratio, plan.threshold, interleaved=False)
             if before.library_sha256 == item.library_sha256:

@@ -12,19 +12,15 @@ import numpy as np
 import psutil
 
 from dance_tvm.artifact.folder import LIBRARY, Artifact, load_artifact
+from dance_tvm.artifact.video_windows import doubt_of_scale
 from dance_tvm.benchmarking import accuracy, peers, sensing
 from dance_tvm.benchmarking.baseline import digest, earlier, verdicts_of
-from dance_tvm.benchmarking.clips import (
-    doubt_of_scale,
-    frames_of,
-    load_clips,
-    pictures_of,
-    strip,
-)
+from dance_tvm.benchmarking.clips import frames_of, load_clips, pictures_of, strip
 from dance_tvm.benchmarking.layers import profile
 from dance_tvm.benchmarking.loading import measure_loading
 from dance_tvm.benchmarking.measure import Contender, in_turns, single_stream
-from dance_tvm.benchmarking.plan import Entry, Plan, Role, shapes_of
+from dance_tvm.benchmarking.plan import Entry, Plan, Role
+from dance_tvm.benchmarking.requests import require_twin
 from dance_tvm.benchmarking.results import (
     Alive,
     Clip,
@@ -61,7 +57,7 @@ def run(plan: Plan, progress: Callable[[str], Any] = lambda _sentence: None) -> 
         artifacts.append((load_artifact(plan.dense), "dense"))
         for artifact, role in artifacts:
             if role == "sparse":
-                _require_twin(artifact, artifacts[-1][0])
+                require_twin(artifact, artifacts[-1][0])
     results = Results(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=plan.command,
@@ -80,22 +76,6 @@ def run(plan: Plan, progress: Callable[[str], Any] = lambda _sentence: None) -> 
     if plan.trace is not None:
         write_trace(plan.trace, traced)
     return results
-
-
-def _require_twin(sparse: Artifact, dense: Artifact) -> None:
-    """Raise DanceError where a network is no dense form of the other: their times would say nothing together."""
-    ours, theirs = sparse.manifest, dense.manifest
-    differs = [
-        f"its {side} are {shapes_of(getattr(theirs, side))} and not {shapes_of(getattr(ours, side))}"
-        for side in ("inputs", "outputs")
-        if shapes_of(getattr(ours, side)) != shapes_of(getattr(theirs, side))
-    ]
-    if theirs.target.fingerprint != ours.target.fingerprint:
-        differs.append(f"it is built for {theirs.target.name} and not for {ours.target.name}")
-    if theirs.target.threads != ours.target.threads:
-        differs.append(f"it is built for {theirs.target.threads} threads and not for {ours.target.threads}")
-    if differs:
-        raise DanceError(f"--dense {dense.path} is no dense form of {sparse.path}: {', and '.join(differs)}")
 
 
 def _on_device(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from dance_tvm.benchmarking.results import Latency, Verdict
 
@@ -64,6 +63,8 @@ def _interval(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[floa
     middle = float(statistic(*samples))
     if min(len(sample) for sample in samples) < 2 or all(np.ptp(sample) == 0 for sample in samples):
         return middle, middle, middle
+    from scipy.stats import bootstrap  # takes a second to load
+
     found = bootstrap(
         samples,
         statistic,

@@ -4,24 +4,65 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dance_tvm.artifact.preprocess import Preprocess
+from dance_tvm.artifact.staging import require_writable
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.files import require_folder
+from dance_tvm.core.input_files import read_archive
+from dance_tvm.device import emulator_available
 from dance_tvm.machines.target import Target
 from dance_tvm.models import registry
+from dance_tvm.models.network_files import require_network
 
 #: Architectures that kernels, linker and artifacts know, and what begins the triples of their code.
 MACHINES = {"x86_64": ("x86_64",), "aarch64": ("aarch64", "arm64")}
 KINDS = ("llvm", "cuda", "opencl")
 
 
-def require_files(options: Mapping[str, Path | Sequence[Path] | None]) -> None:
-    """Raise DanceError for files, by the option that names them, that are not there."""
-    for option, given in options.items():
-        for path in [given] if isinstance(given, Path) else given or []:
-            if not path.is_file():
-                raise DanceError(f"there is no file {path} ({option}): check the path")
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks a build for, as far as it can be refused beforehand; ``out`` is where it goes."""
+
+    model: str
+    target: Target
+    out: Path
+    weights: Path | None
+    shapes: Mapping[str, Sequence[int]]
+    dtype: str
+    numerics: str
+    conv: str
+    memory: str
+    weights_dtype: str
+    prepared: bool
+    static: bool
+    check: bool | None
+    check_inputs: Sequence[Path]
+    calibrate: Sequence[Path]
+    layer_errors: bool
+    logs: Path | None
+    debug_dump: Path | None
+
+
+def require(request: Request) -> None:
+    """Raise DanceError for what cannot be built, checked or written, and for options that would do nothing."""
+    target = request.target
+    require_buildable(target, "float32" if request.dtype == "auto" else request.dtype)
+    require_program(target, request.weights_dtype, request.prepared, request.static, request.memory)
+    require_agreement(request)
+    if request.layer_errors:
+        require_layers_seen(target)
+    require_checkable(target, request.check)
+    require_network(request.model, request.weights)
+    require_shapes(request.model, request.shapes)
+    require_inputs(request.model, request.check_inputs, "--check-inputs")
+    require_inputs(request.model, request.calibrate, "--calibrate")
+    require_writable(request.out)
+    require_logs(request.logs)
+    if request.debug_dump is not None:
+        require_folder(request.debug_dump, "--debug-dump")
 
 
 def require_logs(logs: Path | None) -> None:
@@ -30,10 +71,44 @@ def require_logs(logs: Path | None) -> None:
         raise DanceError(f"there is no folder of tuning logs {logs}: `dance-tvm tune --logs` makes one")
 
 
-def require_agreement(numerics: str, conv: str) -> None:
-    """Raise DanceError for options that contradict one another."""
-    if numerics == "exact" and conv == "winograd":
+def require_agreement(request: Request) -> None:
+    """Raise DanceError for options that contradict one another, and for inputs that nothing would look at."""
+    is_half, is_checked = request.dtype != "float32", request.check is not False
+    if request.numerics == "exact" and request.conv == "winograd":
         raise DanceError("--numerics exact keeps the order of sums, which --conv winograd changes: leave one out")
+    if request.dtype == "auto" and not is_checked:
+        raise DanceError("--dtype auto takes what the check passes in: leave --no-check out, or name the type")
+    if request.calibrate and (request.target.gpu or not is_half):
+        raise DanceError(
+            "--calibrate shows what a processor's --dtype float16 has no range for: give that too, or leave it out"
+        )
+    if request.check_inputs and not (is_checked or request.layer_errors or is_half):
+        raise DanceError("--check-inputs are for the check: leave --no-check out")
+
+
+def require_shapes(model: str, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise DanceError for shapes of a network of the zoo, which leaves none open."""
+    if shapes and Path(model).suffix not in registry.NETWORK_FILES:
+        raise DanceError(f"--shape fixes what a file leaves open, and {model} leaves nothing open but --batch")
+
+
+def require_inputs(model: str, paths: Sequence[Path], option: str) -> None:
+    """Raise DanceError for files of real inputs that are none; of the zoo's networks the shape is known too."""
+    for path in paths:
+        arrays = read_archive(path)
+        if Path(model).suffix in registry.NETWORK_FILES:
+            continue
+        shape = registry.entry(model).input_shape
+        for name, array in arrays.items():
+            if array.shape[1:] != shape:
+                raise DanceError(f"{option} {path}: {name} has shape {array.shape}, and {model} takes clips of {shape}")
+
+
+def require_checkable(target: Target, check: bool | None) -> None:
+    """Raise DanceError where a check that the user insists on needs a device that is not there."""
+    is_emulated = target.gpu is None and target.link.machine == "aarch64" != platform.machine()
+    if check and is_emulated and (reason := emulator_available()):
+        raise DanceError(f"the build cannot be checked: {reason}; leave --check out to build without")
 
 
 def require_buildable(target: Target, dtype: str = "float32") -> None:
@@ -57,9 +132,14 @@ def require_buildable(target: Target, dtype: str = "float32") -> None:
         )
 
 
-def require_program(target: Target, weights_dtype: str, prepared: bool, static: bool) -> None:
+def require_program(target: Target, weights_dtype: str, prepared: bool, static: bool, memory: str = "balanced") -> None:
     """Raise DanceError where an option is given that only artifacts for processors have."""
-    given = {"--weights-dtype": weights_dtype != "float32", "--prepared": prepared, "--static": static}
+    given = {
+        "--weights-dtype": weights_dtype != "float32",
+        "--prepared": prepared,
+        "--static": static,
+        "--memory": memory != "balanced",
+    }
     for option, is_given in given.items():
         if is_given and target.gpu:
             raise DanceError(f"{option} is for processors and {target.name} is a GPU: leave it out")
@@ -92,7 +172,7 @@ def is_untrained(model: str, weights: Path | None) -> bool:
 
 
 def default_out(model: str, target: Target) -> Path:
-    """Where a build goes unless told: ``model.pt2``, as every training leaves one, is named after its folder."""
+    """Where a build goes by default: ``model.pt2``, as every training leaves one, is named after its folder."""
     path = Path(model)
     named = path.absolute().parent.name if path.suffix in registry.NETWORK_FILES and path.stem == "model" else path.stem
     return Path("artifacts") / f"{named}-{target.name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import platform
 import signal
 import sys
@@ -21,6 +22,8 @@ from dance_tvm.core.verbosity import Quiet, Verbose, level, set_level, with_verb
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+#: How a program ends that whoever read its output, such as `head`, has left.
+NOT_READ = 128 + signal.SIGPIPE
 
 # name: (module, what it does). A module offers ``app``, a typer.Typer; one that is not there is not listed.
 COMMANDS = {
@@ -108,8 +111,12 @@ def plain_errors() -> Iterator[None]:
     at_ctrl_c = signal.getsignal(signal.SIGINT)
     if at_ctrl_c is signal.default_int_handler:  # a command started in the background may be told to ignore it
         signal.signal(signal.SIGINT, interrupt)
+    output = _output()
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _end_unread()
     except DanceError as error:
         if asked_to_stop:
             _fail("interrupted", INTERRUPTED)
@@ -119,6 +126,8 @@ def plain_errors() -> Iterator[None]:
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # how typer ends on Ctrl-C, without a word
             _fail("interrupted", INTERRUPTED)
+        if not _is_read(output):
+            _end_unread()
         raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -146,6 +155,30 @@ def _fail(sentence: str, code: int) -> NoReturn:
         traceback.print_exc()
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(code)
+
+
+def _output() -> tuple[int, int] | None:
+    """What standard output is: a terminal, a file, a pipe."""
+    try:
+        status = os.fstat(1)
+    except OSError:  # closed
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _is_read(output: tuple[int, int] | None) -> bool:
+    """Whether all that was printed to ``output`` could be: where not, typer wraps what it prints to, and rich leads it
+    nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return False
+    return type(sys.stdout).__name__ != "PacifyFlushWrapper" and _output() == output
+
+
+def _end_unread() -> NoReturn:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print goes nowhere when Python ends
+    sys.exit(NOT_READ)
 
 
 def _terminated(number: int, _frame: Any) -> NoReturn:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dance_tvm.core.errors import DanceError
+from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.random_inputs import Spec
 
 #: Names that a sentence lists.
@@ -16,13 +17,16 @@ _MOST_NAMES = 5
 
 
 def read_inputs(path: Path, specs: Sequence[Spec], network: str) -> dict[str, np.ndarray]:
-    """The arrays of ``path`` by the names of ``specs``; a single input may have any name.
+    """The arrays of ``path`` by the names of ``specs``; a single input may have any name, which is warned of.
 
     Raises DanceError where the file is no such archive or an array does not fit.
     """
     arrays = read_archive(path)
     wanted = {spec.name: spec for spec in specs}
     if len(wanted) == 1 and len(arrays) == 1:
+        if path.suffix == ".npz" and set(wanted) != set(arrays):
+            said = f"{path} holds {', '.join(arrays)}, which is taken for {network}'s one input, {', '.join(wanted)}"
+            warnings.warn(said, DanceWarning, stacklevel=2)
         arrays = dict(zip(wanted, arrays.values(), strict=True))
     missing, unexpected = sorted(set(wanted) - set(arrays)), sorted(set(arrays) - set(wanted))
     if missing or unexpected:

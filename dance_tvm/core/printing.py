@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
+    from rich.table import Table as Framed
 
 #: A text column of a table may become so narrow, and no narrower.
 _NARROWEST_TEXT = 12
@@ -22,17 +24,41 @@ _STYLES = {"works": "green", "free": "green", "missing": "yellow", "busy": "yell
 Rows = Sequence[Sequence[str]]
 
 
+@dataclass(frozen=True)
+class Table:
+    """What `print_table` takes: heads of columns, rows of cells, and what stands above and below."""
+
+    heads: Sequence[str]
+    rows: Rows
+    title: str = ""
+    caption: str = ""
+
+
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = "") -> None:
     """Print a table on standard output; columns of figures are set to the right."""
-    cells = [list(row) for row in rows]
-    if sys.stdout.isatty():
-        from rich.console import Console
+    print_tables([Table(heads, [list(row) for row in rows], title, caption)])
 
-        console = Console()
-        if _least_width(heads, cells) <= console.width:
-            console.print(framed(heads, cells, title, caption))
-            return
-    print(plain(heads, cells, title, caption))
+
+def print_tables(tables: Sequence[Table]) -> None:
+    """Print tables one below the other, all in the same form: framed where each has the room."""
+    console = _terminal()
+    framing = console is not None and all(_least_width(table.heads, table.rows) <= console.width for table in tables)
+    for place, table in enumerate(tables):
+        if place:
+            print()
+        if console is not None and framing:
+            console.print(framed(table.heads, table.rows, table.title, table.caption))
+        else:
+            print(plain(table.heads, table.rows, table.title, table.caption))
+
+
+def _terminal() -> Console | None:
+    """The terminal that standard output is, if it is one."""
+    if not sys.stdout.isatty():
+        return None
+    from rich.console import Console
+
+    return Console()
 
 
 def plain(heads: Sequence[str], rows: Rows, title: str = "", caption: str = "") -> str:
@@ -49,12 +75,12 @@ def plain(heads: Sequence[str], rows: Rows, title: str = "", caption: str = "") 
     return "\n".join([*([title] if title else []), *lines, *([caption] if caption else [])])
 
 
-def framed(heads: Sequence[str], rows: Rows, title: str = "", caption: str = "") -> Table:
+def framed(heads: Sequence[str], rows: Rows, title: str = "", caption: str = "") -> Framed:
     """The same as a table of rich."""
-    from rich.table import Table
+    from rich.table import Table as Framed
     from rich.text import Text
 
-    table = Table(title=Text(title) if title else None, caption=Text(caption) if caption else None)
+    table = Framed(title=Text(title) if title else None, caption=Text(caption) if caption else None)
     for index, head in enumerate(heads):
         if _is_of_figures(rows, index):
             width = _width(heads, rows, index)

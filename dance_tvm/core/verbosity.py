@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dance_tvm.core.errors import DanceError
+
 #: -1: quiet, 0: as usual, 1 and 2: more.
 _level = 0
 
@@ -30,6 +32,8 @@ def level() -> int:
 def set_level(verbose: int, quiet: bool) -> None:
     """Take over what the command line asks for; words before and after the command's name add up."""
     global _level
+    if quiet and verbose:
+        raise DanceError("-q says less and -v more: give one of them")
     if quiet:
         _level = -1
     elif verbose:
@@ -44,6 +48,8 @@ def with_verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def wrapped(*args: Any, verbose: int = 0, quiet: bool = False, **kwargs: Any) -> Any:
         set_level(verbose, quiet)
+        if kwargs.get("as_json") and kwargs.get("json_lines"):
+            raise DanceError("give --json, the result as one object, or --json-lines, an object a line: not both")
         return command(*args, **kwargs)
 
     signature = inspect.signature(command, eval_str=True)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.session import DeviceSession, KernelTime, LoadedNetwork
+
+if TYPE_CHECKING:
+    from dance_tvm.artifact.folder import Artifact
 
 __all__ = [
     "DeviceSession",
@@ -17,15 +21,19 @@ __all__ = [
     "open_device",
     "open_server",
     "prepare_emulator",
+    "require_runnable",
     "require_spec",
 ]
 
 
-def open_device(spec: str, *, timeout: float = 60, call_timeout: float = 600) -> DeviceSession:
+def open_device(
+    spec: str, *, timeout: float = 60, call_timeout: float = 600, on_phase: Callable[[str], object] | None = None
+) -> DeviceSession:
     """Open `local`, `emulator`, `rpc://HOST:PORT` or `tracker://HOST:PORT/KEY`; close it, or use it with `with`.
 
     `timeout` s are given to reach the device and to wait for its turn, `call_timeout` s to each single upload step,
-    load, run or measurement. Raises DanceError where the device is absent, busy, or the spec is none of these.
+    load, run or measurement. `on_phase` takes a sentence for each long step (the emulator's system is fetched when it
+    is first opened). Raises DanceError where the device is absent, busy, or the spec is none of these.
     """
     require_spec(spec)
     if spec == "local":
@@ -33,8 +41,10 @@ def open_device(spec: str, *, timeout: float = 60, call_timeout: float = 600) ->
 
         return LocalSession()
     if spec == "emulator":
-        from dance_tvm.device.emulator import open_emulator
+        from dance_tvm.device.emulated import open_emulator
+        from dance_tvm.device.emulator import prepare
 
+        prepare(on_phase or (lambda _sentence: None))
         return open_emulator(timeout=timeout, call_timeout=call_timeout)
     kind, _, rest = spec.partition("://")
     if kind == "rpc":
@@ -62,6 +72,21 @@ def require_spec(spec: str) -> None:
     if kind == "tracker" and not key:
         raise DanceError(f"device {spec!r} lacks the key: write tracker://HOST:PORT/KEY")
     address_of(rest if kind == "rpc" else address, f"device {spec!r}")
+
+
+def require_runnable(artifact: Artifact, spec: str) -> None:
+    """Raise DanceError where it is known without opening it that the device does not run the artifact, or that there is
+    no such device here."""
+    if spec == "local":
+        artifact.require_this_machine()
+    if spec != "emulator":
+        return
+    if artifact.manifest.is_for_gpu:
+        name = artifact.manifest.target.name
+        raise DanceError(f"{artifact.path} is built for the GPU of {name}, and the emulated device has none")
+    artifact.require_machine("aarch64")
+    if reason := emulator_available():
+        raise DanceError(f"there is no emulated device here: {reason}")
 
 
 def open_server(name: str, host: str, port: int, match: str, timeout: float, call_timeout: float) -> DeviceSession:

@@ -22,8 +22,6 @@ from filelock import FileLock, Timeout
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.places import cache_folder
 from dance_tvm.device import processes
-from dance_tvm.device.remote import Connection, RemoteSession
-from dance_tvm.device.tracker import request_device
 
 KEY = "emulated-aarch64"
 START_TIMEOUT_S = 300.0  # about 10 s on an idle machine, many times that on a loaded one
@@ -42,18 +40,6 @@ DEBIAN_PACKAGES = (
 )
 WHEELS = ("apache-tvm", "apache-tvm-ffi", "numpy", "ml_dtypes", "typing_extensions", "cloudpickle")
 GLIBC_2_36 = [f"manylinux_2_{minor}_aarch64" for minor in (36, 35, 34, 31, 28, 27, 24, 17)] + ["manylinux2014_aarch64"]
-
-
-class EmulatedSession(RemoteSession):
-    """A session on a device that was started for it and ends with it."""
-
-    def __init__(self, connection: Connection, running: contextlib.ExitStack) -> None:
-        self._running = running
-        super().__init__(connection)
-
-    def close(self) -> None:
-        super().close()
-        self._running.close()
 
 
 def why_not() -> str | None:
@@ -88,17 +74,6 @@ def prepare(progress: Callable[[str], object] = print) -> Path:
     except OSError as error:
         raise DanceError(f"the emulated device cannot be kept in {folder.parent}: {error.strerror or error}") from None
     return folder
-
-
-def open_emulator(timeout: float, call_timeout: float) -> EmulatedSession:
-    """Start tracker and server, and open a session on them; closing the session ends them."""
-    with contextlib.ExitStack() as stack:
-        port = start(stack)
-        found = request_device("127.0.0.1", port, KEY, max(timeout, START_TIMEOUT_S))
-        connection = Connection("emulator", *found, max(timeout, START_TIMEOUT_S), call_timeout)
-        stack.callback(connection.close)
-        return EmulatedSession(connection, stack.pop_all())
-    raise AssertionError("unreachable")
 
 
 def start(stack: contextlib.ExitStack, store: Path | None = None, options: Sequence[str] = ()) -> int:

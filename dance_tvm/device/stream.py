@@ -5,7 +5,7 @@ shapes (`dance_tvm.sparsity.dstep.network.Stream` is one). The state lives in th
 so several sessions may share one; its tensors stay on the device from frame to frame.
 
     with open_device("local") as device:
-        session = StreamSession(device.load(load_artifact("artifacts/resnet18-stream")))
+        session = device.load(load_artifact("artifacts/resnet18-stream")).stream()
         for frame in frames:
             scores = session.step(frame)      # of the frames so far
         session.reset()                       # the next frame is a first one again
@@ -13,12 +13,33 @@ so several sessions may share one; its tensors stay on the device from frame to 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
+from dance_tvm.artifact.folder import Manifest
 from dance_tvm.core.errors import DanceError
-from dance_tvm.device.session import LoadedNetwork
+
+
+class Steps(Protocol):
+    """What a stream asks of a loaded network (`dance_tvm.device.session.LoadedNetwork`)."""
+
+    manifest: Manifest
+
+    def step(self, inputs: Mapping[str, Any]) -> tuple[np.ndarray, list[Any]]:
+        """The first output, and the others as `inputs` of later calls may hold them."""
+
+
+def require_stream(manifest: Manifest) -> None:
+    """Raise DanceError unless the network's outputs after the first are its next inputs after the first."""
+    inputs, outputs = manifest.inputs, manifest.outputs
+    kinds = [[(tensor.shape, tensor.dtype) for tensor in side[1:]] for side in (inputs, outputs)]
+    if len(inputs) < 2 or kinds[0] != kinds[1]:
+        raise DanceError(
+            f"{manifest.name} is no streaming network: its outputs after the first are not its next state; build the "
+            "network's streaming form"
+        )
 
 
 class StreamSession:
@@ -28,16 +49,10 @@ class StreamSession:
     and types of its inputs after the first.
     """
 
-    def __init__(self, network: LoadedNetwork) -> None:
+    def __init__(self, network: Steps) -> None:
         self._network = network
-        inputs, outputs = network.manifest.inputs, network.manifest.outputs
-        kinds = [[(tensor.shape, tensor.dtype) for tensor in side[1:]] for side in (inputs, outputs)]
-        if len(inputs) < 2 or kinds[0] != kinds[1]:
-            raise DanceError(
-                f"{network.manifest.name} is no streaming network: its outputs after the first are not its "
-                "next state; build the network's streaming form"
-            )
-        self._frame, *self._state_in = inputs
+        require_stream(network.manifest)
+        self._frame, *self._state_in = network.manifest.inputs
         self.reset()
 
     def reset(self) -> None:

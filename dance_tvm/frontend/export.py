@@ -25,8 +25,12 @@ from dance_tvm.core.files import written_whole
 from dance_tvm.core.verbosity import level
 from dance_tvm.frontend.interface import array_of
 from dance_tvm.frontend.torch_program import first_line
+from dance_tvm.models.network_files import require_python, weights_file
 
 MOST_DIFFERENCE = 1e-3
+
+#: PyTorch's loggers that speak while a network is exported that has nothing wrong with it.
+_TALKATIVE = ("torch.fx.experimental.symbolic_shapes", "torch.onnx")
 
 #: What the exporter says, and what to do about it.
 ADVICE = (
@@ -72,7 +76,7 @@ def load_source(spec: str, weights: str | None = None) -> Source:
     Raises DanceError for unknown names, code that fails and weights that do not fit.
     """
     place, _, name = spec.partition(":")
-    file = Path(weights) if weights and Path(weights).suffix else None
+    file = weights_file(weights, place) if weights else None
     named = None if file else weights
     if not name:
         models.entry(place)
@@ -123,25 +127,27 @@ def export(
                 f"the exported program differs from the module by {apart:.2g} of its largest value: something in it "
                 "changes from call to call (dropout without .eval(), a counter, random numbers)"
             )
-        with written_whole(out, "--out") as beside:
+        with written_whole(out, "--out") as beside, _quiet():
             _write(program, beside, out.suffix)
     return apart
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep to the exception what the exporter prints and logs of code it cannot follow, without -v."""
+    """Keep to the exception what the exporter prints and logs of code it cannot follow, or of packages that it would
+    know operators of, without -v."""
     if level() > 0:
         yield
         return
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    levels = {logger: logger.level for logger in map(logging.getLogger, _TALKATIVE)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logger.setLevel(before)
+        for logger, before in levels.items():
+            logger.setLevel(before)
 
 
 def advice(said: str) -> str:
@@ -226,11 +232,7 @@ def _package(name: str) -> Any:
 
 def _plain(place: str, name: str) -> nn.Module:
     """What ``name`` of the module ``place`` is or, called without arguments, gives."""
-    if "/" in place or place.endswith(".py"):
-        module = Path(place)
-        raise DanceError(
-            f"{place}:{name} names a file: give {module.stem}:{name}, in the folder {module.parent.absolute()}"
-        )
+    require_python(place, name)
     sys.path.insert(0, str(Path.cwd()))
     try:
         made = getattr(importlib.import_module(place), name)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.models.network_files import is_pickled, not_weights, require_file, require_intact
 
 # What a program in a .pt2 file may call: tensor operators, regions of them, and arithmetic on parts and extents.
 _KNOWN_TARGETS = re.compile(
@@ -37,14 +37,6 @@ _KNOWN_MEMBERS = re.compile(
 _PICKLED = "{} holds pickled objects, which could run code: export the network without them."
 
 
-def require_file(path: Path, what: str) -> None:
-    """Raise DanceError where ``path`` cannot be read as a file."""
-    if path.is_dir():
-        raise DanceError(f"{path} is a folder, not a {what} file.")
-    if not path.is_file():
-        raise DanceError(f"There is no {what} file {path}.")
-
-
 def load_program(path: Path) -> torch.export.ExportedProgram:
     """The program in a ``.pt2`` file written by ``torch.export.save``.
 
@@ -53,7 +45,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     objects or compiled code, shapes that are more than arithmetic, or operators that are not tensor operators.
     """
     require_file(path, "model")
-    _require_intact(path)
+    require_intact(path)
     from torch.export.pt2_archive._package import load_pt2  # with it comes a second of PyTorch's compiler
 
     try:
@@ -69,20 +61,6 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
                 "save program.run_decompositions({}) in place of the program."
             ) from None
         raise DanceError(f"{path} cannot be read as an exported program of this PyTorch: {reason}") from None
-
-
-def _require_intact(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            torn, members = archive.testzip(), archive.namelist()
-    except (zipfile.BadZipFile, EOFError, OSError):
-        raise DanceError(f"{path} is not a .pt2 file, or is truncated: export the network again.") from None
-    except (ValueError, NotImplementedError, RuntimeError):
-        raise DanceError(f"{path} holds a description that cannot be read: export the network again.") from None
-    if torn is not None:
-        raise DanceError(f"{path} is damaged: {torn} inside of it fails its checksum.")
-    if not any(re.search(r"(^|/)models/[^/]+\.json$", name) for name in members):
-        raise DanceError(f"{path} holds no exported program: write it with torch.export.save.")
 
 
 def _inspect(path: Path) -> None:
@@ -142,11 +120,6 @@ def _inspect_json(path: Path, value: Any) -> None:
         _inspect_json(path, item)
 
 
-def _is_pickled(path: Path) -> bool:
-    with path.open("rb") as opened:
-        return opened.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-
-
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """Tensors by name from a ``.safetensors`` file, or from a state dict read with ``weights_only=True``.
 
@@ -161,11 +134,11 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
             return load_file(str(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:
-        if _is_pickled(path) and ("weights_only" in str(problem) or "Unsupported global" in str(problem)):
+        if is_pickled(path) and ("weights_only" in str(problem) or "Unsupported global" in str(problem)):
             raise DanceError(
                 f"{path} holds pickled objects besides tensors, which could run code: save model.state_dict() alone."
             ) from None
-        raise DanceError(f"{path} is not a weights file, or is truncated: give safetensors or a state dict.") from None
+        raise not_weights(path) from None
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]

@@ -22,6 +22,7 @@ from dance_tvm.frontend.program_source import ProgramSource
 from dance_tvm.frontend.ranges import with_ranges
 from dance_tvm.frontend.torch_program import decompose, first_line, import_program, require_inference
 from dance_tvm.frontend.torch_shapes import Shapes, with_shapes
+from dance_tvm.models.network_files import require_onnx
 from dance_tvm.models.registry import require_source
 
 Weights = str | Path | Mapping[str, torch.Tensor]
@@ -74,12 +75,9 @@ def _import_named(
     path = Path(model)
     require_source(model)
     if path.suffix == ".onnx":
-        try:
-            from dance_tvm.frontend.onnx_graph import import_onnx
-        except ImportError:
-            raise DanceError("Reading ONNX files needs the onnx package: pip install 'dance-tvm[onnx]'.") from None
-        if weights is not None:
-            raise DanceError("An ONNX file carries its weights: leave --weights out, or export the network again.")
+        require_onnx(path, has_weights=weights is not None)
+        from dance_tvm.frontend.onnx_graph import import_onnx
+
         return import_onnx(path, check=check, shapes=shapes, batch=batch)
     if path.suffix == ".pt2":
         return _import_exported(load_program(path), path.stem, None, weights, check, path, shapes=shapes, batch=batch)
@@ -155,7 +153,7 @@ def _import_exported(
         source.require_same_in_float32(random_inputs(inputs))
         check_import(mod, inputs, reference, lambda arrays: source.intermediates(nodes, arrays))
     digest = sha256 or file_sha256(path) if path else sha256 or _program_sha256(program)
-    return Imported(mod, name, digest, inputs, outputs, reference)
+    return Imported(mod, name, digest, inputs, outputs, reference, video=models.published_video(entry))
 
 
 def _replace_weights(program: torch.export.ExportedProgram, state: Mapping[str, torch.Tensor]) -> None:
@@ -163,13 +161,8 @@ def _replace_weights(program: torch.export.ExportedProgram, state: Mapping[str, 
     missing = sorted(set(own) - set(state))
     unexpected = sorted(set(state) - set(own))
     wrong = sorted(name for name in set(own) & set(state) if own[name].shape != state[name].shape)
-    misfits = [
-        f"{kind}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
-        if names
-    ]
-    if misfits:
-        raise DanceError(f"The weights do not fit the exported program: {'; '.join(misfits)}.")
+    if problems := models.misfits(missing, unexpected, wrong):
+        raise DanceError(f"The weights do not fit the exported program: {problems}.")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])

@@ -191,5 +191,20 @@ def replace_each(
 
 
 def emit(builder: relax.BlockBuilder, value: relax.Expr, name: str = "") -> relax.Expr:
-    """Bind ``value`` to a new variable unless it already is one."""
-    return value if isinstance(value, relax.Var) else builder.emit(value, name_hint=name)
+    """Bind ``value`` to a new variable unless it already is one; a layer's dotted ``name`` keeps its dots."""
+    if isinstance(value, relax.Var):
+        return value
+    if "." not in name:
+        return builder.emit(value, name_hint=name)
+    plain = name.replace(".", "_")
+    number = builder.get_unique_name(plain).removeprefix(plain)
+    return emit_as(builder, value, f"{name}_{number}" if number else name)
+
+
+def emit_as(builder: relax.BlockBuilder, value: relax.Expr, name: str) -> relax.Var:
+    """Bind ``value`` to a new variable of this very name, be there another: one that is about to go, say."""
+    value = builder.normalize(value)
+    make = relax.DataflowVar if builder.current_block_is_dataflow() else relax.Var
+    var = make(name, value.ty)
+    builder.emit_normalized(relax.VarBinding(var, value))
+    return var

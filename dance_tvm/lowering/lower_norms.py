@@ -11,7 +11,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, rewrite, shape_of, substitute
+from dance_tvm.ir.graph import Graph, constant, dtype_of, emit, is_tensor, rewrite, shape_of, substitute
 from dance_tvm.ir.reasons import Reasons
 from dance_tvm.schedules.cpu.moments import VectorReduction
 from dance_tvm.schedules.cpu.norm import Norm
@@ -38,8 +38,8 @@ class LowerNorms:
     """Every float32 norm and reduction of ``main`` by sums becomes a call of a kernel; one norm takes the residual and
     the activation behind it with it."""
 
-    def __init__(self, machine: Machine | Gpu, threads: int = 1, reasons: Reasons | None = None) -> None:
-        self.machine, self.threads, self.reasons = machine, threads, reasons or Reasons()
+    def __init__(self, machine: Machine | Gpu, threads: int, reasons: Reasons) -> None:
+        self.machine, self.threads, self.reasons = machine, threads, reasons
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -123,7 +123,7 @@ class _Lowering:
         self, builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr, new: dict[relax.Var, relax.Expr]
     ) -> relax.Expr | None:
         if isinstance(self.machine, Machine) and widens(self.graph, var):
-            wide = builder.emit(value, name_hint=var.name)
+            wide = emit(builder, value, var.name)
             self.halves[wide] = value.args[0]
             return wide
         if var in self.inside:

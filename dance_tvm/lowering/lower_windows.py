@@ -15,7 +15,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.artifact.layers import LayerInfo
-from dance_tvm.ir.graph import Graph, Shape, dtype_of, shape_of, substitute, variables
+from dance_tvm.ir.graph import Graph, Shape, dtype_of, emit, shape_of, substitute, variables
 from dance_tvm.ir.windows import POOLS, is_planar_pool, padding_behind, planar_window_of, window_of, zero_padded
 from dance_tvm.liveness.analysis import Liveness
 from dance_tvm.liveness.expressions import Expression
@@ -181,7 +181,7 @@ class _Lowering:
             for read in variables(self.graph.value[var]):
                 self._emit(read)
             value = substitute(self.graph.value[var], self.new)
-            self.new[var] = self.builder.emit(value, name_hint=var.name)
+            self.new[var] = emit(self.builder, value, var.name)
         return self.new[var]
 
     # -- how values are stored ---------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.liveness.kernel_groups import CANDIDATES, KernelGroups, lane_cost
+from dance_tvm.machines.target import Target
 from dance_tvm.schedules.kernel_columns import random_columns
 
 # Groups this close to the fastest are equally fast: the smallest of them leaves pruning the most freedom.
@@ -89,6 +90,21 @@ class GroupMeasurement(BaseModel):
 
 # Seconds of one call of the layer with these weights; the group says which kernel to use, None the dense one.
 Measure = Callable[[SynthesisedLayer, NDArray[np.float32], tuple[int, int] | None], float]
+
+
+def lanes_of(target: Target) -> int:
+    """How many filters a group must have, or a multiple of them."""
+    return 1 if target.gpu else target.vector.floats
+
+
+def require_fitting(target: Target, candidates: Iterable[tuple[int, int]]) -> None:
+    """Raise DanceError for groups whose filters do not fill the target's vectors."""
+    lanes = lanes_of(target)
+    for gm, gn in candidates:
+        if gm % lanes:
+            raise DanceError(
+                f"Groups of {gm}x{gn} do not fit {target.name}: its vectors take {lanes} filters, or multiples of that."
+            )
 
 
 def measure_groups(

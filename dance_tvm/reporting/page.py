@@ -172,7 +172,8 @@ def _layers(device: Device, item: Measured) -> Table:
     ]  # fmt: skip
     text = (
         f"{item.profile.clip} on {name_of(device)}: the layers add up to {item.profile.explained:.0%} of the run's "
-        f"{_ms(item.profile.whole_seconds)}."
+        f"{_ms(item.profile.whole_seconds)}. Of dense is the share done of all of a layer's multiply-accumulates: "
+        "masks, pruned weights and padding leave the rest out."
     )
     return Table(f"Layers of {item.name} ({item.role})", text, heads, rows, words=2)
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dance_tvm.core.errors import DanceError
-
-_HEADER_KEY = "dance_tvm"
+from dance_tvm.sparsity.trained import HEADER_KEY, read_card
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -46,7 +45,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Writes `tensors` and the JSON-serialisable `about` into one safetensors file, atomically."""
     owned = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(owned, metadata={_HEADER_KEY: json.dumps(about, sort_keys=True)}))
+    write_atomically(path, save(owned, metadata={HEADER_KEY: json.dumps(about, sort_keys=True)}))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -54,17 +53,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises DanceError when the file is missing, torn, or was not written by this package.
     """
-    if not path.is_file():
-        raise DanceError(
-            f"{path} is missing: name a folder that a training run has written to, or train without --resume"
-        )
+    card = read_card(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_HEADER_KEY)
-        if header is None:
-            raise DanceError(f"{path} is not a checkpoint of dance_tvm: its header carries no {_HEADER_KEY!r} entry")
-        return load_file(path), json.loads(header)
-    except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
+        return load_file(path), card
+    except (SafetensorError, OSError, struct.error) as error:
         raise DanceError(f"{path} is not a readable checkpoint ({error}); train anew or name another file") from error
 
 

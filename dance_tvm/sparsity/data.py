@@ -16,16 +16,11 @@ A clip is a float32 tensor (C, T, H, W). `--data` takes a name and options, `NAM
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity.clips import Splits
-from dance_tvm.sparsity.listed_video import folder, listed
-from dance_tvm.sparsity.motion_digits import motion_digits
-from dance_tvm.sparsity.shards import webdataset
-from dance_tvm.sparsity.video import hmdb51, transnet, ucf101
+from dance_tvm.sparsity.data_names import parse_data
 
 
 def load_data(spec: str, *, model: str = "", seed: int = 0) -> Splits:
@@ -33,43 +28,8 @@ def load_data(spec: str, *, model: str = "", seed: int = 0) -> Splits:
 
     Raises DanceError for an unknown name or option, a missing folder, or a folder of another layout.
     """
-    head, *pairs = spec.split(",")
-    name, _, path = head.partition(":")
-    if name not in _READERS:
-        raise DanceError(f"there are no clips called {name!r}; choose one of {', '.join(_READERS)}")
-    options: dict[str, int | str] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise DanceError(f"{pair!r} in --data {spec!r} is not of the form key=value")
-        options[key] = int(value) if value.lstrip("-").isdigit() else value
-    try:
-        return _READERS[name](path, model, seed, **options)
-    except TypeError as error:
-        raise DanceError(f"--data {spec!r} has an option that {name} does not take ({error})") from error
-
-
-def _of_path(name: str, read: Callable[..., Splits]) -> Callable[..., Splits]:
-    """A reader of the folder or file that stands behind the name."""
-
-    def reader(path: str, model: str, seed: int, **options: Any) -> Splits:
-        return read(Path(_required(name, path)), model, seed, **options)
-
-    return reader
-
-
-def _required(name: str, path: str) -> str:
-    if not path:
-        raise DanceError(f"--data {name} needs a path: {name}:PATH")
-    return path
-
-
-_READERS: dict[str, Callable[..., Splits]] = {
-    "motion-digits": motion_digits,
-    "ucf101": _of_path("ucf101", ucf101),
-    "hmdb51": _of_path("hmdb51", hmdb51),
-    "folder": _of_path("folder", folder),
-    "csv": _of_path("csv", listed),
-    "webdataset": _of_path("webdataset", webdataset),
-    "transnet": lambda path, model, seed, **options: transnet(_required("transnet", path), model, seed, **options),
-}
+    reader, path, options = parse_data(spec)
+    module, _, function = reader.function.partition(":")
+    read = getattr(import_module(module), function)
+    splits: Splits = read(path if reader.path in ("none", "videos") else Path(path), model, seed, **options)
+    return splits

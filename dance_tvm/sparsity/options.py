@@ -1,4 +1,4 @@
-"""The methods of training and what each may be told: known, and checked, without loading PyTorch."""
+"""The methods of training and the options of each: known, and checked, without loading PyTorch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.models.registry import entry
 
 #: PACKAGE:CLASS of each method: the class stands in PACKAGE.method, its options as CLASSOptions in PACKAGE.options.
 METHODS = {
@@ -51,6 +52,21 @@ def checked(name: str, form: type[Form], options: Mapping[str, Any]) -> Form:
         allowed = ", ".join(form.model_fields) or "none"
         said = "there is no such option" if first["type"] == "extra_forbidden" else first["msg"]
         raise DanceError(f"--method {name}: {place}: {said}; its options: {allowed}") from error
+
+
+def require_model(method: str, model: str) -> None:
+    """Raise DanceError for a network that the zoo has not, or that the method cannot thin."""
+    if method == "dstep" and not entry(model).factory.startswith("dance_tvm.models.resnet:"):
+        raise DanceError(not_residual(model))
+    entry(model)
+
+
+def not_residual(model: str) -> str:
+    """What is said where D-STEP is to thin another network than it can."""
+    return (
+        f"--method dstep thins residual networks, and {model} is none; choose --model resnet-mini, resnet18-tsn or "
+        "another resnet"
+    )
 
 
 def _loaded(name: str, module: str, ending: str) -> Any:

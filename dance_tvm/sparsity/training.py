@@ -32,6 +32,7 @@ from dance_tvm.sparsity.optimization import make_optimizer, seed_everything, set
 from dance_tvm.sparsity.processes import fabric_of_run
 from dance_tvm.sparsity.settings import Settings
 from dance_tvm.sparsity.tasks import Classification, Task
+from dance_tvm.sparsity.trained import require_same_run
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -295,17 +296,8 @@ class _Trainer:
 
     def resume(self) -> None:
         path = self._folder / CHECKPOINT
+        require_same_run(path, self._settings)
         tensors, about = checkpoint.read_checkpoint(path)
-        ours, theirs = self._settings.fingerprint(), about["settings"]
-        defaults = Settings.model_fields  # of what a checkpoint says nothing, written before there was a choice
-        theirs = {name: theirs.get(name, defaults[name].default) for name in ours}
-        differing = [name for name in ours if ours[name] != theirs[name]]
-        if differing:
-            name = differing[0]
-            raise DanceError(
-                f"{path} belongs to another run: its {name} is {theirs.get(name)!r}, not {ours[name]!r}; "
-                "repeat its settings or train into another folder"
-            )
         checkpoint.load_weights(self._network, checkpoint.without_prefix("network", tensors), path)
         self._method.load_tensors(self._network, checkpoint.without_prefix("method", tensors))
         checkpoint.restore_optimizer(self._optimizer, checkpoint.without_prefix("optimizer", tensors))

@@ -8,7 +8,7 @@ import tvm
 from tvm import relax
 from tvm.relax.op import logical_and, logical_not, logical_or, logical_xor
 
-from dance_tvm.ir.graph import dtype_of, is_tensor, rewrite
+from dance_tvm.ir.graph import dtype_of, emit, is_tensor, rewrite
 
 LOGIC: dict[str, Callable[[relax.Expr, relax.Expr], relax.Expr]] = {
     "equal": lambda a, b: logical_not(logical_xor(a, b)),
@@ -43,6 +43,6 @@ def _visit(
     if name not in LOGIC.keys() | REDUCTIONS or not is_tensor(value.args[0]) or dtype_of(value.args[0]) != "bool":
         return None
     if name in LOGIC:
-        return builder.emit(LOGIC[name](*value.args), name_hint=var.name)
+        return emit(builder, LOGIC[name](*value.args), var.name)
     found = builder.emit(relax.Call(value.op, [builder.emit(relax.op.astype(value.args[0], "int8"))], value.attrs))
-    return builder.emit(relax.op.astype(found, "bool"), name_hint=var.name)
+    return emit(builder, relax.op.astype(found, "bool"), var.name)

@@ -6,7 +6,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, constant, emit, lies_along, replace_each, shape_of, substitute, value_of
+from dance_tvm.ir.graph import Graph, constant, emit, emit_as, lies_along, replace_each, shape_of, substitute, value_of
 from dance_tvm.ir.reasons import Reasons
 from dance_tvm.ir.transposed import TRANSPOSED
 
@@ -22,8 +22,8 @@ class FoldBatchNorm:
     A batch norm that does not follow a convolution read by it alone becomes a multiply and an add by constants.
     """
 
-    def __init__(self, reasons: Reasons | None = None) -> None:
-        self.reasons = reasons or Reasons()
+    def __init__(self, reasons: Reasons) -> None:
+        self.reasons = reasons
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -44,7 +44,7 @@ class FoldBatchNorm:
             if var not in folded:
                 source = substitute(call.args[0], new)
                 scaled = builder.emit(relax.op.multiply(source, _per_channel(scale, source, call)))
-                return builder.emit(relax.op.add(scaled, _per_channel(shift, source, call)), name_hint=var.name)
+                return emit(builder, relax.op.add(scaled, _per_channel(shift, source, call)), var.name)
             conv_var, bias = folded[var]
             conv = graph.call(conv_var)
             weight = value_of(conv.args[1])
@@ -53,7 +53,7 @@ class FoldBatchNorm:
             scaled_weight = (weight * scale.reshape(lies)).astype(weight.dtype)
             data = substitute(conv.args[0], new)
             conv_call = relax.Call(conv.op, [data, relax.const(scaled_weight)], conv.attrs)
-            result = builder.emit(conv_call, name_hint=conv_var.name)
+            result = emit_as(builder, conv_call, conv_var.name)
             total = bias * scale + shift
             return emit(builder, relax.op.add(result, _per_channel(total, result, call)), var.name)
 

@@ -10,7 +10,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, replace_each, shape_of, substitute
+from dance_tvm.ir.graph import Graph, constant, dtype_of, emit, is_tensor, replace_each, shape_of, substitute
 from dance_tvm.ir.reasons import Reasons
 from dance_tvm.schedules.cpu.copies import Piece, copies
 
@@ -26,8 +26,8 @@ class JoinCopies:
     """A result that several pieces make up, in float32, is copied from where the pieces are. TVM's own kernels choose
     among the pieces element by element, in every lane. What is one piece is left to whoever reads it."""
 
-    def __init__(self, vector_floats: int, threads: int, reasons: Reasons | None = None) -> None:
-        self.vector_floats, self.threads, self.reasons = vector_floats, threads, reasons or Reasons()
+    def __init__(self, vector_floats: int, threads: int, reasons: Reasons) -> None:
+        self.vector_floats, self.threads, self.reasons = vector_floats, threads, reasons
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -53,7 +53,7 @@ class JoinCopies:
             call = relax.call_tir(
                 function, [substitute(source, new) for source in read], relax.TensorType(list(shape), "float32")
             )
-            return builder.emit(call, name_hint=var.name)
+            return emit(builder, call, var.name)
 
         return replace_each(mod, chosen, make)
 

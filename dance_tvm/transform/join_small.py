@@ -14,7 +14,7 @@ from typing import Any
 import tvm
 from tvm import relax, s_tir, tirx
 
-from dance_tvm.ir.graph import Graph, is_tensor, substitute, variables
+from dance_tvm.ir.graph import Graph, emit, is_tensor, substitute, variables
 from dance_tvm.ir.reasons import Reasons
 from dance_tvm.schedules.emit import OPAQUE
 from dance_tvm.schedules.kernel import DESCRIPTION, FREE_CHOICE, LAYER, PLANNER, described
@@ -31,8 +31,8 @@ MOST_JOINED = 16
 class JoinSmall:
     """Reorder the bindings of ``main`` so that small calls stand together, and make one function of each group."""
 
-    def __init__(self, reasons: Reasons | None = None) -> None:
-        self.reasons = reasons or Reasons()
+    def __init__(self, reasons: Reasons) -> None:
+        self.reasons = reasons
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -121,7 +121,7 @@ class _Joining:
 
     def _emit_each(self, group: list[relax.Var]) -> None:
         for var in group:
-            self.new[var] = self.builder.emit(substitute(self.graph.value[var], self.new), name_hint=var.name)
+            self.new[var] = emit(self.builder, substitute(self.graph.value[var], self.new), var.name)
 
     def _emit_joined(self, group: list[relax.Var]) -> None:
         group = self._with_every_result(group)
@@ -134,7 +134,7 @@ class _Joining:
         call = self.builder.emit(relax.Call(callee, [substitute(read, self.new) for read in given]), name_hint="small")
         for index, var in enumerate(left):
             one = len(left) == 1
-            self.new[var] = call if one else self.builder.emit(relax.TupleGetItem(call, index), name_hint=var.name)
+            self.new[var] = call if one else emit(self.builder, relax.TupleGetItem(call, index), var.name)
 
     def _description(self, group: list[relax.Var]) -> dict[str, Any]:
         """What is known of the joined function: the kernels that it runs in order. It plans if any of them does."""

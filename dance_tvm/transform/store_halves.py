@@ -13,7 +13,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, rewrite, substitute, variables
+from dance_tvm.ir.graph import Graph, constant, dtype_of, emit, is_tensor, rewrite, substitute, variables
 from dance_tvm.schedules.emit import FLOAT, HALF
 
 #: Operators that change no value.
@@ -69,9 +69,9 @@ class _Halves:
         read = variables(value)
         if graph.op(var) in MOVES and (parts := self._parts(value)) is not None:
             self.stored[var] = self._moved(builder, var, value, parts)
-            return builder.emit(relax.op.astype(self.stored[var], FLOAT), name_hint=var.name)
+            return emit(builder, relax.op.astype(self.stored[var], FLOAT), var.name)
         own = {each: builder.emit(relax.op.astype(self.stored[each], FLOAT)) for each in read if each in self.stored}
-        result = builder.emit(substitute(value, {**new, **own}), name_hint=var.name)
+        result = emit(builder, substitute(value, {**new, **own}), var.name)
         if any(narrows(graph, reader) for reader in graph.readers[var]):
             self.stored[var] = builder.emit(relax.op.astype(result, HALF))
         return result
@@ -97,8 +97,8 @@ class _Halves:
         """The move ``value`` done to what is stored."""
         source = substitute(value, parts)
         if self.graph.op(var) != "reshape":
-            return builder.emit(source, name_hint=var.name)
+            return emit(builder, source, var.name)
         of = self.viewed.get(source.args[0], source.args[0])
-        view = builder.emit(relax.Call(source.op, [of, *source.args[1:]], source.attrs), name_hint=var.name)
+        view = emit(builder, relax.Call(source.op, [of, *source.args[1:]], source.attrs), var.name)
         self.viewed[view] = of
         return view

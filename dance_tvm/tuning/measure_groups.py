@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dance_tvm.core.errors import DanceError
 from dance_tvm.liveness.kernel_groups import fitting_groups
 from dance_tvm.machines.target import Target
 from dance_tvm.records.group_choice import (
@@ -26,7 +25,9 @@ from dance_tvm.records.group_choice import (
     GroupMeasurement,
     Measure,
     SynthesisedLayer,
+    lanes_of,
     measure_groups,
+    require_fitting,
 )
 
 if TYPE_CHECKING:
@@ -48,13 +49,8 @@ def measure_on(
     Raises DanceError where the device cannot be reached or runs no code for the target, and for groups whose filters
     do not fill its vectors.
     """
-    lanes = 1 if target.gpu else target.vector.floats
-    candidates = tuple(candidates or fitting_groups(lanes))
-    for gm, gn in candidates:
-        if gm % lanes:
-            raise DanceError(
-                f"Groups of {gm}x{gn} do not fit {target.name}: its vectors take {lanes} filters, or multiples of that."
-            )
+    candidates = tuple(candidates or fitting_groups(lanes_of(target)))
+    require_fitting(target, candidates)
     from dance_tvm.device import open_device
 
     used = threads or target.threads

@@ -43,6 +43,8 @@ GATHER_COLUMN_CYCLES, GATHER_ROW_CYCLES = 0.8, 0.2
 ASSUMED_LEFT = (0.5, 1.0)
 #: Of the positions of a tile, so many are taken to live or die on their own: masks come in patches.
 PATCHES_IN_TILE = 2
+#: Of a share, so that floating-point error makes no further chunk of none.
+ROUNDING = 1e-6
 
 
 def axis_densities(masks: Iterable[object]) -> list[float]:
@@ -182,25 +184,29 @@ def winograd_seconds(
     """Of a Winograd kernel where each thinned axis keeps ``density``, of the weight columns ``columns_share``;
     ``whole_tiles``: in whole tiles of outputs."""
     parts = winograd_parts(conv, tile, plan, machine, density, columns_share)
-    chunks = plan.chunks * _live_share(plan, density, whole_tiles)
-    repeats = max(0.0, chunks - 1) / parts.nearer
-    multiply = _with_traffic(machine, threads, parts.multiply * chunks, parts.weights * (1 + repeats))
-    seconds = multiply + chunks * (parts.read + parts.write) * seconds_per_cycle(machine) / threads
-    return seconds + chunks * chunk_seconds(conv.scratch_bytes, machine, threads)
+    rows, places = _live_shares(plan, density, whole_tiles)
+    full = plan.chunks * rows * places  # if chunks had all their rows
+    chunks = max(1, math.ceil(plan.chunks * places - ROUNDING))
+    repeats = (chunks - 1) / parts.nearer
+    multiply = _with_traffic(machine, threads, parts.multiply * full, parts.weights * (1 + repeats))
+    seconds = multiply + full * (parts.read + parts.write) * seconds_per_cycle(machine) / threads
+    touched = conv.scratch_bytes * full / chunks * (density if conv.live_in and conv.live_out else 1.0)
+    return seconds + chunks * chunk_seconds(touched, machine, threads)
 
 
-def chunk_seconds(scratch_bytes: int, machine: Machine, threads: int) -> float:
+def chunk_seconds(scratch_bytes: float, machine: Machine, threads: int) -> float:
     """What a chunk takes beside products and transforms."""
     return 3 * BARRIER_SECONDS + _spill_seconds(scratch_bytes, machine, threads)
 
 
-def _live_share(plan: WinogradPlan, density: float, whole_tiles: bool) -> float:
-    """Share of the rows of tiles that is alive, and in frames of one another, where each axis keeps ``density``."""
+def _live_shares(plan: WinogradPlan, density: float, whole_tiles: bool) -> tuple[float, float]:
+    """Share of the rows of a place that are alive, and in frames of one another, and share of the places that are,
+    where each axis keeps ``density``."""
     dead = 1 - density
     dead_frame = dead ** (1 if whole_tiles else plan.m[0]) if plan.out_frames else 0.0
     dead_place = dead ** (1 if whole_tiles else PATCHES_IN_TILE) if plan.positions else 0.0
     taps = 1 - dead if plan.in_frames and not plan.transformed[0] else 1.0
-    return (1 - dead_frame) * (1 - dead_place) * taps
+    return (1 - dead_frame) * taps, 1 - dead_place
 
 
 def runs(plan: WinogradPlan) -> list[tuple[int, int]]:
@@ -212,7 +218,7 @@ def runs(plan: WinogradPlan) -> list[tuple[int, int]]:
     return [(count, len(taps)) for taps, count in rows.items()]
 
 
-def _spill_seconds(scratch_bytes: int, machine: Machine, threads: int) -> float:
+def _spill_seconds(scratch_bytes: float, machine: Machine, threads: int) -> float:
     """Time to write the scratch of a chunk and read it back, beyond what the second-level cache hides."""
     if scratch_bytes <= SCRATCH_SHARE * machine.l2:
         return 0.0

@@ -78,9 +78,9 @@ class WinogradColumns(WinogradConv):
     @property
     def panelled(self) -> WinogradPanels:
         """Columns take the place of input channels."""
-        plan, (taps, *space) = self.plan, self.window.kernel
-        kernel = (taps if plan.transformed[0] else 1, *space)
-        return WinogradPanels(self.tile.nr, self.stored, kernel, plan.m, plan.transformed, self.tile.nr)  # type: ignore[arg-type]  # three
+        plan, (taps, height, width) = self.plan, self.window.kernel
+        kernel = (taps if plan.transformed[0] else 1, height, width)
+        return WinogradPanels(self.tile.nr, self.stored, kernel, plan.m, plan.transformed, self.tile.nr)
 
     def unprepared(self, weight: np.ndarray) -> np.ndarray:
         """The columns' weights, (nr, columns, KT or 1, KH, KW)."""
@@ -180,4 +180,6 @@ class _ColumnProducts(Products):
             column = let(entry * conv.run)
             # No weights are asked for beyond the last ones.
             later = let(tirx.min(column + ahead, conv.stored - conv.run))
-            self._multiply(sources, weights, Channels(self.places[entry], column, conv.run, later), acc)
+            self._multiply(
+                sources, weights, Channels(self.places[entry], column, conv.run, [later] * len(weights.starts)), acc
+            )

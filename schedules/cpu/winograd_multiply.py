@@ -42,12 +42,13 @@ LEAST_SUMS = 8
 @dataclass(frozen=True)
 class Panel:
     """Where the weights of each vector of a panel begin, how many floats lie between two taps, and between two rows of
-    a vector."""
+    a vector; ``jumps``: rows from the end of each vector to what is multiplied next in its place."""
 
     weights: tirx.Buffer
     starts: Sequence[Expr]
     tap_floats: int
     row_floats: int
+    jumps: Sequence[Expr] = ()
 
     def at(self, tap: Expr) -> Panel:
         """The panel at one tap."""
@@ -57,12 +58,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class Channels:
-    """``count`` input channels: where they begin in V, in a panel's weights, and those whose weights come next."""
+    """``count`` input channels: where they begin in V, in a panel's weights, and by vector of the panel those whose
+    weights come next."""
 
     source: Expr
     row: Expr
     count: Expr
-    ahead: Expr
+    ahead: Sequence[Expr]
 
 
 class Transformed(Protocol):
@@ -144,13 +146,38 @@ class Products:
         for v in range(tile.vectors):
             vector: Expr = first + v
             if self.out_channels is not None:
-                last = tirx.floordiv(self.out_channels[sample, 0] - 1, floats)
-                listed = self.out_channels[sample, 1 + tirx.min(vector, last) * floats]
-                vector = tirx.floordiv(listed, floats)
+                vector = self._listed_vector(sample, vector)
             elif vectors % tile.vectors:
                 vector = tirx.min(vector, vectors - 1)
             starts.append(let(plane + big(vector) * vector_floats))
         return Panel(self.weights, starts, tap_floats, floats)
+
+    def _listed_vector(self, sample: Expr, index: Expr) -> Expr:
+        """The ``index``-th live vector of output channels, or the last one."""
+        assert self.out_channels is not None
+        floats = self.tile.vector_floats
+        last = tirx.floordiv(self.out_channels[sample, 0] - 1, floats)
+        return tirx.floordiv(self.out_channels[sample, 1 + tirx.min(index, last) * floats], floats)
+
+    def _to_next_panel(self, sample: Expr, panel: Expr, width: int) -> list[Expr]:
+        """By vector of a panel of ``width``, rows of weights from its end to where what is multiplied next begins: the
+        next panel, or behind the last one the first of the next plane."""
+        conv, tile = self.conv, self.tile
+        rows = conv.plan.taps * conv.channels_in
+        if self.out_channels is None:
+            return [tirx.IntImm(INT, (width - 1) * rows)] * width
+        vectors, panels, first = (
+            -(-conv.channels_out // tile.vector_floats),
+            self.live_panels(sample),
+            panel * tile.vectors,
+        )
+        last = let(panel + 1 == panels)
+        jumps = []
+        for v in range(width):
+            coming = self._listed_vector(sample, tirx.Select(last, v, first + tile.vectors + v))
+            here = self._listed_vector(sample, first + v)
+            jumps.append(let((coming + tirx.Select(last, vectors, 0) - here - 1) * rows))
+        return jumps
 
     # -- loops -------------------------------------------------------------------------------------------------------
 
@@ -160,7 +187,7 @@ class Products:
         columns = self._panel(sample, xi, panel)
 
         def multiply(width: int) -> None:
-            some = replace(columns, starts=columns.starts[:width])
+            some = replace(columns, starts=columns.starts[:width], jumps=self._to_next_panel(sample, panel, width))
             if not conv.live_in:
                 self._multiply_runs(chunk, sample, xi, panel, some, listed=False)
                 return
@@ -248,13 +275,13 @@ class Products:
             shift = let(self.taps[entry, 1])
             sources = [let(source + big(row + shift) * conv.channels_in) for row in rows]
             tap = let(self.taps[entry, 0])
-            at_tap, jump = columns.at(tap), self._to_next_panel(tap, len(acc[0]))
+            at_tap, jumps = columns.at(tap), self._behind(tap, columns.jumps)
             if sample is None:
-                later = let(first + tile.depth_block)
-                ahead = later + tirx.Select(later >= conv.channels_in, jump, 0)
-                self._multiply(sources, at_tap, Channels(first, first, depth, let(ahead)), acc)
+                later = let(first + min(tile.depth_block, conv.channels_in))
+                ahead = [let(later + tirx.Select(later >= conv.channels_in, jump, 0)) for jump in jumps]
+                self._multiply(sources, at_tap, Channels(first, first, depth, ahead), acc)
             else:
-                self._multiply_units(sources, at_tap, (sample, first, depth), jump, acc)
+                self._multiply_units(sources, at_tap, (sample, first, depth), jumps, acc)
         self._put_back(acc, place)
 
     def _started(self, place: Expr, width: int, fresh: Expr) -> list[list[tirx.Buffer]]:
@@ -284,23 +311,22 @@ class Products:
         """The ``v``-th vector of row ``r`` of a tile at ``place``."""
         return self._vector(place + r * (self.conv.panels * self.tile.nr), v)
 
-    def _to_next_panel(self, tap: Expr, width: int) -> Expr:
-        """Rows of weights from the end of a vector's ``tap`` to what is read next: its next tap, which lies there, or
-        after the last one the vector ``width`` further on."""
+    def _behind(self, tap: Expr, jumps: Sequence[Expr]) -> Sequence[Expr]:
+        """Rows of weights from the end of each vector's ``tap`` to what is read next: its next tap, which lies there,
+        or after the last one what ``jumps`` lead to."""
         taps = self.conv.plan.taps
-        rows = (width - 1) * taps * self.conv.channels_in
-        return tirx.Select(tap == taps - 1, rows, 0) if taps > 1 else tirx.IntImm(INT, rows)
+        return [tirx.Select(tap == taps - 1, jump, 0) for jump in jumps] if taps > 1 else jumps
 
     def _multiply_units(
         self,
         sources: list[Expr],
         columns: Panel,
         channels: tuple[Expr, Expr, Expr],
-        jump: Expr,
+        jumps: Sequence[Expr],
         acc: list[list[tirx.Buffer]],
     ) -> None:
-        """Unit after unit of the live channels of a sample, so many from the first on; ``jump``: rows of weights
-        between the last channel's and what is read next."""
+        """Unit after unit of the live channels of a sample, so many from the first on; ``jumps``: rows of weights
+        between the last channel's and what is read next, by vector."""
         conv, unit, (sample, first, depth) = self.conv, self.conv.unit, channels
         assert self.in_channels is not None
         live = self.live_in(sample)
@@ -308,11 +334,12 @@ class Products:
             start = let(first + index * unit)
             size = let(tirx.min(first + depth - start, unit)) if conv.channels_in % unit else unit
             # What comes next is the block after this one, or the first channels of the panel behind.
-            later = let(start + max(unit, self.tile.depth_block // unit * unit))
-            wraps = let(later >= live)
-            place = let(tirx.Select(wraps, tirx.min(later - ceil_div(live, unit) * unit, live - 1), later))
-            behind = tirx.Select(wraps, conv.channels_in + jump, 0)
-            ahead = let(self.in_channels[sample, 1 + tirx.max(place, 0)] + behind)
+            whole = let(ceil_div(live, unit) * unit)
+            later = let(start + tirx.min(whole, max(unit, self.tile.depth_block // unit * unit)))
+            wraps = let(later >= whole)
+            place = let(tirx.Select(wraps, later - whole, later))
+            row = let(self.in_channels[sample, 1 + place])
+            ahead = [let(row + tirx.Select(wraps, conv.channels_in + jump, 0)) for jump in jumps]
             self._multiply(
                 sources, columns, Channels(start, let(self.in_channels[sample, 1 + start]), size, ahead), acc
             )
@@ -352,9 +379,8 @@ class Products:
         row = let(big(channels.row + k) * columns.row_floats)
         w = [let(columns.weights[lanes(start + row, count)]) for start in columns.starts]
         if ahead:
-            later = let(big(channels.ahead + k) * columns.row_floats)
-            for start in columns.starts:
-                prefetch(columns.weights, start + later)
+            for start, coming in zip(columns.starts, channels.ahead, strict=True):
+                prefetch(columns.weights, start + big(coming + k) * columns.row_floats)
         for r, value in enumerate(values):
             x = let(value)
             for v in range(len(w)):

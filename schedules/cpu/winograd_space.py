@@ -179,10 +179,15 @@ def best(
     for option in sorted(fitting, key=attrgetter("weights")):
         seconds = option.predict(machine, threads, densities)
         keeps_pace = dense[id(option)] <= bound or conv.expected == [1.0]
-        larger = chosen is not None and (option.weights > chosen.weights or option.scratch_bytes > chosen.scratch_bytes)
-        if keeps_pace and seconds < least * (WORTH_MEMORY if larger else 1.0):
+        if keeps_pace and seconds < least * (WORTH_MEMORY if chosen is not None and _larger(option, chosen) else 1.0):
             chosen, least = option, seconds
     return chosen
+
+
+def _larger(option: Transformed, other: Transformed) -> bool:
+    """Whether it takes more memory. Of a chunk's scratch, masks of positions leave a part untouched."""
+    thinned = option.plan.positions is not None
+    return option.weights > other.weights or (not thinned and option.scratch_bytes > other.scratch_bytes)
 
 
 def within(option: Transformed, limits: Limits) -> bool:
@@ -199,10 +204,11 @@ def options(conv: W, machine: Machine) -> Iterator[W]:
         for m in spatial:
             if m_t > 1 and m > MOST_SPATIAL_WITH_FRAMES:
                 continue
-            tile = (min(m_t, window.out[0]), *(min(m, window.out[a]) if window.kernel[a] > 1 else 1 for a in (1, 2)))
+            height, width = (min(m, window.out[axis]) if window.kernel[axis] > 1 else 1 for axis in (1, 2))
+            tile = (min(m_t, window.out[0]), height, width)
             transformed = tile[0] > 1 or window.kernel[1:] != (1, 1)
             if transformed and all(tile[axis] > 1 or window.kernel[axis] == 1 for axis in (1, 2)):
-                yield from _chunked(conv, machine, tile)  # type: ignore[arg-type]  # a product of three tuples has three
+                yield from _chunked(conv, machine, tile)
 
 
 def _chunked(conv: W, machine: Machine, m: Triple) -> Iterator[W]:

@@ -20,7 +20,9 @@ from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet
 from dance_tvm.sparsity.dstep.options import DSTEPOptions
 from dance_tvm.sparsity.dstep.policy import Decision
 from dance_tvm.sparsity.method import Context, Method
+from dance_tvm.sparsity.options import not_residual
 from dance_tvm.sparsity.teacher import Teacher
+from dance_tvm.sparsity.trained import require_trained
 
 
 class DSTEP(Method):
@@ -33,10 +35,7 @@ class DSTEP(Method):
 
     def prepare(self, network: nn.Module, context: Context) -> nn.Module:
         if not isinstance(network, VideoResNet):
-            raise DanceError(
-                f"--method dstep thins residual networks, and {context.model} is none; choose --model resnet-mini, "
-                "resnet18-tsn or another resnet"
-            )
+            raise DanceError(not_residual(context.model))
         chosen = self.options
         self._teacher = Teacher(network, context)
         form = DStepOptions(**{name: getattr(chosen, name) for name in DStepOptions.model_fields})
@@ -132,9 +131,8 @@ def load_trained(path: Path) -> tuple[DStepResNet, dict[str, Any]]:
 
     Raises DanceError when the file is missing, torn, or of another method.
     """
+    require_trained(path)
     tensors, card = checkpoint.read_checkpoint(path)
-    if "dstep" not in card:
-        raise DanceError(f"{path} holds no D-STEP network; name the model.safetensors of a run with --method dstep")
     base = models.create(
         card["settings"]["model"], num_classes=len(card["classes"]), **_channels(card["settings"]["model"], card)
     )
