@@ -138,7 +138,7 @@ def speed(
     memory: Annotated[str, typer.Option(help=", ".join(get_args(Memory)))] = Options().memory,
 ) -> None:
     """The network's shortest call as an artifact over its shortest under TVM's virtual machine, timed in turns."""
-    options = Options(threads=threads, memory=memory)  # type: ignore[arg-type]  # one of Memory: the help lists them
+    options = Options(threads=threads, memory=memory)  # one of Memory: the help lists them
     imported, target = import_model(model), load_target("host")
     arrays = random_inputs(imported.inputs)
     lowered = lower(imported.mod, target, options)

@@ -393,7 +393,6 @@ def _streamed(
     from dance_tvm.artifact.folder import load_artifact
     from dance_tvm.compiler.build import build_network
     from dance_tvm.device import open_device
-    from dance_tvm.device.stream import StreamSession
 
     built = {}
     for form, path in files.items():
@@ -402,7 +401,7 @@ def _streamed(
             build_network(path, folder, target=target, threads=1, check=False)
         built[form] = load_artifact(folder)
     with open_device(device) as session:
-        streaming = StreamSession(session.load(built["stream"]))
+        streaming = session.load(built["stream"]).stream()
         found = [streaming.step(frame.numpy()) for frame in seen]
         whole = session.load(built["clip"])
         clip = seen[:length, 0].transpose(0, 1).unsqueeze(0).contiguous().numpy()

@@ -27,7 +27,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import dance_tvm.compiler.pipeline
-import dance_tvm.frontend.onnx_graph  # noqa: F401
+import dance_tvm.frontend.onnx_graph  # noqa: F401  # the same
 from benchmarks.runs import machine
 from dance_tvm import DanceError, Options, build_network
 from dance_tvm.models.networks import create, example_inputs

@@ -33,7 +33,7 @@ app = application(help="The devices of a tracker and their health, and phones on
 @dataclass(frozen=True)
 class Server:
     """One device server of a tracker; `lost` ones are registered and answered no probe. `runs` is the command of this
-    user on this machine that uses it, for `seconds` so far, and `health` what the server told."""
+    user on this machine that uses it, for `seconds` so far, and `health` what the server reports."""
 
     key: str
     address: str
@@ -89,6 +89,20 @@ def _shown(tracker: str, probe: bool, form: Callable[..., Any]) -> Any:
         return form(_HEADS, _rows(*look(tracker, probe)), title=f"devices of {tracker}")
     except DanceError as error:
         return f"{time.strftime('%H:%M:%S')}  {error}"
+
+
+@app.command("tracker", epilog=examples("dance-tvm device tracker", "dance-tvm device tracker --host 0.0.0.0"))
+def serve_tracker(
+    host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind to; 0 takes a free one.")] = 9190,
+) -> None:
+    """Serve as the tracker that devices register with and builds ask for them, until Ctrl-C."""
+    from dance_tvm.device.serve_tracker import serve
+
+    try:
+        serve(host, port)
+    except OSError as error:
+        raise DanceError(str(error)) from None
 
 
 @app.command(

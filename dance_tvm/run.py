@@ -13,7 +13,7 @@ import typer
 
 from dance_tvm.artifact.folder import load_artifact
 from dance_tvm.artifact.preprocess import Preprocess, read_preprocess
-from dance_tvm.benchmarking.clips import VIDEOS, pictures_in, require_video_input, windows_of
+from dance_tvm.artifact.video_windows import VIDEOS, pictures_in, require_video_input, windows_of
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_suffix, require_writable
@@ -58,7 +58,7 @@ def run(
     preprocess: Annotated[
         Path | None, typer.Option(help="How frames become the input (.toml); docs/run.md lists its fields.")
     ] = None,
-    labels: Annotated[Path | None, typer.Option(help="Names of the classes, one a line.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Names of the classes, one per line.")] = None,
     top: Annotated[
         int | None, typer.Option(min=1, help="How many of the highest scores to print.", show_default=str(TOP))
     ] = None,
@@ -89,7 +89,7 @@ def run(
     with Progress(as_json, json_lines) as progress:
         progress.phase(f"opening {device}")
         found = []
-        with open_device(device, timeout=timeout) as session:
+        with open_device(device, timeout=timeout, on_phase=progress.phase) as session:
             network = session.load(verified)
             for place, source in enumerate(sources, 1):
                 windows = _windows(verified.manifest, source, given, stride, prepare)
@@ -154,7 +154,7 @@ def _windows(
 
 
 def read_labels(path: Path) -> list[str]:
-    """Names of classes, one a line. Raises DanceError where the file cannot be read."""
+    """Names of classes, one per line. Raises DanceError where the file cannot be read."""
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

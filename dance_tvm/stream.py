@@ -15,7 +15,7 @@ from dance_tvm.core.files import require_suffix, require_writable
 from dance_tvm.core.options import PLACES, AsJson
 from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.device import open_device, require_runnable, require_spec
-from dance_tvm.device.stream import StreamSession, require_stream
+from dance_tvm.device.stream import require_stream
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +59,7 @@ def stream(
     given = _frames(verified, frames, random)
     scores, seconds = [], []
     with Progress(as_json, json_lines) as progress, open_device(device, timeout=timeout) as opened:
-        session = StreamSession(opened.load(verified))
+        session = opened.load(verified).stream()
         progress.phase(f"{len(given)} frames on {device}")
         for index, frame in enumerate(given):
             begun = time.perf_counter()

@@ -1,9 +1,9 @@
 """A trained network, from its published weights to this machine and to an emulated phone (`make demo`).
 
-TransNetV2 finds the shot boundaries of a clip of 5,301 frames, first compiled for this machine and compared with
-PyTorch over the whole clip, then compiled for a phone and run on an emulated one over some windows of the clip.
-PyTorch's answers, the emulated phone's to this very artifact and both artifacts are kept: a second run computes none of
-them again.
+TransNetV2 finds the shot boundaries of a published clip of 5,301 frames, first compiled for this machine and compared
+with PyTorch over the whole clip, then compiled for a phone and run on an emulated one over some windows of the clip.
+PyTorch's answers, the emulated phone's to this very artifact and both artifacts are kept in the same folder: a second
+run computes none of them again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,14 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dance_tvm import DanceError, build_network, import_model, open_device
-from dance_tvm.artifact.folder import Artifact
-from dance_tvm.core.cli import plain_errors
-from dance_tvm.core.places import cache_folder
-from dance_tvm.device import DeviceSession, LoadedNetwork, emulator_available, prepare_emulator
-from dance_tvm.frontend import Imported
-from dance_tvm.machines.host import available_cores
-from dance_tvm.models import pretrained
-from dance_tvm.models.transnetv2 import STEP, WINDOW, boundaries, clip_path, predict, read_frames, windows
+
+WINDOW, STEP = 100, 50  # frames that a call sees, and frames from window to window: the middle ones of each count
+MARGIN = (WINDOW - STEP) // 2
 
 ALLOWED = 1e-4  # largest difference from PyTorch in probability
 EMULATED_CALL_S = 1800.0  # a window may take minutes there where the machine is busy
@@ -50,7 +46,8 @@ NEXT = """
   docs/quick-start.md, then docs/pytorch-to-phone.md with a network of your own"""
 
 console = Console(highlight=False, soft_wrap=True)
-Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+Run = Callable[[np.ndarray], Sequence[np.ndarray]]
+"""A window's two outputs (1, 100), as a network or an engine computes them."""
 
 
 class NoDeviceError(Exception):
@@ -61,32 +58,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("artifacts"), help="folder for the artifacts")
     out = parser.parse_args().out
-    torch.set_num_threads(available_cores())
 
     console.print(INTRODUCTION)
     title("TransNetV2: published weights and clip")
     with console.status("importing from PyTorch and checking the import"):
         network = import_model("transnetv2")
-    frames = read_frames(clip_path())
-    clip = [np.ascontiguousarray(window) for window in windows(frames)]
-    console.print(f"{len(frames):,} frames of {clip_path().name}: {len(clip)} windows of {WINDOW}, {STEP} apart")
+    (name,) = [tensor.name for tensor in network.inputs]
+
+    def pytorch(window: np.ndarray) -> Sequence[np.ndarray]:
+        return list(network.reference({name: window}).values())
 
     title("Build for this machine")
     artifact = build(network, "host", out / "transnetv2-host")
-    expected = pytorch_answers(network, frames, clip)
-    begin = time.perf_counter()
+    torch.set_num_threads(artifact.manifest.target.threads)
     with open_device("local") as device:
-        ours = run_of(device.load(artifact))
+        loaded = device.load(artifact)
+        clip = [inputs[name] for inputs in loaded.windows(network.video(), stride=STEP)]
+        console.print(f"{network.video().name}: {len(clip)} windows of {WINDOW} frames, {STEP} apart")
+        expected = pytorch_answers(network.source_sha256, pytorch, clip, out)
+        begin = time.perf_counter()
+        ours = run_of(loaded)
         found = run_windows("this build", ours, clip)
         console.print(f"this build: {time.perf_counter() - begin:.1f} s over the whole clip")
-        in_turns(ours, torch_run(pretrained("transnetv2")), clip)
+        in_turns(ours, pytorch, clip)
     compare(found, expected)
-    compare_boundaries(over_clip(found, frames), over_clip(expected, frames))
+    compare_boundaries(over_clip(found), over_clip(expected))
 
     title("Build for a phone")
     artifact = build(network, "snapdragon", out / "transnetv2-snapdragon")
     some = sorted({int(at) for at in np.linspace(0, len(clip) - 1, EMULATED_WINDOWS)})
-    on_emulated_device(artifact, [clip[at] for at in some], expected[some])
+    on_emulated_device(artifact, [clip[at] for at in some], expected[some], out)
     console.print(NEXT.format(out=out))
 
 
@@ -99,48 +100,54 @@ def in_turns(ours: Run, theirs: Run, clip: Sequence[np.ndarray]) -> None:
             run(window)
             seconds[who].append(time.perf_counter() - begin)
     fastest = {who: min(found) for who, found in seconds.items()}
-    told = ", ".join(f"{who} {1e3 * value:.0f} ms" for who, value in fastest.items())
+    said = ", ".join(f"{who} {1e3 * value:.0f} ms" for who, value in fastest.items())
     ratio = fastest["PyTorch"] / fastest["this build"]
-    console.print(f"a window of {WINDOW} frames, fastest of {TURNS} in turns: {told}; {ratio:.2f} times as fast")
+    console.print(f"a window of {WINDOW} frames, fastest of {TURNS} in turns: {said}; {ratio:.2f} times as fast")
 
 
-def build(network: Imported, target: str, out: Path) -> Artifact:
-    """Build, or keep what an earlier run of the same sources left there."""
+def build(network, target: str, out: Path):
+    """The artifact, built or kept where an earlier run of the same sources left it."""
     with console.status("building") as status:
         built = build_network(network, out, target=target, check=False, reuse=True, on_phase=status.update)
     library = built.artifact.manifest.files["model.so"]
-    told = f"built in {sum(built.seconds.values()):.1f} s" if "compile" in built.seconds else "built before"
-    console.print(f"{told}: {out}, model.so {library.bytes / 1e6:.1f} MB, SHA-256 {library.sha256[:16]}")
+    said = f"built in {sum(built.seconds.values()):.1f} s" if "compile" in built.seconds else "built before"
+    console.print(f"{said}: {out}, model.so {library.bytes / 1e6:.1f} MB, SHA-256 {library.sha256[:16]}")
     return built.artifact
 
 
-def pytorch_answers(network: Imported, frames: np.ndarray, clip: Sequence[np.ndarray]) -> np.ndarray:
-    """PyTorch's outputs (windows, 2, 100), of an earlier run where the network, frames and PyTorch are the same."""
+def pytorch_answers(network_sha256: str, run: Run, clip: Sequence[np.ndarray], out: Path) -> np.ndarray:
+    """PyTorch's outputs (windows, 2, 100), of an earlier run where the network, clip and PyTorch are the same."""
     who = f"PyTorch {torch.__version__}"
 
     def compute() -> np.ndarray:
-        model = pretrained("transnetv2")
         begin = time.perf_counter()
-        answers = run_windows("PyTorch", torch_run(model), clip)
+        answers = run_windows("PyTorch", run, clip)
         console.print(f"{who}: {time.perf_counter() - begin:.1f} s over the whole clip")
         return answers
 
-    key = hashlib.sha256(f"{network.source_sha256} {torch.__version__} {frames.shape}".encode())
-    key.update(frames.data)
-    return kept(who, f"transnetv2-answers-{key.hexdigest()[:16]}.npy", (len(clip), 2, WINDOW), compute)
+    return kept(who, out, f"pytorch-{digest(network_sha256 + torch.__version__, clip)}.npy", len(clip), compute)
 
 
-def kept(who: str, name: str, shape: tuple[int, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """What an earlier run left in the cache folder under this name; where there is nothing sound, computed and left."""
-    path = cache_folder() / name
+def digest(what: str, clip: Sequence[np.ndarray]) -> str:
+    """Names answers to these windows."""
+    key = hashlib.sha256(what.encode())
+    for window in clip:
+        key.update(window.data)
+    return key.hexdigest()[:16]
+
+
+def kept(who: str, out: Path, name: str, windows: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """Outputs (windows, 2, 100) that an earlier run left under this name; where none are sound, computed and left."""
+    path = out / "transnetv2-answers" / name
     try:
         found = np.load(path, allow_pickle=False)
-        if found.shape == shape and found.dtype == np.float32 and np.isfinite(found).all():
+        if found.shape == (windows, 2, WINDOW) and found.dtype == np.float32 and np.isfinite(found).all():
             console.print(f"{who}: its answers of an earlier run ({path}; delete it to compute them again)")
             return found
     except (OSError, ValueError, EOFError):
         pass  # none yet, or torn: computed now
     answers = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with beside.open("wb") as file:
         np.save(file, answers)
@@ -148,33 +155,30 @@ def kept(who: str, name: str, shape: tuple[int, ...], compute: Callable[[], np.n
     return answers
 
 
-def on_emulated_device(artifact: Artifact, clip: Sequence[np.ndarray], expected: np.ndarray) -> None:
+def on_emulated_device(artifact, clip: Sequence[np.ndarray], expected: np.ndarray, out: Path) -> None:
     """Some windows over TVM RPC; says so and goes on where there is no device. Raises DanceError where they differ.
 
     An artifact's answers to the same windows are kept: each takes the emulated device minutes.
     """
-    if reason := emulator_available():
-        console.print(f"emulated aarch64 device: not run, {reason}")
-        return
 
     def compute() -> np.ndarray:
         begin = time.perf_counter()
         try:
             with console.status("starting the emulated device") as status:
-                prepare_emulator(status.update)
-                device = open_device("emulator", call_timeout=EMULATED_CALL_S)
+                device = open_device("emulator", call_timeout=EMULATED_CALL_S, on_phase=status.update)
         except DanceError as error:
             raise NoDeviceError(str(error)) from error
         with device:
-            console.print(f"{facts_of(device)}: started in {time.perf_counter() - begin:.1f} s")
+            machine = device.facts().get("machine", "aarch64")
+            console.print(
+                f"emulated {machine} device behind a TVM RPC tracker and server: "
+                f"started in {time.perf_counter() - begin:.1f} s"
+            )
             return run_windows("emulated device", run_of(device.load(artifact)), clip)
 
-    key = hashlib.sha256(artifact.manifest.files["model.so"].sha256.encode())
-    for window in clip:
-        key.update(window.data)
-    name = f"transnetv2-emulated-{key.hexdigest()[:16]}.npy"
+    name = f"emulated-{digest(artifact.manifest.files['model.so'].sha256, clip)}.npy"
     try:
-        found = kept("emulated device", name, (len(clip), 2, WINDOW), compute)
+        found = kept("emulated device", out, name, len(clip), compute)
     except NoDeviceError as error:
         console.print(f"emulated aarch64 device: not run, {error}")
         return
@@ -182,28 +186,10 @@ def on_emulated_device(artifact: Artifact, clip: Sequence[np.ndarray], expected:
     compare(found, expected)
 
 
-def facts_of(device: DeviceSession) -> str:
-    facts = device.facts()
-    return f"emulated {facts.get('machine', 'aarch64')} device behind a TVM RPC tracker and server"
-
-
-def torch_run(network: torch.nn.Module) -> Run:
-    def run(window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        with torch.inference_mode():
-            single, every = network(torch.from_numpy(window))
-        return single.numpy(), every.numpy()
-
-    return run
-
-
-def run_of(loaded: LoadedNetwork) -> Run:
+def run_of(loaded) -> Run:
+    """A network on a device as a function of one window."""
     (name,) = [tensor.name for tensor in loaded.manifest.inputs]
-
-    def run(window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        single, every = loaded.run({name: window}).values()
-        return single, every
-
-    return run
+    return lambda window: list(loaded.run({name: window}).values())
 
 
 def run_windows(who: str, run: Run, clip: Sequence[np.ndarray]) -> np.ndarray:
@@ -224,10 +210,16 @@ def bar(who: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def over_clip(answers: np.ndarray, frames: np.ndarray) -> np.ndarray:
-    """The probabilities (2, T) of the frames that count in each window."""
-    each = iter(answers)
-    return predict(lambda _window: next(each)[:, None], frames)
+def over_clip(answers: np.ndarray) -> np.ndarray:
+    """Probabilities (2, T): of each window (windows, 2, 100) its middle frames, and the clip's two ends."""
+    middle = np.concatenate(answers[:, :, MARGIN:-MARGIN], axis=1)
+    return np.concatenate([answers[0, :, :MARGIN], middle, answers[-1, :, -MARGIN:]], axis=1)
+
+
+def boundaries(probabilities: np.ndarray) -> list[int]:
+    """Frames at which a shot ends: the first frame of each run of ``probabilities`` (T,) above a half."""
+    above = probabilities > 0.5
+    return np.flatnonzero(above & ~np.concatenate([[False], above[:-1]])).tolist()
 
 
 def compare(found: np.ndarray, expected: np.ndarray) -> None:
@@ -253,5 +245,9 @@ def title(text: str) -> None:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    try:
         main()
+    except DanceError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -52,7 +52,7 @@ class LayerKernel(GroupedChannels, Kernel):
         multiply-accumulates executed."""
 
     def describe(self) -> dict[str, Any]:
-        """Also the multiply-accumulates, where no list tells them."""
+        """Also the multiply-accumulates, where no list gives them."""
         counts = self.work()
         if any(count.operand for count in counts):
             return super().describe()

@@ -25,11 +25,11 @@ class Preparation(ABC):
     @property
     @abstractmethod
     def sizes(self) -> tuple[int, ...]:
-        """What the C runtime is told, as prepare.c reads it."""
+        """What the C runtime gets, as prepare.c reads it."""
 
     @property
     def transforms(self) -> tuple[float, ...]:
-        """The entries of matrices that the C runtime is told."""
+        """The entries of matrices that the C runtime gets."""
         return ()
 
 

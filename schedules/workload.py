@@ -23,7 +23,7 @@ POINTWISE, LINE = "conv3d_pointwise", "conv3d_line"
 FAMILIES = (GATHER, WINOGRAD, KERNEL_GROUPS, POOL, POINTWISE, LINE)
 #: Sizes that were chosen, by name.
 Decisions = dict[str, int]
-#: Shares of kept weight columns are told apart by so much: a record is to serve networks pruned alike.
+#: Shares of kept weight columns that differ by less are one: a record is to serve networks pruned alike.
 KEPT_STEP = 1 / 16
 
 

@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from dance_tvm import bench, models
 from dance_tvm.artifact.folder import REFERENCE, _describe, _write_manifest, load_artifact
 from dance_tvm.artifact.layers import KernelInfo, LayerInfo
+from dance_tvm.artifact.video_windows import AS_TRAINED, UP_TO_ONE, doubt_of_scale
 from dance_tvm.benchmarking import peers, sensing, statistics
 from dance_tvm.benchmarking.accuracy import accuracy, read_classes
 from dance_tvm.benchmarking.campaign import Plan, run
-from dance_tvm.benchmarking.clips import AS_TRAINED, UP_TO_ONE, doubt_of_scale, frames_of, load_clips
+from dance_tvm.benchmarking.clips import frames_of, load_clips
 from dance_tvm.benchmarking.layers import OTHER, PLANNING, profile
 from dance_tvm.benchmarking.loading import measure_loading
 from dance_tvm.benchmarking.measure import Contender, in_turns, single_stream
@@ -117,11 +118,33 @@ def test_every_frame_of_a_winograd_tile_counts_as_computed():
         "counts": np.array([[32, 4, 1, 0], [1, 0, 0, 0]], "int32"),
     }
     tensors = {name: tvm.runtime.tensor(array) for name, array in lists.items()}
-    by_tap, alive = serve._winograd_rows(tensors, [4, 4, 4], [1, 8, 16, 16, 8])
+    kernel = {"tile": [4, 4, 4], "by_frame": False}
+    by_tap, alive = serve._winograd_rows(tensors, kernel, [1, 8, 16, 16, 8])
     assert by_tap.tolist() == [[31]]
     assert alive[0, :4].all()
     assert alive[0, 4:].sum() == 4 * (16 * 16 - 4 * 4)
     assert not alive[0, 4:, :4, :4].any()
+
+
+def test_frames_are_clips_of_winograds_lists_where_the_kernel_says_so():
+    """Two frames of one place each; the chunk has room for more columns than both have."""
+    kept = {
+        False: {"columns": [[0] * 8], "rows_out": [0, 8, -1, -1]},  # one column, its second frame a row further
+        True: {"columns": [[0, 1, *[0] * 6]], "rows_out": [0, 1, -1, -1]},  # a column each
+    }
+    for by_frame, lists in kept.items():
+        arrays = {
+            "tap_entries": np.zeros((1, 2), "int32"),
+            "columns": np.array(lists["columns"], "int32"),
+            "rows_out": np.array(lists["rows_out"], "int32").reshape(1, 1, 4),
+            "runs": np.array([[[0, 1, 0, 1]]], "int32"),
+            "counts": np.array([[2, 1, 1, 0], [1, 0, 0, 0]], "int32"),
+        }
+        tensors = {name: tvm.runtime.tensor(array) for name, array in arrays.items()}
+        kernel = {"tile": [1, 4, 4], "by_frame": by_frame}
+        by_tap, alive = serve._winograd_rows(tensors, kernel, [1, 2, 4, 4, 8])
+        assert by_tap.tolist() == [[2]]
+        assert alive.all()
 
 
 def test_what_masks_leave_of_a_convolution_without_lists_is_counted():
@@ -464,6 +487,8 @@ def test_throttling_is_told():
     said = " ".join(sensing.warnings(before, after, {"a": slowing}))
     for words in ("a became 2", "clock governor is schedutil", "clock of cpu0 fell"):
         assert words in said
+    disturbed = statistics.latency([1.0] * 80 + [5.0] * 20, 5, True)
+    assert "b in ten took 5.0 times the median" in " ".join(sensing.warnings(before, before, {"b": disturbed}))
 
 
 def test_cooling_down_waits_for_the_heat_to_go():

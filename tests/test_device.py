@@ -241,7 +241,7 @@ def test_absent_devices(tracker):
         DanceError, match=f"the board cannot be reached: nothing listens at 127.0.0.1:{port}; start its"
     ):
         Connection("the board", "127.0.0.1", port, "", 5, 5)  # as `tune` does
-    with pytest.raises(DanceError, match=f"no tracker answers at 127.0.0.1:{port} .*serve_tracker --port {port}"):
+    with pytest.raises(DanceError, match=f"no tracker answers at 127.0.0.1:{port} .*device tracker --port {port}"):
         open_device(f"tracker://127.0.0.1:{port}/board", timeout=1)
     with pytest.raises(DanceError, match="has no device 'phone'"):
         open_device(f"tracker://127.0.0.1:{tracker}/phone", timeout=1)

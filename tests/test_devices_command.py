@@ -149,12 +149,12 @@ def test_list_and_watch_real_servers():
         CliRunner().invoke(devices.app, ["watch", "--tracker", "nonsense"], catch_exceptions=False)
 
 
-@pytest.mark.parametrize("server", ["serve", "serve_tracker"])
+@pytest.mark.parametrize("server", ["device.serve", "devices tracker"])
 def test_a_port_that_is_taken_is_one_sentence(server, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        more = ["--store", str(tmp_path)] if server == "serve" else []
-        line = [sys.executable, "-m", f"dance_tvm.device.{server}", "--port", port, *more]
+        more = ["--store", str(tmp_path)] if server == "device.serve" else []
+        line = [sys.executable, "-m", *f"dance_tvm.{server}".split(), "--port", port, *more]
         done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("choose another --port")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+#: Pages for those who change the compiler: their code names inner modules.
+FOR_DEVELOPERS = {ROOT / "docs" / "extending.md"}
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +72,51 @@ def test_every_refusal_says_what_to_do(reference):
     found = list(reference.all_refusals())
     assert len(found) > 250
     assert all(refusal.wrong and refusal.do for refusal in found)
+
+
+def users_code() -> Iterator[tuple[str, str]]:
+    """Python that users read, and where it stands: every block of every page, and the examples."""
+    for page in sorted({*PAGES} - FOR_DEVELOPERS):
+        for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S), 1):
+            yield f"{page.relative_to(ROOT)}, block {number}", block
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        yield str(path.relative_to(ROOT)), path.read_text("utf-8")
+    for path in sorted((ROOT / "examples").rglob("*.ipynb")):
+        cells = [cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+        yield str(path.relative_to(ROOT)), "\n\n".join("".join(cell["source"]) for cell in cells)
+
+
+def inner(code: str) -> list[str]:
+    """What ``code`` takes of ours beside the names that ``dance_tvm`` itself offers."""
+    from dance_tvm import __all__ as offered
+
+    taken: list[str] = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            taken += [alias.name for alias in node.names if alias.name.startswith("dance_tvm.")]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("dance_tvm", "schedules"):
+            whole = node.module == "dance_tvm"
+            taken += [f"{node.module}.{alias.name}" for alias in node.names if not (whole and alias.name in offered)]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dance_tvm":
+            taken += [f"dance_tvm.{node.attr}"] if node.attr not in offered else []
+    return taken
+
+
+def test_users_code_takes_the_six_names_alone():
+    from dance_tvm import __all__ as offered
+
+    assert sorted(offered) == ["DanceError", "Options", "build_network", "import_model", "load_artifact", "open_device"]
+    code = dict(users_code())
+    assert {"README.md, block 1", "examples/demo.py", "examples/quickstart.ipynb"} <= set(code)
+    assert {where: found for where, text in code.items() if (found := inner(text))} == {}
+    for page in PAGES:  # what is run from a shell is a command of the table
+        assert not re.findall(r"python3? -m dance_tvm\.\S+", page.read_text("utf-8")), page.name
+
+
+def test_what_is_found_in_code_that_takes_more():
+    wrong = (
+        "import dance_tvm.core.cli\nfrom dance_tvm import Options, models\nfrom dance_tvm.device import open_device\n"
+    )
+    assert inner(wrong + "dance_tvm.models.create('c3d')\ndance_tvm.Options()\n") == [
+        "dance_tvm.core.cli", "dance_tvm.models", "dance_tvm.device.open_device", "dance_tvm.models",
+    ]  # fmt: skip

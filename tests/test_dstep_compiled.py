@@ -14,7 +14,6 @@ from dance_tvm import stream
 from dance_tvm.compiler.build import build_network
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device import open_device
-from dance_tvm.device.stream import StreamSession
 from dance_tvm.models.resnet import BasicBlock, VideoResNet
 from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet, Stream
 
@@ -159,7 +158,7 @@ def test_a_compiled_clip_equals_pytorch_exactly(compiled, device):
 def test_a_compiled_stream_equals_the_clip_to_the_last_bit(compiled, device):
     thinned, _, artifact = compiled
     loaded = device.load(artifact)
-    here, there = StreamSession(loaded), StreamSession(loaded)
+    here, there = loaded.stream(), loaded.stream()
     for clip in clips():
         for index in range(FRAMES):
             scores = here.step(clip[:, :, index].numpy())
@@ -212,7 +211,7 @@ def test_an_emulated_phone_streams_exactly(emulator, tmp_path):
     inputs = (clip[:, :, 0], *streaming.start())
     artifact = build(streaming, inputs, tmp_path / "phone", target="snapdragon")
     with open_device(emulator.tracker, timeout=120) as phone:
-        session = StreamSession(phone.load(artifact))
+        session = phone.load(artifact).stream()
         for index in range(FRAMES):
             scores = session.step(clip[:, :, index].numpy())
         assert not any(isinstance(tensor, np.ndarray) for tensor in session._state)  # it stays on the phone
@@ -221,7 +220,7 @@ def test_an_emulated_phone_streams_exactly(emulator, tmp_path):
 
 def test_only_streaming_networks_make_sessions(compiled, device):
     with pytest.raises(DanceError, match="streaming form"):
-        StreamSession(device.load(compiled[1]))
+        device.load(compiled[1]).stream()
 
 
 @pytest.mark.parametrize("mix", [Mix(1, 0, 0), Mix(0, 1, 0)], ids=["skipped", "no tiles"])

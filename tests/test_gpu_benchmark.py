@@ -11,7 +11,7 @@ import tvm
 pytest.importorskip("benchmarks.gpu", reason="benchmarks are not part of an installed package")
 
 
-from benchmarks import gpu as benchmark
+from benchmarks import gpu_static, gpu_timing
 from benchmarks.kernels import Layer, Masks
 from dance_tvm.core.errors import DanceError
 from dance_tvm.lowering.machine import gpu_of
@@ -26,10 +26,10 @@ TINY = Layer("tiny", 8, 16, (3, 6, 6))
 
 def test_occupancy_follows_from_what_a_block_takes():
     nano, orin = load_target("jetson-nano").gpu, load_target("jetson-orin-nano").gpu
-    assert benchmark.occupancy(nano, 128, 121, 14592) == 4 * 128 / 2048  # by registers and by shared memory
-    assert benchmark.occupancy(nano, 256, 16, 0) == 1.0
-    assert benchmark.occupancy(nano, 64, 73, 11008) == 5 * 64 / 2048  # by shared memory
-    assert benchmark.occupancy(orin, 1024, 8, 0) == 1024 / 1536  # by threads
+    assert gpu_static.occupancy(nano, 128, 121, 14592) == 4 * 128 / 2048  # by registers and by shared memory
+    assert gpu_static.occupancy(nano, 256, 16, 0) == 1.0
+    assert gpu_static.occupancy(nano, 64, 73, 11008) == 5 * 64 / 2048  # by shared memory
+    assert gpu_static.occupancy(orin, 1024, 8, 0) == 1024 / 1536  # by threads
 
 
 def test_ptxas_tells_of_every_kernel_of_a_thinned_layer():
@@ -37,9 +37,9 @@ def test_ptxas_tells_of_every_kernel_of_a_thinned_layer():
     try:
         rows = [
             row
-            for functions in benchmark.sparse_kernels(TINY, target).values()
+            for functions in gpu_static.sparse_kernels(TINY, target).values()
             for function, func in functions.items()
-            for row in benchmark.static_rows("tiny", function, func, target)
+            for row in gpu_static.static_rows("tiny", function, func, target)
         ]
     except DanceError as error:
         pytest.skip(str(error))
@@ -64,33 +64,33 @@ def test_a_static_run_goes_on_where_it_was_ended(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         asked.append(function)
         spilled = 8 if function == "c_gpu_f32" else 0
-        return [benchmark.StaticRow(target.name, network, function, function, "6.5", 64, 32, 0, spilled, 0.5)]
+        return [gpu_static.StaticRow(target.name, network, function, function, "6.5", 64, 32, 0, spilled, 0.5)]
 
-    monkeypatch.setattr(benchmark, "static_rows", rows)
-    monkeypatch.setattr(benchmark, "sparse_kernels", lambda *_: {"all": {"d_gpu_f32": None}})
+    monkeypatch.setattr(gpu_static, "static_rows", rows)
+    monkeypatch.setattr(gpu_static, "sparse_kernels", lambda *_: {"all": {"d_gpu_f32": None}})
     kernels = dict.fromkeys(["a_gpu_f32", "b_gpu_f32", "b_gpu_f321", "c_gpu_f32"])
-    monkeypatch.setattr(benchmark, "network_kernels", lambda *_: kernels)
+    monkeypatch.setattr(gpu_static, "network_kernels", lambda *_: kernels)
     with pytest.raises(KeyboardInterrupt):
-        benchmark.fill(benchmark.Standing.at(out), [target], ["net"])
-    assert len(benchmark.Standing.at(out).rows) == 2
+        gpu_static.fill(gpu_static.Standing.at(out), [target], ["net"])
+    assert len(gpu_static.Standing.at(out).rows) == 2
     limit[0] = 9
-    benchmark.fill(benchmark.Standing.at(out), [target], ["net"])
+    gpu_static.fill(gpu_static.Standing.at(out), [target], ["net"])
     assert asked == [*kernels, "d_gpu_f32"]
     assert json.loads(out.read_text())["complete"]
     table = out.with_suffix(".md").read_text()
     assert "| jetson-nano | 6.5 | net | b_gpu_f32 | 2 | 64 | 32 | 0 | 0 | 0.50 |" in table
     assert "| net | c_gpu_f32 | 1 | 64 | 32 | 0 | 8 |" in table
-    assert not benchmark.Standing.at(out).rows  # a complete run is begun anew
+    assert not gpu_static.Standing.at(out).rows  # a complete run is begun anew
 
 
 def test_both_sides_are_measured():
     try:
-        device = benchmark.opencl_device()
+        device = gpu_timing.opencl_device()
     except DanceError as error:
         pytest.skip(str(error))
     target = load_target("opencl")
-    ours = benchmark.LayerOnGpu(TINY, target, device, Masks(live_in=np.arange(8) < 4))
-    found = benchmark.compare(ours, benchmark.LayerInTorch(TINY, "cpu", device.seconds), 2)
+    ours = gpu_timing.LayerOnGpu(TINY, target, device, Masks(live_in=np.arange(8) < 4))
+    found = gpu_timing.compare(ours, gpu_timing.LayerInTorch(TINY, "cpu", device.seconds), 2)
     assert min(found["ours"], found["theirs"]) > 0
     assert found["share"] == pytest.approx(found["theirs"] / found["ours"])
 
@@ -99,9 +99,9 @@ def test_without_a_gpu_it_says_what_to_do():
     if tvm.device("cuda", 0).exist:
         pytest.skip("there is a GPU")
     with pytest.raises(DanceError, match=r"no NVIDIA GPU here.*--static"):
-        benchmark.cuda_device(load_target("cuda"))
+        gpu_timing.cuda_device(load_target("cuda"))
     with pytest.raises(DanceError, match="host has no GPU"):
-        benchmark.block_conv(TINY, load_target("host"), Masks())
+        gpu_timing.block_conv(TINY, load_target("host"), Masks())
 
 
 class Log:

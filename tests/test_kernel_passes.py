@@ -84,8 +84,8 @@ def test_reductions() -> None:
         vector_floats=FLOATS, threads=1,
     )  # fmt: skip
     before = module(chain(lambda x: op.mean(x, [1])), (3, 40))
-    becomes(LowerNorms(MACHINE), before, module(called(mean, "x"), (3, 40)))
-    stays(LowerNorms(MACHINE), module(chain(lambda x: op.sum(x, [1])), (3, 40), dtype="int32"))
+    becomes(LowerNorms(MACHINE, 1, Reasons()), before, module(called(mean, "x"), (3, 40)))
+    stays(LowerNorms(MACHINE, 1, Reasons()), module(chain(lambda x: op.sum(x, [1])), (3, 40), dtype="int32"))
 
 
 def test_products_of_variables() -> None:
@@ -96,7 +96,7 @@ def test_products_of_variables() -> None:
     )
     product = Product(2, 6, 8, 16, left, right, result, tile_for(MACHINE, 2, 6, 1), 1.0)
     before = module(chain(op.matmul), *shapes)
-    becomes(LowerAttention(MACHINE), before, module(called(product, "a", "b"), *shapes))
+    becomes(LowerAttention(MACHINE, 1, Reasons()), before, module(called(product, "a", "b"), *shapes))
     half = module(chain(op.matmul), *shapes, dtype="float16")
     declines(partial(LowerAttention, MACHINE, 1), half, "TVM's own product: it is not float32, or empty")
 
@@ -123,7 +123,7 @@ def test_whole_attention() -> None:
         return emit
 
     after = module(called(attention(2, 6, 10, 8, 16), "q", "k", "v"), *shapes)
-    becomes(LowerAttention(MACHINE), module(scores(-1), *shapes), after)
+    becomes(LowerAttention(MACHINE, 1, Reasons()), module(scores(-1), *shapes), after)
 
     def of_one(builder: relax.BlockBuilder, q: relax.Var, v: relax.Var) -> relax.Expr:
         return builder.emit(op.matmul(builder.emit(op.nn.softmax(q, -1)), v))
@@ -149,7 +149,7 @@ def test_a_norm_takes_the_residual_and_the_activation_behind_it() -> None:
         values = {"x": x, "gamma": relax.const(gamma), "beta": relax.const(beta), "residual": residual}
         return call_kernel(builder, kernel, values, 1)
 
-    becomes(LowerNorms(MACHINE), module(before, shape, shape), module(after, shape, shape))
+    becomes(LowerNorms(MACHINE, 1, Reasons()), module(before, shape, shape), module(after, shape, shape))
 
     reasons = Reasons()
     given = LowerNorms(MACHINE, 1, reasons)(module(norm, shape, (40,), (40,)))
@@ -170,10 +170,10 @@ def test_resampling() -> None:
     def take(places: np.ndarray) -> Emit:
         return chain(lambda x: op.take(x, relax.const(places, "int64"), 1))
 
-    becomes(LowerResampling(MACHINE), module(take(twice), shape), module(after, shape))
+    becomes(LowerResampling(MACHINE, 1, Reasons()), module(take(twice), shape), module(after, shape))
     small = module(take(twice), (1, 8, 8, 4))
     declines(partial(LowerResampling, MACHINE, 1), small, "resampled in parts: fewer than 4096 elements")
-    stays(LowerResampling(MACHINE), module(take(np.array(3)), shape))  # one frame
+    stays(LowerResampling(MACHINE, 1, Reasons()), module(take(np.array(3)), shape))  # one frame
 
 
 def test_pieces_of_a_result() -> None:
@@ -188,7 +188,7 @@ def test_pieces_of_a_result() -> None:
     def joined(axis: int) -> Emit:
         return chain(lambda *parts: op.concat(list(parts), axis))
 
-    becomes(JoinCopies(FLOATS, 1), module(joined(1), *shapes), module(after, *shapes))
+    becomes(JoinCopies(FLOATS, 1, Reasons()), module(joined(1), *shapes), module(after, *shapes))
     small = module(joined(1), (4, 40), (4, 24))
     declines(partial(JoinCopies, FLOATS, 1), small, "pieces copied by TVM's own kernel: fewer than 512 elements")
 
@@ -197,7 +197,7 @@ def test_zeros_around_the_input_of_a_convolution() -> None:
     weight = relax.const(np.ones((3, 2, 3, 3), "float32"))
     padded = [lambda x: op.nn.pad(x, [0, 0, 0, 0, 1, 2, 0, 1]), lambda x: op.nn.conv2d(x, weight, padding=[1, 0, 0, 0])]
     after = module(chain(lambda x: op.nn.conv2d(x, weight, padding=[2, 0, 2, 1])), (1, 2, 6, 6))
-    becomes(FoldPads(), module(chain(*padded), (1, 2, 6, 6)), after)
+    becomes(FoldPads(Reasons()), module(chain(*padded), (1, 2, 6, 6)), after)
     ones = [lambda x: op.nn.pad(x, [0, 0, 0, 0, 1, 2, 0, 1], pad_value=1.0), padded[1]]
     why = "the padding before it stays a copy: it is 1, and a convolution pads with zeros"
     declines(FoldPads, module(chain(*ones), (1, 2, 6, 6)), why)
@@ -268,7 +268,7 @@ def test_small_calls_become_one() -> None:
                 R.output(b)
             return b
 
-    becomes(JoinSmall(), TwoSmallCalls, After)
+    becomes(JoinSmall(Reasons()), TwoSmallCalls, After)
 
 
 def test_small_calls_that_read_at_an_offset_stay_apart() -> None:

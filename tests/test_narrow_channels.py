@@ -11,6 +11,7 @@ from tvm import relax
 
 from dance_tvm.frontend import import_model
 from dance_tvm.ir.graph import Graph, shape_of
+from dance_tvm.ir.reasons import Reasons
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.narrow_channels import NarrowChannels
 
@@ -67,8 +68,8 @@ def test_only_unread_channels_are_taken_out(gone: dict[str, tuple[int, ...]], ex
     network = Residual(gone).eval()
     x = torch.randint(-2, 3, (1, 1, 2, 4, 4), generator=torch.Generator().manual_seed(1)).float()
     imported = import_model(network, example_inputs=(x,))
-    narrow = NarrowChannels()
-    folded = FoldBatchNorm()(relax.transform.FoldConstant()(imported.mod))
+    narrow = NarrowChannels(Reasons())
+    folded = FoldBatchNorm(Reasons())(relax.transform.FoldConstant()(imported.mod))
     mod = narrow(folded)
     assert weights_of(mod) == expected
     assert bool(list(narrow.reasons)) == (expected != CASES[-1][1])
@@ -93,12 +94,12 @@ def test_filters_in_kernel_groups_go_by_whole_groups() -> None:
         second.weight[:, 32:] = 0  # the whole third group
     x = torch.randint(-2, 3, (1, 4, 5, 5, 5), generator=torch.Generator().manual_seed(1)).float()
     network = nn.Sequential(first, nn.ReLU(), second).eval()
-    mod = NarrowChannels()(relax.transform.FoldConstant()(import_model(network, example_inputs=(x,)).mod))
+    mod = NarrowChannels(Reasons())(relax.transform.FoldConstant()(import_model(network, example_inputs=(x,)).mod))
     assert weights_of(mod) == [(32, 4), (16, 32)]
     np.testing.assert_array_equal(evaluate(mod, x.numpy()), network(x).detach().numpy())
     with torch.no_grad():  # dense weights have no groups: each filter that nobody reads goes
         first.weight.copy_(torch.ones_like(first.weight))
         second.weight[second.weight == 0] = 1
         second.weight[:, 4:8] = 0
-    mod = NarrowChannels()(relax.transform.FoldConstant()(import_model(network, example_inputs=(x,)).mod))
+    mod = NarrowChannels(Reasons())(relax.transform.FoldConstant()(import_model(network, example_inputs=(x,)).mod))
     assert weights_of(mod) == [(44, 4), (16, 44)]

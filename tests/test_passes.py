@@ -129,7 +129,7 @@ def test_pools_over_whole_clips_are_means() -> None:
                 R.output(b)
             return b
 
-    becomes(WholePools(), Before, After)
+    becomes(WholePools(Reasons()), Before, After)
 
 
 def test_pools_with_padding_or_windows_of_two_sizes_stay() -> None:
@@ -178,7 +178,9 @@ def test_a_norm_of_clips_as_channels_is_one_by_clip() -> None:
 
     once = {name: np.float32([1, 2, 3]) for name in ("gamma", "beta")}
     becomes(
-        NormsByClip(), bound(NormOfView, {name: np.tile(each, 2) for name, each in once.items()}), bound(After, once)
+        NormsByClip(Reasons()),
+        bound(NormOfView, {name: np.tile(each, 2) for name, each in once.items()}),
+        bound(After, once),
     )
 
 
@@ -233,7 +235,7 @@ def test_a_norm_goes_into_the_convolution_before_it() -> None:
             return c
 
     arrays = {"weight": NORM["weight"], "shift": np.float32([4, 6]).reshape(1, 2, 1, 1, 1)}
-    becomes(FoldBatchNorm(), bound(ConvolutionAndNorm, NORM), bound(After, arrays))
+    becomes(FoldBatchNorm(Reasons()), bound(ConvolutionAndNorm, NORM), bound(After, arrays))
 
 
 def test_a_norm_whose_parameters_are_computed_stays() -> None:
@@ -305,7 +307,7 @@ def test_channels_that_nobody_reads_are_taken_out() -> None:
 
     first, second = (np.arange(1, 7, dtype="float32").reshape(shape) for shape in ((3, 2, 1, 1, 1), (2, 3, 1, 1, 1)))
     second[:, 1] = 0
-    narrow = NarrowChannels()
+    narrow = NarrowChannels(Reasons())
     small = {"first": first[[0, 2]], "second": second[:, [0, 2]].copy()}
     becomes(narrow, bound(TwoConvolutions, {"first": first, "second": second}), bound(After, small))
     assert list(narrow.reasons) == [
@@ -316,7 +318,7 @@ def test_channels_that_nobody_reads_are_taken_out() -> None:
 
 def test_channels_that_are_read_stay() -> None:
     ones = {"first": np.ones((3, 2, 1, 1, 1), "float32"), "second": np.ones((2, 3, 1, 1, 1), "float32")}
-    stays(NarrowChannels(), bound(TwoConvolutions, ones))
+    stays(NarrowChannels(Reasons()), bound(TwoConvolutions, ones))
 
 
 # -- SpreadTransposed -------------------------------------------------------------------------------------------------
@@ -346,7 +348,7 @@ def test_a_transposed_convolution_is_one_over_its_input_spread_out() -> None:
 
     w = np.arange(36, dtype="float32").reshape(3, 2, 2, 3)
     turned = np.ascontiguousarray(w.transpose(1, 0, 2, 3)[:, :, ::-1, ::-1])
-    becomes(SpreadTransposed(), bound(Before, {"w": w}), bound(After, {"turned": turned}))
+    becomes(SpreadTransposed(Reasons()), bound(Before, {"w": w}), bound(After, {"turned": turned}))
 
 
 def test_a_transposed_convolution_of_groups_stays() -> None:
@@ -395,7 +397,11 @@ def test_a_convolution_over_patches_of_the_input_is_a_product() -> None:
             return z
 
     weight = np.arange(2400, dtype="float32").reshape(5, 3, 10, 16)
-    becomes(FoldPatches(), bound(Before, {"w": weight + 1}), bound(After, {"w": (weight + 1).reshape(5, 480).T.copy()}))
+    becomes(
+        FoldPatches(Reasons()),
+        bound(Before, {"w": weight + 1}),
+        bound(After, {"w": (weight + 1).reshape(5, 480).T.copy()}),
+    )
     pruned = bound(Before, {"w": weight % 2})
     declines(FoldPatches, pruned, "no product of patches: a convolution leaves out the zeros among its weights")
 
@@ -425,7 +431,7 @@ def test_windows_that_overlap_or_lie_inside_the_network_stay_convolutions() -> N
             return y
 
     for module in (Overlapping, Inside):
-        stays(FoldPatches(), bound(module, {"w": np.ones((5, 3, 10, 16), "float32")}))
+        stays(FoldPatches(Reasons()), bound(module, {"w": np.ones((5, 3, 10, 16), "float32")}))
 
 
 # -- ChannelsLast -----------------------------------------------------------------------------------------------------
@@ -461,7 +467,7 @@ def test_channels_are_innermost_between_the_networks_edges() -> None:
             return c
 
     becomes(
-        tvm.transform.Sequential([ChannelsLast(), relax.transform.DeadCodeElimination()]),
+        tvm.transform.Sequential([ChannelsLast(Reasons()), relax.transform.DeadCodeElimination()]),
         Before,
         relax.transform.CanonicalizeBindings()(After),
     )
@@ -510,10 +516,33 @@ def test_parts_with_kernels_for_channels_first_keep_it_and_others_do_not() -> No
 
     weights = {"a": np.ones((3, 2, 1, 1, 1), "float32"), "b": np.ones((4, 3, 3, 1, 1), "float32")}
     becomes(
-        tvm.transform.Sequential([ChannelsLast(planar=True), relax.transform.DeadCodeElimination()]),
+        tvm.transform.Sequential([ChannelsLast(Reasons(), planar=True), relax.transform.DeadCodeElimination()]),
         bound(Before, weights),
         relax.transform.CanonicalizeBindings()(bound(After, weights)),
     )
+
+
+def test_a_part_with_an_operator_for_channels_innermost_alone_says_which() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(
+            x: R.Tensor((1, 2, 4, 8, 16), "float32"),
+            a: R.Tensor((3, 2, 1, 1, 1), "float32"),
+            b: R.Tensor((4, 3, 3, 1, 1), "float32"),
+        ) -> R.Tensor((1, 4, 4, 8, 16), "float32"):
+            with R.dataflow():
+                y = R.nn.conv3d(x, a)
+                z = R.nn.relu(y)
+                c = R.nn.conv3d(z, b, padding=[1, 0, 0])
+                R.output(c)
+            return c
+
+    reasons = Reasons()
+    weights = {"a": np.ones((3, 2, 1, 1, 1), "float32"), "b": np.ones((4, 3, 3, 1, 1), "float32")}
+    after = ChannelsLast(reasons, planar=True)(bound(Before, weights))
+    assert "NCDHW" not in after.script()
+    assert list(reasons) == ["y: channels innermost: c, which shares its layout, has no kernel for others"]
 
 
 def test_what_no_window_makes_keeps_its_layout() -> None:
@@ -527,7 +556,7 @@ def test_what_no_window_makes_keeps_its_layout() -> None:
                 R.output(b)
             return b
 
-    stays(ChannelsLast(), Elementwise)
+    stays(ChannelsLast(Reasons()), Elementwise)
 
 
 # -- FoldLists, ComputeEmpty, LiftWeights -----------------------------------------------------------------------------
@@ -714,5 +743,6 @@ def test_what_is_behind_a_concatenation_of_convolutions_goes_to_its_parts() -> N
                 R.output(d)
             return d
 
-    becomes(NormsBeforeConcat(), Before, After)
-    stays(NormsBeforeConcat(), Read)
+    becomes(NormsBeforeConcat(Reasons()), Before, After)
+    why = "behind a concatenation, where it stays: x is no convolution's result that it alone reads"
+    declines(NormsBeforeConcat, Read, why)

@@ -30,7 +30,7 @@ NEON = Machine(4, 32, 65536, 1 << 19, broadcast_loads=False)
 
 
 def of_one_tap(batch: int, *size: int) -> Window:
-    return Window(batch, size, size, (1, 1, 1))  # type: ignore[arg-type]  # three sizes
+    return Window(batch, size, size, (1, 1, 1))
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ LANES = [
 
 
 def window_of(batch: int, *size: int) -> Window:
-    return Window(batch, size, size, (1, 1, 1))  # type: ignore[arg-type]  # three sizes
+    return Window(batch, size, size, (1, 1, 1))
 
 
 def check(conv: PointwiseConv, seed: int = 0) -> None:

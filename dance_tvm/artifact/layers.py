@@ -29,11 +29,11 @@ class KernelInfo(BaseModel):
 
     ``name`` is the kernel's own, by which layers name it; several functions may have it. ``operands`` are its tensors
     in order. ``tile`` are the frames, rows and columns of a tile of Winograd's, else nothing; of two kernels in one,
-    those of the first. ``parts``: the kernels that a function of joined small ones runs, in order. ``macs``:
-    multiply-accumulates of a call, padding left out, where they are the same in every call. ``taps``: of a convolution
-    that asks masks without lists, the taps that each output reads inside the clip, along frames, rows and columns.
-    ``planar``: its tensors have channels first. ``second``: of two kernels in one, the second one's operands, each with
-    its name among ``operands``.
+    those of the first; ``by_frame``: their lists name each frame as a clip of its own. ``parts``: the kernels that a
+    function of joined small ones runs, in order. ``macs``: multiply-accumulates of a call, padding left out, where they
+    are the same in every call. ``taps``: of a convolution that asks masks without lists, the taps that each output
+    reads inside the clip, along frames, rows and columns. ``planar``: its tensors have channels first. ``second``: of
+    two kernels in one, the second one's operands, each with its name among ``operands``.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -42,6 +42,7 @@ class KernelInfo(BaseModel):
     kind: str = "other"
     operands: list[str] = []
     tile: list[int] = []
+    by_frame: bool = False
     parts: list[str] = []
     macs: int | None = None
     taps: list[list[int]] = []

@@ -101,7 +101,7 @@ def _require_free(target: Path) -> None:
 
 
 def _not_of_an_artifact(folder: Path) -> list[str]:
-    """What stands in ``folder`` that its manifest does not list; nothing is told of a manifest that cannot be read."""
+    """What stands in ``folder`` that its manifest does not list; empty where the manifest cannot be read."""
     try:
         own = {str(name).partition("/")[0] for name in json.loads((folder / MANIFEST).read_bytes())["files"]}
     except (OSError, ValueError, KeyError, TypeError):

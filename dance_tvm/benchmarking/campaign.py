@@ -12,15 +12,10 @@ import numpy as np
 import psutil
 
 from dance_tvm.artifact.folder import LIBRARY, Artifact, load_artifact
+from dance_tvm.artifact.video_windows import doubt_of_scale
 from dance_tvm.benchmarking import accuracy, peers, sensing
 from dance_tvm.benchmarking.baseline import digest, earlier, verdicts_of
-from dance_tvm.benchmarking.clips import (
-    doubt_of_scale,
-    frames_of,
-    load_clips,
-    pictures_of,
-    strip,
-)
+from dance_tvm.benchmarking.clips import frames_of, load_clips, pictures_of, strip
 from dance_tvm.benchmarking.layers import profile
 from dance_tvm.benchmarking.loading import measure_loading
 from dance_tvm.benchmarking.measure import Contender, in_turns, single_stream

@@ -18,6 +18,8 @@ from dance_tvm.machines.target import Target
 COOL_DEGREES = 2.0
 MOST_COOL_DOWN_S = 120.0
 SLOW_CLOCK = 0.9
+#: More than this times the median for one run in ten is reported.
+DISTURBED = 2.0
 
 
 def energy(
@@ -77,6 +79,11 @@ def warnings(before: dict[str, Any], after: dict[str, Any], figures: dict[str, L
     for name, latency in figures.items():
         if latency.trend > SLOWED:
             found.append(f"{name} became {latency.trend - 1:.0%} slower during the measurement: throttled or disturbed")
+        if latency.p90 > DISTURBED * latency.p50:
+            found.append(
+                f"one run of {name} in ten took {latency.p90 / latency.p50:.1f} times the median or longer: "
+                "other programs run beside it"
+            )
         if not latency.steady:
             found.append(f"{name} did not settle during warm-up")
     governors = {name for name in after.get("governor", {}).values() if name not in ("performance", "")}

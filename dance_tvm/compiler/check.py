@@ -94,7 +94,7 @@ def _has_choices(manifest: Manifest) -> bool:
 
 
 def _by_each_kernel(network: LoadedNetwork, tried: CheckInputs) -> list[dict[str, Arrays]]:
-    """Answers by the first kernel of all layers that have two, and by the second, where the device can be told to."""
+    """Answers by the first kernel of all layers that have two, and by the second, where the device can choose."""
     names = [name for name in tried.arrays if name == "normal" or name.startswith("mixed")]
     found = [{name: network.run_choosing(tried.arrays[name], which) for name in names} for which in (0, 1)]
     return [{name: answer for name, answer in answers.items() if answer is not None} for answers in found]
@@ -196,7 +196,7 @@ def compare(manifest: Manifest, tried: CheckInputs, found: Mapping[str, Arrays],
 
 
 def _require_types(manifest: Manifest, answer: Arrays) -> None:
-    """Raise DanceError where an output has another type than the manifest tells."""
+    """Raise DanceError where an output has another type than the manifest says."""
     for spec in manifest.outputs:
         if answer[spec.name].dtype != dtype_of(spec.dtype):
             raise DanceError(

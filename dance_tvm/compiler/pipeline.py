@@ -104,7 +104,8 @@ def lower(
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
         spread = [] if gpu is None else [SpreadTransposed(reasons)]
         narrow = [NarrowChannels(reasons)] if options.sparsity == "auto" else []
-        layouts = [ChannelsLast()] if gpu else [FoldPatches(reasons), ChannelsLast(planar=options.dtype == "float32")]
+        last = ChannelsLast(reasons, planar=gpu is None and options.dtype == "float32")
+        layouts = [last] if gpu else [FoldPatches(reasons), last]
         for name, passes in _before_kernels(spread, narrow, layouts, reasons):
             mod = phases.run(name, mod, passes)
             source = mod if name == LAST_WITH_NAMES else source
@@ -158,7 +159,7 @@ def _before_kernels(spread: Passes, narrow: Passes, layouts: Passes, reasons: Re
                 WholePools(reasons),
                 FoldPads(reasons),
                 NormsByClip(reasons),
-                NormsBeforeConcat(),
+                NormsBeforeConcat(reasons),
                 FoldBatchNorm(reasons),
                 *narrow,
             ],

@@ -172,7 +172,7 @@ def is_untrained(model: str, weights: Path | None) -> bool:
 
 
 def default_out(model: str, target: Target) -> Path:
-    """Where a build goes unless told: ``model.pt2``, as every training leaves one, is named after its folder."""
+    """Where a build goes by default: ``model.pt2``, as every training leaves one, is named after its folder."""
     path = Path(model)
     named = path.absolute().parent.name if path.suffix in registry.NETWORK_FILES and path.stem == "model" else path.stem
     return Path("artifacts") / f"{named}-{target.name}"

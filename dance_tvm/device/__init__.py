@@ -26,11 +26,14 @@ __all__ = [
 ]
 
 
-def open_device(spec: str, *, timeout: float = 60, call_timeout: float = 600) -> DeviceSession:
+def open_device(
+    spec: str, *, timeout: float = 60, call_timeout: float = 600, on_phase: Callable[[str], object] | None = None
+) -> DeviceSession:
     """Open `local`, `emulator`, `rpc://HOST:PORT` or `tracker://HOST:PORT/KEY`; close it, or use it with `with`.
 
     `timeout` s are given to reach the device and to wait for its turn, `call_timeout` s to each single upload step,
-    load, run or measurement. Raises DanceError where the device is absent, busy, or the spec is none of these.
+    load, run or measurement. `on_phase` takes a sentence for each long step (the emulator's system is fetched when it
+    is first opened). Raises DanceError where the device is absent, busy, or the spec is none of these.
     """
     require_spec(spec)
     if spec == "local":
@@ -39,7 +42,9 @@ def open_device(spec: str, *, timeout: float = 60, call_timeout: float = 600) ->
         return LocalSession()
     if spec == "emulator":
         from dance_tvm.device.emulated import open_emulator
+        from dance_tvm.device.emulator import prepare
 
+        prepare(on_phase or (lambda _sentence: None))
         return open_emulator(timeout=timeout, call_timeout=call_timeout)
     kind, _, rest = spec.partition("://")
     if kind == "rpc":

@@ -192,8 +192,8 @@ class Watcher:
 def looked_at(kernel: dict[str, Any] | None, tensors: list[Any]) -> dict[str, Any]:
     """Bytes of a call's tensors; of a convolution what its index lists kept, and means of what it wrote.
 
-    `kernel` is what the manifest says of it: its `kind`, its `operands` in order, of Winograd's the `tile`, and of one
-    without lists its `macs`, or its `taps` where masks leave outputs out.
+    `kernel` is what the manifest says of it: its `kind`, its `operands` in order, of Winograd's the `tile` and
+    whether its lists are `by_frame`, and of one without lists its `macs`, or its `taps` where masks leave outputs out.
     """
     size = sum(int(np.prod(tensor.shape, dtype="int64")) * np.dtype(str(tensor.dtype)).itemsize for tensor in tensors)
     if kernel is None or kernel["kind"] != CONVOLUTION:
@@ -220,9 +220,9 @@ def executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, A
     """What a convolution, whose tensors are `named` by its operands, executed (see `_work`); None where it cannot be
     told."""
     if kernel.get("second") and int(named["decision"].numpy()[0]):
-        return _work({own: named[name] for own, name in kernel["second"].items()}, [])
+        return _work({own: named[name] for own, name in kernel["second"].items()}, {})
     if "counts" in named:
-        return _work(named, kernel["tile"])
+        return _work(named, kernel)
     if kernel.get("taps"):
         return _masked_work(named, kernel["taps"])
     macs = kernel.get("macs")
@@ -232,16 +232,16 @@ def executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, A
     return _without_lists(macs, 1.0, np.ones([sizes[0], *sizes[2:]] if kernel.get("planar") else sizes[:4], bool))
 
 
-def _work(named: dict[str, Any], tile: list[int]) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
+def _work(named: dict[str, Any], kernel: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
     """What a convolution executed, and which frames, positions and channels its lists kept.
 
     `share` is what was left of the dense layer's multiply-accumulates before padding is taken off. `named` are the
     tensors by the operands' names (docs/kernels.md): x (N, T, H, W, C), weights (..., depth, channels), lists,
-    y (N, T, H, W, C); `tile` is empty but for Winograd's kernels.
+    y (N, T, H, W, C); only Winograd's `kernel` has a `tile`.
     Also gives which positions (N, T, H, W) were computed, and which channels of them where a list says.
     """
-    shape = [int(extent) for extent in named["y"].shape]
-    rows_by_tap, alive = _winograd_rows(named, tile, shape) if tile else _gathered_rows(named, shape)
+    shape, tile = [int(extent) for extent in named["y"].shape], kernel.get("tile")
+    rows_by_tap, alive = _winograd_rows(named, kernel, shape) if tile else _gathered_rows(named, shape)
     channels_in, channels_out = float(named["x"].shape[-1]), float(shape[-1])
     if "column_starts" in named:
         columns = named["column_places" if tile else "columns"]
@@ -326,17 +326,17 @@ def _gathered_rows(named: dict[str, Any], shape: list[int]) -> tuple[np.ndarray,
     return by_tap, alive.reshape(shape[:4])
 
 
-def _winograd_rows(named: dict[str, Any], tile: list[int], shape: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _winograd_rows(named: dict[str, Any], kernel: dict[str, Any], shape: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """The same for Winograd's tiles: columns (chunks, columns), rows_out, runs (chunks, classes, 4), counts
     (chunks + 1, 4) of inputs, tiles, runs and the sample; the last row counts the chunks. Each frame is a clip of its
-    own where the list of columns has room for those of all."""
+    own where `kernel` says so."""
     names = ("tap_entries", "columns", "rows_out", "runs", "counts")
     taps, columns, rows_out, runs, counts = (named[name].numpy() for name in names)
-    deep, tall, wide = tile
+    deep, tall, wide = kernel["tile"]
     batch, frames, height, width = shape[:4]
     places = -(-height // tall), -(-width // wide)
-    apart = columns.size >= batch * frames * places[0] * places[1]
-    alive = np.zeros((*((batch * frames, 1) if apart else (batch, -(-frames // deep))), *places), bool)
+    clips = (batch * frames, 1) if kernel["by_frame"] else (batch, -(-frames // deep))
+    alive = np.zeros((*clips, *places), bool)
     samples = int(counts[: counts[-1, 0], 3].max(initial=0)) + 1
     by_tap = np.zeros((samples, int(taps[:, 0].max()) + 1), "int64")
     for chunk in range(counts[-1, 0]):
@@ -408,7 +408,7 @@ def _cpu_features() -> list[str]:
 
 
 def peak_memory() -> int:
-    """Largest resident memory in bytes since the session began or since the last call; -1 if not told."""
+    """Largest resident memory in bytes since the session began or since the last call; -1 if unknown."""
     for line in _read("/proc/self/status").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

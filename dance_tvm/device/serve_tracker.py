@@ -21,12 +21,20 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="port to bind to; 0 takes a free one and prints it")
     parser.add_argument("--end-with-stdin", action="store_true", help="end when standard input closes")
     options = parser.parse_args()
-    try:
-        listening = socket.create_server((options.host, options.port), backlog=64)
-    except (OSError, OverflowError) as error:
-        parser.error(f"{options.host}:{options.port} is not to be had ({error}): choose another --port")
     if options.end_with_stdin:
         threading.Thread(target=_end_with_pipe, daemon=True).start()
+    try:
+        serve(options.host, options.port)
+    except OSError as error:
+        parser.error(str(error))
+
+
+def serve(host: str, port: int) -> None:
+    """Serve until Ctrl-C. Raises OSError, which says what to do, where the address is not to be had."""
+    try:
+        listening = socket.create_server((host, port), backlog=64)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"{host}:{port} is not to be had ({error}): choose another --port") from None
     print(f"{READY}{listening.getsockname()[1]}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         tracker._tracker_server(listening, base.random_key("tracker"))

@@ -38,7 +38,7 @@ class ServedSession(DeviceSession):
     def __init__(self, connection: ServerConnection) -> None:
         self.name, self.connection = connection.name, connection
         self._threads: int | None = None
-        self._abandoned: list[int] = []  # networks that nobody refers to; told here, between other requests
+        self._abandoned: list[int] = []  # networks that nobody refers to; released here, between other requests
         self._facts = self._told("telling what it is", Operation.FACTS)
 
     def facts(self) -> dict[str, Any]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from dance_tvm.artifact.folder import Artifact, Manifest
+from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.core.errors import DanceError
+from dance_tvm.device.stream import StreamSession
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class LoadedNetwork(ABC):
         """Outputs by the manifest's names for inputs by the manifest's names."""
 
     def run_choosing(self, inputs: Mapping[str, np.ndarray], which: int) -> dict[str, np.ndarray] | None:
-        """The same by kernel ``which``, 0 or 1, of every layer that has two; None where the device cannot be told."""
+        """The same by kernel ``which``, 0 or 1, of every layer that has two; None where the device cannot choose."""
         return None
 
     def step(self, inputs: Mapping[str, Any]) -> tuple[np.ndarray, list[Any]]:
@@ -76,6 +79,26 @@ class LoadedNetwork(ABC):
         """
         first, *others = self.run(inputs).values()
         return first, others
+
+    def stream(self) -> StreamSession:
+        """One stream through a network in its streaming form: a frame per call, its state kept on the device.
+
+        Raises DanceError where the network is of another form.
+        """
+        return StreamSession(self)
+
+    def windows(
+        self, video: str | Path, stride: int | None = None, preprocess: Preprocess | None = None
+    ) -> list[dict[str, np.ndarray]]:
+        """The windows of a video, or of a folder of pictures, each as inputs for `run`.
+
+        `stride` is how many frames lie from window to window (a window's length unless given); `preprocess` says how
+        frames become the input, in place of what the artifact says. Raises DanceError where the video cannot be read
+        or the network takes none.
+        """
+        from dance_tvm.artifact.video_windows import windows_of
+
+        return [arrays for _, arrays in windows_of(Path(video), self.manifest, stride, preprocess)]
 
     @abstractmethod
     def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:

@@ -5,7 +5,7 @@ shapes (`dance_tvm.sparsity.dstep.network.Stream` is one). The state lives in th
 so several sessions may share one; its tensors stay on the device from frame to frame.
 
     with open_device("local") as device:
-        session = StreamSession(device.load(load_artifact("artifacts/resnet18-stream")))
+        session = device.load(load_artifact("artifacts/resnet18-stream")).stream()
         for frame in frames:
             scores = session.step(frame)      # of the frames so far
         session.reset()                       # the next frame is a first one again
@@ -13,13 +13,22 @@ so several sessions may share one; its tensors stay on the device from frame to 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
 from dance_tvm.artifact.folder import Manifest
 from dance_tvm.core.errors import DanceError
-from dance_tvm.device.session import LoadedNetwork
+
+
+class Steps(Protocol):
+    """What a stream asks of a loaded network (`dance_tvm.device.session.LoadedNetwork`)."""
+
+    manifest: Manifest
+
+    def step(self, inputs: Mapping[str, Any]) -> tuple[np.ndarray, list[Any]]:
+        """The first output, and the others as `inputs` of later calls may hold them."""
 
 
 def require_stream(manifest: Manifest) -> None:
@@ -40,7 +49,7 @@ class StreamSession:
     and types of its inputs after the first.
     """
 
-    def __init__(self, network: LoadedNetwork) -> None:
+    def __init__(self, network: Steps) -> None:
         self._network = network
         require_stream(network.manifest)
         self._frame, *self._state_in = network.manifest.inputs

@@ -14,6 +14,8 @@ from typing import Any
 from dance_tvm.core.errors import DanceError
 
 _RETRY_S = 0.5
+#: For how long nothing may listen at a tracker's address before it counts as absent.
+_RESTART_S = 2.0
 #: Of TVM's protocol (tvm.rpc.base), written down here because loading TVM takes seconds.
 _MAGIC = 0x2F271
 _SUCCESS, _REQUEST, _SUMMARY = 0, 4, 6
@@ -27,9 +29,10 @@ def tracker_summary(host: str, port: int, timeout: float = 10) -> dict[str, Any]
 def request_device(host: str, port: int, key: str, timeout: float) -> tuple[str, int, str]:
     """Address, port and match key of a free device of the kind `key`, waiting up to `timeout` s for one.
 
-    A tracker that is being restarted is tried again until the time is over.
+    A tracker that goes away while it is asked, as one that is restarted, is tried again for some moments.
     """
     deadline = time.monotonic() + timeout
+    gone: float | None = None  # since when
     while True:
         try:
             address, device_port, match = _ask(host, port, [_REQUEST, key, "", 1], deadline - time.monotonic())
@@ -37,7 +40,11 @@ def request_device(host: str, port: int, key: str, timeout: float) -> tuple[str,
         except TimeoutError:
             raise DanceError(_nothing_free(host, port, key, timeout)) from None
         except ConnectionError as error:
-            if time.monotonic() + _RETRY_S > deadline:
+            now = time.monotonic()
+            if not isinstance(error, ConnectionRefusedError):
+                gone = None  # it was there
+            gone = now if gone is None else gone
+            if now + _RETRY_S > min(deadline, gone + _RESTART_S):
                 raise no_tracker(host, port, error) from None
             time.sleep(_RETRY_S)
         except OSError as error:
@@ -48,7 +55,7 @@ def no_tracker(host: str, port: int, error: OSError) -> DanceError:
     """What is said where nothing that is a tracker answers."""
     return DanceError(
         f"no tracker answers at {host}:{port} ({error.strerror or error}): check the address, or start one with "
-        f"`python -m dance_tvm.device.serve_tracker --port {port}`"
+        f"`dance-tvm device tracker --port {port}`"
     )
 
 

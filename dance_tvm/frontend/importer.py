@@ -153,7 +153,7 @@ def _import_exported(
         source.require_same_in_float32(random_inputs(inputs))
         check_import(mod, inputs, reference, lambda arrays: source.intermediates(nodes, arrays))
     digest = sha256 or file_sha256(path) if path else sha256 or _program_sha256(program)
-    return Imported(mod, name, digest, inputs, outputs, reference)
+    return Imported(mod, name, digest, inputs, outputs, reference, video=models.published_video(entry))
 
 
 def _replace_weights(program: torch.export.ExportedProgram, state: Mapping[str, torch.Tensor]) -> None:
@@ -161,13 +161,8 @@ def _replace_weights(program: torch.export.ExportedProgram, state: Mapping[str, 
     missing = sorted(set(own) - set(state))
     unexpected = sorted(set(state) - set(own))
     wrong = sorted(name for name in set(own) & set(state) if own[name].shape != state[name].shape)
-    misfits = [
-        f"{kind}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
-        if names
-    ]
-    if misfits:
-        raise DanceError(f"The weights do not fit the exported program: {'; '.join(misfits)}.")
+    if problems := models.misfits(missing, unexpected, wrong):
+        raise DanceError(f"The weights do not fit the exported program: {problems}.")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])

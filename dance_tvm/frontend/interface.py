@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -35,7 +36,8 @@ class Imported:
 
     Inference only, weights are constants inside, channels-first as in the source; variables carry the names of the
     source's layers. ``reference`` runs the source itself on arrays by input name; ``source_sha256`` identifies it.
-    ``exact``, where there is one, is the source in float64, or None where it cannot be had.
+    ``exact``, where there is one, is the source in float64, or None where it cannot be had. ``video`` gives the path of
+    a video that was published with the network, fetched on first use; None where there is none.
     """
 
     mod: tvm.IRModule
@@ -45,6 +47,7 @@ class Imported:
     outputs: list[TensorSpec]
     reference: Callable[[Arrays], Arrays]
     exact: Callable[[Arrays], Sequence[np.ndarray] | None] | None = None
+    video: Callable[[], Path] | None = None
 
 
 def tensor_of(array: np.ndarray) -> torch.Tensor:

@@ -195,8 +195,8 @@ def _hypot(emit: Any, number: Any, a: relax.Expr, b: relax.Expr) -> relax.Expr:
 def _copysign(emit: Any, number: Any, a: relax.Expr, b: relax.Expr) -> relax.Expr:
     size = emit(relax.op.abs(a))
     # Of the two zeros only the reciprocal shows the sign.
-    tells = emit(relax.op.where(emit(relax.op.equal(b, number(0))), emit(relax.op.divide(number(1), b)), b))
-    return emit(relax.op.where(emit(relax.op.less(tells, number(0))), emit(relax.op.negative(size)), size))
+    signed = emit(relax.op.where(emit(relax.op.equal(b, number(0))), emit(relax.op.divide(number(1), b)), b))
+    return emit(relax.op.where(emit(relax.op.less(signed, number(0))), emit(relax.op.negative(size)), size))
 
 
 def _number_preferred(operator: Operator) -> Callable[..., relax.Expr]:

@@ -118,8 +118,8 @@ def _require_no_obstacle(program: torch.export.ExportedProgram, table: Mapping[A
                 raise DanceError(_STATE.format(buffers[first.name]))
         elif node in decided and node.users and (tensors := _tensors_of(node)):
             if any(tensor.is_complex() for tensor in tensors):
-                told = f"The operator {node.target} of layer {describe(node)!r} makes complex numbers"
-                raise DanceError(f"{told}, which is not supported: compute with real ones.")
+                problem = f"The operator {node.target} of layer {describe(node)!r} makes complex numbers"
+                raise DanceError(f"{problem}, which is not supported: compute with real ones.")
             apart = node.target in table or node.target in decomposition_table or _is_composite(node.target)
             if not apart and not _is_known(node):
                 raise DanceError(_UNKNOWN.format(node.target, describe(node)))

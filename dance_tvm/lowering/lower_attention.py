@@ -30,8 +30,8 @@ class LowerAttention:
     """``softmax(scale · q kᵀ + biases) v`` in float32 becomes a call of one kernel, which reads its operands where they
     lie and writes its result where it is wanted; other products of two variables become calls as well."""
 
-    def __init__(self, machine: Machine, threads: int = 1, reasons: Reasons | None = None) -> None:
-        self.machine, self.threads, self.reasons = machine, threads, reasons or Reasons()
+    def __init__(self, machine: Machine, threads: int, reasons: Reasons) -> None:
+        self.machine, self.threads, self.reasons = machine, threads, reasons
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""

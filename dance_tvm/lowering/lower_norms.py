@@ -38,8 +38,8 @@ class LowerNorms:
     """Every float32 norm and reduction of ``main`` by sums becomes a call of a kernel; one norm takes the residual and
     the activation behind it with it."""
 
-    def __init__(self, machine: Machine | Gpu, threads: int = 1, reasons: Reasons | None = None) -> None:
-        self.machine, self.threads, self.reasons = machine, threads, reasons or Reasons()
+    def __init__(self, machine: Machine | Gpu, threads: int, reasons: Reasons) -> None:
+        self.machine, self.threads, self.reasons = machine, threads, reasons
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""

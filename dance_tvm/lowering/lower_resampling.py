@@ -42,8 +42,8 @@ class LowerResampling:
     """Sums of ``take(x, places, axis) · weights`` with constant places and weights, one axis behind the other, become
     one call of a kernel, where channels are innermost."""
 
-    def __init__(self, machine: Machine, threads: int = 1, reasons: Reasons | None = None) -> None:
-        self.machine, self.threads, self.reasons = machine, threads, reasons or Reasons()
+    def __init__(self, machine: Machine, threads: int, reasons: Reasons) -> None:
+        self.machine, self.threads, self.reasons = machine, threads, reasons
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""

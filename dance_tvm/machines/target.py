@@ -109,7 +109,7 @@ class Target(_Facts):
     name: str
     aliases: list[str] = []
     description: str
-    threads: int = Field(ge=1, description="how many threads a build uses unless told otherwise")
+    threads: int = Field(ge=1, description="how many threads a build uses by default")
     tvm: dict[str, Any]
     host: dict[str, Any] | None = None
     link: Link

@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Any
 from dance_tvm.models.registry import ModelEntry, entry, names, register
 
 if TYPE_CHECKING:
-    from dance_tvm.models.networks import create, example_inputs, load_state, options_for, pretrained
+    from dance_tvm.models.networks import (
+        create,
+        example_inputs,
+        load_state,
+        misfits,
+        options_for,
+        pretrained,
+        published_video,
+    )
 
 __all__ = [
-    "ModelEntry", "create", "entry", "example_inputs", "load_state", "names", "options_for", "pretrained", "register",
+    "ModelEntry", "create", "entry", "example_inputs", "load_state", "misfits", "names", "options_for", "pretrained",
+    "published_video", "register",
 ]  # fmt: skip
 
 

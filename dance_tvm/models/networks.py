@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.models.registry import entry
+from dance_tvm.models.registry import ModelEntry, entry
 
 
 def create(name: str, *, num_classes: int | None = None, seed: int = 0, **options: Any) -> nn.Module:
@@ -24,7 +25,7 @@ def create(name: str, *, num_classes: int | None = None, seed: int = 0, **option
     classes = found.num_classes if num_classes is None else num_classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return factory(num_classes=classes, **options).eval()
+        return factory(num_classes=classes, **{**found.options, **options}).eval()
 
 
 def pretrained(name: str, **options: Any) -> nn.Module:
@@ -39,6 +40,11 @@ def pretrained(name: str, **options: Any) -> nn.Module:
     model = create(name, **options)
     load_state(model, _resolve(found.pretrained)())
     return model
+
+
+def published_video(found: ModelEntry | None) -> Callable[[], Path] | None:
+    """What fetches the video that was published with the network, and gives its path."""
+    return _resolve(found.video) if found and found.video else None
 
 
 def options_for(name: str, state: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -89,11 +95,15 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         for key, value in state.items()
         if key in own and value.shape != own[key].shape
     ]
-    problems = [
+    if problems := misfits(missing, unexpected, wrong):
+        raise DanceError(f"The weights do not fit {type(model).__name__}: {problems}.")
+    model.load_state_dict(dict(state), strict=False)
+
+
+def misfits(missing: Sequence[str], unexpected: Sequence[str], wrong: Sequence[str]) -> str:
+    """Which weights do not fit, the first of each kind by name; empty where all do."""
+    return "; ".join(
         f"{kind}: {', '.join(keys[:6])}{f' and {len(keys) - 6} more' if len(keys) > 6 else ''}"
         for kind, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
         if keys
-    ]
-    if problems:
-        raise DanceError(f"The weights do not fit {type(model).__name__}: {'; '.join(problems)}.")
-    model.load_state_dict(dict(state), strict=False)
+    )

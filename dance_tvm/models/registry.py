@@ -21,13 +21,13 @@ _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle")
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """How to build one network: ``factory`` is ``module:function``, called with ``num_classes`` and further options.
+    """How to build one network: ``factory`` is ``module:function``, called with ``num_classes`` and ``options``.
 
     ``input_shape`` is one sample without the batch axis: (C, T, H, W) for clips, (T, H, W, C) for TransNetV2.
     ``outputs`` are the name and the meaning of each result; ``pretrained`` is ``module:function`` that returns the
-    published state dict; ``input_range``: the input's least and greatest value
-    where they are known; ``trained``: the factory itself gives trained weights. ``preprocess`` are the fields of
-    :class:`dance_tvm.artifact.preprocess.Preprocess` by which frames of a video become the input.
+    published state dict, ``video`` one that gives the path of a published video; ``input_range``: the input's least and
+    greatest value where they are known; ``trained``: the factory itself gives trained weights. ``preprocess`` are the
+    fields of :class:`dance_tvm.artifact.preprocess.Preprocess` by which frames of a video become the input.
     """
 
     factory: str
@@ -41,6 +41,8 @@ class ModelEntry:
     trained: bool = False
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     input_range: tuple[float, float] | None = None
+    video: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,53 +104,31 @@ _REGISTRY: dict[str, ModelEntry] = {
             ("all_frames", "probability (N, T) that the frame is part of a transition"),
         ),
         preprocess={"divisor": 1.0},
-    ),
-    "resnet18-tsn": ModelEntry(
-        "dance_tvm.models.resnet:resnet18",
-        (3, 8, 224, 224),
-        "ResNet-18 on 8 frames, scores averaged (TSN)",
-        preprocess=_IMAGENET,
-    ),
-    "resnet18-tsm": ModelEntry(
-        "dance_tvm.models.resnet:resnet18_tsm",
-        (3, 8, 224, 224),
-        "ResNet-18 with temporal shift (TSM)",
-        preprocess=_IMAGENET,
-    ),
-    "resnet18-tsm-online": ModelEntry(
-        "dance_tvm.models.resnet:resnet18_tsm_online",
-        (3, 8, 224, 224),
-        "ResNet-18, shift from the past only",
-        preprocess=_IMAGENET,
-    ),
-    "resnet50-tsn": ModelEntry(
-        "dance_tvm.models.resnet:resnet50",
-        (3, 8, 224, 224),
-        "ResNet-50 on 8 frames, scores averaged (TSN)",
-        preprocess=_IMAGENET,
-    ),
-    "resnet50-tsm": ModelEntry(
-        "dance_tvm.models.resnet:resnet50_tsm",
-        (3, 8, 224, 224),
-        "ResNet-50 with temporal shift (TSM)",
-        preprocess=_IMAGENET,
-    ),
-    "resnet50-tsm-online": ModelEntry(
-        "dance_tvm.models.resnet:resnet50_tsm_online",
-        (3, 8, 224, 224),
-        "ResNet-50, shift from the past only",
-        preprocess=_IMAGENET,
-    ),
-    "resnet-mini": ModelEntry(
-        "dance_tvm.models.resnet:resnet_mini", (1, 8, 32, 32), "ResNet for small clips, shift from the past only", 8
-    ),
-    "resnet-mini-tsn": ModelEntry(
-        "dance_tvm.models.resnet:resnet_mini_tsn", (1, 8, 32, 32), "ResNet for small clips, scores averaged", 8
-    ),
-    "resnet-mini-tsm": ModelEntry(
-        "dance_tvm.models.resnet:resnet_mini_tsm", (1, 8, 32, 32), "ResNet for small clips, shift both ways", 8
+        video="dance_tvm.models.transnetv2:clip_path",
     ),
 }
+#: What the frames of a ResNet know of one another, by the end of its name.
+_TEMPORAL = {
+    "tsn": "scores averaged (TSN)",
+    "tsm": "channels shifting both ways in time (TSM)",
+    "tsm-online": "channels shifting from the past only",
+}
+for _temporal, _said in _TEMPORAL.items():
+    for _depth in (18, 50):
+        _REGISTRY[f"resnet{_depth}-{_temporal}"] = ModelEntry(
+            f"dance_tvm.models.resnet:resnet{_depth}",
+            (3, 8, 224, 224),
+            f"ResNet-{_depth} on 8 frames, {_said}",
+            options={"temporal": _temporal},
+            preprocess=_IMAGENET,
+        )
+    _REGISTRY["resnet-mini" if _temporal == "tsm-online" else f"resnet-mini-{_temporal}"] = ModelEntry(
+        "dance_tvm.models.resnet:resnet_mini",
+        (1, 8, 32, 32),
+        f"ResNet for small clips, {_said}",
+        8,
+        options={"temporal": _temporal},
+    )
 
 
 def register(name: str, entry: ModelEntry) -> None:

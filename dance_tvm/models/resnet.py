@@ -274,33 +274,3 @@ def resnet_mini(
         width=width,
         stem="small",
     )
-
-
-def resnet18_tsm(num_classes: int = 400, in_channels: int = 3) -> VideoResNet:
-    """ResNet-18 whose channels shift both ways in time (TSM)."""
-    return resnet18(num_classes, "tsm", in_channels)
-
-
-def resnet18_tsm_online(num_classes: int = 400, in_channels: int = 3) -> VideoResNet:
-    """ResNet-18 whose channels shift from the past alone."""
-    return resnet18(num_classes, "tsm-online", in_channels)
-
-
-def resnet50_tsm(num_classes: int = 400, in_channels: int = 3) -> VideoResNet:
-    """ResNet-50 whose channels shift both ways in time (TSM)."""
-    return resnet50(num_classes, "tsm", in_channels)
-
-
-def resnet50_tsm_online(num_classes: int = 400, in_channels: int = 3) -> VideoResNet:
-    """ResNet-50 whose channels shift from the past alone."""
-    return resnet50(num_classes, "tsm-online", in_channels)
-
-
-def resnet_mini_tsn(num_classes: int = 8, in_channels: int = 1) -> VideoResNet:
-    """As ``resnet_mini``, frames apart and scores averaged (TSN)."""
-    return resnet_mini(num_classes, "tsn", in_channels)
-
-
-def resnet_mini_tsm(num_classes: int = 8, in_channels: int = 1) -> VideoResNet:
-    """As ``resnet_mini``, channels shifting both ways (TSM)."""
-    return resnet_mini(num_classes, "tsm", in_channels)

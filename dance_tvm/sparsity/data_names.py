@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.video_files import require_av
 
 Options = dict[str, int | str]
 
@@ -69,12 +70,6 @@ def require_packages(reader: Reader) -> None:
         raise DanceError("motion digits need scikit-learn; install it with: pip install 'dance-tvm[train]'")
     if reader.path != "none":
         require_av()
-
-
-def require_av() -> None:
-    """Raise DanceError where videos cannot be decoded."""
-    if find_spec("av") is None:
-        raise DanceError("reading videos needs PyAV; install it with: pip install 'dance-tvm[train]'")
 
 
 def require_data(spec: str, option: str = "--data") -> None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.video_files import Video
 from dance_tvm.sparsity.clips import Splits
-from dance_tvm.sparsity.video import Video, splits_of
+from dance_tvm.sparsity.video import splits_of
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v"}
 _HELD_OUT = ("val", "test", "validation")

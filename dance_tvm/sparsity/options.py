@@ -1,4 +1,4 @@
-"""The methods of training and what each may be told: known, and checked, without loading PyTorch."""
+"""The methods of training and the options of each: known, and checked, without loading PyTorch."""
 
 from __future__ import annotations
 

@@ -11,28 +11,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.video_files import Video, read_video
 from dance_tvm.sparsity.clips import Splits
-from dance_tvm.sparsity.data_names import require_av
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
-
-
-class Video(Protocol):
-    """A video to read: a path, or a member of a shard."""
-
-    def is_file(self) -> bool:
-        """Whether it is there."""
-
-    def open(self, mode: str) -> Any:
-        """Its bytes."""
 
 
 @dataclass(frozen=True)
@@ -100,27 +89,6 @@ class VideoClips:
         if self._augment and not how.pixels:
             clip = _varied(clip, random)
         return how.normalised(clip), label
-
-
-def read_video(path: Video, height: int, width: int) -> np.ndarray:
-    """All frames (T, height, width, 3) as bytes. Raises DanceError when the file is missing or no readable video."""
-    require_av()
-    import av
-
-    if not path.is_file():
-        raise DanceError(f"the video {path} is missing; check the path")
-    try:
-        with av.open(str(path) if isinstance(path, Path) else path.open("rb")) as container:
-            frames = [
-                frame.reformat(width, height, "rgb24").to_ndarray()
-                for frame in container.decode(container.streams.video[0])
-            ]
-    except (av.FFmpegError, IndexError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise DanceError(f"{path} cannot be decoded ({said}); it is corrupt or not a video: replace it") from error
-    if not frames:
-        raise DanceError(f"{path} holds no frame; it is corrupt: replace it")
-    return np.stack(frames)
 
 
 def ucf101(path: Path, model: str, seed: int, *, split: int = 1, frames: int = 16, stride: int = 4) -> Splits:

@@ -8,6 +8,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph, constant, emit, is_tensor, literal, rewrite, shape_of
+from dance_tvm.ir.reasons import Reasons
 from dance_tvm.ir.transposed import TRANSPOSED, takes_kernel
 from dance_tvm.liveness.rules import ELEMENTWISE
 
@@ -29,13 +30,13 @@ class ChannelsLast:
     ``planar``, parts of the network that have kernels for channels first keep the source's layout
     (:mod:`.choose_layouts`)."""
 
-    def __init__(self, planar: bool = False) -> None:
-        self.planar = planar
+    def __init__(self, reasons: Reasons, planar: bool = False) -> None:
+        self.reasons, self.planar = reasons, planar
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
         graph = Graph.of(mod["main"])
-        layouts = _Layouts(planar(graph) if self.planar else set())
+        layouts = _Layouts(planar(graph, self.reasons) if self.planar else set())
         return relax.transform.CanonicalizeBindings()(rewrite(mod, layouts.visit))
 
 

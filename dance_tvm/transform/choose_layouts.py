@@ -13,6 +13,7 @@ import math
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph, constant, dtype_of, is_tensor, lies_along, shape_of, variables
+from dance_tvm.ir.reasons import Reasons
 from dance_tvm.ir.windows import CONVOLUTIONS, MAX_POOLS, is_planar_convolution, is_planar_pool, planar_window_of
 from dance_tvm.liveness.rules import ELEMENTWISE
 from dance_tvm.schedules.geometry import WIDTH
@@ -25,17 +26,27 @@ FEWEST_POSITIONS, SHORTEST_LINE = 96, 14
 MOVES = {"reshape", "permute_dims", "expand_dims", "squeeze", "flatten", "split"}
 
 
-def planar(graph: Graph) -> set[relax.Var]:
-    """The operators that keep channels first: of parts with a convolution or pool whose every operator can."""
+def planar(graph: Graph, reasons: Reasons) -> set[relax.Var]:
+    """The operators that keep channels first: of parts with a convolution or pool whose every operator can.
+
+    Where a part has convolutions or pools that could and an operator that cannot, the first of them gives the reason.
+    """
     parts = _Parts(graph)
-    able: dict[relax.Var, bool] = {}
+    unable: dict[relax.Var, relax.Var] = {}
     windows: set[relax.Var] = set()
+    could: dict[relax.Var, relax.Var] = {}
     for var in parts.parent:
-        first = parts.first(var)
-        able[first] = able.get(first, True) and _able(graph, var)
+        first, able = parts.first(var), _able(graph, var)
+        if not able:
+            unable.setdefault(first, var)
         if graph.op(var) in CONVOLUTIONS | MAX_POOLS:
             windows.add(first)
-    return {var for var in parts.parent if able[first := parts.first(var)] and first in windows}
+            if able:
+                could.setdefault(first, var)
+    for first, var in could.items():
+        if (other := unable.get(first)) is not None:
+            reasons.add(var, f"channels innermost: {other.name}, which shares its layout, has no kernel for others")
+    return {var for var in parts.parent if (first := parts.first(var)) in windows and first not in unable}
 
 
 class _Parts:

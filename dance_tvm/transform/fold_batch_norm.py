@@ -22,8 +22,8 @@ class FoldBatchNorm:
     A batch norm that does not follow a convolution read by it alone becomes a multiply and an add by constants.
     """
 
-    def __init__(self, reasons: Reasons | None = None) -> None:
-        self.reasons = reasons or Reasons()
+    def __init__(self, reasons: Reasons) -> None:
+        self.reasons = reasons
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""

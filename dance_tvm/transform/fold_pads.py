@@ -18,8 +18,8 @@ class FoldPads:
     """``conv(pad(x))`` becomes ``conv(x)`` with more padding: kernels pass over taps outside the clip, where a copy
     with zeros around it costs as much as reading it. Channels first."""
 
-    def __init__(self, reasons: Reasons | None = None) -> None:
-        self.reasons = reasons or Reasons()
+    def __init__(self, reasons: Reasons) -> None:
+        self.reasons = reasons
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""

@@ -25,8 +25,8 @@ class FoldPatches:
     """``conv(x)`` becomes ``patches(x) · weights``: a convolution over large windows reads all its weights again for
     every line of outputs, a product once for a block of them."""
 
-    def __init__(self, reasons: Reasons | None = None) -> None:
-        self.reasons = reasons or Reasons()
+    def __init__(self, reasons: Reasons) -> None:
+        self.reasons = reasons
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""

@@ -26,8 +26,8 @@ class JoinCopies:
     """A result that several pieces make up, in float32, is copied from where the pieces are. TVM's own kernels choose
     among the pieces element by element, in every lane. What is one piece is left to whoever reads it."""
 
-    def __init__(self, vector_floats: int, threads: int, reasons: Reasons | None = None) -> None:
-        self.vector_floats, self.threads, self.reasons = vector_floats, threads, reasons or Reasons()
+    def __init__(self, vector_floats: int, threads: int, reasons: Reasons) -> None:
+        self.vector_floats, self.threads, self.reasons = vector_floats, threads, reasons
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""

@@ -31,8 +31,8 @@ MOST_JOINED = 16
 class JoinSmall:
     """Reorder the bindings of ``main`` so that small calls stand together, and make one function of each group."""
 
-    def __init__(self, reasons: Reasons | None = None) -> None:
-        self.reasons = reasons or Reasons()
+    def __init__(self, reasons: Reasons) -> None:
+        self.reasons = reasons
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""

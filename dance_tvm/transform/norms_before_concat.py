@@ -12,6 +12,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph, constant, emit, literal, replace_each, shape_of, substitute, value_of
+from dance_tvm.ir.reasons import Reasons
 from dance_tvm.ir.windows import CONVOLUTIONS
 from dance_tvm.liveness.rules import UNARY
 
@@ -20,10 +21,14 @@ from dance_tvm.liveness.rules import UNARY
 class NormsBeforeConcat:
     """Rewrite ``main``. Channels first; before :class:`~.fold_batch_norm.FoldBatchNorm`."""
 
+    def __init__(self, reasons: Reasons) -> None:
+        self.reasons = reasons
+
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
         graph = Graph.of(mod["main"])
-        chains = {chain.steps[-1]: chain for var in graph.order if (chain := _chain_behind(graph, var)) is not None}
+        found = [chain for var in graph.order if (chain := _chain_behind(graph, var, self.reasons)) is not None]
+        chains = {chain.steps[-1]: chain for chain in found}
 
         def make(
             builder: relax.BlockBuilder, var: relax.Var, chain: _Chain, new: dict[relax.Var, relax.Expr]
@@ -49,18 +54,29 @@ class _Chain:
     steps: list[relax.Var]
 
 
-def _chain_behind(graph: Graph, var: relax.Var) -> _Chain | None:
+def _chain_behind(graph: Graph, var: relax.Var, reasons: Reasons) -> _Chain | None:
     """What stands behind ``var``, a concatenation of convolutions along the channels; None where nothing does."""
     if graph.op(var) != "concat" or not isinstance(graph.call(var).args[0], relax.Tuple):
         return None
-    parts, rank = list(graph.call(var).args[0].fields), len(shape_of(var))
-    along = int(graph.call(var).attrs.axis) % rank == 1
-    if not along or len(set(parts)) < len(parts) or not all(_is_convolution(graph, part) for part in parts):
-        return None
+    parts = list(graph.call(var).args[0].fields)
     steps: list[relax.Var] = []
     while (step := _step_behind(graph, steps[-1] if steps else var)) is not None:
         steps.append(step)
+    if steps and (why := _refusal(graph, var, parts)):
+        reasons.add(steps[0], f"behind a concatenation, where it stays: {why}")
+        return None
     return _Chain(parts, steps) if steps else None
+
+
+def _refusal(graph: Graph, var: relax.Var, parts: Sequence[relax.Expr]) -> str:
+    """Why what stands behind ``var`` cannot go to its ``parts``; empty where it can."""
+    if int(graph.call(var).attrs.axis) % len(shape_of(var)) != 1:
+        return "it joins other axes than the channels"
+    if len(set(parts)) < len(parts):
+        return "it takes a part twice"
+    other = [part for part in parts if not _is_convolution(graph, part)]
+    name = other[0].name if other and isinstance(other[0], relax.Var) else "a constant"
+    return f"{name} is no convolution's result that it alone reads" if other else ""
 
 
 def _is_convolution(graph: Graph, part: relax.Expr) -> bool:

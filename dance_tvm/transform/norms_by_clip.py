@@ -18,8 +18,8 @@ class NormsByClip:
 
     A batch norm by the batch's own statistics is an instance norm over the clips too."""
 
-    def __init__(self, reasons: Reasons | None = None) -> None:
-        self.reasons = reasons or Reasons()
+    def __init__(self, reasons: Reasons) -> None:
+        self.reasons = reasons
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""

@@ -14,8 +14,8 @@ from dance_tvm.ir.transposed import TRANSPOSED, over_zeros, why_no_kernel
 class SpreadTransposed:
     """``conv_transpose(x, W)`` becomes ``conv(spread(x), W turned)``: for GPUs and half precision. Channels first."""
 
-    def __init__(self, reasons: Reasons | None = None) -> None:
-        self.reasons = reasons or Reasons()
+    def __init__(self, reasons: Reasons) -> None:
+        self.reasons = reasons
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""

@@ -16,8 +16,8 @@ ADAPTIVE = {f"nn.adaptive_avg_pool{rank}d" for rank in (1, 2, 3)}
 class WholePools:
     """Turn average pools, channels first, into the operators that have the better kernels."""
 
-    def __init__(self, reasons: Reasons | None = None) -> None:
-        self.reasons = reasons or Reasons()
+    def __init__(self, reasons: Reasons) -> None:
+        self.reasons = reasons
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""

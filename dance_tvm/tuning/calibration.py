@@ -13,7 +13,7 @@ from dance_tvm.schedules.workload import Workload
 
 #: Clips that are looked at.
 CLIPS = 16
-#: Densities are told apart by so much: records are to serve other networks too.
+#: Densities that differ by less are one: records are to serve other networks too.
 STEP = 1 / 8
 
 

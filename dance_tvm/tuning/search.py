@@ -169,7 +169,7 @@ class Search(Protocol):
     """Proposes decisions for one layer."""
 
     def propose(self) -> list[Decisions]:
-        """The next candidates, none of which was proposed or told before; empty when the space is searched through."""
+        """The next candidates, none of them proposed or measured before; empty when the space is searched through."""
 
     def tell(self, results: Sequence[tuple[Decisions, float | None]]) -> None:
         """What decisions took in seconds (None: they failed), whether they were proposed here or not."""
@@ -189,7 +189,7 @@ class WholeSpace:
             self.left += [dict(zip(part, values, strict=True)) for values in itertools.product(*part.values())]
 
     def propose(self) -> list[Decisions]:
-        """All that was neither proposed nor told before."""
+        """All that was neither proposed nor measured before."""
         proposed, self.left = self.left, []
         return proposed
 

@@ -74,7 +74,9 @@ int main(int argc, char **argv) {
     calls++;
   }
   fclose(source);
-  if (fclose(sink) != 0) return fail("the output cannot be written");
+  const int written = fclose(sink) == 0;
+  if (!written || code != DANCE_OK || !calls) remove(argv[3]);
+  if (!written) return fail("the output cannot be written");
   if (code != DANCE_OK) return fail(api->error(model));
   if (!calls) return fail("the input file is shorter than one call's inputs");
   printf("%s: %d calls, %.3f ms each, %.1f MB\n", api->describe(), calls, 1e3 * spent / calls,

@@ -4,7 +4,7 @@ A tile is ``mr`` outputs of one line × some vectors of output channels. Of each
 side by side in memory, those of the next output at a constant distance: one loop over taps and channels multiplies them
 all, without lists. Tiles at both ends of a line leave out the taps outside the clip when the kernel is emitted.
 
-Where masks tell which outputs are read, lines and tiles of which none is are left out; a tile that is read in part is
+Where masks say which outputs are read, lines and tiles of which none is are left out; a tile that is read in part is
 computed whole.
 """
 
@@ -105,7 +105,7 @@ class LineConv(RowConv):
         return [Planned(self.plan, tuple(self.plan.shapes))] if self.plan.masks else []
 
     def describe(self) -> dict[str, Any]:
-        """Also the taps that each output reads, by which its masks tell what was executed."""
+        """Also the taps that each output reads, from which, with its masks, follows what was executed."""
         if not self.plan.masks:
             return super().describe()
         window = self.window

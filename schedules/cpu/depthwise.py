@@ -248,8 +248,8 @@ class _Emitter:
             channels = [self._channel(turn * self.abreast + v) for v in range(self.abreast)]
             with serial(rows) as row:
                 at = (index, let(start + row))
-                spans = tuple(span(self.window, axis, place) for axis, place in zip(self.outer, at, strict=True))
-                self._line(_Line(clip, at, spans), channels)  # type: ignore[arg-type]  # two of them
+                first, second = (span(self.window, axis, place) for axis, place in zip(self.outer, at, strict=True))
+                self._line(_Line(clip, at, (first, second)), channels)
 
     def _channel(self, vector: Expr) -> Expr:
         """Where a vector of output channels begins; the last one overlaps."""

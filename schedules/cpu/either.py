@@ -1,7 +1,7 @@
 """Two kernels of one layer, of which each call runs the one that is predicted to be faster under its masks.
 
 A Winograd kernel leaves out whole tiles and units of channels, a direct one single rows and channels; which is faster
-depends on the masks, which no build knows. So the artifact holds both, and a planner (:class:`Decision`) tells from
+depends on the masks, which no build knows. So the artifact has both, and a planner (:class:`Decision`) finds from
 what the masks leave which of them runs: only its lists are planned, and only its code is entered.
 """
 

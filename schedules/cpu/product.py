@@ -52,7 +52,7 @@ class ProductTile:
 
     @property
     def size_name(self) -> str:
-        """How names tell the tile."""
+        """The tile as names have it."""
         step = f"_k{self.step}" if self.step > 1 else ""
         return f"mr{self.mr}_nr{self.vectors * self.vector_floats}{step}"
 

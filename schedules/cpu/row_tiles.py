@@ -102,7 +102,7 @@ class RowConv(LayerKernel):
 
     @property
     def size_name(self) -> str:
-        """How names tell the type and the tile."""
+        """The type and the tile as names have them."""
         step = f"_k{self.tile.step}" if self.tile.step > 1 else ""
         return f"{short(self.dtype)}_mr{self.tile.mr}_nr{self.tile.vectors * self.tile.vector_floats}{step}"
 

@@ -27,7 +27,7 @@ AXES = {
 }
 #: What a direct kernel computes at once: single positions.
 DIRECT: Triple = (1, 1, 1)
-#: Shares of live units of one axis for which times are told.
+#: Shares of live units of one axis for which times are predicted.
 SHARES = (1.0, 0.75, 0.5, 0.25)
 
 

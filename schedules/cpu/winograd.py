@@ -69,8 +69,8 @@ class WinogradConv(Transformed):
         return f"conv3d_winograd_{size}{self.marks}_{short(self.dtype)}_mr{self.tile.mr}_nr{self.tile.nr}{step}"
 
     def describe(self) -> dict[str, Any]:
-        """Also the tile of outputs: what skipping saves in one piece."""
-        return {**super().describe(), "tile": list(self.plan.m)}
+        """Also the tile of outputs, what skipping saves in one piece, and whether the lists see frames as clips."""
+        return {**super().describe(), "tile": list(self.plan.m), "by_frame": self.plan.window != self.window}
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

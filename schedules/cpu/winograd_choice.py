@@ -6,7 +6,6 @@ from dataclasses import fields, replace
 from operator import attrgetter
 
 from ..convolution import LayerKernel
-from ..geometry import Triple
 from ..layer import UNLIMITED, Choice, Limits
 from .conv3d_gather import GatherConv
 from .conv3d_kgs import KernelGroupConv
@@ -30,10 +29,10 @@ def transformed(conv: GatherConv) -> WinogradConv:
     """
     window, plan = conv.window, conv.plan
     apart = window.frames_apart and plan.samples == 1 and not plan.masks
-    m: Triple = (1, *(min(2, window.out[axis]) if window.kernel[axis] > 1 else 1 for axis in (1, 2)))  # type: ignore[assignment]  # three
+    height, width = (min(2, window.out[axis]) if window.kernel[axis] > 1 else 1 for axis in (1, 2))
     masks = (plan.samples, plan.in_frames, plan.out_frames, plan.positions)
     layer = (conv.live_in, conv.live_out, conv.residual, conv.activation, conv.zero_dead, conv.dtype)
-    tiled = WinogradPlan(window.by_frame if apart else window, m, plan.mr, 1, *masks)
+    tiled = WinogradPlan(window.by_frame if apart else window, (1, height, width), plan.mr, 1, *masks)
     return WinogradConv(window, conv.channels_in, conv.channels_out, 1, conv.tile, tiled, *layer)
 
 

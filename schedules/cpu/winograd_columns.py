@@ -78,9 +78,9 @@ class WinogradColumns(WinogradConv):
     @property
     def panelled(self) -> WinogradPanels:
         """Columns take the place of input channels."""
-        plan, (taps, *space) = self.plan, self.window.kernel
-        kernel = (taps if plan.transformed[0] else 1, *space)
-        return WinogradPanels(self.tile.nr, self.stored, kernel, plan.m, plan.transformed, self.tile.nr)  # type: ignore[arg-type]  # three
+        plan, (taps, height, width) = self.plan, self.window.kernel
+        kernel = (taps if plan.transformed[0] else 1, height, width)
+        return WinogradPanels(self.tile.nr, self.stored, kernel, plan.m, plan.transformed, self.tile.nr)
 
     def unprepared(self, weight: np.ndarray) -> np.ndarray:
         """The columns' weights, (nr, columns, KT or 1, KH, KW)."""

@@ -209,10 +209,11 @@ def options(conv: W, machine: Machine) -> Iterator[W]:
         for m in spatial:
             if m_t > 1 and m > MOST_SPATIAL_WITH_FRAMES:
                 continue
-            tile = (min(m_t, window.out[0]), *(min(m, window.out[a]) if window.kernel[a] > 1 else 1 for a in (1, 2)))
+            height, width = (min(m, window.out[axis]) if window.kernel[axis] > 1 else 1 for axis in (1, 2))
+            tile = (min(m_t, window.out[0]), height, width)
             transformed = tile[0] > 1 or window.kernel[1:] != (1, 1)
             if transformed and all(tile[axis] > 1 or window.kernel[axis] == 1 for axis in (1, 2)):
-                yield from _chunked(conv, machine, tile)  # type: ignore[arg-type]  # a product of three tuples has three
+                yield from _chunked(conv, machine, tile)
 
 
 def _chunked(conv: W, machine: Machine, m: Triple) -> Iterator[W]:

@@ -34,10 +34,10 @@ def _spare_the_exporter() -> None:
 
         return register
 
-    OperatorBase.py_impl = py_impl  # type: ignore[method-assign]  # for speed, as said above
+    OperatorBase.py_impl = py_impl  # for speed, as said above
     listed = functools.cache(torch.export.decomp_utils._collect_all_valid_cia_ops)
     for module in (torch.export.decomp_utils, torch.export.exported_program):
-        module._collect_all_valid_cia_ops = listed  # type: ignore[attr-defined]  # the same
+        module._collect_all_valid_cia_ops = listed  # the same
 
 
 def main() -> None:

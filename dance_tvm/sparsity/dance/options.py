@@ -1,4 +1,4 @@
-"""What DANCE's two methods of training may be told; read without PyTorch."""
+"""Options of DANCE's two methods of training; read without PyTorch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ AXES: tuple[Axis, ...] = ("frames", "channels", "positions")
 
 
 class AVAOptions(MethodOptions):
-    """What `--method ava` may be told."""
+    """Options of `--method ava`."""
 
     variability: float = Field(0.1, ge=0, description="weight of the variability term")
     ramp: float = Field(0.5, ge=0, le=1, description="share of the epochs over which the weight grows")
 
 
 class AAPOptions(MethodOptions):
-    """What `--method aap` may be told."""
+    """Options of `--method aap`."""
 
     target_macs: float = Field(0.5, gt=0, description="share of the dense MACs (0.5, 50%), or a count (120M)")
     target_time: float | None = Field(

@@ -1,12 +1,13 @@
 """The time that a masked network is predicted to take, with a gradient: what a budget of time is held against.
 
-`dance-tvm units` tells for each layer what it takes where shares of its units are alive along one axis. A unit is alive
-where any of its frames, channels or positions is: kernels compute it whole. Between the shares told times are linear,
-and axes are taken to save independently:
+`dance-tvm units` predicts for each layer how long it takes where shares of its units are alive along one axis. A unit
+is alive where any of its frames, channels or positions is: kernels compute it whole. Between these shares, times are
+interpolated linearly, and axes are taken to save independently:
 
     seconds = dense x √(f(frames read) f(frames written)) x p(positions written) x √(c(channels read) c(written))
 
-with f, p and c the told times over the dense one; the roots, because those were told with both sides thinned alike.
+with f, p and c the predicted times over the dense one; the roots, because they were predicted with both sides thinned
+alike.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _LEAST = 1e-3
 class TimeCounter:
     """Predicts the time of a network's convolutions from the masks of a forward pass.
 
-    Raises DanceError where `units` tells no times, or those of other layers than `counter` counts.
+    Raises DanceError where `units` gives no times, or those of other layers than `counter` counts.
     """
 
     def __init__(self, counter: MacCounter, units: Units) -> None:

@@ -1,4 +1,4 @@
-"""What D-STEP's method of training may be told; read without PyTorch."""
+"""Options of D-STEP's method of training; read without PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What RT3D's method of training may be told; read without PyTorch."""
+"""Options of RT3D's method of training; read without PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SchemeName = Literal["filter", "vanilla", "slices", "kgs"]
 
 
 class KGSOptions(MethodOptions):
-    """What `--method kgs` may be told."""
+    """Options of `--method kgs`."""
 
     algorithm: Literal["heuristic", "lasso", "reweighted"] = "reweighted"
     scheme: SchemeName = "kgs"
