@@ -21,7 +21,8 @@ from dance_tvm.schedules.cpu.pool_space import PoolSpace
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.workload import POOL, Workload
 from dance_tvm.tuning.farm import Farm
-from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
+from dance_tvm.tuning.instances import Instance, build_instance, interleaved
+from dance_tvm.tuning.trials import open_trial
 
 POOLS = {
     "C3D pool1": (64, Window(1, (16, 112, 112), (16, 56, 56), (1, 2, 2), (1, 2, 2))),
@@ -46,7 +47,7 @@ def main(threads: int = 1, rounds: int = 25) -> None:
             for instance, path in zip(instances, paths, strict=True):
                 build_instance(instance, target, path)
             with farm.session(threads) as session:
-                loaded = [Loaded.on(session, each, path) for each, path in zip(instances, paths, strict=True)]
+                loaded = [open_trial(session, each, path, "llvm") for each, path in zip(instances, paths, strict=True)]
                 times = [statistics.median(measured) for measured in interleaved(loaded, rounds)]
             shown = ", ".join(f"{count}: {time / times[0]:.2f}" for count, time in zip(counts, times, strict=True))
             print(f"{name}: one vector {1e3 * times[0]:.3f} ms; {shown}", flush=True)

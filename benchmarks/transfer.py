@@ -20,7 +20,8 @@ from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.machines.target import load_target
 from dance_tvm.records.advice import tuned_tiles
 from dance_tvm.tuning.farm import Farm
-from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
+from dance_tvm.tuning.instances import Instance, build_instance, interleaved
+from dance_tvm.tuning.trials import open_trial
 
 
 def main(
@@ -49,7 +50,7 @@ def main(
             for instance, path in zip(instances, paths, strict=True):
                 build_instance(instance, target, path)
             with farm.session(workload.threads) as session:
-                loaded = [Loaded.on(session, each, path) for each, path in zip(instances, paths, strict=True)]
+                loaded = [open_trial(session, each, path, "llvm") for each, path in zip(instances, paths, strict=True)]
                 default, transferred, own = (statistics.median(times) for times in interleaved(loaded, rounds))
             found.append((transferred / default, own / default))
             kernel = "x".join(map(str, workload.window.kernel))

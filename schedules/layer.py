@@ -14,10 +14,14 @@ from .workload import KERNEL_GROUPS, TYPICAL_DENSITY, Workload
 
 @dataclass(frozen=True)
 class Limits:
-    """Of memory: what a kernel packs is at most ``growth`` times the layer's own weights, its scratch so many bytes."""
+    """Of memory: what a kernel packs is at most ``growth`` times the layer's own weights, its scratch so many bytes.
+
+    ``anew``: its scratch may hold weights that are transformed in every call.
+    """
 
     growth: float = math.inf
     scratch: float = math.inf
+    anew: bool = False
 
 
 UNLIMITED = Limits()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 from devices import emulated, matmul_artifact, matmul_case, video_artifact
+from test_tuning import workload
 
 from dance_tvm import devices
 from dance_tvm.artifact.staging import MANIFEST
@@ -26,8 +28,19 @@ from dance_tvm.device import served as sessions
 from dance_tvm.device.remote import Connection
 from dance_tvm.device.server_connection import TOKEN, Operation
 from dance_tvm.device.server_program import build_server
+from dance_tvm.lowering.machine import machine_of
+from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.machines.target import load_target
+from dance_tvm.records.advice import tuned_tiles
+from dance_tvm.tuning.farm import Farm, server_of
+from dance_tvm.tuning.instances import Instance
+from dance_tvm.tuning.libraries import require_processor
+from dance_tvm.tuning.trials import build_trial, open_trial
+from dance_tvm.tuning.tuner import Plan, Tuner
+from dance_tvm.tuning.workloads import Layer
 
+HOST = load_target("host")
+MACHINE = machine_of(HOST)
 READY = "dance-tvm device ready on port "
 
 
@@ -215,7 +228,7 @@ def test_malformed_requests_end_in_a_sentence(server, clip_network):
             status, _, size = struct.unpack("<IIQ", connection.recv(16, socket.MSG_WAITALL))
             assert status == 1
             assert len(connection.recv(size, socket.MSG_WAITALL).decode()) > 10
-    with pytest.raises(DanceError, match="or is a dance_server, on which nothing is tuned"):  # what `tune` says of it
+    with pytest.raises(DanceError, match="instead of a greeting: its server died"):  # what TVM's client hears
         Connection("the phone", "127.0.0.1", int(server.rpartition(":")[2]), "", 20, 20)
     open_device(server).close()
 
@@ -239,6 +252,38 @@ def test_behind_a_tracker(start, clip_network):
             open_device(spec, timeout=1)
     finally:
         tracker.stop()
+
+
+@pytest.mark.parametrize("lists", [(), ("positions", "in_channels")])
+def test_trials_give_the_same_as_on_servers_of_tvm(server, tmp_path, lists):
+    """Also what a kernel leaves out, which the digest sees as it was filled before."""
+    work = workload(24, lists=lists, density=0.5 if lists else 1.0)
+    kernel, space = kernel_of(work, MACHINE), kernel_of(work, MACHINE).space(MACHINE, work)
+    both = frozenset({"tvm", "dance_server"})
+    instance = Instance(work, kernel.sized(space.default()))
+    build_trial(instance, HOST, tmp_path / "trial.so", both)
+    with Farm(["local", server], trial_timeout=60) as devices:
+        digests = {}
+        for _ in devices.specs:
+            with devices.session(2) as session:
+                trial = open_trial(session, instance, tmp_path / "trial.so", "llvm")
+                digests[server_of(session)] = trial.digest()
+                assert min(trial.times(3)) > 0
+        assert devices.servers == both
+    assert len(set(digests.values())) == 1
+    assert digests.keys() == both
+
+
+def test_layers_are_tuned_on_it(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("dance_tvm.tuning.tuner.DISTURBED", math.inf)  # other tests run beside this one
+    monkeypatch.setattr("dance_tvm.records.kernel_log.MOST_SPREAD", math.inf)
+    with Farm([server], trial_timeout=60) as devices:
+        require_processor(devices, HOST)
+        tuner = Tuner(HOST, MACHINE, [Layer(workload(16), ["conv"])], devices, Plan(2), tmp_path)
+        tuner.run()
+    assert tuner.tasks[0].after > 0
+    assert [health.failed for health in devices.health.values()] == [0]
+    assert tuned_tiles(HOST, tmp_path).advise(workload(16)).origin.startswith("tuned")
 
 
 @pytest.mark.device

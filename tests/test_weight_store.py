@@ -132,8 +132,8 @@ def test_memory_limits_how_far_weights_grow(imported, memory, least, most):
 def test_little_memory_goes_where_it_saves_most():
     """One early layer with few weights and many positions, one late one: the first grows, within the limit of both."""
     torch.manual_seed(5)
-    network = nn.Sequential(nn.Conv3d(64, 64, 3, padding=1), nn.MaxPool3d(4), nn.Conv3d(64, 640, 3, padding=1)).eval()
-    imported = import_model(network, example_inputs=(torch.randn(1, 64, 8, 24, 24),), check=False)
+    network = nn.Sequential(nn.Conv3d(48, 48, 3, padding=1), nn.MaxPool3d(4), nn.Conv3d(48, 640, 3, padding=1)).eval()
+    imported = import_model(network, example_inputs=(torch.randn(1, 48, 8, 24, 24),), check=False)
     lowered = lower(imported.mod, load_target("host"), Options(threads=1, memory="small"))
     sources = [each for each in lowered.sources.values() if each.weight.ndim > 1]
     early, late = sorted(sources, key=lambda each: each.weight.nbytes)
@@ -142,6 +142,27 @@ def test_little_memory_goes_where_it_saves_most():
     own = sum(each.weight.nbytes for each in sources)
     assert packed <= own + max(MOST_GROWTH * own, SMALL_BYTES)
     assert late.preparation.apply(late.weight).nbytes == late.weight.nbytes
+
+
+def test_what_memory_has_no_room_for_is_transformed_in_every_call(tmp_path):
+    """In small alone, where the arena has the room anyway: a first layer with large activations, then one whose
+    transform would take eight times its weights."""
+    torch.manual_seed(6)
+    layers = [nn.Conv3d(4, 96, 1), nn.MaxPool3d((1, 2, 2)), nn.Conv3d(96, 128, 3, padding=1)]
+    network, x = nn.Sequential(*layers).eval(), torch.randn(1, 4, 8, 48, 48)
+    kernels = {}
+    for memory in ("small", "fast"):
+        options = Options(threads=1, memory=memory)
+        artifact = build_network(network, tmp_path / memory, example_inputs=(x,), options=options, check=False).artifact
+        with Model(artifact.path) as model:
+            (answer,) = model.run({"input": x.numpy()}).values()
+        with torch.no_grad():
+            expected = network.double()(x.double()).numpy()
+        network.float()
+        assert np.abs(answer - expected).max() <= 1e-5 * np.abs(expected).max()
+        kernels[memory] = [each.name for each in artifact.manifest.kernels.values()]
+    assert any(name.startswith("transform_weights") for name in kernels["small"])
+    assert not any(name.startswith("transform_weights") for name in kernels["fast"])
 
 
 def test_what_is_spent_is_within_the_limit_and_saves_most():

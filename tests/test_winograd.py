@@ -26,11 +26,12 @@ from dance_tvm.schedules.cpu.choice import direct
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.tiles import Machine, Tile
+from dance_tvm.schedules.cpu.transform_weights import TransformWeights
 from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.cpu.winograd_choice import transformed, why_not
 from dance_tvm.schedules.cpu.winograd_plan import WinogradPlan
 from dance_tvm.schedules.cpu.winograd_space import best
-from dance_tvm.schedules.cpu.winograd_transforms import POINTS, matrices, transform_weights
+from dance_tvm.schedules.cpu.winograd_transforms import POINTS, WinogradPanels, matrices, transform_weights
 from dance_tvm.schedules.emit import number, store
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.kernel import Weights
@@ -436,3 +437,25 @@ def test_masks_of_ones_equal_dense() -> None:
     case.positions = np.ones((1, 1, 6, 6), bool)
     case.live_in, case.live_out = np.ones((1, 5), bool), np.ones((1, 7), bool)
     np.testing.assert_array_equal(run(case)[0], dense)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "m", "transformed", "lanes"),
+    [
+        ((3, 3, 3), (2, 4, 3), (True, True, True), 8),
+        ((3, 3, 3), (1, 6, 5), (False, True, True), 4),
+        ((1, 3, 3), (1, 2, 2), (False, True, True), 16),
+        ((3, 1, 1), (4, 1, 1), (True, False, False), 4),
+    ],
+)
+def test_weights_that_a_call_transforms_are_those_that_are_kept(kernel, m, transformed, lanes):
+    """A last vector that is not full, channels that are no whole task."""
+    panelled = WinogradPanels(21, 24, kernel, m, transformed, lanes)
+    planner = TransformWeights(panelled)
+    weight = np.random.default_rng(7).standard_normal((21, 24, *kernel)).astype("float32")
+    filters, made = planner.operands()
+    run = tvm.compile(tvm.IRModule({"f": planner.primfunc("f")}), target=load_target("host").tvm_target(1))["f"]
+    given = tensor(planner.prepare(Weights(weight, np.zeros(21, "float32")))[filters.name])
+    result = tensor(np.full(made.shape, np.nan, "float32"))
+    run(given, result)
+    np.testing.assert_allclose(result.numpy(), panelled.apply(weight), rtol=2e-7, atol=0)

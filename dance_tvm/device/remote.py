@@ -115,10 +115,7 @@ class Connection:
             if expired.is_set():
                 raise busy from None
             if "RecvAll" in str(error):
-                raise DanceError(
-                    f"{self.name} closed the connection instead of a greeting: its server died, or is a dance_server, "
-                    f"on which nothing is tuned: start serve.py there (docs/devices.md)"
-                ) from None
+                raise DanceError(f"{self.name} closed the connection instead of a greeting: its server died") from None
             why = _last_line(str(error))
             if "sock.Connect" in why:
                 why = f"nothing listens at {address}:{port}; start its server, or check the address"

@@ -119,15 +119,23 @@ class ServedNetwork(LoadedNetwork):
         spent = self._with_inputs("being timed", Operation.TIME, repeats, inputs)[-1]
         return [1e-9 * float(each) for each in np.frombuffer(spent, "<i8")]
 
+    def step_names(self) -> list[str]:
+        """The symbols of a call's kernels in their order."""
+        return self._ask("telling its kernels", Operation.NAMES).decode().splitlines()
+
+    def step_seconds(self, inputs: Mapping[str, np.ndarray], repeats: int) -> np.ndarray:
+        """Seconds of each kernel of each call, (repeats, kernels)."""
+        spent = self._with_inputs("being timed", Operation.PROFILE, repeats, inputs)[-1]
+        return 1e-9 * np.frombuffer(spent, "<i8").reshape(repeats, -1)
+
     def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
-        names = self._ask("telling its kernels", Operation.NAMES).decode().splitlines()
+        names = self.step_names()
         timed: list[list[dict[str, Any]]] = []
         if repeats:
             self._with_inputs("warming up", Operation.TIME, 1, inputs)
-            spent = self._with_inputs("being timed", Operation.PROFILE, repeats, inputs)[-1]
             timed = [
-                [{"symbol": name, "seconds": 1e-9 * float(each)} for name, each in zip(names, row, strict=True)]
-                for row in np.frombuffer(spent, "<i8").reshape(repeats, len(names))
+                [{"symbol": name, "seconds": float(each)} for name, each in zip(names, row, strict=True)]
+                for row in self.step_seconds(inputs, repeats)
             ]
         table = kernel_table(self.manifest)
         if not self._wants:

@@ -137,7 +137,7 @@ class Chooser:
         bias = np.zeros(site.channels_out) if site.bias is None else site.bias
         groups = self.kernel_groups(site)
         columns = () if groups is None else (groups.listed, groups.weights)
-        return Weights(site.weight, bias.astype("float32"), *columns)
+        return Weights(_unsigned_zeros(site.weight), bias.astype("float32"), *columns)
 
     def kernel_groups(self, site: Site) -> KernelGroups | None:
         """The zero columns of the site's weights, if skipping them pays."""
@@ -167,6 +167,12 @@ class Chooser:
         if self.sites.needs_zeros(end):
             return "all"
         return "rows" if self.sites.needs_zero_positions(end) else ""
+
+
+def _unsigned_zeros(weight: np.ndarray) -> np.ndarray:
+    """Without negative zeros, which take room where weights are stored: pruning by a mask leaves them for every second
+    weight that it removes."""
+    return weight + 0 if np.any((weight == 0) & np.signbit(weight)) else weight
 
 
 def masks_of(site: Site, alive: Live, wanted: Live) -> dict[str, Expression | None]:

@@ -54,12 +54,17 @@ class Lists:
         found: Values = {}
         for each in kernel.lists():
             found.update(zip(each.names, self._plan(each.planner, given, found), strict=True))
-        constants = kernel.prepare(given.weights)
-        if given.weights is not None and given.weights.weight is not None:
-            weight = kernel.unprepared(given.weights.weight)
+        constants = self._constants(kernel, given.weights)
+        return found | {name: relax.const(array) for name, array in constants.items()}
+
+    def _constants(self, kernel: Kernel, weights: Weights | None) -> dict[str, np.ndarray]:
+        """What a kernel prepares; what its packed weights were made of is noted."""
+        constants = kernel.prepare(weights)
+        if weights is not None and weights.weight is not None:
+            weight = kernel.unprepared(weights.weight)
             for name, preparation in kernel.preparations.items():
                 self.sources[array_digest(constants[name])] = Source(preparation, weight)
-        return found | {name: relax.const(array) for name, array in constants.items()}
+        return constants
 
     def arguments(self, kernel: Kernel, given: Given, values: Values) -> Values:
         """What the kernel reads, by name; ``values`` are its lists and constants."""
@@ -82,10 +87,10 @@ class Lists:
 
     def _plan(self, planner: Kernel, given: Given, lists: Values) -> list[relax.Expr]:
         """What a planner makes."""
-        tables = planner.prepare(given.weights)
+        tables = self._constants(planner, given.weights)
         variable = [each for each in planner.inputs() if each.role != "constant"]
         args = [self._argument(each, given, lists) for each in variable]
-        content = tuple(table.tobytes() for table in tables.values())
+        content = tuple(array_digest(table) for table in tables.values())
         key = (planner, content, tuple(args))
         if key not in self.planned:
             if not args and self._is_short(planner):

@@ -39,7 +39,7 @@ def shared_out(chooser: Chooser, machine: Machine) -> dict[relax.Var, Limits]:
     for site in sites:
         scratch = float(max(SCRATCH_BYTES, largest - _activations(site)))  # what the arena has beside these
         growths = memory_trades(chooser.layer(site), machine, chooser.log, scratch)
-        limits[site.start] = [Limits(growth, scratch) for growth, _ in growths]
+        limits[site.start] = [Limits(growth, scratch, anew=True) for growth, _ in growths]
         trades.append([((growth - 1) * site.weight.nbytes, seconds) for growth, seconds in growths])
     spent = spend(trades, room)
     return {start: allowed[taken] for (start, allowed), taken in zip(limits.items(), spent, strict=True)}

@@ -12,12 +12,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device import address_of, processes
 from dance_tvm.device.instruction_counter import InstructionCounter
 from dance_tvm.device.remote import Connection, RemoteSession
+from dance_tvm.device.served import ServedSession
+from dance_tvm.device.server_connection import ServerConnection, connect, is_match
+from dance_tvm.device.session import DeviceSession
 from dance_tvm.device.tracker import no_tracker, request_device, tracker_summary
 
 #: Failures in a row after which a device is dropped.
@@ -43,6 +46,15 @@ class Health:
         return self.strikes >= STRIKES
 
 
+#: What serves a device: TVM's RPC, which runs any library, or `dance_server`, which runs sealed artifacts.
+Server = Literal["tvm", "dance_server"]
+
+
+def server_of(session: DeviceSession) -> Server:
+    """What serves the device of a session."""
+    return "tvm" if isinstance(session, RemoteSession) else "dance_server"
+
+
 class DeviceLostError(DanceError):
     """The device failed, not the trial: another device may try it."""
 
@@ -66,6 +78,11 @@ class _Place:
     server: processes.PortProcess | None = None
     counter: InstructionCounter | None = None
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether its server was started here, which TVM's are."""
+        return self.server is not None or self.counter is not None
+
     def stop(self) -> None:
         """End the server, where it is ours."""
         if self.server is not None:
@@ -85,6 +102,7 @@ class Farm:
         self._stack = contextlib.ExitStack()
         self._lock = threading.Lock()
         self._places: list[_Place] = []
+        self._seen: set[Server] = set()
         self._turn = 0
         self.lanes = 0
         try:
@@ -104,6 +122,12 @@ class Farm:
         from dance_tvm.device.emulator import START_TIMEOUT_S
 
         return START_TIMEOUT_S if "emulator" in self.specs else CONNECT_TIMEOUT_S
+
+    @property
+    def servers(self) -> frozenset[Server]:
+        """What served devices so far."""
+        with self._lock:
+            return frozenset(self._seen or {"tvm"})
 
     @property
     def is_here(self) -> bool:
@@ -151,7 +175,7 @@ class Farm:
             time.sleep(0.5)
 
     @contextlib.contextmanager
-    def session(self, threads: int, seconds: float | None = None) -> Iterator[RemoteSession]:
+    def session(self, threads: int, seconds: float | None = None) -> Iterator[DeviceSession]:
         """A session on some device for at most ``seconds`` (the trial's timeout unless given).
 
         Raises DeviceLostError where no device can be had; what fails inside is counted against the device that ran it.
@@ -160,7 +184,9 @@ class Farm:
         name, connection, counter = self._connect(limit)
         health = self.health.setdefault(name, Health(name))
         try:
-            session = RemoteSession(connection) if counter is None else CountedSession(connection, counter)
+            session = _session(connection, counter)
+            with self._lock:
+                self._seen.add(server_of(session))
             session.pin(None, threads if counter is None else 1)
             yield session
         except DanceError as error:
@@ -174,7 +200,7 @@ class Farm:
         finally:
             connection.close()
 
-    def _connect(self, limit: float) -> tuple[str, Connection, InstructionCounter | None]:
+    def _connect(self, limit: float) -> tuple[str, Connection | ServerConnection, InstructionCounter | None]:
         """A connection to the next device whose turn it is, skipping those that were dropped."""
         deadline, said = time.monotonic() + self.wait, ""
         while time.monotonic() < deadline:
@@ -185,10 +211,7 @@ class Farm:
             try:
                 found = self._find(place, deadline)
                 if found is not None:
-                    name, host, port, match = found
-                    key = f"{match} -timeout={limit:.0f}"
-                    connection = Connection(name, host, port, key, self._patience, limit)
-                    return name, connection, place.counter
+                    return found[0], self._connected(place, *found, limit), place.counter
             except DanceError as error:
                 said = str(error)
                 if found is not None:
@@ -198,6 +221,16 @@ class Farm:
                 break
             time.sleep(0.2)
         raise DeviceLostError(said or "every device was dropped after failing too often")
+
+    def _connected(
+        self, place: _Place, name: str, host: str, port: int, match: str, limit: float
+    ) -> Connection | ServerConnection:
+        """A connection to a server of either kind. `dance_server` ends a call whose client has gone."""
+        if not place.is_ours and (not match or is_match(match)):
+            served = connect(name, host, port, match, self._patience, limit)
+            if served is not None:
+                return served
+        return Connection(name, host, port, f"{match} -timeout={limit:.0f}", self._patience, limit)
 
     def _find(self, place: _Place, deadline: float) -> tuple[str, str, int, str] | None:
         """Name, address, port and key of a device at ``place``; None where the one that is offered was dropped."""
@@ -215,6 +248,12 @@ class Farm:
     def _closed(self) -> bool:
         """Whether no place can bring devices that have not been seen yet."""
         return all(not place.key for place in self._places)
+
+
+def _session(connection: Connection | ServerConnection, counter: InstructionCounter | None) -> DeviceSession:
+    if isinstance(connection, ServerConnection):
+        return ServedSession(connection)
+    return RemoteSession(connection) if counter is None else CountedSession(connection, counter)
 
 
 def _about_device(message: str) -> bool:

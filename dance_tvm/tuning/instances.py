@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import tvm
@@ -73,6 +73,11 @@ class Instance:
     def dtype(self) -> str:
         """How activations and weights are stored."""
         return self.workload.dtype
+
+    @property
+    def exact(self) -> bool:
+        """Whether all tiles give the same result to the bit."""
+        return self.workload.activation in EXACT and self.kernel.exact
 
     @property
     def x_shape(self) -> tuple[int, ...]:
@@ -146,6 +151,27 @@ def build_instance(instance: Instance, target: Target, path: Path) -> None:
         device_code_of(path).write_text(device_code(module, tvm_target).to_json(), encoding="utf-8")
 
 
+class Trial(Protocol):
+    """An instance on a device."""
+
+    @property
+    def origin(self) -> str:
+        """On which device."""
+
+    @property
+    def unit(self) -> Literal["seconds", "emulated instructions"]:
+        """What ``measure`` counts."""
+
+    def digest(self) -> int | None:
+        """A number that all tiles of the workload agree on; None where results are not exact."""
+
+    def times(self, repeats: int) -> list[float]:
+        """Seconds of each of ``repeats`` runs, after one that warms up."""
+
+    def measure(self, best: float | None = None) -> list[float]:
+        """Enough times to trust; only a few where the instance is hopelessly slower than ``best`` seconds."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """An instance on a device, its tensors filled; ``run`` times it and says whether its result is right."""
@@ -164,9 +190,14 @@ class Loaded:
         library = open_library(session, path, kind)
         return Loaded(instance, session, library, _arguments(library, instance))
 
+    @property
+    def origin(self) -> str:
+        """On which device."""
+        return self.library.origin
+
     def digest(self) -> int | None:
         """A number that all tiles of the workload agree on; None where results are not exact."""
-        if self.instance.workload.activation not in EXACT or not self.instance.kernel.exact:
+        if not self.instance.exact:
             return None
         y, sums = self.arguments[-1], self.library.empty((PARTS,), "int64")
         self.library.call("fill_y", y)
@@ -209,18 +240,23 @@ class Loaded:
         """Enough times to trust; only a few where the instance is hopelessly slower than ``best`` seconds."""
         if isinstance(self.session, CountedSession):
             return self.instructions()
-        times = self.times(2)
-        while len(times) < 3 or (sum(times) < ENOUGH_SECONDS and len(times) < ENOUGH_RUNS):
-            if best is not None and min(times) > HOPELESS * best:
-                break
-            times += self.times(3)
-        return times
+        return enough(self.times, best)
 
 
-def interleaved(loaded: Sequence[Loaded], rounds: int = 9) -> list[list[float]]:
+def enough(times: Callable[[int], list[float]], best: float | None) -> list[float]:
+    """So many of ``times`` (of so many runs) as can be trusted; few where they are hopelessly longer than ``best``."""
+    found = times(2)
+    while len(found) < 3 or (sum(found) < ENOUGH_SECONDS and len(found) < ENOUGH_RUNS):
+        if best is not None and min(found) > HOPELESS * best:
+            break
+        found += times(3)
+    return found
+
+
+def interleaved(loaded: Sequence[Trial], rounds: int = 9) -> list[list[float]]:
     """Times of several instances in turns, so that a drift of the machine's speed meets all alike."""
     if loaded[0].unit != "seconds":
-        return [each.instructions() for each in loaded]
+        return [each.measure() for each in loaded]
     times: list[list[float]] = [[] for _ in loaded]
     for index in range(rounds):
         order = list(enumerate(loaded))

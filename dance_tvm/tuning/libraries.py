@@ -84,6 +84,11 @@ def require_gpu(farm: Farm, kind: str) -> None:
     """Raise DanceError where a device of the farm has no GPU of TVM's ``kind``, before anything is built."""
     if kind != "llvm":
         with farm.session(1) as session:
+            if not isinstance(session, RemoteSession):
+                raise DanceError(
+                    f"{session.name} is a dance_server, on which kernels of processors alone are tuned: "
+                    f"start serve.py there (docs/devices.md)"
+                )
             gpu_of(session, kind)
 
 

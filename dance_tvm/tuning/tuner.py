@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.serve import end_with_parent_process
+from dance_tvm.device.session import DeviceSession
 from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.records.advice import tuned_tiles
 from dance_tvm.records.kernel_log import Log, append, log_path, new_record, require_writable
@@ -31,9 +32,9 @@ from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.kernel import Kernel
 from dance_tvm.schedules.space import Space
 from dance_tvm.schedules.workload import Decisions
-from dance_tvm.tuning.farm import DeviceLostError, Farm
-from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
-from dance_tvm.tuning.libraries import device_code_of
+from dance_tvm.tuning.farm import DeviceLostError, Farm, server_of
+from dance_tvm.tuning.instances import Instance, Trial, interleaved
+from dance_tvm.tuning.trials import build_trial, is_built, open_trial, remove_trial
 from dance_tvm.tuning.workloads import Layer
 
 if TYPE_CHECKING:
@@ -276,7 +277,7 @@ class Tuner:
         self._number += 1
         path = self._folder / f"trial-{self._number}.so"
         instance = Instance(task.layer.workload, task.kernel.sized(decisions))
-        return instance, path, self._pool.submit(build_instance, instance, self.target, path)
+        return instance, path, self._pool.submit(build_trial, instance, self.target, path, self.farm.servers)
 
     def _start(self, task: Task, batch: list[Decisions]) -> list[tuple[Decisions, Future[Any]]]:
         """Build the batch, and measure each trial as soon as it is built, or after all where cores are shared."""
@@ -311,18 +312,24 @@ class Tuner:
             try:
                 with self.farm.session(instance.workload.threads) as session:
                     best = None if task.best == math.inf else task.best
-                    loaded = Loaded.on(session, instance, path, self.kind)
+                    loaded = self._opened(session, instance, path)
                     self.unit = loaded.unit
-                    return loaded.measure(best), loaded.library.origin, ""
+                    return loaded.measure(best), loaded.origin, ""
             except DeviceLostError as error:
                 said = f"lost: {error}"
             except DanceError as error:
                 return [], "", str(error)
             finally:
                 if not said:
-                    path.unlink(missing_ok=True)
-                    device_code_of(path).unlink(missing_ok=True)
+                    remove_trial(path)
         return [], "", said
+
+    def _opened(self, session: DeviceSession, instance: Instance, path: Path) -> Trial:
+        """The trial on a device, built for its server where that is the first of its kind."""
+        server = server_of(session)
+        if not is_built(path, server):
+            self._pool.submit(build_trial, instance, self.target, path, frozenset({server})).result(BUILD_TIMEOUT_S)
+        return open_trial(session, instance, path, self.kind)
 
     def _collect(self, task: Task, measured: list[tuple[Decisions, Future[Any]]]) -> None:
         """Keep the results of a batch: in the log first, one by one, as they come."""
@@ -390,11 +397,11 @@ class Tuner:
         for *_, build in built:
             build.result(BUILD_TIMEOUT_S)
         with self.farm.session(task.layer.workload.threads, 4 * self.farm.trial_timeout) as session:
-            loaded = [Loaded.on(session, instance, path, self.kind) for instance, path, _ in built]
+            loaded = [self._opened(session, instance, path) for instance, path, _ in built]
             self.unit = loaded[0].unit
             digests = [each.digest() for each in loaded]
             measured = interleaved(loaded)
-            origin = loaded[0].library.origin
+            origin = loaded[0].origin
         before, chosen, after = measured[0], finalists[0], measured[0]
         for decisions, digest, times in zip(finalists[1:], digests[1:], measured[1:], strict=True):
             if digest != digests[0]:

@@ -19,6 +19,8 @@ from .winograd_plan import WinogradPlan
 #: Cycles of one core per vector that is transformed and stored, fitted to layers of C3D and R(2+1)D: inputs, products,
 #: and more for each of the planes that one tile is spread over, as every plane lies in a page of its own.
 INPUT_CYCLES, OUTPUT_CYCLES, PLANE_CYCLES = 5.0, 4.0, 0.02
+#: The same of weights that are transformed in every call, in float64.
+WEIGHT_CYCLES = 6.0
 #: Cycles to start a register tile: its list entries, its addresses and the end of its loops.
 TILE_CYCLES = 40.0
 #: Seconds until the threads have met at the end of a phase.
@@ -192,6 +194,16 @@ def winograd_seconds(
     seconds = multiply + full * (parts.read + parts.write) * seconds_per_cycle(machine) / threads
     touched = conv.scratch_bytes * full / chunks * (density if conv.live_in and conv.live_out else 1.0)
     return seconds + chunks * chunk_seconds(touched, machine, threads)
+
+
+def transform_seconds(stored: int, machine: Machine, threads: int) -> float:
+    """To transform weights into ``stored`` bytes; reading them again counts as with weights that are kept.
+
+    A line that is written is fetched first, and goes back at some time.
+    """
+    cycles = stored / (4 * machine.vector_floats) * WEIGHT_CYCLES
+    rate = memory_rate(machine, threads) * (CACHE_RATE if stored <= _l3(machine) / 2 else 1.0)
+    return cycles * seconds_per_cycle(machine) / threads + 2 * stored / rate
 
 
 def chunk_seconds(scratch_bytes: float, machine: Machine, threads: int) -> float:

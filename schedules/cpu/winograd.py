@@ -12,10 +12,12 @@ Depth taps are summed in the transformed domain where frames are not transformed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from tvm import tirx
 
 from ..emit import (
@@ -37,10 +39,13 @@ from ..emit import (
     write,
 )
 from ..epilogue import activate_for
-from ..kernel import Count, Operand, channels_mask
+from ..kernel import Count, Operand, Planned, Weights, channels_mask
 from .channel_plan import ChannelPlan
+from .cost import transform_seconds
 from .dead_outputs import zero_dead
 from .linear_forms import linear
+from .tiles import Machine
+from .transform_weights import TransformWeights
 from .winograd_multiply import Products
 from .winograd_space import Transformed
 from .winograd_transforms import WinogradPanels, matrices
@@ -51,8 +56,9 @@ LEAST_UNIT = 8
 
 @dataclass(frozen=True)
 class WinogradConv(Transformed):
-    """One Winograd kernel."""
+    """One Winograd kernel; ``anew``: its weights are transformed in every call, and kept as the layer has them."""
 
+    anew: bool = False
     exact = False
 
     @property
@@ -84,6 +90,41 @@ class WinogradConv(Transformed):
         return WinogradPanels(
             self.channels_out, self.channels_in, plan.window.kernel, plan.m, plan.transformed, self.tile.vector_floats
         )
+
+    @property
+    def growth(self) -> float:
+        """What is transformed in every call is not kept."""
+        return 1.0 if self.anew else super().growth
+
+    @property
+    def memory_bytes(self) -> int:
+        """Also its weights where they lie in scratch."""
+        return super().memory_bytes + (4 * math.prod(self.weight_shape) if self.anew else 0)
+
+    @property
+    def preparation(self) -> WinogradPanels | None:
+        """None where no transformed weights are kept."""
+        return None if self.anew else self.panelled
+
+    def prepare(self, weights: Weights | None) -> dict[str, np.ndarray]:
+        """Packed weights if they are kept, bias, and the taps."""
+        return super().prepare(replace(weights, weight=None) if self.anew and weights else weights)
+
+    def operands(self) -> list[Operand]:
+        """As every convolution; weights that are made in every call are a list."""
+        made = {"weights"} if self.anew else set()
+        return [replace(each, role="list") if each.name in made else each for each in super().operands()]
+
+    def lists(self) -> list[Planned]:
+        """Also what transforms weights in every call: last, as they take most memory."""
+        return [*super().lists(), *([Planned(TransformWeights(self.panelled), ("weights",))] if self.anew else [])]
+
+    def predict(
+        self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
+    ) -> float:
+        """With the time that transforming weights in every call takes."""
+        made = transform_seconds(4 * math.prod(self.weight_shape), machine, threads) if self.anew else 0.0
+        return made + super().predict(machine, threads, shares, whole_units)
 
     def unpacked(self, at: Expr) -> None:
         """Transformed weights are none of the layer's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from operator import attrgetter
 
 from ..convolution import LayerKernel
@@ -48,10 +48,12 @@ def over_columns(conv: GatherConv) -> WinogradColumns | None:
     return WinogradColumns(**layer, nonzero=conv.nonzero, run=conv.run)
 
 
-def _forms(conv: GatherConv) -> list[WinogradConv]:
-    """The Winograd kernels that can compute ``conv``: a dense one, and one over its weight columns where it has any."""
-    columns = over_columns(conv)
-    return [transformed(conv)] if columns is None else [transformed(conv), columns]
+def _forms(conv: GatherConv, anew: bool) -> list[WinogradConv]:
+    """The Winograd kernels that can compute ``conv``: a dense one, the same with weights transformed ``anew`` in every
+    call where no masks thin it, and one over its weight columns where it has any."""
+    dense, columns = transformed(conv), over_columns(conv)
+    found = [dense, *([replace(dense, anew=True)] if anew and dense.expected == [1.0] else [])]
+    return found if columns is None else [*found, columns]
 
 
 def choose(
@@ -63,7 +65,8 @@ def choose(
         return Choice(conv, "")
     if reason := why_not(conv):
         return Choice(conv, f"direct: {reason}" if wanted == "winograd" else "")
-    fitting = [found for form in _forms(conv) if (found := best(form, machine, threads, limits=limits)) is not None]
+    forms = _forms(conv, limits.anew)
+    fitting = [found for form in forms if (found := best(form, machine, threads, limits=limits)) is not None]
     if not fitting:
         return Choice(conv, "direct: no tile's transformed inputs fit the memory allowed")
     found = min(fitting, key=lambda each: each.predict(machine, threads))
@@ -75,16 +78,18 @@ def choose(
         if conv.predict(machine, threads, [1.0]) <= NEVER_SLOWER * dense:
             return Choice(conv, f"{kind}: Winograd {times}")
         times += ", but more where masks leave everything"
-    return Choice(found, f"{times}; scratch {found.scratch_bytes / 2**20:.0f} MiB")
+    made = ", weights transformed in every call" if found.anew else ""
+    return Choice(found, f"{times}; scratch {found.memory_bytes / 2**20:.0f} MiB{made}")
 
 
 def trades(conv: GatherConv, machine: Machine, threads: int, most_scratch: float) -> list[tuple[float, float]]:
     """How far weights may grow, and the predicted seconds that this buys: those of ``conv`` itself, which keeps them as
-    they are, then of each Winograd kernel that is faster than all with fewer weights."""
+    they are, or of a Winograd kernel that transforms them anew in every call, then of each that is faster than all with
+    fewer weights."""
     least = {1.0: conv.predict(machine, threads)}
-    offered = [] if why_not(conv) else [option for form in _forms(conv) for option in options(form, machine)]
-    fitting = [option for option in offered if option.scratch_bytes <= most_scratch]
-    for option in sorted(fitting, key=attrgetter("weights")):
+    offered = [] if why_not(conv) else [option for form in _forms(conv, True) for option in options(form, machine)]
+    fitting = [option for option in offered if option.memory_bytes <= most_scratch]
+    for option in sorted(fitting, key=attrgetter("growth")):
         seconds = option.predict(machine, threads)
         if seconds < min(least.values()):
             least[option.growth] = seconds

@@ -82,6 +82,11 @@ class Transformed(Convolution):
         """Memory of V and M."""
         return 4 * self.plan.xi * (self.source_plane + self.product_plane)
 
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that the kernel needs while it runs, and no longer."""
+        return self.scratch_bytes
+
     def retiled(self: W, m: Triple, columns: int, tile: Tile) -> W:
         """The same layer with tiles of ``m`` outputs and so many columns in a chunk."""
         return replace(self, tile=tile, plan=replace(self.plan, m=m, mr=tile.mr, columns=columns))
@@ -192,7 +197,7 @@ def _larger(option: Transformed, other: Transformed) -> bool:
 
 def within(option: Transformed, limits: Limits) -> bool:
     """Whether its memory is within the limits."""
-    return option.growth <= limits.growth and option.scratch_bytes <= limits.scratch
+    return option.growth <= limits.growth and option.memory_bytes <= limits.scratch
 
 
 def options(conv: W, machine: Machine) -> Iterator[W]:
