@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from dance_tvm.core.errors import DanceError
 Declared = Mapping[str, Sequence[int | str]]
 
 _PROGRAM = re.compile(r"(^|/)models/[^/]+\.json$")
+#: What reading a file raises that has another form than is known here, or is torn.
+_UNKNOWN_FORM = (
+    zipfile.BadZipFile, zlib.error, EOFError, OSError,
+    ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+)  # fmt: skip
+
 _SYMBOL = re.compile(r"Symbol\('(\w+)'[^()']*\)")
 
 
@@ -22,7 +29,7 @@ def declared_inputs(path: Path) -> Declared | None:
     """What the file takes; None where it does not say it in the form that is known here: its reader will say more."""
     try:
         return _of_onnx(path) if path.suffix == ".onnx" else _of_program(path)
-    except (zipfile.BadZipFile, ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError):
+    except _UNKNOWN_FORM:
         return None
 
 
