@@ -194,10 +194,6 @@ def at_most(bound: float, x: Expr, count: int) -> Expr:
 Activation = Callable[[Expr, int], Expr]
 
 
-def _hard_sigmoid(x: Expr, count: int) -> Expr:
-    return at_least(0.0, at_most(1.0, x * number(1 / 6, count) + number(0.5, count), count), count)
-
-
 #: Activations that a convolution applies to its results before it stores them, by the name of the Relax operator.
 ACTIVATIONS: dict[str, Activation] = {
     "": lambda x, count: x,
@@ -205,6 +201,4 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu6": lambda x, count: at_most(6.0, at_least(0.0, x, count), count),
     "sigmoid": lambda x, _: tirx.sigmoid(x),
     "silu": lambda x, _: x * tirx.sigmoid(x),
-    "hardsigmoid": _hard_sigmoid,
-    "hardswish": lambda x, count: x * _hard_sigmoid(x, count),
 }

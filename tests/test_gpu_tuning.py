@@ -17,6 +17,7 @@ from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.pipeline import Options
 from dance_tvm.core.cli import start
 from dance_tvm.core.errors import DanceError
+from dance_tvm.device.remote import RemoteSession
 from dance_tvm.lowering.machine import gpu_of
 from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.machines.gpu import opencl_devices
@@ -251,8 +252,11 @@ def test_a_device_without_the_gpu_is_refused_before_anything_is_built(tmp_path, 
 
 
 def test_a_server_without_pyopencl_says_so(monkeypatch):
-    class Session:
+    class Session(RemoteSession):
         name = "board"
+
+        def __init__(self):
+            """Connects to nothing."""
 
         class connection:  # noqa: N801 - named as the attribute it stands for
             @staticmethod
@@ -278,7 +282,7 @@ def test_a_server_without_pyopencl_says_so(monkeypatch):
         def session(self, _threads):
             from contextlib import nullcontext
 
-            return nullcontext(Session)
+            return nullcontext(Session())
 
     with pytest.raises(DanceError, match=r"board has no opencl device to tune on \(board failed: No module"):
         require_gpu(Devices(), "opencl")

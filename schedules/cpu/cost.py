@@ -192,8 +192,10 @@ def winograd_seconds(
     repeats = (chunks - 1) / parts.nearer
     multiply = _with_traffic(machine, threads, parts.multiply * full, parts.weights * (1 + repeats))
     seconds = multiply + full * (parts.read + parts.write) * seconds_per_cycle(machine) / threads
-    touched = conv.scratch_bytes * full / chunks * (density if conv.live_in and conv.live_out else 1.0)
-    return seconds + chunks * chunk_seconds(touched, machine, threads)
+    touched = 1.0
+    if reads_more_weights(conv, plan):  # elsewhere larger chunks cost what they do without masks
+        touched = full / chunks * (density if conv.live_in and conv.live_out else 1.0)
+    return seconds + chunks * chunk_seconds(conv.scratch_bytes * touched, machine, threads)
 
 
 def transform_seconds(stored: int, machine: Machine, threads: int) -> float:
@@ -204,6 +206,11 @@ def transform_seconds(stored: int, machine: Machine, threads: int) -> float:
     cycles = stored / (4 * machine.vector_floats) * WEIGHT_CYCLES
     rate = memory_rate(machine, threads) * (CACHE_RATE if stored <= _l3(machine) / 2 else 1.0)
     return cycles * seconds_per_cycle(machine) / threads + 2 * stored / rate
+
+
+def reads_more_weights(conv: Convolution, plan: WinogradPlan) -> bool:
+    """Whether each chunk reads at least as many bytes of weights as it has scratch, so that fewer chunks pay."""
+    return 4 * plan.xi * plan.taps * conv.channels_in * conv.channels_out >= conv.scratch_bytes
 
 
 def chunk_seconds(scratch_bytes: float, machine: Machine, threads: int) -> float:

@@ -14,7 +14,7 @@ from ..convolution import Convolution
 from ..geometry import Triple, Window
 from ..layer import UNLIMITED, Limits
 from ..workload import Decisions, Workload
-from .cost import axis_densities, runs, winograd_seconds
+from .cost import axis_densities, reads_more_weights, runs, winograd_seconds
 from .direct_spaces import GatherSpace
 from .space import WORTH_TRYING, Loops, VectorSpace, are_whole, register_tiles
 from .tiles import WEIGHTS_SHARE_OF_L1, Machine, Tile, candidates, predicted_cycles
@@ -191,7 +191,7 @@ def best(
 
 def _larger(option: Transformed, other: Transformed) -> bool:
     """Whether it takes more memory. Of a chunk's scratch, masks of positions leave a part untouched."""
-    thinned = option.plan.positions is not None
+    thinned = option.plan.positions is not None and reads_more_weights(option, option.plan)
     return option.weights > other.weights or (not thinned and option.scratch_bytes > other.scratch_bytes)
 
 
