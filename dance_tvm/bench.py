@@ -17,7 +17,7 @@ from dance_tvm.benchmarking.results import read_results, write_results
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_suffix, require_writable
-from dance_tvm.core.options import AsJson, Devices
+from dance_tvm.core.options import MOST_THREADS, AsJson, Devices
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.device import require_spec
@@ -56,7 +56,9 @@ def bench(
         int | None, typer.Option(min=1, help="Clips to take at most.", show_default=str(MOST_CLIPS))
     ] = None,
     layers: Annotated[bool, typer.Option(help="Time every layer.")] = True,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; those of the build unless given.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads; those of the build unless given.")
+    ] = None,
     cluster: Annotated[str | None, typer.Option(help="Run on this cluster of the target file.")] = None,
     cpus: Annotated[str | None, typer.Option(help="Run on these CPUs, as 4-7 or 0,2.")] = None,
     cool_down: Annotated[float, typer.Option(min=0.0, help="Seconds of rest after each round.")] = 0.0,
@@ -99,7 +101,7 @@ def bench(
     if load_times and devices != ["local"]:
         raise DanceError("--load-times measures on this machine: leave --device out")
     baseline = read_results(against) if against else None
-    require_measurable(
+    known = require_measurable(
         artifacts, dense, devices, cluster=cluster, cpus=own_cpus, clips=clips, labels=labels, against=baseline
     )
     from dance_tvm.benchmarking.campaign import run
@@ -131,7 +133,7 @@ def bench(
         command=shlex.join(["dance-tvm", "bench", *sys.argv[_own_arguments() :]]),
     )
     progress = Progress(as_json, json_lines)
-    results = run(plan, lambda sentence: progress.tell("step", sentence))
+    results = run(plan, lambda sentence: progress.tell("step", sentence), known)
     if out:
         write_results(out, results)
     progress.result(results.model_dump())

@@ -124,10 +124,10 @@ def build(
     if logs_from:
         load_target(logs_from)
     asked = requests.Request(
-        model=model, target=machine, out=place, weights=weights, shapes=shapes, dtype=dtype, numerics=numerics,
-        conv=conv, memory=memory, weights_dtype=weights_dtype, prepared=prepared, static=static, check=check,
-        check_inputs=check_inputs or [], calibrate=calibrate or [], layer_errors=layer_errors, logs=logs,
-        debug_dump=debug_dump,
+        model=model, target=machine, out=place, weights=weights, shapes=shapes, batch=batch, dtype=dtype,
+        numerics=numerics, conv=conv, memory=memory, weights_dtype=weights_dtype, prepared=prepared, static=static,
+        check=check, check_inputs=check_inputs or [], calibrate=calibrate or [], layer_errors=layer_errors,
+        logs=logs, debug_dump=debug_dump,
     )  # fmt: skip
     requests.require(asked)
     _warn(machine, model, weights, threads)

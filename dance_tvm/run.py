@@ -23,6 +23,7 @@ from dance_tvm.core.output_files import write_outputs
 from dance_tvm.core.printing import Table, print_table, print_tables
 from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.core.random_inputs import random_inputs
+from dance_tvm.core.text_files import read_text
 from dance_tvm.device import open_device, require_runnable, require_spec
 
 if TYPE_CHECKING:
@@ -60,7 +61,12 @@ def run(
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="Names of the classes, one per line.")] = None,
     top: Annotated[
-        int | None, typer.Option(min=1, help="How many of the highest scores to print.", show_default=str(TOP))
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many of the highest scores to print.",
+            show_default=f"{TOP}; none of a network of yours without --labels",
+        ),
     ] = None,
     outputs: Annotated[Path | None, typer.Option(help="Where to write the outputs (.npz).")] = None,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds to wait for the device.")] = 60.0,
@@ -155,10 +161,7 @@ def _windows(
 
 def read_labels(path: Path) -> list[str]:
     """Names of classes, one per line. Raises DanceError where the file cannot be read."""
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DanceError(f"--labels {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return [line.strip() for line in read_text(path, f"--labels {path}").splitlines() if line.strip()]
 
 
 def _require_scores(manifest: Manifest, labels: list[str], top: int | None) -> None:

@@ -65,12 +65,12 @@ def units(
     from dance_tvm.models.registry import names
 
     machine = load_target(target)
+    if out is not None and model not in names():
+        raise DanceError(f"--out takes the units of sites, which only networks of the zoo have: {', '.join(names())}")
     require_network(model)
     require_buildable(machine, dtype)
     if machine.gpu is not None:
         raise DanceError(f"{machine.name} is a GPU, whose kernels list single frames and channels: units are for CPUs")
-    if out is not None and model not in names():
-        raise DanceError(f"--out takes the units of sites, which only networks of the zoo have: {', '.join(names())}")
     if out is not None:
         require_suffix(out, "--out", (".json",))
         require_writable(out, "--out")

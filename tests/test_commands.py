@@ -27,10 +27,10 @@ from dance_tvm.core import cli, printing, verbosity
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.progress import Progress
 from dance_tvm.device import LoadedNetwork
-from dance_tvm.frontend.interface import require_shape
 from dance_tvm.machines import host
 from dance_tvm.machines.target import load_target
 from dance_tvm.models import names
+from dance_tvm.models.network_inputs import require_shape
 from dance_tvm.records.kernel_log import append, log_path, new_record, parse_loosely
 from dance_tvm.sparsity.options import METHODS
 from dance_tvm.tuning.requests import require_devices_of
@@ -222,7 +222,7 @@ def test_tables_of_one_command_have_one_form(monkeypatch, capsys):
         printing.print_tables([short, long])
         lines = capsys.readouterr().out.splitlines()
         assert any("conv1  1.25" in line for line in lines) != framed
-        assert max(map(len, lines)) > 60
+        assert (max(map(len, lines)) > 60) == framed
         assert any(line.startswith(("┏", "+")) for line in lines) == framed
 
 
@@ -236,6 +236,19 @@ def test_a_reader_that_leaves_is_no_error(words):
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_rows_go_on_in_further_lines_where_a_terminal_has_no_room_for_them(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    reason = "its masks leave out whole rows of the product, so that it goes along lists"
+    layers = printing.Table(["layer", *["count"] * 4, "why"], [["stem", *["9,876.54"] * 4, reason]])
+    facts = printing.Table(["", ""], [["processor", "x86_64, avx2 fma f16c sse4.2 and as many others again"]])
+    printing.print_tables([layers, facts])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 40
+    assert reason in " ".join(shown.split())
+    assert shown.rstrip().endswith("again")
 
 
 def test_a_terminal_too_narrow_for_the_figures_gets_plain_lines(monkeypatch, capsys):

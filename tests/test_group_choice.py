@@ -132,4 +132,4 @@ def test_the_command_measures_the_groups_that_fit_the_machine(tmp_path, monkeypa
     assert timed == set(fitting_groups(lanes))
     refused = CliRunner().invoke(groups.app, ["--layers", "1", "--group", f"{lanes + 1}x4"])
     assert isinstance(refused.exception, DanceError)
-    assert f"Groups of {lanes + 1}x4 do not fit" in str(refused.exception)
+    assert f"groups of {lanes + 1}x4 do not fit" in str(refused.exception)

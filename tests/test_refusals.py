@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -16,14 +18,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, save
+from pydantic import field_validator
 from safetensors.numpy import save_file
 
+from dance_tvm.artifact.c_interface import INTERFACE
 from dance_tvm.artifact.folder import RUNTIME_VERSIONS, BuiltFor, Check, Manifest, Tensor, write_artifact
 from dance_tvm.benchmarking.results import Results, write_results
-from dance_tvm.core.errors import DanceWarning
+from dance_tvm.core import cli
+from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.input_files import read_inputs
+from dance_tvm.core.options import MOST_THREADS
 from dance_tvm.machines.target import load_target
+from dance_tvm.models.network_inputs import declared_inputs
 from dance_tvm.sparsity.data_names import READERS
+from dance_tvm.sparsity.options import MethodOptions, checked
 from dance_tvm.sparsity.settings import Settings
 
 SCORES, VOLUME = ([1, 3], "class scores (N, classes)"), ([1, 8, 2, 2, 2], "output of the network")
@@ -36,18 +45,33 @@ REFUSALS = {
     "build --target snapdragn": "did you mean 'snapdragon'",
     "build --logs-from snapdragn": "did you mean 'snapdragon'",
     "build --logs nowhere": "there is no folder of tuning logs nowhere",
-    "build --model c3d-maxi": "There is no network called 'c3d-maxi'",
-    "build --model nowhere/net.onnx": "There is no model file nowhere/net.onnx",
+    "build --model c3d-maxi": "there is no network called 'c3d-maxi'",
+    "build --model nowhere/net.onnx": "there is no model file nowhere/net.onnx",
     "build --model board.toml": "is no model file that is known here",
     "build --model finished": "is a folder, not a model file",
     "build --model torn.pt2": "torn.pt2 is not a .pt2 file, or is truncated",
     "build --model other.pt2": "holds no exported program",
-    "build --model net.onnx --weights good.safetensors": "An ONNX file carries its weights",
-    "build --weights nowhere/net.safetensors": "There is no weights file",
+    "build --model net.onnx --weights good.safetensors": "an ONNX file carries its weights",
+    "build --weights nowhere/net.safetensors": "there is no weights file",
     "build --weights torn.safetensors": "is not a weights file, or is truncated",
     "build --weights board.toml": "is not a weights file, or is truncated",
     "build --shape clip=1x1x16x32x32": "--shape fixes what a file leaves open",
     "build --shape clip=1xA": "is not the name of an input and its extents",
+    "build --model net.onnx": "net.onnx is no ONNX file",
+    "build --model empty.onnx": "empty.onnx is no ONNX file",
+    "build --model fixed.pt2 --batch 4": "'clip' is fixed to a batch of 2: export the network with an open batch",
+    "build --model fixed.pt2 --shape clip=2x9": "(2, 8), which 2x9 does not fit: leave --shape out",
+    "build --model fixed.pt2 --shape frames=2x8": "no input 'frames': it takes clip",
+    "build --model fixed.pt2 --check-inputs clip.npz": "has shape (1, 3, 4, 8, 8), and fixed.pt2 takes (2, 8)",
+    "build --model open.pt2": "dynamic shape (s77, 8): fix it with --shape clip=1x8",
+    "build --model open.pt2 --shape clip=2x9": "2x9 does not fit: give its fixed dimensions as they are",
+    "build --model open.pt2 --batch 2 --calibrate clip.npz --dtype float16 --target snapdragon": "takes (2, 8)",
+    "build --model open.onnx --shape frames=2x8": "no input 'frames': it takes clip",
+    "build --model open.onnx --shape clip=2x9": "(N, 8), which 2x9 does not fit",
+    "build --model open.onnx": "dynamic shape (N, 8)",
+    "build --threads 999": "Invalid value for '--threads'",
+    "build --target bytes.toml": "target file bytes.toml is not a text file in UTF-8",
+    "build --preprocess bytes.toml": "--preprocess bytes.toml is not a text file in UTF-8",
     "build --out finished": "is there and is not an artifact",
     "build --out file/out": "cannot be written (Not a directory): choose another --out",
     "build --debug-dump file/dump": "choose another --debug-dump",
@@ -81,7 +105,7 @@ REFUSALS = {
     "groups --group 4by4": "is no group",
     "groups --device nowhere": "unknown device 'nowhere'",
     "groups --target snapdragon": "this machine and not snapdragon",
-    "groups --target snapdragon --device rpc://127.0.0.1:9 --group 3x4": "Groups of 3x4 do not fit snapdragon",
+    "groups --target snapdragon --device rpc://127.0.0.1:9 --group 3x4": "groups of 3x4 do not fit snapdragon",
     "groups --logs file/logs": "choose another --logs",
     "run here --device emulator": "this device is aarch64",
     "run phone": "rebuild it with --target, or choose another --device",
@@ -90,6 +114,7 @@ REFUSALS = {
     "run nowhere": "there is no artifact nowhere",
     "run here --labels two.txt": "--labels names 2 classes, and no output holds so many scores",
     "run here --labels nowhere.txt": "--labels nowhere.txt cannot be read",
+    "run here --labels bytes.toml": "--labels bytes.toml is not a text file in UTF-8",
     "run plain --top 3": "--top is of class scores",
     "run here --outputs scores.csv": "must end in .npz",
     "run here --outputs nowhere/scores.npz": "choose another --outputs",
@@ -105,7 +130,8 @@ REFUSALS = {
     "run here --frames finished": "holds no picture",
     "run here --video film.mp4 --preprocess tiny.toml": "smaller than the input's (8, 8)",
     "run flat --video film.mp4": "videos make one clip of 5 axes",
-    "stream here --random 3": "is no streaming network",
+    "stream here --random 3": "is no streaming network: its outputs after the first are not its next state; build the "
+    "form that `dance-tvm export-dstep --stream` writes",
     "stream here --random 3 --device nowhere": "unknown device 'nowhere'",
     "stream here": "give --frames FILE or --random COUNT",
     "stream here --random 3 --outputs nowhere/scores.npz": "choose another --outputs",
@@ -127,6 +153,8 @@ REFUSALS = {
     "bench here --against results.json": "the baseline has nothing of these networks on local",
     "bench here --cluster big": "has no cluster 'big'",
     "bench here --cpus 4096": "this machine has no CPUs [4096]",
+    "bench here --threads 999": "Invalid value for '--threads'",
+    "bench here --clips clip.npz --labels bytes.toml": "--labels bytes.toml is not a text file in UTF-8",
     "bench here --cpus 1 --cluster big": "not both",
     "bench here --load-times --device emulator": "--load-times measures on this machine",
     "bench here --clips nowhere.npz": "there is no input file nowhere.npz",
@@ -135,7 +163,7 @@ REFUSALS = {
     "bench here --clips clip.npz --labels board.toml": "write the clip's name, a comma and its class's number",
     "bench here --clips clip.npz --labels classes.csv": "film is of class 7, and test knows 3",
     "bench plain --clips clip.npz --labels classes.csv": "--labels needs an output of (1, classes)",
-    "train --model c3d-maxi": "There is no network called 'c3d-maxi'",
+    "train --model c3d-maxi": "there is no network called 'c3d-maxi'",
     "train --method dstep --model c3d": "--method dstep thins residual networks",
     "train --out finished": "finished holds a finished run",
     "train --out file/run": "choose another --out",
@@ -144,7 +172,7 @@ REFUSALS = {
     "train --resume --out started --epochs 99": "its epochs is 10, not 99",
     "train --method kgs --set epsylon=1": "there is no such option",
     "train --set units=nowhere.json": "nowhere.json",
-    "train --init nowhere.safetensors": "There is no weights file",
+    "train --init nowhere.safetensors": "there is no weights file",
     "train --init torn.safetensors": "is not a weights file",
     "train --no-amp --precision bfloat16": "leave --no-amp out",
     "train --data nosuch": "there are no clips called 'nosuch'",
@@ -155,7 +183,7 @@ REFUSALS = {
     "train --data webdataset:nowhere.tar": "there is no folder and no file nowhere.tar",
     "export c3d-mini --out nowhere/net.pt2": "choose another --out",
     "export c3d-mini --out net.pth": "must end in .pt2 or .onnx",
-    "export c3d-mini --weights nowhere.pt": "There is no weights file nowhere.pt",
+    "export c3d-mini --weights nowhere.pt": "there is no weights file nowhere.pt",
     "export c3d-mini --weights DEFAULT": "is no file",
     "export c3d-mini --mean 0.4,0.5": "--mean: 2 numbers for frames of three colours",
     "export nosuchmodule:Net --shape 1x2": "there is no module nosuchmodule",
@@ -165,7 +193,7 @@ REFUSALS = {
     "export-dstep good.safetensors": "is not a checkpoint of dance_tvm",
     "export-dstep started/checkpoint.safetensors": "holds no D-STEP network",
     "export-dstep --out file/clip.pt2": "choose another --out",
-    "units --model c3d-maxi": "There is no network called 'c3d-maxi'",
+    "units --model c3d-maxi": "there is no network called 'c3d-maxi'",
     "units --model torn.pt2": "is not a .pt2 file",
     "units --target jetson-nano": "is a GPU",
     "units --out nowhere/units.json": "choose another --out",
@@ -178,7 +206,10 @@ REFUSALS = {
     "report results.json results.json --paper dance": "--paper and --tuning belong to one file of results",
     "report results.json --format json --out page.html": "must end in .json",
     "report results.json --out nowhere/page.html": "choose another --out",
-    "report board.toml": "holds no results of dance-tvm bench",
+    "report board.toml": "holds no results of dance-tvm bench: give the file that `bench --out` wrote",
+    "report bytes.toml": "bytes.toml is not a text file in UTF-8",
+    "report nowhere.json": "nowhere.json cannot be read (No such file or directory): check the path",
+    "report here/manifest.json": "here/manifest.json is an artifact's manifest: `dance-tvm show here` shows it",
     "doctor --tracker foo": "--tracker must name HOST:PORT, not 'foo'",
     "device list --tracker foo": "--tracker must name HOST:PORT",
     "device watch --tracker foo": "--tracker must name HOST:PORT",
@@ -211,7 +242,7 @@ for line in json.load(open(sys.argv[1])):
             code = ended.code
         except BaseException as problem:
             code = repr(problem)
-    heavy = [name for name in ("tvm", "torch", "scipy", "onnx", "onnxruntime") if name in sys.modules]
+    heavy = [name for name in ("tvm", "torch", "scipy", "onnxruntime") if name in sys.modules]
     found.append([code, said.getvalue(), heavy])
 print(json.dumps(found))
 """
@@ -238,6 +269,15 @@ def fake_artifact(folder: Path, output: tuple[list[int], str], machine: str = "x
     write_artifact(folder, lambda path: path.write_bytes(head + bytes(64)) and None, {}, manifest)
 
 
+def fake_program(path: Path, batch: dict[str, Any]) -> None:
+    """An archive that says of its inputs what exported programs say, and holds nothing else."""
+    taken = [{"parameter": {"arg": {"name": "w"}}}, {"user_input": {"arg": {"as_tensor": {"name": "clip"}}}}]
+    values = {"clip": {"sizes": [batch, {"as_int": 8}]}}
+    module = {"signature": {"input_specs": taken}, "graph": {"tensor_values": values}}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/models/model.json", json.dumps({"graph_module": module}))
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that the command lines name; `nowhere` is not there, and `file` is no folder."""
@@ -256,8 +296,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "tiny.toml").write_text("resize = [4, 4]\n")
     for name in ("file", "film.mp4", "torn.pt2", "torn.safetensors", "net.onnx"):
         (root / name).write_text("of no kind")
+    (root / "bytes.toml").write_bytes(b"\x80\xff\x00 of no kind")
+    (root / "empty.onnx").touch()
     with zipfile.ZipFile(root / "other.pt2", "w") as archive:
         archive.writestr("notes.txt", "no program")
+    fake_program(root / "fixed.pt2", {"as_int": 2})
+    fake_program(root / "open.pt2", {"as_expr": {"expr_str": "Symbol('s77', positive=True, integer=True)"}})
+    clip = helper.make_tensor_value_info("clip", TensorProto.FLOAT, ["N", 8])
+    scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", 8])
+    graph = helper.make_graph([helper.make_node("Relu", ["clip"], ["scores"])], "test", [clip], [scores])
+    save(helper.make_model(graph), root / "open.onnx")
     save_file({"w": np.zeros(2, "float32")}, root / "good.safetensors")
     run = Settings(method="aap", model="c3d-mini", data="motion-digits").fingerprint()
     card = {"dance_tvm": json.dumps({"settings": run})}
@@ -301,6 +349,62 @@ def test_readers_of_clips_take_the_options_that_are_told() -> None:
         module, _, function = reader.function.partition(":")
         taken = [*inspect.signature(getattr(import_module(module), function)).parameters]
         assert sorted(taken[3:]) == sorted(reader.options), reader
+
+
+def test_programs_say_of_their_inputs_what_pytorch_says(tmp_path: Path) -> None:
+    from torch import nn, randn
+    from torch.export import Dim, export
+    from torch.export import save as save_program
+
+    for name, given, wanted in (("fixed", None, 2), ("open", ({0: Dim("batch", min=1, max=9)},), str)):
+        program = export(nn.Linear(8, 3), (randn(2, 8),), dynamic_shapes=given)
+        save_program(program, tmp_path / f"{name}.pt2")
+        ((first, second),) = (declared_inputs(tmp_path / f"{name}.pt2") or {}).values()
+        assert second == 8
+        assert first == wanted or (wanted is str and isinstance(first, str))
+
+
+def test_a_description_of_an_unknown_form_is_left_to_its_reader(tmp_path: Path) -> None:
+    fake_program(tmp_path / "computed.pt2", {"as_expr": {"expr_str": "Mul(Integer(2), Symbol('s0'))"}})
+    assert declared_inputs(tmp_path / "computed.pt2") is None
+    with zipfile.ZipFile(tmp_path / "foreign.pt2", "w") as archive:
+        archive.writestr("archive/models/model.json", "[1, 2]")
+    assert declared_inputs(tmp_path / "foreign.pt2") is None
+
+
+def test_no_more_threads_are_taken_than_artifacts_have_room_for() -> None:
+    assert f"#define MOST_THREADS {MOST_THREADS}\n" in (INTERFACE / "runtime.h").read_text()
+
+
+def _first_texts(call: ast.Call) -> tuple[str, str]:
+    """How the literal that an error is made of begins and ends."""
+    parts = call.args[0].values if isinstance(call.args[0], ast.JoinedStr) else [call.args[0]]
+    texts = [part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else "" for part in parts]
+    return texts[0], texts[-1]
+
+
+def test_errors_are_clauses_without_a_capital_or_a_full_stop() -> None:
+    found = []
+    for path in Path(cli.__file__).parents[1].rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "DanceError":
+                first, last = _first_texts(node)
+                if re.match(r"[A-Z][a-z]*\b(?<!PyTorch)", first) or re.search(r"[^.]\.$", last):
+                    found.append(f"{path.name}, line {node.lineno}: {first} … {last}")
+    assert not found
+
+
+def test_faults_are_told_in_our_words() -> None:
+    class Form(MethodOptions):
+        scheme: str
+
+        @field_validator("scheme")
+        @classmethod
+        def _known(cls, value: str) -> str:
+            raise ValueError(f"{value!r} is not one of ours")
+
+    with pytest.raises(DanceError, match="--method kgs: scheme: 'foo' is not one of ours; its options: scheme"):
+        checked("kgs", Form, {"scheme": "foo"})
 
 
 def test_another_name_of_the_one_input_is_told(world: Path, tmp_path: Path) -> None:

@@ -393,7 +393,7 @@ def _read_manifest(folder: Path) -> Manifest:
         require_artifact(folder)
         raise
     except OSError as error:
-        raise DanceError(f"{path} cannot be read: {error.strerror}") from None
+        raise DanceError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     damaged = DanceError(f"{path} is damaged: its seal does not fit; build the artifact again")
     try:
         facts = json.loads(raw)

@@ -48,7 +48,7 @@ def host_triple() -> str:
 def zig_command() -> list[str]:
     """The command that starts zig. Raises DanceError where the ziglang wheel is not installed."""
     if importlib.util.find_spec("ziglang") is None:
-        raise DanceError("There is no linker: install the ziglang package with `pip install ziglang`.")
+        raise DanceError("there is no linker: install the ziglang package with `pip install ziglang`")
     return [sys.executable, "-m", "ziglang"]
 
 
@@ -143,7 +143,7 @@ def archive(output: str | Path, objects: Sequence[str | Path]) -> None:
 def _emulation(triple: str) -> str:
     machine = triple.split("-")[0]
     if machine not in _EMULATION:
-        raise DanceError(f"Cannot link for {triple}: known architectures are {', '.join(sorted(_EMULATION))}.")
+        raise DanceError(f"cannot link for {triple}: known architectures are {', '.join(sorted(_EMULATION))}")
     return _EMULATION[machine]
 
 
@@ -164,9 +164,9 @@ def _run(command: list[str], tool: str) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LINK_TIMEOUT_S)
     except FileNotFoundError:
-        raise DanceError(f"{tool} names a program that does not exist: {command[0]}.") from None
+        raise DanceError(f"{tool} names a program that does not exist: {command[0]}") from None
     except subprocess.TimeoutExpired:
-        raise DanceError(f"Linking with {tool} did not end within {LINK_TIMEOUT_S} s.") from None
+        raise DanceError(f"linking with {tool} did not end within {LINK_TIMEOUT_S} s") from None
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise DanceError(f"Linking with {tool} failed: {said[0] if said else f'exit code {done.returncode}'}.")
+        raise DanceError(f"linking with {tool} failed: {said[0] if said else f'exit code {done.returncode}'}")

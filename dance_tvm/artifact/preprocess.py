@@ -11,6 +11,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.faults import place_of, said_of
+from dance_tvm.core.text_files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,11 +60,11 @@ class Preprocess(BaseModel):
 
 def read_preprocess(path: Path) -> Preprocess:
     """Read the file. Raises DanceError where it is none or a field is wrong."""
+    if not path.exists():
+        raise DanceError(f"there is no file {path} (--preprocess): check the path")
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DanceError(f"there is no file {path} (--preprocess): check the path") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        fields = tomllib.loads(read_text(path, f"--preprocess {path}"))
+    except tomllib.TOMLDecodeError as error:
         raise DanceError(f"--preprocess {path} cannot be read as TOML: {error}") from None
     return preprocess_of(fields, f"--preprocess {path}: ")
 
@@ -74,6 +76,5 @@ def preprocess_of(fields: Mapping[str, Any], place: str) -> Preprocess:
     except ValidationError as error:
         first = error.errors()[0]
         known = "" if first["type"] == "value_error" else f"; the fields are {', '.join(Preprocess.model_fields)}"
-        said = "there is no such field" if first["type"] == "extra_forbidden" else first["msg"]
-        where, said = ".".join(map(str, first["loc"])), said.removeprefix("Value error, ")
-        raise DanceError(f"{place}{where}: {said}{known}") from None
+        said = "there is no such field" if first["type"] == "extra_forbidden" else said_of(first)
+        raise DanceError(f"{place}{place_of(first)}: {said}{known}") from None

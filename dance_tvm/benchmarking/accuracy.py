@@ -13,6 +13,7 @@ from dance_tvm.artifact.folder import Manifest, Tensor
 from dance_tvm.benchmarking.clips import NamedClips
 from dance_tvm.benchmarking.results import Accuracy
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.text_files import read_text
 from dance_tvm.device import LoadedNetwork
 
 _FEW = 5
@@ -23,10 +24,7 @@ def read_classes(path: Path) -> dict[str, int]:
 
     Raises DanceError where the file cannot be read or holds something else.
     """
-    try:
-        rows = [row for row in csv.reader(path.read_text(encoding="utf-8").splitlines()) if row]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DanceError(f"--labels {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    rows = [row for row in csv.reader(read_text(path, f"--labels {path}").splitlines()) if row]
     classes: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
         name, label = row[0].strip(), row[-1].strip()

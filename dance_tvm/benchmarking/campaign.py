@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from dance_tvm.artifact.folder import LIBRARY, Artifact, load_artifact
+from dance_tvm.artifact.folder import LIBRARY, Artifact
 from dance_tvm.artifact.video_windows import doubt_of_scale
 from dance_tvm.benchmarking import accuracy, peers, sensing
 from dance_tvm.benchmarking.baseline import digest, earlier, verdicts_of
@@ -20,7 +20,7 @@ from dance_tvm.benchmarking.layers import profile
 from dance_tvm.benchmarking.loading import measure_loading
 from dance_tvm.benchmarking.measure import Contender, in_turns, single_stream
 from dance_tvm.benchmarking.plan import Entry, Plan, Role
-from dance_tvm.benchmarking.requests import require_twin
+from dance_tvm.benchmarking.requests import verified
 from dance_tvm.benchmarking.results import (
     Alive,
     Clip,
@@ -48,16 +48,16 @@ EXPLAINED_BOUND = 0.2
 MOST_PICTURED_LAYERS = 3
 
 
-def run(plan: Plan, progress: Callable[[str], Any] = lambda _sentence: None) -> Results:
-    """Measure everything. Raises DanceError where an artifact is damaged, wrong or unfit, or a device fails."""
-    artifacts: list[tuple[Artifact, Role]] = [
-        (load_artifact(path), "sparse" if plan.dense else "other") for path in plan.artifacts
-    ]
-    if plan.dense:
-        artifacts.append((load_artifact(plan.dense), "dense"))
-        for artifact, role in artifacts:
-            if role == "sparse":
-                require_twin(artifact, artifacts[-1][0])
+def run(
+    plan: Plan,
+    progress: Callable[[str], Any] = lambda _sentence: None,
+    artifacts: list[tuple[Artifact, Role]] | None = None,
+) -> Results:
+    """Measure everything; ``artifacts`` are the plan's where they were verified already.
+
+    Raises DanceError where an artifact is damaged, wrong or unfit, or a device fails.
+    """
+    artifacts = artifacts or verified(plan.artifacts, plan.dense)
     results = Results(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=plan.command,

@@ -27,19 +27,16 @@ def require_measurable(
     clips: str | None = None,
     labels: Path | None = None,
     against: Results | None = None,
-) -> None:
-    """Raise DanceError for artifacts that are damaged or that a device does not run, for a dense form that is none, for
-    processors that are not there, for clips and classes that do not fit, and a baseline without these networks."""
+) -> list[tuple[Artifact, Role]]:
+    """The artifacts, verified, and what each is. Raises DanceError for those that are damaged or that a device does not
+    run, for a dense form that is none, for processors that are not there, for clips and classes that do not fit, and a
+    baseline without these networks."""
     for path in [*paths, *([dense] if dense else [])]:
         require_artifact(path)
     if clips:
         require_clips(clips)
     classes = read_classes(labels) if labels else {}
-    known: list[tuple[Artifact, Role]] = [(load_artifact(path), "sparse" if dense else "other") for path in paths]
-    if dense is not None:
-        known.append((load_artifact(dense), "dense"))
-        for artifact, _ in known[:-1]:
-            require_twin(artifact, known[-1][0])
+    known = verified(paths, dense)
     if against is not None:
         for spec in devices:
             require_known(against, spec, known)
@@ -54,6 +51,18 @@ def require_measurable(
         require_cluster(known[0][0].manifest.target.name, cluster)
     if cpus and "local" in devices and (absent := sorted(set(cpus) - os.sched_getaffinity(0))):
         raise DanceError(f"this machine has no CPUs {absent}: it has {sorted(os.sched_getaffinity(0))}")
+    return known
+
+
+def verified(paths: Sequence[Path], dense: Path | None) -> list[tuple[Artifact, Role]]:
+    """The artifacts, every byte of them verified, the dense form last. Raises DanceError where one is damaged, and
+    where the dense form is none."""
+    known: list[tuple[Artifact, Role]] = [(load_artifact(path), "sparse" if dense else "other") for path in paths]
+    if dense is not None:
+        known.append((load_artifact(dense), "dense"))
+        for artifact, _ in known[:-1]:
+            require_twin(artifact, known[-1][0])
+    return known
 
 
 def require_twin(sparse: Artifact, dense: Artifact) -> None:

@@ -10,7 +10,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.faults import place_of, said_of
 from dance_tvm.core.files import written_whole
+from dance_tvm.core.text_files import read_text
 
 SCHEMA_VERSION = 1
 
@@ -295,18 +297,19 @@ def write_results(path: Path, results: Results) -> None:
 
 def read_results(path: Path) -> Results:
     """Results that bench wrote. Raises DanceError where the file is no such thing or of another schema."""
+    no_results = f"{path} holds no results of dance-tvm bench: give the file that `bench --out` wrote"
+    text = read_text(path, str(path))
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(text)
         schema = facts["schema_version"]
-    except OSError as error:
-        raise DanceError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise DanceError(f"{path} holds no results of dance-tvm bench") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DanceError(no_results) from None
+    if "seal" in facts:
+        raise DanceError(f"{path} is an artifact's manifest: `dance-tvm show {path.parent}` shows it; {no_results}")
     if schema != SCHEMA_VERSION:
         raise DanceError(f"{path} has schema version {schema}; this dance-tvm reads {SCHEMA_VERSION}: bench again")
     try:
         return Results.model_validate(facts)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DanceError(f"{path} holds no results of dance-tvm bench: {where}: {first['msg']}") from None
+        raise DanceError(f"{no_results}; {place_of(first)}: {said_of(first)}") from None

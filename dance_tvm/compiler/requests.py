@@ -16,6 +16,7 @@ from dance_tvm.device import emulator_available
 from dance_tvm.machines.target import Target
 from dance_tvm.models import registry
 from dance_tvm.models.network_files import require_network
+from dance_tvm.models.network_inputs import declared_inputs, require_shape
 
 #: Architectures that kernels, linker and artifacts know, and what begins the triples of their code.
 MACHINES = {"x86_64": ("x86_64",), "aarch64": ("aarch64", "arm64")}
@@ -31,6 +32,7 @@ class Request:
     out: Path
     weights: Path | None
     shapes: Mapping[str, Sequence[int]]
+    batch: int | None
     dtype: str
     numerics: str
     conv: str
@@ -56,9 +58,9 @@ def require(request: Request) -> None:
         require_layers_seen(target)
     require_checkable(target, request.check)
     require_network(request.model, request.weights)
-    require_shapes(request.model, request.shapes)
-    require_inputs(request.model, request.check_inputs, "--check-inputs")
-    require_inputs(request.model, request.calibrate, "--calibrate")
+    shapes = input_shapes(request.model, request.shapes, request.batch)
+    require_inputs(request.model, shapes, request.check_inputs, "--check-inputs")
+    require_inputs(request.model, shapes, request.calibrate, "--calibrate")
     require_writable(request.out)
     require_logs(request.logs)
     if request.debug_dump is not None:
@@ -86,22 +88,40 @@ def require_agreement(request: Request) -> None:
         raise DanceError("--check-inputs are for the check: leave --no-check out")
 
 
-def require_shapes(model: str, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise DanceError for shapes of a network of the zoo, which leaves none open."""
-    if shapes and Path(model).suffix not in registry.NETWORK_FILES:
+def input_shapes(
+    model: str, shapes: Mapping[str, Sequence[int]], batch: int | None
+) -> Mapping[str, tuple[int, ...]] | None:
+    """The shape of each input of a file, as far as it says so. Raises DanceError for ``--shape`` and ``--batch`` that
+    do not fit, and for shapes of a network of the zoo, which leaves none open."""
+    if Path(model).suffix in registry.NETWORK_FILES:
+        declared = declared_inputs(Path(model))
+        return None if declared is None else require_shape(declared, shapes, batch)
+    if shapes:
         raise DanceError(f"--shape fixes what a file leaves open, and {model} leaves nothing open but --batch")
+    return None
 
 
-def require_inputs(model: str, paths: Sequence[Path], option: str) -> None:
-    """Raise DanceError for files of real inputs that are none; of the zoo's networks the shape is known too."""
+def require_inputs(
+    model: str, shapes: Mapping[str, tuple[int, ...]] | None, paths: Sequence[Path], option: str
+) -> None:
+    """Raise DanceError for files of real inputs that are none, or whose shapes are not the network's where those are
+    known."""
     for path in paths:
         arrays = read_archive(path)
-        if Path(model).suffix in registry.NETWORK_FILES:
-            continue
-        shape = registry.entry(model).input_shape
-        for name, array in arrays.items():
-            if array.shape[1:] != shape:
-                raise DanceError(f"{option} {path}: {name} has shape {array.shape}, and {model} takes clips of {shape}")
+        if Path(model).suffix not in registry.NETWORK_FILES:
+            shape = registry.entry(model).input_shape
+            for name, array in arrays.items():
+                if array.shape[1:] != shape:
+                    raise DanceError(
+                        f"{option} {path}: {name} has shape {array.shape}, and {model} takes clips of {shape}"
+                    )
+        elif shapes is not None:
+            named = dict(zip(shapes, arrays.values(), strict=True)) if len(shapes) == len(arrays) == 1 else arrays
+            for name, array in named.items():
+                if array.shape != shapes.get(name, array.shape):
+                    raise DanceError(
+                        f"{option} {path}: {name} has shape {array.shape}, and {model} takes {shapes[name]}"
+                    )
 
 
 def require_checkable(target: Target, check: bool | None) -> None:

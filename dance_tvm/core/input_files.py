@@ -58,6 +58,6 @@ def read_archive(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise DanceError(f"there is no input file {path}") from None
     except OSError as error:
-        raise DanceError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise DanceError(f"{path} cannot be read ({error.strerror or error}): check the path") from None
     except (ValueError, EOFError, zipfile.BadZipFile):
         raise DanceError(f"{path} is not an .npz or .npy file of plain arrays: write it with numpy.savez") from None

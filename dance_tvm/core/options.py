@@ -11,5 +11,10 @@ PLACES = "local, emulator, rpc://HOST:PORT or tracker://HOST:PORT/KEY"
 Model = Annotated[str, typer.Option(help="Name of the zoo, or a .pt2 or .onnx file.")]
 TargetName = Annotated[str, typer.Option(help="Name, alias or .toml file; `dance-tvm targets` lists them.")]
 Devices = Annotated[list[str] | None, typer.Option(help=f"{PLACES}; repeatable.", show_default="local")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of a run; the target's own unless given.")]
+
+#: More threads than these no artifact runs on: ``MOST_THREADS`` of artifact/interface/runtime.h.
+MOST_THREADS = 64
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads of a run; the target's own unless given.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -1,13 +1,15 @@
 """What commands print: tables and sentences for whoever watches, plain lines for whatever reads.
 
-On a terminal a table has a frame, its texts fold where there is little room, and its figures never do. Elsewhere each
-row is one line, as wide as its cells are, whatever COLUMNS says.
+On a terminal a table has a frame, its texts fold where there is little room, and its figures never do; where there is
+too little for them too, rows go on in further lines, without a frame. Elsewhere each row is one line, as wide as its
+cells are, whatever COLUMNS says.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -49,7 +51,8 @@ def print_tables(tables: Sequence[Table]) -> None:
         if console is not None and framing:
             console.print(framed(table.heads, table.rows, table.title, table.caption))
         else:
-            print(plain(table.heads, table.rows, table.title, table.caption))
+            text = plain(table.heads, table.rows, table.title, table.caption)
+            print(text if console is None else _wrapped(text, table, console.width))
 
 
 def _terminal() -> Console | None:
@@ -73,6 +76,18 @@ def plain(heads: Sequence[str], rows: Rows, title: str = "", caption: str = "") 
         for row in [heads, *rows]
     ]
     return "\n".join([*([title] if title else []), *lines, *([caption] if caption else [])])
+
+
+def _wrapped(text: str, table: Table, width: int) -> str:
+    """``text``, the plain form of ``table``, where it fits; else each row's cells one behind the other, over lines."""
+    if max(map(len, text.splitlines()), default=0) <= width:
+        return text
+    rows = ["  ".join(cell for cell in row if cell) for row in [table.heads, *table.rows]]
+    return "\n".join(
+        textwrap.fill(line, max(width, 5), subsequent_indent="    ", break_on_hyphens=False)
+        for line in [table.title, *rows, table.caption]
+        if line
+    )
 
 
 def framed(heads: Sequence[str], rows: Rows, title: str = "", caption: str = "") -> Framed:

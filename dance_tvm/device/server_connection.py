@@ -123,7 +123,10 @@ def connect(
     except TimeoutError:
         raise busy from None
     except OSError as error:
-        raise DanceError(f"{name} cannot be reached: {error.strerror or error}") from None
+        raise DanceError(
+            f"{name} cannot be reached: {error.strerror or error}; start its server there (`dance-tvm device server`), "
+            "or check the address"
+        ) from None
     try:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         key = match.encode()

@@ -37,8 +37,8 @@ def require_stream(manifest: Manifest) -> None:
     kinds = [[(tensor.shape, tensor.dtype) for tensor in side[1:]] for side in (inputs, outputs)]
     if len(inputs) < 2 or kinds[0] != kinds[1]:
         raise DanceError(
-            f"{manifest.name} is no streaming network: its outputs after the first are not its next state; build the "
-            "network's streaming form"
+            f"{manifest.name} is no streaming network: its outputs after the first are not its next state; build "
+            "the form that `dance-tvm export-dstep --stream` writes"
         )
 
 

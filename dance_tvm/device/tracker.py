@@ -48,7 +48,10 @@ def request_device(host: str, port: int, key: str, timeout: float) -> tuple[str,
                 raise no_tracker(host, port, error) from None
             time.sleep(_RETRY_S)
         except OSError as error:
-            raise DanceError(f"the tracker at {host}:{port} cannot be reached: {error.strerror or error}") from None
+            raise DanceError(
+                f"the tracker at {host}:{port} cannot be reached: {error.strerror or error}; start it there "
+                "(`dance-tvm device tracker`), or check the address"
+            ) from None
 
 
 def no_tracker(host: str, port: int, error: OSError) -> DanceError:

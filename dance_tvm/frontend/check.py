@@ -66,9 +66,9 @@ def _agree(
             layer, reference = values[name]
             if (off := difference(array_of(value), array_of(reference))) > TOLERANCE:
                 raise DanceError(
-                    f"The imported network differs from its source: first at layer {layer!r}, by {off:.1e} of its "
-                    "largest value; please report this operator."
+                    f"the imported network differs from its source: first at layer {layer!r}, by {off:.1e} of its "
+                    "largest value; please report this operator"
                 )
     raise DanceError(
-        f"The imported network's outputs differ from its source's by {max(apart):.1e} of their largest value."
+        f"the imported network's outputs differ from its source's by {max(apart):.1e} of their largest value"
     )

@@ -30,7 +30,7 @@ def compiled_call(call: relax.Call, arguments: Sequence[Any]) -> Any:
         target = tvm.target.Target({"kind": "llvm"})
         machine = relax.VirtualMachine(tvm.compile(builder.get(), target), tvm.cpu())
     except Exception as problem:
-        raise DanceError(f"The interpreter has no counterpart of {name}, and TVM cannot compile it alone.") from problem
+        raise DanceError(f"the interpreter has no counterpart of {name}, and TVM cannot compile it alone") from problem
     arrays = [
         tensor.numpy().astype(str(param.ty.dtype.dtype), copy=False)
         for tensor, param in zip(_flat(arguments), params, strict=True)

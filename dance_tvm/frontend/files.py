@@ -34,7 +34,7 @@ _KNOWN_MEMBERS = re.compile(
     r"models/[\w.-]+\.json|data/(weights|constants)/([\w.-]+_config\.json|[\w-]+|[\w.-]+\.pt)|data/sample_inputs/[\w.-]+\.pt"
 )
 
-_PICKLED = "{} holds pickled objects, which could run code: export the network without them."
+_PICKLED = "{} holds pickled objects, which could run code: export the network without them"
 
 
 def load_program(path: Path) -> torch.export.ExportedProgram:
@@ -58,7 +58,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
         if re.search(r"wrap_with_\w+ is missing val field", reason):
             raise DanceError(
                 f"{path} holds regions (no_grad, autocast) inside of regions, which PyTorch writes and cannot read: "
-                "save program.run_decompositions({}) in place of the program."
+                "save program.run_decompositions({}) in place of the program"
             ) from None
         raise DanceError(f"{path} cannot be read as an exported program of this PyTorch: {reason}") from None
 
@@ -73,10 +73,10 @@ def _inspect(path: Path) -> None:
     archive = PT2ArchiveReader(str(path))
     members = [name for name in archive.get_file_names() if name.lower().startswith(_READ_BY_THE_LOADER)]
     if len({name.lower() for name in members}) < len(members):
-        raise DanceError(f"{path} has two members of one name, of which either could be read: export it again.")
+        raise DanceError(f"{path} has two members of one name, of which either could be read: export it again")
     for name in members:
         if not _KNOWN_MEMBERS.fullmatch(name):
-            raise DanceError(f"{path} has a member {name}, which is no part of an exported program.")
+            raise DanceError(f"{path} has a member {name}, which is no part of an exported program")
         if name.endswith(".json"):
             _inspect_json(path, _description(path, archive.read_string(name)))
         elif name.endswith(".pt"):
@@ -87,7 +87,7 @@ def _description(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise DanceError(f"{path} holds a description that cannot be read: export the network again.") from None
+        raise DanceError(f"{path} holds a description that cannot be read: export the network again") from None
 
 
 def _require_tensors_alone(path: Path, pickled: bytes) -> None:
@@ -98,7 +98,7 @@ def _require_tensors_alone(path: Path, pickled: bytes) -> None:
         torch.load(io.BytesIO(pickled), weights_only=True)
     except Exception:
         raise DanceError(
-            f"{path} holds pickled objects, which could run code: export the network without them."
+            f"{path} holds pickled objects, which could run code: export the network without them"
         ) from None
 
 
@@ -112,10 +112,10 @@ def _inspect_json(path: Path, value: Any) -> None:
         raise DanceError(_PICKLED.format(path))
     expression = value.get("expr_str")
     if "__enum__" in value or not (expression is None or _ARITHMETIC.fullmatch(str(expression))):
-        raise DanceError(f"{path} has shapes that cannot be computed: export the network with fixed shapes.")
+        raise DanceError(f"{path} has shapes that cannot be computed: export the network with fixed shapes")
     target = value.get("target")
     if isinstance(target, str) and "inputs" in value and not _KNOWN_TARGETS.fullmatch(target):
-        raise DanceError(f"{path} uses the operator {target}, which is not supported.")
+        raise DanceError(f"{path} uses the operator {target}, which is not supported")
     for item in value.values():
         _inspect_json(path, item)
 
@@ -136,12 +136,12 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     except Exception as problem:
         if is_pickled(path) and ("weights_only" in str(problem) or "Unsupported global" in str(problem)):
             raise DanceError(
-                f"{path} holds pickled objects besides tensors, which could run code: save model.state_dict() alone."
+                f"{path} holds pickled objects besides tensors, which could run code: save model.state_dict() alone"
             ) from None
         raise not_weights(path) from None
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise DanceError(f"{path} is not a state dict (tensors by name): save model.state_dict() alone.")
+        raise DanceError(f"{path} is not a state dict (tensors by name): save model.state_dict() alone")
     return loaded

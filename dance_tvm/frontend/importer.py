@@ -107,7 +107,7 @@ def _import_module(
     entry: models.ModelEntry | None = None,
 ) -> Imported:
     if example_inputs is None:
-        raise DanceError("A module needs example_inputs, a tuple of tensors of the shapes that it will be run with.")
+        raise DanceError("a module needs example_inputs, a tuple of tensors of the shapes that it will be run with")
     if weights is not None:
         models.load_state(module, _state(weights))
     was_training = module.training
@@ -162,7 +162,7 @@ def _replace_weights(program: torch.export.ExportedProgram, state: Mapping[str, 
     unexpected = sorted(set(state) - set(own))
     wrong = sorted(name for name in set(own) & set(state) if own[name].shape != state[name].shape)
     if problems := models.misfits(missing, unexpected, wrong):
-        raise DanceError(f"The weights do not fit the exported program: {problems}.")
+        raise DanceError(f"the weights do not fit the exported program: {problems}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])

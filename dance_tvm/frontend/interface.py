@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,6 @@ import ml_dtypes
 import numpy as np
 import torch
 import tvm
-
-from dance_tvm.core.errors import DanceError
 
 Arrays = dict[str, np.ndarray]
 
@@ -64,48 +62,6 @@ def array_of(value: torch.Tensor | bool | int | float) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
-
-
-def require_shape(
-    declared: Mapping[str, Sequence[int | str]], shapes: Mapping[str, Sequence[int]], batch: int | None = None
-) -> dict[str, tuple[int, ...]]:
-    """The shape of each input: ``declared``, its open dimensions (names) as ``shapes`` gives them; ``batch``
-    is the first dimension of all others, where it is open or has that extent.
-
-    Raises DanceError for an unknown input, for a shape that does not fit, and where an open one is not given.
-    """
-    unknown = sorted(set(shapes) - set(declared))
-    if unknown:
-        raise DanceError(f"The network has no input {unknown[0]!r}: it takes {', '.join(declared)}.")
-    chosen = {}
-    for name, dims in declared.items():
-        given = tuple(shapes.get(name, [n for n in _batched(name, dims, batch) if isinstance(n, int)]))
-        sizes = ", ".join(map(str, dims))
-        if len(given) == len(dims) and all(
-            isinstance(n, str) or n == extent for n, extent in zip(dims, given, strict=True)
-        ):
-            chosen[name] = given
-        elif name in shapes:
-            raise DanceError(f"Input {name!r} has the shape ({sizes}), which {'x'.join(map(str, given))} does not fit.")
-        else:
-            example = "x".join(str(n) if isinstance(n, int) else "1" for n in dims)
-            raise DanceError(
-                f"Input {name!r} has a dynamic shape ({sizes}): fix it with --shape {name}={example} "
-                f"(import_model: shapes={{{name!r}: ...}}), one artifact for each shape."
-            )
-    return chosen
-
-
-def _batched(name: str, dims: Sequence[int | str], batch: int | None) -> Sequence[int | str]:
-    """The dimensions with ``batch`` as the first. Raises DanceError where another is fixed."""
-    if batch is None or not dims:
-        return dims
-    if isinstance(dims[0], int) and dims[0] != batch:
-        raise DanceError(
-            f"Input {name!r} is fixed to a batch of {dims[0]}: export the network with an open batch "
-            f"(`dance-tvm export --open-batch`), or leave --batch {batch} out."
-        )
-    return [batch, *dims[1:]]
 
 
 def usual_meaning(shape: tuple[int, ...], dtype: str) -> str:

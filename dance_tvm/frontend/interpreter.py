@@ -157,7 +157,7 @@ def _trace(
     values: dict[relax.Var, Value] = {}
     for param in function.params:
         if param.name not in inputs:
-            raise DanceError(f"Input {param.name!r} is missing: give one array for each of the network's inputs.")
+            raise DanceError(f"input {param.name!r} is missing: give one array for each of the network's inputs")
         values[param] = floats.as_computed(_tensor(inputs[param.name]))
         yield param.name, values[param]
     bindings = [binding for block in function.body.blocks for binding in block.bindings]
@@ -215,7 +215,7 @@ def _evaluate(expression: Any, values: Mapping[relax.Var, Value], floats: _Float
         return expression.value
     if isinstance(expression, tvm.ir.StringImm):
         return expression.value
-    raise DanceError(f"The interpreter cannot evaluate {type(expression).__name__}.")
+    raise DanceError(f"the interpreter cannot evaluate {type(expression).__name__}")
 
 
 _KERNELS: dict[str, Kernel] = {

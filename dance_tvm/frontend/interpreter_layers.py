@@ -55,7 +55,7 @@ def _conv_transpose(rank: int) -> Kernel:
 
 def _require_layout(layout: Any, rank: int) -> None:
     if str(layout) != ("NCW", "NCHW", "NCDHW")[rank - 1]:
-        raise DanceError(f"The interpreter works on channels-first tensors, not on {layout}.")
+        raise DanceError(f"the interpreter works on channels-first tensors, not on {layout}")
 
 
 def _windows(x: torch.Tensor, attrs: Any, rank: int, fill: float) -> torch.Tensor:
@@ -125,7 +125,7 @@ def _adaptive_pool(rank: int) -> Kernel:
 def _batch_norm(args: list[Value], attrs: Any) -> Value:
     x, gamma, beta, mean, var = args
     if attrs.training:
-        raise DanceError("The interpreter evaluates networks in inference mode: batch norm is in training mode.")
+        raise DanceError("the interpreter evaluates networks in inference mode: batch norm is in training mode")
     shape = [1] * x.ndim
     shape[int(attrs.axis)] = -1
     scale = torch.rsqrt(var + float(attrs.epsilon)) * (gamma if attrs.scale else 1)

@@ -89,7 +89,7 @@ def _scatter_elements(args: list[Value], attrs: Any) -> torch.Tensor:
 def _gather_nd(args: list[Value], attrs: Any) -> torch.Tensor:
     x, indices = args
     if int(attrs.batch_dims):
-        raise DanceError("The interpreter has no gather_nd with batch dimensions.")
+        raise DanceError("the interpreter has no gather_nd with batch dimensions")
     return x[tuple(indices.long().unbind(-1))]
 
 
@@ -152,7 +152,7 @@ def _resize(rank: int) -> Kernel:
             return F.interpolate(x, tuple(size), mode="nearest")
         if method == "linear" and transform in ("half_pixel", "pytorch_half_pixel", "align_corners"):
             return F.interpolate(x, tuple(size), mode=linear, align_corners=transform == "align_corners")
-        raise DanceError(f"The interpreter has no {method} resize with {transform} coordinates.")
+        raise DanceError(f"the interpreter has no {method} resize with {transform} coordinates")
 
     return run
 
@@ -183,7 +183,7 @@ def _scan(function: Callable[..., torch.Tensor]) -> Kernel:
     def run(args: list[Value], attrs: Any) -> torch.Tensor:
         x, axis = args[0], 0 if attrs.axis is None else int(attrs.axis)
         if attrs.exclusive:
-            raise DanceError("The interpreter has no exclusive scan.")
+            raise DanceError("the interpreter has no exclusive scan")
         return function(x.reshape(-1) if attrs.axis is None else x, axis)
 
     return run

@@ -34,7 +34,7 @@ def dtype_named(name: Any) -> torch.dtype:
     """PyTorch's type for one of Relax; raises DanceError where it has none."""
     text = _plain(name)
     if text not in DTYPES:
-        raise DanceError(f"The interpreter does not know the dtype {text}.")
+        raise DanceError(f"the interpreter does not know the dtype {text}")
     return DTYPES[text]
 
 

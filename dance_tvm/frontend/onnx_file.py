@@ -16,8 +16,9 @@ import onnx
 from onnx import numpy_helper
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.frontend.interface import Arrays, TensorSpec, require_shape, usual_meaning
+from dance_tvm.frontend.interface import Arrays, TensorSpec, usual_meaning
 from dance_tvm.frontend.torch_program import first_line
+from dance_tvm.models.network_inputs import require_shape
 
 OLDEST_OPSET = 6
 
@@ -40,7 +41,7 @@ def load(path: Path) -> Any:
     except Exception as problem:
         raise DanceError(f"{path} is not an ONNX model, or is damaged: {first_line(problem)[:200]}") from None
     if not model.graph.output:
-        raise DanceError(f"{path} is not an ONNX model, or is damaged: its graph returns nothing.")
+        raise DanceError(f"{path} is not an ONNX model, or is damaged: its graph returns nothing")
     _require_readable(model, path)
     for sparse in model.graph.sparse_initializer:
         model.graph.initializer.append(numpy_helper.from_array(dense(sparse), sparse.values.name))
@@ -56,12 +57,12 @@ def _require_readable(model: Any, path: Path) -> None:
                 numpy_helper.to_array(tensor)
         except Exception:
             raise DanceError(
-                f"{path} is damaged: its tensor {tensor.name!r} does not have as many numbers as it declares."
+                f"{path} is damaged: its tensor {tensor.name!r} does not have as many numbers as it declares"
             ) from None
     for node in _messages(model, onnx.NodeProto):
         texts = (node.name, node.op_type, node.domain, *node.input, *node.output)
         if not all(isinstance(text, str) for text in texts):
-            raise DanceError(f"{path} is damaged: a name in it is no text.")
+            raise DanceError(f"{path} is damaged: a name in it is no text")
 
 
 def opsets_of(model: Any, path: Path) -> dict[str, int]:
@@ -69,12 +70,12 @@ def opsets_of(model: Any, path: Path) -> dict[str, int]:
     versions = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
     version = versions.setdefault("", 1 if len(versions) == 0 else OLDEST_OPSET)
     if version < OLDEST_OPSET:
-        raise DanceError(f"{path} has opset {version}: export the network with opset {OLDEST_OPSET} or later.")
+        raise DanceError(f"{path} has opset {version}: export the network with opset {OLDEST_OPSET} or later")
     newest = onnx.defs.onnx_opset_version()
     if version > newest:
         raise DanceError(
             f"{path} has opset {version} and the installed onnx package knows {newest}: install a newer one, or "
-            "export the network with an older opset."
+            "export the network with an older opset"
         )
     return versions
 
@@ -110,7 +111,7 @@ def dtype_name(value: Any) -> str:
     name = onnx.TensorProto.DataType.Name(kind).lower() if known else "of no type"
     dtype = {"float": "float32", "double": "float64"}.get(name, name)
     if dtype not in _DTYPES:
-        raise DanceError(f"{value.name!r} of the network holds {name}s: export it with numbers in and out.")
+        raise DanceError(f"{value.name!r} of the network holds {name}s: export it with numbers in and out")
     return dtype
 
 
@@ -122,7 +123,7 @@ _DTYPES = {
 
 def _require_tensor(value: Any) -> None:
     if not value.type.HasField("tensor_type"):
-        raise DanceError(f"{value.name!r} of the network is not a tensor: export it with tensors in and out.")
+        raise DanceError(f"{value.name!r} of the network is not a tensor: export it with tensors in and out")
 
 
 def _has_shape(value: Any) -> bool:

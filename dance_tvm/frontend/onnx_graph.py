@@ -171,7 +171,7 @@ class _Importer(ONNXGraphImporter):
         """An output of the network, in its declared type."""
         found = self._nodes.get(value.name)
         if not isinstance(found, relax.Expr):
-            raise DanceError(f"The output {value.name!r} is not a tensor: export the network with tensors out.")
+            raise DanceError(f"the output {value.name!r} is not a tensor: export the network with tensors out")
         declared = onnx_file.dtype_name(value) if value.type.tensor_type.elem_type else ""
         if declared in OTHER_FLOATS and str(found.ty.dtype.dtype) == "float32":
             self.bb.enter(value.name, only=False)
@@ -191,12 +191,12 @@ class _Importer(ONNXGraphImporter):
         try:
             values = self._values(node)
         except UnsupportedError as problem:
-            raise DanceError(f"The operator {node.op_type} of layer {layer!r} {problem}.") from problem
+            raise DanceError(f"the operator {node.op_type} of layer {layer!r} {problem}") from problem
         except DanceError:
             raise
         except Exception as problem:
-            failure = f"The operator {node.op_type} of layer {layer!r} cannot be read"
-            raise DanceError(f"{failure}: export the network to .pt2, or without it.") from problem
+            failure = f"the operator {node.op_type} of layer {layer!r} cannot be read"
+            raise DanceError(f"{failure}: export the network to .pt2, or without it") from problem
         if not self._within:
             self._layers.update(dict.fromkeys(node.output, layer))
         for name, value in zip(node.output, values, strict=False):

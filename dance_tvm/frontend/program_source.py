@@ -44,7 +44,7 @@ class ProgramSource:
             if value is None:
                 continue
             if not isinstance(value, (torch.Tensor, bool, int, float)):
-                raise DanceError(f"{name} of the network is {value!r}, not a tensor: leave it out when exporting.")
+                raise DanceError(f"{name} of the network is {value!r}, not a tensor: leave it out when exporting")
             value = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
             specs.append(_spec(name, value, f"output {len(specs)} of the network"))
         return specs
@@ -72,8 +72,8 @@ class ProgramSource:
             apart = (a - b)[there].abs().nan_to_num(float("inf")).max() if there.any() else torch.zeros(())
             if apart > allowed * b[there].abs().amax().clamp(min=1e-6):
                 raise DanceError(
-                    f"The network computes in {_names(self.decomposed.declared)}, and {spec.name} is another one in "
-                    "float32, in which it is built here: export it in float32."
+                    f"the network computes in {_names(self.decomposed.declared)}, and {spec.name} is another one in "
+                    "float32, in which it is built here: export it in float32"
                 )
 
     def intermediates(self, nodes: dict[str, torch.fx.Node], arrays: Arrays) -> dict[str, tuple[str, torch.Tensor]]:
@@ -100,7 +100,7 @@ class ProgramSource:
                 continue
             value = values.get(spec.arg.name)
             if not (isinstance(spec.arg, TensorArgument) and isinstance(value, torch.Tensor)):
-                raise DanceError(f"Input {spec.arg.name!r} of the network is not a tensor: fix it when exporting.")
+                raise DanceError(f"input {spec.arg.name!r} of the network is not a tensor: fix it when exporting")
             taken.append((spec, value))
         return taken
 

@@ -37,7 +37,7 @@ def with_ranges(
         else:
             return chosen
     reason = (str(problem).splitlines() or [""])[0]
-    raise DanceError(f"The network itself fails on random input, its integers {', '.join(integers)} small: {reason}")
+    raise DanceError(f"the network itself fails on random input, its integers {', '.join(integers)} small: {reason}")
 
 
 def _up_to(spec: TensorSpec, largest: int | None) -> TensorSpec:

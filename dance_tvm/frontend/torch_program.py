@@ -28,10 +28,10 @@ from dance_tvm.frontend.torch_values import constant
 # What core ATen takes apart and a conversion of ours does better.
 _KEPT = {"select_scatter.default", "diagonal_scatter.default", "take.default", *RESAMPLING}
 
-_UNKNOWN = "The operator {} of layer {!r} is not supported."
+_UNKNOWN = "the operator {} of layer {!r} is not supported"
 _STATE = (
-    "The network keeps state: its forward changes the buffer {!r}. Export it with the state as an "
-    "input and the next state as an output, as docs/dstep.md does for streams."
+    "the network keeps state: its forward changes the buffer {!r}; export it with the state as an "
+    "input and the next state as an output, as docs/dstep.md does for streams"
 )
 
 # Each round of decompositions may bring up operators that want one themselves.
@@ -71,7 +71,7 @@ def import_program(
 def decompose(program: torch.export.ExportedProgram) -> Decomposed:
     """``program`` in core ATen operators. Raises DanceError where it keeps state or cannot be decomposed."""
     if any(spec.kind is InputKind.CUSTOM_OBJ for spec in program.graph_signature.input_specs):
-        raise DanceError("The network holds custom objects, which cannot be compiled: export it without them.")
+        raise DanceError("the network holds custom objects, which cannot be compiled: export it without them")
     table = torch.export.default_decompositions()
     _require_no_obstacle(program, table)
     try:
@@ -118,8 +118,8 @@ def _require_no_obstacle(program: torch.export.ExportedProgram, table: Mapping[A
                 raise DanceError(_STATE.format(buffers[first.name]))
         elif node in decided and node.users and (tensors := _tensors_of(node)):
             if any(tensor.is_complex() for tensor in tensors):
-                problem = f"The operator {node.target} of layer {describe(node)!r} makes complex numbers"
-                raise DanceError(f"{problem}, which is not supported: compute with real ones.")
+                problem = f"the operator {node.target} of layer {describe(node)!r} makes complex numbers"
+                raise DanceError(f"{problem}, which is not supported: compute with real ones")
             apart = node.target in table or node.target in decomposition_table or _is_composite(node.target)
             if not apart and not _is_known(node):
                 raise DanceError(_UNKNOWN.format(node.target, describe(node)))
@@ -141,8 +141,8 @@ def _not_decomposed(problem: Exception) -> str:
     found = re.search(r"target=torch\.ops\.([\w.]+)", str(problem))
     operator = f"the operator {found[1]}" if found else "an operator"
     if isinstance(problem, GuardOnDataDependentSymNode):
-        return f"A size that depends on the input's values reaches {operator}: export the network with fixed sizes."
-    return f"PyTorch cannot take {operator} of the exported program apart: export the network without it."
+        return f"a size that depends on the input's values reaches {operator}: export the network with fixed sizes"
+    return f"PyTorch cannot take {operator} of the exported program apart: export the network without it"
 
 
 def _further_decompositions(program: torch.export.ExportedProgram) -> dict[Any, Callable[..., Any]]:
@@ -167,8 +167,8 @@ def require_inference(program: torch.export.ExportedProgram) -> None:
         for node in graph.graph.nodes:
             if node.op == "call_function" and _is_training(node):
                 raise DanceError(
-                    f"The layer {describe(node)!r} ({_operator(node)}) is in training mode: call .eval() on the "
-                    "network and export it again."
+                    f"the layer {describe(node)!r} ({_operator(node)}) is in training mode: call .eval() on the "
+                    "network and export it again"
                 )
 
 
@@ -271,7 +271,7 @@ class _Importer(ExportedProgramImporter):
                 return self._results(node, outputs)
             else:
                 self.env[node] = self._convert(node, names[node])
-        raise DanceError("The exported program returns nothing.")
+        raise DanceError("the exported program returns nothing")
 
     def _input(self, node: fx.Node, params: Mapping[str, relax.Var]) -> relax.Expr | None:
         if node.name not in params:
@@ -301,10 +301,10 @@ class _Importer(ExportedProgramImporter):
             ours = CONVERSIONS.get(operator)
             value = ours(node, self) if ours else self.convert_map[operator](node)
         except DanceError as problem:
-            raise DanceError(f"The operator {node.target} of layer {describe(node)!r}: {problem}") from None
+            raise DanceError(f"the operator {node.target} of layer {describe(node)!r}: {problem}") from None
         except Exception as problem:
             raise DanceError(
-                f"The operator {node.target} of layer {describe(node)!r} is not supported in this form: "
+                f"the operator {node.target} of layer {describe(node)!r} is not supported in this form: "
                 f"{first_line(problem)}"
             ) from problem
         if isinstance(value, relax.Expr) and not isinstance(value, relax.Var):
@@ -320,15 +320,15 @@ class _Importer(ExportedProgramImporter):
             return value
         if not all(isinstance(extent, tvm.tirx.IntImm) for extent in value.ty.shape):
             raise DanceError(
-                f"The operator {node.target} of layer {describe(node)!r} has a result whose size depends on the "
-                "input's values: export the network with fixed sizes."
+                f"the operator {node.target} of layer {describe(node)!r} has a result whose size depends on the "
+                "input's values: export the network with fixed sizes"
             )
         shape = tuple(int(extent) for extent in value.ty.shape)
         known = all(isinstance(extent, int) for extent in expected.shape)
         if known and shape != tuple(expected.shape):
             raise DanceError(
-                f"The operator {node.target} of layer {describe(node)!r} is not supported in this form: "
-                f"it would be imported with shape {shape} in place of {tuple(expected.shape)}."
+                f"the operator {node.target} of layer {describe(node)!r} is not supported in this form: "
+                f"it would be imported with shape {shape} in place of {tuple(expected.shape)}"
             )
         return self._in_type(value, self._convert_data_type(expected.dtype))
 

@@ -10,8 +10,8 @@ from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgu
 from torch.utils import _pytree as pytree
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.frontend.interface import require_shape
 from dance_tvm.frontend.torch_program import first_line
+from dance_tvm.models.network_inputs import require_shape
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -43,9 +43,9 @@ def with_shapes(
         elif spec.arg.name in chosen:
             leaves.append(torch.zeros(chosen[spec.arg.name], dtype=values[spec.arg.name].dtype))
         else:
-            raise DanceError(f"Input {spec.arg.name!r} of the network is a number: fix it when exporting.")
+            raise DanceError(f"input {spec.arg.name!r} of the network is a number: fix it when exporting")
     args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
     try:
         return torch.export.export(program.module(), args, kwargs, strict=False)
     except Exception as problem:
-        raise DanceError(f"The network does not take inputs of the shapes given: {first_line(problem)}") from problem
+        raise DanceError(f"the network does not take inputs of the shapes given: {first_line(problem)}") from problem

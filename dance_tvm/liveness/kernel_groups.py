@@ -191,7 +191,7 @@ def find_kernel_groups(weight: NDArray[np.floating], gm: int, gn: int) -> Kernel
     under 1 or weights without filters, channels and a kernel.
     """
     if gm < 1 or gn < 1:
-        raise DanceError(f"Kernel groups need at least one filter and one channel, got {gm}x{gn}.")
+        raise DanceError(f"kernel groups need at least one filter and one channel, got {gm}x{gn}")
     flat = _flatten(weight)
     live = _live_columns(flat, gm, gn)
     scheme, reason = _scheme_of(flat, live, gm, gn)
@@ -211,7 +211,7 @@ def choose_kernel_groups(
     cost = cost or lane_cost(8)
     candidates = tuple(candidates)
     if not candidates:
-        raise DanceError("No candidate group size was given; name at least one (filters, channels) pair.")
+        raise DanceError("no candidate group size was given; name at least one (filters, channels) pair")
     zeros = 1 - np.count_nonzero(weight) / max(weight.size, 1)
     if zeros < BREAK_EVEN:
         return _as_dense(weight, *candidates[0], f"{zeros:.1%} of the weights are zero, under the break-even")
@@ -267,7 +267,7 @@ def lane_cost(
 
 def _flatten(weight: NDArray[np.floating]) -> NDArray[np.float32]:
     if weight.ndim < 2 or 0 in weight.shape:
-        raise DanceError(f"Kernel groups need weights (filters, channels, kernel...), got the shape {weight.shape}.")
+        raise DanceError(f"kernel groups need weights (filters, channels, kernel...), got the shape {weight.shape}")
     return np.ascontiguousarray(weight, np.float32).reshape(*weight.shape[:2], -1)
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.faults import place_of, said_of
+from dance_tvm.core.text_files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -203,11 +205,11 @@ def _names() -> dict[str, Path]:
 
 
 def _parse(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise DanceError(f"no target file at {path}: check the path, or give a name from `dance-tvm targets`")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DanceError(f"no target file at {path}: check the path, or give a name from `dance-tvm targets`") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(read_text(path, f"target file {path}"))
+    except tomllib.TOMLDecodeError as error:
         raise DanceError(f"target file {path} cannot be read as TOML: {error}") from None
 
 
@@ -218,7 +220,7 @@ def _read(path: Path, look_for_opencl: bool = True) -> Target:
     try:
         return Target.model_validate(facts)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:4])
+        wrong = "; ".join(f"{place_of(item)}: {said_of(item)}" for item in error.errors()[:4])
         raise DanceError(f"target file {path} does not describe a target: {wrong}") from None
 
 

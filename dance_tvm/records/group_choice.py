@@ -103,7 +103,7 @@ def require_fitting(target: Target, candidates: Iterable[tuple[int, int]]) -> No
     for gm, gn in candidates:
         if gm % lanes:
             raise DanceError(
-                f"Groups of {gm}x{gn} do not fit {target.name}: its vectors take {lanes} filters, or multiples of that."
+                f"groups of {gm}x{gn} do not fit {target.name}: its vectors take {lanes} filters, or multiples of that"
             )
 
 
@@ -156,7 +156,7 @@ def best_group(measurements: Iterable[GroupMeasurement]) -> tuple[int, int]:
     """
     found = efficiencies(measurements)
     if not found:
-        raise DanceError("No kernel group was measured for this target; measure with `dance-tvm groups` first.")
+        raise DanceError("no kernel group was measured for this target; measure with `dance-tvm groups` first")
     best = max(found.values())
     fast = [group for group, efficiency in found.items() if efficiency * EQUALLY_FAST >= best]
     return min(fast, key=lambda group: (group[0] * group[1], group))

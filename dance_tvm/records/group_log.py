@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.text_files import read_text
 from dance_tvm.liveness.kernel_groups import KernelGroups
 from dance_tvm.records.group_choice import GroupMeasurement, measured_cost
 from dance_tvm.records.kernel_log import locked
@@ -57,7 +58,7 @@ def write_log(path: Path, measurements: Iterable[GroupMeasurement]) -> None:
 
     def write() -> None:
         merged = {_case(entry): entry for entry in [*read_log(path), *measurements]}
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = read_text(path, f"tuning log {path}").splitlines() if path.exists() else []
         others = [line for line in lines if json.loads(line).get("kind") != "kernel_group"]
         ours = [json.dumps(entry.model_dump()) for entry in merged.values()]
         beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -83,7 +84,7 @@ def read_log(
     if not path.exists():
         return []
     found = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(path, f"tuning log {path}").splitlines(), start=1):
         try:
             entry = json.loads(line)
             if not isinstance(entry, dict):
@@ -91,7 +92,7 @@ def read_log(
             if entry.get("kind") == "kernel_group":
                 found.append(GroupMeasurement(**entry))
         except (ValueError, TypeError, ValidationError) as error:
-            raise DanceError(f"{path}, line {number} is not a measurement ({error}); delete the line.") from error
+            raise DanceError(f"{path}, line {number} is not a measurement ({error}); delete the line") from error
     return [
         entry
         for entry in found

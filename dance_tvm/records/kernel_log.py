@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.faults import place_of, said_of
 from dance_tvm.records.places import own_logs
 from dance_tvm.schedules.workload import GATHER, Decisions, Workload
 
@@ -169,7 +170,7 @@ class Log:
         except FileNotFoundError:
             return log
         except OSError as error:
-            raise DanceError(f"tuning log {path} cannot be read: {error.strerror}") from None
+            raise DanceError(f"tuning log {path} cannot be read ({error.strerror}): check the path") from None
         log._scan()
         return log
 
@@ -298,7 +299,7 @@ def _reason(raw: bytes) -> str:
 def _first_words(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        return f"its {'.'.join(map(str, first['loc'])) or 'line'} is wrong: {first['msg']}"
+        return f"its {place_of(first, 'line')} is wrong: {said_of(first)}"
     return str(error) or type(error).__name__
 
 

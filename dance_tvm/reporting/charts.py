@@ -168,7 +168,7 @@ def tuning(path: Path) -> Chart:
                 curve = best.setdefault(record["workload_id"], [])
                 curve.append(min([record["seconds"], *curve[-1:]]))
     except OSError as error:
-        raise DanceError(f"tuning log {path} cannot be read: {error.strerror}") from None
+        raise DanceError(f"tuning log {path} cannot be read ({error.strerror}): check the path") from None
     if not best:
         raise DanceError(f"{path} holds no trial of dance-tvm tune")
     return curves(f"Tuning: {path.name}", {name[:8]: [curve[0] / it for it in curve] for name, curve in best.items()})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.text_files import read_text
 from dance_tvm.core.video_files import Video
 from dance_tvm.sparsity.clips import Splits
 from dance_tvm.sparsity.video import splits_of
@@ -64,10 +65,7 @@ def labelled(
 
 
 def _rows(path: Path) -> list[tuple[Path, str]]:
-    try:
-        rows = [row for row in csv.reader(path.read_text(encoding="utf-8").splitlines()) if row]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DanceError(f"the list {path} cannot be read ({error}); write lines of video,class") from None
+    rows = [row for row in csv.reader(read_text(path, f"the list {path}").splitlines()) if row]
     if rows and [cell.strip().lower() for cell in rows[0]] in (["video", "class"], ["path", "label"]):
         rows = rows[1:]
     for number, row in enumerate(rows, 1):

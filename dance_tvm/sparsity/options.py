@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.faults import place_of, said_of
 from dance_tvm.models.registry import entry
 
 #: PACKAGE:CLASS of each method: the class stands in PACKAGE.method, its options as CLASSOptions in PACKAGE.options.
@@ -48,9 +49,9 @@ def checked(name: str, form: type[Form], options: Mapping[str, Any]) -> Form:
         return form(**options)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "options"
+        place = place_of(first, "options")
         allowed = ", ".join(form.model_fields) or "none"
-        said = "there is no such option" if first["type"] == "extra_forbidden" else first["msg"]
+        said = "there is no such option" if first["type"] == "extra_forbidden" else said_of(first)
         raise DanceError(f"--method {name}: {place}: {said}; its options: {allowed}") from error
 
 

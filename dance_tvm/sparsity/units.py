@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.faults import place_of, said_of
 from dance_tvm.core.files import written_whole
 
 
@@ -113,10 +114,8 @@ def read_units(path: Path) -> Units:
         raise DanceError(f"{path} cannot be read ({error.strerror}): write it by `dance-tvm units --out`") from None
     except ValidationError as error:
         fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"])) or "the file"
-        raise DanceError(
-            f"{path} is no file of units: {place}: {fault['msg']}; `dance-tvm units` writes them"
-        ) from None
+        said = f"{place_of(fault, 'the file')}: {said_of(fault)}"
+        raise DanceError(f"{path} is no file of units: {said}; `dance-tvm units` writes them") from None
 
 
 def require_same_sites(units: Sequence[SiteUnits], sites: Sequence[Shaped]) -> None:

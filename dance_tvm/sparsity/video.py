@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.text_files import read_text
 from dance_tvm.core.video_files import Video, read_video
 from dance_tvm.sparsity.clips import Splits
 
@@ -190,10 +191,9 @@ def _folder_with(pattern: str, path: Path, layout: str) -> Path:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise DanceError(f"the split file {path} is missing; unpack it or choose another split") from error
+    if not path.is_file():
+        raise DanceError(f"the split file {path} is missing; unpack it or choose another split")
+    return [line for line in read_text(path, f"the split file {path}").splitlines() if line.strip()]
 
 
 def _class_of(name: str, classes: tuple[str, ...], lists: Path) -> int:

@@ -129,7 +129,7 @@ def find_layers(network: nn.Module, *inputs: Tensor, skip_first: bool = True) ->
             window = module_window(module, entry.input_shape, entry.output_shape)
             layers.append(Layer(entry.name, module, positions, sources.get(entry.name), window))
     if not layers:
-        raise DanceError(f"{type(network).__name__} has no convolution to prune after its first one.")
+        raise DanceError(f"{type(network).__name__} has no convolution to prune after its first one")
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Prunable(tuple(layers), sum(entry.macs for entry in counted), parameters, why_dense)
 
@@ -143,7 +143,7 @@ def select(
     units by layer. Raises DanceError for a rate under 1, or one beyond what the layers left dense allow.
     """
     if rate < 1:
-        raise DanceError(f"A pruning rate of {rate:g} adds work; choose 1 (dense) or more.")
+        raise DanceError(f"a pruning rate of {rate:g} adds work; choose 1 (dense) or more")
     flat = torch.cat([_with_floor(scores[layer.name].detach().flatten().double().cpu()) for layer in prunable.layers])
     order = flat.argsort(stable=True)
     dense = prunable.cost(budget)
@@ -169,7 +169,7 @@ def select(
     left = _cost(prunable, scheme, units(removed), budget)
     if left > target:
         raise DanceError(
-            f"A rate of {rate:g} cannot be reached with {scheme}: what must stay allows at most {dense / left:.2f}."
+            f"a rate of {rate:g} cannot be reached with {scheme}: what must stay allows at most {dense / left:.2f}"
         )
     return units(removed)
 

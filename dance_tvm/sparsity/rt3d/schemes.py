@@ -38,9 +38,9 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.name not in SCHEMES:
-            raise DanceError(f"There is no sparsity scheme called {self.name!r}; choose one of {', '.join(SCHEMES)}.")
+            raise DanceError(f"there is no sparsity scheme called {self.name!r}; choose one of {', '.join(SCHEMES)}")
         if self.gm < 1 or self.gn < 1:
-            raise DanceError(f"A kernel group needs at least one filter and one channel, got {self.gm}x{self.gn}.")
+            raise DanceError(f"a kernel group needs at least one filter and one channel, got {self.gm}x{self.gn}")
 
     def sums(self, values: Tensor) -> Tensor:
         """Sums of (M, N, *kernel) values over each unit, differentiable."""
