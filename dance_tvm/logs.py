@@ -16,13 +16,16 @@ from dance_tvm.core.options import AsJson
 from dance_tvm.core.printing import print_table
 
 if TYPE_CHECKING:
-    from dance_tvm.records.kernel_log import Record
+    from dance_tvm.records.kernel_log import Log, Record
     from dance_tvm.schedules.workload import Workload
 
 app = application(help="Check, merge and show tuning logs.", no_args_is_help=True)
 
 Files = Annotated[
-    list[Path] | None, typer.Argument(help="Logs.", show_default="all of ./tuning_logs or your own, and the package's")
+    list[Path] | None,
+    typer.Argument(
+        help="Logs, or folders of them.", show_default="all of ./tuning_logs or your own, and the package's"
+    ),
 ]
 
 
@@ -78,6 +81,8 @@ def merge(
                     skipped.append({"log": str(path), "line": number, "reason": found})
                 else:
                     records[found.line()] = found
+            if path == into and content.strip() and not records:
+                raise DanceError(f"{into} is there and has no record: name the log to write first, then what to merge")
         kept.extend(sorted(records.values(), key=lambda record: record.date))
         if best:
             verified = (record for record in kept if record.status == "verified" and record.steady)
@@ -112,7 +117,7 @@ def best(files: Files = None, as_json: AsJson = False) -> None:
 
     found = []
     for path in _files(files):
-        log = Log.read(path)
+        log = _named_faults(path, Log.read(path))
         found += [record for fingerprint in sorted(log.fingerprints) for record in log.best(fingerprint).values()]
     _print(found, as_json)
 
@@ -127,10 +132,18 @@ def show(
     """The latest records, trials and failures too."""
     from dance_tvm.records.kernel_log import Log
 
-    found = [record for path in _files(files) for record in Log.read(path).records(workload=layer or None)]
+    logs = [_named_faults(path, Log.read(path)) for path in _files(files)]
+    found = [record for log in logs for record in log.records(workload=layer or None)]
     if layer and not found:
         raise DanceError(f"no log has a record of --layer {layer}: `dance-tvm logs best` lists the workloads")
     _print(found[-last:], as_json)
+
+
+def _named_faults(path: Path, log: Log) -> Log:
+    """``log``; that it has lines which are no records is said."""
+    if count := len(log.problems):
+        print(f"{path}: {count} of its lines are no records: `dance-tvm logs check {path}` names them", file=sys.stderr)
+    return log
 
 
 def _files(files: list[Path] | None) -> list[Path]:
@@ -138,12 +151,19 @@ def _files(files: list[Path] | None) -> list[Path]:
     from dance_tvm.schedules.workload import FAMILIES
 
     folders = log_folders()
+
+    def within(folder: Path) -> list[Path]:
+        found = sorted(path for family in FAMILIES for path in folder.glob(f"*.{family}.jsonl"))
+        if not found and folder not in folders:
+            raise DanceError(f"there are no tuning logs in {folder}: `dance-tvm tune --logs {folder}` writes them")
+        return found
+
     for path in files or []:
-        if not path.is_file():
+        if not path.exists():
             raise DanceError(f"there is no log {path}: `dance-tvm tune` writes them to {folders[0]}")
-    found = files or sorted(
-        path for folder in folders for family in FAMILIES for path in folder.glob(f"*.{family}.jsonl")
-    )
+    if files:
+        return [log for path in files for log in (within(path) if path.is_dir() else [path])]
+    found = [log for folder in folders for log in within(folder)]
     if not found:
         raise DanceError(f"there are no tuning logs in {folders[0]}: `dance-tvm tune` writes them")
     return found

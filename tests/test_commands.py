@@ -297,6 +297,21 @@ def test_torn_lines_are_named_by_merge(tmp_path):
     assert "torn.jsonl, line 2: it is torn or not JSON; left out" in done.output
 
 
+def test_merge_overwrites_no_file_that_is_no_log_and_broken_logs_are_named(tmp_path):
+    notes, good = tmp_path / "notes.md", tmp_path / "host.conv3d_gather.jsonl"
+    notes.write_text("# What I found\n")
+    good.write_bytes(record(0.25).line())
+    done = CliRunner().invoke(logs.app, ["merge", str(notes), str(good)])
+    assert "has no record: name the log to write first" in str(done.exception)
+    assert notes.read_text() == "# What I found\n"
+    for command in ("show", "best"):
+        assert f"{notes}: 1 of its lines are no records" in CliRunner().invoke(logs.app, [command, str(notes)]).output
+        assert "250.000" in CliRunner().invoke(logs.app, [command, str(tmp_path)]).output
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "there are no tuning logs in" in str(CliRunner().invoke(logs.app, ["check", str(empty)]).exception)
+
+
 def test_times_that_disagree_are_not_followed(own_logs):
     from dance_tvm.records.advice import tuned_tiles
 

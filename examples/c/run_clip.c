@@ -56,9 +56,10 @@ int main(int argc, char **argv) {
   const dance_tensor *inputs, *outputs;
   const int32_t input_count = api->inputs(&inputs), output_count = api->outputs(&outputs);
   void **given = buffers(inputs, input_count), **answers = buffers(outputs, output_count);
-  FILE *source = fopen(argv[2], "rb"), *sink = fopen(argv[3], "wb");
   if (!given || !answers) return fail("memory is short");
-  if (!source || !sink) return fail("the input cannot be read, or the output not written");
+  FILE *source = fopen(argv[2], "rb"), *sink = source ? fopen(argv[3], "wb") : NULL;
+  if (!source) return fail("the input file cannot be read");
+  if (!sink) return fail("the output file cannot be written");
 
   int calls = 0, code = DANCE_OK;
   double spent = 0;
