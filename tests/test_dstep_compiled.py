@@ -219,7 +219,7 @@ def test_an_emulated_phone_streams_exactly(emulator, tmp_path):
 
 
 def test_only_streaming_networks_make_sessions(compiled, device):
-    with pytest.raises(DanceError, match="is no streaming network.*export-dstep --stream"):
+    with pytest.raises(DanceError, match=r"is no streaming network.*export-dstep --stream"):
         device.load(compiled[1]).stream()
 
 
