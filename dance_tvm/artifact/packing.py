@@ -17,9 +17,9 @@ from dance_tvm.core.errors import DanceError
 
 Format = Literal["c", "android", "wheel"]
 
-#: Names that pip knows machines by: wheels for glibc 2.17 or newer.
 #: A version by PEP 440, without epochs.
 _VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9]+(\.[a-z0-9]+)*)?")
+#: Names that pip knows machines by: wheels for glibc 2.17 or newer.
 _PLATFORM = "manylinux2014_{machine}"
 _MODULE = """\"\"\"The network {name}, compiled by dance_tvm; needs numpy alone.\"\"\"
 
