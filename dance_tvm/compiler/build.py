@@ -19,7 +19,6 @@ from tvm.target import codegen
 
 from dance_tvm.artifact.folder import (
     Artifact,
-    BuiltFor,
     Check,
     Manifest,
     Tensor,
@@ -31,7 +30,7 @@ from dance_tvm.artifact.staging import require_writable
 from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.gpu_code import compile_for_gpu
 from dance_tvm.compiler.pipeline import Measure, Options, lower
-from dance_tvm.compiler.program import write_program
+from dance_tvm.compiler.program import built_for, write_program
 from dance_tvm.compiler.requests import (
     known_preprocess,
     require_buildable,
@@ -44,7 +43,6 @@ from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.core.versions import versions
 from dance_tvm.lowering.lowered import Lowered
-from dance_tvm.machines.host import needed_flags
 from dance_tvm.machines.target import Target, load_target
 from dance_tvm.records.advice import tuned_tiles
 from dance_tvm.records.places import digest_of_logs
@@ -321,7 +319,6 @@ def _describe(manifest: Manifest, lowered: Lowered, planned: tvm.IRModule, optio
 
 def new_manifest(imported: Imported, machine: Target, options: Options, logs_from: Target | None = None) -> Manifest:
     """All that is known before anything is compiled."""
-    target = machine.tvm_target(options.threads)
     chosen = _recorded(options)
     if digest := digest_of_logs(logs_from or machine, options.logs):
         chosen["tuning_logs"] = digest
@@ -332,16 +329,7 @@ def new_manifest(imported: Imported, machine: Target, options: Options, logs_fro
         source_sha256=imported.source_sha256,
         inputs=[_tensor(spec) for spec in imported.inputs],
         outputs=[_tensor(spec) for spec in imported.outputs],
-        target=BuiltFor(
-            name=machine.name,
-            machine=machine.link.machine,
-            tuning_log=machine.tuning_log,
-            fingerprint=machine.fingerprint,
-            tvm=machine.tvm,
-            host=machine.host,
-            threads=options.threads,
-            cpu_features=needed_flags(target),
-        ),
+        target=built_for(machine, options.threads),
         options=chosen,
         versions={**versions(), "llvm": str(codegen.llvm_version_major())},
         memory_peak_bytes=0,

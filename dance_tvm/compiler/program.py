@@ -10,14 +10,29 @@ import numpy as np
 
 from dance_tvm.artifact.c_interface import compile_interface
 from dance_tvm.artifact.c_program import Names, program_of
-from dance_tvm.artifact.folder import ARCHIVE, Artifact, Check, Manifest, write_artifact
+from dance_tvm.artifact.folder import ARCHIVE, Artifact, BuiltFor, Check, Manifest, write_artifact
 from dance_tvm.artifact.linker import archive, link_program
 from dance_tvm.artifact.weight_store import MOST_INLINE, Store, store_of
 from dance_tvm.compiler.code import Code
 from dance_tvm.compiler.kernel_cache import KernelCache
 from dance_tvm.compiler.pipeline import Options
 from dance_tvm.lowering.lowered import Lowered
+from dance_tvm.machines.host import needed_flags
 from dance_tvm.machines.target import Target
+
+
+def built_for(target: Target, threads: int) -> BuiltFor:
+    """What a manifest says of the target, for a call on so many threads."""
+    return BuiltFor(
+        name=target.name,
+        machine=target.link.machine,
+        tuning_log=target.tuning_log,
+        fingerprint=target.fingerprint,
+        tvm=target.tvm,
+        host=target.host,
+        threads=threads,
+        cpu_features=needed_flags(target.tvm_target(threads)),
+    )
 
 
 def write_program(

@@ -34,7 +34,9 @@ _KNOWN_MEMBERS = re.compile(
     r"models/[\w.-]+\.json|data/(weights|constants)/([\w.-]+_config\.json|[\w-]+|[\w.-]+\.pt)|data/sample_inputs/[\w.-]+\.pt"
 )
 
-_PICKLED = "{} holds pickled objects, which could run code: export the network without them"
+
+def _pickled(path: Path) -> DanceError:
+    return DanceError(f"{path} holds pickled objects, which could run code: export the network without them")
 
 
 def load_program(path: Path) -> torch.export.ExportedProgram:
@@ -97,9 +99,7 @@ def _require_tensors_alone(path: Path, pickled: bytes) -> None:
     try:
         torch.load(io.BytesIO(pickled), weights_only=True)
     except Exception:
-        raise DanceError(
-            f"{path} holds pickled objects, which could run code: export the network without them"
-        ) from None
+        raise _pickled(path) from None
 
 
 def _inspect_json(path: Path, value: Any) -> None:
@@ -109,7 +109,7 @@ def _inspect_json(path: Path, value: Any) -> None:
     if not isinstance(value, dict):
         return
     if value.get("use_pickle") is True or str(value.get("path_name", "")).startswith(("custom_obj", "opaque_obj")):
-        raise DanceError(_PICKLED.format(path))
+        raise _pickled(path)
     expression = value.get("expr_str")
     if "__enum__" in value or not (expression is None or _ARITHMETIC.fullmatch(str(expression))):
         raise DanceError(f"{path} has shapes that cannot be computed: export the network with fixed shapes")

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import tvm
 from tvm import relax
 
-from dance_tvm.artifact.folder import BuiltFor, Check, Manifest, Tensor, load_artifact
+from dance_tvm.artifact.folder import Check, Manifest, Tensor, load_artifact
 from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.pipeline import Options
-from dance_tvm.compiler.program import write_program
+from dance_tvm.compiler.program import built_for, write_program
 from dance_tvm.core.versions import versions
 from dance_tvm.device.served import ServedNetwork, ServedSession
 from dance_tvm.lowering.lowered import Lowered
-from dance_tvm.machines.host import needed_flags
 from dance_tvm.schedules.kernel import Kernel, Operand
 from dance_tvm.tuning.instances import DIGEST, KERNEL, PARTS, Instance, enough
 
@@ -39,16 +38,7 @@ def build_sealed(instance: Instance, target: Target, path: Path) -> None:
         source_sha256="",
         inputs=[],
         outputs=[Tensor(name=SUMS, shape=[PARTS], dtype="int64", meaning="digest")],
-        target=BuiltFor(
-            name=target.name,
-            machine=target.link.machine,
-            tuning_log=target.tuning_log,
-            fingerprint=target.fingerprint,
-            tvm=target.tvm,
-            host=target.host,
-            threads=options.threads,
-            cpu_features=needed_flags(target.tvm_target(options.threads)),
-        ),
+        target=built_for(target, options.threads),
         versions=versions(),
         memory_peak_bytes=0,
         check=Check(status="not run", reason="a trial"),
