@@ -227,7 +227,7 @@ def test_a_library_without_the_interface_is_refused_in_a_sentence(tmp_path):
 
 
 def test_a_processor_without_the_instructions_is_refused_in_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr("dance_tvm.compiler.build.needed_flags", lambda _target: ["of_another_maker"])
+    monkeypatch.setattr("dance_tvm.compiler.program.needed_flags", lambda _target: ["of_another_maker"])
     with pytest.raises(ModelError, match="uses of_another_maker instructions, which this processor lacks"):
         Model(built(nn.Linear(4, 4), tmp_path / "a", torch.zeros(1, 4)))
 
