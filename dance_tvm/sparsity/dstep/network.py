@@ -44,6 +44,9 @@ from dance_tvm.sparsity.dstep.policy import Decision, SpatialPolicy, TemporalPol
 class DStepOptions(BaseModel):
     """The policies' form. `tile` is the edge p of a tile by stage (the last one repeats), `hidden` the MLP's width.
 
+    `group` channels side by side are decided together; the paper decides each alone. Winograd kernels leave out whole
+    vectors of channels, 16 with AVX-512.
+
     Table 3's ablation switches parts off: `spatial` the tile masks, `reuse` the third way, `channels` the channel
     policy altogether (then every channel is computed).
     """
@@ -52,6 +55,7 @@ class DStepOptions(BaseModel):
 
     tile: tuple[int, ...] = Field(default=(8,), min_length=1)
     hidden: int = Field(default=512, ge=1)
+    group: int = Field(default=1, ge=1)
     spatial: bool = True
     channels: bool = True
     reuse: bool = True
@@ -74,7 +78,7 @@ class BlockPolicy(nn.Module):
         self.stride = conv.stride[0]
         self.spatial = SpatialPolicy(conv.in_channels, tile, self.stride) if options.spatial else None
         self.temporal = (
-            TemporalPolicy(conv.in_channels, conv.out_channels, options.hidden, options.reuse)
+            TemporalPolicy(conv.in_channels, conv.out_channels, options.hidden, options.reuse, options.group)
             if options.channels
             else None
         )
