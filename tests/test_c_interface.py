@@ -19,6 +19,7 @@ from tvm import relax
 from dance_tvm import Options, build_network, import_model
 from dance_tvm.artifact.c_interface import HEADER, INTERFACE
 from dance_tvm.artifact.interface.dance_model import Model, ModelError, _addresses
+from dance_tvm.artifact.linker import seal
 from dance_tvm.compiler.pipeline import lower
 from dance_tvm.machines.host import FEATURES, cpu_flags
 from dance_tvm.machines.target import load_target
@@ -244,8 +245,58 @@ def test_a_wrong_input_or_number_of_threads_is_refused_in_a_sentence(masked, cal
 
 def test_a_library_without_the_interface_is_refused_in_a_sentence(tmp_path):
     shutil.copy(_ctypes.__file__, tmp_path / "model.so")
+    with pytest.raises(ModelError, match="has no seal at its end"):
+        Model(tmp_path)
+    seal(tmp_path / "model.so")
     with pytest.raises(ModelError, match="has no C interface"):
         Model(tmp_path)
+
+
+def sections(library: Path) -> dict[str, tuple[int, int]]:
+    """Where each section begins and ends in the file."""
+    shown = subprocess.run(["readelf", "-SW", library], capture_output=True, text=True).stdout
+    rows = [line.partition("]")[2].split() for line in shown.splitlines() if "] ." in line]
+    return {row[0]: (int(row[3], 16), int(row[3], 16) + int(row[4], 16)) for row in rows}
+
+
+@needs_cc
+def test_a_damaged_library_is_refused_before_it_is_loaded(masked, tmp_path):
+    """By C and by Python: bits turned in its code, its tables, its weights, its headers and its seal; bytes that are
+    gone, exchanged or too many."""
+    program = compiled("cc", [*C, "-D_DEFAULT_SOURCE"], EXAMPLES / "c/run_clip.c", tmp_path / "run_clip")
+    sound, places = (masked / "model.so").read_bytes(), sections(masked / "model.so")
+    damaged = {"cut": sound[:-1], "half": sound[: len(sound) // 2], "empty": b"", "more": sound + b"\0"}
+    damaged["exchanged"] = sound[:4096] + sound[8192:12288] + sound[4096:8192] + sound[12288:]
+    rng = np.random.default_rng(0)
+    parts = {name: places[name] for name in (".text", ".rodata", ".dynamic", ".data.rel.ro")}
+    parts |= {"header": (0, 64), "seal": (len(sound) - 16, len(sound)), "any": (0, len(sound))}
+    for name, (begin, end) in parts.items():
+        for number in range(5):
+            changed = bytearray(sound)
+            changed[int(rng.integers(begin, end))] ^= 1 << int(rng.integers(0, 8))
+            damaged[f"{name} {number}"] = bytes(changed)
+    library = tmp_path / "model.so"
+    for name, data in damaged.items():
+        library.write_bytes(data)
+        with pytest.raises(ModelError, match=r"is damaged: |has no seal at its end: "):
+            Model(tmp_path)
+        done = subprocess.run([program, tmp_path, "in.bin", "out.bin"], capture_output=True, text=True)
+        assert done.returncode == 2, name
+        assert done.stderr.startswith((f"error: {library} is damaged: ", f"error: {library} has no seal at its end: "))
+
+
+def test_weights_within_a_library_are_verified_by_create(masked, tmp_path):
+    """Where nobody verified the file: it is sealed anew after the damage."""
+    data = bytearray((masked / "model.so").read_bytes()[:-16])
+    torch.manual_seed(0)
+    at = data.find(Masked().second.weight.detach().numpy().tobytes()[:64])
+    assert at > 0
+    data[at + 17] ^= 1
+    (tmp_path / "model.so").write_bytes(data)
+    seal(tmp_path / "model.so")
+    with pytest.raises(ModelError, match="what this library holds of weights is damaged"):
+        Model(tmp_path)
+    Model(tmp_path, verified=True).close()
 
 
 def test_a_processor_without_the_instructions_is_refused_in_a_sentence(tmp_path, monkeypatch):

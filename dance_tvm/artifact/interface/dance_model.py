@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -21,6 +20,8 @@ from typing import Any
 import numpy as np
 
 VERSION = 1
+_SEAL = b"dance:1\n"  # a library ends with this mark and a checksum
+_SEAL_BYTES = 16
 _OK = 0
 _ERROR_BYTES = 512
 _ALIGNMENT = 64
@@ -113,9 +114,9 @@ class Model:
 
     `cpus`: the processors its threads stay on. `share`: another model of the same artifact, whose weights it uses.
     Of a network for a GPU, `driver` is the path of the driver's library and `device` a part of the GPU's name, where
-    not the system's driver and its first GPU are meant. The weights are verified by their hash unless the caller has
-    done so (`verified`). Raises ModelError where the folder has no library with a C interface, its weights are damaged
-    or another library's, or there is no GPU that it runs on.
+    not the system's driver and its first GPU are meant. The library is verified before it is loaded, and the weights
+    are, unless the caller has done so (`verified`). Raises ModelError where the folder has no library with a C
+    interface, it or its weights are damaged or do not belong together, or there is no GPU that it runs on.
     """
 
     def __init__(
@@ -261,8 +262,31 @@ def _loaded(library: Path, *_written: int) -> ctypes.CDLL:
     knows for what lay there first."""
     with tempfile.TemporaryDirectory(prefix="dance_model_") as folder:
         copied = Path(folder, library.name)
-        shutil.copyfile(library, copied)
+        copied.write_bytes(_sealed(library))
         return ctypes.CDLL(str(copied))
+
+
+def _sealed(library: Path) -> bytes:
+    """The library's bytes, which are those that were built."""
+    data = library.read_bytes()
+    body, end = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
+    if end == seal_of(body):
+        return data
+    if end.startswith(_SEAL):
+        said = "is damaged: its bytes are not those that were built"
+    else:
+        said = "has no seal at its end: it is cut off, stripped or of an earlier version"
+    raise ModelError(f"{library} {said}; fetch or build it again")
+
+
+def seal_of(body: bytes) -> bytes:
+    """What a library of these bytes ends with: the mark, and the sum of its words, each mixed with its place, as in
+    `dance_model.h`."""
+    words = np.frombuffer(body + bytes(-len(body) % 8), "<u8")
+    mixed = words + np.arange(1, len(words) + 1, dtype="<u8") * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(factor)
+    return _SEAL + ((int(mixed.sum(dtype="uint64")) + len(body)) % 2**64).to_bytes(8, "little")
 
 
 def _listed(list_: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

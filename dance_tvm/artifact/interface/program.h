@@ -98,8 +98,8 @@ typedef struct {
   const program_weight *weights;
   int32_t weight_count;
   const unsigned char *store; /* within the library; NULL: a file beside it */
-  uint64_t store_bytes;       /* the whole file */
-  const unsigned char *digest; /* of the file: `tree_digest` */
+  uint64_t store_bytes;       /* of the whole file, where it is one */
+  const unsigned char *digest; /* of all of them: `tree_digest` */
   const dance_tensor *inputs;
   int32_t input_count;
   const dance_tensor *outputs;

@@ -121,7 +121,7 @@ int processor_has(const char *instructions);
 
 #define DIGEST_BYTES 32
 
-/* SHA-256 over the SHA-256 of each MiB of `data`, on the threads of the pool that the caller has entered. 0: no memory. */
+/* SHA-256 over the SHA-256 of each 128 KiB of `data`, on the threads of the pool that the caller has entered. 0: no memory. */
 int tree_digest(const unsigned char *data, uint64_t bytes, unsigned char digest[DIGEST_BYTES]);
 
 /* -- weights.c: what is stored, verified and prepared for the kernels ------------------------------------------------ */
