@@ -356,17 +356,19 @@ def _layers() -> Iterator[tuple[str, Layer]]:
 
 def _inner_loop(layer: Layer, dtype: str, target: str) -> tuple[str, Loop, int]:
     """The kernel of a layer, its loop with the most multiply-adds for its length, and lanes of a multiply-add."""
+    name, assembly = kernel_code(replace(layer, dtype=dtype), target)
+    fullest = min(loops_of(assembly), key=lambda loop: len(loop.lines) / loop.multiplies)
+    return name, fullest, 8 if dtype == "float16" else 4
+
+
+def kernel_code(layer: Layer, target: str) -> tuple[str, str]:
+    """The name of the direct kernel of a layer, and its assembly."""
     facts = load_target(target)
-    choice = choose(replace(layer, dtype=dtype), machine_of(facts), "direct")
-    func = choice.kernel.primfunc(one_thread=True)
+    kernel = choose(layer, machine_of(facts), "direct").kernel
+    func = kernel.primfunc(one_thread=True)
     with facts.tvm_target(1), tvm.transform.PassContext(config={"tirx.disable_assert": True}):
-        built = tvm.compile(tvm.IRModule({choice.kernel.name: func}), facts.tvm_target(1))
-    loops = list(loops_of(built.mod.inspect_source("asm")))
-    return (
-        choice.kernel.name,
-        min(loops, key=lambda loop: len(loop.lines) / loop.multiplies),
-        8 if dtype == "float16" else 4,
-    )
+        built = tvm.compile(tvm.IRModule({kernel.name: func}), facts.tvm_target(1))
+    return kernel.name, built.mod.inspect_source("asm")
 
 
 def loops_of(assembly: str) -> Iterator[Loop]:

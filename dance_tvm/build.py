@@ -117,7 +117,7 @@ def build(
     from dance_tvm.machines.target import load_target
 
     # All that can be refused before the seconds that loading the compiler takes.
-    shapes = dict(map(_shape, shape or []))
+    shapes = _shapes(shape or [])
     machine = load_target(target)
     place = out or requests.default_out(model, machine)
     prepare = read_preprocess(preprocess) if preprocess else None
@@ -187,6 +187,14 @@ def _warn(machine: Target, model: str, weights: Path | None, threads: int | None
     if requests.is_untrained(model, weights):
         said = f"{model} is built with random weights: give trained ones with --weights, or train it first"
         warnings.warn(said, DanceWarning, stacklevel=3)
+
+
+def _shapes(given: list[str]) -> dict[str, tuple[int, ...]]:
+    """The shape of each input by its name."""
+    shapes = dict(map(_shape, given))
+    if len(shapes) < len(given):
+        raise DanceError("--shape is given twice for one input: give each input's once")
+    return shapes
 
 
 def _shape(given: str) -> tuple[str, tuple[int, ...]]:

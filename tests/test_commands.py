@@ -171,8 +171,8 @@ def test_a_training_is_not_written_over(tmp_path, left, said):
 
 
 def test_the_methods_of_training_are_all_offered():
-    offered = CliRunner().invoke(train.app, ["--method", "none"]).output
-    assert all(method in offered for method in METHODS)
+    refused = CliRunner().invoke(train.app, ["--method", "none"]).exception
+    assert all(f"'{method}'" in str(refused) for method in METHODS)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_torn_lines_are_named_by_merge(tmp_path):
     torn.write_bytes(record(0.25).line() + record(0.125, channels=16).line()[:50] + b"\n")
     done = CliRunner().invoke(logs.app, ["merge", str(into), str(torn)])
     assert done.exit_code == 0
-    assert "into.jsonl: 1 records, 1 lines left out" in done.output
+    assert "into.jsonl: 1 record, 1 line left out" in done.output
     assert "torn.jsonl, line 2: it is torn or not JSON; left out" in done.output
 
 

@@ -14,7 +14,10 @@ import torch
 from convolutions import call
 from test_conv3d_gather import DENSE, IN_POSITIONS, GatherCase, check
 
+from benchmarks.arm_model import kernel_code, loops_of
 from dance_tvm.liveness.kernel_groups import find_kernel_groups
+from dance_tvm.lowering.machine import machine_of
+from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu.carry_frames import Carry
 from dance_tvm.schedules.cpu.choice import settled_direct
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
@@ -74,6 +77,17 @@ def test_the_model_of_time_knows_that_half_precision_is_faster(densities) -> Non
         settled_direct(each, NEON).kernel.predict(NEON, 1, densities) for each in (layer, replace(layer, dtype=HALF))
     )
     assert half < 0.6 * whole
+
+
+def test_a_tile_takes_few_instructions_beside_its_multiply_adds() -> None:
+    """In half precision on Arm: of the loop over taps an addition for each row, of that over tiles what puts each sum
+    back, eight instructions."""
+    layer = Layer(Window(1, (4, 14, 14), (4, 14, 14), (3, 3, 3), padding=(1, 1, 1)), 64, 64, dtype=HALF)
+    kernel = settled_direct(layer, machine_of(load_target("snapdragon"))).kernel
+    rows, vectors = kernel.tile.mr, kernel.tile.vectors
+    channels, taps, tiles, *_ = (len(loop.lines) for loop in loops_of(kernel_code(layer, "snapdragon")[1]))
+    assert taps - channels <= rows + 10
+    assert tiles - taps <= 8 * rows * vectors + 12
 
 
 def test_what_a_kernel_passes_on_is_what_ieee_says() -> None:
