@@ -242,10 +242,8 @@ class _Lowering:
         total, height, width, channels = shape_of(chain.end)
         masks: dict[str, Expression | None] = {}
         for name, live in (("fresh", chain.fresh), ("taken", chain.taken), ("kept", chain.kept)):
-            masks |= {f"{name}_positions": live.positions, f"{name}_channels": live.channels}
-        fresh, taken, kept = (
-            tuple(axis for axis in live.axes if axis != "frames") for live in (chain.fresh, chain.taken, chain.kept)
-        )
+            masks |= {f"{name}_{axis}": getattr(live, axis) for axis in live.axes}
+        fresh, taken, kept = (tuple(live.axes) for live in (chain.fresh, chain.taken, chain.kept))
         machine, before, dtype = self.chooser.machine, chain.before, self.chooser.dtype_of_pool(chain.source)
         assert isinstance(machine, Machine)
         machine = machine.storing(dtype)

@@ -7,7 +7,7 @@ need not clear what it left out. The running value of a line of positions stays 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tvm import tirx
@@ -156,7 +156,7 @@ class _Emitter:
             asked = [each for each in ("fresh", "taken") if each in self.some] if count > 1 else []
             vector = tirx.floordiv(channel, self.carry.vector_floats)
 
-            def ask(left: list[str], of: tuple[str, ...]) -> None:
+            def ask(left: Sequence[str], of: tuple[str, ...]) -> None:
                 if not left:
                     merge(channel, count, of)
                     return

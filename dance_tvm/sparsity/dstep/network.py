@@ -17,7 +17,7 @@ and the rest of the block reads `merged`. It is written so that an ordinary comp
   which inputs are zero. Training leaves it out.
 - S is `tiles` (T*N, 1, a, b) with each element repeated p x p by reshape, expand and reshape, cropped to (h, w);
   `tiles` is a comparison with zero and a cast. compute is `(c >= maximum(s, r))`, reuse `(r >= s) * (1 - compute)`,
-  each comparison cast to float.
+  each comparison cast to float. Where one tile covers the map, S is `tiles` itself: whole frames live or die.
 - In the streaming graph T is 1: no slices, no concatenation; `merged[t-1]` and `live[t-1]` are inputs.
 
 The recurrence takes the *merged* map of the frame before, as equation 1 has it. Equation 2 instead charges a channel's
@@ -126,7 +126,8 @@ def merge(result: Tensor, decision: Decision, count: int, before: Merged | None)
 
     `before` is that of the frame before the first one, (N, C, …); None where there is none.
     """
-    fresh = _shown(decision.mask, decision.compute * result)
+    shown = decision.shown
+    fresh = _shown(shown, decision.compute * result)
     if decision.reuse is None:
         return Merged(fresh, decision.compute)
     merged: list[Merged] = []
@@ -134,7 +135,7 @@ def merge(result: Tensor, decision: Decision, count: int, before: Merged | None)
         maps, live = _frame(fresh, index, count), _frame(decision.compute, index, count)
         if before is not None:
             reuse = _frame(decision.reuse, index, count)
-            mask = None if decision.mask is None else _frame(decision.mask, index, count)
+            mask = None if shown is None else _frame(shown, index, count)
             maps = maps + _shown(mask, reuse * before.maps)
             live = torch.maximum(live, reuse * before.live)
         before = Merged(maps, live)
@@ -202,7 +203,7 @@ class DStepResNet(VideoResNet):
             self._watched.append(decision)
         if decision.reuse is None:
             return F.relu(block.rest(merged.maps) + block.shortcut(x)), BlockHistory(shifted, pooled)
-        maps = merged.maps if self.training else _shown(decision.mask, merged.live * merged.maps)
+        maps = merged.maps if self.training else _shown(decision.shown, merged.live * merged.maps)
         kept = BlockHistory(shifted, pooled, last_frame(merged.maps, count), last_frame(merged.live, count))
         return F.relu(block.rest(maps) + block.shortcut(x)), kept
 

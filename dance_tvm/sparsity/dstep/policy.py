@@ -28,6 +28,12 @@ class Decision(NamedTuple):
     reuse: Tensor | None
     settled: Decision | None = None
 
+    @property
+    def shown(self) -> Tensor | None:
+        """What maps are multiplied by: `mask`, or a single tile as it is, so that a compiler sees whole frames live or
+        die."""
+        return self.tiles if self.tiles is not None and self.tiles.shape[2:] == (1, 1) else self.mask
+
 
 class Ways(NamedTuple):
     """compute and (None: never) reuse of each channel, (B, out, 1, 1) of 0 and 1."""
