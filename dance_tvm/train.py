@@ -249,6 +249,8 @@ def _parsed(pairs: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise DanceError(f"--set {pair} is not of the form NAME=VALUE")
+        if name in options:
+            raise DanceError(f"--set {name} is given twice: give it once")
         try:
             options[name] = json.loads(value)
         except json.JSONDecodeError:
