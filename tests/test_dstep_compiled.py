@@ -24,7 +24,7 @@ EYE = (
 
 
 def network(mix: Mix, tile: int = 3) -> tuple[DStepResNet, torch.Tensor]:
-    """One block on maps of 8x8 under tiles of 3 or so. Weights are whole numbers and means divide by powers of two: exact."""
+    """One block on maps of 8x8. Weights are whole numbers and means divide by powers of two: exact."""
     clip = example_clip((1, FRAMES, SIZE, SIZE), seed=2).mul(3).round()
     base = VideoResNet(
         BasicBlock, (1,), temporal="tsm-online", num_classes=3, in_channels=1, width=CHANNELS, stem="small"
