@@ -45,6 +45,7 @@ from dance_tvm.lowering.registry import choose
 from dance_tvm.machines.target import load_target
 from dance_tvm.models.macs import count as count_macs
 from dance_tvm.models.resnet import VideoResNet
+from dance_tvm.schedules.elementary import written_out
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.layer import Layer
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
@@ -356,17 +357,19 @@ def _layers() -> Iterator[tuple[str, Layer]]:
 
 def _inner_loop(layer: Layer, dtype: str, target: str) -> tuple[str, Loop, int]:
     """The kernel of a layer, its loop with the most multiply-adds for its length, and lanes of a multiply-add."""
+    name, assembly = kernel_code(replace(layer, dtype=dtype), target)
+    fullest = min(loops_of(assembly), key=lambda loop: len(loop.lines) / loop.multiplies)
+    return name, fullest, 8 if dtype == "float16" else 4
+
+
+def kernel_code(layer: Layer, target: str) -> tuple[str, str]:
+    """The name of the direct kernel of a layer, and its assembly."""
     facts = load_target(target)
-    choice = choose(replace(layer, dtype=dtype), machine_of(facts), "direct")
-    func = choice.kernel.primfunc(one_thread=True)
+    kernel = choose(layer, machine_of(facts), "direct").kernel
+    func = written_out(kernel.primfunc(one_thread=True))
     with facts.tvm_target(1), tvm.transform.PassContext(config={"tirx.disable_assert": True}):
-        built = tvm.compile(tvm.IRModule({choice.kernel.name: func}), facts.tvm_target(1))
-    loops = list(loops_of(built.mod.inspect_source("asm")))
-    return (
-        choice.kernel.name,
-        min(loops, key=lambda loop: len(loop.lines) / loop.multiplies),
-        8 if dtype == "float16" else 4,
-    )
+        built = tvm.compile(tvm.IRModule({kernel.name: func}), facts.tvm_target(1))
+    return kernel.name, built.mod.inspect_source("asm")
 
 
 def loops_of(assembly: str) -> Iterator[Loop]:

@@ -1,6 +1,6 @@
 """Does the C interface hold: damaged files, a thousand models, and its own code under sanitizers and valgrind.
 
-    python -m benchmarks.c_interface fuzz        every one of 10,000 changes of the file of weights is refused
+    python -m benchmarks.c_interface fuzz        every one of 10,000 changes of weights and of library is refused
     python -m benchmarks.c_interface leaks       1,000 models leave no memory, threads or descriptors
     python -m benchmarks.c_interface sanitize    create, 100 runs, 4 models in 4 threads, destroy
 
@@ -10,9 +10,12 @@ for AVX2 at most, which is what valgrind knows.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +84,12 @@ int main(int count, char **words) {
 }
 """
 
+OPENER = """
+#include "dance_model.h"
+
+int opens(const char *path, char *error) { return dance_model_open(path, error, 512) != NULL; }
+"""
+
 
 class Masked(nn.Module):
     """Two convolutions, the second under a mask; weights of every form: packed, transformed, sparse, lists."""
@@ -113,29 +122,59 @@ def build(target: Target, folder: Path) -> Artifact:
 
 @app.command()
 def fuzz(changes: int = 10_000, seed: int = 0) -> None:
-    """Change the file of weights; every change must be refused in a sentence."""
-    random, said = np.random.default_rng(seed), {}
+    """Change the file of weights, then the library, as often; every change must be refused in a sentence.
+
+    The library is opened from Python, and by `dance_model.h`, compiled with the system's compiler."""
     with tempfile.TemporaryDirectory() as name:
         folder = build(load_target("host"), Path(name)).path
-        path = folder / "weights.safetensors"
-        sound = path.read_bytes()
-        for number in range(changes):
-            path.write_bytes(changed(sound, random))
-            try:
-                Model(folder, 1).close()
-            except ModelError as error:
-                said[str(error)] = said.get(str(error), 0) + 1
-            else:
-                raise DanceError(f"change {number} of seed {seed} was not refused")
+        opened = _header_opens(Path(name))
+
+        def library_opens() -> None:
+            with contextlib.suppress(ModelError):
+                opened(folder / "model.so")
+                raise DanceError("dance_model.h opens a changed library")
+            Model(folder, 1).close()
+
+        weights = folder / "weights.safetensors"
+        header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+        _refused(weights, header, lambda: Model(folder, 1).close(), changes, seed)
+        _refused(folder / "model.so", 4096, library_opens, changes, seed)
+
+
+def _header_opens(folder: Path) -> Callable[[Path], None]:
+    """What raises ModelError with the sentence of `dance_model_open`."""
+    (folder / "open.c").write_text(OPENER)
+    told(["cc", "-std=c11", "-O2", f"-I{INTERFACE}", "-shared", "-fPIC", "open.c", "-o", "open.so", "-ldl"], folder)
+    opens = ctypes.CDLL(str(folder / "open.so")).opens
+
+    def opened(library: Path) -> None:
+        said = ctypes.create_string_buffer(512)
+        if not opens(str(library).encode(), said):
+            raise ModelError(said.value.decode())
+
+    return opened
+
+
+def _refused(path: Path, header: int, opened: Callable[[], None], changes: int, seed: int) -> None:
+    """Print what was said of so many changes. Raises DanceError where one was taken."""
+    random, sound, said = np.random.default_rng(seed), path.read_bytes(), dict[str, int]()
+    for number in range(changes):
+        path.write_bytes(changed(sound, header, random))
+        try:
+            opened()
+        except ModelError as error:
+            said[str(error)] = said.get(str(error), 0) + 1
+        else:
+            raise DanceError(f"change {number} of seed {seed} was not refused")
+    path.write_bytes(sound)
     for sentence, times in said.items():
         print(f"{times} x {sentence}")
-    print(f"{sum(said.values())} of {changes} changes refused")
+    print(f"{path.name}: {sum(said.values())} of {changes} changes refused")
 
 
-def changed(sound: bytes, random: np.random.Generator) -> bytes:
-    """Bits turned in header or data, pieces zeroed, moved, cut or added."""
+def changed(sound: bytes, header: int, random: np.random.Generator) -> bytes:
+    """Bits turned in the first ``header`` bytes or anywhere, pieces zeroed, moved, cut or added."""
     data = bytearray(sound)
-    header = 8 + int.from_bytes(sound[:8], "little")
     border = header if random.random() < 0.5 else len(data)
     kind = random.integers(0, 5)
     begin = int(random.integers(0, border))

@@ -18,7 +18,7 @@ from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_suffix, require_writable
 from dance_tvm.core.options import MOST_THREADS, AsJson, Devices
-from dance_tvm.core.printing import print_table
+from dance_tvm.core.printing import counted, print_table
 from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.device import require_spec
 
@@ -77,7 +77,10 @@ def bench(
     ] = None,
     peer_model: Annotated[Path | None, typer.Option(help="The first artifact's network as .onnx, for --peer.")] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="Classes of the clips (.csv of name,class): how often the artifact is right.")
+        Path | None,
+        typer.Option(
+            "--truth", help="What --clips show (.csv of clip,class's number): how often the artifact is right."
+        ),
     ] = None,
     load_times: Annotated[
         bool, typer.Option("--load-times", help="Time loading too, in a process of its own: cold, then warm.")
@@ -90,7 +93,7 @@ def bench(
         raise DanceError("give --cluster or --cpus, not both")
     if trace and not layers:
         raise DanceError("--trace shows layers: leave --no-layers out")
-    _require_used({"--most-clips": most_clips, "--labels": labels}, {"--clips": clips})
+    _require_used({"--most-clips": most_clips, "--truth": labels}, {"--clips": clips})
     _require_used({"--threshold": threshold}, {"--against": against})
     _require_used({"--peer-model": peer_model}, {"--peer": peer})
     devices = device or ["local"]
@@ -170,6 +173,8 @@ def parse_cpus(text: str) -> list[int]:
         first, _, last = part.partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
             raise DanceError(f"--cpus must be like 4-7 or 0,2, not {text!r}")
+        if last and int(last) < int(first):
+            raise DanceError(f"--cpus {text}: {part} has no CPUs, for {last} is below {first}")
         found += range(int(first), int(last or first) + 1)
     return found
 
@@ -207,7 +212,7 @@ def _print(results: Results) -> None:
         saved = f", {less:.2f}x fewer MACs" if less else ""
         span = f"95% between {pair.low:.2f} and {pair.high:.2f}"
         if many:
-            span = f"the mean of {many.count} clips, from {many.least:.2f} to {many.most:.2f}"
+            span = f"the mean of {counted(many.count, 'clip')}, from {many.least:.2f} to {many.most:.2f}"
         ratio = f", {pair.efficiency:.0%} of the saving became speed" if pair.efficiency else ""
         typer.echo(
             f"{pair.device}: {pair.sparse} is {(many or pair).speed_up:.2f}x as fast as {pair.dense} "
@@ -282,8 +287,8 @@ def _extras(item: Measured) -> list[str]:
     if item.accuracy:
         known = item.accuracy
         lines.append(
-            f"{item.name}: {known.top1:.1%} of {known.clips} labelled clips right ({known.top5:.1%} among the first "
-            f"five); of {known.videos} videos {known.video_top1:.1%} ({known.video_top5:.1%})"
+            f"{item.name}: {known.top1:.1%} of {counted(known.clips, 'labelled clip')} right ({known.top5:.1%} among "
+            f"the first five); of {counted(known.videos, 'video')} {known.video_top1:.1%} ({known.video_top5:.1%})"
         )
     for each in item.loading:
         whole = each.verify + each.load + each.first_run

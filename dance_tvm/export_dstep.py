@@ -9,7 +9,7 @@ import typer
 
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.files import require_folder, require_suffix
+from dance_tvm.core.files import require_suffix, require_writable
 from dance_tvm.sparsity.trained import require_trained
 
 app = application()
@@ -37,7 +37,7 @@ def export_dstep(
     require_suffix(path, "--out", (".pt2",))
     if not weights.is_file():
         raise DanceError(f"there is no file of weights {weights}: a run of `train --method dstep` leaves {WEIGHTS}")
-    require_folder(path.parent, "--out")
+    require_writable(path, "--out")
     require_trained(weights)
     from dance_tvm.sparsity.dstep.export import export_network
     from dance_tvm.sparsity.dstep.method import load_trained

@@ -12,8 +12,9 @@ import typer
 
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.files import require_writable
 from dance_tvm.core.options import AsJson
-from dance_tvm.core.printing import print_table
+from dance_tvm.core.printing import counted, print_table
 
 if TYPE_CHECKING:
     from dance_tvm.records.kernel_log import Log, Record
@@ -51,7 +52,7 @@ def check(files: Files = None, as_json: AsJson = False) -> None:
         for one in found:
             for problem in one["problems"]:
                 typer.echo(f"{one['log']}, line {problem['line']}: {problem['reason']}")
-            typer.echo(f"{one['log']}: {one['records']} records in {one['lines']} lines")
+            typer.echo(f"{one['log']}: {counted(one['records'], 'record')} in {counted(one['lines'], 'line')}")
     raise typer.Exit(1 if any(one["problems"] for one in found) else 0)
 
 
@@ -92,13 +93,15 @@ def merge(
     for path in files:
         if not path.is_file():
             raise DanceError(f"there is no log {path}")
+    require_writable(into, "INTO")
     rewrite(into, merged)
     for line in skipped:
         print(f"{line['log']}, line {line['line']}: {line['reason']}; left out", file=sys.stderr)
     if as_json:
         typer.echo(json.dumps({"log": str(into), "records": len(kept), "left_out": skipped}, indent=2))
     else:
-        typer.echo(f"{into}: {len(kept)} records{f', {len(skipped)} lines left out' if skipped else ''}")
+        left = f", {counted(len(skipped), 'line')} left out" if skipped else ""
+        typer.echo(f"{into}: {counted(len(kept), 'record')}{left}")
 
 
 def _parsed(content: bytes) -> Iterator[tuple[int, Record | str]]:

@@ -39,7 +39,7 @@ def show(
 
 def _print(found: Artifact) -> None:
     manifest = found.manifest
-    typer.echo(f"{manifest.name} for {manifest.target.name}, in {found.path}\n")
+    typer.echo(f"{manifest.name} for {manifest.target.name}, in {found.path}")
     tensors = [("input", each) for each in manifest.inputs] + [("output", each) for each in manifest.outputs]
     rows = [
         [side, each.name, "x".join(map(str, each.shape)) or "scalar", each.dtype, each.meaning]

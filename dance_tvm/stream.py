@@ -13,6 +13,7 @@ from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_suffix, require_writable
 from dance_tvm.core.options import PLACES, AsJson
+from dance_tvm.core.printing import counted
 from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.device import open_device, require_runnable, require_spec
 from dance_tvm.device.stream import require_stream
@@ -60,7 +61,7 @@ def stream(
     scores, seconds = [], []
     with Progress(as_json, json_lines) as progress, open_device(device, timeout=timeout) as opened:
         session = opened.load(verified).stream()
-        progress.phase(f"{len(given)} frames on {device}")
+        progress.phase(f"{counted(len(given), 'frame')} on {device}")
         for index, frame in enumerate(given):
             begun = time.perf_counter()
             scores.append(session.step(frame))
@@ -74,7 +75,7 @@ def stream(
         typer.echo(json.dumps(facts, indent=2))
     elif not json_lines:
         typer.echo(
-            f"{facts['frames']} frames on {device}: {facts['p50_ms']:.3f} ms a frame in the median, "
+            f"{counted(facts['frames'], 'frame')} on {device}: {facts['p50_ms']:.3f} ms a frame in the median, "
             f"{facts['p90_ms']:.3f} at the 90th percentile"
         )
 

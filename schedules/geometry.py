@@ -22,6 +22,13 @@ def added(one: Triple, other: Triple) -> Triple:
     return triple(left + right for left, right in zip(one, other, strict=True))
 
 
+#: Of height and width, where nothing moves along them.
+_STILL = {
+    **dict.fromkeys(("size", "out", "kernel", "stride", "dilation"), (1, 1)),
+    "padding": (0, 0),
+}
+
+
 @dataclass(frozen=True)
 class Window:
     """A window of ``kernel`` taps that slides over ``frames × height × width``; a 2D window has depth 1.
@@ -48,6 +55,12 @@ class Window:
         """The same with each frame as a clip of its own, where ``frames_apart``."""
         size, out = (1, *self.size[1:]), (1, *self.out[1:])
         return replace(self, batch=self.batch * self.size[TIME], size=size, out=out)
+
+    @property
+    def along_frames(self) -> Window:
+        """The same of the frames alone, as masks of frames see it."""
+        axes = {name: (getattr(self, name)[TIME], *still) for name, still in _STILL.items()}
+        return Window(self.batch, **axes)
 
     @property
     def taps(self) -> int:

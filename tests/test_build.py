@@ -379,7 +379,7 @@ def test_inputs_that_are_no_arrays(capsys, artifact, tmp_path, content):
     ("arguments", "said"),
     [
         (["--inputs", "nowhere.npz"], "no input file"),
-        (["--outputs", "nowhere/y.npz"], "cannot be written"),
+        (["--outputs", "nowhere/y.npz"], "there is no folder nowhere"),
         (["--device", "toaster"], "toaster"),
     ],
 )

@@ -18,7 +18,8 @@ from tvm import relax
 
 from dance_tvm import Options, build_network, import_model
 from dance_tvm.artifact.c_interface import HEADER, INTERFACE
-from dance_tvm.artifact.interface.dance_model import Model, ModelError
+from dance_tvm.artifact.interface.dance_model import Model, ModelError, _addresses
+from dance_tvm.artifact.linker import seal
 from dance_tvm.compiler.pipeline import lower
 from dance_tvm.machines.host import FEATURES, cpu_flags
 from dance_tvm.machines.target import load_target
@@ -95,15 +96,37 @@ def test_the_answers_are_those_of_the_virtual_machine_to_the_bit(masked, call, t
             assert_same(model.run(inputs), expected)
 
 
-def test_inputs_at_any_address_are_taken(masked, call):
+def at(array: np.ndarray, offset: int) -> np.ndarray:
+    """A copy so many bytes behind a multiple of 64."""
+    room = np.empty(array.nbytes + 128, np.uint8)
+    begin = -room.ctypes.data % 64 + offset
+    moved = room[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    moved[...] = array
+    return moved
+
+
+def test_inputs_and_outputs_at_any_address_are_taken(masked, call):
     inputs, expected = call
-    moved = {}
-    for name, array in inputs.items():
-        room = np.empty(array.nbytes + 4, np.uint8)
-        moved[name] = room[4:].view(array.dtype).reshape(array.shape)
-        moved[name][...] = array
     with Model(masked) as model:
-        assert_same(model.run(moved), expected)
+        for offset in (0, 4):
+            given = {name: at(array, offset) for name, array in inputs.items()}
+            for room in (0, 4):
+                results = {name: at(np.full_like(array, np.nan), room) for name, array in expected.items()}
+                written = _addresses(list(results.values()))
+                model._require(
+                    model._api.run(model._model, _addresses([given[each] for each in model.inputs]), written)
+                )
+                assert_same(results, expected)
+
+
+def test_an_output_may_lie_where_an_input_lies(tmp_path):
+    network = nn.Sequential(nn.Conv3d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 4, 3, padding=1))
+    example = torch.randn(1, 4, 4, 6, 6)
+    with Model(built(network, tmp_path / "model", example)) as model:
+        apart = at(example.numpy(), 0)
+        expected = next(iter(model.run(dict.fromkeys(model.inputs, apart)).values()))
+        model._require(model._api.run(model._model, _addresses([apart]), _addresses([apart])))
+        np.testing.assert_array_equal(apart, expected)
 
 
 def test_models_run_at_once_in_several_threads_and_share(masked, call):
@@ -222,8 +245,58 @@ def test_a_wrong_input_or_number_of_threads_is_refused_in_a_sentence(masked, cal
 
 def test_a_library_without_the_interface_is_refused_in_a_sentence(tmp_path):
     shutil.copy(_ctypes.__file__, tmp_path / "model.so")
+    with pytest.raises(ModelError, match="has no seal at its end"):
+        Model(tmp_path)
+    seal(tmp_path / "model.so")
     with pytest.raises(ModelError, match="has no C interface"):
         Model(tmp_path)
+
+
+def sections(library: Path) -> dict[str, tuple[int, int]]:
+    """Where each section begins and ends in the file."""
+    shown = subprocess.run(["readelf", "-SW", library], capture_output=True, text=True).stdout
+    rows = [line.partition("]")[2].split() for line in shown.splitlines() if "] ." in line]
+    return {row[0]: (int(row[3], 16), int(row[3], 16) + int(row[4], 16)) for row in rows}
+
+
+@needs_cc
+def test_a_damaged_library_is_refused_before_it_is_loaded(masked, tmp_path):
+    """By C and by Python: bits turned in its code, its tables, its weights, its headers and its seal; bytes that are
+    gone, exchanged or too many."""
+    program = compiled("cc", [*C, "-D_DEFAULT_SOURCE"], EXAMPLES / "c/run_clip.c", tmp_path / "run_clip")
+    sound, places = (masked / "model.so").read_bytes(), sections(masked / "model.so")
+    damaged = {"cut": sound[:-1], "half": sound[: len(sound) // 2], "empty": b"", "more": sound + b"\0"}
+    damaged["exchanged"] = sound[:4096] + sound[8192:12288] + sound[4096:8192] + sound[12288:]
+    rng = np.random.default_rng(0)
+    parts = {name: places[name] for name in (".text", ".rodata", ".dynamic", ".data.rel.ro")}
+    parts |= {"header": (0, 64), "seal": (len(sound) - 16, len(sound)), "any": (0, len(sound))}
+    for name, (begin, end) in parts.items():
+        for number in range(5):
+            changed = bytearray(sound)
+            changed[int(rng.integers(begin, end))] ^= 1 << int(rng.integers(0, 8))
+            damaged[f"{name} {number}"] = bytes(changed)
+    library = tmp_path / "model.so"
+    for name, data in damaged.items():
+        library.write_bytes(data)
+        with pytest.raises(ModelError, match=r"is damaged: |has no seal at its end: "):
+            Model(tmp_path)
+        done = subprocess.run([program, tmp_path, "in.bin", "out.bin"], capture_output=True, text=True)
+        assert done.returncode == 2, name
+        assert done.stderr.startswith((f"error: {library} is damaged: ", f"error: {library} has no seal at its end: "))
+
+
+def test_weights_within_a_library_are_verified_by_create(masked, tmp_path):
+    """Where nobody verified the file: it is sealed anew after the damage."""
+    data = bytearray((masked / "model.so").read_bytes()[:-16])
+    torch.manual_seed(0)
+    at = data.find(Masked().second.weight.detach().numpy().tobytes()[:64])
+    assert at > 0
+    data[at + 17] ^= 1
+    (tmp_path / "model.so").write_bytes(data)
+    seal(tmp_path / "model.so")
+    with pytest.raises(ModelError, match="what this library holds of weights is damaged"):
+        Model(tmp_path)
+    Model(tmp_path, verified=True).close()
 
 
 def test_a_processor_without_the_instructions_is_refused_in_a_sentence(tmp_path, monkeypatch):

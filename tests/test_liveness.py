@@ -142,6 +142,25 @@ def test_unread_places_make_no_nan(shape: tuple[int, ...]) -> None:
     agrees(network, machine, x, torch.full(shape, -1.0))
 
 
+class ToOnePosition(nn.Module):
+    """A mask of frames where a pool leaves one position, which a padded convolution reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.behind = nn.Conv3d(3, 8, 1), nn.Conv3d(8, 8, (1, 2, 2), padding=(0, 1, 1))
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        return (self.behind(F.avg_pool3d(torch.relu(self.before(x)), (1, 4, 4)) * bits(mask)),)
+
+
+def test_a_mask_of_frames_stays_one_where_a_single_position_is_left() -> None:
+    torch.manual_seed(5)
+    network, x, mask = ToOnePosition(), torch.randn(1, 3, 5, 4, 4), torch.randn(1, 1, 5, 1, 1)
+    lowered, machine = compiled(network, x, mask)
+    agrees(network, machine, x, mask)
+    assert all(layer.skips for layer in lowered.layers if layer.kind.startswith("conv"))
+
+
 WINDOW = Window(1, (8, 6, 6), (8, 6, 6), (3, 3, 3), padding=(1, 1, 1))
 
 

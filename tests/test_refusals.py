@@ -21,6 +21,7 @@ import pytest
 from onnx import TensorProto, helper, save
 from pydantic import field_validator
 from safetensors.numpy import save_file
+from typer.main import get_command
 
 from dance_tvm.artifact.c_interface import INTERFACE
 from dance_tvm.artifact.folder import RUNTIME_VERSIONS, BuiltFor, Check, Manifest, Tensor, write_artifact
@@ -30,7 +31,7 @@ from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.options import MOST_THREADS
 from dance_tvm.machines.target import load_target
-from dance_tvm.models.network_inputs import declared_inputs
+from dance_tvm.models.network_inputs import declared_inputs, declared_types
 from dance_tvm.sparsity.data_names import READERS
 from dance_tvm.sparsity.options import MethodOptions, checked
 from dance_tvm.sparsity.settings import Settings
@@ -69,7 +70,7 @@ REFUSALS = {
     "build --model open.onnx --shape frames=2x8": "no input 'frames': it takes clip",
     "build --model open.onnx --shape clip=2x9": "(N, 8), which 2x9 does not fit",
     "build --model open.onnx": "dynamic shape (N, 8)",
-    "build --threads 999": "Invalid value for '--threads'",
+    "build --threads 999": "--threads must be a number of at most 64, not '999'",
     "build --target bytes.toml": "target file bytes.toml is not a text file in UTF-8",
     "build --preprocess bytes.toml": "--preprocess bytes.toml is not a text file in UTF-8",
     "build --out finished": "is there and is not an artifact",
@@ -81,20 +82,36 @@ REFUSALS = {
     "build --calibrate clip.npz": "--calibrate shows what a processor's --dtype float16",
     "build --check-inputs board.toml": "is not an .npz or .npy file",
     "build --check-inputs clip.npz": "has shape (1, 3, 4, 8, 8), and dance-c3d-mini takes clips of (1, 16, 32, 32)",
+    "build --check-inputs wide.npz": "has type float64, and dance-c3d-mini takes float32: convert it by .astype",
+    "build --model typed.pt2 --check-inputs two.npz": "two has type float64, and typed.pt2 takes float32",
+    "build --model typed.pt2 --io float16 --check-inputs two.npz": "and typed.pt2 takes float16",
+    "build --model open.onnx --shape clip=2x8 --check-inputs two.npz": "and open.onnx takes float32",
     "build --check-inputs clip.npz --no-check": "--check-inputs are for the check",
     "build --numerics exact --conv winograd": "keeps the order of sums",
     "build --dtype auto --no-check": "--dtype auto takes what the check passes in",
     "build --target aarch64-linux --check": "the build cannot be checked",
     "build --target snapdragon --layer-errors": "--layer-errors looks at the layers of a program on this machine",
     "build --json --json-lines": "not both",
+    "build --targt host": "there is no option --targt, did you mean --target",
+    "build --shape clip=1x8 --shape clip=2x8": "--shape is given twice for one input",
+    "build --check --no-check": "--check and --no-check are both given",
+    "build --target host --target snapdragon": "--target is given twice, as host and as snapdragon",
+    "build --target nanos": "did you mean 'jetson-nano'",
     "build -q -v": "give one of them",
     "tune --trials 0": "--trials must be at least 1",
     "tune --density 1.5": "--density must lie between 0 and 1",
+    "tune --density 0.5 --density nan": "--density must be a finite number, not nan",
+    "tune --seed 1.5": "--seed must be a whole number, not '1.5'",
+    "tune --plot nowhere/search.html": "there is no folder nowhere",
     "tune --masks frames": "--masks knows in_frames",
     "tune --target snapdragon --device local": "this machine and not snapdragon",
     "tune --target aarch64-linux --device emulator": "there is no emulated device here",
     "tune --plot search.png": "must end in .html",
     "tune --plot file/search.html": "choose another --plot",
+    "tune --target aarch64-linux --device rpc://127.0.0.1:9": "cannot be reached: Connection refused",
+    "tune --target aarch64-linux --device tracker://127.0.0.1:9/x": "no tracker answers at 127.0.0.1:9",
+    "tune --target jetson-nano --device emulator": "--device emulator has no GPU",
+    "groups --target aarch64-linux --device rpc://127.0.0.1:9": "cannot be reached: Connection refused",
     "tune --device nowhere": "unknown device 'nowhere'",
     "tune --model torn.pt2": "is not a .pt2 file",
     "tune --weights board.toml": "is not a weights file",
@@ -117,7 +134,7 @@ REFUSALS = {
     "run here --labels bytes.toml": "--labels bytes.toml is not a text file in UTF-8",
     "run plain --top 3": "--top is of class scores",
     "run here --outputs scores.csv": "must end in .npz",
-    "run here --outputs nowhere/scores.npz": "choose another --outputs",
+    "run here --outputs nowhere/scores.npz": "there is no folder nowhere",
     "run here --outputs folder.npz": "(Is a directory): choose another --outputs",
     "run here --inputs nowhere.npz": "there is no input file nowhere.npz",
     "run here --inputs small.npz": "clip must be float32 of shape (1, 3, 4, 8, 8)",
@@ -134,43 +151,53 @@ REFUSALS = {
     "form that `dance-tvm export-dstep --stream` writes",
     "stream here --random 3 --device nowhere": "unknown device 'nowhere'",
     "stream here": "give --frames FILE or --random COUNT",
-    "stream here --random 3 --outputs nowhere/scores.npz": "choose another --outputs",
+    "stream here --random 3 --outputs nowhere/scores.npz": "there is no folder nowhere",
     "bench here --device emulator": "this device is aarch64",
     "bench here --device tracker://127.0.0.1:9190": "lacks the key",
     "bench finished": "it is not an artifact of dance-tvm build",
     "bench nowhere": "there is no artifact nowhere",
     "bench here --dense plain": "is no dense form of here",
     "bench here --out results.csv": "must end in .json",
-    "bench here --out nowhere/results.json": "choose another --out",
-    "bench here --trace nowhere/trace.json": "choose another --trace",
+    "bench here --out nowhere/results.json": "there is no folder nowhere",
+    "bench here --trace nowhere/trace.json": "there is no folder nowhere",
     "bench here --trace trace.json --no-layers": "--trace shows layers",
     "bench here --most-clips 4": "--most-clips does nothing without --clips",
-    "bench here --labels classes.csv": "--labels does nothing without --clips",
+    "bench here --truth classes.csv": "--truth does nothing without --clips",
     "bench here --threshold 0.1": "--threshold does nothing without --against",
     "bench here --peer-model net.onnx": "--peer-model does nothing without --peer",
     "bench here --peer tensorrt --peer-model net.onnx": "--peer tensorrt is not known",
     "bench here --against board.toml": "holds no results of dance-tvm bench",
     "bench here --against results.json": "the baseline has nothing of these networks on local",
     "bench here --cluster big": "has no cluster 'big'",
+    "bench here --cpus 3-0": "--cpus 3-0: 3-0 has no CPUs",
     "bench here --cpus 4096": "this machine has no CPUs [4096]",
-    "bench here --threads 999": "Invalid value for '--threads'",
-    "bench here --clips clip.npz --labels bytes.toml": "--labels bytes.toml is not a text file in UTF-8",
+    "bench here --threads 999": "--threads must be a number of at most 64",
+    "bench here --clips clip.npz --truth bytes.toml": "--truth bytes.toml is not a text file in UTF-8",
     "bench here --cpus 1 --cluster big": "not both",
     "bench here --load-times --device emulator": "--load-times measures on this machine",
     "bench here --clips nowhere.npz": "there is no input file nowhere.npz",
     "bench here --clips small.npz": "and clip takes clips of (1, 3, 4, 8, 8)",
     "bench here --clips motion-digits,colour=3": "motion-digits takes train, test, size, frames, not colour",
-    "bench here --clips clip.npz --labels board.toml": "write the clip's name, a comma and its class's number",
-    "bench here --clips clip.npz --labels classes.csv": "film is of class 7, and test knows 3",
-    "bench plain --clips clip.npz --labels classes.csv": "--labels needs an output of (1, classes)",
+    "bench here --clips clip.npz --truth board.toml": "write the clip's name, a comma and its class's number",
+    "bench here --clips clip.npz --truth classes.csv": "film is of class 7, and test knows 3",
+    "bench plain --clips clip.npz --truth classes.csv": "--truth needs an output of (1, classes)",
     "train --model c3d-maxi": "there is no network called 'c3d-maxi'",
     "train --method dstep --model c3d": "--method dstep thins residual networks",
     "train --out finished": "finished holds a finished run",
     "train --out file/run": "choose another --out",
     "train --resume --out finished": "holds no run to go on with",
     "train --resume --overwrite --out finished": "give one of them",
-    "train --resume --out started --epochs 99": "its epochs is 10, not 99",
+    "train --resume --out started --epochs 9": "its epochs is 10, not 9, and only more than that prolong it",
+    "train --resume --out started --lr 0.5": "its lr is 0.001, not 0.5; leave it out",
+    "train --resume --out started --method kgs": "its method is 'aap', not 'kgs'",
+    "train --resume --out started --target-macs 30%": "its options is {}, not {'target_macs': '30%'}",
     "train --method kgs --set epsylon=1": "there is no such option",
+    "train --method kgs --set rate=fast": "rate: must be a number, not 'fast'",
+    "train --set compute=1 --set compute=2": "--set compute is given twice",
+    "train --target-macs half": "target_macs: 'half' is no amount: write a share (0.5, 50%) or a count (120M)",
+    "train --budget time:half --set units=units.json": "target_time: 'half' is no amount",
+    "train --lr inf": "--lr must be a finite number",
+    "train --optimizer momentum": "--optimizer 'momentum' is not one of",
     "train --set units=nowhere.json": "nowhere.json",
     "train --init nowhere.safetensors": "there is no weights file",
     "train --init torn.safetensors": "is not a weights file",
@@ -180,11 +207,17 @@ REFUSALS = {
     "train --data csv:nowhere.csv": "there is no file nowhere.csv",
     "train --data ucf101": "--data ucf101 needs a path",
     "train --data motion-digits,train=many": "train is a whole number, not 'many'",
+    "train --data motion-digits,train=0": "train is at least 1, not 0",
+    "train --data motion-digits,frames=4": "frames is at least 8, not 4",
+    "train --data motion-digits,test=8,test=9": "gives test twice",
+    "train --data folder:finished,held_out=100": "held_out is 1 to 99, not 100",
     "train --data webdataset:nowhere.tar": "there is no folder and no file nowhere.tar",
-    "export c3d-mini --out nowhere/net.pt2": "choose another --out",
+    "export c3d-mini --out nowhere/net.pt2": "there is no folder nowhere",
     "export c3d-mini --out net.pth": "must end in .pt2 or .onnx",
     "export c3d-mini --weights nowhere.pt": "there is no weights file nowhere.pt",
     "export c3d-mini --weights DEFAULT": "is no file",
+    "export c3d-mini --mean 0.4 --mean 0.5": "--mean is given twice, as 0.4 and as 0.5",
+    "export c3d-mini --mean 0.4,nan,0.5": "mean.1: must be a finite number",
     "export c3d-mini --mean 0.4,0.5": "--mean: 2 numbers for frames of three colours",
     "export nosuchmodule:Net --shape 1x2": "there is no module nosuchmodule",
     "export users/net.py:Net --shape 1x2": "names a file: give net:Net",
@@ -192,11 +225,12 @@ REFUSALS = {
     "export-dstep nowhere/model.safetensors": "there is no file of weights",
     "export-dstep good.safetensors": "is not a checkpoint of dance_tvm",
     "export-dstep started/checkpoint.safetensors": "holds no D-STEP network",
+    "export-dstep --out nowhere/clip.pt2": "there is no folder nowhere",
     "export-dstep --out file/clip.pt2": "choose another --out",
     "units --model c3d-maxi": "there is no network called 'c3d-maxi'",
     "units --model torn.pt2": "is not a .pt2 file",
     "units --target jetson-nano": "is a GPU",
-    "units --out nowhere/units.json": "choose another --out",
+    "units --out nowhere/units.json": "there is no folder nowhere",
     "pack here --version 1.2.0": "--version is a wheel's",
     "pack here --format wheel --version one": "one",
     "pack here --out finished": "is there already",
@@ -205,7 +239,7 @@ REFUSALS = {
     "report results.json results.json results.json": "give one file of results, or two",
     "report results.json results.json --paper dance": "--paper and --tuning belong to one file of results",
     "report results.json --format json --out page.html": "must end in .json",
-    "report results.json --out nowhere/page.html": "choose another --out",
+    "report results.json --out nowhere/page.html": "there is no folder nowhere",
     "report board.toml": "holds no results of dance-tvm bench: give the file that `bench --out` wrote",
     "report bytes.toml": "bytes.toml is not a text file in UTF-8",
     "report nowhere.json": "nowhere.json cannot be read (No such file or directory): check the path",
@@ -221,6 +255,9 @@ REFUSALS = {
     "device server out --target snapdragn": "did you mean 'snapdragon'",
     "logs check nowhere.jsonl": "there is no log nowhere.jsonl",
     "logs merge all.jsonl nowhere.jsonl": "there is no log nowhere.jsonl",
+    "logs merge nowhere/all.jsonl results.json": "there is no folder nowhere",
+    "logs show --last 0": "--last must be a number of at least 1, not '0'",
+    "logs shwo": "no such command 'shwo'. Did you mean 'show'",
     "logs show --layer 0123": "no log has a record of --layer 0123",
     "cache clear nothing": "holds no nothing",
     "targets snapdragn": "did you mean 'snapdragon'",
@@ -269,10 +306,10 @@ def fake_artifact(folder: Path, output: tuple[list[int], str], machine: str = "x
     write_artifact(folder, lambda path: path.write_bytes(head + bytes(64)) and None, {}, manifest)
 
 
-def fake_program(path: Path, batch: dict[str, Any]) -> None:
+def fake_program(path: Path, batch: dict[str, Any], **facts: Any) -> None:
     """An archive that says of its inputs what exported programs say, and holds nothing else."""
     taken = [{"parameter": {"arg": {"name": "w"}}}, {"user_input": {"arg": {"as_tensor": {"name": "clip"}}}}]
-    values = {"clip": {"sizes": [batch, {"as_int": 8}]}}
+    values = {"clip": {"sizes": [batch, {"as_int": 8}], **facts}}
     module = {"signature": {"input_specs": taken}, "graph": {"tensor_values": values}}
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/models/model.json", json.dumps({"graph_module": module}))
@@ -301,6 +338,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with zipfile.ZipFile(root / "other.pt2", "w") as archive:
         archive.writestr("notes.txt", "no program")
     fake_program(root / "fixed.pt2", {"as_int": 2})
+    fake_program(root / "typed.pt2", {"as_int": 2}, dtype=7)
+    np.savez(root / "wide.npz", clip=np.zeros((1, 1, 16, 32, 32)))
+    np.savez(root / "two.npz", two=np.zeros((2, 8)))
     fake_program(root / "open.pt2", {"as_expr": {"expr_str": "Symbol('s77', positive=True, integer=True)"}})
     clip = helper.make_tensor_value_info("clip", TensorProto.FLOAT, ["N", 8])
     scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", 8])
@@ -344,6 +384,19 @@ def test_nothing_is_left_by_a_refusal(world: Path, refused: dict[str, list[Any]]
     assert not (world / "trained").exists()
 
 
+#: Where commands write; what has another name, as a log that is merged into, has its own line above.
+WRITTEN = {"--out", "--outputs", "--plot", "--trace", "--debug-dump", "--logs"}
+
+
+def test_every_place_that_is_written_is_looked_at_first() -> None:
+    """A folder is made, so what stands in its way is refused; a file's folder must be there."""
+    for name, (module, _) in cli.COMMANDS.items():
+        command = get_command(import_module(module).app)
+        for option in WRITTEN & {option for parameter in command.params for option in parameter.opts}:
+            lines = [line for line in REFUSALS if re.match(rf"{name} .*{option} (file|nowhere)", f"{line} ")]
+            assert lines, f"no refusal of {name} {option}"
+
+
 def test_readers_of_clips_take_the_options_that_are_told() -> None:
     for reader in READERS.values():
         module, _, function = reader.function.partition(":")
@@ -362,6 +415,7 @@ def test_programs_say_of_their_inputs_what_pytorch_says(tmp_path: Path) -> None:
         ((first, second),) = (declared_inputs(tmp_path / f"{name}.pt2") or {}).values()
         assert second == 8
         assert first == wanted or (wanted is str and isinstance(first, str))
+        assert [*declared_types(tmp_path / f"{name}.pt2").values()] == ["float32"]
 
 
 def test_a_description_of_an_unknown_form_is_left_to_its_reader(tmp_path: Path) -> None:
@@ -403,7 +457,7 @@ def test_faults_are_told_in_our_words() -> None:
         def _known(cls, value: str) -> str:
             raise ValueError(f"{value!r} is not one of ours")
 
-    with pytest.raises(DanceError, match="--method kgs: scheme: 'foo' is not one of ours; its options: scheme"):
+    with pytest.raises(DanceError, match=r"--method kgs: scheme: 'foo' is not one of ours$"):
         checked("kgs", Form, {"scheme": "foo"})
 
 

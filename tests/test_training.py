@@ -69,9 +69,9 @@ def splits(**changes: int) -> Splits:
     return Splits("squares", Squares(16, **changes), Squares(8))
 
 
-def command(out: Path, *more: str) -> list[str]:
+def command(out: Path, *more: str, data: str = SMALL) -> list[str]:
     return [
-        sys.executable, "-m", "dance_tvm.train", "--method", "dense", "--data", SMALL, "--batch", "16",
+        sys.executable, "-m", "dance_tvm.train", "--method", "dense", "--data", data, "--batch", "16",
         "--epochs", "3", "--threads", "1", "--no-export", "--json", "--out", str(out), *more,
     ]  # fmt: skip
 
@@ -99,6 +99,11 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     drop_time = [{**row, "seconds": 0} for row in whole.history]
     assert drop_time == [{**row, "seconds": 0} for row in resumed.history]
     assert (killed / training.CURVES).read_text().count("\n") == 4
+
+    longer = ["--resume", "--out", str(killed), "--epochs", "4", "--threads", "1", "--no-export", "--json"]
+    card = json.loads(CliRunner().invoke(app, longer, catch_exceptions=False).stdout)
+    assert card["settings"] == {**whole.card["settings"], "epochs": 4}
+    assert (killed / training.CURVES).read_text().count("\n") == 5
 
 
 def test_curves_card_and_model_are_written(tmp_path: Path) -> None:
@@ -186,21 +191,22 @@ def test_resuming_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
     [
         (["--data", "cats"], "there are no clips called 'cats'"),
         (["--data", "motion-digits,colour=3"], "not colour"),
-        (["--method", "aap", "--target-macs", "-1"], "greater than 0"),
+        (["--method", "aap", "--target-macs", "-1"], "must be a number above 0, not -1.0"),
         (["--method", "ava", "--target-macs", "0.5"], "target_macs: there is no such option; its options: "),
         (["--set", "nonsense"], "not of the form NAME=VALUE"),
         (["--model", "c3d-minni"], "did you mean 'c3d-mini'"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
-    defaults = ["--method", "dense", "--data", SMALL, "--epochs", "1", "--out", str(tmp_path)]
-    error = CliRunner().invoke(app, [*defaults, *arguments]).exception
+    usual = {"--method": "dense", "--data": SMALL, "--epochs": "1", "--out": str(tmp_path)}
+    rest = [word for option, value in usual.items() if option not in arguments for word in (option, value)]
+    error = CliRunner().invoke(app, [*rest, *arguments]).exception
     assert isinstance(error, DanceError)
     assert sentence in str(error)
 
 
 def test_the_command_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
-    done = subprocess.run(command(tmp_path, "--data", "ucf101:/nowhere"), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command(tmp_path, data="ucf101:/nowhere"), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --data ucf101:/nowhere: there is no folder /nowhere")
     assert "Traceback" not in done.stderr

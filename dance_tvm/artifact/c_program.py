@@ -280,6 +280,11 @@ class _Printer:
         self.program, self.names, self.store = program, names, store
         self._tensors: dict[View, int] = {}
         self._shapes: dict[tuple[int, ...], str] = {}
+        #: Which output lies in a piece of the arena, from 1 on; of several, the first.
+        self._outputs: dict[int, int] = {}
+        for number, view in enumerate(program.outputs, start=1):
+            if view.place.where == "IN_ARENA":
+                self._outputs.setdefault(view.place.index, number)
         for view in [
             *program.inputs,
             *program.outputs,
@@ -330,7 +335,7 @@ class _Printer:
         program, names, store = self.program, self.names, self.store
         outputs = f"outputs, output_tensors, {len(program.outputs)}"
         inline = not store.names
-        where = ("dance_store" if inline else "NULL", store.size, "NULL" if inline else "digest")
+        where = "dance_store" if inline else "NULL"
         needs = ", ".join(map(_quoted, names.instructions)) or "NULL"
         return (
             f"static const char *const instructions[] = {{{needs}}};\n"
@@ -338,7 +343,7 @@ class _Printer:
             f"    {_quoted(names.description)}, instructions, {len(names.instructions)},\n"
             f"    {names.threads}, {program.arena_bytes}u,\n"
             f"    tensors, {len(self._tensors)}, arguments, {arguments}, steps, {len(program.steps)},\n"
-            f"    weights, {len(store.tensors)}, {where[0]}, {where[1]}u, {where[2]},\n"
+            f"    weights, {len(store.tensors)}, {where}, {store.size}u, digest,\n"
             f"    inputs, {len(program.inputs)}, {outputs}, {'&gpu' if program.gpu else 'NULL'}}};"
         )
 
@@ -364,7 +369,7 @@ class _Printer:
         ]
 
     def _weights(self) -> list[str]:
-        """The weights' table, the numbers that it points to, and the hash of the file that holds them."""
+        """The weights' table, the numbers that it points to, and the hash of the store that holds them."""
         parts, rows = [], []
         for number, stored in enumerate(self.store.tensors):
             sizes = transforms = "NULL"
@@ -376,20 +381,20 @@ class _Printer:
                 entries = ", ".join(value.hex() for value in stored.transforms)
                 parts.append(f"static const double {transforms}[] = {{{entries}}};")
             rows.append(_weight(stored, sizes, transforms))
-        if self.store.names:
-            digest = ", ".join(map(str, self.store.digest()))
-            parts.append(f"static const unsigned char digest[] = {{{digest}}};")
+        digest = ", ".join(map(str, self.store.digest()))
+        parts.append(f"static const unsigned char digest[] = {{{digest}}};")
         return [*parts, _table("program_weight", "weights", rows)]
 
     def _tensor(self, view: View) -> str:
         place = view.place
         in_arena = place.where == "IN_ARENA"
         offset = self.program.storages[place.index].offset if in_arena else 0
+        output = self._outputs.get(place.index, 0) if in_arena else 0
         index = 0 if in_arena else place.index
         shape, strides = self._shapes[view.shape], self._shapes[_strides(view.shape)]
         return (
             f"{{{place.where}, {index}, {offset}, {view.bytes}u, {shape}, {strides}, {len(view.shape)}, "
-            f"{_kind(view.dtype)}, {_bits(view.dtype)}}}"
+            f"{_kind(view.dtype)}, {_bits(view.dtype)}, {output}}}"
         )
 
     def _argument(self, value: View | int | float) -> str:

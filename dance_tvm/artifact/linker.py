@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dance_tvm.artifact.interface.dance_model import seal_of
 from dance_tvm.core.errors import DanceError
 from dance_tvm.machines.target import Target
 
@@ -112,7 +113,7 @@ def shared_library_linker(target: Target, kernels: Sequence[str] = ()) -> Shared
 
 
 def link_program(output: str | Path, objects: Sequence[str | Path], target: Target) -> None:
-    """Link a program that needs no TVM into the shared library `output`.
+    """Link a program that needs no TVM into the shared library `output`, and seal it.
 
     Android wants its libc by name, and a GPU's driver is opened by a library that is part of libc in newer systems.
     """
@@ -122,6 +123,14 @@ def link_program(output: str | Path, objects: Sequence[str | Path], target: Targ
     loader = ["libdl.so" if is_android else "libdl.so.2"] if target.gpu else []
     needed = [*(["libc.so"] if is_android else []), *loader, *others]
     link_shared(output, objects, triple, needed, target.link.page_size)
+    seal(output)
+
+
+def seal(library: str | Path) -> None:
+    """End a library with a checksum of what it holds, by which `dance_model.h` and `dance_model.py` verify it before
+    they load it. The system's loader passes over what no header of the library names."""
+    with Path(library).open("r+b") as stream:
+        stream.write(seal_of(stream.read()))
 
 
 def join_objects(output: str | Path, objects: Sequence[str | Path], names: Mapping[str, str], triple: str) -> None:

@@ -15,17 +15,15 @@ from typing import TypeVar
 import psutil
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.files import PROBE
+from dance_tvm.core.files import DISK_FULL, again, require_folder, unwritable
 
 #: What makes a folder an artifact.
 MANIFEST = "manifest.json"
+#: What the commands that write artifacts call their place.
+OPTION = "--out"
 _PARTIAL = ".partial-"
 
 _LITTLE_SPACE = 64 * 1024
-
-_ATTEMPTS = 100
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _Result = TypeVar("_Result")
 
@@ -42,10 +40,10 @@ def staged(out: str | Path) -> Iterator[Path]:
         _writing(target, lambda: _take_place(folder, target))
     except DanceError:
         if shutil.disk_usage(folder).free < _LITTLE_SPACE:  # lld dies of a signal when the disk fills up
-            raise _unwritable(target, OSError(errno.ENOSPC, "")) from None
+            raise unwritable(target, OPTION, OSError(errno.ENOSPC, "")) from None
         raise
     except OSError as error:
-        raise (_unwritable(target, error) if error.errno in _DISK_FULL else error) from None
+        raise (unwritable(target, OPTION, error) if error.errno in DISK_FULL else error) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in made:
@@ -57,20 +55,7 @@ def require_writable(out: str | Path) -> None:
     """Raise DanceError unless an artifact can be written at ``out``; leaves nothing there."""
     target = _place(out)
     _require_free(target)
-
-    def try_it() -> None:
-        standing = next(parent for parent in target.parents if parent.exists())
-        Path(tempfile.mkdtemp(prefix=PROBE, dir=standing)).rmdir()
-
-    _writing(target, lambda: _again(try_it))
-
-
-def _again(action: Callable[[], _Result]) -> _Result:
-    """Repeat what needs a parent folder: a build that fails takes those that it made away, if they are empty."""
-    for _ in range(_ATTEMPTS):
-        with suppress(FileNotFoundError, FileExistsError):  # mkdir sees it stand, and a moment later it is gone
-            return action()
-    return action()
+    require_folder(target.parent, OPTION)
 
 
 def _place(out: str | Path) -> Path:
@@ -113,7 +98,7 @@ def _prepare(target: Path) -> Path:
     """A new folder beside ``target``, after what killed builds left there is gone."""
     _require_free(target)
     prefix = f".{target.name}{_PARTIAL}"
-    for leftover in _again(lambda: list(target.parent.glob(f"{prefix}*"))):
+    for leftover in again(lambda: list(target.parent.glob(f"{prefix}*"))):
         owner = leftover.name.removeprefix(prefix).split("-")[0]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
             shutil.rmtree(leftover, ignore_errors=True)  # of a build that was killed
@@ -122,7 +107,7 @@ def _prepare(target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
 
-    return _again(make)
+    return again(make)
 
 
 def _take_place(folder: Path, target: Path) -> None:
@@ -142,10 +127,4 @@ def _writing(target: Path, action: Callable[[], _Result]) -> _Result:
     try:
         return action()
     except OSError as error:
-        raise _unwritable(target, error) from None
-
-
-def _unwritable(target: Path, error: OSError) -> DanceError:
-    if error.errno in _DISK_FULL:
-        return DanceError(f"no space left to write {target}: free some, or choose another --out")
-    return DanceError(f"{target} cannot be written ({error.strerror or error}): choose another --out")
+        raise unwritable(target, OPTION, error) from None

@@ -32,7 +32,7 @@ WORTHWHILE = 0.9
 #: Elements of one block (prepare.c).
 BLOCK = 4096
 #: Bytes of one leaf of the hash tree (digest.c).
-CHUNK = 1 << 20
+CHUNK = 1 << 17
 
 _SAFETENSORS = {
     "float32": "F32",
@@ -83,7 +83,7 @@ class Store:
             stream.writelines(self.data)
 
     def digest(self) -> bytes:
-        """SHA-256 over the SHA-256 of each MiB, as digest.c computes it."""
+        """SHA-256 over the SHA-256 of each 128 KiB, as digest.c computes it."""
         leaves, hashed, length = [], hashlib.sha256(), 0
         for piece in self.data:
             view = memoryview(piece)

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from dance_tvm.core.command_line import Command, Group
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.verbosity import Quiet, Verbose, level, set_level, with_verbosity
 
@@ -58,7 +59,7 @@ class Application(typer.Typer):
     """Commands that all take -v and -q."""
 
     def command(self, *args: Any, **options: Any) -> Callable[..., Any]:
-        register = super().command(*args, **options)
+        register = super().command(*args, cls=Command, **options)
 
         def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
             register(with_verbosity(function))
@@ -69,7 +70,7 @@ class Application(typer.Typer):
 
 def application(**options: Any) -> Application:
     """What a command's module offers as ``app``: ``start`` reports its errors, so typer leaves them alone."""
-    return Application(add_completion=False, pretty_exceptions_enable=False, **options)
+    return Application(cls=Group, add_completion=False, pretty_exceptions_enable=False, **options)
 
 
 def examples(*lines: str) -> str:
@@ -188,7 +189,9 @@ def _terminated(number: int, _frame: Any) -> NoReturn:
 def _table_of_commands() -> typer.Typer:
     summary = "Trained, sparse 3D CNNs compiled to small, fast, verified artifacts."
     # Not ours: what stands behind a command's name, -v and -q too, is for the command itself.
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=summary, no_args_is_help=True)
+    app = typer.Typer(
+        cls=Group, add_completion=False, pretty_exceptions_enable=False, help=summary, no_args_is_help=True
+    )
     app.callback()(_options)
     # Every word after the command's name is the command's own, --help too.
     context = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

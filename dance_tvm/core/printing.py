@@ -36,6 +36,11 @@ class Table:
     caption: str = ""
 
 
+def counted(number: int, noun: str) -> str:
+    """``number`` of what ``noun`` names in the singular: 1 record, 2 records."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = "") -> None:
     """Print a table on standard output; columns of figures are set to the right."""
     print_tables([Table(heads, [list(row) for row in rows], title, caption)])
@@ -65,15 +70,15 @@ def _terminal() -> Console | None:
 
 
 def plain(heads: Sequence[str], rows: Rows, title: str = "", caption: str = "") -> str:
-    """A table with one line per row, its cells below one another."""
-    widths = [max(len(row[index]) for row in [heads, *rows]) for index in range(len(heads))]
+    """A table with one line per row, its cells below one another; heads that are all empty are left out."""
+    widths = [_width(heads, rows, index) for index in range(len(heads))]
     right = [_is_of_figures(rows, index) for index in range(len(heads))]
     lines = [
         "  ".join(
             cell.rjust(width) if figures else cell.ljust(width)
             for cell, width, figures in zip(row, widths, right, strict=True)
         ).rstrip()
-        for row in [heads, *rows]
+        for row in ([heads, *rows] if any(heads) else rows)
     ]
     return "\n".join([*([title] if title else []), *lines, *([caption] if caption else [])])
 
@@ -82,7 +87,7 @@ def _wrapped(text: str, table: Table, width: int) -> str:
     """``text``, the plain form of ``table``, where it fits; else each row's cells one behind the other, over lines."""
     if max(map(len, text.splitlines()), default=0) <= width:
         return text
-    rows = ["  ".join(cell for cell in row if cell) for row in [table.heads, *table.rows]]
+    rows = ["  ".join(cell for cell in row if cell) for row in [table.heads, *table.rows] if any(row)]
     return "\n".join(
         textwrap.fill(line, max(width, 5), subsequent_indent="    ", break_on_hyphens=False)
         for line in [table.title, *rows, table.caption]
@@ -95,7 +100,8 @@ def framed(heads: Sequence[str], rows: Rows, title: str = "", caption: str = "")
     from rich.table import Table as Framed
     from rich.text import Text
 
-    table = Framed(title=Text(title) if title else None, caption=Text(caption) if caption else None)
+    above, below = (Text(text) if text else None for text in (title, caption))
+    table = Framed(title=above, caption=below, show_header=any(heads))
     for index, head in enumerate(heads):
         if _is_of_figures(rows, index):
             width = _width(heads, rows, index)

@@ -244,7 +244,7 @@ class Live:
 
     def through(self, window: Window, forward: bool) -> Live:
         """Frames and positions carried through a sliding window; channels do not pass."""
-        return Live(grown(self.frames, window, forward), grown(self.positions, window, forward))
+        return Live(grown(self.frames, window.along_frames, forward), grown(self.positions, window, forward))
 
     def early(self, known: Collection[Any]) -> Live:
         """What of it is decided by tensors in ``known``."""

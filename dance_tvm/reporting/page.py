@@ -10,6 +10,7 @@ from statistics import median
 from dance_tvm.benchmarking.results import Device, Layer, Measured, Results, Verdict
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import written_whole
+from dance_tvm.core.printing import counted
 from dance_tvm.reporting import why
 from dance_tvm.reporting.charts import Chart, all_charts, place_of
 from dance_tvm.reporting.papers import beside, name_of
@@ -98,7 +99,7 @@ def tiles(results: Results) -> list[tuple[str, str]]:
     for pair in results.pairs:
         many = pair.over_clips
         if many:
-            span = f"in the mean of {many.count} clips, {many.least:.2f} to {many.most:.2f} by clip"
+            span = f"in the mean of {counted(many.count, 'clip')}, {many.least:.2f} to {many.most:.2f} by clip"
         else:
             span = f"95% in {pair.low:.2f}–{pair.high:.2f}"
         found.append((f"{(many or pair).speed_up:.2f}×", f"as fast as dense, {span}"))
@@ -112,9 +113,9 @@ def tiles(results: Results) -> list[tuple[str, str]]:
     for device in results.devices:
         for item in device.measured:
             if item.role != "dense":
-                took, of = item.latency.p50, f"{item.latency.runs} runs"
+                took, of = item.latency.p50, counted(item.latency.runs, "run")
                 if len(item.clips) > 1:
-                    took, of = median(clip.p50 for clip in item.clips), f"{len(item.clips)} clips"
+                    took, of = median(clip.p50 for clip in item.clips), counted(len(item.clips), "clip")
                 found.append((_ms(took), f"median of {of}, {item.name}"))
                 found.append((f"{item.frames / took:.0f}", f"frames a second, {item.name}"))
     return found[:12]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,25 +17,34 @@ Options = dict[str, int | str]
 @dataclass(frozen=True)
 class Reader:
     """Who reads clips of a name: ``function`` is ``module:function``, ``path`` what stands behind the name's colon, and
-    ``options`` are the numbers, and ``test`` the file, that it takes beside."""
+    ``options`` are the numbers, each with its least and greatest, and ``test`` the file, that it takes beside."""
 
     function: str
     path: Literal["none", "folder", "file", "shards", "videos"]
-    options: tuple[str, ...]
+    options: Mapping[str, tuple[int, int]]
 
 
-_CLIPS = ("frames", "stride")
+_ANY = (1, 2**31)
+_CLIPS = {"frames": _ANY, "stride": _ANY}
+_SPLIT = {"split": (1, 3), **_CLIPS}
+_LISTED = {"held_out": (1, 99), **_CLIPS}
 
 READERS = {
     "motion-digits": Reader(
-        "dance_tvm.sparsity.motion_digits:motion_digits", "none", ("train", "test", "size", "frames")
+        "dance_tvm.sparsity.motion_digits:motion_digits",
+        "none",
+        {"train": _ANY, "test": _ANY, "size": (24, 2**31), "frames": (8, 2**31)},
     ),
-    "ucf101": Reader("dance_tvm.sparsity.video:ucf101", "folder", ("split", *_CLIPS)),
-    "hmdb51": Reader("dance_tvm.sparsity.video:hmdb51", "folder", ("split", *_CLIPS)),
-    "folder": Reader("dance_tvm.sparsity.listed_video:folder", "folder", ("held_out", *_CLIPS)),
-    "csv": Reader("dance_tvm.sparsity.listed_video:listed", "file", ("test", "held_out", *_CLIPS)),
-    "webdataset": Reader("dance_tvm.sparsity.shards:webdataset", "shards", ("test", "held_out", *_CLIPS)),
-    "transnet": Reader("dance_tvm.sparsity.video:transnet", "videos", ("window", "step", "held_out", "most")),
+    "ucf101": Reader("dance_tvm.sparsity.video:ucf101", "folder", _SPLIT),
+    "hmdb51": Reader("dance_tvm.sparsity.video:hmdb51", "folder", _SPLIT),
+    "folder": Reader("dance_tvm.sparsity.listed_video:folder", "folder", _LISTED),
+    "csv": Reader("dance_tvm.sparsity.listed_video:listed", "file", {"test": _ANY, **_LISTED}),
+    "webdataset": Reader("dance_tvm.sparsity.shards:webdataset", "shards", {"test": _ANY, **_LISTED}),
+    "transnet": Reader(
+        "dance_tvm.sparsity.video:transnet",
+        "videos",
+        {"window": _ANY, "step": _ANY, "held_out": (1, 99), "most": (0, 2**31)},
+    ),
 }
 
 #: What `transnet:` takes in place of a file: TransNetV2's own test clip.
@@ -60,6 +70,8 @@ def parse_data(spec: str, option: str = "--data") -> tuple[Reader, str, Options]
             raise DanceError(f"{pair!r} in {option} {spec!r} is not of the form key=value")
         if key not in reader.options:
             raise DanceError(f"{option} {spec!r}: {name} takes {', '.join(reader.options)}, not {key}")
+        if key in options:
+            raise DanceError(f"{option} {spec!r} gives {key} twice: give it once")
         options[key] = _value(name, key, value, option)
     return reader, path, options
 
@@ -93,6 +105,10 @@ def _value(name: str, key: str, value: str, option: str) -> int | str:
     """Of ``test`` a file, except where it counts clips, of all others a number."""
     if key == "test" and READERS[name].path != "none":
         return value
-    if not value.lstrip("-").isdigit():
+    if not value.lstrip("-").isdecimal():
         raise DanceError(f"{option} {name}: {key} is a whole number, not {value!r}")
+    least, greatest = READERS[name].options[key]
+    if not least <= int(value) <= greatest:
+        within = f"at least {least}" if greatest >= _ANY[1] else f"{least} to {greatest}"
+        raise DanceError(f"{option} {name}: {key} is {within}, not {value}")
     return int(value)

@@ -25,7 +25,7 @@ METHODS = {
 class MethodOptions(BaseModel):
     """A method's own settings; ordinary training has none."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Form = TypeVar("Form", bound=MethodOptions)
@@ -50,9 +50,10 @@ def checked(name: str, form: type[Form], options: Mapping[str, Any]) -> Form:
     except ValidationError as error:
         first = error.errors()[0]
         place = place_of(first, "options")
-        allowed = ", ".join(form.model_fields) or "none"
-        said = "there is no such option" if first["type"] == "extra_forbidden" else said_of(first)
-        raise DanceError(f"--method {name}: {place}: {said}; its options: {allowed}") from error
+        said = said_of(first)
+        if first["type"] == "extra_forbidden":
+            said = f"there is no such option; its options: {', '.join(form.model_fields) or 'none'}"
+        raise DanceError(f"--method {name}: {place}: {said}") from error
 
 
 def require_model(method: str, model: str) -> None:

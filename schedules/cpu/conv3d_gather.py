@@ -191,7 +191,7 @@ class GatherEmitter:
                 weights.prepare(tap, last_tap)
                 with self._depth_blocks(sample) as channels, serial(high - low) as offset:
                     current = let(low + offset)
-                    place = let((current - first_tile) * (tile.mr * tile.nr))
+                    place = let(big(current - first_tile) * (tile.mr * tile.nr))
                     self._tile(sample, panel, current, place, partial, (tap, last_tap), channels, weights)
 
         panels = self.panel_weights
@@ -238,13 +238,13 @@ class GatherEmitter:
     ) -> None:
         """Accumulate the segment's taps over one tile."""
         tap, last_tap = taps
-        rows = [let(self.rows_in[sample, current, r]) for r in range(self.tile.mr)]
-        acc = self._started(partial, place)
         stride, start = self._input_layout(sample, panel)
+        rows = [let(big(self.rows_in[sample, current, r]) * stride + start) for r in range(self.tile.mr)]
+        acc = self._started(partial, place)
         with serial(last_tap - tap) as offset:
             entry = let(tap + offset)
-            shift = let(self.taps[entry, 1])
-            sources = [let(big((row + shift) * stride + start)) for row in rows]
+            shift = let(big(self.taps[entry, 1]) * stride)
+            sources = [let(row + shift) for row in rows]
             self._multiply(sources, weights.at(self.taps[entry, 0]), channels, acc)
         self._put_back(acc, partial, place)
 

@@ -2,8 +2,8 @@
  *
  * An artifact's model.so needs libc, libm and pthread alone; one for a GPU opens the driver's library when a model is
  * created. It exports one function, dance_model_api, which gives a
- * table of functions; dance_model_open below finds it with dlopen. A model is created from the artifact's weights
- * (where it has a file of them), runs with buffers of the caller's, and is destroyed.
+ * table of functions; dance_model_open below verifies the file, loads it and finds that function. A model is created
+ * from the artifact's weights (where it has a file of them), runs with buffers of the caller's, and is destroyed.
  *
  *     const dance_api *api = dance_model_open("artifacts/mine/model.so", error, sizeof error);
  *     dance_options options = {.size = sizeof options, .threads = 2, .weights_path = "artifacts/mine/weights.safetensors"};
@@ -94,6 +94,7 @@ typedef struct {
   int32_t (*inputs)(const dance_tensor **tensors);    /* their number, and where they stand */
   int32_t (*outputs)(const dance_tensor **tensors);
   dance_model *(*create)(const dance_options *options, char *error, size_t error_bytes); /* NULL: error says why */
+  /* Inputs and outputs at addresses that are multiples of 64 are read and written where they lie; others are copied. */
   int (*run)(dance_model *model, const void *const *inputs, void *const *outputs);
   /* A streaming network (its outputs after the first are the next values of its inputs after the first): one frame. */
   int (*step)(dance_model *model, const void *frame, void *output);
@@ -119,9 +120,52 @@ const dance_api *dance_model_api(uint32_t version);
 #if !defined(DANCE_MODEL_NO_OPEN)
 #include <dlfcn.h>
 #include <stdio.h>
+#include <string.h>
 
-/* The functions of the model.so at `path`; NULL with a sentence in `error` where it cannot be loaded. */
-static inline const dance_api *dance_model_open(const char *path, char *error, size_t error_bytes) {
+/* A library ends with this mark and a checksum of all bytes before it, which loaders pass over. */
+#define DANCE_SEAL "dance:1\n"
+enum { DANCE_WORD = 8, DANCE_BUFFER = 2048 };
+
+/* The sum of the words of a file's first `bytes` bytes, each mixed with its place by SplitMix64's last steps, which take
+ * no two words to the same one: a change within one word is always found, any other but for one in 2^64. It finds damage
+ * and is no signature. Gives 0 where the bytes cannot be read. */
+static inline int dance_checksum(FILE *file, uint64_t bytes, uint64_t *sum) {
+  uint64_t words[DANCE_BUFFER], place = 0, left = bytes;
+  for (*sum = bytes; left;) {
+    const size_t held = left < sizeof words ? (size_t)left : sizeof words, count = (held + DANCE_WORD - 1) / DANCE_WORD;
+    words[count - 1] = 0;
+    if (fread(words, 1, held, file) != held) return 0;
+    left -= held;
+    for (size_t each = 0; each < count; each++) {
+      uint64_t word = words[each] + (place += UINT64_C(0x9e3779b97f4a7c15));
+      word = (word ^ word >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+      word = (word ^ word >> 27) * UINT64_C(0x94d049bb133111eb);
+      *sum += word ^ word >> 31;
+    }
+  }
+  return 1;
+}
+
+/* NULL where the library at `path` is as it was built, else what is wrong with it; nothing of it is run. A name without
+ * a folder, which the loader looks for, is not verified, nor a path that is no file (a library within an .apk). */
+static inline const char *dance_model_damage(const char *path) {
+  uint64_t end[2], found;
+  const char *damage = "has no seal at its end: it is cut off, stripped or of an earlier version; fetch or build it again";
+  FILE *file = strchr(path, '/') ? fopen(path, "rb") : NULL;
+  if (!file) return NULL;
+  const long size = fseek(file, 0, SEEK_END) ? -1 : ftell(file), body = size - (long)sizeof end;
+  if (body >= 0 && !fseek(file, body, SEEK_SET) && fread(end, 1, sizeof end, file) == sizeof end &&
+      !memcmp(end, DANCE_SEAL, DANCE_WORD)) {
+    damage = "is damaged: its bytes are not those that were built; fetch or build it again";
+    if (!fseek(file, 0, SEEK_SET) && dance_checksum(file, (uint64_t)body, &found) && found == end[1]) damage = NULL;
+  }
+  fclose(file);
+  return damage;
+}
+
+/* The functions of the model.so at `path`, for who has verified the file; NULL with a sentence in `error` where it
+ * cannot be loaded. */
+static inline const dance_api *dance_model_open_verified(const char *path, char *error, size_t error_bytes) {
   void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   const dance_api *(*get)(uint32_t) = NULL;
   const dance_api *api = NULL;
@@ -136,6 +180,14 @@ static inline const dance_api *dance_model_open(const char *path, char *error, s
     dlclose(library);
   }
   return api;
+}
+
+/* The same, after every byte of the file was verified. */
+static inline const dance_api *dance_model_open(const char *path, char *error, size_t error_bytes) {
+  const char *damage = dance_model_damage(path);
+  if (!damage) return dance_model_open_verified(path, error, error_bytes);
+  snprintf(error, error_bytes, "%.300s %s", path, damage);
+  return NULL;
 }
 #endif
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -21,8 +20,11 @@ from typing import Any
 import numpy as np
 
 VERSION = 1
+_SEAL = b"dance:1\n"  # a library ends with this mark and a checksum
+_SEAL_BYTES = 16
 _OK = 0
 _ERROR_BYTES = 512
+_ALIGNMENT = 64
 _NAMES = {0: "int", 1: "uint", 2: "float"}
 _BFLOAT, _BOOL = 4, 6
 
@@ -112,9 +114,9 @@ class Model:
 
     `cpus`: the processors its threads stay on. `share`: another model of the same artifact, whose weights it uses.
     Of a network for a GPU, `driver` is the path of the driver's library and `device` a part of the GPU's name, where
-    not the system's driver and its first GPU are meant. The weights are verified by their hash unless the caller has
-    done so (`verified`). Raises ModelError where the folder has no library with a C interface, its weights are damaged
-    or another library's, or there is no GPU that it runs on.
+    not the system's driver and its first GPU are meant. The library is verified before it is loaded, and the weights
+    are, unless the caller has done so (`verified`). Raises ModelError where the folder has no library with a C
+    interface, it or its weights are damaged or do not belong together, or there is no GPU that it runs on.
     """
 
     def __init__(
@@ -184,13 +186,12 @@ class Model:
         return [_fitting(name, inputs[name], kind) for name, kind in self.inputs.items()]
 
     def _room(self) -> dict[str, np.ndarray]:
-        return {name: np.empty(shape, dtype) for name, (shape, dtype) in self.outputs.items()}
+        return {name: _room(*kind) for name, kind in self.outputs.items()}
 
     def step(self, frame: np.ndarray) -> np.ndarray:
         """One frame of a stream, the network's first input: its first output; the state stays in the model."""
         name, kind = next(iter(self.inputs.items()))
-        shape, dtype = next(iter(self.outputs.values()))
-        given, result = _fitting(name, frame, kind), np.empty(shape, dtype)
+        given, result = _fitting(name, frame, kind), _room(*next(iter(self.outputs.values())))
         self._require(self._api.step(self._model, given.ctypes.data, result.ctypes.data))
         return result
 
@@ -261,8 +262,31 @@ def _loaded(library: Path, *_written: int) -> ctypes.CDLL:
     knows for what lay there first."""
     with tempfile.TemporaryDirectory(prefix="dance_model_") as folder:
         copied = Path(folder, library.name)
-        shutil.copyfile(library, copied)
+        copied.write_bytes(_sealed(library))
         return ctypes.CDLL(str(copied))
+
+
+def _sealed(library: Path) -> bytes:
+    """The library's bytes, which are those that were built."""
+    data = library.read_bytes()
+    body, end = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
+    if end == seal_of(body):
+        return data
+    if end.startswith(_SEAL):
+        said = "is damaged: its bytes are not those that were built"
+    else:
+        said = "has no seal at its end: it is cut off, stripped or of an earlier version"
+    raise ModelError(f"{library} {said}; fetch or build it again")
+
+
+def seal_of(body: bytes) -> bytes:
+    """What a library of these bytes ends with: the mark, and the sum of its words, each mixed with its place, as in
+    `dance_model.h`."""
+    words = np.frombuffer(body + bytes(-len(body) % 8), "<u8")
+    mixed = words + np.arange(1, len(words) + 1, dtype="<u8") * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(factor)
+    return _SEAL + ((int(mixed.sum(dtype="uint64")) + len(body)) % 2**64).to_bytes(8, "little")
 
 
 def _listed(list_: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -303,6 +327,14 @@ def _fitting(name: str, array: np.ndarray, kind: tuple[tuple[int, ...], np.dtype
     if array.shape != shape or array.dtype != dtype:
         raise ModelError(f"input {name} must be {dtype} of shape {shape}, not {array.dtype} of shape {array.shape}")
     return np.ascontiguousarray(array)
+
+
+def _room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array of any content where kernels write it without a copy."""
+    size = int(np.prod(shape, dtype="int64")) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNMENT
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def _addresses(arrays: list[np.ndarray]) -> Any:

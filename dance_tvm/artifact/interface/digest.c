@@ -3,7 +3,7 @@
 
 #define LANES 8
 #define BLOCK 64
-#define CHUNK ((uint64_t)1 << 20)
+#define CHUNK ((uint64_t)1 << 17)
 
 typedef uint32_t lanes __attribute__((vector_size(4 * LANES)));
 typedef lanes sha256_word;

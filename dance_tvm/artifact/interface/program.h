@@ -29,6 +29,7 @@ typedef struct {
   const int64_t *strides;
   int32_t rank;
   uint8_t kind, bits;
+  int32_t output; /* which one lies in the same piece of the arena, from 1 on; 0: none */
 } program_tensor;
 
 typedef enum { TENSOR, INTEGER, REAL } argument_kind;
@@ -97,8 +98,8 @@ typedef struct {
   const program_weight *weights;
   int32_t weight_count;
   const unsigned char *store; /* within the library; NULL: a file beside it */
-  uint64_t store_bytes;       /* the whole file */
-  const unsigned char *digest; /* of the file: `tree_digest` */
+  uint64_t store_bytes;       /* of the whole file, where it is one */
+  const unsigned char *digest; /* of all of them: `tree_digest` */
   const dance_tensor *inputs;
   int32_t input_count;
   const dance_tensor *outputs;

@@ -121,7 +121,7 @@ int processor_has(const char *instructions);
 
 #define DIGEST_BYTES 32
 
-/* SHA-256 over the SHA-256 of each MiB of `data`, on the threads of the pool that the caller has entered. 0: no memory. */
+/* SHA-256 over the SHA-256 of each 128 KiB of `data`, on the threads of the pool that the caller has entered. 0: no memory. */
 int tree_digest(const unsigned char *data, uint64_t bytes, unsigned char digest[DIGEST_BYTES]);
 
 /* -- weights.c: what is stored, verified and prepared for the kernels ------------------------------------------------ */
@@ -149,7 +149,8 @@ typedef struct machine machine;
 int open_machine(machine **found, const dance_options *options, const machine *share, int streams, char *error, size_t room);
 void close_machine(machine *on);
 /* The rest gives 0, or not 0 with a sentence in kernel_error(). */
-int give_inputs(machine *on, const void *const *inputs); /* NULL: the state that keep_state left */
+/* Of a call's inputs (NULL: the state that keep_state left) and its first `count` outputs, which kernels may write to. */
+int give_addresses(machine *on, const void *const *inputs, void *const *outputs, int32_t count);
 int run_step(machine *on, int32_t index);
 int finish_steps(machine *on); /* a GPU runs them while run_step has returned */
 int take_output(machine *on, int32_t index, void *to);

@@ -87,8 +87,8 @@ static int verify(const weight_set *weights, char *error, size_t room) {
   unsigned char digest[DIGEST_BYTES];
   if (!tree_digest(weights->store, dance_the_program.store_bytes, digest)) return DANCE_NO_MEMORY;
   if (!memcmp(digest, dance_the_program.digest, DIGEST_BYTES)) return DANCE_OK;
-  SAY(error, room, "the file of weights is damaged, or another network's: its hash is not the one that this library was "
-      "built with; fetch or build the artifact again");
+  SAY(error, room, dance_the_program.store ? "what this library holds of weights" : "the file of weights", " is damaged, or "
+      "another network's: its hash is not the one that this library was built with; fetch or build the artifact again");
   return DANCE_BAD_WEIGHTS;
 }
 
@@ -146,10 +146,8 @@ int load_weights(weight_set **found, const dance_options *options, char *error, 
   weights->tensors = calloc((size_t)program->weight_count + 1, sizeof *weights->tensors);
   if (!weights->tensors) return DANCE_NO_MEMORY;
   weights->store = program->store;
-  if (!program->store && program->store_bytes) {
-    code = open_store(weights, options, error, room);
-    if (!code && !options->verified) code = verify(weights, error, room);
-    if (!code) release_pages(weights, 0, program->store_bytes);
-  }
+  if (!program->store && program->store_bytes) code = open_store(weights, options, error, room);
+  if (!code && !options->verified) code = verify(weights, error, room);
+  if (!code) release_pages(weights, 0, program->store_bytes);
   return code ? code : prepare(weights);
 }

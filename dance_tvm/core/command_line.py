@@ -1,0 +1,90 @@
+"""How a command line is read: what is wrong with it is one sentence, as all bad input is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+from pydantic import ValidationError
+from typer.core import TyperCommand, TyperGroup
+
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.faults import said_of
+
+
+class Command(TyperCommand):
+    """A command; an option that takes one value is given once, and numbers are finite."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _told(ctx):
+            _require_once(self, ctx, args)
+            rest = super().parse_args(ctx, args)
+        for parameter in self.get_params(ctx):
+            _require_finite(parameter.opts[0], ctx.params.get(str(parameter.name)))
+        return rest
+
+
+class Group(TyperGroup):
+    """A command of several."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _told(ctx):
+            return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        with _told(ctx):
+            return super().resolve_command(ctx, args)
+
+
+@contextmanager
+def _told(context: Any) -> Iterator[None]:
+    """Turn typer's errors about words of the command line into DanceErrors; help, which it raises too, passes."""
+    try:
+        yield
+    except Exception as problem:
+        shown = getattr(problem, "format_message", None)
+        if shown is None or type(problem).__name__ == "NoArgsIsHelpError":
+            raise
+        raise DanceError(_sentence(problem, shown(), context.command_path)) from problem
+
+
+def _sentence(problem: Exception, message: str, command: str) -> str:
+    fault = problem.__cause__
+    if isinstance(fault, ValidationError):
+        return f"{_named(problem)} {said_of(fault.errors()[0]).rstrip('.')}"
+    if option := getattr(problem, "option_name", "") if hasattr(problem, "possibilities") else "":
+        near = " or ".join(getattr(problem, "possibilities", None) or [])
+        message = f"there is no option {option}{f', did you mean {near}?' if near else ''}"
+    return f"{message[:1].lower()}{message[1:].rstrip('.')}: `{command} --help` shows what there is"
+
+
+def _named(problem: Any) -> str:
+    return str(problem.param.opts[0]) if problem.param.param_type_name == "option" else str(problem.param.name).upper()
+
+
+def _require_once(command: Any, context: Any, args: Sequence[str]) -> None:
+    """Raise DanceError where an option that takes one value is given two that differ."""
+    parser = command.make_parser(context)
+    single = []
+    for parameter in command.get_params(context):
+        if parameter.param_type_name == "option" and not (parameter.multiple or parameter.count):
+            collecting = copy(parameter)
+            collecting.multiple = True
+            collecting.add_to_parser(parser, context)  # in the place of the one that keeps the last
+            single.append(parameter)
+    given, _, _ = parser.parse_args(list(args))
+    for parameter in single:
+        values = list(dict.fromkeys(given.get(str(parameter.name)) or []))
+        if len(values) > 1 and parameter.secondary_opts:
+            raise DanceError(f"{parameter.opts[0]} and {parameter.secondary_opts[0]} are both given: give one of them")
+        if len(values) > 1:
+            raise DanceError(f"{parameter.opts[0]} is given twice, as {values[0]} and as {values[1]}: give it once")
+
+
+def _require_finite(option: str, value: object) -> None:
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise DanceError(f"{option} must be a finite number, not {number}")
