@@ -18,7 +18,7 @@ from tvm import relax
 
 from dance_tvm import Options, build_network, import_model
 from dance_tvm.artifact.c_interface import HEADER, INTERFACE
-from dance_tvm.artifact.interface.dance_model import Model, ModelError
+from dance_tvm.artifact.interface.dance_model import Model, ModelError, _addresses
 from dance_tvm.artifact.linker import seal
 from dance_tvm.compiler.pipeline import lower
 from dance_tvm.machines.host import FEATURES, cpu_flags
@@ -96,15 +96,37 @@ def test_the_answers_are_those_of_the_virtual_machine_to_the_bit(masked, call, t
             assert_same(model.run(inputs), expected)
 
 
-def test_inputs_at_any_address_are_taken(masked, call):
+def at(array: np.ndarray, offset: int) -> np.ndarray:
+    """A copy so many bytes behind a multiple of 64."""
+    room = np.empty(array.nbytes + 128, np.uint8)
+    begin = -room.ctypes.data % 64 + offset
+    moved = room[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    moved[...] = array
+    return moved
+
+
+def test_inputs_and_outputs_at_any_address_are_taken(masked, call):
     inputs, expected = call
-    moved = {}
-    for name, array in inputs.items():
-        room = np.empty(array.nbytes + 4, np.uint8)
-        moved[name] = room[4:].view(array.dtype).reshape(array.shape)
-        moved[name][...] = array
     with Model(masked) as model:
-        assert_same(model.run(moved), expected)
+        for offset in (0, 4):
+            given = {name: at(array, offset) for name, array in inputs.items()}
+            for room in (0, 4):
+                results = {name: at(np.full_like(array, np.nan), room) for name, array in expected.items()}
+                written = _addresses(list(results.values()))
+                model._require(
+                    model._api.run(model._model, _addresses([given[each] for each in model.inputs]), written)
+                )
+                assert_same(results, expected)
+
+
+def test_an_output_may_lie_where_an_input_lies(tmp_path):
+    network = nn.Sequential(nn.Conv3d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 4, 3, padding=1))
+    example = torch.randn(1, 4, 4, 6, 6)
+    with Model(built(network, tmp_path / "model", example)) as model:
+        apart = at(example.numpy(), 0)
+        expected = next(iter(model.run(dict.fromkeys(model.inputs, apart)).values()))
+        model._require(model._api.run(model._model, _addresses([apart]), _addresses([apart])))
+        np.testing.assert_array_equal(apart, expected)
 
 
 def test_models_run_at_once_in_several_threads_and_share(masked, call):

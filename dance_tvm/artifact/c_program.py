@@ -280,6 +280,11 @@ class _Printer:
         self.program, self.names, self.store = program, names, store
         self._tensors: dict[View, int] = {}
         self._shapes: dict[tuple[int, ...], str] = {}
+        #: Which output lies in a piece of the arena, from 1 on; of several, the first.
+        self._outputs: dict[int, int] = {}
+        for number, view in enumerate(program.outputs, start=1):
+            if view.place.where == "IN_ARENA":
+                self._outputs.setdefault(view.place.index, number)
         for view in [
             *program.inputs,
             *program.outputs,
@@ -384,11 +389,12 @@ class _Printer:
         place = view.place
         in_arena = place.where == "IN_ARENA"
         offset = self.program.storages[place.index].offset if in_arena else 0
+        output = self._outputs.get(place.index, 0) if in_arena else 0
         index = 0 if in_arena else place.index
         shape, strides = self._shapes[view.shape], self._shapes[_strides(view.shape)]
         return (
             f"{{{place.where}, {index}, {offset}, {view.bytes}u, {shape}, {strides}, {len(view.shape)}, "
-            f"{_kind(view.dtype)}, {_bits(view.dtype)}}}"
+            f"{_kind(view.dtype)}, {_bits(view.dtype)}, {output}}}"
         )
 
     def _argument(self, value: View | int | float) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "open_device",
     "open_server",
     "prepare_emulator",
+    "require_reachable",
     "require_runnable",
     "require_spec",
 ]
@@ -72,6 +73,28 @@ def require_spec(spec: str) -> None:
     if kind == "tracker" and not key:
         raise DanceError(f"device {spec!r} lacks the key: write tracker://HOST:PORT/KEY")
     address_of(rest if kind == "rpc" else address, f"device {spec!r}")
+
+
+def require_reachable(spec: str, timeout: float = 5) -> None:
+    """Raise DanceError where nothing listens at the device's address, or its tracker's; nothing is asked of it."""
+    kind, _, rest = spec.partition("://")
+    if kind == "rpc":
+        import socket
+
+        from dance_tvm.device.server_connection import not_reached
+
+        try:
+            socket.create_connection(address_of(rest, f"device {spec!r}"), timeout).close()
+        except OSError as error:
+            raise not_reached(spec, error) from None
+    if kind == "tracker":
+        from dance_tvm.device.tracker import no_tracker, tracker_summary
+
+        host, port = address_of(rest.partition("/")[0], f"device {spec!r}")
+        try:
+            tracker_summary(host, port, timeout)
+        except OSError as error:
+            raise no_tracker(host, port, error) from None
 
 
 def require_runnable(artifact: Artifact, spec: str) -> None:

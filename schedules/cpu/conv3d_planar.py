@@ -1,9 +1,8 @@
 """The dense pointwise convolution of tensors with channels first (`docs/kernels.md`).
 
 ``Y[clip, oc, p] = act(bias[oc] + Σ W[oc, channel] · X[clip, channel, p] + residual[clip, oc, p])`` for positions p.
-Output channels are the rows of a tile and positions its lanes, so that weights are read as the layer has them and no
-layout changes. Positions that a tile reads lie far apart from channel to channel: a block of them is copied side by
-side first.
+Output channels are the rows of a tile and positions its lanes, so that no layout changes. Positions that a tile reads
+lie far apart from channel to channel: a block of them is copied side by side first.
 """
 
 from __future__ import annotations
@@ -85,15 +84,22 @@ class PlanarConv(LayerKernel):
         return blocks, -(-vectors // blocks)
 
     @property
+    def rows_together(self) -> int:
+        """Output channels whose weights lie side by side: those of a tile, which a single stream then brings; one where
+        weights are loaded by the vector."""
+        return self.tile.mr if self.tile.step == 1 else 1
+
+    @property
     def scratch_bytes(self) -> int:
         """The positions of a block."""
         return 4 * self.blocks[1] * self.channels_in * self.tile.vector_floats
 
     def operands(self) -> list[Operand]:
-        """x, weights (C_out, 1, C_in, 1), bias, residual, y."""
+        """x, weights (panels, 1, C_in, rows of a panel), bias, residual, y."""
+        panels = -(-self.channels_out // self.rows_together)
         return [
             Operand("x", self.x_shape),
-            constant("weights", (self.channels_out, 1, self.channels_in, 1)),
+            constant("weights", (panels, 1, self.channels_in, self.rows_together)),
             constant("bias", (self.channels_out,)),
             *([Operand("residual", self.y_shape, role="residual")] if self.residual else []),
             output("y", self.y_shape),
@@ -101,8 +107,8 @@ class PlanarConv(LayerKernel):
 
     @property
     def preparation(self) -> Panels:
-        """Weights stay as they are."""
-        return Panels(1, self.channels_out, self.channels_in, 1, 1)
+        """Panels of the output channels of a tile."""
+        return Panels(1, self.channels_out, self.channels_in, 1, self.rows_together)
 
     def prepare(self, weights: Weights | None) -> dict[str, np.ndarray]:
         """Weights and bias."""
@@ -113,9 +119,11 @@ class PlanarConv(LayerKernel):
         return constants
 
     def unpacked(self, at: Expr) -> tuple[Expr, Expr, Expr, Expr]:
-        """As the layer has them."""
-        depth = self.channels_in
-        return let(tirx.floordiv(at, depth)), 0, let(tirx.floormod(at, depth)), tirx.const(True)
+        """In panels."""
+        depth, together = self.channels_in, self.rows_together
+        panel, channel = tirx.floordiv(at, depth * together), tirx.floormod(tirx.floordiv(at, together), depth)
+        out = let(panel * together + tirx.floormod(at, together))
+        return out, 0, let(channel), out < self.channels_out
 
     def describe(self) -> dict[str, Any]:
         """Also that channels come first."""
@@ -136,7 +144,7 @@ class PlanarConv(LayerKernel):
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Clip by clip, blocks of positions by tiles of output channels."""
         tile, depth = self.tile, self.channels_in
-        x, weights = flat(args["x"]), flat(args["weights"])
+        x = flat(args["x"])
         count, (blocks, vectors) = tile.vector_floats, self.blocks
         most = -(-self.positions // count) - vectors
         mr = min(tile.mr, self.channels_out)
@@ -149,19 +157,30 @@ class PlanarConv(LayerKernel):
                 with serial(vectors) as index:
                     at = line + self._begin(first + index)
                     store(packed, x[lanes(at, count)], lanes((index * depth + channel) * count, count))
-            with serial(-(-self.channels_out // mr)) as piece:
-                out, done = let(tirx.min(piece * mr, self.channels_out - mr)), 0
-                for panels, width in panel_widths(vectors, tile.vectors):
-                    with serial(panels) as index:
-                        vector = let(done + index * width)
-                        acc = self._started(args["bias"], out, mr, width)
-                        columns = Vectors(packed, depth * count, count)
-                        source, begin = let(big(out) * depth), let(vector * (depth * count))
-                        multiply(Rows(weights, depth), source, columns, begin, depth, tile.step, acc)
-                        self._finish(
-                            args, let(big(clip * self.channels_out + out) * self.positions), first + vector, acc
-                        )
-                    done += panels * width
+            whole, rest = divmod(self.channels_out, mr)
+            for pieces, begin, rows in ((whole, 0, mr), (1, whole * mr, rest)):
+                if not rows:
+                    continue
+                with serial(pieces) as piece:
+                    self._piece(args, packed, clip, let(begin + piece * mr), rows, first)
+
+    def _piece(
+        self, args: Mapping[str, tirx.Buffer], packed: tirx.Buffer, clip: Expr, out: Expr, mr: int, first: Expr
+    ) -> None:
+        """``mr`` output channels from ``out`` on of a block's positions."""
+        tile, depth, count, done = self.tile, self.channels_in, self.tile.vector_floats, 0
+        together = self.rows_together
+        rows = Rows(flat(args["weights"]), *((1, together) if together > 1 else (depth, 1)))
+        source = let(big(out) * depth)
+        target = let(big(clip * self.channels_out + out) * self.positions)
+        for panels, width in panel_widths(self.blocks[1], tile.vectors):
+            with serial(panels) as index:
+                vector = let(done + index * width)
+                acc = self._started(args["bias"], out, mr, width)
+                columns = Vectors(packed, depth * count, count)
+                multiply(rows, source, columns, let(vector * (depth * count)), depth, tile.step, acc)
+                self._finish(args, target, first + vector, acc)
+            done += panels * width
 
     def _begin(self, vector: Expr) -> Expr:
         """The first position of a vector; a clip's last one overlaps the one before."""

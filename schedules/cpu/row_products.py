@@ -19,10 +19,11 @@ Sums = list[list[tirx.Buffer]]
 
 @dataclass(frozen=True)
 class Rows:
-    """Where a tile's rows lie: the buffer, and floats from one row to the next."""
+    """Where a tile's rows lie: the buffer, floats from one row to the next, and from one term of a row to the next."""
 
     buffer: tirx.Buffer
     distance: int
+    spacing: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def multiply(rows: Rows, source: Expr, vectors: Vectors, weights: Expr, terms: i
 def _terms(rows: Rows, source: Expr, vectors: Vectors, weights: Expr, first: Expr, some: range, acc: Sums) -> None:
     """``some`` of as many terms from ``first`` on as it ends after."""
     count, step = vectors.count, some.stop
-    xs = [rows.buffer[lanes(source + first + r * rows.distance, step)] for r in range(len(acc))]
+    xs = [rows.buffer[lanes(source + first * rows.spacing + r * rows.distance, step)] for r in range(len(acc))]
     xs = [let(x) for x in xs] if step > 1 else xs
     for k in some:
         at = weights + (first + k) * count

@@ -94,6 +94,7 @@ typedef struct {
   int32_t (*inputs)(const dance_tensor **tensors);    /* their number, and where they stand */
   int32_t (*outputs)(const dance_tensor **tensors);
   dance_model *(*create)(const dance_options *options, char *error, size_t error_bytes); /* NULL: error says why */
+  /* Inputs and outputs at addresses that are multiples of 64 are read and written where they lie; others are copied. */
   int (*run)(dance_model *model, const void *const *inputs, void *const *outputs);
   /* A streaming network (its outputs after the first are the next values of its inputs after the first): one frame. */
   int (*step)(dance_model *model, const void *frame, void *output);

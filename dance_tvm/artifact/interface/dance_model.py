@@ -24,6 +24,7 @@ _SEAL = b"dance:1\n"  # a library ends with this mark and a checksum
 _SEAL_BYTES = 16
 _OK = 0
 _ERROR_BYTES = 512
+_ALIGNMENT = 64
 _NAMES = {0: "int", 1: "uint", 2: "float"}
 _BFLOAT, _BOOL = 4, 6
 
@@ -185,13 +186,12 @@ class Model:
         return [_fitting(name, inputs[name], kind) for name, kind in self.inputs.items()]
 
     def _room(self) -> dict[str, np.ndarray]:
-        return {name: np.empty(shape, dtype) for name, (shape, dtype) in self.outputs.items()}
+        return {name: _room(*kind) for name, kind in self.outputs.items()}
 
     def step(self, frame: np.ndarray) -> np.ndarray:
         """One frame of a stream, the network's first input: its first output; the state stays in the model."""
         name, kind = next(iter(self.inputs.items()))
-        shape, dtype = next(iter(self.outputs.values()))
-        given, result = _fitting(name, frame, kind), np.empty(shape, dtype)
+        given, result = _fitting(name, frame, kind), _room(*next(iter(self.outputs.values())))
         self._require(self._api.step(self._model, given.ctypes.data, result.ctypes.data))
         return result
 
@@ -327,6 +327,14 @@ def _fitting(name: str, array: np.ndarray, kind: tuple[tuple[int, ...], np.dtype
     if array.shape != shape or array.dtype != dtype:
         raise ModelError(f"input {name} must be {dtype} of shape {shape}, not {array.dtype} of shape {array.shape}")
     return np.ascontiguousarray(array)
+
+
+def _room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array of any content where kernels write it without a copy."""
+    size = int(np.prod(shape, dtype="int64")) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNMENT
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def _addresses(arrays: list[np.ndarray]) -> Any:

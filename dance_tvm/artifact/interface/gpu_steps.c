@@ -164,7 +164,8 @@ int open_machine(machine **found, const dance_options *options, const machine *s
   return DANCE_OK;
 }
 
-int give_inputs(machine *on, const void *const *inputs) {
+int give_addresses(machine *on, const void *const *inputs, void *const *outputs, int32_t count) {
+  (void)outputs, (void)count; /* they are brought back once they are made */
   for (int32_t each = 0; each < on->program->input_count; each++) {
     const size_t bytes = on->program->inputs[each].bytes;
     if (inputs[each] && bytes && copy_in(on->queue, on->inputs[each], inputs[each], bytes)) return -1;

@@ -93,15 +93,36 @@ int open_machine(machine **found, const dance_options *options, const machine *s
   return code ? code : allocate(on, streams);
 }
 
-int give_inputs(machine *on, const void *const *inputs) {
+static int taken(const void *address) { return address && !((uintptr_t)address % ALIGNMENT); }
+
+static int meets_inputs(const dance_program *program, const void *const *inputs, const void *output, size_t bytes) {
+  const uintptr_t begin = (uintptr_t)output;
+  for (int32_t each = 0; each < program->input_count; each++) {
+    const uintptr_t other = (uintptr_t)inputs[each];
+    if (other && begin < other + program->inputs[each].bytes && other < begin + bytes) return 1;
+  }
+  return 0;
+}
+
+/* Where kernels write output `index` of a call: right to the caller's memory where they take its address and no input
+ * is overwritten, else to the arena. */
+static void *room_of(const machine *on, const program_tensor *tensor, const void *const *inputs, void *const *outputs, int32_t count) {
+  const int32_t index = tensor->output - 1;
+  void *given = index < count ? outputs[index] : NULL;
+  const int direct = taken(given) && !meets_inputs(on->program, inputs, given, tensor->bytes);
+  return direct ? given : on->arena + tensor->offset;
+}
+
+int give_addresses(machine *on, const void *const *inputs, void *const *outputs, int32_t count) {
   const dance_program *program = on->program;
   for (int32_t each = 0; each < program->tensor_count; each++) {
     const program_tensor *tensor = &program->tensors[each];
+    if (tensor->output) on->tensors[each].data = room_of(on, tensor, inputs, outputs, count);
     if (tensor->where != IN_INPUT) continue;
     const void *given = inputs[tensor->index];
     void *copy = on->staging + on->staged[tensor->index];
-    if (given && (uintptr_t)given % ALIGNMENT) memcpy(copy, given, tensor->bytes);
-    on->tensors[each].data = given && !((uintptr_t)given % ALIGNMENT) ? (void *)given : copy;
+    if (given && !taken(given)) memcpy(copy, given, tensor->bytes);
+    on->tensors[each].data = taken(given) ? (void *)given : copy;
   }
   return 0;
 }
@@ -121,7 +142,8 @@ int finish_steps(machine *on) {
 
 int take_output(machine *on, int32_t index, void *to) {
   const dance_program *program = on->program;
-  memcpy(to, on->tensors[program->output_tensors[index]].data, program->outputs[index].bytes);
+  const void *from = on->tensors[program->output_tensors[index]].data;
+  if (from != to) memcpy(to, from, program->outputs[index].bytes);
   return 0;
 }
 

@@ -29,6 +29,7 @@ typedef struct {
   const int64_t *strides;
   int32_t rank;
   uint8_t kind, bits;
+  int32_t output; /* which one lies in the same piece of the arena, from 1 on; 0: none */
 } program_tensor;
 
 typedef enum { TENSOR, INTEGER, REAL } argument_kind;

@@ -133,7 +133,7 @@ static int call(dance_model *model, const void *const *inputs, void *const *outp
   int code = DANCE_OK;
   seat before = enter(&model->threads);
   atomic_store(&model->cancelled, 0);
-  if (give_inputs(model->machine, inputs)) code = failed(model, "the inputs");
+  if (give_addresses(model->machine, inputs, outputs, count)) code = failed(model, "the inputs");
   if (!code) code = run_steps(model);
   for (int32_t each = 0; each < count && !code; each++)
     if (take_output(model->machine, each, outputs[each])) code = failed(model, "the outputs");

@@ -149,7 +149,8 @@ typedef struct machine machine;
 int open_machine(machine **found, const dance_options *options, const machine *share, int streams, char *error, size_t room);
 void close_machine(machine *on);
 /* The rest gives 0, or not 0 with a sentence in kernel_error(). */
-int give_inputs(machine *on, const void *const *inputs); /* NULL: the state that keep_state left */
+/* Of a call's inputs (NULL: the state that keep_state left) and its first `count` outputs, which kernels may write to. */
+int give_addresses(machine *on, const void *const *inputs, void *const *outputs, int32_t count);
 int run_step(machine *on, int32_t index);
 int finish_steps(machine *on); /* a GPU runs them while run_step has returned */
 int take_output(machine *on, int32_t index, void *to);
