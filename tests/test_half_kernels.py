@@ -90,6 +90,23 @@ def test_a_tile_takes_few_instructions_beside_its_multiply_adds() -> None:
     assert tiles - taps <= 8 * rows * vectors + 12
 
 
+def test_activations_take_no_registers_from_sums() -> None:
+    """The loop over products is about as long before a SiLU as before nothing, and results are right to rounding."""
+    window = Window(1, (2, 3, 5), (2, 3, 5), (1, 1, 1))
+    layer = Layer(window, 96, 92, activation="silu", residual=True, dtype=HALF)
+    shortest = [
+        min(len(loop.lines) for loop in loops_of(kernel_code(each, "snapdragon")[1]) if loop.multiplies > 100)
+        for each in (layer, replace(layer, activation=""))
+    ]
+    assert shortest[0] <= 1.05 * shortest[1]
+    rng = np.random.default_rng(0)
+    weights = Weights(rng.integers(-2, 3, (92, 96, 1, 1, 1)).astype("float32") / 16, rng.normal(size=92).astype(HALF))
+    x, residual = (rng.integers(-8, 9, (1, 2, 3, 5, size)) / 4 for size in (96, 92))
+    found, _ = call(settled_direct(layer, NEON).kernel, x, weights=weights, residual=residual)
+    exact = x @ weights.weight[:, :, 0, 0, 0].T.astype("float64") + weights.bias.astype("float64") + residual
+    np.testing.assert_allclose(found, exact / (1 + np.exp(-exact)), rtol=2e-3, atol=1e-6)
+
+
 def test_what_a_kernel_passes_on_is_what_ieee_says() -> None:
     window = Window(1, (1, 1, 8), (1, 1, 8), (1, 1, 1))
     conv = GatherConv(window, 1, 8, 1, Tile(1, 1, 8, 1, 8, 1), RowPlan(window, 1, 8, 1), dtype=HALF)
