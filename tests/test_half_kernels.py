@@ -118,6 +118,42 @@ def test_what_a_kernel_passes_on_is_what_ieee_says() -> None:
     np.testing.assert_array_equal(call(pool, x)[0], x)
 
 
+#: Layers that add up two values: side by side, in two channels, of each channel apart.
+PAIRS = {
+    "direct": Layer(Window(64, (1, 1, 2), (1, 1, 1), (1, 1, 2)), 1, 8, dtype=HALF),
+    "pointwise": Layer(Window(64, (1, 1, 1), (1, 1, 1), (1, 1, 1)), 2, 8, dtype=HALF),
+    "depthwise": Layer(Window(64, (1, 1, 2), (1, 1, 1), (1, 1, 2)), 8, 8, 8, dtype=HALF),
+}
+
+
+@pytest.mark.parametrize("factor", [-1.0, 2.0**-10])
+@pytest.mark.parametrize("name", PAIRS)
+def test_any_two_values_at_the_edge_of_the_range_add_up_as_ieee_says(name: str, factor: float) -> None:
+    """The first of each pair and ``factor`` times the second, no product beyond the range, whether fused or not; sums
+    beyond it are infinite."""
+    layer, pairs = PAIRS[name], np.stack([EDGES.repeat(8), np.tile(EDGES, 8)], 1)
+    conv = settled_direct(layer, NEON).kernel
+    weight = np.ones((8, 1, 1, 1, 2), "float32") * np.array([1, factor], "float32")
+    shape = (8, 2, 1, 1, 1) if name == "pointwise" else weight.shape
+    x = np.broadcast_to(pairs.reshape(64, *layer.window.size, -1), conv.x_shape)
+    found, _ = call(conv, x, weights=Weights(weight.reshape(shape), np.zeros(8, "float32")))
+    with np.errstate(over="ignore", invalid="ignore"):
+        first, second = pairs.astype("float64").T
+        expected = (first + factor * second).astype(HALF)
+    np.testing.assert_array_equal(found, np.broadcast_to(expected.reshape(64, 1, 1, 1, 1), found.shape))
+
+
+@pytest.mark.parametrize("pooling", ["max", "avg"])
+def test_pools_of_any_two_values_at_the_edge_of_the_range(pooling: str) -> None:
+    pairs = np.stack([EDGES.repeat(8), np.tile(EDGES, 8)], 1)
+    pool = VectorPool(Window(64, (1, 1, 2), (1, 1, 1), (1, 1, 2)), 1, pooling, vector_floats=8, dtype=HALF)
+    found, _ = call(pool, pairs.reshape(64, 1, 1, 2, 1))
+    with np.errstate(invalid="ignore"):
+        first, second = pairs.astype("float64").T
+        expected = np.maximum(first, second) if pooling == "max" else (first + second) / 2
+    np.testing.assert_array_equal(found.reshape(-1), expected.astype(HALF))
+
+
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (5, 5, 7)], ids=["sums in half", "too many taps for that"])
 def test_a_depthwise_convolution_of_small_integers_is_exact(kernel: tuple[int, int, int]) -> None:
     rng, size, padding = np.random.default_rng(0), (4, 5, 6), tuple(k // 2 for k in kernel)
