@@ -26,7 +26,7 @@ beside_types = said=$$(mktemp); $(RUN) -m mypy >$$said 2>&1 & types=$$!; \
 	$(THREADS) $(1); code=$$?; wait $$types || { cat $$said; code=1; }; rm -f $$said; exit $$code
 
 test: style
-	@.ci/prepare --emulator
+	@.ci/prepare --emulator --opencl
 	@$(call beside_types,$(RUN) -m pytest -q -n $(JOBS) --dist worksteal --durations 30 --durations-min 5)
 
 fuzz: prepare

@@ -77,7 +77,10 @@ def bench(
     ] = None,
     peer_model: Annotated[Path | None, typer.Option(help="The first artifact's network as .onnx, for --peer.")] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="Classes of the clips (.csv of name,class): how often the artifact is right.")
+        Path | None,
+        typer.Option(
+            "--truth", help="What --clips show (.csv of clip,class's number): how often the artifact is right."
+        ),
     ] = None,
     load_times: Annotated[
         bool, typer.Option("--load-times", help="Time loading too, in a process of its own: cold, then warm.")
@@ -90,7 +93,7 @@ def bench(
         raise DanceError("give --cluster or --cpus, not both")
     if trace and not layers:
         raise DanceError("--trace shows layers: leave --no-layers out")
-    _require_used({"--most-clips": most_clips, "--labels": labels}, {"--clips": clips})
+    _require_used({"--most-clips": most_clips, "--truth": labels}, {"--clips": clips})
     _require_used({"--threshold": threshold}, {"--against": against})
     _require_used({"--peer-model": peer_model}, {"--peer": peer})
     devices = device or ["local"]

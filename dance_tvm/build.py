@@ -19,6 +19,7 @@ from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.options import AsJson, Model, TargetName, Threads
 from dance_tvm.core.printing import print_table
 from dance_tvm.core.progress import JsonLines, Progress
+from dance_tvm.machines.gpu import detect_cuda
 
 if TYPE_CHECKING:
     from dance_tvm.compiler.build import Built
@@ -126,7 +127,7 @@ def build(
     asked = requests.Request(
         model=model, target=machine, out=place, weights=weights, shapes=shapes, batch=batch, dtype=dtype,
         numerics=numerics, conv=conv, memory=memory, weights_dtype=weights_dtype, prepared=prepared, static=static,
-        check=check, check_inputs=check_inputs or [], calibrate=calibrate or [], layer_errors=layer_errors,
+        io=io, check=check, check_inputs=check_inputs or [], calibrate=calibrate or [], layer_errors=layer_errors,
         logs=logs, debug_dump=debug_dump,
     )  # fmt: skip
     requests.require(asked)
@@ -184,6 +185,9 @@ def _warn(machine: Target, model: str, weights: Path | None, threads: int | None
     if machine.tuning_log == "host-x86-64-sse":
         said = "this processor has no AVX2: kernels for it use SSE, which nobody has measured; --target names others"
         warnings.warn(said, DanceWarning, stacklevel=3)
+    if machine.name == "cuda" and detect_cuda() is None:
+        said = "no NVIDIA GPU was found here: the build is for one like a Tesla T4, and a check runs its kernels alone"
+        warnings.warn(f"{said}, on a processor", DanceWarning, stacklevel=3)
     if requests.is_untrained(model, weights):
         said = f"{model} is built with random weights: give trained ones with --weights, or train it first"
         warnings.warn(said, DanceWarning, stacklevel=3)

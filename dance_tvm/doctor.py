@@ -30,6 +30,7 @@ from dance_tvm.device import address_of
 TVM = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 INSTALL_TVM = "pip install " + " ".join(f"{name}=={number}" for name, number in TVM.items())
 PROBE_TIMEOUT_S = 120
+GPU = "pip install 'dance-tvm[gpu]'"
 BROKEN = 1
 
 app = application()
@@ -77,6 +78,7 @@ def examine(tracker: str | None = None, on_look: Callable[[str], object] = lambd
         ndk,
         emulator,
         cuda,
+        opencl,
         adb,
     ]
     if tracker:
@@ -170,11 +172,22 @@ def cuda() -> Finding:
     wheels = {"nvidia.cuda_nvrtc": "nvidia-cuda-nvrtc-cu11", "nvidia.cuda_nvcc": "nvidia-cuda-nvcc-cu11"}
     missing = [package for module, package in wheels.items() if not _importable(module)]
     if missing:
-        return Finding(
-            "cuda compiler", "missing", f"no {', '.join(missing)}: no builds for Jetson", "pip install 'dance-tvm[gpu]'"
-        )
+        return Finding("cuda compiler", "missing", f"no {', '.join(missing)}: no builds for Jetson", GPU)
     seen = ", ".join(f"{package} {_version(package)}" for package in wheels.values())
     return Finding("cuda compiler", "works", seen)
+
+
+def opencl() -> Finding:
+    """An OpenCL device, which may be this processor by PoCL: it runs GPU kernels to check and tune them."""
+    code = (
+        "from dance_tvm.core.errors import DanceError\nfrom dance_tvm.device.opencl import OpenCLSession\n"
+        "try: OpenCLSession()\nexcept DanceError as error: raise SystemExit(str(error))"
+    )
+    problem = _probe(code)
+    if not problem:
+        return Finding("opencl", "works", "a device that compiles GPU kernels")
+    seen, _, mend = problem.rpartition(": ")
+    return Finding("opencl", "missing", f"{seen or problem}: GPU kernels are not checked here", mend if seen else GPU)
 
 
 def adb() -> Finding:
@@ -208,6 +221,7 @@ _LOOKS: dict[Callable[..., Finding], str] = {
     ndk: "android ndk",
     emulator: "emulated device",
     cuda: "cuda compiler",
+    opencl: "OpenCL, in a process of its own",
     adb: "adb",
 }
 

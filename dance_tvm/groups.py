@@ -13,6 +13,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_folder
 from dance_tvm.core.options import PLACES, TargetName, Threads
 from dance_tvm.core.printing import print_table
+from dance_tvm.device import require_reachable
 from dance_tvm.machines.target import load_target
 from dance_tvm.records.group_choice import require_fitting
 from dance_tvm.records.places import own_logs
@@ -48,6 +49,7 @@ def groups(
     require_devices_of(machine, [device])
     require_fitting(machine, candidates)
     require_folder(logs or own_logs(), "--logs")
+    require_reachable(device)
     from dance_tvm.records.group_choice import SYNTHESISED, best_group, efficiencies
     from dance_tvm.records.group_log import log_path, write_log
     from dance_tvm.tuning.measure_groups import measure_on

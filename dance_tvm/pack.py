@@ -21,6 +21,15 @@ EXAMPLES = examples(
 )
 Format = Literal["c", "android", "wheel"]
 
+#: What is done with what was written.
+_NEXT: dict[Format, str] = {
+    "c": "in your CMakeLists.txt, add_subdirectory({written}) and target_link_libraries(app PRIVATE dance_model); "
+    "{written}/include/dance_model.h has the calls",
+    "android": 'in settings.gradle.kts, include(":dance") and project(":dance").projectDir = file("{written}"); in the '
+    'app, implementation(project(":dance")) and org.dance.DanceModel',
+    "wheel": "pip install {written}, then import {module} and {module}.load().run({{name: array}})",
+}
+
 
 @app.command(epilog=EXAMPLES)
 def pack(
@@ -38,7 +47,11 @@ def pack(
 
     folder = out or artifact.with_name(f"{artifact.name}-{form}")
     written = packed(load_artifact(artifact), folder, form, version or "1.0.0")
-    typer.echo(json.dumps({"written": str(written)}) if as_json else written)
+    if as_json:
+        typer.echo(json.dumps({"written": str(written)}))
+        return
+    typer.echo(written)
+    typer.echo(f"next: {_NEXT[form].format(written=written.absolute(), module=written.name.partition('-')[0])}")
 
 
 if __name__ == "__main__":

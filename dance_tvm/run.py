@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ from dance_tvm.artifact.folder import load_artifact
 from dance_tvm.artifact.preprocess import Preprocess, read_preprocess
 from dance_tvm.artifact.video_windows import VIDEOS, pictures_in, require_video_input, windows_of
 from dance_tvm.core.cli import application, examples, start
-from dance_tvm.core.errors import DanceError
+from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.files import require_suffix, require_writable
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.options import PLACES, AsJson
@@ -59,7 +60,9 @@ def run(
     preprocess: Annotated[
         Path | None, typer.Option(help="How frames become the input (.toml); docs/run.md lists its fields.")
     ] = None,
-    labels: Annotated[Path | None, typer.Option(help="Names of the classes, one per line.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Names of the classes, one per line; what clips show is for `bench --truth`.")
+    ] = None,
     top: Annotated[
         int | None,
         typer.Option(
@@ -109,6 +112,7 @@ def run(
                     found.append((name, results, seconds))
                     progress.tell("run", name=name, seconds=seconds, top=_top(results, verified.manifest, names, shown))
         facts = _facts(device, found, verified.manifest, names, shown)
+        warn_of_nan(found)
         progress.result(facts)
     if outputs is not None:
         write_outputs(outputs, _joined([results for _, results, _ in found]))
@@ -116,6 +120,15 @@ def run(
         typer.echo(json.dumps(facts, indent=2))
     elif not json_lines:
         _print(found, verified.manifest, device, names, shown)
+
+
+def warn_of_nan(found: list[tuple[str, dict[str, np.ndarray], float]]) -> None:
+    """Warn of outputs that hold NaN, as a network computes of inputs that hold some or are far too large."""
+    for run_on, results, _ in found:
+        for name, array in results.items():
+            if array.dtype.kind == "f" and (count := int(np.isnan(array).sum())):
+                said = f"{run_on}: {count:,} of the {array.size:,} values of {name} are NaN"
+                warnings.warn(f"{said}: look at the inputs and their scale", DanceWarning, stacklevel=3)
 
 
 def _sources(inputs: Path | None, videos: list[Path], frames: Path | None) -> list[Path | None]:
@@ -196,6 +209,8 @@ def _scores(results: Mapping[str, np.ndarray], manifest: Manifest, labels: list[
     if tensor is None:
         return None
     scores = results[tensor.name][0].astype("float64")
+    if np.isnan(scores).any():
+        return None  # of which none is the highest
     return _softmax(scores) if "before softmax" in tensor.meaning else scores
 
 
@@ -235,8 +250,11 @@ def _facts(
 
 
 def _figures(array: np.ndarray) -> dict[str, object]:
-    low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
-    return {"shape": list(array.shape), "dtype": str(array.dtype), "least": low, "greatest": high}
+    """What is shown of an output; NaN and infinities, which JSON has not, are counted and otherwise left out."""
+    finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    figures = {"shape": list(array.shape), "dtype": str(array.dtype), "least": low, "greatest": high}
+    return figures | ({"not_finite": array.size - finite.size} if finite.size < array.size else {})
 
 
 def _meaning(manifest: Manifest, name: str) -> str:

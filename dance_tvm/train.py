@@ -19,9 +19,9 @@ from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.core.verbosity import level
 from dance_tvm.models.network_files import require_weights
 from dance_tvm.sparsity.data_names import require_data
-from dance_tvm.sparsity.options import method_options, require_model
+from dance_tvm.sparsity.options import MethodOptions, method_options, require_model
 from dance_tvm.sparsity.settings import Settings
-from dance_tvm.sparsity.trained import require_same_run
+from dance_tvm.sparsity.trained import continued, read_card
 from dance_tvm.sparsity.units import read_units
 
 app = application()
@@ -35,6 +35,7 @@ app = application()
     )
 )
 def main(
+    context: typer.Context,
     method: Annotated[
         Literal["dense", "ava", "aap", "kgs", "dstep"], typer.Option(help="how work is to be left out; dense: not")
     ] = "aap",
@@ -54,7 +55,9 @@ def main(
     init: Annotated[
         Path | None, typer.Option(help="weights to start from: an earlier run's model.safetensors, a state dict")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from what --out holds, as it was begun; more --epochs prolong it")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that --out holds")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's")] = None,
@@ -86,45 +89,35 @@ def main(
 ) -> None:
     """Trains and leaves model.safetensors, card.json, curves.csv and a checkpoint in --out."""
     # All that can be refused before the seconds that loading PyTorch takes.
-    require_model(method, model)
     out = out or Path("trained") / f"{model}-{method}"
     if not print_config:
         _require_place(out, resume, overwrite)
     if precision == "bfloat16" and not amp:
         raise DanceError("--precision bfloat16 is one of mixed precision: leave --no-amp out")
-    named = {
-        "target_macs": target_macs,
-        **_of_budget(budget, method, target_macs),
-        "algorithm": algorithm,
-        "scheme": scheme,
-        "rate": rate,
-        "target_flops": target_flops,
-    }
-    options = {name: value for name, value in named.items() if value is not None} | _parsed(option or [])
-    found = method_options(method, options)
-    every = found.model_dump(mode="json")
-    progress = Progress(as_json, json_lines)
     chosen: dict[str, Any] = {
-        "epochs": epochs, "batch": batch, "lr": lr, "optimizer": optimizer, "amp": amp, "precision": precision,
+        "method": method, "model": model, "data": data, "epochs": epochs, "batch": batch, "lr": lr,
+        "optimizer": optimizer, "init": str(init) if init else None, "seed": seed, "amp": amp, "precision": precision,
         "accumulate": accumulate, "workers": workers,
     }  # fmt: skip
-    if print_config:
-        typer.echo(_config(method=method, model=model, data=data, seed=seed, options=every, init=init, **chosen))
-        return
-    require_data(data)
-    if init is not None:
-        require_weights(init)
-    if (units := getattr(found, "units", None)) is not None:
-        read_units(units)
+    before = read_card(out / "checkpoint.safetensors")["settings"] if resume else {}
     if resume:
-        same = Settings(
-            method=method, model=model, data=data, options=options, seed=seed,
-            init=str(init) if init else None, **chosen,
-        )  # fmt: skip
-        require_same_run(out / "checkpoint.safetensors", same)
+        chosen = {name: value for name, value in chosen.items() if _is_given(context, name)}
+    trains_by = chosen.get("method", before.get("method", method))
+    named = {
+        "target_macs": target_macs, **_of_budget(budget, trains_by, target_macs), "algorithm": algorithm,
+        "scheme": scheme, "rate": rate, "target_flops": target_flops,
+    }  # fmt: skip
+    chosen["options"] = {name: value for name, value in named.items() if value is not None} | _parsed(option or [])
+    require_model(trains_by, chosen.get("model", before.get("model", model)))
+    settings = continued(out / "checkpoint.safetensors", chosen) if resume else Settings(**chosen)
+    found = method_options(settings.method, settings.options)
+    if print_config:
+        typer.echo(settings.model_copy(update={"options": found.model_dump(mode="json")}).model_dump_json(indent=2))
+        return
+    _require_files(settings, found)
+    progress = Progress(as_json, json_lines)
     result = run(
-        method=method, model=model, data=data, out=out, init=init, resume=resume, seed=seed, threads=threads,
-        options=options, **chosen,
+        **settings.model_dump(), out=out, resume=resume, threads=threads,
         console=None if as_json or json_lines or level() < 0 else Console(stderr=True),
         on_epoch=lambda row: progress.tell("epoch", "", **{str(name): value for name, value in row.items()}),
     )  # fmt: skip
@@ -140,9 +133,19 @@ def main(
             typer.echo(f"next: dance-tvm build --model {out / 'model.pt2'}")
 
 
-def _config(*, init: Path | None, **settings: Any) -> str:
-    """Every setting of a run as JSON."""
-    return Settings(init=str(init) if init else None, **settings).model_dump_json(indent=2)
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether the command line gives a value to the option called ``name``."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _require_files(settings: Settings, options: MethodOptions) -> None:
+    """Raise DanceError where clips, weights or units that a run is to read are not there."""
+    require_data(settings.data)
+    if settings.init is not None:
+        require_weights(Path(settings.init))
+    if (units := getattr(options, "units", None)) is not None:
+        read_units(units)
 
 
 def _of_budget(budget: str | None, method: str, target_macs: str | None) -> dict[str, str]:
@@ -183,7 +186,7 @@ def run(
     data: str,
     out: Path,
     options: dict[str, Any] | None = None,
-    init: Path | None = None,
+    init: Path | str | None = None,
     resume: bool = False,
     threads: int | None = None,
     seed: int = 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from importlib.util import find_spec
@@ -17,16 +18,17 @@ from dance_tvm.core.cli import INTERRUPTED, application, examples, start
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.files import require_folder, require_suffix, require_writable
 from dance_tvm.core.options import AsJson, Devices, Model, TargetName, Threads
-from dance_tvm.core.printing import framed, print_table
+from dance_tvm.core.printing import counted, framed, print_table
 from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.core.verbosity import level
+from dance_tvm.device import require_reachable
 from dance_tvm.models.network_files import require_network
 from dance_tvm.records.places import own_logs
 from dance_tvm.tuning.requests import require_devices_of
 
 if TYPE_CHECKING:
     from dance_tvm.schedules.workload import Workload
-    from dance_tvm.tuning.tuner import Tuner
+    from dance_tvm.tuning.tuner import Task, Tuner
 
 app = application()
 
@@ -81,6 +83,8 @@ def tune(
     if clips:
         require_clips(clips)
     require_folder(logs or own_logs(), "--logs")
+    for spec in device or ["local"]:
+        require_reachable(spec)
     from dance_tvm.lowering.machine import gpu_of, machine_of
     from dance_tvm.tuning.farm import Farm
     from dance_tvm.tuning.libraries import require_gpu, require_processor
@@ -153,6 +157,8 @@ def _search(tuner: Tuner, progress: Progress, watched: bool) -> None:
     """Run the tuner and show how it goes: live where somebody watches, else a line an event."""
     for name, number, reason in tuner.problems[:10]:
         progress.say(f"{name}, line {number}: {reason}; skipped")
+    # Other than printing, this may happen in the middle of another print.
+    tuner.on_stop = lambda: os.write(2, b"interrupted: trials in flight end first; Ctrl-C again ends them too\n")
     if tuner.model_name != "xgboost":
         progress.say(f"cost model: {tuner.model_name}")
     if not watched:
@@ -181,6 +187,7 @@ def facts(tuner: Tuner) -> dict[str, Any]:
                 "trials": task.trials,
                 "failed": task.failures,
                 "verified": bool(task.after),
+                "unverified_because": _why_unverified(tuner, task),
                 "before_seconds": task.before,
                 "after_seconds": after,
                 "share_of_peak": _share(tuner, workload, after),
@@ -198,6 +205,17 @@ def facts(tuner: Tuner) -> dict[str, Any]:
         "all_layers_after_seconds": _all_layers(tuner, "after"),
         "devices": [vars(health) | {"dropped": health.dropped} for health in tuner.farm.health.values()],
     }
+
+
+def _why_unverified(tuner: Tuner, task: Task) -> str:
+    """Why a layer has nothing that builds will use; empty where it has."""
+    if task.after:
+        return ""
+    if not task.trials:
+        return "no trial was made"
+    if not task.best_decisions:
+        return f"{counted(task.failures, 'trial')} failed, and none ran"
+    return task.unverified or ("the devices are gone" if tuner.lost else "the run ended before")
 
 
 def _share(tuner: Tuner, workload: Workload, seconds: float) -> float | None:
@@ -241,25 +259,32 @@ def _view(tuner: Tuner) -> Any:
 def _print(tuner: Tuner) -> None:
     from dance_tvm.tuning.workloads import KINDS
 
-    found = facts(tuner)
     rows = []
-    for layer in found["layers"]:
-        before, after = layer["before_seconds"], layer["after_seconds"]
-        gain = f"{before / after:.2f}x" if before and after else "not verified"
-        shown = [tuner.shown(value) if value else "" for value in (before, after)]
-        share = f"{layer['share_of_peak']:.0%}" if layer["share_of_peak"] else ""
-        name = ", ".join(layer["layers"]) + KINDS.get(layer["family"], "")
-        rows.append([name, f"{layer['density']:g}", str(layer["trials"]), *shown, gain, share])
-    print_table(["layer", "density", "trials", "before", "after", "gain", "of peak"], rows)
-    before, after = found["all_layers_before_seconds"], found["all_layers_after_seconds"]
+    for task in tuner.tasks:
+        share = _share(tuner, task.layer.workload, task.after)
+        rows.append([
+            ", ".join(task.layer.names) + KINDS.get(task.layer.workload.family, ""),
+            f"{task.layer.workload.density:g}", str(task.trials),
+            *(tuner.shown(value) if task.after else "-" for value in (task.before, task.after)),
+            f"{task.before / task.after:.2f}x" if task.after else "-", f"{share:.0%}" if share else "-",
+            _why_unverified(tuner, task),
+        ])  # fmt: skip
+    heads = ["layer", "density", "trials", "before", "after", "gain", "of peak"]
+    without = any(row[-1] for row in rows)
+    if not without:
+        rows = [row[:-1] for row in rows]
+    said = "trials: of all runs; before: with the defaults; after: with the fastest, both verified in turns"
+    print_table([*heads, "not verified, for"] if without else heads, rows, caption=said)
+    before, after = _all_layers(tuner, "before"), _all_layers(tuner, "after")
     if after:
         both = f"{tuner.shown(before)} before, {tuner.shown(after)} after"
         typer.echo(f"all verified layers, each in its faster family: {both}")
-    for device in found["devices"]:
-        state = f"dropped: {device['said']}" if device["dropped"] else f"{device['failed']} failed"
-        typer.echo(f"{device['name']}: {device['done']} trials, {state}")
-    state = "interrupted; run again to go on" if tuner.stopped else "done"
-    typer.echo(f"{tuner.made} trials, {state}; cost model {tuner.model_name}; {_logs(tuner)}")
+    for device in tuner.farm.health.values():
+        failed = f"; {counted(device.failed, 'session')} failed" if device.failed else ""
+        if device.dropped or failed:
+            typer.echo(f"{device.name}{f': dropped, {device.said}' if device.dropped else ''}{failed}")
+    state = "interrupted: run again to go on" if tuner.stopped else "done"
+    typer.echo(f"{counted(tuner.made, 'trial')} in this run, {state}; cost model {tuner.model_name}; {_logs(tuner)}")
 
 
 def _logs(tuner: Tuner) -> str:

@@ -17,7 +17,7 @@ import pytest
 from devices import CONSTANT, matmul_artifact, matmul_case, video_artifact
 from typer.testing import CliRunner
 
-from dance_tvm import build, cache, completion, logs, run, show, stream, train
+from dance_tvm import build, cache, completion, logs, run, show, stream, train, tune
 from dance_tvm.artifact.folder import load_artifact
 from dance_tvm.artifact.preprocess import read_preprocess
 from dance_tvm.artifact.video_windows import doubt_of_scale, windows_of
@@ -248,6 +248,7 @@ def test_rows_go_on_in_further_lines_where_a_terminal_has_no_room_for_them(monke
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 40
     assert reason in " ".join(shown.split())
+    assert " ".join(shown.split()).startswith("stem count 9,876.54 count 9,876.54")
     assert shown.rstrip().endswith("again")
 
 
@@ -513,6 +514,17 @@ def test_the_highest_scores_are_named(host_artifact, tmp_path):
     assert CONSTANT.shape[1] == 4
 
 
+def test_nan_is_counted_and_no_class_is_the_highest_of_it(host_artifact):
+    scores = np.array([[1.0, np.nan]], "float32")
+    with pytest.warns(DanceWarning, match="clip: 1 of the 2 values of y are NaN: look at the inputs"):
+        run.warn_of_nan([("clip", {"y": scores, "at": np.zeros(3, "int64")}, 0.1)])
+    tensor = host_artifact.manifest.outputs[0].model_copy(update={"shape": [1, 2]})
+    manifest = host_artifact.manifest.model_copy(update={"outputs": [tensor]})
+    shown = run._facts("local", [("clip", {"y": scores}, 0.1)], manifest, ["run", "jump"], 2)
+    assert "NaN" not in json.dumps(shown)
+    assert (shown["top"], shown["outputs"]["y"]["not_finite"], shown["outputs"]["y"]["greatest"]) == ([], 1, 1.0)
+
+
 @pytest.fixture(scope="module")
 def film(tmp_path_factory) -> Path:
     """20 frames of 32 x 32, the n-th of brightness 10 n."""
@@ -677,6 +689,21 @@ def test_random_weights_and_threads_without_cores_are_told(tmp_path, monkeypatch
         build._warn(old, "dance-c3d-mini", None, None)
 
 
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"after": 1.0}, ""),
+        ({"trials": 0}, "no trial was made"),
+        ({"best_decisions": {}, "failures": 1}, "1 trial failed, and none ran"),
+        ({"unverified": "the times differ too much"}, "the times differ too much"),
+        ({}, "the run ended before"),
+    ],
+)
+def test_why_a_layer_is_not_verified_is_told(state, said):
+    usual = {"after": 0.0, "trials": 3, "best_decisions": {"mr": 1}, "failures": 0, "unverified": ""}
+    assert tune._why_unverified(SimpleNamespace(lost=""), SimpleNamespace(**{**usual, **state})) == said
+
+
 def test_ctrl_c_ends_tuning_with_130(small_network, tmp_path):
     words = ["tune", "--model", str(small_network), "--conv", "direct", "--threads", "1", "--jobs", "1"]
     line = [sys.executable, "-m", "dance_tvm", *words, "--logs", str(tmp_path / "logs"), "--trials", "400"]
@@ -687,5 +714,6 @@ def test_ctrl_c_ends_tuning_with_130(small_network, tmp_path):
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "interrupted; run again to go on" in out
+    assert "interrupted: run again to go on" in out
+    assert "trials in flight end first" in errors
     assert "Traceback" not in errors

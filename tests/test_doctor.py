@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import stat
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from dance_tvm import doctor
+from dance_tvm.core.errors import DanceError
 from dance_tvm.device import processes
+from dance_tvm.device.opencl import OpenCLSession
+from dance_tvm.machines import gpu
 
 
 def test_this_machine_is_well():
@@ -49,6 +53,22 @@ def test_without_qemu_the_packages_are_named(monkeypatch, tmp_path):
     assert finding.state == "missing"
     assert "qemu-user and mmdebstrap missing" in finding.seen
     assert "apt-get install" in finding.mend
+
+
+def test_a_processor_that_pocl_does_not_know_is_no_device(monkeypatch):
+    unknown = SimpleNamespace(version="OpenCL 3.0 PoCL HSTR: pthread-x86_64-unknown-linux-gnu-generic", name="new")
+    known = SimpleNamespace(version="OpenCL 3.0 PoCL HSTR: pthread-aarch64-unknown-linux-gnu-generic", name="arm")
+    monkeypatch.setattr(gpu, "_all_opencl_devices", lambda: [unknown, known])
+    assert gpu.opencl_devices() == [known]
+    monkeypatch.setattr(gpu, "_all_opencl_devices", lambda: [unknown])
+    with pytest.raises(DanceError, match=r"older than this processor: sudo apt-get install pocl-opencl-icd$"):
+        OpenCLSession()
+    problem = "there is no OpenCL device here: PoCL's wheel is older than this processor: sudo apt-get install it"
+    for said, mend in ((problem, "sudo apt-get install it"), ("ended by signal 11", doctor.GPU), ("", "")):
+        monkeypatch.setattr(doctor, "_probe", lambda _code, said=said: said)
+        finding = doctor.opencl()
+        assert (finding.state, finding.mend) == ("missing" if said else "works", mend)
+        assert finding.seen.startswith(said.removesuffix(f": {mend}"))
 
 
 def test_tracker_is_asked():

@@ -29,9 +29,8 @@ from dance_tvm.machines import gpu
 from dance_tvm.machines.target import load_target
 
 HAS_WHEELS = find_spec("nvidia") is not None
-HAS_OPENCL = find_spec("pyopencl") is not None and find_spec("pocl_binary_distribution") is not None
 needs_nvrtc = pytest.mark.skipif(not HAS_WHEELS, reason="no CUDA compiler: pip install 'dance-tvm[gpu]'")
-needs_opencl = pytest.mark.skipif(not HAS_OPENCL, reason="no OpenCL device: pip install 'dance-tvm[gpu]'")
+needs_opencl = pytest.mark.skipif(gpu.detect_opencl() is None, reason="no OpenCL device: dance-tvm doctor")
 
 
 class Small(nn.Module):

@@ -16,14 +16,13 @@ pytest.importorskip("benchmarks.gpu_export", reason="benchmarks are not part of 
 
 from benchmarks import gpu_export
 from benchmarks.kernels import Layer
-from dance_tvm.machines.gpu import opencl_library
+from dance_tvm.machines.gpu import detect_opencl, opencl_library
 from dance_tvm.machines.target import load_target
 
 TINY = Layer("tiny", 8, 32, (3, 6, 6))
-HAS_OPENCL = find_spec("pyopencl") is not None and find_spec("pocl_binary_distribution") is not None
 
 
-@pytest.mark.skipif(not HAS_OPENCL, reason="no OpenCL device: pip install 'dance-tvm[gpu]'")
+@pytest.mark.skipif(detect_opencl() is None, reason="no OpenCL device: dance-tvm doctor")
 def test_exported_layers_are_right_without_dance_tvm_on_the_path(tmp_path):
     layers = [gpu_export.Exported(TINY, *thinned) for thinned in (("channels",), ("", 16))]
     gpu_export.export(tmp_path, load_target("opencl"), layers)

@@ -19,11 +19,10 @@ from torch import nn
 from dance_tvm import DanceError, Options, build_network, load_artifact, open_device
 from dance_tvm.artifact.interface.dance_model import Model, ModelError
 from dance_tvm.device import processes
-from dance_tvm.machines.gpu import opencl_library
+from dance_tvm.machines.gpu import detect_opencl, opencl_library
 from dance_tvm.machines.target import Target, load_target
 
-HAS_OPENCL = find_spec("pyopencl") is not None and find_spec("pocl_binary_distribution") is not None
-needs_opencl = pytest.mark.skipif(not HAS_OPENCL, reason="no OpenCL device: pip install 'dance-tvm[gpu]'")
+needs_opencl = pytest.mark.skipif(detect_opencl() is None, reason="no OpenCL device: dance-tvm doctor")
 needs_nvrtc = pytest.mark.skipif(find_spec("nvidia") is None, reason="no CUDA compiler: pip install 'dance-tvm[gpu]'")
 needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="needs the system's C compiler")
 

@@ -51,7 +51,7 @@ def opencl_name() -> str:
     except DanceError as error:
         pytest.skip(str(error))
     if not devices:
-        pytest.skip("no OpenCL device: pip install 'dance-tvm[gpu]'")
+        pytest.skip("no OpenCL device: dance-tvm doctor")
     return devices[0].name
 
 

@@ -175,6 +175,13 @@ def test_java_runs_an_artifact(host, network, tmp_path):
     assert others == []  # an input's buffer is larger than the output: it may serve as one
 
 
+def test_what_is_to_be_done_with_it_is_told(host, tmp_path):
+    told = CliRunner().invoke(pack.app, [str(host), "--out", str(tmp_path / "c")]).stdout.splitlines()
+    assert told[0] == str(tmp_path / "c")
+    assert told[1].startswith(f"next: in your CMakeLists.txt, add_subdirectory({(tmp_path / 'c').absolute()})")
+    assert all(form.format(written="out", module="net") for form in pack._NEXT.values())
+
+
 def test_what_cannot_be_packed_is_refused_in_a_sentence(host, network, tmp_path):
     runner = CliRunner()
 

@@ -31,7 +31,7 @@ from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.options import MOST_THREADS
 from dance_tvm.machines.target import load_target
-from dance_tvm.models.network_inputs import declared_inputs
+from dance_tvm.models.network_inputs import declared_inputs, declared_types
 from dance_tvm.sparsity.data_names import READERS
 from dance_tvm.sparsity.options import MethodOptions, checked
 from dance_tvm.sparsity.settings import Settings
@@ -82,6 +82,10 @@ REFUSALS = {
     "build --calibrate clip.npz": "--calibrate shows what a processor's --dtype float16",
     "build --check-inputs board.toml": "is not an .npz or .npy file",
     "build --check-inputs clip.npz": "has shape (1, 3, 4, 8, 8), and dance-c3d-mini takes clips of (1, 16, 32, 32)",
+    "build --check-inputs wide.npz": "has type float64, and dance-c3d-mini takes float32: convert it by .astype",
+    "build --model typed.pt2 --check-inputs two.npz": "two has type float64, and typed.pt2 takes float32",
+    "build --model typed.pt2 --io float16 --check-inputs two.npz": "and typed.pt2 takes float16",
+    "build --model open.onnx --shape clip=2x8 --check-inputs two.npz": "and open.onnx takes float32",
     "build --check-inputs clip.npz --no-check": "--check-inputs are for the check",
     "build --numerics exact --conv winograd": "keeps the order of sums",
     "build --dtype auto --no-check": "--dtype auto takes what the check passes in",
@@ -104,6 +108,10 @@ REFUSALS = {
     "tune --target aarch64-linux --device emulator": "there is no emulated device here",
     "tune --plot search.png": "must end in .html",
     "tune --plot file/search.html": "choose another --plot",
+    "tune --target aarch64-linux --device rpc://127.0.0.1:9": "cannot be reached: Connection refused",
+    "tune --target aarch64-linux --device tracker://127.0.0.1:9/x": "no tracker answers at 127.0.0.1:9",
+    "tune --target jetson-nano --device emulator": "--device emulator has no GPU",
+    "groups --target aarch64-linux --device rpc://127.0.0.1:9": "cannot be reached: Connection refused",
     "tune --device nowhere": "unknown device 'nowhere'",
     "tune --model torn.pt2": "is not a .pt2 file",
     "tune --weights board.toml": "is not a weights file",
@@ -154,7 +162,7 @@ REFUSALS = {
     "bench here --trace nowhere/trace.json": "there is no folder nowhere",
     "bench here --trace trace.json --no-layers": "--trace shows layers",
     "bench here --most-clips 4": "--most-clips does nothing without --clips",
-    "bench here --labels classes.csv": "--labels does nothing without --clips",
+    "bench here --truth classes.csv": "--truth does nothing without --clips",
     "bench here --threshold 0.1": "--threshold does nothing without --against",
     "bench here --peer-model net.onnx": "--peer-model does nothing without --peer",
     "bench here --peer tensorrt --peer-model net.onnx": "--peer tensorrt is not known",
@@ -164,22 +172,25 @@ REFUSALS = {
     "bench here --cpus 3-0": "--cpus 3-0: 3-0 has no CPUs",
     "bench here --cpus 4096": "this machine has no CPUs [4096]",
     "bench here --threads 999": "--threads must be a number of at most 64",
-    "bench here --clips clip.npz --labels bytes.toml": "--labels bytes.toml is not a text file in UTF-8",
+    "bench here --clips clip.npz --truth bytes.toml": "--truth bytes.toml is not a text file in UTF-8",
     "bench here --cpus 1 --cluster big": "not both",
     "bench here --load-times --device emulator": "--load-times measures on this machine",
     "bench here --clips nowhere.npz": "there is no input file nowhere.npz",
     "bench here --clips small.npz": "and clip takes clips of (1, 3, 4, 8, 8)",
     "bench here --clips motion-digits,colour=3": "motion-digits takes train, test, size, frames, not colour",
-    "bench here --clips clip.npz --labels board.toml": "write the clip's name, a comma and its class's number",
-    "bench here --clips clip.npz --labels classes.csv": "film is of class 7, and test knows 3",
-    "bench plain --clips clip.npz --labels classes.csv": "--labels needs an output of (1, classes)",
+    "bench here --clips clip.npz --truth board.toml": "write the clip's name, a comma and its class's number",
+    "bench here --clips clip.npz --truth classes.csv": "film is of class 7, and test knows 3",
+    "bench plain --clips clip.npz --truth classes.csv": "--truth needs an output of (1, classes)",
     "train --model c3d-maxi": "there is no network called 'c3d-maxi'",
     "train --method dstep --model c3d": "--method dstep thins residual networks",
     "train --out finished": "finished holds a finished run",
     "train --out file/run": "choose another --out",
     "train --resume --out finished": "holds no run to go on with",
     "train --resume --overwrite --out finished": "give one of them",
-    "train --resume --out started --epochs 99": "its epochs is 10, not 99",
+    "train --resume --out started --epochs 9": "its epochs is 10, not 9, and only more than that prolong it",
+    "train --resume --out started --lr 0.5": "its lr is 0.001, not 0.5; leave it out",
+    "train --resume --out started --method kgs": "its method is 'aap', not 'kgs'",
+    "train --resume --out started --target-macs 30%": "its options is {}, not {'target_macs': '30%'}",
     "train --method kgs --set epsylon=1": "there is no such option",
     "train --method kgs --set rate=fast": "rate: must be a number, not 'fast'",
     "train --set compute=1 --set compute=2": "--set compute is given twice",
@@ -295,10 +306,10 @@ def fake_artifact(folder: Path, output: tuple[list[int], str], machine: str = "x
     write_artifact(folder, lambda path: path.write_bytes(head + bytes(64)) and None, {}, manifest)
 
 
-def fake_program(path: Path, batch: dict[str, Any]) -> None:
+def fake_program(path: Path, batch: dict[str, Any], **facts: Any) -> None:
     """An archive that says of its inputs what exported programs say, and holds nothing else."""
     taken = [{"parameter": {"arg": {"name": "w"}}}, {"user_input": {"arg": {"as_tensor": {"name": "clip"}}}}]
-    values = {"clip": {"sizes": [batch, {"as_int": 8}]}}
+    values = {"clip": {"sizes": [batch, {"as_int": 8}], **facts}}
     module = {"signature": {"input_specs": taken}, "graph": {"tensor_values": values}}
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/models/model.json", json.dumps({"graph_module": module}))
@@ -327,6 +338,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with zipfile.ZipFile(root / "other.pt2", "w") as archive:
         archive.writestr("notes.txt", "no program")
     fake_program(root / "fixed.pt2", {"as_int": 2})
+    fake_program(root / "typed.pt2", {"as_int": 2}, dtype=7)
+    np.savez(root / "wide.npz", clip=np.zeros((1, 1, 16, 32, 32)))
+    np.savez(root / "two.npz", two=np.zeros((2, 8)))
     fake_program(root / "open.pt2", {"as_expr": {"expr_str": "Symbol('s77', positive=True, integer=True)"}})
     clip = helper.make_tensor_value_info("clip", TensorProto.FLOAT, ["N", 8])
     scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", 8])
@@ -401,6 +415,7 @@ def test_programs_say_of_their_inputs_what_pytorch_says(tmp_path: Path) -> None:
         ((first, second),) = (declared_inputs(tmp_path / f"{name}.pt2") or {}).values()
         assert second == 8
         assert first == wanted or (wanted is str and isinstance(first, str))
+        assert [*declared_types(tmp_path / f"{name}.pt2").values()] == ["float32"]
 
 
 def test_a_description_of_an_unknown_form_is_left_to_its_reader(tmp_path: Path) -> None:

@@ -100,6 +100,11 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert drop_time == [{**row, "seconds": 0} for row in resumed.history]
     assert (killed / training.CURVES).read_text().count("\n") == 4
 
+    longer = ["--resume", "--out", str(killed), "--epochs", "4", "--threads", "1", "--no-export", "--json"]
+    card = json.loads(CliRunner().invoke(app, longer, catch_exceptions=False).stdout)
+    assert card["settings"] == {**whole.card["settings"], "epochs": 4}
+    assert (killed / training.CURVES).read_text().count("\n") == 5
+
 
 def test_curves_card_and_model_are_written(tmp_path: Path) -> None:
     result = training.train(settings(), Plain(), splits(), tmp_path)

@@ -93,7 +93,7 @@ def _cut(frames: np.ndarray, name: str, tensor: Tensor, stride: int | None) -> I
     count = tensor.shape[frames_axis(tensor)]
     for start in range(0, max(1, len(frames) - count + 1), stride or count):
         window = frames[start : start + count]
-        yield f"{name} {start}-{start + count}", window[np.minimum(np.arange(count), len(window) - 1)]
+        yield f"{name} {start}-{start + len(window)}", window[np.minimum(np.arange(count), len(window) - 1)]
 
 
 def _as_input(window: np.ndarray, tensor: Tensor, model: str, preprocess: Preprocess | None) -> np.ndarray:

@@ -24,16 +24,17 @@ def read_classes(path: Path) -> dict[str, int]:
 
     Raises DanceError where the file cannot be read or holds something else.
     """
-    rows = [row for row in csv.reader(read_text(path, f"--labels {path}").splitlines()) if row]
+    rows = [row for row in csv.reader(read_text(path, f"--truth {path}").splitlines()) if row]
     classes: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
         name, label = row[0].strip(), row[-1].strip()
         if label.isdecimal() and len(row) == 2:
             classes[name] = int(label)
         elif number > 1 or len(row) != 2:
-            raise DanceError(f"--labels {path}, line {number}: write the clip's name, a comma and its class's number")
+            said = "write the clip's name, a comma and its class's number (names of classes are for `run --labels`)"
+            raise DanceError(f"--truth {path}, line {number}: {said}")
     if not classes:
-        raise DanceError(f"--labels {path} names no clip: write lines of name,class")
+        raise DanceError(f"--truth {path} names no clip: write lines of name,class")
     return classes
 
 
@@ -53,11 +54,11 @@ def accuracy(
             continue
         found = network.run(inputs)[tensor.name][0]
         if classes[video] >= len(found):
-            raise DanceError(f"--labels: {video} is of class {classes[video]}, and {manifest.name} knows {len(found)}")
+            raise DanceError(f"--truth: {video} is of class {classes[video]}, and {manifest.name} knows {len(found)}")
         scores[video].append(found)
         hits.append(_hit(found, classes[video]))
     if not hits:
-        raise DanceError(f"--labels {of} names none of the clips: they are called {_some(clips)}")
+        raise DanceError(f"--truth {of} names none of the clips: they are called {_some(clips)}")
     videos = [_hit(np.mean(found, axis=0), classes[video]) for video, found in scores.items()]
     return Accuracy(
         labels=of,
@@ -82,7 +83,7 @@ def scores_of(manifest: Manifest) -> Tensor:
         if len(tensor.shape) == 2 and tensor.shape[0] == 1 and tensor.shape[1] > 1:
             return tensor
     shapes = ", ".join(f"{tensor.name} {tuple(tensor.shape)}" for tensor in manifest.outputs)
-    raise DanceError(f"--labels needs an output of (1, classes), and {manifest.name} gives {shapes}")
+    raise DanceError(f"--truth needs an output of (1, classes), and {manifest.name} gives {shapes}")
 
 
 def _hit(scores: np.ndarray, label: int) -> tuple[bool, bool]:

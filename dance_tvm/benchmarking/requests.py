@@ -93,4 +93,4 @@ def _require_classes(classes: dict[str, int], manifest: Manifest) -> None:
     known = scores_of(manifest).shape[1]
     for name, number in classes.items():
         if number >= known:
-            raise DanceError(f"--labels: {name} is of class {number}, and {manifest.name} knows {known}")
+            raise DanceError(f"--truth: {name} is of class {number}, and {manifest.name} knows {known}")

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.artifact.staging import require_writable
 from dance_tvm.core.errors import DanceError
@@ -16,7 +18,7 @@ from dance_tvm.device import emulator_available
 from dance_tvm.machines.target import Target
 from dance_tvm.models import registry
 from dance_tvm.models.network_files import require_network
-from dance_tvm.models.network_inputs import declared_inputs, require_shape
+from dance_tvm.models.network_inputs import declared_inputs, declared_types, require_shape
 
 #: Architectures that kernels, linker and artifacts know, and what begins the triples of their code.
 MACHINES = {"x86_64": ("x86_64",), "aarch64": ("aarch64", "arm64")}
@@ -38,6 +40,7 @@ class Request:
     conv: str
     memory: str
     weights_dtype: str
+    io: str
     prepared: bool
     static: bool
     check: bool | None
@@ -59,8 +62,7 @@ def require(request: Request) -> None:
     require_checkable(target, request.check)
     require_network(request.model, request.weights)
     shapes = input_shapes(request.model, request.shapes, request.batch)
-    require_inputs(request.model, shapes, request.check_inputs, "--check-inputs")
-    require_inputs(request.model, shapes, request.calibrate, "--calibrate")
+    require_inputs(request, shapes)
     require_writable(request.out)
     require_logs(request.logs)
     if request.debug_dump is not None:
@@ -101,27 +103,33 @@ def input_shapes(
     return None
 
 
-def require_inputs(
-    model: str, shapes: Mapping[str, tuple[int, ...]] | None, paths: Sequence[Path], option: str
-) -> None:
-    """Raise DanceError for files of real inputs that are none, or whose shapes are not the network's where those are
-    known."""
-    for path in paths:
-        arrays = read_archive(path)
-        if Path(model).suffix not in registry.NETWORK_FILES:
-            shape = registry.entry(model).input_shape
+def require_inputs(request: Request, shapes: Mapping[str, tuple[int, ...]] | None) -> None:
+    """Raise DanceError for files of real inputs that are none, or whose shapes and types are not the network's where
+    those are known."""
+    model = request.model
+    if Path(model).suffix in registry.NETWORK_FILES:
+        known, types = shapes or {}, declared_types(Path(model))
+    else:
+        entry = registry.entry(model)
+        known, types = {"": entry.input_shape}, {"": entry.dtype_name}
+    for option, paths in (("--check-inputs", request.check_inputs), ("--calibrate", request.calibrate)):
+        for path in paths:
+            arrays = read_archive(path)
+            single = next(iter(known)) if len(known) == len(arrays) == 1 else None
             for name, array in arrays.items():
-                if array.shape[1:] != shape:
-                    raise DanceError(
-                        f"{option} {path}: {name} has shape {array.shape}, and {model} takes clips of {shape}"
-                    )
-        elif shapes is not None:
-            named = dict(zip(shapes, arrays.values(), strict=True)) if len(shapes) == len(arrays) == 1 else arrays
-            for name, array in named.items():
-                if array.shape != shapes.get(name, array.shape):
-                    raise DanceError(
-                        f"{option} {path}: {name} has shape {array.shape}, and {model} takes {shapes[name]}"
-                    )
+                said = f"{option} {path}: {name} has"
+                of = name if single is None else single
+                _require_fitting(said, model, array, known.get(of), is_clip=of == "")
+                dtype = "float16" if request.io == "float16" and types.get(of) == "float32" else types.get(of)
+                if dtype is not None and str(array.dtype) != dtype:
+                    mended = f"convert it by .astype('{dtype}')"
+                    raise DanceError(f"{said} type {array.dtype}, and {model} takes {dtype}: {mended}")
+
+
+def _require_fitting(said: str, model: str, array: np.ndarray, shape: tuple[int, ...] | None, is_clip: bool) -> None:
+    """Raise DanceError for an array of another shape; that of a ``clip`` has no axis of the batch."""
+    if shape is not None and (array.shape[1:] if is_clip else array.shape) != shape:
+        raise DanceError(f"{said} shape {array.shape}, and {model} takes {'clips of ' if is_clip else ''}{shape}")
 
 
 def require_checkable(target: Target, check: bool | None) -> None:

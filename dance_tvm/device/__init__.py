@@ -21,19 +21,26 @@ __all__ = [
     "open_device",
     "open_server",
     "prepare_emulator",
+    "require_reachable",
     "require_runnable",
     "require_spec",
 ]
 
 
 def open_device(
-    spec: str, *, timeout: float = 60, call_timeout: float = 600, on_phase: Callable[[str], object] | None = None
+    spec: str,
+    *,
+    timeout: float = 60,
+    call_timeout: float = 600,
+    on_phase: Callable[[str], object] | None = None,
+    behind_tracker: bool = False,
 ) -> DeviceSession:
     """Open `local`, `emulator`, `rpc://HOST:PORT` or `tracker://HOST:PORT/KEY`; close it, or use it with `with`.
 
     `timeout` s are given to reach the device and to wait for its turn, `call_timeout` s to each single upload step,
     load, run or measurement. `on_phase` takes a sentence for each long step (the emulator's system is fetched when it
-    is first opened). Raises DanceError where the device is absent, busy, or the spec is none of these.
+    is first opened). `behind_tracker`: the emulator runs TVM's server, and a real tracker hands it out. Raises
+    DanceError where the device is absent, busy, or the spec is none of these.
     """
     require_spec(spec)
     if spec == "local":
@@ -41,10 +48,15 @@ def open_device(
 
         return LocalSession()
     if spec == "emulator":
-        from dance_tvm.device.emulated import open_emulator
         from dance_tvm.device.emulator import prepare
 
         prepare(on_phase or (lambda _sentence: None))
+        if behind_tracker:
+            from dance_tvm.device.emulated_tvm import open_tracked_emulator
+
+            return open_tracked_emulator(timeout=timeout, call_timeout=call_timeout)
+        from dance_tvm.device.emulated import open_emulator
+
         return open_emulator(timeout=timeout, call_timeout=call_timeout)
     kind, _, rest = spec.partition("://")
     if kind == "rpc":
@@ -72,6 +84,28 @@ def require_spec(spec: str) -> None:
     if kind == "tracker" and not key:
         raise DanceError(f"device {spec!r} lacks the key: write tracker://HOST:PORT/KEY")
     address_of(rest if kind == "rpc" else address, f"device {spec!r}")
+
+
+def require_reachable(spec: str, timeout: float = 5) -> None:
+    """Raise DanceError where nothing listens at the device's address, or its tracker's; nothing is asked of it."""
+    kind, _, rest = spec.partition("://")
+    if kind == "rpc":
+        import socket
+
+        from dance_tvm.device.server_connection import not_reached
+
+        try:
+            socket.create_connection(address_of(rest, f"device {spec!r}"), timeout).close()
+        except OSError as error:
+            raise not_reached(spec, error) from None
+    if kind == "tracker":
+        from dance_tvm.device.tracker import no_tracker, tracker_summary
+
+        host, port = address_of(rest.partition("/")[0], f"device {spec!r}")
+        try:
+            tracker_summary(host, port, timeout)
+        except OSError as error:
+            raise no_tracker(host, port, error) from None
 
 
 def require_runnable(artifact: Artifact, spec: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dance_tvm.artifact.gpu_launches import DeviceCode, Plan
 from dance_tvm.core.errors import DanceError
-from dance_tvm.machines.gpu import opencl_devices, pyopencl
+from dance_tvm.machines.gpu import opencl_devices, pyopencl, why_no_opencl
 
 _HALF_PRAGMA = "#pragma OPENCL EXTENSION cl_khr_fp16 : enable"
 
@@ -34,8 +34,10 @@ class OpenCLSession:
         devices = opencl_devices()
         fitting = [device for device in devices if name.lower() in device.name.lower()]
         if not fitting:
-            known = ", ".join(device.name for device in devices) or "none"
-            raise DanceError(f"there is no OpenCL device {name!r} here (found: {known}): pip install 'dance-tvm[gpu]'")
+            known = ", ".join(device.name for device in devices)
+            if known:
+                raise DanceError(f"there is no OpenCL device {name!r} here; there is {known}")
+            raise DanceError(f"there is no OpenCL device here: {why_no_opencl()}")
         self.device = fitting[0]
         self.name = self.device.name
         self.context = self._cl.Context([self.device])

@@ -108,6 +108,14 @@ class ServerConnection:
                 return parts
 
 
+def not_reached(name: str, error: OSError) -> DanceError:
+    """What is said of a device at whose address nothing listens."""
+    return DanceError(
+        f"{name} cannot be reached: {error.strerror or error}; start its server there (`dance-tvm device server`), or "
+        "check the address"
+    )
+
+
 def connect(
     name: str, host: str, port: int, match: str, timeout: float, call_timeout: float
 ) -> ServerConnection | None:
@@ -123,10 +131,7 @@ def connect(
     except TimeoutError:
         raise busy from None
     except OSError as error:
-        raise DanceError(
-            f"{name} cannot be reached: {error.strerror or error}; start its server there (`dance-tvm device server`), "
-            "or check the address"
-        ) from None
+        raise not_reached(name, error) from None
     try:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         key = match.encode()

@@ -56,12 +56,28 @@ def detect_cuda() -> dict[str, Any] | None:
 
 
 def opencl_devices() -> list[Any]:
-    """The OpenCL devices of this machine. Raises DanceError where pyopencl is not installed."""
+    """The OpenCL devices of this machine that can compile. Raises DanceError where pyopencl is not installed."""
+    return [device for device in _all_opencl_devices() if not _is_unknown_to_pocl(device)]
+
+
+def why_no_opencl() -> str:
+    """What to do where ``opencl_devices`` finds none, as the end of a sentence."""
+    if any(map(_is_unknown_to_pocl, _all_opencl_devices())):
+        return "PoCL's wheel is older than this processor: sudo apt-get install pocl-opencl-icd"
+    return "pip install 'dance-tvm[gpu]'"
+
+
+def _all_opencl_devices() -> list[Any]:
     cl = pyopencl()
     try:
         return [device for platform in cl.get_platforms() for device in platform.get_devices()]
     except cl.LogicError:  # how pyopencl says that there is no platform
         return []
+
+
+def _is_unknown_to_pocl(device: Any) -> bool:
+    """Whether this is an x86-64 processor newer than PoCL's LLVM, for which PoCL compiles nothing (its issue 1049)."""
+    return "PoCL" in device.version and "x86_64" in device.version and device.version.endswith("-generic")
 
 
 def opencl_library() -> str | None:

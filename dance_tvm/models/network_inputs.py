@@ -22,6 +22,10 @@ _UNKNOWN_FORM = (
     ValueError, LookupError, TypeError, AttributeError, RuntimeError,
 )  # fmt: skip
 
+#: Types by their numbers, in exported programs (torch._export.serde.schema.ScalarType) and in ONNX (TensorProto).
+_TORCH_TYPES = {1: "uint8", 2: "int8", 4: "int32", 5: "int64", 7: "float32", 8: "float64", 12: "bool"}
+_ONNX_TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 11: "float64"}
+
 _SYMBOL = re.compile(r"Symbol\('(\w+)'[^()']*\)")
 
 
@@ -33,8 +37,26 @@ def declared_inputs(path: Path) -> Declared | None:
         return None
 
 
+def declared_types(path: Path) -> dict[str, str]:
+    """NumPy's name of each input's type, as far as the file says it in the form that is known here."""
+    try:
+        if path.suffix == ".onnx":
+            known = {value.name: _ONNX_TYPES.get(value.type.tensor_type.elem_type) for value in _graph(path).input}
+        else:
+            known = {name: _TORCH_TYPES.get(facts["dtype"]) for name, facts in (_tensors(path) or {}).items()}
+    except _UNKNOWN_FORM:
+        return {}
+    return {name: dtype for name, dtype in known.items() if dtype is not None}
+
+
 def _of_program(path: Path) -> Declared | None:
-    """The inputs of an exported program, which stands as JSON in its archive."""
+    """The inputs of an exported program."""
+    found = _tensors(path)
+    return None if found is None else {name: [_extent(size) for size in each["sizes"]] for name, each in found.items()}
+
+
+def _tensors(path: Path) -> dict[str, Any] | None:
+    """What an exported program says of its inputs, as JSON in its archive."""
     with zipfile.ZipFile(path) as archive:
         members = [name for name in archive.namelist() if _PROGRAM.search(name)]
         if len(members) != 1:
@@ -42,7 +64,7 @@ def _of_program(path: Path) -> Declared | None:
         module = json.loads(archive.read(members[0]))["graph_module"]
     taken = [spec["user_input"]["arg"] for spec in module["signature"]["input_specs"] if "user_input" in spec]
     names = [argument["as_tensor"]["name"] for argument in taken if "as_tensor" in argument]
-    return {name: [_extent(size) for size in module["graph"]["tensor_values"][name]["sizes"]] for name in names}
+    return {name: module["graph"]["tensor_values"][name] for name in names}
 
 
 def _extent(size: Mapping[str, Any]) -> int | str:
@@ -55,16 +77,21 @@ def _extent(size: Mapping[str, Any]) -> int | str:
     return symbol[1]
 
 
-def _of_onnx(path: Path) -> Declared | None:
-    """The inputs of an ONNX graph. Raises DanceError for a file that is none."""
+def _graph(path: Path) -> Any:
+    """The graph of an ONNX file. Raises DanceError for a file that is none."""
     import onnx
 
     try:
-        graph = onnx.load(str(path), load_external_data=False).graph
+        return onnx.load(str(path), load_external_data=False).graph
     except OSError:
         raise
     except Exception:  # protobuf's own
         raise DanceError(f"{path} is no ONNX file, or is truncated: export the network again") from None
+
+
+def _of_onnx(path: Path) -> Declared | None:
+    """The inputs of an ONNX graph. Raises DanceError for a file that is none."""
+    graph = _graph(path)
     if not graph.output:
         raise DanceError(f"{path} is no ONNX file, or is empty: export the network again")
     weights = {tensor.name for tensor in graph.initializer} | {each.values.name for each in graph.sparse_initializer}

@@ -33,6 +33,7 @@ class Settings(BaseModel):
 
     def fingerprint(self) -> dict[str, Any]:
         same = {
+            "amp",
             "precision",
             "accumulate",
             "method",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.sparsity.options import method_options
 from dance_tvm.sparsity.settings import Settings
 
 #: Where the header of a checkpoint has what is known of the run, as JSON.
@@ -41,15 +43,31 @@ def require_trained(path: Path) -> None:
         raise DanceError(f"{path} holds no D-STEP network; name the model.safetensors of a run with --method dstep")
 
 
+def continued(path: Path, given: Mapping[str, Any]) -> Settings:
+    """The settings of the run that left the checkpoint ``path``, with more epochs where ``given`` says so.
+
+    Raises DanceError where another of those ``given`` is not the run's own.
+    """
+    theirs = read_card(path)["settings"]
+    options = {**theirs.get("options", {}), **given.get("options", {})}
+    ours = Settings(**{**theirs, **given, "options": options})
+    if method_options(ours.method, options) == method_options(theirs["method"], theirs.get("options", {})):
+        ours = ours.model_copy(update={"options": theirs.get("options", {})})  # 0.5 is 50%
+    require_same_run(path, ours)
+    return ours
+
+
 def require_same_run(path: Path, settings: Settings) -> None:
-    """Raise DanceError where the checkpoint ``path`` is of a run with other settings."""
+    """Raise DanceError where the checkpoint ``path`` is of a run with other settings; more epochs prolong it."""
     ours, theirs = settings.fingerprint(), read_card(path)["settings"]
     defaults = Settings.model_fields  # of what a checkpoint says nothing, written before there was a choice
     theirs = {name: theirs.get(name, defaults[name].default) for name in ours}
-    differing = [name for name in ours if ours[name] != theirs[name]]
-    if differing:
-        name = differing[0]
-        raise DanceError(
-            f"{path} belongs to another run: its {name} is {theirs.get(name)!r}, not {ours[name]!r}; "
-            "repeat its settings or train into another folder"
-        )
+    if settings.epochs > theirs["epochs"]:
+        theirs["epochs"] = settings.epochs
+    for name, own in ours.items():
+        if own != theirs[name]:
+            less = ", and only more than that prolong it" if name == "epochs" else ""
+            raise DanceError(
+                f"{path} belongs to another run: its {name} is {theirs[name]!r}, not {own!r}{less}; leave it out, or "
+                "train into another folder"
+            )

@@ -16,7 +16,11 @@ def require_devices_of(machine: Target, devices: list[str]) -> None:
                 f"--device local is this machine and not {machine.name}: what is measured here says nothing of it; "
                 f"give --device rpc://… or tracker://… of such a device, or --target host"
             )
-        if spec == "emulator" and (machine.gpu is not None or machine.link.machine != "aarch64"):
+        if spec == "emulator" and machine.gpu is not None:
+            raise DanceError(
+                f"--device emulator has no GPU, for which {machine.name} builds: give rpc://… or tracker://…"
+            )
+        if spec == "emulator" and machine.link.machine != "aarch64":
             raise DanceError(f"--device emulator is an aarch64 processor, which {machine.name} is not")
         if spec == "emulator" and (reason := emulator_available()):
             raise DanceError(f"there is no emulated device here: {reason}")

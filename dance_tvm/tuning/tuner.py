@@ -70,6 +70,8 @@ class Task:
     before: float = 0.0
     after: float = 0.0
     failures: int = 0
+    #: Why what was found was not verified, where it was tried.
+    unverified: str = ""
     search: Any = None
 
     @staticmethod
@@ -141,6 +143,7 @@ class Tuner:
         self.model, self.model_name = new_cost_model()
         self.tasks = [Task.of(layer, machine) for layer in layers]
         self.stopped = False
+        self.on_stop: Callable[[], object] = lambda: None
         self.lost = ""
         self.made = 0
         self.unit: Literal["seconds", "emulated instructions"] = "seconds"
@@ -180,6 +183,7 @@ class Tuner:
         def stop(number: int, frame: Any) -> None:
             if not self.stopped:
                 self.stopped = True
+                self.on_stop()
             elif callable(previous):
                 previous(number, frame)
 
@@ -411,19 +415,21 @@ class Tuner:
         slow, known = statistics.median(before), task.results.get(task.key(finalists[0]))
         if known is not None and slow > DISTURBED * known:
             took = f"{self.shown(known)} before, {self.shown(slow)} now"
-            self.on_event(
-                f"{task.layer.title}: the device was disturbed (defaults {took}); to be verified by another run"
-            )
+            self._leave(task, f"the device was disturbed (defaults {took})")
             return
         rest = {"default_seconds": float(f"{slow:.4g}"), "trials": task.trials, "origin": origin, "unit": self.unit}
         record = new_record(task.layer.workload, self.target, chosen, after, status="verified", **rest)
         if not record.steady:
-            said = f"the times differ too much ({record.spread:.0%} from their median)"
-            self.on_event(f"{task.layer.title}: {said}; to be verified by another run")
+            self._leave(task, f"the times differ too much ({record.spread:.0%} from their median)")
             return
         append(self._log(task), [record])
         task.before, task.after = slow, statistics.median(after)
         self.on_event(f"{task.layer.title}: {self.shown(slow)} before, {self.shown(task.after)} after")
+
+    def _leave(self, task: Task, why: str) -> None:
+        """Leave what was found to another run."""
+        task.unverified = why
+        self.on_event(f"{task.layer.title}: {why}; to be verified by another run")
 
     def shown(self, value: float) -> str:
         """What one call takes, in words."""
