@@ -45,6 +45,7 @@ from dance_tvm.lowering.registry import choose
 from dance_tvm.machines.target import load_target
 from dance_tvm.models.macs import count as count_macs
 from dance_tvm.models.resnet import VideoResNet
+from dance_tvm.schedules.elementary import written_out
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.layer import Layer
 from dance_tvm.sparsity.rt3d.pruning import prune_to_rate
@@ -365,7 +366,7 @@ def kernel_code(layer: Layer, target: str) -> tuple[str, str]:
     """The name of the direct kernel of a layer, and its assembly."""
     facts = load_target(target)
     kernel = choose(layer, machine_of(facts), "direct").kernel
-    func = kernel.primfunc(one_thread=True)
+    func = written_out(kernel.primfunc(one_thread=True))
     with facts.tvm_target(1), tvm.transform.PassContext(config={"tirx.disable_assert": True}):
         built = tvm.compile(tvm.IRModule({kernel.name: func}), facts.tvm_target(1))
     return kernel.name, built.mod.inspect_source("asm")

@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -31,7 +32,11 @@ from dance_tvm.compiler.build import new_manifest
 from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.pipeline import lower
 from dance_tvm.compiler.program import program_objects, write_program
+from dance_tvm.lowering import share_memory
+from dance_tvm.lowering.choose_kernel import Memory
 from dance_tvm.machines.target import Target, load_target
+
+MemoryOption = Annotated[Memory, typer.Option(help="as of `build`")]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -107,12 +112,15 @@ class Masked(nn.Module):
         return self.score(torch.relu(self.second(features * mask)).mean((2, 3, 4)))
 
 
-def build(target: Target, folder: Path) -> Artifact:
-    """The network with its weights in a file."""
+def build(target: Target, folder: Path, memory: Memory) -> Artifact:
+    """The network with its weights in a file; in small memory, some of them are transformed in every call."""
     torch.manual_seed(0)
+    share_memory.SMALL_BYTES = 0  # else so small a network has room for all of them
     imported = import_model(Masked().eval(), example_inputs=(torch.randn(1, 3, 4, 8, 8),))
-    options = Options(threads=2, conv="winograd")
+    options = Options(threads=2, conv="winograd", memory=memory)
     lowered = lower(imported.mod, target, options)
+    if any("transform_weights" in name for name in lowered.kernels) != (memory == "small"):
+        raise DanceError(f"--memory {memory}: this network does not show what it is here for")
     (folder / "objects").mkdir()
     code = compile_lowered(lowered, target, options, folder / "objects")
     manifest = new_manifest(imported, target, options)
@@ -121,12 +129,12 @@ def build(target: Target, folder: Path) -> Artifact:
 
 
 @app.command()
-def fuzz(changes: int = 10_000, seed: int = 0) -> None:
+def fuzz(changes: int = 10_000, seed: int = 0, memory: MemoryOption = "balanced") -> None:
     """Change the file of weights, then the library, as often; every change must be refused in a sentence.
 
     The library is opened from Python, and by `dance_model.h`, compiled with the system's compiler."""
     with tempfile.TemporaryDirectory() as name:
-        folder = build(load_target("host"), Path(name)).path
+        folder = build(load_target("host"), Path(name), memory).path
         opened = _header_opens(Path(name))
 
         def library_opens() -> None:
@@ -196,10 +204,10 @@ def changed(sound: bytes, header: int, random: np.random.Generator) -> bytes:
 
 
 @app.command()
-def leaks(models: int = 1000) -> None:
+def leaks(models: int = 1000, memory: MemoryOption = "balanced") -> None:
     """Create, run, destroy; print resident memory, threads and descriptors after the first hundred and at the end."""
     with tempfile.TemporaryDirectory() as name:
-        folder = build(load_target("host"), Path(name)).path
+        folder = build(load_target("host"), Path(name), memory).path
 
         def once() -> None:
             with Model(folder, 3) as model:
@@ -219,12 +227,12 @@ def kept() -> str:
 
 
 @app.command()
-def sanitize() -> None:
+def sanitize(memory: MemoryOption = "balanced") -> None:
     """Compile the library's own code with sanitizers, and run it; then under valgrind."""
     host = load_target("host")
     target = host.model_copy(update={"tvm": {**host.tvm, "mcpu": "haswell"}})
     with tempfile.TemporaryDirectory() as name:
-        artifact = build(target, Path(name))
+        artifact = build(target, Path(name), memory)
         objects = artifact.path.parent / "objects"
         (objects / "driver.c").write_text(DRIVER)
         sources = [*map(str, sorted(objects.glob("*.c"))), "kernels.o"]

@@ -149,17 +149,17 @@ def _place_channels(
     spread = logits.std(0).clamp(min=1e-3 * float(logits.abs().max()) + 1e-6)
     mlp.fc2.weight /= spread[:, None]
     mlp.fc2.bias.copy_(-logits.mean(0) / spread + torch.randn(len(spread), generator=generator))
-    skip, compute, *reuse = _logits(policy, mlp, x, count).split(mlp.out, 1)
+    skip, compute, *reuse = _logits(policy, mlp, x, count).split(mlp.groups, 1)
     if reuse:
         rest = max(1e-6, 1 - mix.compute)
         shift = _offset(reuse[0] - skip, min(1.0, mix.reuse / rest))
-        mlp.fc2.bias[2 * mlp.out :] += shift
+        mlp.fc2.bias[2 * mlp.groups :] += shift
         skip = torch.maximum(skip, reuse[0] + shift)
-    mlp.fc2.bias[mlp.out : 2 * mlp.out] += _offset(compute - skip, mix.compute)
+    mlp.fc2.bias[mlp.groups : 2 * mlp.groups] += _offset(compute - skip, mix.compute)
 
 
 def _logits(policy: BlockPolicy, mlp: TemporalPolicy, x: Tensor, count: int) -> Tensor:
-    """The MLP's logits (T*N, ways * C) for the block's input x, masks as they stand."""
+    """The MLP's logits (T*N, ways * groups) for the block's input x, masks as they stand."""
     means = policy.means(x)[0]
     return mlp.logits(policy.before(means, count, None), means)
 

@@ -51,7 +51,7 @@ def pack(
         typer.echo(json.dumps({"written": str(written)}))
         return
     typer.echo(written)
-    typer.echo(f"next: {_NEXT[form].format(written=written, module=written.name.partition('-')[0])}")
+    typer.echo(f"next: {_NEXT[form].format(written=written.absolute(), module=written.name.partition('-')[0])}")
 
 
 if __name__ == "__main__":

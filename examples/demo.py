@@ -165,7 +165,9 @@ def on_emulated_device(artifact, clip: Sequence[np.ndarray], expected: np.ndarra
         begin = time.perf_counter()
         try:
             with console.status("starting the emulated device") as status:
-                device = open_device("emulator", call_timeout=EMULATED_CALL_S, on_phase=status.update)
+                device = open_device(
+                    "emulator", call_timeout=EMULATED_CALL_S, on_phase=status.update, behind_tracker=True
+                )
         except DanceError as error:
             raise NoDeviceError(str(error)) from error
         with device:

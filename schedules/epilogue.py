@@ -114,6 +114,8 @@ STEPS: dict[str, Step] = {
     "leakyrelu": _leaky,
     "where": _where,
 }
+#: Steps that take tens of instructions.
+FUNCTIONS = {"sigmoid", "silu", "exp", "log", "tanh", "erf", "gelu", "gelu_tanh"}
 #: Steps whose result is true or false, not a number.
 COMPARISONS = ("greater", "greater_equal", "less", "less_equal")
 
@@ -135,6 +137,11 @@ SHORT_ACTIVATIONS: dict[str, Activation] = {
 def step_text(name: str, operands: Sequence[str | float]) -> str:
     """One step as a program has it; numbers keep all of their digits."""
     return f"{name}({', '.join(each if isinstance(each, str) else repr(float(each)) for each in operands)})"
+
+
+def has_functions(activation: str) -> bool:
+    """Whether an activation, or a step of a program, is an elementary function."""
+    return any(step.partition("(")[0] in FUNCTIONS for step in activation.split("; "))
 
 
 def activate(activation: str, value: Expr, count: int) -> Expr:

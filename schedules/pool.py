@@ -23,10 +23,11 @@ LOWEST = -math.inf
 class Pool(Kernel):
     """One pooling kernel. ``in_frames``/``out_frames`` say which masks are given, as in the row plan.
 
-    ``in_positions``: how many clips and frames the mask of input positions tells apart, None where there is none. What
-    is dead of the input is not read and counts as zeros; an output frame that nobody reads is set to zero if
-    ``zero_dead``, else left alone. An average divides by the taps that lie inside the clip or in the ``counted``
-    padding, before and behind it on each axis.
+    ``in_positions`` and ``positions``: how many clips and frames the mask of input and output positions tells apart,
+    None where there is none. What is dead of the input is not read and counts as zeros; an output position that nobody
+    reads, in a frame that somebody does, is set to zero; such a frame if ``zero_dead``, else it is left alone. An
+    average divides by the taps that lie inside the clip or in the ``counted`` padding, before and behind it on each
+    axis.
     """
 
     kind = "pool"
@@ -38,13 +39,14 @@ class Pool(Kernel):
     out_frames: bool = False
     zero_dead: bool = True
     in_positions: tuple[int, int] | None = None
+    positions: tuple[int, int] | None = None
     #: How activations are stored.
     dtype: str = FLOAT
 
     @property
     def masks(self) -> dict[str, Operand]:
         """The masks that the kernel takes."""
-        return masks_of(self.window, self.in_frames, self.out_frames, None, self.in_positions)
+        return masks_of(self.window, self.in_frames, self.out_frames, self.positions, self.in_positions)
 
     def operands(self) -> list[Operand]:
         """x (N, T, H, W, C), the masks, y (N, T', H', W', C)."""

@@ -12,6 +12,7 @@ import tvm_ffi
 from hypothesis import strategies as st
 
 from dance_tvm.schedules.cpu.tiles import Tile
+from dance_tvm.schedules.elementary import written_out
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.kernel import Kernel, Weights
 
@@ -79,7 +80,7 @@ Arrays = list[np.ndarray]
 def on_processor(func: tvm.tirx.PrimFunc, inputs: Arrays, outputs: Arrays) -> Arrays:
     """What ``func`` makes of ``outputs``."""
     tensors = [tensor(array) for array in [*inputs, *outputs]]
-    compiled(func)(*tensors)
+    compiled(written_out(func))(*tensors)
     return [each.numpy() for each in tensors[len(inputs) :]]
 
 

@@ -18,6 +18,7 @@ CARRIES = {
     "a later part of a clip": Carry(**SHAPE, fresh=BOTH, taken=BOTH, before=True),
     "no tiles": Carry(**SHAPE, fresh=("channels",), taken=("channels",)),
     "no masks on what is fresh": Carry(**SHAPE, fresh=(), taken=("positions",)),
+    "whole frames": Carry(**SHAPE, fresh=("frames", "channels"), taken=("frames", "positions"), kept=("frames",)),
     "whole vectors": Carry(**{**SHAPE, "channels": 8}, fresh=BOTH, taken=("channels",), kept=("positions",)),
 }
 
@@ -33,7 +34,8 @@ def test_the_kernel_is_the_recurrence(carry: Carry, density: float) -> None:
 
     whole = {of: np.ones(shape, bool) for of in ("fresh", "taken", "kept")}
     for (of, axis), mask in masks.items():
-        whole[of] &= (mask[..., None] if axis == "positions" else mask[:, None, None, :]) != 0
+        extents = {"frames": (1, 1, 1), "positions": (*shape[1:3], 1), "channels": (1, 1, carry.channels)}[axis]
+        whole[of] &= mask.reshape(len(mask), *extents) != 0
     running = before if carry.before else np.zeros_like(before)
     expected = np.empty_like(x)
     for t in range(carry.frames):

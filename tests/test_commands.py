@@ -248,6 +248,7 @@ def test_rows_go_on_in_further_lines_where_a_terminal_has_no_room_for_them(monke
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 40
     assert reason in " ".join(shown.split())
+    assert " ".join(shown.split()).startswith("stem count 9,876.54 count 9,876.54")
     assert shown.rstrip().endswith("again")
 
 

@@ -304,3 +304,6 @@ def test_an_emulated_phone_needs_no_tvm(start, clip_network, tmp_path):
         assert work[0] == work[1]
         with pytest.raises(DanceError, match="is built for host"):
             there.load(clip_network)
+        with open_device("emulator") as same:
+            assert isinstance(same, sessions.ServedSession)
+            np.testing.assert_array_equal(same.load(artifact).run(clip())["y"], network.run(clip())["y"])

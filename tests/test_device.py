@@ -116,10 +116,12 @@ def test_a_tracked_server_takes_one_session_at_a_time(tracked, host_artifact, we
 
 
 @pytest.mark.device
-def test_emulated_device(emulator, tmp_path):
+def test_emulated_device(emulator, tmp_path, monkeypatch):
     artifact = matmul_artifact(tmp_path / "linux", "aarch64-linux")
     android = matmul_artifact(tmp_path / "android", "snapdragon", separate_weights=True)
-    with open_device(emulator.tracker, timeout=120) as device:
+    monkeypatch.setattr("dance_tvm.device.emulated_tvm.start", lambda _stack: emulator.tracker_port)
+    with open_device("emulator", behind_tracker=True) as device:
+        assert isinstance(device, RemoteSession)
         assert device.facts()["machine"] == "aarch64"
         assert_all_calls_work(device, artifact)
         assert_all_calls_work(device, android)

@@ -143,6 +143,17 @@ def test_two_ways_without_reuse():
     assert compute.flatten().tolist() == [0, 1, 1]
 
 
+def test_channels_of_a_group_share_a_decision():
+    policy = TemporalPolicy(2, 5, 4, reuse=True, group=3).eval()
+    policy.fc2.weight.data.zero_()
+    policy.fc2.bias.data = torch.tensor([0.0, 1, 1, 0, 0, 0])  # skip, compute, reuse of two groups
+    compute, reuse = (way.flatten().tolist() for way in policy(torch.ones(1, 2), torch.ones(1, 2), 1.0)[0])
+    assert compute == [1, 1, 1, 0, 0]
+    assert reuse == [0, 0, 0, 0, 0]
+    alone = TemporalPolicy(2, 5, 4, reuse=True)
+    assert (policy.fc2.out_features, alone.fc2.out_features) == (6, 15)
+
+
 def test_gumbel_sigmoid_is_hard_fair_and_differentiable():
     torch.manual_seed(0)
     logits = torch.tensor([-2.0, 0.0, 1.0]).repeat(20_000, 1).requires_grad_()
@@ -187,9 +198,9 @@ MIXES = {
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
-@pytest.mark.parametrize("temporal", ["tsn", "tsm-online"])
-def test_a_stream_equals_the_clip(temporal, mix):
-    network, clip = small(temporal, mix, (26, 23))
+@pytest.mark.parametrize(("temporal", "group"), [("tsn", 1), ("tsm-online", 3)])
+def test_a_stream_equals_the_clip(temporal, group, mix):
+    network, clip = small(temporal, mix, (26, 23), group=group)
     stream = Stream(network, (1, 26, 23))
     with torch.no_grad():
         whole, state = network(clip), stream.start()

@@ -23,8 +23,8 @@ EYE = (
 )
 
 
-def network(mix: Mix) -> tuple[DStepResNet, torch.Tensor]:
-    """One block on maps of 8x8 under tiles of 3. Weights are whole numbers and means divide by powers of two: exact."""
+def network(mix: Mix, tile: int = 3) -> tuple[DStepResNet, torch.Tensor]:
+    """One block on maps of 8x8. Weights are whole numbers and means divide by powers of two: exact."""
     clip = example_clip((1, FRAMES, SIZE, SIZE), seed=2).mul(3).round()
     base = VideoResNet(
         BasicBlock, (1,), temporal="tsm-online", num_classes=3, in_channels=1, width=CHANNELS, stem="small"
@@ -39,7 +39,7 @@ def network(mix: Mix) -> tuple[DStepResNet, torch.Tensor]:
     for layer in base.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.eps = 0.0
-    return with_mix(base, clip, mix, options=DStepOptions(tile=(3,), hidden=8), seed=1), clip
+    return with_mix(base, clip, mix, options=DStepOptions(tile=(tile,), hidden=8), seed=1), clip
 
 
 def steered() -> DStepResNet:
@@ -118,6 +118,15 @@ def compiled(tmp_path_factory):
 
 def skips(artifact, place: str) -> list[str]:
     return next(layer.skips for layer in artifact.manifest.layers if place in layer.name)
+
+
+def test_a_tile_over_the_whole_map_leaves_out_whole_frames(device, tmp_path):
+    thinned, clip = network(Mix(0.5, 0.5, 0.3), tile=8)
+    artifact = build(thinned, (clip,), tmp_path / "frames")
+    assert "output frames" in skips(artifact, "layer1.0.conv1")
+    assert "input frames" in skips(artifact, "layer1.0.conv2")
+    with torch.no_grad():
+        np.testing.assert_allclose(run(device, artifact, clip), thinned(clip).numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_the_lists_are_found_in_an_ordinary_graph(compiled):

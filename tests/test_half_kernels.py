@@ -90,6 +90,23 @@ def test_a_tile_takes_few_instructions_beside_its_multiply_adds() -> None:
     assert tiles - taps <= 8 * rows * vectors + 12
 
 
+def test_activations_take_no_registers_from_sums() -> None:
+    """The loop over products is about as long before a SiLU as before nothing, and results are right to rounding."""
+    window = Window(1, (2, 3, 5), (2, 3, 5), (1, 1, 1))
+    layer = Layer(window, 96, 92, activation="silu", residual=True, dtype=HALF)
+    shortest = [
+        min(len(loop.lines) for loop in loops_of(kernel_code(each, "snapdragon")[1]) if loop.multiplies > 100)
+        for each in (layer, replace(layer, activation=""))
+    ]
+    assert shortest[0] <= 1.05 * shortest[1]
+    rng = np.random.default_rng(0)
+    weights = Weights(rng.integers(-2, 3, (92, 96, 1, 1, 1)).astype("float32") / 16, rng.normal(size=92).astype(HALF))
+    x, residual = (rng.integers(-8, 9, (1, 2, 3, 5, size)) / 4 for size in (96, 92))
+    found, _ = call(settled_direct(layer, NEON).kernel, x, weights=weights, residual=residual)
+    exact = x @ weights.weight[:, :, 0, 0, 0].T.astype("float64") + weights.bias.astype("float64") + residual
+    np.testing.assert_allclose(found, exact / (1 + np.exp(-exact)), rtol=2e-3, atol=1e-6)
+
+
 def test_what_a_kernel_passes_on_is_what_ieee_says() -> None:
     window = Window(1, (1, 1, 8), (1, 1, 8), (1, 1, 1))
     conv = GatherConv(window, 1, 8, 1, Tile(1, 1, 8, 1, 8, 1), RowPlan(window, 1, 8, 1), dtype=HALF)
@@ -99,6 +116,42 @@ def test_what_a_kernel_passes_on_is_what_ieee_says() -> None:
     np.testing.assert_array_equal(found, np.broadcast_to(x, found.shape))
     pool = VectorPool(window, 1, "max", vector_floats=8, dtype=HALF)
     np.testing.assert_array_equal(call(pool, x)[0], x)
+
+
+#: Layers that add up two values: side by side, in two channels, of each channel apart.
+PAIRS = {
+    "direct": Layer(Window(64, (1, 1, 2), (1, 1, 1), (1, 1, 2)), 1, 8, dtype=HALF),
+    "pointwise": Layer(Window(64, (1, 1, 1), (1, 1, 1), (1, 1, 1)), 2, 8, dtype=HALF),
+    "depthwise": Layer(Window(64, (1, 1, 2), (1, 1, 1), (1, 1, 2)), 8, 8, 8, dtype=HALF),
+}
+
+
+@pytest.mark.parametrize("factor", [-1.0, 2.0**-10])
+@pytest.mark.parametrize("name", PAIRS)
+def test_any_two_values_at_the_edge_of_the_range_add_up_as_ieee_says(name: str, factor: float) -> None:
+    """The first of each pair and ``factor`` times the second, no product beyond the range, whether fused or not; sums
+    beyond it are infinite."""
+    layer, pairs = PAIRS[name], np.stack([EDGES.repeat(8), np.tile(EDGES, 8)], 1)
+    conv = settled_direct(layer, NEON).kernel
+    weight = np.ones((8, 1, 1, 1, 2), "float32") * np.array([1, factor], "float32")
+    shape = (8, 2, 1, 1, 1) if name == "pointwise" else weight.shape
+    x = np.broadcast_to(pairs.reshape(64, *layer.window.size, -1), conv.x_shape)
+    found, _ = call(conv, x, weights=Weights(weight.reshape(shape), np.zeros(8, "float32")))
+    with np.errstate(over="ignore", invalid="ignore"):
+        first, second = pairs.astype("float64").T
+        expected = (first + factor * second).astype(HALF)
+    np.testing.assert_array_equal(found, np.broadcast_to(expected.reshape(64, 1, 1, 1, 1), found.shape))
+
+
+@pytest.mark.parametrize("pooling", ["max", "avg"])
+def test_pools_of_any_two_values_at_the_edge_of_the_range(pooling: str) -> None:
+    pairs = np.stack([EDGES.repeat(8), np.tile(EDGES, 8)], 1)
+    pool = VectorPool(Window(64, (1, 1, 2), (1, 1, 1), (1, 1, 2)), 1, pooling, vector_floats=8, dtype=HALF)
+    found, _ = call(pool, pairs.reshape(64, 1, 1, 2, 1))
+    with np.errstate(invalid="ignore"):
+        first, second = pairs.astype("float64").T
+        expected = np.maximum(first, second) if pooling == "max" else (first + second) / 2
+    np.testing.assert_array_equal(found.reshape(-1), expected.astype(HALF))
 
 
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (5, 5, 7)], ids=["sums in half", "too many taps for that"])

@@ -178,7 +178,7 @@ def test_java_runs_an_artifact(host, network, tmp_path):
 def test_what_is_to_be_done_with_it_is_told(host, tmp_path):
     told = CliRunner().invoke(pack.app, [str(host), "--out", str(tmp_path / "c")]).stdout.splitlines()
     assert told[0] == str(tmp_path / "c")
-    assert told[1].startswith(f"next: in your CMakeLists.txt, add_subdirectory({tmp_path / 'c'})")
+    assert told[1].startswith(f"next: in your CMakeLists.txt, add_subdirectory({(tmp_path / 'c').absolute()})")
     assert all(form.format(written="out", module="net") for form in pack._NEXT.values())
 
 

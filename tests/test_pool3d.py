@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from convolutions import call
+import tvm
+from convolutions import call, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dance_tvm.compiler.pipeline import Options, lower
+from dance_tvm.frontend.importer import import_model
+from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu.pool3d import VectorPool
 from dance_tvm.schedules.cpu.pool_space import POOLED_VECTORS, PoolSpace
 from dance_tvm.schedules.cpu.tiles import Machine
@@ -64,7 +68,8 @@ def pools(draw: st.DrawFn) -> tuple[VectorPool, np.ndarray, Masks]:
     out = outputs(size, kernel, stride, padding, ceil=draw(st.booleans()))
     window = Window(draw(st.integers(1, 2)), size, out, kernel, stride, padding)
     told = (draw(st.sampled_from([1, window.batch])), draw(st.sampled_from([1, size[0]])))
-    pool_masks = [draw(st.booleans()) for _ in range(3)]
+    pool_masks = [draw(st.booleans()) for _ in range(4)]
+    of_outputs = (draw(st.sampled_from([1, window.batch])), draw(st.sampled_from([1, out[0]])))
     channels = draw(st.integers(1, 40))
     pool = VectorPool(
         window,
@@ -75,6 +80,7 @@ def pools(draw: st.DrawFn) -> tuple[VectorPool, np.ndarray, Masks]:
         in_frames=pool_masks[0],
         out_frames=pool_masks[1],
         in_positions=told if pool_masks[2] else None,
+        positions=of_outputs if pool_masks[3] else None,
         zero_dead=draw(st.booleans()),
         vectors=draw(st.sampled_from(POOLED_VECTORS)),
     )
@@ -89,12 +95,15 @@ def pools(draw: st.DrawFn) -> tuple[VectorPool, np.ndarray, Masks]:
 def test_pools_equal_pytorch(case) -> None:
     pool, x, masks = case
     found, wanted = run(pool, x, masks), expected(pool, x, masks)
-    read = masks.get("out_frames", np.ones(wanted.shape[:2], bool))
+    frames = masks.get("out_frames", np.ones(wanted.shape[:2], bool))
+    positions = np.broadcast_to(masks.get("positions", np.ones((1, 1, 1, 1), bool)), wanted.shape[:-1])
+    read = frames[:, :, None, None] & positions
     if pool.pooling == "max":
         np.testing.assert_array_equal(found[read], wanted[read])
     else:  # sums of small integers are exact, and the one division is rounded alike up to the last bit
         np.testing.assert_allclose(found[read], wanted[read], rtol=2e-7)
-    dead = found[~read]
+    assert not found[frames[:, :, None, None] & ~positions].any()
+    dead = found[~frames]
     assert np.all(dead == 0) if pool.zero_dead else np.all(np.isnan(dead))
 
 
@@ -138,3 +147,33 @@ def test_the_space_offers_as_many_vectors_as_there_are_channels(channels, counts
     assert not space.allows({"vectors": 15})  # no register is left to load into
     assert not space.allows({"mr": 4})
     assert space.normal({"vectors": 8}) == {"vectors": counts[-1]}
+
+
+class Masked(torch.nn.Module):
+    """Two convolutions with a pool behind each; of the second's output a mask of positions is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Conv3d(3, 16, 3, padding=1), torch.nn.Conv3d(16, 16, 3, padding=1)
+        self.last = torch.nn.Conv3d(16, 4, 3, padding=1)
+
+    def forward(self, clip: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        alive = (mask > 0.5).float()
+        pool = torch.nn.functional.max_pool3d
+        found = self.second(pool(self.first(clip).relu(), (1, 2, 2))).relu() * alive
+        return self.last(pool(found, (1, 2, 2))) * alive[..., ::2, ::2]
+
+
+def test_masks_of_positions_reach_through_pools_to_the_convolution_before() -> None:
+    torch.manual_seed(0)
+    network, target = Masked().eval(), load_target("host")
+    clip, mask = torch.randn(1, 3, 3, 24, 32), torch.zeros(1, 1, 1, 12, 16)
+    mask[..., 2:6, 4:8] = 1
+    lowered = lower(import_model(network, example_inputs=(clip, mask), check=False).mod, target, Options(threads=1))
+    first, second = (work.lists for work in lowered.workloads.values() if work.family == POOL)
+    assert first == ("positions",), "what the second convolution reads of it"
+    assert second == ("positions", "in_positions"), "the convolution before writes no zeros where nothing is alive"
+    machine = tvm.relax.VirtualMachine(tvm.compile(lowered.mod, target=target.tvm_target(1)), tvm.cpu())
+    exact = network.double()(clip.double(), mask.double()).detach().numpy()
+    found = machine["main"](*map(tensor, (clip.numpy(), mask.numpy(), *lowered.weights.values())))[0].numpy()
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())

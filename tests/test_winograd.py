@@ -415,7 +415,7 @@ def test_dead_tiles_and_frames_are_not_touched() -> None:
     lists = check(case)
     assert lists["counts"][-1, 0] == 1, "one chunk holds both columns"
     assert sorted(lists["columns"][0, :2]) == [1, 3]
-    inputs, tiles, runs, _ = lists["counts"][0]
+    inputs, tiles, runs = lists["counts"][0]
     rows = lists["rows_out"][0, :tiles]
     assert (rows >= 0).sum() == 4, "two columns in two live frames"
     assert lists["pairs"] == 6, "two columns, two taps in frame 0 and one in frame 3"
@@ -428,6 +428,19 @@ def test_nothing_alive_leaves_the_bias() -> None:
     case = WinogradCase(m=(1, 4, 4), residual=True, zero_dead="")
     case.live_in = np.zeros((1, 5), bool)
     check(case)
+
+
+def test_clips_that_list_channels_of_their_own_share_a_chunk() -> None:
+    """Weights are read once for all of them; each has runs of its own rows, and no rows where nobody reads any."""
+    case = WinogradCase(size=(1, 4, 6), batch=4, channels_in=18, channels_out=18, kernel=(1, 3, 3), padding=(0, 1, 1))
+    case.columns, case.positions = 100, np.ones((4, 1, 4, 6), bool)
+    case.positions[2] = False
+    case.live_in = np.concatenate([alive(18, run) for run in ((0, 18), (8, 16), (0, 8), (0, 0))])
+    case.live_out = np.concatenate([alive(18, run) for run in ((4, 8), (0, 18), (0, 4), (9, 17))])
+    lists = check(case)
+    assert lists["counts"][-1, 0] == 1
+    runs = lists["runs"][0, : lists["counts"][0, 2]]
+    assert [(sample, last - first) for _, _, first, last, sample in runs] == [(0, 2), (1, 2), (3, 2)]
 
 
 def test_masks_of_ones_equal_dense() -> None:

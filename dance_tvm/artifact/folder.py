@@ -32,7 +32,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.machines.host import cpu_flags
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 _SHOWN_OUTPUTS = 8  # in words; the manifest lists all
 
 LIBRARY, WEIGHTS = "model.so", "weights.safetensors"

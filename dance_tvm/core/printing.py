@@ -1,8 +1,8 @@
 """What commands print: tables and sentences for whoever watches, plain lines for whatever reads.
 
 On a terminal a table has a frame, its texts fold where there is little room, and its figures never do; where there is
-too little for them too, rows go on in further lines, without a frame. Elsewhere each row is one line, as wide as its
-cells are, whatever COLUMNS says.
+too little for them too, each cell stands behind its head, over as many lines as a row takes. Elsewhere each row is one
+line, as wide as its cells are, whatever COLUMNS says.
 """
 
 from __future__ import annotations
@@ -84,10 +84,11 @@ def plain(heads: Sequence[str], rows: Rows, title: str = "", caption: str = "") 
 
 
 def _wrapped(text: str, table: Table, width: int) -> str:
-    """``text``, the plain form of ``table``, where it fits; else each row's cells one behind the other, over lines."""
+    """``text``, the plain form of ``table``, where it fits; else each row's cells behind their heads, over lines."""
     if max(map(len, text.splitlines()), default=0) <= width:
         return text
-    rows = ["  ".join(cell for cell in row if cell) for row in [table.heads, *table.rows] if any(row)]
+    heads = ["", *(f"{head} " if head else "" for head in table.heads[1:])]  # what a row is about names itself
+    rows = ["  ".join(head + cell for head, cell in zip(heads, row, strict=True) if cell) for row in table.rows]
     return "\n".join(
         textwrap.fill(line, max(width, 5), subsequent_indent="    ", break_on_hyphens=False)
         for line in [table.title, *rows, table.caption]

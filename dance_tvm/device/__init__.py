@@ -28,13 +28,19 @@ __all__ = [
 
 
 def open_device(
-    spec: str, *, timeout: float = 60, call_timeout: float = 600, on_phase: Callable[[str], object] | None = None
+    spec: str,
+    *,
+    timeout: float = 60,
+    call_timeout: float = 600,
+    on_phase: Callable[[str], object] | None = None,
+    behind_tracker: bool = False,
 ) -> DeviceSession:
     """Open `local`, `emulator`, `rpc://HOST:PORT` or `tracker://HOST:PORT/KEY`; close it, or use it with `with`.
 
     `timeout` s are given to reach the device and to wait for its turn, `call_timeout` s to each single upload step,
     load, run or measurement. `on_phase` takes a sentence for each long step (the emulator's system is fetched when it
-    is first opened). Raises DanceError where the device is absent, busy, or the spec is none of these.
+    is first opened). `behind_tracker`: the emulator runs TVM's server, and a real tracker hands it out. Raises
+    DanceError where the device is absent, busy, or the spec is none of these.
     """
     require_spec(spec)
     if spec == "local":
@@ -42,10 +48,15 @@ def open_device(
 
         return LocalSession()
     if spec == "emulator":
-        from dance_tvm.device.emulated import open_emulator
         from dance_tvm.device.emulator import prepare
 
         prepare(on_phase or (lambda _sentence: None))
+        if behind_tracker:
+            from dance_tvm.device.emulated_tvm import open_tracked_emulator
+
+            return open_tracked_emulator(timeout=timeout, call_timeout=call_timeout)
+        from dance_tvm.device.emulated import open_emulator
+
         return open_emulator(timeout=timeout, call_timeout=call_timeout)
     kind, _, rest = spec.partition("://")
     if kind == "rpc":

@@ -1,18 +1,19 @@
-"""A session on an emulated device that is started for it."""
+"""A session on an emulated device that is started for it: `dance_server` under qemu, without TVM there."""
 
 from __future__ import annotations
 
 import contextlib
 
-from dance_tvm.device.emulator import KEY, START_TIMEOUT_S, start
-from dance_tvm.device.remote import Connection, RemoteSession
-from dance_tvm.device.tracker import request_device
+from dance_tvm.core.errors import DanceError
+from dance_tvm.device.emulator import START_TIMEOUT_S, start_program
+from dance_tvm.device.served import ServedSession
+from dance_tvm.device.server_connection import ServerConnection, connect
 
 
-class EmulatedSession(RemoteSession):
+class EmulatedSession(ServedSession):
     """A session on a device that was started for it and ends with it."""
 
-    def __init__(self, connection: Connection, running: contextlib.ExitStack) -> None:
+    def __init__(self, connection: ServerConnection, running: contextlib.ExitStack) -> None:
         self._running = running
         super().__init__(connection)
 
@@ -22,11 +23,12 @@ class EmulatedSession(RemoteSession):
 
 
 def open_emulator(timeout: float, call_timeout: float) -> EmulatedSession:
-    """Start tracker and server, and open a session on them; closing the session ends them."""
+    """Start the server, and open a session on it; closing the session ends it."""
     with contextlib.ExitStack() as stack:
-        port = start(stack)
-        found = request_device("127.0.0.1", port, KEY, max(timeout, START_TIMEOUT_S))
-        connection = Connection("emulator", *found, max(timeout, START_TIMEOUT_S), call_timeout)
+        port = start_program(stack)
+        connection = connect("emulator", "127.0.0.1", port, "", max(timeout, START_TIMEOUT_S), call_timeout)
+        if connection is None:
+            raise DanceError("emulator: its server closed the connection before a session began: start it again")
         stack.callback(connection.close)
         return EmulatedSession(connection, stack.pop_all())
     raise AssertionError("unreachable")

@@ -1,4 +1,4 @@
-"""An aarch64 device on this machine: a small Debian under qemu-user behind a real TVM RPC tracker and server.
+"""An aarch64 device on this machine: a small Debian under qemu-user, behind `dance_server` or TVM's tracker and server.
 
 The system is made once in the user's cache folder: Debian packages by mmdebstrap, TVM's aarch64 wheels by pip.
 """
@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.places import cache_folder
 from dance_tvm.device import processes
+from dance_tvm.device.server_program import kept_server
+from dance_tvm.machines.target import load_target
 
 KEY = "emulated-aarch64"
 START_TIMEOUT_S = 300.0  # about 10 s on an idle machine, many times that on a loaded one
@@ -76,8 +78,20 @@ def prepare(progress: Callable[[str], object] = print) -> Path:
     return folder
 
 
+def start_program(stack: contextlib.ExitStack) -> int:
+    """Start `dance_server` on an emulated device; the stack ends it. Gives its port."""
+    system = prepare(lambda sentence: None)
+    *qemu, _python = python_command(system)
+    program = kept_server(load_target("aarch64-linux"), system)
+    home = stack.enter_context(tempfile.TemporaryDirectory(prefix="dance_tvm_emulator_", ignore_cleanup_errors=True))
+    command = [*qemu, str(program), "--store", str(Path(home) / "store"), "--end-with-stdin"]
+    server = processes.PortProcess("the emulated device's server", command)
+    stack.callback(server.stop)
+    return server.wait_ready(processes.DEVICE_READY, START_TIMEOUT_S)
+
+
 def start(stack: contextlib.ExitStack, store: Path | None = None, options: Sequence[str] = ()) -> int:
-    """Start a tracker and an emulated device registered with it; the stack ends both. Gives the tracker's port.
+    """Start a tracker and an emulated device with TVM, registered there; the stack ends both. Gives the tracker's port.
 
     ``options`` are more options for qemu.
     """

@@ -18,6 +18,8 @@ import psutil
 from dance_tvm.core.errors import DanceError
 
 STOP_TIMEOUT_S = 10
+#: What a device's server says before its port.
+DEVICE_READY = "dance-tvm device ready on port "
 #: By these a user sets how many threads TVM's pool has.
 THREADS_BY_ENVIRONMENT = {"TVM_NUM_THREADS", "OMP_NUM_THREADS"}
 
@@ -123,7 +125,7 @@ def start_server(
     if store:
         command += ["--store", str(store)]
     process = PortProcess("the device server", command, environment)
-    return process, _ready(process, "dance-tvm device ready on port ", timeout)
+    return process, _ready(process, DEVICE_READY, timeout)
 
 
 def _ready(process: PortProcess, ready: str, timeout: float) -> int:

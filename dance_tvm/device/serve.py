@@ -327,9 +327,9 @@ def _gathered_rows(named: dict[str, Any], shape: list[int]) -> tuple[np.ndarray,
 
 
 def _winograd_rows(named: dict[str, Any], kernel: dict[str, Any], shape: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The same for Winograd's tiles: columns (chunks, columns), rows_out, runs (chunks, classes, 4), counts
-    (chunks + 1, 4) of inputs, tiles, runs and the sample; the last row counts the chunks. Each frame is a clip of its
-    own where `kernel` says so."""
+    """The same for Winograd's tiles: columns (chunks, columns), rows_out, runs (chunks, runs, 5) with their sample,
+    counts (chunks + 1, 3) of inputs, tiles and runs; the last row counts the chunks. Each frame is a clip of its own
+    where `kernel` says so."""
     names = ("tap_entries", "columns", "rows_out", "runs", "counts")
     taps, columns, rows_out, runs, counts = (named[name].numpy() for name in names)
     deep, tall, wide = kernel["tile"]
@@ -337,13 +337,15 @@ def _winograd_rows(named: dict[str, Any], kernel: dict[str, Any], shape: list[in
     places = -(-height // tall), -(-width // wide)
     clips = (batch * frames, 1) if kernel["by_frame"] else (batch, -(-frames // deep))
     alive = np.zeros((*clips, *places), bool)
-    samples = int(counts[: counts[-1, 0], 3].max(initial=0)) + 1
+    chunks = counts[: counts[-1, 0]]
+    samples = 1 + max(
+        (int(runs[chunk, :count, 4].max(initial=0)) for chunk, (_, _, count) in enumerate(chunks)), default=0
+    )
     by_tap = np.zeros((samples, int(taps[:, 0].max()) + 1), "int64")
-    for chunk in range(counts[-1, 0]):
-        _, tiles, count, sample = counts[chunk]
+    for chunk, (_, tiles, count) in enumerate(chunks):
         used = rows_out[chunk, :tiles]
         before = np.concatenate([[0], np.cumsum((used >= 0).sum(1))])
-        for first, last, begin, end in runs[chunk, :count]:
+        for first, last, begin, end, sample in runs[chunk, :count]:
             np.add.at(by_tap[sample], taps[first:last, 0], before[end] - before[begin])
         frame, index = np.divmod(used[used >= 0], columns.shape[1])
         clip, place = np.divmod(columns[chunk, index], places[0] * places[1])

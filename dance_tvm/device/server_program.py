@@ -7,8 +7,10 @@ NDK nor a system's libraries are at hand. It needs Android, or glibc of 2.17 or 
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 from dance_tvm.artifact.c_interface import INTERFACE
@@ -47,6 +49,20 @@ def build_server(target: Target, folder: Path) -> Path:
     except OSError as error:
         raise DanceError(f"{out} cannot be written: {error.strerror or error}") from None
     return out
+
+
+def kept_server(target: Target, folder: Path) -> Path:
+    """`dance_server` as `build_server` makes it, in ``folder`` under a name that follows from its sources: it is made
+    once."""
+    sources = [*sorted(SOURCES.iterdir()), *sorted(INTERFACE.glob("*.h")), Path(__file__)]
+    hashed = hashlib.sha256(f"{target_triple(target)} {version('ziglang')}".encode())
+    for source in filter(Path.is_file, sources):
+        hashed.update(hashlib.sha256(source.read_bytes()).digest())
+    kept = folder / f"{NAME}-{hashed.hexdigest()[:12]}"
+    if not kept.exists():
+        with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=folder) as made:
+            build_server(target, Path(made)).replace(kept)
+    return kept
 
 
 def _compiled(source: Path, flags: list[str], folder: Path) -> Path:

@@ -8,6 +8,7 @@ import io
 import logging
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ ADVICE = (
         "or leave --open-batch out",
     ),
     (
-        r"size mismatch|shapes? cannot be|Expected .*[Dd]im|expected input|mat1 and mat2|should be greater than kernel",
+        r"size mismatch|shapes? cannot be|Expected .*([Dd]im|size)|expected input|mat1 and mat2|should be greater than "
+        r"kernel",
         "it does not take an input of this shape: --shape is N x C x T x H x W as in its training",
     ),
     (
@@ -119,9 +121,7 @@ def export(
                 program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
                 apart = _apart(program.module()(*inputs), expected)
         except Exception as problem:
-            raise DanceError(
-                f"PyTorch cannot export it: {first_line(problem)[:300]}: {advice(str(problem))}"
-            ) from problem
+            raise DanceError(refusal(problem)) from problem
         if apart > MOST_DIFFERENCE:
             raise DanceError(
                 f"the exported program differs from the module by {apart:.2g} of its largest value: something in it "
@@ -148,6 +148,24 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, before in levels.items():
             logger.setLevel(before)
+
+
+def refusal(problem: Exception) -> str:
+    """Why PyTorch exports no program of a network: what to do, where its code stands, and PyTorch's words."""
+    said = re.sub(r"\s*\(unhinted: .*|\s*\(Size-like symbols: .*", "", first_line(problem)[:300]).rstrip(".")
+    where = f" ({place})" if (place := _place_of(problem)) else ""
+    return f"PyTorch cannot export it{where}: {advice(str(problem))}; PyTorch says {said!r}"
+
+
+def _place_of(problem: Exception) -> str:
+    """File and line of the network's own code that was run last; empty where none was."""
+    ours = Path(__file__).parents[1]
+    found = ""
+    for frame in traceback.extract_tb(problem.__traceback__):
+        is_installed = "site-packages" in frame.filename or frame.filename.startswith("<")
+        if not is_installed and ours not in Path(frame.filename).resolve().parents:
+            found = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return found
 
 
 def advice(said: str) -> str:

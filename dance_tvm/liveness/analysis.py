@@ -87,7 +87,8 @@ class Masks:
     def live(self, key: Key, shape: Shape) -> Live | None:
         """Where ``key``, as a factor of an activation of ``shape`` (N, …, C), is nonzero; None if it is no mask.
 
-        A mask is binary and varies along the frames, the positions or the channels, or is a product of such masks.
+        A mask is binary and varies along the frames, the positions or the channels, or is a product of such masks. One
+        that tells samples of a single frame apart is a mask of frames.
         """
         if (key, shape) not in self._live:
             self._live[key, shape] = self._find_live(key, shape)
@@ -98,7 +99,8 @@ class Masks:
         if own is None or self.view.constant(key) is not None or len(own) > len(shape):
             return None
         own = (1,) * (len(shape) - len(own)) + own
-        if own == (1,) * len(own):
+        one_frame = as_video(shape)[1] == 1
+        if own == (1,) * len(own) and (not one_frame or shape[0] > 1):
             return None
         operation = self.view.operation(key)
         if operation is not None and operation.name in PRODUCTS:
@@ -116,7 +118,7 @@ class Masks:
             return Live(channels=factor)
         if spatial and c == 1:
             return Live(positions=factor)
-        if t > 1 and not spatial and c == 1:
+        if (t > 1 or one_frame) and not spatial and c == 1:
             return Live(frames=factor)
         self.refused[key] = f"its mask varies along several axes at once, shape {own}"
         return None

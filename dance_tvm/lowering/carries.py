@@ -136,7 +136,7 @@ class _Finder:
         if taken is None:
             return None
         fresh = self.liveness.alive_in(source)
-        return None if fresh.frames else Chain(var, source, fresh, taken, links[0].previous, frames, inside)
+        return Chain(var, source, fresh, taken, links[0].previous, frames, inside)
 
     def _taken(self, var: relax.Var, links: list[_Link]) -> Live | None:
         """The masks of all frames together; those of the first are not asked for where nothing comes before it."""
@@ -147,7 +147,7 @@ class _Finder:
         together = EVERYWHERE
         for masks in zip(*(link.taken for link in with_masks), strict=True):
             live = self._whole(list(masks), skipped, shape_of(var))
-            if live is None or live.frames is not None:
+            if live is None:
                 return None
             together = together & live
         return together
@@ -171,8 +171,8 @@ class _Finder:
         if not self.liveness.masks.is_binary(bases[0]):
             return None
         spatial = max(own[1:3]) > 1
-        if spatial and own[3] == 1:
-            return Live(positions=factor)
+        if own[3] == 1:
+            return Live(positions=factor) if spatial else Live(frames=factor)
         return Live(channels=factor) if not spatial else None
 
     def _extend(self, chain: Chain) -> None:
@@ -188,7 +188,7 @@ class _Finder:
         while (reader := graph.only_reader(chain.end)) is not None and reader not in self.claimed:
             masked = self._masked(reader) if graph.op(reader) == "multiply" else None
             mask = self.liveness.mask(masked[1], reader) if masked and masked[0].same_as(chain.end) else None
-            if mask is None or mask.frames is not None:
+            if mask is None:
                 break
             chain.kept = chain.kept & mask
             chain.inside.add(chain.end)

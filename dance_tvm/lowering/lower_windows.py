@@ -30,7 +30,7 @@ from dance_tvm.schedules.emit import FLOAT, HALF
 from dance_tvm.schedules.geometry import added
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.preparation import Source
-from dance_tvm.schedules.workload import POOL, TYPICAL_DENSITY, Workload
+from dance_tvm.schedules.workload import LISTS, POOL, TYPICAL_DENSITY, Workload
 
 from .calls import call_kernel
 from .carries import Chain, find_chains
@@ -242,10 +242,8 @@ class _Lowering:
         total, height, width, channels = shape_of(chain.end)
         masks: dict[str, Expression | None] = {}
         for name, live in (("fresh", chain.fresh), ("taken", chain.taken), ("kept", chain.kept)):
-            masks |= {f"{name}_positions": live.positions, f"{name}_channels": live.channels}
-        fresh, taken, kept = (
-            tuple(axis for axis in live.axes if axis != "frames") for live in (chain.fresh, chain.taken, chain.kept)
-        )
+            masks |= {f"{name}_{axis}": getattr(live, axis) for axis in live.axes}
+        fresh, taken, kept = (tuple(live.axes) for live in (chain.fresh, chain.taken, chain.kept))
         machine, before, dtype = self.chooser.machine, chain.before, self.chooser.dtype_of_pool(chain.source)
         assert isinstance(machine, Machine)
         machine = machine.storing(dtype)
@@ -284,7 +282,8 @@ class _Lowering:
             source, window = padded.source, padded.inside(window)
             counted = (added(counted[0], padded.before), added(counted[1], padded.behind))
         alive, wanted = self.liveness.alive_in(source), self.liveness.wanted(var)
-        read = alive.positions if source in self.sites.aliases else None  # else they are stored as zeros
+        read = alive.positions if self.sites.passed_over(source) else None  # else they are stored as zeros
+        computed = wanted.positions if self.sites.pools_skip else None
         channels = shape_of(source)[-1]
         fields: dict[str, Any] = {
             "window": window,
@@ -295,15 +294,17 @@ class _Lowering:
             "out_frames": wanted.frames is not None,
             "zero_dead": self.sites.needs_zeros(var),
             "in_positions": None if read is None else read.shape[:2],
+            "positions": None if computed is None else computed.shape[:2],
             "dtype": self.chooser.dtype_of_pool(source),
         }
         choice = self.kernels.pool(self._pool_workload(fields), fields, self.chooser.machine, self.chooser.log)
         if choice.workload is not None:
             self.workloads[var.name] = choice.workload
         data = self._stored(self._emit(source), (window.batch, *window.size, channels), fields["dtype"])
-        masks = {"in_frames": alive.frames, "out_frames": wanted.frames, "in_positions": read}
+        masks = {"in_frames": alive.frames, "out_frames": wanted.frames, "in_positions": read, "positions": computed}
         args = self.lists.arguments(choice.kernel, Given(data, masks), {})
-        skips = [f"output {axis}" for axis in wanted.axes if axis == "frames"]
+        thinned = {"frames": wanted.frames, "positions": computed}
+        skips = [f"output {axis}" for axis, mask in thinned.items() if mask is not None]
         name, tuned = choice.kernel.name, choice.origin
         self.layers.append(LayerInfo(name=var.name, kind="pool3d", kernel=name, macs=0, skips=skips, tuned=tuned))
         called = call_kernel(self.builder, choice.kernel, args, self.threads)
@@ -312,7 +313,7 @@ class _Lowering:
 
     def _pool_workload(self, fields: dict[str, Any]) -> Workload:
         """What the sizes of a pool depend on."""
-        lists = tuple(axis for axis in ("in_frames", "out_frames", "in_positions") if fields[axis])
+        lists = tuple(axis for axis in LISTS if fields.get(axis))
         channels, chooser = fields["channels"], self.chooser
         return Workload(
             fields["window"],

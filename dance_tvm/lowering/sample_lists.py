@@ -26,7 +26,7 @@ from .sites import Site, SiteLists
 
 #: Lists must be predicted to take at most this share of the time without them, in the mean over the masks that are
 #: expected (``cost.ASSUMED_LEFT``); with masks that leave everything they cost a little.
-WORTH_LISTING = 0.92
+WORTH_LISTING = 0.95
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ class Sites:
     def _skips(self, reader: relax.Var, var: relax.Var, mask: Live) -> bool:
         if reader in self.aliases:
             return all(self._skips(after, reader, mask) for after in self.graph.readers[reader])
-        if self.pools_skip and self.graph.op(reader) in POOLS and window_of(self.graph, reader) is not None:
+        if self.pools_skip and self._is_pool(reader):
             beyond = Live(channels=mask.channels)  # a pool's own channels are dead where its input's are
             return mask.channels is None or (
                 reader not in self.graph.outputs
@@ -261,7 +261,23 @@ class Sites:
 
     def needs_zero_positions(self, var: relax.Var) -> bool:
         """The same for positions that were left out in frames that were not, which convolutions read as zeros."""
-        return var in self.graph.outputs or not self.chained.get(var, set()).issuperset(self.graph.readers[var])
+        return var in self.graph.outputs or not all(
+            reader in self.chained.get(var, ()) or self._passes_over(reader) for reader in self.graph.readers[var]
+        )
+
+    def _passes_over(self, reader: relax.Var) -> bool:
+        """Whether ``reader`` looks only at the positions that are alive and read: as pools of a processor do."""
+        if reader in self.aliases:
+            return all(self._passes_over(after) for after in self.graph.readers[reader])
+        return self.pools_skip and self._is_pool(reader)
+
+    def passed_over(self, var: relax.Var) -> bool:
+        """Whether a pool of ``var`` may find anything at its dead positions, and so must know them."""
+        stored = not self.pools_skip or var not in self.by_end or self.needs_zero_positions(var)
+        return var in self.aliases or not stored
+
+    def _is_pool(self, var: relax.Var) -> bool:
+        return self.graph.op(var) in POOLS and window_of(self.graph, var) is not None
 
     def _careful(self, reader: relax.Var, var: relax.Var) -> bool:
         """Whether ``reader`` only looks where ``var`` is alive and read."""
@@ -273,8 +289,7 @@ class Sites:
         if site is not None:
             dynamic = site.window.kernel[0] <= MOST_DYNAMIC_FRAME_TAPS
             return site.data.same_as(var) and dynamic and site.lists.inputs and site.groups == 1 and not site.whole
-        pool = self.graph.op(reader) in POOLS and window_of(self.graph, reader) is not None
-        return pool and not self.needs_zeros(reader)
+        return self._is_pool(reader) and not self.needs_zeros(reader)
 
     def wanted(self, site: Site) -> Live:
         """What the site's kernel computes."""

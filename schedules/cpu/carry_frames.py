@@ -7,13 +7,13 @@ need not clear what it left out. The running value of a line of positions stays 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tvm import tirx
 
-from ..emit import FLOAT, Expr, choose, flat, lanes, let, number, parallel, scratch, serial, short, splat, store
-from ..kernel import Kernel, Operand, channels_mask, output
+from ..emit import FLOAT, INT, Expr, choose, flat, lanes, let, number, parallel, scratch, serial, short, splat, store
+from ..kernel import Kernel, Operand, channels_mask, frames_mask, output
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,11 @@ class Carry(Kernel):
         """The masks by what they are of and their axis, in the order of the parameters."""
         total, height, width, channels = self.shape
         positions = Operand("", (total, height, width), role="mask", field=(total, 1, height, width, 1))
-        shapes = {"positions": positions, "channels": channels_mask("", "", total, channels)}
+        shapes = {
+            "frames": frames_mask("", total, 1),
+            "positions": positions,
+            "channels": channels_mask("", "", total, channels),
+        }
         named = {"fresh": self.fresh, "taken": self.taken, "kept": self.kept}
         return {
             (of, axis): replace(shapes[axis], name=f"{of}_{axis}", axis=f"{of}_{axis}")
@@ -72,16 +76,31 @@ class Carry(Kernel):
         """Line by line of positions, frame after frame."""
         masks = {key: args[each.name] for key, each in self.masks.items()}
         emitter = _Emitter(self, flat(args["x"]), masks, flat(args["y"]))
+        emitter.find_vectors()
         with parallel(self.count * self.height) as line:
             emitter.line(line, flat(args["before"]) if self.before else None)
 
 
 class _Emitter:
+    """``some``: of what is read, whether a whole vector of channels of a frame has any that its mask keeps."""
+
     def __init__(self, carry: Carry, x: tirx.Buffer, masks: dict[tuple[str, str], tirx.Buffer], y: tirx.Buffer) -> None:
         self.carry, self.x, self.masks, self.y = carry, x, masks, y
+        self.some: dict[str, tirx.Buffer] = {}
 
     def _zero(self, count: int) -> Expr:
         return number(0.0, count, self.carry.dtype)
+
+    def find_vectors(self) -> None:
+        """Make ``some``. Elsewhere x would be read where all is reused, which takes as long as a copy alone."""
+        frames, size = self.carry.shape[0], self.carry.vector_floats
+        vectors = self.carry.channels // size
+        for of in ("fresh", "taken") if vectors else ():
+            if (of, "channels") in self.masks:
+                mask, self.some[of] = self.masks[of, "channels"], scratch((frames, vectors), INT)
+                with serial(frames) as frame, serial(vectors) as vector:
+                    kept = [mask[frame, vector * size + lane] != number(0.0) for lane in range(size)]
+                    store(self.some[of], tirx.Cast(INT, tirx.any(*kept)), frame, vector)
 
     def line(self, line: Expr, before: tirx.Buffer | None) -> None:
         """One line of positions of one clip, frame after frame."""
@@ -113,20 +132,40 @@ class _Emitter:
 
     def _position(self, at: tuple[Expr, Expr, Expr], here: Expr, target: Expr, running: tirx.Buffer) -> None:
         """All channels of one position of one frame; ``here`` and ``target`` are its places in the line and in y."""
-        alive = {of: let(mask[at]) for (of, axis), mask in self.masks.items() if axis == "positions"}
+        alive = self._alive(at)
 
-        def merge(channel: Expr, count: int) -> None:
-            def under(of: str, value: Expr) -> Expr:
-                """``value`` where the masks of ``of`` keep it, else zero."""
-                mask = splat(alive[of], count) if of in alive else number(1.0, count)
-                if (of, "channels") in self.masks:
-                    mask = mask * self.masks[of, "channels"][at[0], lanes(channel, count)]
-                return tirx.Select(mask != number(0.0, count), value, self._zero(count))
+        def under(of: str, value: Expr, channel: Expr, count: int) -> Expr:
+            """``value`` where the masks of ``of`` keep it, else zero."""
+            mask = splat(alive[of], count) if of in alive else number(1.0, count)
+            if (of, "channels") in self.masks:
+                mask = mask * self.masks[of, "channels"][at[0], lanes(channel, count)]
+            return tirx.Select(mask != number(0.0, count), value, self._zero(count))
 
-            fresh = under("fresh", self.x[lanes(target + channel, count)])
-            value = let(fresh + under("taken", running[lanes(here + channel, count)]))
+        def merge(channel: Expr, count: int, of: tuple[str, ...] = ("fresh", "taken")) -> None:
+            read = {
+                "fresh": lambda: self.x[lanes(target + channel, count)],
+                "taken": lambda: running[lanes(here + channel, count)],
+            }
+            terms = [under(each, read[each](), channel, count) for each in of]
+            value = let(terms[0] + terms[1] if len(terms) > 1 else terms[0] if terms else self._zero(count))
             store(running, value, lanes(here + channel, count))
-            store(self.y, under("kept", value), lanes(target + channel, count))
+            store(self.y, under("kept", value, channel, count), lanes(target + channel, count))
+
+        def merge_some(channel: Expr, count: int) -> None:
+            """Of whole vectors only what has a channel that is kept."""
+            asked = [each for each in ("fresh", "taken") if each in self.some] if count > 1 else []
+            vector = tirx.floordiv(channel, self.carry.vector_floats)
+
+            def ask(left: Sequence[str], of: tuple[str, ...]) -> None:
+                if not left:
+                    merge(channel, count, of)
+                    return
+                without = tuple(each for each in of if each != left[0])
+                choose(
+                    self.some[left[0]][at[0], vector] != 0, lambda: ask(left[1:], of), lambda: ask(left[1:], without)
+                )
+
+            ask(asked, ("fresh", "taken"))
 
         def clear(channel: Expr, count: int) -> None:
             store(running, self._zero(count), lanes(here + channel, count))
@@ -134,9 +173,19 @@ class _Emitter:
 
         if {"fresh", "taken"} <= alive.keys():
             some = alive["fresh"] + alive["taken"] != number(0.0)
-            choose(some, lambda: self._each_channel(merge), lambda: self._each_channel(clear))
+            choose(some, lambda: self._each_channel(merge_some), lambda: self._each_channel(clear))
         else:
-            self._each_channel(merge)
+            self._each_channel(merge_some)
+
+    def _alive(self, at: tuple[Expr, Expr, Expr]) -> dict[str, Expr]:
+        """Whether a position of a frame (frame, row, column) is kept, 0 or not, of what has masks of either."""
+        found: dict[str, Expr] = {}
+        for of, axis in self.masks:
+            if axis != "channels":
+                mask = self.masks[of, axis]
+                value = mask[at] if axis == "positions" else mask[at[0], 0]
+                found[of] = value * found[of] if of in found else value
+        return {of: let(value) for of, value in found.items()}
 
     def _each_channel(self, visit: Callable[[Expr, int], None]) -> None:
         self._each_vector(self.carry.channels, visit)

@@ -116,6 +116,7 @@ def _pool(workload: Workload, machine: Machine) -> VectorPool:
         zero_dead=False,
         vector_floats=machine.storing(workload.dtype).vector_floats,
         in_positions=(workload.window.batch, 1) if "in_positions" in lists else None,
+        positions=(workload.window.batch, 1) if "positions" in lists else None,
         dtype=workload.dtype,
     )
 

@@ -158,7 +158,8 @@ def winograd_parts(
         tiles = -(-rows // tile.mr) * conv.panels
         cycles += predicted_cycles(machine, rows, conv.channels_out, register_tile) * taps * conv.channels_in * share
         cycles += tiles * TILE_CYCLES * (density if conv.live_out else 1.0)
-    weights = 4.0 * plan.xi * plan.taps * conv.channels_in * conv.channels_out * share
+    # Samples that list channels of their own leave out few that are the same.
+    weights = 4.0 * plan.xi * plan.taps * conv.channels_in * conv.channels_out * (share if plan.samples == 1 else 1.0)
     read, written = (density if listed else 1.0 for listed in (conv.live_in, conv.live_out))
     vectors_in = plan.xi * plan.source_rows * conv.channels_in / machine.vector_floats * read
     vectors_out = plan.xi * plan.tiles[0] * plan.columns * conv.panels * tile.vectors * written
@@ -229,12 +230,14 @@ def _live_shares(plan: WinogradPlan, density: float, whole_tiles: bool) -> tuple
 
 
 def runs(plan: WinogradPlan) -> list[tuple[int, int]]:
-    """Rows and taps of the runs of a full, dense chunk."""
-    rows: dict[tuple[int, ...], int] = {}
+    """Rows and taps of the runs of a full, dense chunk, whose samples have runs of their own."""
+    frames: dict[tuple[int, ...], int] = {}
     for frame in range(plan.tiles[0]):
         taps = plan.live_taps(frame)
-        rows[taps] = rows.get(taps, 0) + plan.columns
-    return [(count, len(taps)) for taps, count in rows.items()]
+        frames[taps] = frames.get(taps, 0) + 1
+    whole, rest = divmod(plan.columns, plan.sample_columns) if plan.samples > 1 else (0, plan.columns)
+    parts = [plan.sample_columns] * whole + [rest] * (rest > 0)
+    return [(count * columns, len(taps)) for columns in parts for taps, count in frames.items()]
 
 
 def _spill_seconds(scratch_bytes: float, machine: Machine, threads: int) -> float:

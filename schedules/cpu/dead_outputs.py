@@ -59,7 +59,7 @@ def zero_dead(conv: DeadOutputs, masks: Mapping[str, tirx.Buffer], y: tirx.Buffe
         clip, out_frame = tirx.floordiv(frame, window.out[0]), tirx.floormod(frame, window.out[0])
 
         def clear(position: Expr) -> None:
-            _clear(y, (frame * area + position) * conv.channels_out, conv.channels_out, conv.tile.vector_floats)
+            clear_run(y, (frame * area + position) * conv.channels_out, conv.channels_out, conv.tile.vector_floats)
 
         def clear_dead_positions() -> None:
             if "positions" not in masks:
@@ -87,7 +87,8 @@ def zero_dead(conv: DeadOutputs, masks: Mapping[str, tirx.Buffer], y: tirx.Buffe
             clear_dead_positions()
 
 
-def _clear(buffer: tirx.Buffer, start: Expr, length: int, vector_floats: int) -> None:
+def clear_run(buffer: tirx.Buffer, start: Expr, length: int, vector_floats: int) -> None:
+    """Zeros in ``length`` elements of ``buffer`` from ``start`` on."""
     whole = length // vector_floats
     with serial(whole) as v:
         write(buffer, number(0.0, vector_floats), start + v * vector_floats, vector_floats)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from ..pool import LOWEST, Pool
 from ..space import Space
 from ..taps import span
 from ..workload import Workload
+from .dead_outputs import clear_run
 from .pool_space import PoolSpace
 from .tiles import Machine
 
@@ -116,6 +118,7 @@ class _Emitter:
         self.pool, self.window = pool, pool.window
         self.x, self.y = flat(args["x"]), flat(args["y"])
         self.in_frames, self.in_positions = args.get("in_frames"), args.get("in_positions")
+        self.positions = args.get("positions")
         #: What is reduced: maxima as they are stored, sums in float32.
         self.kept = FLOAT if pool.pooling == "avg" else pool.dtype
 
@@ -139,6 +142,9 @@ class _Emitter:
         pool, window = self.pool, self.window
         target = let(self._target(clip, frame, row))
         area = _Area(clip, span(window, 0, frame), span(window, 1, row))
+        if self.positions is not None:
+            with serial(window.out[2]) as column, when(tirx.Not(self._is_read((clip, frame, row, column)))):
+                clear_run(self.y, let(target + column * pool.channels), pool.channels, pool.vector_floats)
         widest = pool.vectors * pool.vector_floats
         reduced = scratch((window.size[2] * widest,), self.kept) if pool.shares_columns else None
         done = 0
@@ -148,7 +154,7 @@ class _Emitter:
             passes = (pool.channels - done) // width
             lot = _Lot(vectors, count)
             if reduced is None:
-                with serial(window.out[2]) as column:
+                with self._read_columns((clip, frame, row)) as column:
                     columns = span(window, 2, column)
                     with serial(passes) as index:
                         channel = let(done + index * width)
@@ -156,16 +162,36 @@ class _Emitter:
                         self._store(found, area, columns[0], target + column * pool.channels + channel, count)
             else:
                 with serial(passes) as index:
-                    self._by_columns(area, target, let(done + index * width), lot, reduced)
+                    self._by_columns(area, (clip, frame, row), target, let(done + index * width), lot, reduced)
             done += passes * width
 
-    def _by_columns(self, area: _Area, target: Expr, channel: Expr, lot: _Lot, reduced: tirx.Buffer) -> None:
+    def _is_read(self, at: tuple[Expr, Expr, Expr, Expr]) -> Expr:
+        """Whether somebody reads an output position: clip, frame, row, column."""
+        assert self.positions is not None
+        assert self.pool.positions is not None
+        clips, frames = self.pool.positions
+        clip, frame, row, column = at
+        return self.positions[clip if clips > 1 else 0, frame if frames > 1 else 0, row, column] != number(0.0)
+
+    @contextmanager
+    def _read_columns(self, line: tuple[Expr, Expr, Expr]) -> Iterator[Expr]:
+        """Loop over the output positions of a line (clip, frame, row) that somebody reads."""
+        with serial(self.window.out[2]) as column:
+            if self.positions is None:
+                yield column
+            else:
+                with when(self._is_read((*line, column))):
+                    yield column
+
+    def _by_columns(
+        self, area: _Area, at: tuple[Expr, Expr, Expr], target: Expr, channel: Expr, lot: _Lot, reduced: tirx.Buffer
+    ) -> None:
         """All positions of the line: each column of the input is reduced once, for all windows that it is in."""
         window = self.window
         with serial(window.size[2]) as column:
             for v, value in enumerate(self._read(area, (column, 0, 1), channel, lot)):
                 store(reduced, value, lanes(column * lot.width + v * lot.floats, lot.floats))
-        with serial(window.out[2]) as column:
+        with self._read_columns(at) as column:
             start, begin, end = span(window, 2, column)
             acc = [self._started(lot.floats) for _ in range(lot.vectors)]
             with serial(end - begin) as tap:

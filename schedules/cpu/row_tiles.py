@@ -6,7 +6,7 @@ packed as single vectors of output channels, so that panels of any width read th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -33,7 +33,7 @@ from ..emit import (
     short,
     store,
 )
-from ..epilogue import write_activated
+from ..epilogue import has_functions, write_activated
 from ..geometry import Window
 from ..kernel import Operand, Weights, constant, output
 from ..preparation import Panels
@@ -178,6 +178,8 @@ class RowTiles:
         self.source = self.x
         #: Where sums in half precision are put that take several passes.
         self.memory: tirx.Buffer | None = None
+        #: Where sums of a single pass wait for an activation to which rows come one after the other.
+        self.waiting: tirx.Buffer | None = None
         #: Floats from one vector's packed weights to the next one's.
         self.vector_floats = conv.window.taps * conv.channels_in * self.count
 
@@ -209,6 +211,8 @@ class RowTiles:
         if self.conv.dtype != FLOAT and (passes or terms > HALF_TERMS):
             self.memory = scratch((max(SPARE + tile.mr * tile.vectors * self.count, 1 + STACK_BYTES // 4),))
             store(self.memory, number(0.0), 0)
+        elif self.conv.dtype != FLOAT and has_functions(self.conv.activation):
+            self.waiting = scratch((tile.mr * tile.vectors * self.count,))
 
     @contextmanager
     def one_pass(self, sums: TileSums) -> Iterator[None]:
@@ -250,18 +254,31 @@ class RowTiles:
         multiply(rows, source, vectors, weights, terms, self.tile.step, sums.registers)
 
     def finish(self, target: Expr, sums: TileSums) -> None:
-        """Store a tile; where the output channels end inside its last vector, that one in parts."""
-        conv, count = self.conv, self.count
-        left = conv.channels_out % count
-        for r, row in enumerate(sums.put):
-            for v, total in enumerate(row):
-                at = target + (r * conv.stored_floats + v * count)
-                if not left or v + 1 < len(row):
-                    self._store(total, 0, at, count)
-                else:
-                    self._store_last(total, at, sums.vector + v)
+        """Store a tile. Sums that are in registers wait in memory for activations of tens of instructions: of all rows
+        at once LLVM puts off the divisions, and runs out of registers in the products' loop too."""
+        stored, count, width = self.conv.stored_floats, self.count, len(sums.put[0])
+        if self.waiting is None or len(sums.put) == 1:
+            for r, row in enumerate(sums.put):
+                self._store_row(row, target, r * stored, sums.vector)
+            return
+        for index, (buffer, at) in enumerate(chain(*sums.put)):
+            store(self.waiting, buffer[lanes(at, count)], lanes(index * count, count))
+        with serial(len(sums.put)) as r:
+            begin = let(big(r) * (width * count))
+            waiting = [(self.waiting, begin + v * count) for v in range(width)]
+            self._store_row(waiting, target, r * stored, sums.vector)
 
-    def _store_last(self, total: tuple[tirx.Buffer, int], at: Expr, vector: Expr) -> None:
+    def _store_row(self, row: Sequence[tuple[tirx.Buffer, Expr]], target: Expr, first: Expr, vector: Expr) -> None:
+        """One row of a tile, ``first`` floats behind ``target``; where the output channels end inside its last
+        vector, that one in parts."""
+        for v, total in enumerate(row):
+            at = target + (first + v * self.count)
+            if not self.conv.channels_out % self.count or v + 1 < len(row):
+                self._store(total, 0, at, self.count)
+            else:
+                self._store_last(total, at, vector + v)
+
+    def _store_last(self, total: tuple[tirx.Buffer, Expr], at: Expr, vector: Expr) -> None:
         """One vector of a panel's last: all of it, or what there is of the layer's last."""
 
         def whole() -> None:
@@ -273,7 +290,7 @@ class RowTiles:
 
         choose(vector + 1 < self.conv.vectors, whole, part)
 
-    def _store(self, total: tuple[tirx.Buffer, int], first: int, at: Expr, count: int) -> None:
+    def _store(self, total: tuple[tirx.Buffer, Expr], first: int, at: Expr, count: int) -> None:
         buffer, begin = total
         value = buffer[lanes(begin + first, count)]
         if self.residual is not None:

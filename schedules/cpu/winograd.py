@@ -192,15 +192,14 @@ class _Emitter:
         self.products = scratch((plan.xi * conv.product_plane,))
         multiply = self.multiply = conv.multiplied(self.args, self.sources, self.products)
         with serial(self.counts[plan.chunks, 0]) as chunk:
-            sample = let(self.counts[chunk, 3])
             with parallel(self.counts[chunk, 0]) as index:
-                self._transform_inputs(chunk, sample, index)
-            panels = multiply.live_panels(sample)
+                self._transform_inputs(chunk, index)
+            panels = multiply.most_panels
             with parallel(panels * plan.xi) as task:
                 xi, panel = let(tirx.floordiv(task, panels)), let(tirx.floormod(task, panels))
-                multiply.multiply_panel(chunk, sample, xi, panel)
+                multiply.multiply_panel(chunk, xi, panel)
             with parallel(self.counts[chunk, 1] * self.tile.mr) as slot:
-                self._transform_outputs(chunk, sample, slot)
+                self._transform_outputs(chunk, slot)
 
     # -- channels ----------------------------------------------------------------------------------------------------
 
@@ -228,13 +227,14 @@ class _Emitter:
 
     # -- phase 1 -----------------------------------------------------------------------------------------------------
 
-    def _transform_inputs(self, chunk: Expr, sample: Expr, index: Expr) -> None:
+    def _transform_inputs(self, chunk: Expr, index: Expr) -> None:
         """One tile of the input, all live channels."""
         conv, plan, window = self.conv, self.plan, self.window
         row = let(self.inputs[chunk, index])
         frame, local = let(tirx.floordiv(row, plan.columns)), let(tirx.floormod(row, plan.columns))
         column = let(self.columns[chunk, local])
         clip, place = let(tirx.floordiv(column, plan.places)), let(tirx.floormod(column, plan.places))
+        sample = let(plan.sample_of(clip))
         tile = (frame, let(tirx.floordiv(place, plan.tiles[2])), let(tirx.floormod(place, plan.tiles[2])))
         starts = [self._first_input(axis, tile[axis]) for axis in range(3)]
         axes = [axis for axis in range(3) if plan.transformed[axis]]
@@ -347,18 +347,19 @@ class _Emitter:
 
     # -- phase 3 -----------------------------------------------------------------------------------------------------
 
-    def _transform_outputs(self, chunk: Expr, sample: Expr, slot: Expr) -> None:
+    def _transform_outputs(self, chunk: Expr, slot: Expr) -> None:
         """One tile of the output, all live channels."""
         mr = self.tile.mr
         row = let(self.rows_out[chunk, tirx.floordiv(slot, mr), tirx.floormod(slot, mr)])
         with when(row >= 0):
-            self._transform_output(chunk, sample, slot, row)
+            self._transform_output(chunk, slot, row)
 
-    def _transform_output(self, chunk: Expr, sample: Expr, slot: Expr, row: Expr) -> None:
+    def _transform_output(self, chunk: Expr, slot: Expr, row: Expr) -> None:
         conv, plan, window, tile = self.conv, self.plan, self.window, self.tile
         frame, local = let(tirx.floordiv(row, plan.columns)), let(tirx.floormod(row, plan.columns))
         column = let(self.columns[chunk, local])
         clip, place = let(tirx.floordiv(column, plan.places)), let(tirx.floormod(column, plan.places))
+        sample = let(plan.sample_of(clip))
         index = (frame, tirx.floordiv(place, plan.tiles[2]), tirx.floormod(place, plan.tiles[2]))
         starts = [let(i * m) for i, m in zip(index, plan.m, strict=True)]
         axes = [axis for axis in range(3) if plan.transformed[axis]]

@@ -144,7 +144,7 @@ class _ColumnProducts(Products):
         super().__init__(conv, args, weights, sources, products)
         self.starts, self.places = args["column_starts"], args["column_places"]
 
-    def multiply_panel(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr) -> None:
+    def multiply_panel(self, chunk: Expr, xi: Expr, panel: Expr) -> None:
         """One ξ, one panel of output channels, all rows of the chunk."""
         conv, tile = self.conv, self.tile
         plane = let(big(xi) * (conv.stored * tile.nr))

@@ -136,6 +136,11 @@ class Products:
         """How many panels the live output channels fill."""
         return self.conv.panels if self.out_channels is None else let(ceil_div(self.live_out(sample), self.tile.nr))
 
+    @property
+    def most_panels(self) -> Expr:
+        """As many as those of one sample fill, where there are several all."""
+        return self.live_panels(tirx.IntImm(INT, 0)) if self.conv.plan.samples == 1 else self.conv.panels
+
     def _panel(self, sample: Expr, xi: Expr, panel: Expr) -> Panel:
         """Past the last vector that there is, or is listed, that one again."""
         conv, tile = self.conv, self.tile
@@ -181,20 +186,30 @@ class Products:
 
     # -- loops -------------------------------------------------------------------------------------------------------
 
-    def multiply_panel(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr) -> None:
+    def multiply_panel(self, chunk: Expr, xi: Expr, panel: Expr) -> None:
         """One ξ, one panel of output channels, all rows of the chunk."""
+        if self.conv.plan.samples == 1:
+            self._multiply_runs(chunk, tirx.IntImm(INT, 0), (0, self.counts[chunk, 2]), xi, panel)
+            return
+        with serial(self.counts[chunk, 2]) as run:
+            sample = let(self.runs[chunk, run, 4])
+            with when(panel < self.live_panels(sample)):
+                self._multiply_runs(chunk, sample, (run, 1), xi, panel)
+
+    def _multiply_runs(self, chunk: Expr, sample: Expr, runs: tuple[Expr, Expr], xi: Expr, panel: Expr) -> None:
+        """So many ``runs``, from the first on, of one sample."""
         conv, tile = self.conv, self.tile
         columns = self._panel(sample, xi, panel)
 
         def multiply(width: int) -> None:
             some = replace(columns, starts=columns.starts[:width], jumps=self._to_next_panel(sample, panel, width))
             if not conv.live_in:
-                self._multiply_runs(chunk, sample, xi, panel, some, listed=False)
+                self._multiply_rows(chunk, sample, runs, xi, panel, some, listed=False)
                 return
             choose(
                 self.live_in(sample) == conv.channels_in,
-                lambda: self._multiply_runs(chunk, sample, xi, panel, some, listed=False),
-                lambda: self._multiply_runs(chunk, sample, xi, panel, some, listed=True),
+                lambda: self._multiply_rows(chunk, sample, runs, xi, panel, some, listed=False),
+                lambda: self._multiply_rows(chunk, sample, runs, xi, panel, some, listed=True),
             )
 
         def narrowest(vectors: Expr, widths: list[int]) -> None:
@@ -217,14 +232,17 @@ class Products:
             return [tile.vectors]
         return [width for width in range(1, tile.vectors) if width * tile.mr >= LEAST_SUMS] + [tile.vectors]
 
-    def _multiply_runs(self, chunk: Expr, sample: Expr, xi: Expr, panel: Expr, columns: Panel, *, listed: bool) -> None:
-        """All rows of the chunk times ``columns`` of the weights, run by run."""
+    def _multiply_rows(
+        self, chunk: Expr, sample: Expr, runs: tuple[Expr, Expr], xi: Expr, panel: Expr, columns: Panel, *, listed: bool
+    ) -> None:
+        """All rows of the runs times ``columns`` of the weights, run by run."""
         conv, tile, depth = self.conv, self.tile, self.conv.channels_in
         live = self.live_in(sample) if listed else depth
         source = let(big(xi) * conv.source_plane)
         target = let(big(xi) * conv.product_plane + panel * tile.nr)
         most = max(1, tile.depth_block // conv.unit) * conv.unit if listed else tile.depth_block
-        with serial(self.counts[chunk, 2]) as run:
+        with serial(runs[1]) as index:
+            run = let(runs[0] + index)
             tap, last_tap, low, high = (let(self.runs[chunk, run, field]) for field in range(4))
             with when(tirx.any(tap == last_tap, live == 0) if listed else tap == last_tap):
                 self._zero_products(target, low, high, len(columns.starts))

@@ -3,7 +3,8 @@
 The output is cut into tiles of ``m`` positions on each axis. All tiles at one place of one clip, over its frames, are
 a *column*; columns in which something is read fill *chunks*, whose transformed inputs and products stay in cache. In
 the transformed domain what is left is a convolution over frames alone: a row (frame, column) reads the rows of the
-same column in the frames of its live taps. Rows of a chunk with the same taps form a *run* of register tiles.
+same column in the frames of its live taps. Rows of a chunk with the same taps form a *run* of register tiles, where
+each sample lists channels of its own those of one sample: weights are read once for all samples of a chunk.
 
 =========  ================================  ==================================================================
 list       shape                             content
@@ -12,8 +13,8 @@ columns    (chunks, columns)                 clip · places + place
 inputs     (chunks, source_rows)             rows to transform: frame · columns + index of the column
 rows_in    (chunks, tiles, mr)               source row of the first tap, per row
 rows_out   (chunks, tiles, mr)               frame · columns + index of the column; -1 where the last row repeats
-runs       (chunks, classes, 4)              first tap entry, last + 1, first tile, last tile + 1
-counts     (chunks + 1, 4)                   inputs, tiles, runs, sample; the last row: chunks
+runs       (chunks, most_runs, 5)            first tap entry, last + 1, first tile, last tile + 1, sample
+counts     (chunks + 1, 3)                   inputs, tiles, runs; the last row: chunks
 pairs      (samples, 1)                      pairs of row and tap, for counting; the kernel does not take it
 =========  ================================  ==================================================================
 """
@@ -128,13 +129,26 @@ class WinogradPlan(Plan):
     def tiles_capacity(self) -> int:
         """Register tiles of one chunk in the worst case: every class may end in one that is not full."""
         rows = self.tiles[0] * self.columns
-        return (rows + min(len(self.tap_sets), rows) * (self.mr - 1)) // self.mr
+        return (rows + min(self.most_runs, rows) * (self.mr - 1)) // self.mr
+
+    @property
+    def most_runs(self) -> int:
+        """Runs of a chunk that has columns of as many samples as may be."""
+        return len(self.tap_sets) * min(self.samples, self.columns)
+
+    @property
+    def sample_columns(self) -> int:
+        """Columns of one sample."""
+        return self.window.batch // self.samples * self.places
+
+    def sample_of(self, clip: Expr) -> Expr:
+        """The sample whose channel lists a clip has."""
+        return tirx.floordiv(clip, self.window.batch // self.samples) if self.samples > 1 else tirx.IntImm(INT, 0)
 
     @cached_property
     def chunks(self) -> int:
-        """Chunks when nothing is left out; clips do not share one where each has channel lists of its own."""
-        batch = self.window.batch
-        return self.samples * -(-(batch // self.samples) * self.places // self.columns)
+        """Chunks when nothing is left out."""
+        return -(-self.window.batch * self.places // self.columns)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -144,8 +158,8 @@ class WinogradPlan(Plan):
             "inputs": (self.chunks, self.source_rows),
             "rows_in": (self.chunks, self.tiles_capacity, self.mr),
             "rows_out": (self.chunks, self.tiles_capacity, self.mr),
-            "runs": (self.chunks, len(self.tap_sets), 4),
-            "counts": (self.chunks + 1, 4),
+            "runs": (self.chunks, self.most_runs, 5),
+            "counts": (self.chunks + 1, 3),
             "pairs": (self.samples, 1),
         }
 
@@ -255,34 +269,30 @@ class _Planner:
     # -- chunks ------------------------------------------------------------------------------------------------------
 
     def _fill_chunks(self) -> None:
-        """List the columns that hold a row; a chunk ends when it is full, or with its clip where samples differ."""
-        plan, counts = self.plan, self.lists["counts"]
+        """List the columns that hold a row; a chunk ends when it is full."""
+        plan = self.plan
         state = scratch((2,), INT)  # chunk, columns in it
         store(state, _zero(), 0)
         store(state, _zero(), 1)
 
-        def close(sample: Expr) -> None:
+        def close() -> None:
             store(self.in_chunk, state[1], state[0])
-            store(counts, sample, state[0], 3)
             store(state, state[0] + 1, 0)
             store(state, _zero(), 1)
 
         alive = scratch((1,), INT)
-        per_sample = plan.window.batch // plan.samples * plan.places
-        with serial(plan.samples) as sample:
-            with serial(per_sample) as index:
-                column = let(sample * per_sample + index)
-                store(alive, _zero(), 0)
-                with serial(self.frames) as frame, when(self.row_class[column, frame] >= 0):
-                    store(alive, tirx.IntImm(INT, 1), 0)
-                with when(alive[0] != 0):
-                    store(self.lists["columns"], column, state[0], state[1])
-                    store(state, state[1] + 1, 1)
-                    with when(state[1] == plan.columns):
-                        close(sample)
-            with when(state[1] > 0):
-                close(sample)
-        store(counts, state[0], plan.chunks, 0)
+        with serial(plan.window.batch * plan.places) as column:
+            store(alive, _zero(), 0)
+            with serial(self.frames) as frame, when(self.row_class[column, frame] >= 0):
+                store(alive, tirx.IntImm(INT, 1), 0)
+            with when(alive[0] != 0):
+                store(self.lists["columns"], column, state[0], state[1])
+                store(state, state[1] + 1, 1)
+                with when(state[1] == plan.columns):
+                    close()
+        with when(state[1] > 0):
+            close()
+        store(self.lists["counts"], state[0], plan.chunks, 0)
 
     # -- rows of a chunk ---------------------------------------------------------------------------------------------
 
@@ -295,8 +305,11 @@ class _Planner:
         store(state, _zero(), 0)
         store(state, _zero(), 1)
         present = let(self.in_chunk[chunk])
-        for index, taps in enumerate(plan.tap_sets):
-            self._list_class(chunk, present, index, taps, needed, state)
+        first, last = (let(self._sample_of(self.lists["columns"][chunk, at])) for at in (0, present - 1))
+        with serial(last - first + 1) as offset:
+            sample = let(first + offset)
+            for index, taps in enumerate(plan.tap_sets):
+                self._list_class((chunk, present, sample), index, taps, needed, state)
         store(counts, tirx.floordiv(state[0], plan.mr), chunk, 1)
         store(counts, state[1], chunk, 2)
         store(state, _zero(), 0)
@@ -305,15 +318,24 @@ class _Planner:
             store(state, state[0] + 1, 0)
         store(counts, state[0], chunk, 0)
 
+    def _sample_of(self, column: Expr) -> Expr:
+        return self.plan.sample_of(tirx.floordiv(column, self.plan.places))
+
     def _list_class(
-        self, chunk: Expr, present: Expr, index: int, taps: tuple[int, ...], needed: tirx.Buffer, state: tirx.Buffer
+        self,
+        place: tuple[Expr, Expr, Expr],
+        index: int,
+        taps: tuple[int, ...],
+        needed: tirx.Buffer,
+        state: tirx.Buffer,
     ) -> None:
-        plan, window = self.plan, self.plan.window
+        """Of one class the rows of a sample; ``place``: the chunk, how many columns it has, and the sample."""
+        plan, window, (chunk, present, sample) = self.plan, self.plan.window, place
         first = let(state[0])
         stride, padding = (1, 0) if plan.transformed[0] else (window.stride[0], window.padding[0])
         with serial(self.frames) as frame, serial(present) as local:
             column = let(self.lists["columns"][chunk, local])
-            with when(self.row_class[column, frame] == index):
+            with when(tirx.all(self.row_class[column, frame] == index, self._sample_of(column) == sample)):
                 source = let((frame * stride - padding) * plan.columns + local)
                 self._store_row(chunk, let(state[0]), source, frame * plan.columns + local)
                 store(state, state[0] + 1, 0)
@@ -322,7 +344,7 @@ class _Planner:
                     store(needed, tirx.IntImm(INT, 1), source + shift)
         used = let(state[0])
         with when(used > first):
-            sample, pairs = let(self.lists["counts"][chunk, 3]), self.lists["pairs"]
+            pairs = self.lists["pairs"]
             store(pairs, pairs[sample, 0] + (used - first) * len(taps), sample, 0)
             end = let(tirx.floordiv(used + (plan.mr - 1), plan.mr) * plan.mr)
             slot = (chunk, *self._slot(used - 1))
@@ -331,7 +353,7 @@ class _Planner:
                 self._store_row(chunk, let(used + missing), last, tirx.IntImm(INT, -1))
             store(state, end, 0)
             run = (plan.tap_starts[index], plan.tap_starts[index + 1])
-            fields = (*run, tirx.floordiv(first, plan.mr), tirx.floordiv(end, plan.mr))
+            fields = (*run, tirx.floordiv(first, plan.mr), tirx.floordiv(end, plan.mr), sample)
             for field, value in enumerate(fields):
                 store(self.lists["runs"], value if field > 1 else tirx.IntImm(INT, value), chunk, state[1], field)
             store(state, state[1] + 1, 1)

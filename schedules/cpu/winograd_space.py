@@ -219,7 +219,7 @@ def options(conv: W, machine: Machine) -> Iterator[W]:
 def _chunked(conv: W, machine: Machine, m: Triple) -> Iterator[W]:
     """``m`` with every sensible number of columns per chunk, each with its best register tile."""
     whole = replace(conv.plan, m=m, columns=1)
-    total = whole.window.batch // whole.samples * whole.places
+    total = whole.window.batch * whole.places
     for columns in sorted({-(-total // chunks) for chunks in _steps(total)}):
         option = conv.retiled(m, columns, conv.register_tile(machine, replace(whole, columns=columns)))
         if option.scratch_bytes <= MOST_SCRATCH:
@@ -311,8 +311,7 @@ class WinogradSpace(VectorSpace):
 
     def _most_columns(self, decisions: Mapping[str, int]) -> int:
         window, m = self.conv.plan.window, _winograd_m(self.workload.window, decisions)
-        clips = window.batch // self.workload.samples
-        return clips * math.prod(-(-extent // size) for extent, size in zip(window.out[1:], m[1:], strict=True))
+        return window.batch * math.prod(-(-extent // size) for extent, size in zip(window.out[1:], m[1:], strict=True))
 
     def allows(self, decisions: Mapping[str, int]) -> bool:
         """Whether the kernel can be built with them: complete, its registers there, its tile one that keeps accuracy,

@@ -17,7 +17,7 @@ and the rest of the block reads `merged`. It is written so that an ordinary comp
   which inputs are zero. Training leaves it out.
 - S is `tiles` (T*N, 1, a, b) with each element repeated p x p by reshape, expand and reshape, cropped to (h, w);
   `tiles` is a comparison with zero and a cast. compute is `(c >= maximum(s, r))`, reuse `(r >= s) * (1 - compute)`,
-  each comparison cast to float.
+  each comparison cast to float. Where one tile covers the map, S is `tiles` itself: whole frames live or die.
 - In the streaming graph T is 1: no slices, no concatenation; `merged[t-1]` and `live[t-1]` are inputs.
 
 The recurrence takes the *merged* map of the frame before, as equation 1 has it. Equation 2 instead charges a channel's
@@ -44,6 +44,9 @@ from dance_tvm.sparsity.dstep.policy import Decision, SpatialPolicy, TemporalPol
 class DStepOptions(BaseModel):
     """The policies' form. `tile` is the edge p of a tile by stage (the last one repeats), `hidden` the MLP's width.
 
+    `group` channels side by side are decided together; the paper decides each alone. Winograd kernels leave out whole
+    vectors of channels, 16 with AVX-512.
+
     Table 3's ablation switches parts off: `spatial` the tile masks, `reuse` the third way, `channels` the channel
     policy altogether (then every channel is computed).
     """
@@ -52,6 +55,7 @@ class DStepOptions(BaseModel):
 
     tile: tuple[int, ...] = Field(default=(8,), min_length=1)
     hidden: int = Field(default=512, ge=1)
+    group: int = Field(default=1, ge=1)
     spatial: bool = True
     channels: bool = True
     reuse: bool = True
@@ -74,7 +78,7 @@ class BlockPolicy(nn.Module):
         self.stride = conv.stride[0]
         self.spatial = SpatialPolicy(conv.in_channels, tile, self.stride) if options.spatial else None
         self.temporal = (
-            TemporalPolicy(conv.in_channels, conv.out_channels, options.hidden, options.reuse)
+            TemporalPolicy(conv.in_channels, conv.out_channels, options.hidden, options.reuse, options.group)
             if options.channels
             else None
         )
@@ -122,7 +126,8 @@ def merge(result: Tensor, decision: Decision, count: int, before: Merged | None)
 
     `before` is that of the frame before the first one, (N, C, …); None where there is none.
     """
-    fresh = _shown(decision.mask, decision.compute * result)
+    shown = decision.shown
+    fresh = _shown(shown, decision.compute * result)
     if decision.reuse is None:
         return Merged(fresh, decision.compute)
     merged: list[Merged] = []
@@ -130,7 +135,7 @@ def merge(result: Tensor, decision: Decision, count: int, before: Merged | None)
         maps, live = _frame(fresh, index, count), _frame(decision.compute, index, count)
         if before is not None:
             reuse = _frame(decision.reuse, index, count)
-            mask = None if decision.mask is None else _frame(decision.mask, index, count)
+            mask = None if shown is None else _frame(shown, index, count)
             maps = maps + _shown(mask, reuse * before.maps)
             live = torch.maximum(live, reuse * before.live)
         before = Merged(maps, live)
@@ -198,7 +203,7 @@ class DStepResNet(VideoResNet):
             self._watched.append(decision)
         if decision.reuse is None:
             return F.relu(block.rest(merged.maps) + block.shortcut(x)), BlockHistory(shifted, pooled)
-        maps = merged.maps if self.training else _shown(decision.mask, merged.live * merged.maps)
+        maps = merged.maps if self.training else _shown(decision.shown, merged.live * merged.maps)
         kept = BlockHistory(shifted, pooled, last_frame(merged.maps, count), last_frame(merged.live, count))
         return F.relu(block.rest(maps) + block.shortcut(x)), kept
 

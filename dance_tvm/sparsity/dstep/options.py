@@ -27,6 +27,7 @@ class DSTEPOptions(MethodOptions):
     distill: float = Field(default=0.0, ge=0)
     tile: tuple[int, ...] = (4, 2, 2)
     hidden: int = Field(default=64, ge=1)
+    group: int = Field(default=1, ge=1)
     spatial: bool = True
     channels: bool = True
     reuse: bool = True

@@ -28,6 +28,12 @@ class Decision(NamedTuple):
     reuse: Tensor | None
     settled: Decision | None = None
 
+    @property
+    def shown(self) -> Tensor | None:
+        """What maps are multiplied by: `mask`, or a single tile as it is, so that a compiler sees whole frames live or
+        die."""
+        return self.tiles if self.tiles is not None and self.tiles.shape[2:] == (1, 1) else self.mask
+
 
 class Ways(NamedTuple):
     """compute and (None: never) reuse of each channel, (B, out, 1, 1) of 0 and 1."""
@@ -88,21 +94,23 @@ class TemporalPolicy(nn.Module):
     """A two-layer MLP from the channel means of two consecutive frames to compute, reuse or skip for each channel.
 
     Without `reuse` there are two ways, compute or skip, decided on the frame alone (dynamic channel pruning).
+    `group` channels, one beside the other, share a decision; the last group may be smaller.
     """
 
-    def __init__(self, channels: int, out: int, hidden: int, reuse: bool) -> None:
+    def __init__(self, channels: int, out: int, hidden: int, reuse: bool, group: int = 1) -> None:
         super().__init__()
-        self.out, self.reuse = out, reuse
+        self.out, self.reuse, self.group = out, reuse, group
+        self.groups = -(-out // group)
         self.fc1 = nn.Linear(channels * (2 if reuse else 1), hidden)
-        self.fc2 = nn.Linear(hidden, out * (3 if reuse else 2))
+        self.fc2 = nn.Linear(hidden, self.groups * (3 if reuse else 2))
         nn.init.normal_(self.fc2.weight, std=0.1 / hidden**0.5)
         nn.init.zeros_(self.fc2.bias)
         # Most channels are computed at first, so that a trained network's weights start from what they were.
-        nn.init.constant_(self.fc2.bias[out : 2 * out].data, 2.0)
+        nn.init.constant_(self.fc2.bias[self.groups : 2 * self.groups].data, 2.0)
 
     def forward(self, before: Tensor, now: Tensor, temperature: float) -> tuple[Ways, Ways]:
         """The ways of each channel from the means (B, C) of the frame before and this one: as drawn, and as settled."""
-        ways = self.logits(before, now).split(self.out, 1)
+        ways = self.logits(before, now).split(self.groups, 1)
         settled = self._shaped(*_largest(ways))
         if not self.training:
             return settled, settled
@@ -114,11 +122,18 @@ class TemporalPolicy(nn.Module):
         return self._shaped(drawn[1], drawn[2] if self.reuse else None), settled
 
     def _shaped(self, compute: Tensor, reuse: Tensor | None) -> Ways:
-        shape = (-1, self.out, 1, 1)
-        return Ways(compute.reshape(shape), None if reuse is None else reuse.reshape(shape))
+        return Ways(self._by_channel(compute), None if reuse is None else self._by_channel(reuse))
+
+    def _by_channel(self, decided: Tensor) -> Tensor:
+        """Decisions (B, groups) as those of each channel, (B, out, 1, 1)."""
+        if self.group > 1:
+            batch = decided.shape[0]
+            repeated = decided.reshape(batch, self.groups, 1).expand(-1, -1, self.group)
+            decided = repeated.reshape(batch, self.groups * self.group)[:, : self.out]
+        return decided.reshape(-1, self.out, 1, 1)
 
     def logits(self, before: Tensor, now: Tensor) -> Tensor:
-        """Skip's, compute's and (with `reuse`) reuse's logits, (B, ways * out)."""
+        """Skip's, compute's and (with `reuse`) reuse's logits, (B, ways * groups)."""
         means = torch.cat([before, now], 1) if self.reuse else now
         return self.fc2(F.relu(self.fc1(means)))
 
