@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,6 +26,7 @@ app = application()
     epilog=examples(
         "dance-tvm groups",
         "dance-tvm groups --target snapdragon --device emulator --layers 1 --group 8x4 --group 16x4",
+        "dance-tvm groups --target snapdragon --device emulator --dtype float16 --layers 1 --group 16x8",
     )
 )
 def groups(
@@ -40,14 +41,18 @@ def groups(
     group: Annotated[
         list[str] | None, typer.Option(help="A group such as 16x4; repeatable.", show_default="all that fit")
     ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16"],
+        typer.Option(help="As the build's: vectors hold twice as many filters in float16."),
+    ] = "float32",
     logs: Annotated[Path | None, typer.Option(help="Folder of the log.", show_default="own logs")] = None,
 ) -> None:
     """Measure synthesised layers in each kernel group, add the times to the target's log, and name the best group."""
     candidates = [_group(text) for text in group or []]
     machine = load_target(target)
-    require_buildable(machine)
+    require_buildable(machine, dtype)
     require_devices_of(machine, [device])
-    require_fitting(machine, candidates)
+    require_fitting(machine, candidates, dtype)
     require_folder(logs or own_logs(), "--logs")
     require_reachable(device)
     from dance_tvm.records.group_choice import SYNTHESISED, best_group, efficiencies
@@ -62,11 +67,12 @@ def groups(
         repeats=repeats,
         layers=SYNTHESISED[:layers],
         candidates=candidates or None,
+        dtype=dtype,
     )
     write_log(log_path(machine, logs), found)
     rows = [[f"{gm}x{gn}", f"{efficiency:.2f}"] for (gm, gn), efficiency in sorted(efficiencies(found).items())]
     best = "x".join(map(str, best_group(found)))
-    print_table(["group", "speed-up / rate"], rows, f"{machine.name} on {device}: prune in groups of {best}")
+    print_table(["group", "speed-up / rate"], rows, f"{machine.name} on {device}, {dtype}: prune in groups of {best}")
 
 
 def _group(text: str) -> tuple[int, int]:

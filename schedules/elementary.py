@@ -53,13 +53,14 @@ LOG = (
     *(7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1),
     *(2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
 )
-#: tanh(x) / x as a quotient of polynomials of x², for |x| up to where the result is 1 (Eigen's).
+#: tanh(x) / x as a quotient of polynomials of x² (Eigen's), for |x| up to where the quotient is above 1 by more than
+#: its rounding: cut off, it is 1 from there to infinity, so that 1 + tanh(-∞) is 0.
 TANH_ABOVE = (
     *(-2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08),
     *(1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03),
 )
 TANH_BELOW = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
-TANH_END = 7.90531110763549805
+TANH_END = 10.0
 #: The same to 3.3e-5 of the value, up to where the result is 1 in half precision.
 SHORT_TANH_ABOVE, SHORT_TANH_BELOW = (
     (0.0007095575837070204, 0.10362376669459053, 0.9999679317717943),
@@ -75,7 +76,7 @@ ERF_BELOW = (
     *(-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03),
     -1.42647390514189e-02,
 )
-ERF_END = 4.0
+ERF_END = 4.2
 #: (sinh(x) - x) / x³ for |x| ≤ 1 as a polynomial of x² (Cephes).
 SINH = (2.03721912945e-4, 8.33028376239e-3, 1.66667160211e-1)
 #: log(2) in two parts, the first of so few bits that its products with an exponent are exact.

@@ -19,12 +19,14 @@ from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import Target, load_target
 from dance_tvm.records import group_choice
 from dance_tvm.records.group_choice import (
+    Dtype,
     GroupMeasurement,
     SynthesisedLayer,
     best_group,
     efficiencies,
     measure_groups,
     measured_cost,
+    require_fitting,
 )
 from dance_tvm.records.group_log import group_cost, log_path, read_log, write_log
 
@@ -100,12 +102,18 @@ def test_groups_of_half_precision_are_weighed_by_its_own_vectors(tmp_path):
     weight = LAYER.weight(16, 8, 3.0)
     chosen = choose_kernel_groups(weight, fitting_groups(stored.vector_floats), cost)
     assert (chosen.gm, chosen.gn) == (16, 8)
+    write_log(log_path(target, tmp_path), [measured_on(target, group, "float16") for group in (None, (8, 8))])
+    chosen = choose_kernel_groups(weight, fitting_groups(stored.vector_floats), group_cost(target, 1, tmp_path, stored))
+    assert (chosen.gm, chosen.gn) == (8, 8)
+    require_fitting(target, [(4, 4)])
+    with pytest.raises(DanceError, match="vectors take 8 filters"):
+        require_fitting(target, [(4, 4)], "float16")
 
 
-def measured_on(target: Target, group: tuple[int, int] | None) -> GroupMeasurement:
-    """A float32 measurement in which ``group`` is as fast as none can be."""
+def measured_on(target: Target, group: tuple[int, int] | None, dtype: Dtype = "float32") -> GroupMeasurement:
+    """A measurement in which ``group`` is as fast as none can be."""
     gm, gn = group or (1, 1)
-    about = {"fingerprint": target.fingerprint, "device": "emulator", "threads": 1, **LAYER.__dict__}
+    about = {"fingerprint": target.fingerprint, "device": "emulator", "threads": 1, "dtype": dtype, **LAYER.__dict__}
     return GroupMeasurement(
         **about,
         scheme="kgs" if group else "dense",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -245,6 +246,25 @@ def test_what_moves_elements_is_built_right(kind, tmp_path):
         found = device.load(built.artifact).run(dict(zip(names, map(array_of, inputs), strict=True)))
     for array, value in zip(found.values(), torch.utils._pytree.tree_leaves(network(*inputs)), strict=True):
         torch.testing.assert_close(torch.as_tensor(array), value, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_remainders_and_floors_of_quotients_are_exact(tmp_path):
+    """Multiples of a divisor that is no power of two: the rounded quotient has another floor."""
+    x = torch.cat([torch.arange(-60, 60) / 20, torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 1e30])])
+    divisors = torch.tensor([0.1, -0.1, 0.7, -2.5, 0.0]).repeat_interleave(len(x))
+
+    def function(x, divisors):
+        quotients = (x // 0.1, x // -0.7, torch.floor_divide(x, divisors))
+        quotients = (*quotients, torch.div(x, divisors, rounding_mode="floor"))
+        return (*quotients, x % 0.1, x % -0.7, torch.remainder(x, divisors), torch.fmod(x, divisors))
+
+    inputs = (x.repeat(5), divisors)
+    built = build_network(Function(function), tmp_path / "artifact", example_inputs=inputs, threads=1, check=False)
+    names = [tensor.name for tensor in built.artifact.manifest.inputs]
+    with open_device("local") as device:
+        found = device.load(built.artifact).run(dict(zip(names, map(array_of, inputs), strict=True)))
+    for value, expected in zip(found.values(), function(*inputs), strict=True):
+        np.testing.assert_array_equal(value, expected.numpy())
 
 
 def test_a_chain_of_operators_that_read_their_input_twice_is_built_in_time_linear_in_its_length(tmp_path):

@@ -63,6 +63,8 @@ _FAMILIES = """
 `python -m benchmarks.families`: a few layers of one kind, so that the changes of layout at their ends, where tensors
 have channels first, weigh more than in a network. **ms** and **ratio** as above, that to the faster of the two.
 
+{machine}
+
 | family | threads | GMAC | ours, ms | {peers} | ratio | error |
 |---|---|---|---|{rule}---|---|"""
 
@@ -126,10 +128,9 @@ def times(measured: dict[str, Any]) -> Iterator[str]:
     """The section of what ``benchmarks.networks`` measured."""
     runs = [run for run in measured["runs"] if "ms" in run["peers"]["ours"]]
     peers = [peer for peer in dict.fromkeys(peer for run in runs for peer in run["peers"]) if peer != "ours"]
-    about = measured["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    machine = f"{about['processor']} ({about['cores']} cores), {versions}"
-    yield _TIMES.format(machine=machine, peers=" | ".join(f"{peer}, ms" for peer in peers), rule="---|" * len(peers))
+    yield _TIMES.format(
+        machine=_machine(measured), peers=" | ".join(f"{peer}, ms" for peer in peers), rule="---|" * len(peers)
+    )
     shapes = {network.name: network.shapes for network in NETWORKS}
     inputs = {entry.name: entry.shapes or shapes.get(entry.published, "the zoo's") for entry in MEASURED}
     ratios: dict[int, list[float]] = defaultdict(list)
@@ -155,11 +156,18 @@ def times(measured: dict[str, Any]) -> Iterator[str]:
         yield from ("", f"Geometric mean of the ratios, {threads} thread{'s' * (threads > 1)}: {mean:.2f}.")
 
 
+def _machine(measured: dict[str, Any]) -> str:
+    about = measured["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return f"{about['processor']} ({about['cores']} cores), {versions}"
+
+
 def families(measured: dict[str, Any]) -> Iterator[str]:
     """The section of what ``benchmarks.families`` measured."""
     runs = [run for run in measured["runs"] if "ms" in run["peers"]["ours"]]
     peers = [peer for peer in dict.fromkeys(peer for run in runs for peer in run["peers"]) if peer != "ours"]
-    yield _FAMILIES.format(peers=" | ".join(f"{peer}, ms" for peer in peers), rule="---|" * len(peers))
+    about = f"{_machine(measured)}, {measured['time'][:10]}."
+    yield _FAMILIES.format(machine=about, peers=" | ".join(f"{peer}, ms" for peer in peers), rule="---|" * len(peers))
     ratios = []
     for run in runs:
         ours, able = run["peers"]["ours"], {peer: run["peers"].get(peer, {}) for peer in peers}

@@ -12,6 +12,7 @@ from torch import fx
 from tvm import relax
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.frontend import division
 from dance_tvm.frontend.torch_axes import AXES
 from dance_tvm.frontend.torch_convolutions import CONVOLUTIONS
 from dance_tvm.frontend.torch_indexing import INDEXING
@@ -59,11 +60,23 @@ def _binary(operator: Operator, on_bool: Operator | None = None) -> Conversion:
     return convert
 
 
+def _floored(of_floats: Callable[..., relax.Expr], of_integers: Operator) -> Conversion:
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        a, b, dtype = _operands(node, importer)
+        emit = importer.block_builder.emit
+        return of_floats(emit, a, b, dtype) if "float" in dtype else emit(of_integers(a, b))
+
+    return convert
+
+
+_floor_divide = _floored(division.floor_divide, relax.op.floor_divide)
+
+
 def _divide_rounded(node: fx.Node, importer: Importer) -> relax.Expr:
-    a, b, dtype = _operands(node, importer)
     emit, mode = importer.block_builder.emit, node.kwargs.get("rounding_mode")
     if mode == "floor":
-        return emit(relax.op.floor_divide(a, b))
+        return _floor_divide(node, importer)
+    a, b, dtype = _operands(node, importer)
     if mode is None:
         return emit(relax.op.divide(cast(importer, a, "float32"), cast(importer, b, "float32")))
     quotient = emit(relax.op.divide(a, b))
@@ -245,7 +258,7 @@ def _arithmetic() -> dict[str, Conversion]:
         "le": _binary(relax.op.less_equal),
         "gt": _binary(relax.op.greater),
         "ge": _binary(relax.op.greater_equal),
-        "remainder": _binary(relax.op.floor_mod),
+        "remainder": _floored(division.remainder, relax.op.floor_mod),
         "bitwise_and": _binary(relax.op.bitwise_and, relax.op.logical_and),
         "bitwise_or": _binary(relax.op.bitwise_or, relax.op.logical_or),
         "bitwise_xor": _binary(relax.op.bitwise_xor, relax.op.logical_xor),
@@ -270,7 +283,7 @@ CONVERSIONS: dict[str, Conversion] = {
     "minimum.default": _binary(relax.op.minimum, relax.op.logical_and),
     "div.Tensor_mode": _divide_rounded,
     "div.Scalar_mode": _divide_rounded,
-    "floor_divide.default": _binary(relax.op.floor_divide),
+    "floor_divide.default": _floor_divide,
     "pow.Tensor_Tensor": _binary(relax.op.power),
     "logical_and.default": _logical(relax.op.logical_and),
     "logical_or.default": _logical(relax.op.logical_or),

@@ -22,6 +22,8 @@ from dance_tvm.liveness.kernel_groups import CANDIDATES, KernelGroups, lane_cost
 from dance_tvm.machines.target import Target
 from dance_tvm.schedules.kernel_columns import random_columns
 
+Dtype = Literal["float32", "float16"]
+
 # Groups this close to the fastest are equally fast: the smallest of them leaves pruning the most freedom.
 EQUALLY_FAST = 1.05
 
@@ -72,6 +74,7 @@ class GroupMeasurement(BaseModel):
     fingerprint: str
     device: str
     threads: int
+    dtype: Dtype = "float32"
     channels_in: int
     channels_out: int
     kernel: tuple[int, int, int]
@@ -92,14 +95,14 @@ class GroupMeasurement(BaseModel):
 Measure = Callable[[SynthesisedLayer, NDArray[np.float32], tuple[int, int] | None], float]
 
 
-def lanes_of(target: Target) -> int:
+def lanes_of(target: Target, dtype: Dtype = "float32") -> int:
     """How many filters a group must have, or a multiple of them."""
-    return 1 if target.gpu else target.vector.floats
+    return 1 if target.gpu else target.vector.floats * (2 if dtype == "float16" else 1)
 
 
-def require_fitting(target: Target, candidates: Iterable[tuple[int, int]]) -> None:
+def require_fitting(target: Target, candidates: Iterable[tuple[int, int]], dtype: Dtype = "float32") -> None:
     """Raise DanceError for groups whose filters do not fill the target's vectors."""
-    lanes = lanes_of(target)
+    lanes = lanes_of(target, dtype)
     for gm, gn in candidates:
         if gm % lanes:
             raise DanceError(
@@ -116,12 +119,13 @@ def measure_groups(
     layers: Sequence[SynthesisedLayer] = SYNTHESISED,
     candidates: Iterable[tuple[int, int]] = CANDIDATES,
     rate: float = 3.0,
+    dtype: Dtype = "float32",
 ) -> list[GroupMeasurement]:
     """Time every layer dense and in every candidate group, one layer after the other."""
     candidates = tuple(candidates)
     found = []
     for layer in layers:
-        about = {"fingerprint": fingerprint, "device": device, "threads": threads, **layer.__dict__}
+        about = {"fingerprint": fingerprint, "device": device, "threads": threads, "dtype": dtype, **layer.__dict__}
         dense = layer.weight(1, 1, 1.0)
         seconds = measure(layer, dense, None)
         found.append(GroupMeasurement(**about, scheme="dense", gm=1, gn=1, rate=1.0, seconds=seconds))
@@ -139,7 +143,7 @@ def efficiencies(measurements: Iterable[GroupMeasurement]) -> dict[tuple[int, in
     measurements = list(measurements)
 
     def place(entry: GroupMeasurement) -> tuple[object, ...]:
-        return (entry.device, entry.threads, entry.layer)
+        return (entry.device, entry.threads, entry.dtype, entry.layer)
 
     dense = {place(entry): entry.seconds for entry in measurements if entry.scheme == "dense"}
     logs: dict[tuple[int, int], list[float]] = defaultdict(list)

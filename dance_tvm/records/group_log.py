@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.text_files import read_text
 from dance_tvm.liveness.kernel_groups import KernelGroups
-from dance_tvm.records.group_choice import GroupMeasurement, measured_cost
+from dance_tvm.records.group_choice import Dtype, GroupMeasurement, measured_cost
 from dance_tvm.records.kernel_log import locked
 from dance_tvm.records.places import log_folders, own_logs
 from dance_tvm.schedules.cpu.tiles import Machine, excess_cycles
@@ -34,19 +34,22 @@ def log_path(target: Target, folder: Path | None = None) -> Path:
 def group_cost(target: Target, threads: int, logs: Path | None, machine: Machine) -> Callable[[KernelGroups], float]:
     """What a build for ``target`` asks ``choose_kernel_groups`` to minimise: measured where the logs have it.
 
-    ``machine`` is the target as kernels see it that multiply what a layer stores; what was measured is float32.
+    ``machine`` is the target as kernels see it that multiply what a layer stores.
     ``logs`` is the one folder to look in, where given.
     """
-    measured = [] if machine.element_bytes == 2 else measurements_for(target, threads, logs)
+    measured = measurements_for(target, threads, logs, "float16" if machine.element_bytes == 2 else "float32")
     return measured_cost(measured, machine.vector_floats, partial(excess_cycles, machine))
 
 
-def measurements_for(target: Target, threads: int | None = None, logs: Path | None = None) -> list[GroupMeasurement]:
-    """The user's own measurements of a target, and those of the package that they do not replace."""
+def measurements_for(
+    target: Target, threads: int | None = None, logs: Path | None = None, dtype: Dtype = "float32"
+) -> list[GroupMeasurement]:
+    """The user's own measurements of a target in one type, and those of the package that they do not replace."""
     found: dict[str, GroupMeasurement] = {}
     for folder in log_folders(logs):
         for entry in read_log(log_path(target, folder), target.fingerprint, threads):
-            found.setdefault(_case(entry), entry)
+            if entry.dtype == dtype:
+                found.setdefault(_case(entry), entry)
     return list(found.values())
 
 

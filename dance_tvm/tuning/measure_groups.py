@@ -22,6 +22,7 @@ from dance_tvm.liveness.kernel_groups import fitting_groups
 from dance_tvm.machines.target import Target
 from dance_tvm.records.group_choice import (
     SYNTHESISED,
+    Dtype,
     GroupMeasurement,
     Measure,
     SynthesisedLayer,
@@ -43,32 +44,35 @@ def measure_on(
     repeats: int = 10,
     layers: Sequence[SynthesisedLayer] = SYNTHESISED,
     candidates: Iterable[tuple[int, int]] | None = None,
+    dtype: Dtype = "float32",
 ) -> list[GroupMeasurement]:
     """Measurements of ``layers`` in ``candidates`` (all that fit, by default) on a device, ready for the target's log.
 
     Raises DanceError where the device cannot be reached or runs no code for the target, and for groups whose filters
     do not fill its vectors.
     """
-    candidates = tuple(candidates or fitting_groups(lanes_of(target)))
-    require_fitting(target, candidates)
+    candidates = tuple(candidates or fitting_groups(lanes_of(target, dtype)))
+    require_fitting(target, candidates, dtype)
     from dance_tvm.device import open_device
 
     used = threads or target.threads
     with tempfile.TemporaryDirectory() as folder, open_device(device) as session:
-        measure = timed_build(session, target, used, Path(folder), repeats)
+        measure = timed_build(session, target, used, Path(folder), repeats, dtype)
         return measure_groups(
             measure, fingerprint=target.fingerprint, device=device, threads=used, layers=layers,
-            candidates=candidates, rate=rate,
+            candidates=candidates, rate=rate, dtype=dtype,
         )  # fmt: skip
 
 
-def timed_build(session: DeviceSession, target: Target, threads: int, folder: Path, repeats: int) -> Measure:
+def timed_build(
+    session: DeviceSession, target: Target, threads: int, folder: Path, repeats: int, dtype: Dtype = "float32"
+) -> Measure:
     """A ``Measure`` that builds each layer into ``folder`` and takes the median of ``repeats`` runs on ``session``."""
     from dance_tvm.compiler.build import build_network
     from dance_tvm.compiler.pipeline import Options
 
     # Direct on both sides: a build weighs the groups against Winograd's algorithm layer by layer.
-    options = Options(threads=threads, conv="direct")
+    options = Options(threads=threads, conv="direct", dtype=dtype)
 
     def measure(layer: SynthesisedLayer, weight: NDArray[np.float32], group: tuple[int, int] | None) -> float:
         network, clip = one_convolution(layer, weight)

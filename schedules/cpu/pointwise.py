@@ -138,10 +138,12 @@ class _Emitter(RowTiles):
     def _tile(self, row: Expr, vector: Expr, mr: int, width: int) -> None:
         """Sums over all input channels, then residual, activation and store."""
         conv = self.conv
+        target = let(big(row) * conv.channels_out + vector * self.count)
+        self.expect(target, mr, width)
         sums = self.start(vector, mr, width)
         weights = let(big(vector) * self.vector_floats)
         if self.live is not None:
             self.live.multiply(Vectors(self.weights, self.vector_floats, self.count), weights, sums.registers)
         else:
             self.multiply(let(big(row - self.first_row) * conv.channels_in), weights, conv.channels_in, sums)
-        self.finish(let(big(row) * conv.channels_out + vector * self.count), sums)
+        self.finish(target, sums)

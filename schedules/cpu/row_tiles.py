@@ -27,6 +27,7 @@ from ..emit import (
     lanes,
     let,
     number,
+    prefetch,
     read,
     scratch,
     serial,
@@ -44,6 +45,8 @@ from .tiles import HALF_TERMS, Machine
 
 #: Up to so many bytes memory of a kernel is on the stack, where LLVM takes it apart into registers.
 STACK_BYTES = 1024
+#: Floats of a cache line.
+LINE_FLOATS = 16
 #: Floats before the sums in such memory.
 SPARE = 4
 
@@ -233,6 +236,14 @@ class RowTiles:
                 buffer, at = put[v]
                 place = lanes(at + moved, count)
                 store(buffer, (buffer[place] if bias is None else bias) + read(registers[v], 0, count), place)
+
+    def expect(self, target: Expr, mr: int, width: int) -> None:
+        """Ask for the residual of a tile of ``mr`` rows × ``width`` vectors before its sums are made: what lies in rows
+        far apart, the processor does not foresee."""
+        if self.residual is not None:
+            for r in range(mr):
+                for first in range(0, width * self.count, LINE_FLOATS):
+                    prefetch(self.residual, target + (r * self.conv.stored_floats + first))
 
     def multiply(self, source: Expr, weights: Expr, terms: int, sums: TileSums) -> None:
         """``sums[r] += x[r, term] · w[term]`` over so many terms that lie side by side, in passes."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
+from dance_tvm.frontend import division
 from dance_tvm.frontend.onnx_conversions.operator import (
     Conversion,
     Operator,
@@ -160,10 +161,7 @@ def _mod(op: Operator) -> Any:
         return relax.op.mod(a, b)
     if not is_float(a):
         return relax.op.floor_mod(a, b)
-    rest, zero, emit = op.emit(relax.op.mod(a, b)), op.like(0, a), op.emit
-    opposite = emit(relax.op.not_equal(emit(relax.op.less(rest, zero)), emit(relax.op.less(b, zero))))
-    moved = emit(relax.op.logical_and(opposite, emit(relax.op.not_equal(rest, zero))))
-    return relax.op.where(moved, emit(relax.op.add(rest, b)), rest)
+    return division.remainder(op.emit, a, b, dtype_of(a))
 
 
 def _pow(op: Operator) -> Any:
