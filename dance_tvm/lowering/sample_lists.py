@@ -10,6 +10,7 @@ tiles read through all of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -45,13 +46,20 @@ class SampleLists:
         )
         if site.groups > 1 or site.whole:
             return SiteLists(there.inputs, there.outputs, False)
-        shared = window.batch == 1  # one sample's lists of channels cost nothing but themselves
-        channels = [(there.inputs, there.outputs)]
-        if not shared:
-            channels = list(product({False, there.inputs}, {False, there.outputs}))
-        plain = SiteLists(*channels[0] if shared else (False, False), False)
-        options = [SiteLists(*listed, skips) for listed in channels for skips in {False, there.positions}]
-        if options == [plain]:
+        options = [SiteLists(there.inputs, there.outputs)]
+        if window.batch > 1:  # one sample's lists of channels cost nothing but themselves
+            sides = product(*([False, True] if side else [False] for side in there[:2]))
+            options = [SiteLists(*listed) for listed in sides]
+        # A channel that is left out takes a share of whatever the other masks leave, so that lists of channels are
+        # judged by the masks of channels alone.
+        channels = self._worthwhile(site, Live(channels=alive.channels), Live(channels=wanted.channels), options)
+        skips = [channels._replace(positions=True)] if there.positions else []
+        return self._worthwhile(site, alive, wanted, [channels, *skips])
+
+    def _worthwhile(self, site: Site, alive: Live, wanted: Live, options: Sequence[SiteLists]) -> SiteLists:
+        """The fastest of ``options`` under these masks, or the first where none is worth its lists."""
+        plain, *others = options
+        if not others:
             return plain
         seconds = {lists: self._seconds(site, alive, wanted, lists) for lists in options}
         fastest = min(seconds, key=lambda lists: seconds[lists])
