@@ -16,7 +16,7 @@ from dance_tvm.benchmarking.requests import require_measurable
 from dance_tvm.benchmarking.results import read_results, write_results
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.files import require_suffix, require_writable
+from dance_tvm.core.files import require_apart, require_suffix, require_writable
 from dance_tvm.core.options import MOST_THREADS, AsJson, Devices
 from dance_tvm.core.printing import counted, print_table
 from dance_tvm.core.progress import JsonLines, Progress
@@ -99,6 +99,9 @@ def bench(
     devices = device or ["local"]
     engines = [name.strip() for name in peer.split(",") if name.strip()] if peer else []
     _require_named(devices, {"--out": out, "--trace": trace})
+    for option, written in (("--out", out), ("--trace", trace)):
+        if written is not None:
+            require_apart(written, option, {"--against": against})
     require_peers(engines, peer_model, devices)
     own_cpus = parse_cpus(cpus) if cpus else None
     if load_times and devices != ["local"]:

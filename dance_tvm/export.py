@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -12,7 +13,7 @@ import typer
 from dance_tvm.artifact.preprocess import preprocess_of
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.files import require_suffix, require_writable
+from dance_tvm.core.files import require_apart, require_suffix, require_writable
 from dance_tvm.core.options import AsJson
 from dance_tvm.core.progress import Progress
 from dance_tvm.models.network_files import HUBS, require_python, require_weights, weights_file
@@ -57,6 +58,7 @@ def export(
     Where the scale of its frames is known or given, a .toml beside it gives it to `build --preprocess`.
     """
     require_suffix(out, "--out", (".pt2", ".onnx"))
+    require_apart(out, "--out", {"--weights": Path(weights) if weights else None})
     require_writable(out, "--out")
     shapes = [_shape(each) for each in shape or []]
     scale = {name: _numbers(name, text) for name, text in (("mean", mean), ("deviation", deviation)) if text}
@@ -85,8 +87,8 @@ def export(
         typer.echo(json.dumps(facts, indent=2))
         return
     typer.echo(f"{out}: differs from its module by {apart:.1g} of the largest value")
-    more = f" --preprocess {beside}" if beside else ""
-    typer.echo(f"next: dance-tvm build --model {out}{more}{' --batch 1' if open_batch else ''}")
+    more = f" --preprocess {quote(str(beside))}" if beside else ""
+    typer.echo(f"next: dance-tvm build --model {quote(str(out))}{more}{' --batch 1' if open_batch else ''}")
 
 
 def _require_source(source: str, weights: str | None) -> None:

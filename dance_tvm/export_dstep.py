@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
 
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.files import require_suffix, require_writable
+from dance_tvm.core.files import require_apart, require_suffix, require_writable
 from dance_tvm.sparsity.trained import require_trained
 
 app = application()
@@ -37,6 +38,7 @@ def export_dstep(
     require_suffix(path, "--out", (".pt2",))
     if not weights.is_file():
         raise DanceError(f"there is no file of weights {weights}: a run of `train --method dstep` leaves {WEIGHTS}")
+    require_apart(path, "--out", {"--weights": weights})
     require_writable(path, "--out")
     require_trained(weights)
     from dance_tvm.sparsity.dstep.export import export_network
@@ -44,7 +46,7 @@ def export_dstep(
 
     network, card = load_trained(weights)
     export_network(network, tuple(card["clip_shape"]), path, stream=stream)
-    typer.echo(f"next: dance-tvm build --model {path}")
+    typer.echo(f"next: dance-tvm build --model {quote(str(path))}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -145,7 +146,10 @@ def show(
 def _named_faults(path: Path, log: Log) -> Log:
     """``log``; that it has lines which are no records is said."""
     if count := len(log.problems):
-        print(f"{path}: {count} of its lines are no records: `dance-tvm logs check {path}` names them", file=sys.stderr)
+        print(
+            f"{path}: {count} of its lines are no records: `dance-tvm logs check {quote(str(path))}` names them",
+            file=sys.stderr,
+        )
     return log
 
 
@@ -158,7 +162,9 @@ def _files(files: list[Path] | None) -> list[Path]:
     def within(folder: Path) -> list[Path]:
         found = sorted(path for family in FAMILIES for path in folder.glob(f"*.{family}.jsonl"))
         if not found and folder not in folders:
-            raise DanceError(f"there are no tuning logs in {folder}: `dance-tvm tune --logs {folder}` writes them")
+            raise DanceError(
+                f"there are no tuning logs in {folder}: `dance-tvm tune --logs {quote(str(folder))}` writes them"
+            )
         return found
 
     for path in files or []:

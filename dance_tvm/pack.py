@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import typer
@@ -51,7 +52,9 @@ def pack(
         typer.echo(json.dumps({"written": str(written)}))
         return
     typer.echo(written)
-    typer.echo(f"next: {_NEXT[form].format(written=written.absolute(), module=written.name.partition('-')[0])}")
+    place = str(written.absolute())
+    shown = quote(place) if form == "wheel" else place  # of which alone a shell is told
+    typer.echo(f"next: {_NEXT[form].format(written=shown, module=written.name.partition('-')[0])}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import typer
 
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.files import require_suffix, require_writable
+from dance_tvm.core.files import require_apart, require_suffix, require_writable
 
 app = application()
 
@@ -51,6 +51,7 @@ def report(
         raise DanceError("give one file of results, or two to set side by side")
     if out is not None:
         require_suffix(out, "--out", (SUFFIXES[form],) if form else tuple(SUFFIXES.values()))
+        require_apart(out, "--out", {"the results": results, "--tuning": tuning})
         require_writable(out, "--out")
     if len(results) == 2 and (paper or tuning):
         raise DanceError("--paper and --tuning belong to one file of results: leave the second out")

@@ -17,7 +17,7 @@ from dance_tvm.artifact.preprocess import Preprocess, read_preprocess
 from dance_tvm.artifact.video_windows import VIDEOS, pictures_in, require_video_input, windows_of
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError, DanceWarning
-from dance_tvm.core.files import require_suffix, require_writable
+from dance_tvm.core.files import require_apart, require_suffix, require_writable
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.options import PLACES, AsJson
 from dance_tvm.core.output_files import write_outputs
@@ -84,6 +84,7 @@ def run(
         raise DanceError("--stride is that of a video's windows: give --video or --frames too")
     if outputs is not None:
         require_suffix(outputs, "--outputs", (".npz",))
+        require_apart(outputs, "--outputs", {"--inputs": inputs, "--video": video, "--labels": labels})
         require_writable(outputs, "--outputs")
     names, shown = read_labels(labels) if labels else [], top or TOP
     prepare = _preprocess(preprocess, video or frames)

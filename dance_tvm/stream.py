@@ -11,7 +11,7 @@ import typer
 
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
-from dance_tvm.core.files import require_suffix, require_writable
+from dance_tvm.core.files import require_apart, require_suffix, require_writable
 from dance_tvm.core.options import PLACES, AsJson
 from dance_tvm.core.printing import counted
 from dance_tvm.core.progress import JsonLines, Progress
@@ -47,6 +47,7 @@ def stream(
         raise DanceError("give --frames FILE or --random COUNT")
     if outputs is not None:
         require_suffix(outputs, "--outputs", (".npz",))
+        require_apart(outputs, "--outputs", {"--frames": frames})
         require_writable(outputs, "--outputs")
     require_spec(device)
     import numpy as np

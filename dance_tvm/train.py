@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 import typer
@@ -130,7 +131,7 @@ def main(
         rows = [[name, f"{value:.6g}"] for name, value in result.metrics.items()]
         print_table(["figure", "value"], rows, title=f"best epoch, written to {result.folder}")
         if export:
-            typer.echo(f"next: dance-tvm build --model {out / 'model.pt2'}")
+            typer.echo(f"next: dance-tvm build --model {quote(str(out / 'model.pt2'))}")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,12 @@ from tvm import relax
 
 from dance_tvm import Options, build_network, import_model
 from dance_tvm.artifact.c_interface import HEADER, INTERFACE
+from dance_tvm.artifact.folder import load_artifact
 from dance_tvm.artifact.interface.dance_model import Model, ModelError, _addresses
 from dance_tvm.artifact.linker import seal
 from dance_tvm.compiler.pipeline import lower
+from dance_tvm.core.errors import DanceError
+from dance_tvm.device import open_device
 from dance_tvm.machines.host import FEATURES, cpu_flags
 from dance_tvm.machines.target import load_target
 
@@ -149,6 +154,57 @@ def test_models_run_at_once_in_several_threads_and_share(masked, call):
     assert len(found) == 200
     for each in found:
         assert_same(each, expected)
+
+
+def together(*calls) -> None:
+    """Run these at once, each in a thread of its own, and raise what one of them raises."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for future in [pool.submit(call) for call in calls]:
+            future.result()
+
+
+def test_several_threads_may_call_one_network(masked, tmp_path):
+    rng = np.random.default_rng(2)
+    with open_device("local") as device:
+        network = device.load(load_artifact(masked))
+        inputs = [{each: rng.standard_normal(shape).astype(kind) for each, (shape, kind) in
+                   network._model.inputs.items()} for _ in range(3)]  # fmt: skip
+        expected = [network.run(each) for each in inputs]
+
+        def run(index: int) -> None:
+            for _ in range(60):
+                assert_same(network.run(inputs[index]), expected[index])
+
+        together(*(partial(run, index) for index in range(3)), lambda: network.kernels(inputs[0]))
+    with pytest.raises(DanceError, match="local: this session is closed"):
+        network.run(inputs[0])
+    with pytest.raises(DanceError, match="local: this session is closed"):
+        device.load(load_artifact(masked))
+    frame = np.ones((1, 6), "float32")
+    with open_device("local") as device:
+        stream = device.load(load_artifact(built(Counter(), tmp_path / "s", *torch.zeros(3, 1, 6)))).stream()
+        together(*[lambda: [stream.step(frame) for _ in range(100)]] * 3)
+        assert stream.step(frame)[0, 0] == 602 + 299  # of 301 frames none is lost
+
+
+def test_a_call_while_another_threads_is_under_way_is_refused(masked, call):
+    inputs, expected = call
+    said = set()
+
+    def look(*_: object) -> None:
+        addresses = _addresses(model._given(inputs)), _addresses(list(model._room().values()))
+        for code in (model._api.run(model._model, *addresses), model._api.reset(model._model),
+                     model._api.profile(model._model, 1)):  # fmt: skip
+            said.add((code, model._api.error(model._model)))
+
+    with Model(masked) as model:
+        assert_same(model.watch(inputs, look), expected)
+        assert said == {(6, b"the model is running in another thread: its calls must not overlap")}
+        assert_same(model.run(inputs), expected)
+        together(lambda: model.run(inputs), model.close)
+    for used in (lambda: model.run(inputs), model.reset, model.cancel, model.layers, model.memory):
+        with pytest.raises(ModelError, match="is closed"):
+            used()
 
 
 def test_a_model_leaves_nothing_behind(masked, call):

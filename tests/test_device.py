@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from devices import CONSTANT, matmul_artifact, matmul_case
 
 from dance_tvm.core.errors import DanceError
@@ -266,6 +267,17 @@ def test_inputs_are_checked(host_artifact):
             network.run({"y": np.zeros((2, 3), "float32")})
         with pytest.raises(DanceError, match=r"input x must be float32 of shape \(2, 3\), not float64"):
             network.run({"x": np.zeros((2, 3))})
+        array = np.zeros((2, 3), "float32")
+        for wrong, said in (
+            ({"x": array.tolist()}, "input x must be a numpy array, not a list"),
+            ({"x": None}, "input x must be a numpy array, not a NoneType"),
+            ({"x": np.ma.masked_array(array)}, "input x is a masked array"),
+            ({"x": torch.zeros(2, 3)}, r"input x is a PyTorch tensor: give an array, x.detach\(\).cpu\(\).numpy\(\)"),
+            (array, "takes a dict of arrays by input name, not a ndarray"),
+            ([array], "takes a dict of arrays by input name, not a list"),
+        ):
+            with pytest.raises(DanceError, match=said):
+                network.run(wrong)
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])

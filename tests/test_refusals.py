@@ -135,6 +135,7 @@ REFUSALS = {
     "run plain --top 3": "--top is of class scores",
     "run here --outputs scores.csv": "must end in .npz",
     "run here --outputs nowhere/scores.npz": "there is no folder nowhere",
+    "run here --inputs clip.npz --outputs finished/../clip.npz": "would be written over --inputs clip.npz",
     "run here --outputs folder.npz": "(Is a directory): choose another --outputs",
     "run here --inputs nowhere.npz": "there is no input file nowhere.npz",
     "run here --inputs small.npz": "clip must be float32 of shape (1, 3, 4, 8, 8)",
@@ -228,6 +229,7 @@ REFUSALS = {
     "export-dstep --out nowhere/clip.pt2": "there is no folder nowhere",
     "export-dstep --out file/clip.pt2": "choose another --out",
     "units --model c3d-maxi": "there is no network called 'c3d-maxi'",
+    "build --target nope": "unknown target 'nope': known targets are",
     "units --model torn.pt2": "is not a .pt2 file",
     "units --target jetson-nano": "is a GPU",
     "units --out nowhere/units.json": "there is no folder nowhere",
@@ -240,6 +242,8 @@ REFUSALS = {
     "report results.json results.json --paper dance": "--paper and --tuning belong to one file of results",
     "report results.json --format json --out page.html": "must end in .json",
     "report results.json --out nowhere/page.html": "there is no folder nowhere",
+    "report results.json --format json --out linked.json": "would be written over the results results.json",
+    "bench here --against results.json --out results.json": "would be written over --against results.json",
     "report board.toml": "holds no results of dance-tvm bench: give the file that `bench --out` wrote",
     "report bytes.toml": "bytes.toml is not a text file in UTF-8",
     "report nowhere.json": "nowhere.json cannot be read (No such file or directory): check the path",
@@ -353,6 +357,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "two.txt").write_text("jump\nrun\n")
     (root / "classes.csv").write_text("film,7\n")
     write_results(root / "results.json", Results(created="today", command="", host={}, devices=[]))
+    (root / "linked.json").symlink_to("results.json")
     return root
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -305,7 +306,9 @@ def read_results(path: Path) -> Results:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DanceError(no_results) from None
     if "seal" in facts:
-        raise DanceError(f"{path} is an artifact's manifest: `dance-tvm show {path.parent}` shows it; {no_results}")
+        raise DanceError(
+            f"{path} is an artifact's manifest: `dance-tvm show {quote(str(path.parent))}` shows it; {no_results}"
+        )
     if schema != SCHEMA_VERSION:
         raise DanceError(f"{path} has schema version {schema}; this dance-tvm reads {SCHEMA_VERSION}: bench again")
     try:

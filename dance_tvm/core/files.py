@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -45,6 +45,14 @@ def require_writable(path: Path, option: str) -> None:
         raise DanceError(said) from None
     except OSError as error:
         raise unwritable(path, option, error) from None
+
+
+def require_apart(path: Path, option: str, read: Mapping[str, Path | Sequence[Path] | None]) -> None:
+    """Raise DanceError where the file to write, by whatever path, is one of those that are ``read``, by option."""
+    for name, given in read.items():
+        for source in [given] if isinstance(given, Path) else given or []:
+            if source.exists() and path.exists() and source.samefile(path):
+                raise DanceError(f"{option} {path} would be written over {name} {source}: choose another {option}")
 
 
 def require_folder(path: Path, option: str) -> None:

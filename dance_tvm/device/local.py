@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from typing import Any
+from weakref import WeakSet
 
 from dance_tvm.artifact.folder import Artifact
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device import serve
 from dance_tvm.device.processes import THREADS_BY_ENVIRONMENT
-from dance_tvm.device.program import ProgramNetwork
+from dance_tvm.device.program import CLOSED, ProgramNetwork
 from dance_tvm.device.session import DeviceSession, LoadedNetwork
 
 
@@ -27,6 +28,8 @@ class LocalSession(DeviceSession):
 
     def __init__(self) -> None:
         self._threads = _asked_threads()
+        self._networks: WeakSet[ProgramNetwork] = WeakSet()
+        self._closed = False
 
     def facts(self) -> dict[str, Any]:
         return serve.describe()
@@ -42,8 +45,14 @@ class LocalSession(DeviceSession):
         self._threads = threads or (len(cpus) if cpus else _asked_threads())
 
     def load(self, artifact: Artifact) -> LoadedNetwork:
+        if self._closed:
+            raise DanceError(CLOSED)
         artifact.require_this_machine()
-        return ProgramNetwork(artifact, self._threads or artifact.manifest.target.threads)
+        network = ProgramNetwork(artifact, self._threads or artifact.manifest.target.threads)
+        self._networks.add(network)
+        return network
 
     def close(self) -> None:
-        pass
+        self._closed = True
+        for network in list(self._networks):
+            network.close()

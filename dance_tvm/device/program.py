@@ -14,12 +14,15 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.device.session import KernelTime, LoadedNetwork, arrange, kernel_table, merge_kernels
 from dance_tvm.machines.gpu import opencl_library
 
+CLOSED = "local: this session is closed, open the device again"
+
 
 class ProgramNetwork(LoadedNetwork):
     """A verified artifact whose library holds its program, on `threads` threads."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self.manifest = artifact.manifest
+        self._closed = False
         with _refusals(artifact.manifest.name):
             driver = opencl_library() if artifact.manifest.target.tvm.get("kind") == "opencl" else None
             self._model = Model(artifact.path, threads, verified=True, driver=driver)
@@ -44,7 +47,7 @@ class ProgramNetwork(LoadedNetwork):
 
     def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
         named = self._named(inputs)
-        with _refusals(self.manifest.name):
+        with _refusals(self.manifest.name), self._model.lock:
             timed = self._timed(named, repeats)
             seen: list[dict[str, Any]] = []
             table = kernel_table(self.manifest)
@@ -62,6 +65,11 @@ class ProgramNetwork(LoadedNetwork):
         peak = serve.peak_memory()
         return None if peak < 0 else peak
 
+    def close(self) -> None:
+        """Give memory and threads back, once a call under way in another thread has ended."""
+        self._closed = True
+        self._model.close()
+
     def _timed(self, named: Mapping[str, np.ndarray], repeats: int) -> list[list[dict[str, Any]]]:
         runs = []
         if repeats:
@@ -74,6 +82,8 @@ class ProgramNetwork(LoadedNetwork):
         return runs
 
     def _named(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._closed:
+            raise DanceError(CLOSED)
         values = arrange(self.manifest, inputs)
         return {tensor.name: value for tensor, value in zip(self.manifest.inputs, values, strict=True)}
 

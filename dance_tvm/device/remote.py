@@ -43,6 +43,7 @@ class Connection:
     def __init__(self, name: str, address: str, port: int, key: str, timeout: float, call_timeout: float) -> None:
         self.name = name
         self.call_timeout = call_timeout
+        self.turn = threading.RLock()
         self._sockets: list[socket.socket] = []
         self._note: Path | None = None
         self.session = self._connect(address, port, key, timeout)
@@ -53,9 +54,10 @@ class Connection:
         if self.session is None:
             raise DanceError(f"{self.name}: this session is closed, open the device again")
         limit = self.call_timeout if timeout is None else timeout
-        self._give_up_after(limit)
         try:
-            return function()
+            with self.turn:
+                self._give_up_after(limit)
+                return function()
         except DanceError:
             raise
         except Exception as error:  # TVM raises many kinds for a lost connection

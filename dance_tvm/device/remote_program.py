@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ class Caller(Protocol):
     """A connection whose calls have deadlines."""
 
     session: Any
+    turn: RLock  # of calls that belong together: one thread's at a time
 
     def call(self, what: str, function: Callable[[], _Result], timeout: float | None = None) -> _Result:
         """`function()`, which talks to the device."""
@@ -74,12 +76,12 @@ class RemoteProgram(LoadedNetwork):
                 self._destroy(self._model)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        arrays = self._run(self._given(inputs), self._outputs, lambda outputs: [each.numpy() for each in outputs])
+        arrays = self._run(inputs, self._outputs, lambda outputs: [each.numpy() for each in outputs])
         return {tensor.name: array for tensor, array in zip(self.manifest.outputs, arrays, strict=True)}
 
     def step(self, inputs: Mapping[str, Any]) -> tuple[np.ndarray, list[Any]]:
         outputs = self._new_outputs()  # they stay on the device as the next step's state
-        return self._run(self._given(inputs), outputs, lambda found: (found[0].numpy(), found[1:]))
+        return self._run(inputs, outputs, lambda found: (found[0].numpy(), found[1:]))
 
     def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         self._warm_up(inputs)
@@ -104,7 +106,7 @@ class RemoteProgram(LoadedNetwork):
         place = call("setting its watcher", address)
         call("setting its watcher", lambda: watch(self._model, place))
         try:
-            self._run(self._given(inputs), self._outputs, lambda _outputs: None)
+            self._run(inputs, self._outputs, lambda _outputs: None)
         finally:
             call("setting its watcher", lambda: watch(self._model, 0))
         return merge_kernels(timed, json.loads(call("looking at kernels", read)))
@@ -113,37 +115,40 @@ class RemoteProgram(LoadedNetwork):
         reset, peak = self._session.function("reset_peak_memory"), self._session.function("peak_memory")
         if reset is None or peak is None or not self._connection.call("resetting its peak memory", reset):
             return None
-        self._run(self._given(inputs), self._outputs, lambda _outputs: None)
+        self._run(inputs, self._outputs, lambda _outputs: None)
         found = self._connection.call("telling its peak memory", peak)
         return None if found < 0 else found
 
     def _function(self, name: str) -> Any:
         return self._connection.call("answering a question", lambda: self._module[name], timeout=60)
 
-    def _run(self, inputs: list[Any], outputs: list[Any], fetch: Callable[[list[Any]], Any]) -> Any:
+    def _run(self, inputs: Mapping[str, Any], outputs: list[Any], fetch: Callable[[list[Any]], Any]) -> Any:
         """What `fetch` makes of the outputs on the device, while the connection's deadline runs."""
-        run = self._function("dance_run")
 
         def invoke() -> Any:
-            run(self._model, *inputs, *outputs)
+            run(self._model, *given, *outputs)
             return fetch(outputs)
 
-        return self._connection.call("running", invoke)
+        with self._connection.turn:
+            given, run = self._given(inputs), self._function("dance_run")
+            return self._connection.call("running", invoke)
 
     def _warm_up(self, inputs: Mapping[str, np.ndarray]) -> None:
-        self._run(self._given(inputs), self._outputs, lambda _outputs: None)
+        self._run(inputs, self._outputs, lambda _outputs: None)
 
     def _measured(
         self, function: str, inputs: Mapping[str, np.ndarray], repeats: int, shape: tuple[int, ...]
     ) -> np.ndarray:
         """The nanoseconds that `function` writes into an array of `shape`."""
-        measure, given, found = self._function(function), self._given(inputs), self._empty(shape, "int64")
+        measure, found = self._function(function), self._empty(shape, "int64")
 
         def invoke() -> np.ndarray:
             measure(self._model, repeats, found, *given, *self._outputs)
             return found.numpy()
 
-        return self._connection.call("being timed", invoke)
+        with self._connection.turn:
+            given = self._given(inputs)
+            return self._connection.call("being timed", invoke)
 
     def _step_names(self) -> list[str]:
         steps, name = self._function("dance_steps"), self._function("dance_step_name")

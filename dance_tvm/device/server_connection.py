@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import struct
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ class ServerConnection:
         self.name, self.call_timeout = name, call_timeout
         self._socket: socket.socket | None = connection
         host, port = connection.getpeername()[:2]
+        self._turn = threading.Lock()  # a request and its reply are one thread's
         self._note: Path | None = holds.hold(host, port)
 
     def ask(self, what: str, operation: Operation, *pieces: bytes | memoryview, timeout: float | None = None) -> bytes:
@@ -68,6 +70,12 @@ class ServerConnection:
         self, what: str, operation: Operation, *pieces: bytes | memoryview, timeout: float | None = None
     ) -> list[bytes]:
         """The parts that came before the reply, and the reply."""
+        with self._turn:
+            return self._ask_alone(what, operation, pieces, timeout)
+
+    def _ask_alone(
+        self, what: str, operation: Operation, pieces: Sequence[bytes | memoryview], timeout: float | None
+    ) -> list[bytes]:
         if self._socket is None:
             raise DanceError(f"{self.name}: this session is closed, open the device again")
         limit = self.call_timeout if timeout is None else timeout

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dance_tvm.artifact.folder import Artifact, Manifest
+from dance_tvm.artifact.interface.dance_model import array_fault
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.stream import StreamSession
@@ -154,10 +155,14 @@ def arrange(manifest: Manifest, inputs: Mapping[str, Any]) -> list[Any]:
     Raises DanceError for a missing, unexpected or misshapen one.
     """
     names = [tensor.name for tensor in manifest.inputs]
+    if not isinstance(inputs, Mapping):
+        raise DanceError(f"{manifest.name} takes a dict of arrays by input name, not a {type(inputs).__name__}")
     if set(names) != set(inputs):
         raise DanceError(f"{manifest.name} takes the inputs {', '.join(names)}, not {', '.join(inputs) or 'none'}")
     for tensor in manifest.inputs:
         array = inputs[tensor.name]
+        if fault := array_fault(tensor.name, array):
+            raise DanceError(fault)
         if list(array.shape) != tensor.shape or str(array.dtype) != tensor.dtype:
             raise DanceError(
                 f"input {tensor.name} must be {tensor.dtype} of shape {tuple(tensor.shape)}, "

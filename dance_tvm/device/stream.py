@@ -14,11 +14,13 @@ so several sessions may share one; its tensors stay on the device from frame to 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
 
 from dance_tvm.artifact.folder import Manifest
+from dance_tvm.artifact.interface.dance_model import array_fault
 from dance_tvm.core.errors import DanceError
 
 
@@ -51,21 +53,26 @@ class StreamSession:
 
     def __init__(self, network: Steps) -> None:
         self._network = network
+        self._lock = Lock()  # the state that one thread's frame leaves is the next one's
         require_stream(network.manifest)
         self._frame, *self._state_in = network.manifest.inputs
         self.reset()
 
     def reset(self) -> None:
         """Forget every frame seen."""
-        self._state: list[Any] = [np.zeros(tensor.shape, tensor.dtype) for tensor in self._state_in]
+        with self._lock:
+            self._state: list[Any] = [np.zeros(tensor.shape, tensor.dtype) for tensor in self._state_in]
 
     def step(self, frame: np.ndarray) -> np.ndarray:
         """The network's first output after one more frame, which has the shape of the network's first input.
 
         Raises DanceError for another shape; the state is then as it was.
         """
+        if fault := array_fault(self._frame.name, frame):
+            raise DanceError(fault)
         if list(frame.shape) != list(self._frame.shape):
             raise DanceError(f"a frame of this stream has shape {tuple(self._frame.shape)}, not {frame.shape}")
-        state = {tensor.name: value for tensor, value in zip(self._state_in, self._state, strict=True)}
-        scores, self._state = self._network.step({self._frame.name: frame, **state})
+        with self._lock:
+            state = {tensor.name: value for tensor, value in zip(self._state_in, self._state, strict=True)}
+            scores, self._state = self._network.step({self._frame.name: frame, **state})
         return scores

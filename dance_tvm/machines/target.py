@@ -181,7 +181,7 @@ def load_target(spec: str | Path) -> Target:
     names = _names()
     found = names.get(str(spec).lower())
     if found is None:
-        near = difflib.get_close_matches(str(spec).lower(), names, n=1)
+        near = difflib.get_close_matches(str(spec).lower(), names, n=1, cutoff=0.7)
         hint = f"did you mean {names[near[0]].stem!r}? " if near else ""
         known = ", ".join(sorted(path.stem for path in set(names.values())))
         raise DanceError(f"unknown target {str(spec)!r}: {hint}known targets are {known}, or give a .toml file")

@@ -144,7 +144,7 @@ def names() -> list[str]:
 def entry(name: str) -> ModelEntry:
     """The registry's entry for ``name``. Raises DanceError, suggesting the nearest name, where there is none."""
     if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY, n=1)
+        near = difflib.get_close_matches(name, _REGISTRY, n=1, cutoff=0.7)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names())}"
         raise DanceError(f"there is no network called {name!r}: {hint}")
     return _REGISTRY[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from dance_tvm.benchmarking.results import Device, Measured, Results, Verdict
@@ -33,7 +34,7 @@ def comparison(first: Results, second: Results, names: tuple[str, str]) -> Page:
         tables=[_summary(found), *(_layers(*each) for each in shared if each[1].profile and each[2].profile)],
         charts=[_chart(shared)],
         pictures=[],
-        command=f"dance-tvm report {names[0]} {names[1]}",
+        command=shlex.join(["dance-tvm", "report", *names]),
     )
 
 

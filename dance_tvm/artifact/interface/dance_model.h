@@ -41,7 +41,8 @@ enum {
   DANCE_NO_MEMORY = 2,
   DANCE_BAD_WEIGHTS = 3,
   DANCE_FAILED = 4,   /* a kernel refused; error() says why */
-  DANCE_CANCELLED = 5
+  DANCE_CANCELLED = 5,
+  DANCE_BUSY = 6      /* another thread's call on this model is under way; nothing was done */
 };
 
 typedef enum { DANCE_INT = 0, DANCE_UINT = 1, DANCE_FLOAT = 2, DANCE_BFLOAT = 4, DANCE_BOOL = 6 } dance_kind;
@@ -104,7 +105,7 @@ typedef struct {
   void (*cancel)(dance_model *model);                 /* the call under way ends with DANCE_CANCELLED soon */
   const char *(*error)(const dance_model *model);     /* of the last call that did not end with DANCE_OK */
   size_t (*memory)(const dance_model *model);         /* bytes that this model holds, weights that it shares left out */
-  void (*destroy)(dance_model *model);                /* NULL is allowed */
+  void (*destroy)(dance_model *model);                /* NULL is allowed; no call may be under way */
   /* Called after each kernel from the thread that runs the model, until another one or NULL takes its place. */
   void (*watch)(dance_model *model, dance_watcher watcher, void *context);
   /* `count` runs, and the nanoseconds of each; on a GPU without bringing inputs there and outputs back. */

@@ -3,8 +3,8 @@
     model = Model("artifacts/mine")
     scores = model.run({"clip": clip})["scores"]
 
-`dance_model.h` says what each function promises. A model runs one call at a time; several may run at once in several
-threads, and share their weights (`Model(..., share=other)`).
+`dance_model.h` says what each function promises. A model runs one call at a time: calls from several threads wait for
+one another. Several models may run at once in several threads, and share their weights (`Model(..., share=other)`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import ctypes
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,9 @@ class Model:
         device: str | None = None,
     ) -> None:
         self._model: int | None = None
+        #: Held by each call; hold it over several that belong together.
+        self.lock = threading.RLock()
+        self._guard = threading.Lock()  # of the handle, which `cancel` and `share` use while a call is under way
         self._api = _api_of(Path(folder, "model.so"))
         self.inputs = _listed(self._api.inputs)
         self.outputs = _listed(self._api.outputs)
@@ -141,7 +146,6 @@ class Model:
             size=ctypes.sizeof(_Options),
             threads=threads or 0,
             weights_path=os.fsencode(weights) if weights.exists() else None,
-            share=share._model if share else None,
             cpus=self._cpus,
             cpu_count=len(cpus or ()),
             verified=int(verified),
@@ -149,20 +153,27 @@ class Model:
             device=device.encode() if device else None,
         )
         said = ctypes.create_string_buffer(_ERROR_BYTES)
-        self._model = self._api.create(ctypes.byref(options), said, _ERROR_BYTES)
+        if share:
+            with share._guard:
+                options.share = share._opened()
+                self._model = self._api.create(ctypes.byref(options), said, _ERROR_BYTES)
+        else:
+            self._model = self._api.create(ctypes.byref(options), said, _ERROR_BYTES)
         if not self._model:
             raise ModelError(said.value.decode(errors="replace"))
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name for inputs by name. Raises ModelError for a missing, unexpected or misshapen input."""
         given, results = self._given(inputs), self._room()
-        self._require(self._api.run(self._model, _addresses(given), _addresses(list(results.values()))))
+        with self._calling() as model:
+            self._require(self._api.run(model, _addresses(given), _addresses(list(results.values()))))
         return results
 
     def time(self, inputs: Mapping[str, np.ndarray], runs: int) -> list[float]:
         """Seconds of each of so many runs."""
         given, results, found = self._given(inputs), list(self._room().values()), (ctypes.c_int64 * runs)()
-        self._require(self._api.time(self._model, _addresses(given), _addresses(results), runs, found))
+        with self._calling() as model:
+            self._require(self._api.time(model, _addresses(given), _addresses(results), runs, found))
         return [1e-9 * nanoseconds for nanoseconds in found]
 
     def watch(
@@ -174,13 +185,16 @@ class Model:
             seen(kernel.decode(), [_array(views[index]) for index in range(count)])
 
         watcher = _WATCHER(each)
-        self._api.watch(self._model, watcher, None)
-        try:
-            return self.run(inputs)
-        finally:
-            self._api.watch(self._model, _WATCHER(), None)
+        with self._calling() as model:
+            self._api.watch(model, watcher, None)
+            try:
+                return self.run(inputs)
+            finally:
+                self._api.watch(model, _WATCHER(), None)
 
     def _given(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        if not isinstance(inputs, Mapping):
+            raise ModelError(f"run takes a dict of arrays by input name, not a {type(inputs).__name__}")
         if set(inputs) != set(self.inputs):
             raise ModelError(f"the inputs are {', '.join(self.inputs)}, not {', '.join(inputs) or 'none'}")
         return [_fitting(name, inputs[name], kind) for name, kind in self.inputs.items()]
@@ -192,40 +206,47 @@ class Model:
         """One frame of a stream, the network's first input: its first output; the state stays in the model."""
         name, kind = next(iter(self.inputs.items()))
         given, result = _fitting(name, frame, kind), _room(*next(iter(self.outputs.values())))
-        self._require(self._api.step(self._model, given.ctypes.data, result.ctypes.data))
+        with self._calling() as model:
+            self._require(self._api.step(model, given.ctypes.data, result.ctypes.data))
         return result
 
     def reset(self) -> None:
         """Forget every frame seen."""
-        self._require(self._api.reset(self._model))
+        with self._calling() as model:
+            self._require(self._api.reset(model))
 
     def profile(self, on: bool = True) -> None:
         """Forget the times of kernels, and take them from here on."""
-        self._require(self._api.profile(self._model, int(on)))
+        with self._calling() as model:
+            self._require(self._api.profile(model, int(on)))
 
     def layers(self) -> list[tuple[str, int, int]]:
         """Kernel, calls and nanoseconds of each step, in the order of their calls."""
         times = ctypes.POINTER(_LayerTime)()
-        count = self._api.layers(self._model, ctypes.byref(times))
-        return [(times[each].kernel.decode(), times[each].calls, times[each].nanoseconds) for each in range(count)]
+        with self._calling() as model:
+            count = self._api.layers(model, ctypes.byref(times))
+            return [(times[each].kernel.decode(), times[each].calls, times[each].nanoseconds) for each in range(count)]
 
     def cancel(self) -> None:
         """End the call under way in another thread, which raises ModelError there."""
-        self._api.cancel(self._model)
+        with self._guard:
+            self._api.cancel(self._opened())
 
     def memory(self) -> int:
         """Bytes that the model holds; weights that it shares are left out."""
-        return int(self._api.memory(self._model))
+        with self._calling() as model:
+            return int(self._api.memory(model))
 
     def describe(self) -> str:
         """The network, its target and versions, in one line."""
         return self._api.describe().decode()
 
     def close(self) -> None:
-        """Give memory and threads back; may be called twice."""
-        if self._model:
-            self._api.destroy(self._model)
-            self._model = None
+        """Give memory and threads back, once a call under way in another thread has ended; may be called twice."""
+        with self.lock, self._guard:
+            if self._model:
+                self._api.destroy(self._model)
+                self._model = None
 
     def __enter__(self) -> Model:
         return self
@@ -235,6 +256,17 @@ class Model:
 
     def __del__(self) -> None:
         self.close()
+
+    @contextmanager
+    def _calling(self) -> Iterator[int]:
+        """The handle, for one thread alone. Raises ModelError where the model is closed."""
+        with self.lock:
+            yield self._opened()
+
+    def _opened(self) -> int:
+        if not self._model:
+            raise ModelError("the model is closed: make a new one")
+        return self._model
 
     def _require(self, code: int) -> None:
         if code != _OK:
@@ -322,7 +354,20 @@ def _bfloat16() -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16)
 
 
+def array_fault(name: str, value: object) -> str | None:
+    """What keeps a value from being read as a plain array, where something does."""
+    if isinstance(value, np.ma.MaskedArray):
+        return f"input {name} is a masked array, and a network sees no mask: fill it, as {name}.filled(0)"
+    if str(getattr(value, "dtype", "")).startswith("torch."):
+        return f"input {name} is a PyTorch tensor: give an array, {name}.detach().cpu().numpy()"
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        return f"input {name} must be a numpy array, not a {type(value).__name__}"
+    return None
+
+
 def _fitting(name: str, array: np.ndarray, kind: tuple[tuple[int, ...], np.dtype]) -> np.ndarray:
+    if fault := array_fault(name, array):
+        raise ModelError(fault)
     shape, dtype = kind
     if array.shape != shape or array.dtype != dtype:
         raise ModelError(f"input {name} must be {dtype} of shape {shape}, not {array.dtype} of shape {array.shape}")

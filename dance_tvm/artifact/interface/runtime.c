@@ -8,7 +8,7 @@ struct dance_model {
   machine *machine;
   dance_layer_time *times;
   int profiles, streams;
-  _Atomic int cancelled;
+  _Atomic int cancelled, busy;
   dance_watcher watcher;
   void *context;
   dance_view *views; /* what the watcher is shown of one step */
@@ -16,8 +16,23 @@ struct dance_model {
   char error[ERROR_BYTES];
 };
 
+/* The model that refused this thread's last call, as another thread's was under way. */
+static _Thread_local const dance_model *refused_by;
+
 static int refuse(dance_model *model, int code, const char *sentence) {
+  refused_by = NULL;
   SAY(model->error, sizeof model->error, sentence);
+  return code;
+}
+
+static int begin(dance_model *model) {
+  const int busy = atomic_exchange_explicit(&model->busy, 1, memory_order_acquire);
+  refused_by = busy ? model : NULL;
+  return busy ? DANCE_BUSY : DANCE_OK;
+}
+
+static int end(dance_model *model, int code) {
+  atomic_store_explicit(&model->busy, 0, memory_order_release);
   return code;
 }
 
@@ -130,7 +145,8 @@ static int run_steps(dance_model *model) {
 
 /* Inputs in, steps, outputs out: all of them, or the first one, and the state stays where it is. */
 static int call(dance_model *model, const void *const *inputs, void *const *outputs, int32_t count) {
-  int code = DANCE_OK;
+  int code = begin(model);
+  if (code) return code;
   seat before = enter(&model->threads);
   atomic_store(&model->cancelled, 0);
   if (give_addresses(model->machine, inputs, outputs, count)) code = failed(model, "the inputs");
@@ -139,7 +155,7 @@ static int call(dance_model *model, const void *const *inputs, void *const *outp
     if (take_output(model->machine, each, outputs[each])) code = failed(model, "the outputs");
   if (!code && count < model->program->output_count && keep_state(model->machine)) code = failed(model, "the state");
   leave(before);
-  return code;
+  return end(model, code);
 }
 
 static int run(dance_model *model, const void *const *inputs, void *const *outputs) {
@@ -159,12 +175,17 @@ static int step(dance_model *model, const void *frame, void *output) {
   return call(model, inputs, &output, 1);
 }
 
-static int reset(dance_model *model) { return forget_state(model->machine) ? failed(model, "the state") : DANCE_OK; }
+static int reset(dance_model *model) {
+  const int code = begin(model);
+  return code ? code : end(model, forget_state(model->machine) ? failed(model, "the state") : DANCE_OK);
+}
 
 static int profile(dance_model *model, int on) {
+  const int code = begin(model);
+  if (code) return code;
   for (int32_t each = 0; each < model->program->step_count; each++) model->times[each].calls = model->times[each].nanoseconds = 0;
   model->profiles = on;
-  return DANCE_OK;
+  return end(model, DANCE_OK);
 }
 
 static int32_t layers(dance_model *model, const dance_layer_time **times) {
@@ -174,7 +195,9 @@ static int32_t layers(dance_model *model, const dance_layer_time **times) {
 
 static void cancel(dance_model *model) { atomic_store(&model->cancelled, 1); }
 
-static const char *error_of(const dance_model *model) { return model->error; }
+static const char *error_of(const dance_model *model) {
+  return refused_by == model ? "the model is running in another thread: its calls must not overlap" : model->error;
+}
 
 static size_t memory(const dance_model *model) {
   size_t bytes = sizeof *model + machine_bytes(model->machine);
@@ -187,10 +210,15 @@ static void watch(dance_model *model, dance_watcher watcher, void *context) {
   model->context = context;
 }
 
+static int steps_alone(dance_model *model) {
+  const int code = begin(model);
+  return code ? code : end(model, run_steps(model));
+}
+
 /* A whole call; on a GPU its steps alone, between inputs and outputs that are brought there and back. */
 static int timed(dance_model *model, const void *const *inputs, void *const *outputs, int64_t *nanoseconds) {
   const int64_t start = now();
-  int code = model->program->gpu ? run_steps(model) : run(model, inputs, outputs);
+  int code = model->program->gpu ? steps_alone(model) : run(model, inputs, outputs);
   if (!code && finish_steps(model->machine)) code = failed(model, "the call");
   *nanoseconds = now() - start;
   return code;
