@@ -122,7 +122,7 @@ def networks(
     rows: list[dict[str, str | int | float]] = []
     for name in only.split(","):
         for dtype, conv in BUILDS:
-            network, inputs = _network(name)
+            network, inputs = named_network(name)
             if frames and name == "transnetv2":
                 inputs = tuple(clip[:, :frames] for clip in inputs)
             count = _instructions(network, inputs, dtype, conv, target)
@@ -140,7 +140,7 @@ def networks(
     Console().print(table)
 
 
-def _network(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+def named_network(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """A network of the zoo or of those published, and its inputs."""
     known = {network.name: network for network in NETWORKS}
     if name in known:
@@ -307,7 +307,7 @@ def peers(
     table, rows = Table("network", *asked), []
     for name in only.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            network, inputs = _network(name)
+            network, inputs = named_network(name)
             case = export_case(name, network.eval(), list(inputs), Path(folder))
             counts = {engine: emulated.instructions(engine, case) for engine in asked}
         rows += [{"network": name, "engine": engine, "instructions": count} for engine, count in counts.items()]

@@ -47,14 +47,22 @@ def count_calls(python: Sequence[str], program: str, arguments: Sequence[object]
 
 def _count(counter: InstructionCounter, command: Sequence[object]) -> int:
     """Instructions of one run of ``command``, which begins with qemu."""
-    qemu, *rest = map(str, command)
     before = counter.read() if counter.file.exists() else 0
-    command = [qemu, *counter.options, "-E", "TVM_NUM_THREADS=1", *rest]
+    run_emulated(counter.options, command)
+    return counter.read() - before
+
+
+def run_emulated(options: Sequence[str], command: Sequence[object]) -> None:
+    """Run ``command``, which begins with qemu, on one thread and with more options for qemu.
+
+    Raises DanceError where it fails.
+    """
+    qemu, *rest = map(str, command)
+    command = [qemu, *options, "-E", "TVM_NUM_THREADS=1", *rest]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     if done.returncode:
         reason = ((done.stderr or done.stdout).strip().splitlines() or ["no output"])[-1]
         raise DanceError(f"{rest[-2]} does not run on the emulated device: {reason}")
-    return counter.read() - before
 
 
 def instructions(artifact: Artifact, given: Sequence[Mapping[str, np.ndarray]] = ()) -> list[int]:

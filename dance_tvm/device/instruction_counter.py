@@ -17,7 +17,7 @@ from dance_tvm.core.errors import DanceError
 COMPILE_TIMEOUT_S = 120
 
 # qemu's plugin interface, version 1 (docs/devel/tcg-plugins.rst); its header is not packaged apart from qemu's source.
-PLUGIN = r"""
+PLUGIN_INTERFACE = r"""
 #include <fcntl.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -35,6 +35,11 @@ extern void qemu_plugin_register_vcpu_tb_exec_inline(struct qemu_plugin_tb *, en
 
 #define EXPORT __attribute__((visibility("default")))
 EXPORT int qemu_plugin_version = 1;
+"""
+
+PLUGIN = (
+    PLUGIN_INTERFACE
+    + r"""
 static uint64_t *executed;
 
 static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb *block)
@@ -58,6 +63,7 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int
     return 0;
 }
 """
+)
 
 
 class InstructionCounter:
@@ -72,10 +78,10 @@ class InstructionCounter:
         return struct.unpack("Q", self.file.read_bytes())[0]
 
 
-def build_plugin(folder: Path) -> Path:
-    """The plugin, compiled for this machine. Raises DanceError where there is no compiler, or it fails."""
+def build_plugin(folder: Path, text: str = PLUGIN) -> Path:
+    """A plugin, compiled for this machine. Raises DanceError where there is no compiler, or it fails."""
     source, library = folder / "count.c", folder / "libcount.so"
-    source.write_text(PLUGIN)
+    source.write_text(text)
     compiler = [found] if (found := shutil.which("cc")) else [sys.executable, "-m", "ziglang", "cc"]
     done = subprocess.run(
         [*compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(source)],
