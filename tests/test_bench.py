@@ -114,8 +114,8 @@ def test_every_frame_of_a_winograd_tile_counts_as_computed():
         "tap_entries": np.zeros((1, 2), "int32"),
         "columns": np.arange(16, dtype="int32")[None],
         "rows_out": rows.reshape(1, 4, 8),
-        "runs": np.array([[[0, 1, 0, 4]]], "int32"),
-        "counts": np.array([[32, 4, 1, 0], [1, 0, 0, 0]], "int32"),
+        "runs": np.array([[[0, 1, 0, 4, 0]]], "int32"),
+        "counts": np.array([[32, 4, 1], [1, 0, 0]], "int32"),
     }
     tensors = {name: tvm.runtime.tensor(array) for name, array in lists.items()}
     kernel = {"tile": [4, 4, 4], "by_frame": False}
@@ -137,8 +137,8 @@ def test_frames_are_clips_of_winograds_lists_where_the_kernel_says_so():
             "tap_entries": np.zeros((1, 2), "int32"),
             "columns": np.array(lists["columns"], "int32"),
             "rows_out": np.array(lists["rows_out"], "int32").reshape(1, 1, 4),
-            "runs": np.array([[[0, 1, 0, 1]]], "int32"),
-            "counts": np.array([[2, 1, 1, 0], [1, 0, 0, 0]], "int32"),
+            "runs": np.array([[[0, 1, 0, 1, 0]]], "int32"),
+            "counts": np.array([[2, 1, 1], [1, 0, 0]], "int32"),
         }
         tensors = {name: tvm.runtime.tensor(array) for name, array in arrays.items()}
         kernel = {"tile": [1, 4, 4], "by_frame": by_frame}

@@ -306,7 +306,7 @@ def command(*arguments):
     ("arrays", "told"),
     [
         ({"clip": np.zeros((1, 2, 6, 8, 9), "float32")}, "clip has shape (1, 2, 6, 8, 9), and"),
-        ({"clip": np.zeros((1, 2, 6, 8, 8), "float64")}, "not float64"),
+        ({"clip": np.zeros((1, 2, 6, 8, 8), "float64")}, "clip has type float64, and"),
         ({"clip": CLIP.numpy(), "more": np.zeros(2)}, "has unknown more"),
     ],
 )

@@ -262,7 +262,9 @@ def test_an_artifact_for_another_machine_is_refused(server, tmp_path):
 
 def test_inputs_are_checked(host_artifact):
     with open_device("local") as device:
-        network = device.load(host_artifact)
+        with pytest.raises(DanceError, match="load takes an artifact or its folder, not a dict"):
+            device.load({})
+        network = device.load(str(host_artifact.path))
         with pytest.raises(DanceError, match="takes the inputs x, not y"):
             network.run({"y": np.zeros((2, 3), "float32")})
         with pytest.raises(DanceError, match=r"input x must be float32 of shape \(2, 3\), not float64"):
@@ -298,9 +300,19 @@ def test_children_end_with_whoever_started_them(end):
 
 
 @pytest.mark.device
-def test_an_interrupted_run_on_the_emulated_device_leaves_no_process(emulator, tmp_path):
+def test_an_interrupted_bench_on_the_emulated_device_leaves_no_process(emulator, tmp_path):
     artifact = matmul_artifact(tmp_path / "arm", "aarch64-linux")
-    words = [sys.executable, "-m", "dance_tvm.run", str(artifact.path), "--device", "emulator"]
+    words = [
+        sys.executable,
+        "-m",
+        "dance_tvm.bench",
+        str(artifact.path),
+        "--device",
+        "emulator",
+        "--seconds",
+        "100",
+        "-q",
+    ]
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         parent = psutil.Process(process.pid)
         deadline = time.monotonic() + 120

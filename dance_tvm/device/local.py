@@ -44,7 +44,7 @@ class LocalSession(DeviceSession):
             raise DanceError(f"this machine has no CPUs {cpus}: it has {sorted(os.sched_getaffinity(0))}") from None
         self._threads = threads or (len(cpus) if cpus else _asked_threads())
 
-    def load(self, artifact: Artifact) -> LoadedNetwork:
+    def _load(self, artifact: Artifact) -> LoadedNetwork:
         if self._closed:
             raise DanceError(CLOSED)
         artifact.require_this_machine()

@@ -179,7 +179,7 @@ class RemoteSession(DeviceSession):
             configure = self.connection.session.get_function("runtime.config_threadpool")
             self.connection.call("setting its threads", lambda: configure(_BIG_CORES_FIRST, threads), timeout=60)
 
-    def load(self, artifact: Artifact) -> LoadedNetwork:
+    def _load(self, artifact: Artifact) -> LoadedNetwork:
         if self._facts:
             require_fit(artifact, self.name, self._facts)
         library = self.upload(artifact.library)

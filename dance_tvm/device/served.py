@@ -53,7 +53,7 @@ class ServedSession(DeviceSession):
         self.connection.ask("pinning its threads", Operation.PIN, words, timeout=_SMALL_TIMEOUT_S)
         self._threads = threads or len(chosen) or None
 
-    def load(self, artifact: Artifact) -> LoadedNetwork:
+    def _load(self, artifact: Artifact) -> LoadedNetwork:
         manifest = artifact.manifest
         require_fit(artifact, self.name, self._facts)
         while self._abandoned:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dance_tvm.artifact.folder import Artifact, Manifest
+from dance_tvm.artifact.folder import Artifact, Manifest, load_artifact
 from dance_tvm.artifact.interface.dance_model import array_fault
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.core.errors import DanceError
@@ -134,9 +134,16 @@ class DeviceSession(ABC):
     def pin(self, cpus: list[int] | None, threads: int | None) -> None:
         """Run on these CPUs with so many threads from here on. Raises DanceError where the device has them not."""
 
+    def load(self, artifact: Artifact | str | Path) -> LoadedNetwork:
+        """Bring an artifact, or that of a folder, onto the device. Raises DanceError where it does not fit it."""
+        if isinstance(artifact, str | Path):
+            artifact = load_artifact(artifact)
+        if not isinstance(artifact, Artifact):
+            raise DanceError(f"load takes an artifact or its folder, not a {type(artifact).__name__}")
+        return self._load(artifact)
+
     @abstractmethod
-    def load(self, artifact: Artifact) -> LoadedNetwork:
-        """Bring the artifact onto the device. Raises DanceError where it does not fit it."""
+    def _load(self, artifact: Artifact) -> LoadedNetwork: ...
 
     @abstractmethod
     def close(self) -> None:

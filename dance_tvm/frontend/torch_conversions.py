@@ -12,7 +12,6 @@ from torch import fx
 from tvm import relax
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.frontend import division
 from dance_tvm.frontend.torch_axes import AXES
 from dance_tvm.frontend.torch_convolutions import CONVOLUTIONS
 from dance_tvm.frontend.torch_indexing import INDEXING
@@ -35,6 +34,7 @@ from dance_tvm.frontend.torch_values import (
     name_of,
     shape_of,
 )
+from dance_tvm.ir import division
 
 
 def _operands(node: fx.Node, importer: Importer) -> tuple[relax.Expr, relax.Expr, str]:

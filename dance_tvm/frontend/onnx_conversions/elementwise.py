@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from dance_tvm.frontend import division
 from dance_tvm.frontend.onnx_conversions.operator import (
     Conversion,
     Operator,
@@ -18,6 +17,7 @@ from dance_tvm.frontend.onnx_conversions.operator import (
     shape_of,
     shaped_like_axis,
 )
+from dance_tvm.ir import division
 
 
 def _cast(op: Operator) -> Any:
