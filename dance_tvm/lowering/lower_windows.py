@@ -282,7 +282,7 @@ class _Lowering:
             source, window = padded.source, padded.inside(window)
             counted = (added(counted[0], padded.before), added(counted[1], padded.behind))
         alive, wanted = self.liveness.alive_in(source), self.liveness.wanted(var)
-        read = alive.positions if self.sites.passed_over(source) else None  # else they are stored as zeros
+        read = alive.positions if self.sites.may_hold_anything(source) else None  # else they are stored as zeros
         computed = wanted.positions if self.sites.pools_skip else None
         channels = shape_of(source)[-1]
         fields: dict[str, Any] = {

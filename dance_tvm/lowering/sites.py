@@ -271,8 +271,8 @@ class Sites:
             return all(self._passes_over(after) for after in self.graph.readers[reader])
         return self.pools_skip and self._is_pool(reader)
 
-    def passed_over(self, var: relax.Var) -> bool:
-        """Whether a pool of ``var`` may find anything at its dead positions, and so must know them."""
+    def may_hold_anything(self, var: relax.Var) -> bool:
+        """Whether dead positions of ``var`` may hold anything, so that a pool of it must know which they are."""
         stored = not self.pools_skip or var not in self.by_end or self.needs_zero_positions(var)
         return var in self.aliases or not stored
 
