@@ -87,7 +87,7 @@ def build(
     memory: Annotated[
         Literal["small", "balanced", "fast"],
         typer.Option(
-            help="Of a processor's large layers: small transforms none, balanced by 2.4 at most (docs/c-interface.md)."
+            help="How far a processor's weights may grow when kernels prepare them (docs/c-interface.md)."
         ),
     ] = "balanced",
     weights_dtype: Annotated[

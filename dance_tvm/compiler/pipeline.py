@@ -130,7 +130,7 @@ def lower(
     phases.write_reasons(reasons)
     layers = [_with_reason(layer, reasons.of(layer.name)) for layer in windows.layers]
     layers = _as_called(layers, windows.calls, mod)
-    found = windows.workloads, windows.sources, kernels_of(mod), windows.calls, source
+    found = windows.workloads, windows.sources, kernels_of(mod), windows.calls, source, windows.limits
     return Lowered(mod, layers, lift_weights.weights, *found)
 
 

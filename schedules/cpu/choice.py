@@ -203,14 +203,12 @@ def _with_direct(choice: Choice[LayerKernel], conv: GatherConv, layer: Layer, ma
     return choice if both is None else replace(choice, kernel=both)
 
 
-def memory_trades(
-    layer: Layer, machine: Machine, log: TuningLog | None, most_scratch: float
-) -> list[tuple[float, float]]:
+def memory_trades(layer: Layer, machine: Machine, log: TuningLog | None, limits: Limits) -> list[tuple[float, float]]:
     """What memory buys in a layer (:func:`.winograd_choice.trades`); one entry where there is no choice."""
     few = is_dense(layer, *MASKS_OF_LINES) and layer.channels_in <= FEW_CHANNELS
     if is_pointwise(layer) or layer.groups > 1 or layer.spread is not None or layer.planar or few:
         return [(1.0, 0.0)]
-    return trades(settled_direct(layer, machine, log).kernel, machine, layer.threads, most_scratch)
+    return trades(settled_direct(layer, machine, log).kernel, machine, layer.threads, limits)
 
 
 def offer_pointwise(layer: Layer, machine: Machine, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel] | None:
