@@ -97,7 +97,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a layer brings: float32 (C_out, C_in / groups, KT, KH, KW), or None where only time is asked of its kernel,
+    """A layer's weights: float32 (C_out, C_in / groups, KT, KH, KW), or None where only time is asked of its kernel,
     bias (C_out,), and, with kernel groups, their columns and the columns' weights (columns, filters of a group)."""
 
     weight: np.ndarray | None

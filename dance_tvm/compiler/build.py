@@ -318,7 +318,7 @@ def _describe(manifest: Manifest, lowered: Lowered, planned: tvm.IRModule, optio
 
 
 def new_manifest(imported: Imported, machine: Target, options: Options, logs_from: Target | None = None) -> Manifest:
-    """All that is known before anything is compiled."""
+    """The manifest as far as it is known before anything is compiled."""
     chosen = _recorded(options)
     if digest := digest_of_logs(logs_from or machine, options.logs):
         chosen["tuning_logs"] = digest
