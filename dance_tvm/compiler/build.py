@@ -72,7 +72,7 @@ class Built:
 
 @dataclass
 class _Clock:
-    """Tells the listener of each phase and keeps its seconds."""
+    """Reports each phase to the listener and records its seconds."""
 
     listener: Callable[[str], None] | None
     seconds: dict[str, float] = field(default_factory=dict)
