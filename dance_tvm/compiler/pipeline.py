@@ -44,6 +44,7 @@ from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_before_concat import NormsBeforeConcat
 from dance_tvm.transform.norms_by_clip import NormsByClip
+from dance_tvm.transform.powers import legalize_powers
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
 from dance_tvm.transform.spread_transposed import SpreadTransposed
@@ -101,6 +102,7 @@ def lower(
     lift_weights, reasons = LiftWeights(), Reasons()
     phases = _Phases(on_phase, options.debug_dump)
     source = mod
+    legalize_powers()
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
         spread = [] if gpu is None else [SpreadTransposed(reasons)]
         narrow = [NarrowChannels(reasons)] if options.sparsity == "auto" else []
