@@ -86,9 +86,7 @@ def build(
     ] = None,
     memory: Annotated[
         Literal["small", "balanced", "fast"],
-        typer.Option(
-            help="How far a processor's weights may grow when kernels prepare them (docs/c-interface.md)."
-        ),
+        typer.Option(help="How far a processor's weights may grow when kernels prepare them (docs/c-interface.md)."),
     ] = "balanced",
     weights_dtype: Annotated[
         Literal["float32", "float16"],
