@@ -8,6 +8,7 @@ import warnings
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -61,7 +62,7 @@ def build(
         list[Path] | None, typer.Option(help="Real inputs (.npz) that the check takes beside its own; repeatable.")
     ] = None,
     numerics: Annotated[
-        Literal["fast", "exact"], typer.Option(help="exact keeps the order of sums of the source.")
+        Literal["fast", "exact"], typer.Option(help="exact keeps the source's order of summation.")
     ] = "fast",
     conv: Annotated[Literal["auto", "direct", "winograd"], typer.Option(help="Convolution algorithm.")] = "auto",
     sparsity: Annotated[Literal["auto", "off"], typer.Option(help="off computes what masks would skip.")] = "auto",
@@ -78,7 +79,7 @@ def build(
     ] = "float32",
     io: Annotated[
         Literal["source", "float16"],
-        typer.Option(help="Take and give in half precision what is float32."),
+        typer.Option(help="Type of inputs and outputs that are float32 in the source."),
     ] = "source",
     calibrate: Annotated[
         list[Path] | None,
@@ -90,7 +91,7 @@ def build(
     ] = "balanced",
     weights_dtype: Annotated[
         Literal["float32", "float16"],
-        typer.Option(help="How a processor's weights are stored; computed is in float32."),
+        typer.Option(help="How a processor's weights are stored; arithmetic stays in float32."),
     ] = "float32",
     prepared: Annotated[bool, typer.Option(help="Store weights as kernels read them.")] = False,
     static: Annotated[bool, typer.Option(help="Write libmodel.a too, for apps that link.")] = False,
@@ -99,7 +100,7 @@ def build(
         typer.Option(help="How frames of videos become the input (.toml, docs/run.md).", show_default="the zoo's own"),
     ] = None,
     reuse: Annotated[
-        bool, typer.Option(help="Keep what --out holds where the same network, target, options and versions made it.")
+        bool, typer.Option(help="Keep the artifact in --out if the same network, target, options and versions made it.")
     ] = True,
     cache: Annotated[
         bool, typer.Option(help="Take compiled kernels from the user's cache, and keep new ones there.")
@@ -249,6 +250,22 @@ def _print(built: Built) -> None:
     typer.echo(f"build      {sum(built.seconds.values()):.1f} s, {built.peak_memory_bytes / 2**30:.2f} GiB")
     kept = "" if "compile" in built.seconds else ", kept: nothing that it is made of has changed"
     typer.echo(f"artifact   {built.artifact.path} ({size / 2**20:.1f} MiB){kept}")
+    typer.echo(f"next: {_next(built)}")
+
+
+def _next(built: Built) -> str:
+    """The commands that run the artifact and measure it, where it was checked or where it belongs."""
+    from dance_tvm.compiler.check import is_of_this_machine
+    from dance_tvm.device.stream import is_stream
+
+    manifest, artifact = built.artifact.manifest, quote(str(built.artifact.path))
+    device = " --device tracker://HOST:PORT/KEY"
+    if manifest.check.device == "emulator":
+        device = " --device emulator"
+    if is_of_this_machine(manifest.target):
+        device = ""
+    run = f"stream {artifact} --random 100" if is_stream(manifest) else f"run {artifact}"
+    return f"dance-tvm {run}{device} && dance-tvm bench {artifact}{device}"
 
 
 def _print_errors(found: LayerErrors) -> None:

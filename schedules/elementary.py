@@ -38,6 +38,8 @@ import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.ir import _ffi_api
 
+from . import past_caches
+
 #: (e^r - 1 - r) / r² for |r| ≤ log(2) / 2.
 EXP = (0.0013941146899014711, 0.00836319662630558, 0.04166637361049652, 0.16666576266288757, 0.5)
 #: e^r for |r| ≤ log(2) / 2 to 9.2e-8 of the value.
@@ -352,6 +354,8 @@ SHORT: dict[str, Callable[[_Value], _Value]] = {
 @cache
 def _text(name: str) -> str:
     """The function called ``name`` in LLVM's language, for all widths."""
+    if name == past_caches.NAME:
+        return past_caches.text()
     functions = []
     for lanes in WIDTHS:
         body = _Body(lanes)
@@ -373,12 +377,13 @@ def short(name: str, x: tirx.Expr) -> tirx.Expr:
 
 
 def written_out(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """``func`` for a CPU with these functions of float32 in their own form, which comes with it."""
+    """``func`` for a CPU with these functions of float32 in their own form, which comes with it, as stores past the
+    caches do."""
     used: set[str] = set()
 
     def replace(call: tvm.ir.Call) -> tvm.ir.Call:
         space, _, name = str(getattr(call.op, "name", "")).partition(".")
-        if space == "dance" and name in SHORT:
+        if space == "dance" and (name in SHORT or name == past_caches.NAME):
             used.add(name)
             return call
         if space != "tirx" or name not in FUNCTIONS or str(call.ty.dtype).partition("x")[0] != "float32":

@@ -69,6 +69,12 @@ class Connection:
             raise DanceError(f"{self.name} closed the connection while {what}: its server or network died")
         raise DanceError(f"{self.name} failed while {what}: {_last_line(message)}")
 
+    def hang_up(self) -> None:
+        """End the call in flight, of whatever thread, with an error; what called closes."""
+        for connection in list(self._sockets):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Give the device back, whatever still refers to it."""
         self.session = None
@@ -150,9 +156,13 @@ class Connection:
 
 
 class RemoteSession(DeviceSession):
-    """A device behind an RPC server: TVM's own, or `dance_tvm/device/serve.py` which can report and keep more."""
+    """A device behind an RPC server: TVM's own, or `dance_tvm/device/serve.py` which can report and keep more.
+
+    Closing the session ends what is ``running`` for it.
+    """
 
     def __init__(self, connection: Connection) -> None:
+        self.running = contextlib.ExitStack()
         self.name = connection.name
         self.connection = connection
         self.cpu = connection.session.cpu()
@@ -188,6 +198,7 @@ class RemoteSession(DeviceSession):
     def close(self) -> None:
         self._functions.clear()
         self.connection.close()
+        self.running.close()
 
     def function(self, name: str) -> Any | None:
         """The function `dance.<name>` of the device, or None where it runs TVM's own server."""

@@ -45,9 +45,12 @@ GroupCost = Callable[[Machine], Callable[[KernelGroups], float]]
 
 @dataclass
 class Chooser:
-    """Chooses for a machine. ``wanted`` is auto, direct or winograd; ``sparsity``: zero weights may be left out, in
-    groups of the size ``group`` or, without it, of one that is chosen by ``group_cost`` where it is given. ``limits``
-    are those of sites' memory, by start."""
+    """Chooses the kernel of each site for a machine.
+
+    ``wanted`` is auto, direct or winograd. With ``sparsity``, zero weights may be left out in groups: of the size
+    ``group``, else of the size that ``group_cost``, or the default cost, makes cheapest. ``limits``: of a site's
+    memory, by its ``start``.
+    """
 
     machine: Machine | Gpu
     sites: Sites

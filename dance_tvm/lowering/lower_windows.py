@@ -56,9 +56,12 @@ COUNTS = "counts"
 
 @dataclass(frozen=True)
 class Windows:
-    """A module whose convolutions, linear layers and pools are calls of kernels; what was decided, in order of
-    execution; the call of each layer's kernel, by the layer's name; what the sizes of a layer's kernel were chosen
-    for; what packed weights were made of, by their digest; and the limits of a layer's memory, by its name."""
+    """A module whose convolutions, linear layers and pools are calls of kernels, and how it came about.
+
+    ``layers``: the decisions, in order of execution. By the name of a layer, ``calls``: the call of its kernel;
+    ``workloads``: what its kernel's sizes were chosen for; ``limits``: those of its memory. ``sources``: what packed
+    weights were made of, by their digest.
+    """
 
     mod: tvm.IRModule
     layers: list[LayerInfo]

@@ -15,7 +15,7 @@ from dance_tvm.schedules.workload import Workload
 
 
 class LayerCall(NamedTuple):
-    """The call of a layer's kernel: its variable, and that of the network before which has the same value."""
+    """The call of a layer's kernel: its variable, and the variable of the module before it with the same value."""
 
     var: str
     source: str

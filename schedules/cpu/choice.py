@@ -22,7 +22,7 @@ from .conv3d_line import LineConv
 from .either_choice import either
 from .line_tiles import FEW_CHANNELS, line, listing_seconds
 from .pointwise import PointwiseConv
-from .pointwise_tiles import PointwiseTile, is_pointwise, pointwise
+from .pointwise_tiles import PointwiseTile, is_pointwise, leaves_caches, pointwise, reads_far
 from .pool3d import VectorPool
 from .row_plan import RowPlan
 from .row_space import is_dense
@@ -102,7 +102,8 @@ def _line(layer: Layer, machine: Machine) -> LineConv:
 def _pointwise(layer: Layer, machine: Machine) -> PointwiseConv:
     tile = PointwiseTile(1, 1, machine.storing(layer.dtype).vector_floats, 1, 1)
     behind, before = (layer.residual, layer.activation), (layer.gate, layer.before)
-    return PointwiseConv(layer.window, layer.channels_in, layer.channels_out, tile, *behind, *before, layer.dtype)
+    sizes, past = (layer.window, layer.channels_in, layer.channels_out), leaves_caches(layer, machine)
+    return PointwiseConv(*sizes, tile, *behind, *before, layer.dtype, past, reads_far(layer, machine))
 
 
 def _pool(workload: Workload, machine: Machine) -> VectorPool:
@@ -137,7 +138,7 @@ def kernel_of(workload: Workload, machine: Machine) -> Kernel:
     return FAMILIES[workload.family](workload, machine)
 
 
-def choose_kernel(
+def direct_or_winograd(
     conv: GatherConv,
     origin: str,
     workload: Workload,
@@ -148,8 +149,9 @@ def choose_kernel(
 ) -> Choice[LayerKernel]:
     """``conv`` or Winograd in its place, and the record that chose its sizes ("": the defaults).
 
-    The model of time decides, unless the log holds measurements of both for this very workload. ``origin`` says where
-    the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd, ``limits`` are those of ``choose``.
+    The cost model decides (:func:`~.winograd_choice.choose`), unless the log holds measurements of both for this very
+    workload. ``origin`` says where the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd, ``limits``
+    are those of ``choose``.
     """
     choice = replace(choose(conv, machine, workload.threads, wanted, limits), workload=workload)
     default = replace(choice, origin=origin if choice.kernel is conv else "")
@@ -179,7 +181,7 @@ def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) ->
     """The direct kernel of a layer, over lists or along lines, or Winograd in its place."""
     found = settled_direct(layer, machine, log)
     conv = found.kernel
-    choice = choose_kernel(conv, found.origin, layer.workload, machine, wanted, log, layer.memory)
+    choice = direct_or_winograd(conv, found.origin, layer.workload, machine, wanted, log, layer.memory)
     masks = MASKS_OF_LINES if layer.channels_in <= FEW_CHANNELS else ()
     if not is_dense(layer, *masks):
         return choice if wanted != "auto" else _with_direct(choice, conv, layer, machine)

@@ -1,4 +1,4 @@
-"""Direct or Winograd, as the model of time has it where nothing has been measured."""
+"""Direct or Winograd: the prediction of the cost model, for layers that no tuning log has measured."""
 
 from __future__ import annotations
 
