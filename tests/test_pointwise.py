@@ -117,6 +117,7 @@ def test_large_layers_alone_bypass_caches_or_read_ahead() -> None:
     assert not leaves_caches(large, replace(NEON, l3=32 << 20))
     assert not reads_far(without, NEON)
     assert not reads_far(replace(small, residual=False), x86)
+    assert not reads_far(without, unknown)
 
 
 @pytest.mark.parametrize("machine", [AVX2, AVX512, NEON], ids=["avx2", "avx512", "neon"])

@@ -23,7 +23,7 @@ WEIGHTS_SHARE_OF_L2, MOST_ROWS_SHARE_OF_L2 = 0.5, 0.5
 BLOCK_TILES = (8, 32, 128, 512)
 
 
-#: Share of the third-level cache that a residual and results may take to be found there by whoever reads them next.
+#: Share of the third-level cache that an input, or a residual and results, may take to be found there when read.
 STAYS_IN_L3 = 0.25
 
 
@@ -43,17 +43,18 @@ def is_pointwise(layer: Layer) -> bool:
 
 
 def leaves_caches(layer: Layer, machine: Machine) -> bool:
-    """Whether results had better be stored past the caches: with a residual, on x86, where neither would stay there."""
+    """Whether results had better be stored past the caches: with a residual, on x86, where both come from memory."""
     bytes_out = 2 * machine.element_bytes * layer.window.positions_out * layer.channels_out
     large = 0 < STAYS_IN_L3 * machine.l3 < bytes_out
     return layer.residual and layer.dtype == FLOAT and machine.broadcast_loads and large
 
 
 def reads_far(layer: Layer, machine: Machine) -> bool:
-    """Whether the input had better be asked for ahead: on x86, where it does not stay in the second-level cache and no
-    residual is asked for."""
+    """Whether the input had better be prefetched by the tile: on x86, where it comes from memory and no residual does.
+    From nearer it takes 1.02 to 1.04 of the time (3,072 → 768 channels over 197 rows, 4,864 → 1,024 over 100)."""
     bytes_in = machine.element_bytes * layer.window.positions_out * layer.channels_in
-    return not layer.residual and layer.dtype == FLOAT and machine.broadcast_loads and bytes_in > machine.l2
+    large = 0 < STAYS_IN_L3 * machine.l3 < bytes_in
+    return not layer.residual and layer.dtype == FLOAT and machine.broadcast_loads and large
 
 
 def predicted_cycles(machine: Machine, window: Window, channels: tuple[int, int], tile: tuple[int, int, int]) -> float:
