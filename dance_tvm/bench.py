@@ -79,7 +79,7 @@ def bench(
     labels: Annotated[
         Path | None,
         typer.Option(
-            "--truth", help="What --clips show (.csv of clip,class's number): how often the artifact is right."
+            "--truth", help="The classes of --clips (.csv lines of clip,number): how often the artifact is right."
         ),
     ] = None,
     load_times: Annotated[
@@ -88,7 +88,7 @@ def bench(
     as_json: AsJson = False,
     json_lines: JsonLines = False,
 ) -> None:
-    """Time artifacts on devices: how long, how steady, by clip, by layer, against dense, against the work saved."""
+    """Time artifacts on devices: latency and its spread, by clip and by layer, against dense and the work saved."""
     if cluster and cpus:
         raise DanceError("give --cluster or --cpus, not both")
     if trace and not layers:

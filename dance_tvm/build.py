@@ -61,7 +61,7 @@ def build(
         list[Path] | None, typer.Option(help="Real inputs (.npz) that the check takes beside its own; repeatable.")
     ] = None,
     numerics: Annotated[
-        Literal["fast", "exact"], typer.Option(help="exact keeps the order of sums of the source.")
+        Literal["fast", "exact"], typer.Option(help="exact keeps the source's order of summation.")
     ] = "fast",
     conv: Annotated[Literal["auto", "direct", "winograd"], typer.Option(help="Convolution algorithm.")] = "auto",
     sparsity: Annotated[Literal["auto", "off"], typer.Option(help="off computes what masks would skip.")] = "auto",
@@ -78,7 +78,7 @@ def build(
     ] = "float32",
     io: Annotated[
         Literal["source", "float16"],
-        typer.Option(help="Take and give in half precision what is float32."),
+        typer.Option(help="Type of inputs and outputs that are float32 in the source."),
     ] = "source",
     calibrate: Annotated[
         list[Path] | None,
@@ -86,13 +86,11 @@ def build(
     ] = None,
     memory: Annotated[
         Literal["small", "balanced", "fast"],
-        typer.Option(
-            help="Of a processor's large layers: small transforms none, balanced by 2.4 at most (docs/c-interface.md)."
-        ),
+        typer.Option(help="How far a processor's weights may grow when kernels prepare them (docs/c-interface.md)."),
     ] = "balanced",
     weights_dtype: Annotated[
         Literal["float32", "float16"],
-        typer.Option(help="How a processor's weights are stored; computed is in float32."),
+        typer.Option(help="How a processor's weights are stored; arithmetic stays in float32."),
     ] = "float32",
     prepared: Annotated[bool, typer.Option(help="Store weights as kernels read them.")] = False,
     static: Annotated[bool, typer.Option(help="Write libmodel.a too, for apps that link.")] = False,
@@ -101,7 +99,7 @@ def build(
         typer.Option(help="How frames of videos become the input (.toml, docs/run.md).", show_default="the zoo's own"),
     ] = None,
     reuse: Annotated[
-        bool, typer.Option(help="Keep what --out holds where the same network, target, options and versions made it.")
+        bool, typer.Option(help="Keep the artifact in --out if the same network, target, options and versions made it.")
     ] = True,
     cache: Annotated[
         bool, typer.Option(help="Take compiled kernels from the user's cache, and keep new ones there.")

@@ -16,7 +16,7 @@ from dance_tvm.core.options import AsJson
 from dance_tvm.core.places import cache_folder
 from dance_tvm.core.printing import print_table
 
-app = application(help="List or clear what was fetched and made for this user.", no_args_is_help=True)
+app = application(help="List or clear the downloads and compiled kernels kept for this user.", no_args_is_help=True)
 
 #: What the beginning of a name in the cache means; anything else was unpacked from a wheel.
 _KINDS = {

@@ -64,7 +64,7 @@ def watch(
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
     times: Annotated[int | None, typer.Option(min=1, help="Looks to take.", show_default="until Ctrl-C")] = None,
 ) -> None:
-    """Show the tracker's devices again and again; a tracker that went away is waited for."""
+    """Show the tracker's devices until Ctrl-C; if the tracker goes away, wait for it."""
     from rich.live import Live
 
     from dance_tvm.device import address_of
@@ -96,7 +96,7 @@ def serve_tracker(
     host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind to; 0 takes a free one.")] = 9190,
 ) -> None:
-    """Serve as the tracker that devices register with and builds ask for them, until Ctrl-C."""
+    """Run the tracker that devices register with and other commands take them from, until Ctrl-C."""
     from dance_tvm.device.serve_tracker import serve
 
     try:

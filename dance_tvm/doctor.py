@@ -1,4 +1,4 @@
-"""``dance-tvm doctor``: what works on this machine, and the one command that mends the rest."""
+"""``dance-tvm doctor``: what works on this machine, and the command that fixes the rest."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def doctor(
     tracker: Annotated[str | None, typer.Option(help="HOST:PORT of an RPC tracker that should answer.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what works on this machine, and what mends the rest. Exit code 1 if something needed is broken."""
+    """Report what works on this machine, and what fixes the rest. Exit code 1 if something needed is broken."""
     if tracker:
         address_of(tracker, "--tracker")
     with Progress(quiet=as_json) as progress:

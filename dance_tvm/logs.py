@@ -69,7 +69,7 @@ def merge(
     best: Annotated[bool, typer.Option("--best", help="Keep the newest verified record of each layer alone.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge logs into one: whole records, each once, in the order of their dates. Lines that are none are named."""
+    """Merge logs into one: whole records, each once, in the order of their dates. Other lines are named."""
     from dance_tvm.records.kernel_log import rewrite
 
     skipped: list[dict[str, str | int]] = []

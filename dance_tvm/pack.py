@@ -35,16 +35,16 @@ _NEXT: dict[Format, str] = {
 @app.command(epilog=EXAMPLES)
 def pack(
     artifact: Annotated[Path, typer.Argument(help="Folder of an artifact for a processor.")],
-    form: Annotated[Format, typer.Option("--format", help="What to lay it out as.")] = "c",
+    form: Annotated[Format, typer.Option("--format", help="Format of the package.")] = "c",
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="ARTIFACT-FORMAT")] = None,
-    version: Annotated[str | None, typer.Option(help="Of the wheel.", show_default="1.0.0")] = None,
+    version: Annotated[str | None, typer.Option(help="Version of the wheel.", show_default="1.0.0")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Lay an artifact out for those who build with it: its library, weights, header and build files."""
+    """Package an artifact for other build systems: its library, weights, header and build files."""
     if version is not None and form != "wheel":
         raise DanceError(f"--version is a wheel's, and --format {form} has none: leave it out")
     from dance_tvm.artifact.folder import load_artifact
-    from dance_tvm.artifact.packing import pack as packed
+    from dance_tvm.artifact.pack_formats import pack as packed
 
     folder = out or artifact.with_name(f"{artifact.name}-{form}")
     written = packed(load_artifact(artifact), folder, form, version or "1.0.0")

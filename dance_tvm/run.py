@@ -61,7 +61,8 @@ def run(
         Path | None, typer.Option(help="How frames become the input (.toml); docs/run.md lists its fields.")
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="Names of the classes, one per line; what clips show is for `bench --truth`.")
+        Path | None,
+        typer.Option(help="Names of the classes, one per line; to score clips of known classes: `bench --truth`."),
     ] = None,
     top: Annotated[
         int | None,

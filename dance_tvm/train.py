@@ -38,7 +38,8 @@ app = application()
 def main(
     context: typer.Context,
     method: Annotated[
-        Literal["dense", "ava", "aap", "kgs", "dstep"], typer.Option(help="how work is to be left out; dense: not")
+        Literal["dense", "ava", "aap", "kgs", "dstep"],
+        typer.Option(help="what decides which work is left out; dense: nothing is"),
     ] = "aap",
     model: Annotated[str, typer.Option(help="a network of dance_tvm.models")] = "c3d-mini",
     data: Annotated[
@@ -88,7 +89,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="print the card as JSON and nothing else")] = False,
     json_lines: JsonLines = False,
 ) -> None:
-    """Trains and leaves model.safetensors, card.json, curves.csv and a checkpoint in --out."""
+    """Train a network; write model.safetensors, card.json, curves.csv and a checkpoint to --out."""
     # All that can be refused before the seconds that loading PyTorch takes.
     out = out or Path("trained") / f"{model}-{method}"
     if not print_config:

@@ -66,7 +66,7 @@ def tune(
     as_json: AsJson = False,
     json_lines: JsonLines = False,
 ) -> None:
-    """Search the fastest tiles for a network on a real device, and keep them in the target's tuning log."""
+    """Search for the fastest tiles for a network on a real device, and keep them in the target's tuning log."""
     _require_numbers(trials, time_limit, density or [])
     if plot is not None:
         _require_plot(plot)

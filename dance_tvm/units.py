@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,8 +19,10 @@ from dance_tvm.core.progress import Progress
 
 if TYPE_CHECKING:
     from dance_tvm.lowering.choose_kernel import Memory
+    from dance_tvm.lowering.lowered import Lowered
     from dance_tvm.machines.target import Target
     from dance_tvm.schedules.cpu.units import Serving
+    from dance_tvm.schedules.layer import Limits
     from dance_tvm.schedules.workload import Workload
     from dance_tvm.sparsity.units import Units
 
@@ -77,9 +80,10 @@ def units(
     count = threads or machine.threads
     with Progress(as_json) as progress:
         progress.phase("lower")
-        workloads = _convolutions(model, machine, count, dtype)
+        lowered = _lowered(model, machine, count, dtype, memory)
+        workloads = _convolutions(model, lowered)
         progress.phase("predict")
-        found = _served(workloads, machine, memory)
+        found = _served(workloads, machine, lowered.limits)
         try:
             sites = _sites(model, machine.name, count, workloads, found) if model in names() else None
         except DanceError:  # a network of the zoo without 3D convolutions has no sites
@@ -97,16 +101,21 @@ def units(
     print_tables([_of_layers(found, kernels or 1), *([_of_sites(sites)] if sites else [])])
 
 
-def _convolutions(model: str, machine: Target, threads: int, dtype: Dtype) -> dict[str, Workload]:
-    """What each convolution's kernel is chosen for, by the layer's name."""
+def _lowered(model: str, machine: Target, threads: int, dtype: Dtype, memory: Memory) -> Lowered:
     from dance_tvm.compiler.pipeline import Options, lower
     from dance_tvm.frontend import import_model
+
+    options = Options(threads=threads, dtype=dtype, memory=memory)
+    return lower(import_model(model, check=False).mod, machine, options)
+
+
+def _convolutions(model: str, lowered: Lowered) -> dict[str, Workload]:
+    """What each convolution's kernel is chosen for, by the layer's name."""
     from dance_tvm.schedules.workload import POOL
 
-    workloads = lower(import_model(model, check=False).mod, machine, Options(threads=threads, dtype=dtype)).workloads
     found = {
         name: workload
-        for name, workload in workloads.items()
+        for name, workload in lowered.workloads.items()
         if workload.family != POOL and workload.window.positions_out > workload.window.batch
     }
     if not found:
@@ -114,17 +123,14 @@ def _convolutions(model: str, machine: Target, threads: int, dtype: Dtype) -> di
     return found
 
 
-def _served(workloads: dict[str, Workload], machine: Target, memory: Memory) -> dict[str, list[Serving]]:
+def _served(workloads: dict[str, Workload], machine: Target, limits: Mapping[str, Limits]) -> dict[str, list[Serving]]:
     """The kernels that could serve each layer, the best first."""
-    from dance_tvm.lowering.choose_kernel import limits_of
     from dance_tvm.lowering.machine import machine_of
     from dance_tvm.schedules.cpu.units import servings
+    from dance_tvm.schedules.layer import UNLIMITED
 
     facts = machine_of(machine)
-    return {
-        name: servings(workload, facts, limits_of(memory, workload.weight_bytes))
-        for name, workload in workloads.items()
-    }
+    return {name: servings(workload, facts, limits.get(name, UNLIMITED)) for name, workload in workloads.items()}
 
 
 def _sites(

@@ -26,7 +26,7 @@ class Panel(Protocol):
 
 
 class LayerKernel(GroupedChannels, Kernel):
-    """A kernel of a convolution or linear layer; the fields are those of whoever inherits it."""
+    """A kernel of a convolution or linear layer; subclasses declare the fields."""
 
     kind = LAYER
     window: Window

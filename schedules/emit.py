@@ -1,4 +1,4 @@
-"""A thin layer over TVM's IR builder: what every kernel of this folder says again and again.
+"""A thin layer over TVM's IR builder: the operations that all kernels of this folder share.
 
 Kernels are written as ordinary Python that emits TIR: Python loops unroll, ``serial`` and ``parallel`` loops stay.
 Loops start at zero: a loop whose first index is read from a buffer loses that offset in nested loops (TVM 0.27).

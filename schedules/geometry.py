@@ -111,7 +111,7 @@ class Window:
 
 
 class GroupedChannels:
-    """What follows from a layer's channels and convolution groups; the fields are those of whoever inherits it."""
+    """What follows from a layer's channels and convolution groups; subclasses declare the fields."""
 
     channels_in: int
     channels_out: int

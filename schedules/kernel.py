@@ -1,7 +1,7 @@
-"""What every kernel says of itself: convolutions, linear layers, pools, norms and planners, on CPUs and GPUs.
+"""The protocol of all kernels: convolutions, linear layers, pools, norms and planners, on CPUs and GPUs.
 
-A kernel is a frozen dataclass. The order of its parameters stands in ``operands`` and nowhere else: whoever calls a
-kernel walks them and finds each tensor by its role and its name.
+A kernel is a frozen dataclass. Its ``operands`` alone define the order of its parameters: a caller walks them and
+finds each tensor by its role and its name.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a layer brings: float32 (C_out, C_in / groups, KT, KH, KW), or None where only time is asked of its kernel,
+    """A layer's weights: float32 (C_out, C_in / groups, KT, KH, KW), or None where only time is asked of its kernel,
     bias (C_out,), and, with kernel groups, their columns and the columns' weights (columns, filters of a group)."""
 
     weight: np.ndarray | None
@@ -108,8 +108,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Count:
-    """``factor``, times what element ``at`` of each sample of ``operand`` holds where one is named, rounded down after
-    division by ``divisor``."""
+    """A number by sample: ``factor``, times element ``at`` of ``operand`` if one is named, divided by ``divisor`` and
+    rounded down."""
 
     factor: int = 1
     operand: str = ""
@@ -197,7 +197,7 @@ class Kernel(ABC):
         return None
 
     def describe(self) -> dict[str, Any]:
-        """What reading its calls takes, ready for JSON: the manifest keeps it for devices."""
+        """What a device needs to read its calls, ready for JSON: the manifest keeps it."""
         return {"name": self.name, "kind": self.kind, "operands": [operand.name for operand in self.operands()]}
 
     def inputs(self) -> list[Operand]:

@@ -28,7 +28,7 @@ class KernelGroupLists(Convolution):
     @property
     @abstractmethod
     def entry_fields(self) -> int:
-        """Numbers that are known of each list entry."""
+        """How many numbers each list entry has."""
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

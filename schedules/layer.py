@@ -14,7 +14,7 @@ from .workload import KERNEL_GROUPS, TYPICAL_DENSITY, Workload
 
 @dataclass(frozen=True)
 class Limits:
-    """Of memory: what a kernel packs is at most ``growth`` times the layer's own weights, its scratch so many bytes.
+    """Limits of memory: packed weights are at most ``growth`` times the layer's own, scratch at most so many bytes.
 
     ``anew``: its scratch may hold weights that are transformed in every call.
     """

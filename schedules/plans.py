@@ -44,7 +44,7 @@ def masks_of(
 
 
 class Plan(Kernel):
-    """A planner: masks and constant tables in, lists out. The fields are those of whoever inherits it."""
+    """A planner: masks and constant tables in, lists out. Subclasses declare the fields."""
 
     kind = PLANNER
     window: Window

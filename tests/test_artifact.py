@@ -17,6 +17,7 @@ from dance_tvm.artifact import staging
 from dance_tvm.artifact.folder import BuiltFor, Check, Manifest, Tensor, load_artifact, write_artifact
 from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.core.errors import DanceError
+from dance_tvm.device import open_device
 from dance_tvm.machines.target import load_target
 
 FILES = ["manifest.json", "model.so", "reference.safetensors", "weights.safetensors"]
@@ -119,6 +120,24 @@ def test_a_missing_or_torn_file_is_refused_by_its_name(copy, name):
     (copy / name).unlink()
     with pytest.raises(DanceError, match=name):
         load_artifact(copy)
+
+
+@pytest.mark.parametrize("change", ["written to", "replaced", "removed"])
+def test_files_that_change_after_they_were_verified_are_refused(copy, change):
+    artifact, path = load_artifact(copy), copy / "weights.safetensors"
+    artifact.require_unchanged()
+    if change == "written to":
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+        os.utime(path, ns=(0, 0))  # whatever the clock's steps
+    elif change == "replaced":
+        shutil.copy2(path, copy / "new")
+        (copy / "new").rename(path)
+    else:
+        path.unlink()
+    with open_device("local") as device, pytest.raises(DanceError, match="safetensors was changed after"):
+        device.load(artifact)
 
 
 def test_a_folder_that_is_no_artifact_is_told(tmp_path):

@@ -207,6 +207,26 @@ def test_a_call_while_another_threads_is_under_way_is_refused(masked, call):
             used()
 
 
+@pytest.mark.parametrize("used", ["run", "watch", "reset", "close"])
+def test_what_a_watcher_raises_is_raised_and_it_cannot_call_or_close_its_own_model(masked, call, used):
+    inputs, expected = call
+    with Model(masked) as model:
+        uses = {"run": partial(model.run, inputs), "watch": partial(model.watch, inputs, print),
+                "reset": model.reset, "close": model.close}  # fmt: skip
+        with pytest.raises(ModelError, match="under way and shows a kernel"):
+            model.watch(inputs, lambda *_: uses[used]())
+        seen: list[str] = []
+
+        def stop(kernel: str, _tensors: list[np.ndarray]) -> None:
+            seen.append(kernel)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            model.watch(inputs, stop)
+        assert len(seen) == 1, "the rest of the network is not run"
+        assert_same(model.run(inputs), expected)
+
+
 def test_a_model_leaves_nothing_behind(masked, call):
     inputs, _ = call
     status = Path("/proc/self/status")

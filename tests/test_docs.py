@@ -47,6 +47,30 @@ def test_links_lead_somewhere(page):
             assert anchor in slugs(found.read_text(encoding="utf-8")), f"{page.name} links to {target}"
 
 
+def missing_places(table: str) -> list[str]:
+    """Files and names in code quotes of ``table`` that there are not; paths begin in ``dance_tvm`` or in the root."""
+    paths = [path for name in ("dance_tvm", "schedules") for path in (ROOT / name).rglob("*.*")]
+    files = [path for path in paths if path.suffix in (".py", ".c", ".h", ".toml", ".html")]
+    words = set(re.findall(r"\w+", "\n".join(path.read_text("utf-8") for path in files)))
+    names, wrong = {path.name for path in files}, []
+    for quoted in re.findall(r"`([\w./]*\w)`", table):
+        if re.search(r"\.(py|c|h|html)$", quoted):
+            known = quoted in names or any((ROOT / base / quoted).is_file() for base in ("", "dance_tvm"))
+        else:
+            known = "/" in quoted or quoted.split(".")[-1] in words
+        wrong += [] if known else [quoted]
+    return wrong
+
+
+def test_architectures_table_of_places_names_what_there_is():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    table = page.split("\n## Where is")[1].split("\n## ")[0]
+    assert missing_places(table) == ["schedules/cpu/NAME.py"]  # any kernel's
+    assert missing_places("`core/cli.py`, `core/nowhere.py`, `Kernel.nowhere_to_be_found`") == [
+        "core/nowhere.py", "Kernel.nowhere_to_be_found",
+    ]  # fmt: skip
+
+
 def test_the_sites_navigation_leads_to_pages(reference):
     named = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.M))
     here = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -251,6 +252,21 @@ def test_the_digest_identifies_the_source(mini):
     assert digest(1) != mini.source_sha256
 
 
+@pytest.mark.parametrize("mode", [partial(torch.autocast, "cpu", dtype=torch.bfloat16), torch.no_grad])
+def test_the_digest_covers_parts_that_run_in_a_mode_of_their_own(mode):
+    def network(factor):
+        def forward(x):
+            with mode():
+                return (x * factor).float()
+
+        return Layer(forward)
+
+    digests = {
+        import_model(network(factor), example_inputs=(CLIPS,), check=False).source_sha256 for factor in (2.0, 3.0, 3.0)
+    }
+    assert len(digests) == 2
+
+
 def test_masks_stay_multiplications_by_a_small_tensor():
     network = Layer(lambda x: x * (x.mean((2, 3, 4), keepdim=True) > 0).float())
     mod = import_model(network, example_inputs=(CLIPS,)).mod
@@ -374,6 +390,17 @@ def test_an_unsupported_operator_is_named_with_its_layer():
 def test_a_module_needs_inputs():
     with pytest.raises(DanceError, match="example_inputs"):
         import_model(nn.Conv3d(8, 8, 1))
+    with pytest.raises(DanceError, match=r"give \(tensor,\) for a single one"):  # its clips would be the inputs
+        import_model(nn.Conv3d(8, 8, 1), example_inputs=CLIPS)
+
+
+@pytest.mark.parametrize("trained", [(), ("0",), ("", "0"), ("", "0", "1")])
+def test_each_part_of_a_module_keeps_its_mode(trained):
+    network = nn.Sequential(nn.BatchNorm3d(8), nn.Dropout())
+    for name, module in network.named_modules():
+        module.training = name in trained
+    import_model(network, example_inputs=(CLIPS,), check=False)
+    assert tuple(name for name, module in network.named_modules() if module.training) == trained
 
 
 # --- files ---
@@ -403,6 +430,9 @@ def test_weights_replace_those_of_a_program(exported, tmp_path):
         {name: tensor.detach() * 2 for name, tensor in program.state_dict.items()}, tmp_path / "twice.safetensors"
     )
     after = import_model(exported, weights=tmp_path / "twice.safetensors")
+    kept = {name: tensor.clone() for name, tensor in program.state_dict.items()}
+    import_model(program, weights=tmp_path / "twice.safetensors", check=False)
+    assert all(torch.equal(program.state_dict[name], tensor) for name, tensor in kept.items())
     arrays = random_inputs(before.inputs)
     assert after.source_sha256 != before.source_sha256
     assert not np.allclose(*(next(iter(imported.reference(arrays).values())) for imported in (before, after)))

@@ -89,6 +89,21 @@ def test_the_digest_covers_weights_kept_in_another_file(tmp_path):
         import_model(tmp_path / "outside.onnx")
 
 
+def test_the_digest_covers_constants_kept_in_another_file(tmp_path):
+    constant = onnx.numpy_helper.from_array(np.ones(4, "float32"), "c")
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4]) for name in "xy")
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["c"], value=constant),
+        onnx.helper.make_node("Mul", ["x", "c"], ["y"]),
+    ]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x], [y]))
+    path, outside = tmp_path / "outside.onnx", {"location": "constants.bin", "size_threshold": 0}
+    onnx.save(model, path, save_as_external_data=True, convert_attribute=True, **outside)
+    before = import_model(path, check=False).source_sha256
+    (tmp_path / "constants.bin").write_bytes(np.full(4, 2, "float32").tobytes())
+    assert import_model(path, check=False).source_sha256 != before
+
+
 def _save(path, nodes, *, shape=(1, 2, 3), out=("a", "b", "c"), opset=17, ir=9, weights=()):
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, out)]

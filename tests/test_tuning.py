@@ -19,7 +19,7 @@ from dance_tvm.machines.target import load_target
 from dance_tvm.records import places
 from dance_tvm.records.advice import TunedTiles, tuned_tiles
 from dance_tvm.records.kernel_log import Log, append, log_path, new_record, parse_loosely
-from dance_tvm.schedules.cpu.choice import Advice, choose_kernel, settled_direct
+from dance_tvm.schedules.cpu.choice import Advice, direct_or_winograd, settled_direct
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.direct_spaces import GatherSpace
 from dance_tvm.schedules.cpu.tiles import Machine, busy_share, default_tile, row_tiles
@@ -114,7 +114,7 @@ class Told:
 def choice(log: Told | None, wanted: str = "auto", work: Workload | None = None):
     work = work or workload()
     conv = settled_direct(Layer.of(work), AVX2).kernel
-    return choose_kernel(conv, "direct's", work, AVX2, wanted, log)
+    return direct_or_winograd(conv, "direct's", work, AVX2, wanted, log)
 
 
 def test_measurements_of_both_choose_between_direct_and_winograd():

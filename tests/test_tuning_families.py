@@ -21,7 +21,7 @@ from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.machines.target import load_target
 from dance_tvm.records import kernel_log
 from dance_tvm.records.kernel_log import Log, append, log_path, new_record
-from dance_tvm.schedules.cpu.choice import choose_kernel
+from dance_tvm.schedules.cpu.choice import direct_or_winograd
 from dance_tvm.schedules.cpu.conv3d_kgs import KernelGroupConv
 from dance_tvm.schedules.cpu.direct_spaces import KernelGroupSpace, kernel_group_tile
 from dance_tvm.schedules.cpu.pool_space import PoolSpace
@@ -181,11 +181,11 @@ def test_measurements_choose_between_kernel_groups_and_winograd():
     work = pruned_workload()
     conv = kernel_of(work, AVX2)
     conv = conv.sized(conv.space(AVX2, work).default())
-    slow = choose_kernel(conv, "groups'", work, AVX2, "auto", Told(conv3d_kgs=0.01, conv3d_winograd=0.02))
+    slow = direct_or_winograd(conv, "groups'", work, AVX2, "auto", Told(conv3d_kgs=0.01, conv3d_winograd=0.02))
     assert isinstance(slow.kernel, KernelGroupConv)
     assert slow.origin == "groups'"
     assert "kernel groups 10 ms" in slow.reason
-    fast = choose_kernel(conv, "groups'", work, AVX2, "auto", Told(conv3d_kgs=0.02, conv3d_winograd=0.01))
+    fast = direct_or_winograd(conv, "groups'", work, AVX2, "auto", Told(conv3d_kgs=0.02, conv3d_winograd=0.01))
     assert isinstance(fast.kernel, WinogradConv)
     assert fast.origin == "tuned conv3d_winograd"
 

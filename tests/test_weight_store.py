@@ -25,7 +25,7 @@ from dance_tvm.compiler.build import new_manifest
 from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.pipeline import lower
 from dance_tvm.compiler.program import write_program
-from dance_tvm.lowering.share_memory import MOST_GROWTH, SMALL_BYTES, spend
+from dance_tvm.lowering.share_memory import BALANCED_GROWTH, LARGE, MOST_GROWTH, SMALL_BYTES, spend
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.preparation import array_digest
 
@@ -127,6 +127,23 @@ def test_memory_limits_how_far_weights_grow(imported, memory, least, most):
     lowered = lower(imported.mod, load_target("host"), Options(threads=1, memory=memory))
     (source,) = (each for each in lowered.sources.values() if each.weight.ndim > 1)
     assert least <= source.preparation.apply(source.weight).nbytes / source.weight.nbytes <= most
+
+
+def test_balanced_gives_a_large_layer_more_where_the_whole_network_has_the_room():
+    """Linear layers that do not grow leave it to a convolution, up to a share of all weights."""
+    torch.manual_seed(4)
+    network = nn.Sequential(nn.Conv3d(256, 320, 3, padding=1), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    network += nn.Sequential(nn.Linear(320, 50000), nn.Linear(50000, 400))
+    imported = import_model(network.eval(), example_inputs=(torch.randn(1, 256, 4, 16, 16),), check=False)
+    lowered = lower(imported.mod, load_target("host"), Options(threads=1))
+    sources = [each for each in lowered.sources.values() if each.weight.ndim > 1]
+    assert sum(each.weight.size for each in sources) == 256 * 320 * 27 + 320 * 50000 + 50000 * 400
+    grown = {each.weight.size: each.preparation.apply(each.weight).nbytes - each.weight.nbytes for each in sources}
+    own = sum(each.weight.nbytes for each in sources)
+    assert grown.pop(256 * 320 * 27) > (LARGE.growth - 1) * 4 * 256 * 320 * 27
+    assert sum(grown.values()) < 0.01 * own
+    assert lowered.limits
+    assert sum(each.preparation.apply(each.weight).nbytes for each in sources) <= (1 + BALANCED_GROWTH) * own
 
 
 def test_little_memory_goes_where_it_saves_most():

@@ -13,7 +13,7 @@ import platform
 import shutil
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -197,12 +197,24 @@ class Manifest(_Strict):
         return sum(layer.macs for layer in self.layers)
 
 
+#: Inode, size and time of the last change in nanoseconds; None of a file that is not there.
+Stamp = tuple[int, int, int] | None
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A verified folder."""
 
     path: Path
     manifest: Manifest
+    #: Of each file, by name, what changes when it is written to or replaced.
+    stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
+
+    def require_unchanged(self) -> None:
+        """Raise DanceError where a file is no longer the one that was verified."""
+        for name, stamp in self.stamps.items():
+            if _stamp(self.path / name) != stamp:
+                raise DanceError(f"{self.path / name} was changed after it was verified: load the artifact again")
 
     @property
     def library(self) -> Path:
@@ -249,6 +261,7 @@ def load_artifact(path: str | Path) -> Artifact:
     """
     folder = Path(path)
     manifest = _read_manifest(folder)
+    stamps = {name: _stamp(folder / name) for name in manifest.files}
     for name, expected in manifest.files.items():
         if Path(name).name != name:
             raise DanceError(f"{folder / MANIFEST} names {name!r}, which is not a file name in the folder")
@@ -264,7 +277,7 @@ def load_artifact(path: str | Path) -> Artifact:
                 f"{folder} was built with {package} {manifest.versions.get(package)} and {version(package)} is "
                 f"installed: rebuild it, or install that version"
             )
-    return Artifact(folder, manifest)
+    return Artifact(folder, manifest, stamps)
 
 
 def write_artifact(
@@ -345,6 +358,14 @@ def _verify_file(path: Path, expected: File) -> None:
         raise DanceError(f"{path} cannot be read ({error.strerror}): build the artifact again") from None
     if found != expected:
         raise DanceError(f"{path} is damaged: its SHA-256 is not the manifest's; build the artifact again")
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _verify_weight_names(path: Path, parameters: list[str]) -> None:

@@ -72,7 +72,7 @@ class Built:
 
 @dataclass
 class _Clock:
-    """Tells the listener of each phase and keeps its seconds."""
+    """Reports each phase to the listener and records its seconds."""
 
     listener: Callable[[str], None] | None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -318,7 +318,7 @@ def _describe(manifest: Manifest, lowered: Lowered, planned: tvm.IRModule, optio
 
 
 def new_manifest(imported: Imported, machine: Target, options: Options, logs_from: Target | None = None) -> Manifest:
-    """All that is known before anything is compiled."""
+    """The manifest as far as it is known before anything is compiled."""
     chosen = _recorded(options)
     if digest := digest_of_logs(logs_from or machine, options.logs):
         chosen["tuning_logs"] = digest

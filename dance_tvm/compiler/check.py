@@ -164,7 +164,7 @@ def _device_for(manifest: Manifest, insist: bool) -> tuple[str, str]:
 
 
 def compare(manifest: Manifest, tried: CheckInputs, found: Mapping[str, Arrays], device: str) -> Check:
-    """What ``device`` ``found`` on the inputs that were ``tried``, by their names, beside the source's answers.
+    """Compare what ``device`` ``found``, by the names of the inputs ``tried``, with the source's answers.
 
     Raises DanceError that names the first input and output that differ.
     """

@@ -88,7 +88,7 @@ def _keyed(func: tirx.PrimFunc, fixed: str) -> _Kernel:
 
 
 def _common_key(target: tvm.target.Target, config: dict[str, Any]) -> str:
-    """All that code follows from besides the kernel itself."""
+    """Everything that determines code besides the kernel itself, as the beginning of a cache key."""
     known = versions()
     return json.dumps(
         {

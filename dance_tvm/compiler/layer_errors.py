@@ -61,7 +61,7 @@ class LayerErrors:
 
 
 def layer_errors(artifact: Artifact, lowered: Lowered, arrays: Arrays) -> LayerErrors:
-    """Of each layer of the artifact made of ``lowered``, on one input."""
+    """The errors of each layer of the artifact made of ``lowered``, on one input."""
     assert lowered.source is not None
     seen, calls = _seen(artifact, arrays), lowered.calls
     wanted = {calls[layer.info.name].source for layer in seen}

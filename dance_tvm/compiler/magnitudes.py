@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def measured_on(imported: Imported, given: Iterable[Arrays]) -> Callable[[tvm.IRModule], Mapping[str, float]]:
-    """What finds the largest magnitude of each variable of a module by its name, on the inputs that every check begins
-    with and the ``given`` ones."""
+    """A function that finds the largest magnitude of each variable of a module, by its name, on the inputs that every
+    check begins with and the ``given`` ones."""
     ranged: tuple[Kind, ...] = ("ranged",) if any(map(has_float_range, imported.inputs)) else ()
     usual = [random_inputs(imported.inputs, seed, kind) for seed, kind in enumerate(USUAL + ranged)]
 

@@ -130,7 +130,7 @@ def lower(
     phases.write_reasons(reasons)
     layers = [_with_reason(layer, reasons.of(layer.name)) for layer in windows.layers]
     layers = _as_called(layers, windows.calls, mod)
-    found = windows.workloads, windows.sources, kernels_of(mod), windows.calls, source
+    found = windows.workloads, windows.sources, kernels_of(mod), windows.calls, source, windows.limits
     return Lowered(mod, layers, lift_weights.weights, *found)
 
 
@@ -208,7 +208,7 @@ def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int, reasons: Re
 
 @dataclass
 class _Phases:
-    """Tells of each phase, and writes the module that it leaves into the folder ``dump`` where there is one."""
+    """Reports each phase to ``tell``, and writes the module after it to the folder ``dump`` if there is one."""
 
     tell: Callable[[str], None] | None
     dump: Path | None
@@ -223,12 +223,12 @@ class _Phases:
         return mod
 
     def begin(self, name: str) -> None:
-        """Tell of the phase."""
+        """Report that a phase begins."""
         if self.tell:
             self.tell(name)
 
     def end(self, name: str, mod: tvm.IRModule) -> None:
-        """Write what it left."""
+        """Write the module after the phase."""
         if self.dump is not None:
             self.dump.mkdir(parents=True, exist_ok=True)
             path = self.dump / f"{self.done}-{name.replace(' ', '-')}.py"
@@ -236,7 +236,7 @@ class _Phases:
         self.done += 1
 
     def write_reasons(self, reasons: Reasons) -> None:
-        """Write what passes left as it was, and why, beside the modules."""
+        """Write which operators passes declined to change, and why, beside the modules."""
         if self.dump is not None:
             (self.dump / "reasons.txt").write_text("".join(f"{line}\n" for line in reasons), encoding="utf-8")
 

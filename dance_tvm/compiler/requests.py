@@ -1,4 +1,4 @@
-"""What a build is asked for, looked at before TVM and PyTorch are loaded: what cannot be is refused at once."""
+"""A build's request, checked before TVM and PyTorch are loaded: what cannot be built is refused at once."""
 
 from __future__ import annotations
 

@@ -23,20 +23,20 @@ from dance_tvm.core.verbosity import Quiet, Verbose, level, set_level, with_verb
 
 BAD_INPUT = 2
 INTERRUPTED = 130
-#: How a program ends that whoever read its output, such as `head`, has left.
+#: Exit code of a program whose output is no longer read, as behind `head`.
 NOT_READ = 128 + signal.SIGPIPE
 
 # name: (module, what it does). A module offers ``app``, a typer.Typer; one that is not there is not listed.
 COMMANDS = {
     "build": ("dance_tvm.build", "Compile a trained network into a verified artifact."),
     "export": ("dance_tvm.export", "Write a PyTorch network as a file that builds take."),
-    "pack": ("dance_tvm.pack", "Lay an artifact out as a C folder, an Android module, or a wheel."),
+    "pack": ("dance_tvm.pack", "Package an artifact as a C folder, an Android module, or a wheel."),
     "run": ("dance_tvm.run", "Run an artifact on a device: arrays in, arrays out."),
     "targets": ("dance_tvm.show_targets", "List the machines that networks can be built for."),
-    "units": ("dance_tvm.units", "Show in which units the kernels of a network leave work out."),
+    "units": ("dance_tvm.units", "Show in which units the kernels of a network can skip work."),
     "train": ("dance_tvm.train", "Train or prune a sparse network."),
     "export-dstep": ("dance_tvm.export_dstep", "Write a trained D-STEP network, by clip or by frame, for a build."),
-    "tune": ("dance_tvm.tune", "Search the fastest kernels for a network on a real device."),
+    "tune": ("dance_tvm.tune", "Search for the fastest kernels for a network on a real device."),
     "groups": ("dance_tvm.groups", "Measure which kernel groups a device runs fastest."),
     "logs": ("dance_tvm.logs", "Check, merge and show tuning logs."),
     "bench": ("dance_tvm.bench", "Time an artifact on a device, by clip and by layer."),
@@ -44,8 +44,8 @@ COMMANDS = {
     "show": ("dance_tvm.show", "Show what an artifact is: interface, layers, sizes, check, versions."),
     "stream": ("dance_tvm.stream", "Run a streaming artifact frame by frame."),
     "device": ("dance_tvm.devices", "List and watch the devices of a tracker."),
-    "cache": ("dance_tvm.cache", "List or clear what was fetched and made for this user."),
-    "doctor": ("dance_tvm.doctor", "Say what works on this machine, and what mends the rest."),
+    "cache": ("dance_tvm.cache", "List or clear the downloads and compiled kernels kept for this user."),
+    "doctor": ("dance_tvm.doctor", "Report what works on this machine, and what fixes the rest."),
     "completion": ("dance_tvm.completion", "Print a shell's completion script."),
 }
 

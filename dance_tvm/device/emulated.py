@@ -7,22 +7,10 @@ import contextlib
 from dance_tvm.core.errors import DanceError
 from dance_tvm.device.emulator import START_TIMEOUT_S, start_program
 from dance_tvm.device.served import ServedSession
-from dance_tvm.device.server_connection import ServerConnection, connect
+from dance_tvm.device.server_connection import connect
 
 
-class EmulatedSession(ServedSession):
-    """A session on a device that was started for it and ends with it."""
-
-    def __init__(self, connection: ServerConnection, running: contextlib.ExitStack) -> None:
-        self._running = running
-        super().__init__(connection)
-
-    def close(self) -> None:
-        super().close()
-        self._running.close()
-
-
-def open_emulator(timeout: float, call_timeout: float) -> EmulatedSession:
+def open_emulator(timeout: float, call_timeout: float) -> ServedSession:
     """Start the server, and open a session on it; closing the session ends it."""
     with contextlib.ExitStack() as stack:
         port = start_program(stack)
@@ -30,5 +18,7 @@ def open_emulator(timeout: float, call_timeout: float) -> EmulatedSession:
         if connection is None:
             raise DanceError("emulator: its server closed the connection before a session began: start it again")
         stack.callback(connection.close)
-        return EmulatedSession(connection, stack.pop_all())
+        session = ServedSession(connection)
+        session.running = stack.pop_all()
+        return session
     raise AssertionError("unreachable")

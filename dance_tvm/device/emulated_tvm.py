@@ -9,24 +9,14 @@ from dance_tvm.device.remote import Connection, RemoteSession
 from dance_tvm.device.tracker import request_device
 
 
-class TrackedSession(RemoteSession):
-    """A session on a device that was started for it and ends with it."""
-
-    def __init__(self, connection: Connection, running: contextlib.ExitStack) -> None:
-        self._running = running
-        super().__init__(connection)
-
-    def close(self) -> None:
-        super().close()
-        self._running.close()
-
-
-def open_tracked_emulator(timeout: float, call_timeout: float) -> TrackedSession:
+def open_tracked_emulator(timeout: float, call_timeout: float) -> RemoteSession:
     """Start tracker and server, and open a session on them; closing the session ends them."""
     with contextlib.ExitStack() as stack:
         port = start(stack)
         found = request_device("127.0.0.1", port, KEY, max(timeout, START_TIMEOUT_S))
         connection = Connection("emulator", *found, max(timeout, START_TIMEOUT_S), call_timeout)
         stack.callback(connection.close)
-        return TrackedSession(connection, stack.pop_all())
+        session = RemoteSession(connection)
+        session.running = stack.pop_all()
+        return session
     raise AssertionError("unreachable")

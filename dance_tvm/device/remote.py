@@ -150,9 +150,13 @@ class Connection:
 
 
 class RemoteSession(DeviceSession):
-    """A device behind an RPC server: TVM's own, or `dance_tvm/device/serve.py` which can report and keep more."""
+    """A device behind an RPC server: TVM's own, or `dance_tvm/device/serve.py` which can report and keep more.
+
+    Closing the session ends what is ``running`` for it.
+    """
 
     def __init__(self, connection: Connection) -> None:
+        self.running = contextlib.ExitStack()
         self.name = connection.name
         self.connection = connection
         self.cpu = connection.session.cpu()
@@ -188,6 +192,7 @@ class RemoteSession(DeviceSession):
     def close(self) -> None:
         self._functions.clear()
         self.connection.close()
+        self.running.close()
 
     def function(self, name: str) -> Any | None:
         """The function `dance.<name>` of the device, or None where it runs TVM's own server."""

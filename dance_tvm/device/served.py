@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
@@ -33,9 +34,10 @@ _MOST_TENSORS = 64  # of a kernel, whose elements can be asked for
 
 
 class ServedSession(DeviceSession):
-    """A session with `dance_server`."""
+    """A session with `dance_server`; closing it ends what is ``running`` for it."""
 
     def __init__(self, connection: ServerConnection) -> None:
+        self.running = contextlib.ExitStack()
         self.name, self.connection = connection.name, connection
         self._threads: int | None = None
         self._abandoned: list[int] = []  # networks that nobody refers to; released here, between other requests
@@ -74,6 +76,7 @@ class ServedSession(DeviceSession):
 
     def close(self) -> None:
         self.connection.close()
+        self.running.close()
 
     def _told(self, what: str, operation: Operation) -> dict[str, Any]:
         return json.loads(self.connection.ask(what, operation, timeout=_SMALL_TIMEOUT_S))

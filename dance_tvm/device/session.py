@@ -135,11 +135,13 @@ class DeviceSession(ABC):
         """Run on these CPUs with so many threads from here on. Raises DanceError where the device has them not."""
 
     def load(self, artifact: Artifact | str | Path) -> LoadedNetwork:
-        """Bring an artifact, or that of a folder, onto the device. Raises DanceError where it does not fit it."""
+        """Bring an artifact, or that of a folder, onto the device. Raises DanceError where it does not fit it, or its
+        files were changed after they were verified."""
         if isinstance(artifact, str | Path):
             artifact = load_artifact(artifact)
         if not isinstance(artifact, Artifact):
             raise DanceError(f"load takes an artifact or its folder, not a {type(artifact).__name__}")
+        artifact.require_unchanged()
         return self._load(artifact)
 
     @abstractmethod

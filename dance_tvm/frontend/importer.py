@@ -45,7 +45,8 @@ def import_model(
 ) -> Imported:
     """Import a zoo network by name, a ``.pt2`` or ``.onnx`` file, a module (with ``example_inputs``), or a program.
 
-    ``weights`` replaces the source's: a safetensors file, a state dict's file, or tensors by name. A zoo network whose
+    ``weights`` replaces the source's: a safetensors file, a state dict's file, or tensors by name. A module is given
+    them for good, as by ``load_state_dict``; a program is left as it was. A zoo network whose
     weights are published gets those where none are given. ``shapes``, by input name, fix the dimensions that a file or
     a program leaves open; ``batch`` is the first dimension of all inputs, for networks of the zoo and where it is open.
     With ``check`` the result is compared with the source on random input. Raises DanceError for
@@ -108,15 +109,19 @@ def _import_module(
 ) -> Imported:
     if example_inputs is None:
         raise DanceError("a module needs example_inputs, a tuple of tensors of the shapes that it will be run with")
+    if isinstance(example_inputs, torch.Tensor):
+        raise DanceError("example_inputs is a tuple of tensors, one for each input: give (tensor,) for a single one")
     if weights is not None:
         models.load_state(module, _state(weights))
-    was_training = module.training
+    modes = [(each, each.training) for each in module.modules()]
     try:
         program = torch.export.export(module.eval(), tuple(example_inputs), strict=False)
     except Exception as problem:
         raise DanceError(f"PyTorch cannot export {name}: {first_line(problem)}") from problem
     finally:
-        module.train(was_training)
+        module.train(modes[0][1])
+        for each, mode in modes:
+            each.training = mode
     return _import_exported(program, name, _program_sha256(program), None, check, entry=entry)
 
 
@@ -134,7 +139,7 @@ def _import_exported(
     program = with_shapes(program, shapes or {}, batch)
     require_inference(program)
     if weights is not None:
-        _replace_weights(program, _state(weights))
+        program = _with_weights(program, _state(weights))
         sha256 = _program_sha256(program)
     source = ProgramSource(program, decompose(program))
     inputs, outputs = source.inputs(), source.outputs()
@@ -156,21 +161,39 @@ def _import_exported(
     return Imported(mod, name, digest, inputs, outputs, reference, video=models.published_video(entry))
 
 
-def _replace_weights(program: torch.export.ExportedProgram, state: Mapping[str, torch.Tensor]) -> None:
+def _with_weights(
+    program: torch.export.ExportedProgram, state: Mapping[str, torch.Tensor]
+) -> torch.export.ExportedProgram:
     own = program.state_dict
     missing = sorted(set(own) - set(state))
     unexpected = sorted(set(state) - set(own))
     wrong = sorted(name for name in set(own) & set(state) if own[name].shape != state[name].shape)
     if problems := models.misfits(missing, unexpected, wrong):
         raise DanceError(f"the weights do not fit the exported program: {problems}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+    replaced = {name: state[name].detach().to(tensor) for name, tensor in own.items()}
+    return torch.export.ExportedProgram(
+        program.graph_module,
+        program.graph,
+        program.graph_signature,
+        {name: nn.Parameter(tensor, own[name].requires_grad) if isinstance(own[name], nn.Parameter) else tensor
+         for name, tensor in replaced.items()},
+        program.range_constraints,
+        program.module_call_graph,
+        program.example_inputs,
+        program.constants,
+        verifiers=program.verifiers,
+    )  # fmt: skip
 
 
 def _program_sha256(program: torch.export.ExportedProgram) -> str:
-    """A digest of the program's code and weights, the same in every process."""
-    digest = hashlib.sha256(program.graph_module.code.encode())
+    """A digest of the program's code and weights, the same in every process.
+
+    The parts that run in a mode of their own, as under ``torch.autocast``, are modules within the program's.
+    """
+    digest = hashlib.sha256()
+    for part, module in program.graph_module.named_modules():
+        if isinstance(module, torch.fx.GraphModule):
+            digest.update(f"{part} {module.code}".encode())
     for name, tensor in sorted({**program.state_dict, **program.constants}.items()):
         if isinstance(tensor, torch.Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -144,7 +144,7 @@ def dense(sparse: Any) -> np.ndarray:
 def sha256(path: Path) -> str:
     """The file's bytes, and those of the weights that it keeps elsewhere."""
     digest = hashlib.sha256()
-    weights = onnx.load(str(path), load_external_data=False).graph.initializer
+    weights = _messages(onnx.load(str(path), load_external_data=False), onnx.TensorProto)  # those of branches too
     files = {entry.value for tensor in weights for entry in tensor.external_data if entry.key == "location"}
     for file in (path, *(path.parent / name for name in sorted(files))):
         with file.open("rb") as opened:

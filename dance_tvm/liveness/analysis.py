@@ -131,9 +131,9 @@ def as_video(shape: Shape) -> Shape:
 
 @dataclass
 class Liveness:
-    """Of each activation: ``alive`` (may be nonzero) and ``read`` (somebody looks), as products of three masks.
+    """Where each activation is ``alive`` (may be nonzero) and ``read`` (some reader uses it): products of three masks.
 
-    ``before``: of each tensor that a kernel makes and may thin, the tensors that do not depend on it, whose values can
+    ``before``: for each tensor that a kernel makes and may thin, the tensors that do not depend on it, whose values can
     be known before it runs.
     """
 

@@ -26,7 +26,7 @@ from dance_tvm.schedules.gpu.choice import groups_cost
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.kernel import Weights
 from dance_tvm.schedules.kernel_columns import Nonzero
-from dance_tvm.schedules.layer import Choice, Layer, Limits
+from dance_tvm.schedules.layer import UNLIMITED, Choice, Layer, Limits
 
 from .half_range import HalfRange
 from .registry import choose
@@ -36,27 +36,21 @@ from .sites import Site, Sites
 #: Filters of a kernel group that a block of threads can take.
 BLOCK_GROUP_FILTERS = (16, 32, 8)
 
-#: small: a limit for the network, shared out among its layers (:mod:`.share_memory`); balanced: limits for large ones.
+#: What memory the kernels of a network may take (:mod:`.share_memory`).
 Memory = Literal["small", "balanced", "fast"]
-#: How many times its weights a layer's transformed ones may take in balanced, and the bytes of weights from which on
-#: that counts. It lets through tiles of two along every axis, or of three along two.
-BALANCED_GROWTH, BALANCED_BYTES = 2.4, 8 << 20
 
 #: What kernel groups cost on a machine, as kernels see it that multiply what a layer stores.
 GroupCost = Callable[[Machine], Callable[[KernelGroups], float]]
 
 
-def limits_of(memory: Memory, weight_bytes: int) -> Limits:
-    """What memory the kernel of a layer with so many bytes of weights may take, whatever the other layers are."""
-    large = memory == "balanced" and weight_bytes > BALANCED_BYTES
-    return Limits(growth=BALANCED_GROWTH) if large else Limits()
-
-
 @dataclass
 class Chooser:
-    """Chooses for a machine. ``wanted`` is auto, direct or winograd; ``sparsity``: zero weights may be left out, in
-    groups of the size ``group`` or, without it, of one that is chosen by ``group_cost`` where it is given. ``limits``
-    are those of sites' memory, by start."""
+    """Chooses the kernel of each site for a machine.
+
+    ``wanted`` is auto, direct or winograd. With ``sparsity``, zero weights may be left out in groups: of the size
+    ``group``, else of the size that ``group_cost``, or the default cost, makes cheapest. ``limits``: of a site's
+    memory, by its ``start``.
+    """
 
     machine: Machine | Gpu
     sites: Sites
@@ -115,7 +109,7 @@ class Chooser:
             columns=None if groups is None else len(groups.columns),
             kept=1.0 if groups is None else groups.kept,
             nonzero=None if groups is None else self._nonzero(site),
-            memory=self._limits(site),
+            memory=self.limits.get(site.start, UNLIMITED),
             gate=site.gate is not None,
             before=site.before,
             spread=site.spread,
@@ -127,10 +121,6 @@ class Chooser:
         if site.start not in self.nonzero:
             self.nonzero[site.start] = Nonzero.of(site.weight)
         return self.nonzero[site.start]
-
-    def _limits(self, site: Site) -> Limits:
-        """What memory the site's kernel may take."""
-        return self.limits.get(site.start) or limits_of(self.memory, site.weight.nbytes)
 
     def weights(self, site: Site) -> Weights:
         """What the site's kernel packs."""

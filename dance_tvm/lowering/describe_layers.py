@@ -49,7 +49,7 @@ def describe(
 
 
 def kernels_of(mod: tvm.IRModule) -> dict[str, KernelInfo]:
-    """The functions of a module by their symbols; of TVM's own nothing more is known."""
+    """The functions of a module by their symbols; for TVM's own functions nothing else is known."""
     functions = {gvar.name_hint: func for gvar, func in mod.functions_items() if isinstance(func, tirx.PrimFunc)}
     return {symbol: KernelInfo(**(described(functions[symbol]) or {})) for symbol in sorted(functions)}
 

@@ -29,6 +29,7 @@ from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.emit import FLOAT, HALF
 from dance_tvm.schedules.geometry import added
 from dance_tvm.schedules.gpu.tiles import Gpu
+from dance_tvm.schedules.layer import Limits
 from dance_tvm.schedules.preparation import Source
 from dance_tvm.schedules.workload import LISTS, POOL, TYPICAL_DENSITY, Workload
 
@@ -55,15 +56,19 @@ COUNTS = "counts"
 
 @dataclass(frozen=True)
 class Windows:
-    """A module whose convolutions, linear layers and pools are calls of kernels; what was decided, in order of
-    execution; the call of each layer's kernel, by the layer's name; what the sizes of a layer's kernel were chosen
-    for; and what packed weights were made of, by their digest."""
+    """A module whose convolutions, linear layers and pools are calls of kernels, and how it came about.
+
+    ``layers``: the decisions, in order of execution. By the name of a layer, ``calls``: the call of its kernel;
+    ``workloads``: what its kernel's sizes were chosen for; ``limits``: those of its memory. ``sources``: what packed
+    weights were made of, by their digest.
+    """
 
     mod: tvm.IRModule
     layers: list[LayerInfo]
     calls: dict[str, LayerCall]
     workloads: dict[str, Workload]
     sources: dict[bytes, Source]
+    limits: dict[str, Limits]
 
 
 def lower_windows(
@@ -94,11 +99,12 @@ def lower_windows(
         chooser.half_range = HalfRange(graph, largest or {})
     if cpu:
         absorb_gates(graph, sites, lambda site: is_pointwise(chooser.layer(site)))
-    if isinstance(machine, Machine) and memory == "small":
+    if isinstance(machine, Machine):
         chooser.limits = shared_out(chooser, machine)
     lowering = _Lowering(mod, graph, liveness, sites, chooser, {chain.end: chain for chain in chains}, threads)
     mod = relax.transform.DeadCodeElimination()(lowering.run())
-    return Windows(mod, lowering.layers, lowering.calls, lowering.workloads, lowering.lists.sources)
+    limits = {start.name: found for start, found in chooser.limits.items()}
+    return Windows(mod, lowering.layers, lowering.calls, lowering.workloads, lowering.lists.sources, limits)
 
 
 @dataclass

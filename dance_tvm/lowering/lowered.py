@@ -9,12 +9,13 @@ import numpy as np
 import tvm
 
 from dance_tvm.artifact.layers import KernelInfo, LayerInfo
+from dance_tvm.schedules.layer import Limits
 from dance_tvm.schedules.preparation import Source
 from dance_tvm.schedules.workload import Workload
 
 
 class LayerCall(NamedTuple):
-    """The call of a layer's kernel: its variable, and that of the network before which has the same value."""
+    """The call of a layer's kernel: its variable, and the variable of the module before it with the same value."""
 
     var: str
     source: str
@@ -27,7 +28,7 @@ class Lowered:
     ``workloads``: what the sizes of a layer's kernel were chosen for, by the layer's name; layers whose kernels have
     nothing to choose are not there. ``sources``: what packed weights were made of, by their digest.
     ``kernels``: every function of the module by its symbol. ``source``: the network in its own layouts. ``calls``: that
-    of each layer's kernel, by the layer's name.
+    of each layer's kernel, by the layer's name. ``limits``: of a layer's memory, where the network's are shared out.
     """
 
     mod: tvm.IRModule
@@ -38,3 +39,4 @@ class Lowered:
     kernels: dict[str, KernelInfo] = field(default_factory=dict)
     calls: dict[str, LayerCall] = field(default_factory=dict)
     source: tvm.IRModule | None = None
+    limits: dict[str, Limits] = field(default_factory=dict)

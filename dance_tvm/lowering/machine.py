@@ -1,4 +1,4 @@
-"""What choices of kernels and their code follow from, read off a target."""
+"""The facts of a target on which the choice of kernels and their code depend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def machine_of(target: Target) -> Machine:
-    """What tile sizes follow from, read off the target."""
+    """The facts of a processor on which tile sizes depend."""
     arm = "aarch64" in str(target.tvm.get("mtriple", "")) or (target.host is None and "neon" in str(target.tvm))
     cores = [core.max_ghz * core.fma_per_cycle for core in target.clusters]
     return Machine(
@@ -28,7 +28,7 @@ def machine_of(target: Target) -> Machine:
 
 
 def gpu_of(target: Target) -> Gpu | None:
-    """What tiles of a GPU follow from, read off the target; None for a CPU."""
+    """The facts of a GPU on which tile sizes depend; None for a CPU."""
     facts = target.gpu
     if facts is None:
         return None

@@ -78,7 +78,8 @@ def form_of(call: relax.Call) -> Form:
 
 
 class Seen(NamedTuple):
-    """What a norm's kernel sees the data as, and how gamma and beta lie on it (:class:`~..schedules.cpu.norm.Norm`)."""
+    """The shape in which a norm's kernel reads its data, and what gamma and beta vary along: see
+    :class:`~..schedules.cpu.norm.Norm`."""
 
     outer: int
     rows: int
@@ -88,8 +89,8 @@ class Seen(NamedTuple):
 
 
 def seen_as(form: Form, shape: Shape, threads: int, scales: int) -> Seen | None:
-    """What a kernel sees data of ``shape`` as, gamma and beta having ``scales`` elements (0: not given); None where no
-    kernel sees it."""
+    """The form in which a kernel can process data of ``shape``; None if there is none. ``scales``: the number of
+    elements of gamma and of beta (0: not given)."""
     split = form.split or shape
     runs = runs_of(split, set(form.axes))
     extents = [math.prod(split[run.first : run.first + run.axes]) for run in runs]

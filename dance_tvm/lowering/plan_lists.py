@@ -37,7 +37,7 @@ class Given:
 
 @dataclass
 class Lists:
-    """Plans lists, each once: kernels that want the same ones of the same masks share them.
+    """Plans lists, each once: kernels that need the same lists of the same masks share them.
 
     ``now``: whether planners can run here, when compiling; a GPU's run on the GPU alone. ``sources``: what packed
     weights were made of, by their digest.
@@ -58,7 +58,7 @@ class Lists:
         return found | {name: relax.const(array) for name, array in constants.items()}
 
     def _constants(self, kernel: Kernel, weights: Weights | None) -> dict[str, np.ndarray]:
-        """What a kernel prepares; what its packed weights were made of is noted."""
+        """The constants that a kernel prepares; notes in ``sources`` what its packed weights were made of."""
         constants = kernel.prepare(weights)
         if weights is not None and weights.weight is not None:
             weight = kernel.unprepared(weights.weight)
@@ -86,7 +86,7 @@ class Lists:
         return values[operand.name]
 
     def _plan(self, planner: Kernel, given: Given, lists: Values) -> list[relax.Expr]:
-        """What a planner makes."""
+        """The lists that a planner makes: constants where it can run now, else the results of a call."""
         tables = self._constants(planner, given.weights)
         variable = [each for each in planner.inputs() if each.role != "constant"]
         args = [self._argument(each, given, lists) for each in variable]

@@ -1,4 +1,4 @@
-"""``--memory small``: a limit for the whole network, spent on those layers where a byte saves most time.
+"""``--memory small`` and ``balanced``: a limit for the whole network, spent where a byte saves most time.
 
 A transform that multiplies the weights of an early layer costs little and saves much, as that layer has few weights and
 many positions; in late layers it is the other way round.
@@ -13,14 +13,17 @@ from tvm import relax
 
 from dance_tvm.schedules.cpu.choice import memory_trades
 from dance_tvm.schedules.cpu.tiles import Machine
-from dance_tvm.schedules.layer import Limits
+from dance_tvm.schedules.layer import UNLIMITED, Limits
 
 from .choose_kernel import Chooser
 from .sites import Site
 
-#: The weights of the whole network may grow by this share of them when they are prepared, or by so many bytes, which
-#: are nothing to any machine.
+#: small: the weights of the whole network may grow by this share of them when they are prepared, or by so many bytes,
+#: which are nothing to any machine.
 MOST_GROWTH, SMALL_BYTES = 0.17, 2 << 20
+#: balanced: by this share, or, where it is more, by as much as they grow when layers of more than so many bytes have
+#: this limit (tiles of two along every axis, or of three along two) and others none.
+BALANCED_GROWTH, LARGE_BYTES, LARGE = 0.75, 8 << 20, Limits(growth=2.4)
 #: Scratch that every layer may have; beyond it, what the arena has anyway for the layer with the largest activations.
 SCRATCH_BYTES = 8 << 20
 #: Parts into which that is divided for the choice.
@@ -31,18 +34,54 @@ Trade = tuple[float, float]
 
 
 def shared_out(chooser: Chooser, machine: Machine) -> dict[relax.Var, Limits]:
-    """The limits of each site, by its ``start``."""
+    """The limits of each site, by its ``start``, in the chooser's ``memory``; none where layers may have what they
+    like."""
     sites = list(chooser.sites.by_end.values())
-    room = max(SMALL_BYTES, MOST_GROWTH * sum(site.weight.nbytes for site in sites))
+    if chooser.memory == "small":
+        return _small(chooser, machine, sites)
+    if chooser.memory == "balanced" and any(site.weight.nbytes > LARGE_BYTES for site in sites):
+        return _balanced(chooser, machine, sites)
+    return {}
+
+
+def _small(chooser: Chooser, machine: Machine, sites: Sequence[Site]) -> dict[relax.Var, Limits]:
+    """Scratch is limited too, and may hold weights that are transformed in every call."""
     largest = max((_activations(site) for site in sites), default=0)
-    limits, trades = {}, []
+    allowed = []
     for site in sites:
         scratch = float(max(SCRATCH_BYTES, largest - _activations(site)))  # what the arena has beside these
-        growths = memory_trades(chooser.layer(site), machine, chooser.log, scratch)
-        limits[site.start] = [Limits(growth, scratch, anew=True) for growth, _ in growths]
-        trades.append([((growth - 1) * site.weight.nbytes, seconds) for growth, seconds in growths])
-    spent = spend(trades, room)
-    return {start: allowed[taken] for (start, allowed), taken in zip(limits.items(), spent, strict=True)}
+        growths = memory_trades(chooser.layer(site), machine, chooser.log, Limits(scratch=scratch, anew=True))
+        allowed.append([(Limits(growth, scratch, anew=True), seconds) for growth, seconds in growths])
+    return _limits(sites, allowed, max(SMALL_BYTES, MOST_GROWTH * _weight_bytes(sites)))
+
+
+def _balanced(chooser: Chooser, machine: Machine, sites: Sequence[Site]) -> dict[relax.Var, Limits]:
+    room = BALANCED_GROWTH * _weight_bytes(sites)
+    by_layer = {site.start: LARGE for site in sites if site.weight.nbytes > LARGE_BYTES}
+    allowed = []
+    for site in sites:
+        growths = memory_trades(chooser.layer(site), machine, chooser.log, Limits())
+        allowed.append([(Limits(growth), seconds) for growth, seconds in growths])
+        most = by_layer.get(site.start, UNLIMITED).growth
+        room -= (max(growth for growth, _ in growths if growth <= most) - 1) * site.weight.nbytes
+    return by_layer if room <= 0 else _limits(sites, allowed, BALANCED_GROWTH * _weight_bytes(sites))
+
+
+def _limits(
+    sites: Sequence[Site], allowed: Sequence[Sequence[tuple[Limits, float]]], room: float
+) -> dict[relax.Var, Limits]:
+    """Those of the limits allowed, each with the seconds that a call takes then, with which all take ``room`` bytes."""
+    trades = [
+        [(max(0.0, limits.growth - 1) * site.weight.nbytes, seconds) for limits, seconds in options]
+        for site, options in zip(sites, allowed, strict=True)
+    ]
+    taken = spend(trades, room)
+    return {site.start: options[index][0] for site, options, index in zip(sites, allowed, taken, strict=True)}
+
+
+def _weight_bytes(sites: Sequence[Site]) -> int:
+    """Bytes of the weights of the whole network."""
+    return sum(site.weight.nbytes for site in sites)
 
 
 def spend(trades: Sequence[Sequence[Trade]], room: float) -> list[int]:

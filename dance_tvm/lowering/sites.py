@@ -260,7 +260,7 @@ class Sites:
         return self._zeroed[var]
 
     def needs_zero_positions(self, var: relax.Var) -> bool:
-        """The same for positions that were left out in frames that were not, which convolutions read as zeros."""
+        """Whether some reader must find zeros at dead positions of live frames, as convolutions must."""
         return var in self.graph.outputs or not all(
             reader in self.chained.get(var, ()) or self._passes_over(reader) for reader in self.graph.readers[var]
         )

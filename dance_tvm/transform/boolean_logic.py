@@ -1,4 +1,4 @@
-"""Say comparisons and products of truth values in and, or, not: TVM generates no code for them on booleans."""
+"""Rewrite comparisons and products of booleans with and, or, not: TVM generates no code for the former on booleans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compute constants that hold nothing: TVM's executable cannot store an array of no bytes."""
+"""Compute empty constants instead of storing them: TVM's executable cannot store an array of no bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slices, concatenations, pads and moved axes behind one another become one kernel that copies each element once."""
+"""Turn chains of slices, concatenations, pads and moved axes into one kernel that copies each element once."""
 
 from __future__ import annotations
 

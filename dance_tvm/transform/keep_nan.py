@@ -1,4 +1,4 @@
-"""What TVM makes of comparing operators, with NaN where PyTorch has it: TVM's own minima and maxima pass over it."""
+"""Forms of comparing operators that give NaN where PyTorch does: TVM's own minima and maxima ignore NaN."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ CLIP_NORMS = ("nn.instance_norm", "nn.batch_norm")
 
 @tvm.transform.module_pass(opt_level=0, name="NormsByClip")
 class NormsByClip:
-    """``reshape(norm(reshape(x, (1, N·C, …)), gamma N times over, …), (N, C, …))`` is a norm of ``x`` itself.
+    """``reshape(norm(reshape(x, (1, N·C, …)), gamma repeated N times, …), (N, C, …))`` is a norm of ``x`` itself.
 
     A batch norm by the batch's own statistics is an instance norm over the clips too."""
 

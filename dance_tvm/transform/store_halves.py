@@ -1,4 +1,4 @@
-"""Keep between operators what kernels store in half precision, and widen it only where it is read.
+"""Keep values in half precision between kernels that store them so, and widen them only where they are read.
 
 Each reader of a widened value gets a conversion of its own, so that it is fused into the reader and the float32 tensor
 is never stored; what moves values about moves them as they are stored; and where one reader rounds a value to half

@@ -1,4 +1,4 @@
-"""exp and its like become vector code in every function of a module for a CPU."""
+"""Turn exp and similar functions into vector code in every function of a module for a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dance_tvm.schedules.elementary import written_out
 
 @tvm.transform.module_pass(opt_level=0, name="VectorMath")
 class VectorMath:
-    """Write the elementary functions of every PrimFunc out, whoever made it."""
+    """Write out the elementary functions of every PrimFunc, of our kernels and of TVM's."""
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite each PrimFunc that has any."""

@@ -1,4 +1,4 @@
-"""Average pools over whole clips are means, and adaptive ones whose windows are all alike are ordinary ones."""
+"""Turn average pools over whole clips into means, and adaptive pools whose windows are all alike into ordinary ones."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def layers_of(
 
 
 def _families(workload: Workload, machine: Machine, conv: str) -> list[Workload]:
-    """The workload for each family worth tuning: not what is far behind the other, as the model of time has it."""
+    """The workload for each family worth tuning: not what is far behind the other, as the cost model has it."""
     if workload.family in (POOL, POINTWISE, LINE) or conv == "direct":
         return [] if conv == "winograd" else [workload]
     direct = settled_direct(layer.Layer.of(workload), machine).kernel

@@ -137,7 +137,7 @@ def kernel_of(workload: Workload, machine: Machine) -> Kernel:
     return FAMILIES[workload.family](workload, machine)
 
 
-def choose_kernel(
+def direct_or_winograd(
     conv: GatherConv,
     origin: str,
     workload: Workload,
@@ -148,8 +148,9 @@ def choose_kernel(
 ) -> Choice[LayerKernel]:
     """``conv`` or Winograd in its place, and the record that chose its sizes ("": the defaults).
 
-    The model of time decides, unless the log holds measurements of both for this very workload. ``origin`` says where
-    the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd, ``limits`` are those of ``choose``.
+    The cost model decides (:func:`~.winograd_choice.choose`), unless the log holds measurements of both for this very
+    workload. ``origin`` says where the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd, ``limits``
+    are those of ``choose``.
     """
     choice = replace(choose(conv, machine, workload.threads, wanted, limits), workload=workload)
     default = replace(choice, origin=origin if choice.kernel is conv else "")
@@ -179,7 +180,7 @@ def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) ->
     """The direct kernel of a layer, over lists or along lines, or Winograd in its place."""
     found = settled_direct(layer, machine, log)
     conv = found.kernel
-    choice = choose_kernel(conv, found.origin, layer.workload, machine, wanted, log, layer.memory)
+    choice = direct_or_winograd(conv, found.origin, layer.workload, machine, wanted, log, layer.memory)
     masks = MASKS_OF_LINES if layer.channels_in <= FEW_CHANNELS else ()
     if not is_dense(layer, *masks):
         return choice if wanted != "auto" else _with_direct(choice, conv, layer, machine)
@@ -203,14 +204,12 @@ def _with_direct(choice: Choice[LayerKernel], conv: GatherConv, layer: Layer, ma
     return choice if both is None else replace(choice, kernel=both)
 
 
-def memory_trades(
-    layer: Layer, machine: Machine, log: TuningLog | None, most_scratch: float
-) -> list[tuple[float, float]]:
+def memory_trades(layer: Layer, machine: Machine, log: TuningLog | None, limits: Limits) -> list[tuple[float, float]]:
     """What memory buys in a layer (:func:`.winograd_choice.trades`); one entry where there is no choice."""
     few = is_dense(layer, *MASKS_OF_LINES) and layer.channels_in <= FEW_CHANNELS
     if is_pointwise(layer) or layer.groups > 1 or layer.spread is not None or layer.planar or few:
         return [(1.0, 0.0)]
-    return trades(settled_direct(layer, machine, log).kernel, machine, layer.threads, most_scratch)
+    return trades(settled_direct(layer, machine, log).kernel, machine, layer.threads, limits)
 
 
 def offer_pointwise(layer: Layer, machine: Machine, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel] | None:

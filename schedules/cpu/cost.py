@@ -56,7 +56,7 @@ def axis_densities(masks: Iterable[object]) -> list[float]:
 
 
 def seconds_per_cycle(machine: Machine) -> float:
-    """Of one core; a cycle is two vector multiply-adds, as in :func:`~.tiles.predicted_cycles`."""
+    """Seconds of one cycle of one core; a cycle is two vector multiply-adds, as in :func:`~.tiles.predicted_cycles`."""
     return 4 * machine.vector_floats / (1e9 * machine.gflops)
 
 
@@ -97,7 +97,7 @@ def direct_seconds(
     density: float,
     columns_share: float = 1.0,
 ) -> float:
-    """Of a direct kernel where each thinned axis keeps ``density``, of the weight columns ``columns_share``."""
+    """Seconds of a direct kernel with ``density`` of each thinned axis left, and ``columns_share`` of the columns."""
     window = conv.window
     share = _channel_share(conv, density) * columns_share
     for thinned in (plan.out_frames, plan.positions is not None, plan.dynamic_taps, plan.in_positions is not None):
@@ -151,7 +151,7 @@ def winograd_parts(
     density: float = 1.0,
     columns_share: float = 1.0,
 ) -> WinogradParts:
-    """Where ``density`` of the channels on each side that is listed are left, of weight columns ``columns_share``."""
+    """The parts where ``density`` of the channels is left on each listed side, and ``columns_share`` of the columns."""
     share, register_tile = _channel_share(conv, density) * columns_share, (tile.mr, tile.vectors, tile.step)
     cycles = 0.0
     for rows, taps in runs(plan):
@@ -184,8 +184,8 @@ def winograd_seconds(
     whole_tiles: bool,
     columns_share: float = 1.0,
 ) -> float:
-    """Of a Winograd kernel where each thinned axis keeps ``density``, of the weight columns ``columns_share``;
-    ``whole_tiles``: in whole tiles of outputs."""
+    """Seconds of a Winograd kernel with ``density`` of each thinned axis left, and ``columns_share`` of the columns;
+    ``whole_tiles``: masks leave out whole tiles of outputs."""
     parts = winograd_parts(conv, tile, plan, machine, density, columns_share)
     rows, places = _live_shares(plan, density, whole_tiles)
     full = plan.chunks * rows * places  # if chunks had all their rows
@@ -200,9 +200,9 @@ def winograd_seconds(
 
 
 def transform_seconds(stored: int, machine: Machine, threads: int) -> float:
-    """To transform weights into ``stored`` bytes; reading them again counts as with weights that are kept.
+    """Seconds to transform weights into ``stored`` bytes; reading them again counts as with weights that are kept.
 
-    A line that is written is fetched first, and goes back at some time.
+    A cache line that is written is fetched first, and written back later.
     """
     cycles = stored / (4 * machine.vector_floats) * WEIGHT_CYCLES
     rate = memory_rate(machine, threads) * (CACHE_RATE if stored <= _l3(machine) / 2 else 1.0)

@@ -139,7 +139,7 @@ UNDECIDED = -1
 
 @dataclass(frozen=True)
 class Undecided(Kernel):
-    """Lets every call decide by itself. A check that watches the calls writes something else."""
+    """Writes "no decision", so that every call decides by its masks. A check writes another number in its place."""
 
     kind = FREE_CHOICE
     foldable = False
@@ -150,7 +150,7 @@ class Undecided(Kernel):
         return [output(FORCED.name, FORCED.shape, INT)]
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
-        """Neither."""
+        """Write :data:`UNDECIDED`."""
         store(args[FORCED.name], tirx.IntImm(INT, UNDECIDED), 0)
 
 

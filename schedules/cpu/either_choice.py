@@ -77,7 +77,7 @@ def _scattered(
 
 
 def winograd_costs(conv: WinogradConv, machine: Machine, threads: int) -> Costs:
-    """What the model of time says of a Winograd kernel."""
+    """What the cost model says of a Winograd kernel."""
     parts, chunks = winograd_parts(conv, conv.tile, conv.plan, machine), conv.plan.chunks
     cycle, byte = seconds_per_cycle(machine) / threads, 1 / memory_rate(machine, threads)
     return Costs(

@@ -78,7 +78,7 @@ class RowTile:
 
 
 class RowConv(LayerKernel):
-    """A dense convolution by such tiles; the fields are those of whoever inherits it."""
+    """A dense convolution by such tiles; subclasses declare the fields."""
 
     window: Window
     tile: RowTile

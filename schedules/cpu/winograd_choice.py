@@ -1,4 +1,4 @@
-"""Direct or Winograd, as the model of time has it where nothing has been measured."""
+"""Direct or Winograd: the prediction of the cost model, for layers that no tuning log has measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .tiles import Machine
 from .winograd import WinogradConv
 from .winograd_columns import WinogradColumns
 from .winograd_plan import WinogradPlan
-from .winograd_space import NEVER_SLOWER, best, options, refusal
+from .winograd_space import NEVER_SLOWER, best, options, refusal, within
 
 
 def why_not(conv: GatherConv) -> str:
@@ -82,13 +82,15 @@ def choose(
     return Choice(found, f"{times}; scratch {found.memory_bytes / 2**20:.0f} MiB{made}")
 
 
-def trades(conv: GatherConv, machine: Machine, threads: int, most_scratch: float) -> list[tuple[float, float]]:
-    """How far weights may grow, and the predicted seconds that this buys: those of ``conv`` itself, which keeps them as
-    they are, or of a Winograd kernel that transforms them anew in every call, then of each that is faster than all with
-    fewer weights."""
+def trades(conv: GatherConv, machine: Machine, threads: int, limits: Limits) -> list[tuple[float, float]]:
+    """How far weights may grow within ``limits``, and the predicted seconds that this buys: those of ``conv`` itself,
+    which keeps them as they are, or of a Winograd kernel that transforms them anew in every call, then of each that is
+    faster than all with fewer weights."""
     least = {1.0: conv.predict(machine, threads)}
-    offered = [] if why_not(conv) else [option for form in _forms(conv, True) for option in options(form, machine)]
-    fitting = [option for option in offered if option.memory_bytes <= most_scratch]
+    offered = (
+        [] if why_not(conv) else [option for form in _forms(conv, limits.anew) for option in options(form, machine)]
+    )
+    fitting = [option for option in offered if within(option, limits)]
     for option in sorted(fitting, key=attrgetter("growth")):
         seconds = option.predict(machine, threads)
         if seconds < min(least.values()):

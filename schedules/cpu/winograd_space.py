@@ -254,7 +254,7 @@ class WinogradSpace(VectorSpace):
 
     @cached_property
     def tiles(self) -> dict[tuple[int, int], list[int]]:
-        """Columns of a chunk worth trying for each (frames_tile, space_tile), as the model of time has it."""
+        """Columns of a chunk worth trying for each (frames_tile, space_tile), as the cost model has it."""
         seconds = {}
         for option in options(self.conv, self.machine):
             predicted = option.predict(self.machine, self.workload.threads)
@@ -283,7 +283,7 @@ class WinogradSpace(VectorSpace):
         return sum(math.prod(map(len, part.values())) for part in self.parts())
 
     def default(self) -> Decisions:
-        """The kernel that the model of time prefers. Raises ValueError where no Winograd kernel can be built."""
+        """The kernel that the cost model prefers. Raises ValueError where no Winograd kernel can be built."""
         found = best(self.conv, self.machine, self.workload.threads)
         if found is None:
             raise ValueError("no Winograd kernel can compute this workload")

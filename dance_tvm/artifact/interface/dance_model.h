@@ -11,7 +11,8 @@
  *     if (api->run(model, inputs, outputs) != DANCE_OK) puts(api->error(model));
  *     api->destroy(model);
  *
- * Threads: a model runs one call at a time; calls of run, step, reset and destroy on one model must not overlap.
+ * Threads: a model runs one call at a time. A call while another is under way does nothing and gives DANCE_BUSY, but
+ * destroy must not overlap any.
  * Different models may run at once in different threads. Models made with options.share use one copy of the weights.
  * cancel may be called from any thread while another runs the model.
  *
@@ -106,7 +107,8 @@ typedef struct {
   const char *(*error)(const dance_model *model);     /* of the last call that did not end with DANCE_OK */
   size_t (*memory)(const dance_model *model);         /* bytes that this model holds, weights that it shares left out */
   void (*destroy)(dance_model *model);                /* NULL is allowed; no call may be under way */
-  /* Called after each kernel from the thread that runs the model, until another one or NULL takes its place. */
+  /* Called after each kernel from the thread that runs the model, until another one or NULL takes its place. The call is
+   * under way meanwhile: of this model it may use cancel, and must not destroy it. */
   void (*watch)(dance_model *model, dance_watcher watcher, void *context);
   /* `count` runs, and the nanoseconds of each; on a GPU without bringing inputs there and outputs back. */
   int (*time)(dance_model *model, const void *const *inputs, void *const *outputs, int32_t count, int64_t *nanoseconds);

@@ -136,6 +136,7 @@ class Model:
         #: Held by each call; hold it over several that belong together.
         self.lock = threading.RLock()
         self._guard = threading.Lock()  # of the handle, which `cancel` and `share` use while a call is under way
+        self._showing = False  # whether `watch` is in its caller's function, by the thread that holds `lock`
         self._api = _api_of(Path(folder, "model.so"))
         self.inputs = _listed(self._api.inputs)
         self.outputs = _listed(self._api.outputs)
@@ -179,18 +180,35 @@ class Model:
     def watch(
         self, inputs: Mapping[str, np.ndarray], seen: Callable[[str, list[np.ndarray]], None]
     ) -> dict[str, np.ndarray]:
-        """`run`, and after each kernel `seen` with its name and tensors, inputs first, which later ones overwrite."""
+        """`run`, and after each kernel `seen` with its name and tensors, inputs first, which later ones overwrite.
+
+        What `seen` raises ends the run and is raised here. Of this model it may call `cancel` alone.
+        """
+        raised: list[BaseException] = []
 
         def each(_context: object, kernel: bytes, views: Any, count: int) -> None:
-            seen(kernel.decode(), [_array(views[index]) for index in range(count)])
+            self._showing = True
+            try:
+                seen(kernel.decode(), [_array(views[index]) for index in range(count)])
+            except BaseException as error:  # which C could not pass on
+                raised.append(error)
+                self.cancel()
+            finally:
+                self._showing = False
 
         watcher = _WATCHER(each)
         with self._calling() as model:
             self._api.watch(model, watcher, None)
             try:
-                return self.run(inputs)
+                results = self.run(inputs)
+            except ModelError:
+                if not raised:
+                    raise
             finally:
                 self._api.watch(model, _WATCHER(), None)
+        if raised:
+            raise raised[0]
+        return results
 
     def _given(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         if not isinstance(inputs, Mapping):
@@ -245,6 +263,7 @@ class Model:
         """Give memory and threads back, once a call under way in another thread has ended; may be called twice."""
         with self.lock, self._guard:
             if self._model:
+                self._require_idle()
                 self._api.destroy(self._model)
                 self._model = None
 
@@ -261,7 +280,12 @@ class Model:
     def _calling(self) -> Iterator[int]:
         """The handle, for one thread alone. Raises ModelError where the model is closed."""
         with self.lock:
+            self._require_idle()
             yield self._opened()
+
+    def _require_idle(self) -> None:
+        if self._showing:
+            raise ModelError("the model is under way and shows a kernel: call or close it once watch has ended")
 
     def _opened(self) -> int:
         if not self._model:
