@@ -54,14 +54,20 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _key(run: dict[str, Any]) -> tuple[str, int, str]:
+    return run["case"], run["threads"], run["machine"]["processor"]
+
+
 def write_runs(runs: list[dict[str, Any]], path: Path) -> None:
-    """Write what has been measured so far, with today's date; other cases that the file holds are kept."""
-    today = datetime.now(timezone.utc).date().isoformat()
-    runs = [{"date": today, **run} for run in runs]
-    done = {(run["case"], run["threads"]) for run in runs}
-    before = json.loads(path.read_text())["runs"] if path.exists() else []
-    every = [run for run in before if (run["case"], run["threads"]) not in done] + runs
-    result = {"machine": machine(), "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "runs": every}
+    """Write what has been measured so far, with today's date and the machine; other cases that the file holds are kept,
+    and those of other processors."""
+    today, here = datetime.now(timezone.utc).date().isoformat(), machine()
+    runs = [{"date": today, "machine": here, **run} for run in runs]
+    held = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    before = [{"machine": held["machine"], **run} for run in held["runs"]]
+    done = {_key(run) for run in runs}
+    every = [run for run in before if _key(run) not in done] + runs
+    result = {"machine": here, "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "runs": every}
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}")
     scratch.write_text(json.dumps(result, indent=1) + "\n")

@@ -18,7 +18,7 @@ from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_apart, require_suffix, require_writable
 from dance_tvm.core.options import MOST_THREADS, AsJson, Devices
-from dance_tvm.core.printing import counted, print_table
+from dance_tvm.core.printing import counted, duration, print_table
 from dance_tvm.core.progress import JsonLines, Progress
 from dance_tvm.device import require_spec
 
@@ -206,7 +206,7 @@ def _print(results: Results) -> None:
     for each in results.peers:
         typer.echo(
             f"{each.device}: {each.artifact} is {each.speed_up:.2f}x as fast as {each.engine} {each.version} "
-            f"(95% between {each.low:.2f} and {each.high:.2f}), which takes {1e3 * each.latency.p50:.3f} ms; outputs "
+            f"(95% between {each.low:.2f} and {each.high:.2f}), which takes {duration(each.latency.p50)}; outputs "
             f"differ by {each.difference:.1g} of the largest value"
         )
     for pair in results.pairs:
@@ -263,10 +263,10 @@ def _print_summary(spec: str, measured: list[Measured]) -> None:
 
 
 def _print_layers(name: str, profile: Profile) -> None:
-    heads = ["layer", "kernel", "ms", "MMACs done", "of dense", "frames", "positions", "channels in", "channels out"]
+    heads = ["layer", "kernel", "µs", "MMACs done", "of dense", "frames", "positions", "channels in", "channels out"]
     rows = [
         [
-            layer.name, layer.kernel, f"{1e3 * layer.seconds:.3f}", f"{layer.executed_macs / 1e6:.2f}",
+            layer.name, layer.kernel, f"{1e6 * layer.seconds:,.1f}", f"{layer.executed_macs / 1e6:.2f}",
             _share(layer.executed_macs / layer.macs if layer.macs else None), _share(layer.kept_frames),
             _share(layer.kept_positions), _share(layer.kept_channels_in), _share(layer.kept_channels_out),
             f"{layer.gflops:.1f}", f"{layer.bytes / 1e6:.2f}",

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -249,6 +250,22 @@ def _print(built: Built) -> None:
     typer.echo(f"build      {sum(built.seconds.values()):.1f} s, {built.peak_memory_bytes / 2**30:.2f} GiB")
     kept = "" if "compile" in built.seconds else ", kept: nothing that it is made of has changed"
     typer.echo(f"artifact   {built.artifact.path} ({size / 2**20:.1f} MiB){kept}")
+    typer.echo(f"next: {_next(built)}")
+
+
+def _next(built: Built) -> str:
+    """The commands that run the artifact and measure it, where it was checked or where it belongs."""
+    from dance_tvm.compiler.check import is_of_this_machine
+    from dance_tvm.device.stream import is_stream
+
+    manifest, artifact = built.artifact.manifest, quote(str(built.artifact.path))
+    device = " --device tracker://HOST:PORT/KEY"
+    if manifest.check.device == "emulator":
+        device = " --device emulator"
+    if is_of_this_machine(manifest.target):
+        device = ""
+    run = f"stream {artifact} --random 100" if is_stream(manifest) else f"run {artifact}"
+    return f"dance-tvm {run}{device} && dance-tvm bench {artifact}{device}"
 
 
 def _print_errors(found: LayerErrors) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,8 +12,9 @@ from dance_tvm.compiler.requests import require_buildable
 from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_folder
-from dance_tvm.core.options import PLACES, TargetName, Threads
+from dance_tvm.core.options import PLACES, AsJson, TargetName, Threads
 from dance_tvm.core.printing import print_table
+from dance_tvm.core.progress import Progress
 from dance_tvm.device import require_reachable
 from dance_tvm.machines.target import load_target
 from dance_tvm.records.group_choice import require_fitting
@@ -46,6 +48,7 @@ def groups(
         typer.Option(help="As the build's: vectors hold twice as many filters in float16."),
     ] = "float32",
     logs: Annotated[Path | None, typer.Option(help="Folder of the log.", show_default="own logs")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure synthesised layers in each kernel group, add the times to the target's log, and name the best group."""
     candidates = [_group(text) for text in group or []]
@@ -59,19 +62,26 @@ def groups(
     from dance_tvm.records.group_log import log_path, write_log
     from dance_tvm.tuning.measure_groups import measure_on
 
-    found = measure_on(
-        machine,
-        device,
-        threads=threads,
-        rate=rate,
-        repeats=repeats,
-        layers=SYNTHESISED[:layers],
-        candidates=candidates or None,
-        dtype=dtype,
-    )
-    write_log(log_path(machine, logs), found)
-    rows = [[f"{gm}x{gn}", f"{efficiency:.2f}"] for (gm, gn), efficiency in sorted(efficiencies(found).items())]
+    with Progress(as_json) as progress:
+        found = measure_on(
+            machine,
+            device,
+            threads=threads,
+            rate=rate,
+            repeats=repeats,
+            layers=SYNTHESISED[:layers],
+            candidates=candidates or None,
+            dtype=dtype,
+            on_phase=progress.phase,
+        )
+    log = log_path(machine, logs)
+    write_log(log, found)
+    shares = {f"{gm}x{gn}": share for (gm, gn), share in sorted(efficiencies(found).items())}
     best = "x".join(map(str, best_group(found)))
+    if as_json:
+        typer.echo(json.dumps({"best": best, "speed_up_by_rate": shares, "device": device, "log": str(log)}, indent=2))
+        return
+    rows = [[group, f"{share:.2f}"] for group, share in shares.items()]
     print_table(["group", "speed-up / rate"], rows, f"{machine.name} on {device}, {dtype}: prune in groups of {best}")
 
 

@@ -28,7 +28,8 @@ from dance_tvm.tuning.requests import require_devices_of
 
 if TYPE_CHECKING:
     from dance_tvm.schedules.workload import Workload
-    from dance_tvm.tuning.tuner import Task, Tuner
+    from dance_tvm.tuning.tasks import Task
+    from dance_tvm.tuning.tuner import Tuner
 
 app = application()
 
@@ -88,7 +89,8 @@ def tune(
     from dance_tvm.lowering.machine import gpu_of, machine_of
     from dance_tvm.tuning.farm import Farm
     from dance_tvm.tuning.libraries import require_gpu, require_processor
-    from dance_tvm.tuning.tuner import Plan, Tuner
+    from dance_tvm.tuning.tasks import Plan
+    from dance_tvm.tuning.tuner import Tuner
     from dance_tvm.tuning.workloads import layers_of
 
     found = layers_of(
@@ -158,7 +160,7 @@ def _search(tuner: Tuner, progress: Progress, watched: bool) -> None:
     for name, number, reason in tuner.problems[:10]:
         progress.say(f"{name}, line {number}: {reason}; skipped")
     # Other than printing, this may happen in the middle of another print.
-    tuner.on_stop = lambda: os.write(2, b"interrupted: trials in flight end first; Ctrl-C again ends them too\n")
+    tuner.on_stop = lambda: os.write(2, b"interrupted: trials in flight are given up, what was measured is kept\n")
     if tuner.model_name != "xgboost":
         progress.say(f"cost model: {tuner.model_name}")
     if not watched:

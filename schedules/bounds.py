@@ -10,7 +10,7 @@ import tvm
 from tvm import tirx
 from tvm.ir import _ffi_api
 
-from .elementary import PURE
+from .vector_code import PURE
 
 #: LLVM's functions, by ours.
 NAMES = {"larger": "maximum", "smaller": "minimum"}

@@ -39,7 +39,8 @@ import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.ir import _ffi_api
 
-from .vector_code import FLOAT, INT, Body, Value, neon_instruction, select
+from . import past_caches
+from .vector_code import FLOAT, INT, PURE, Body, Value, neon_instruction, select
 
 #: (e^r - 1 - r) / r² for |r| ≤ log(2) / 2.
 EXP = (0.0013941146899014711, 0.00836319662630558, 0.04166637361049652, 0.16666576266288757, 0.5)
@@ -96,9 +97,6 @@ SHORT_MOST, SHORT_LEAST = 131.0, -60.0
 HALF_ROOT_BITS, MANTISSA, MANTISSA_BITS = 0x3F3504F3, 0x007FFFFF, 23
 #: Lanes that vectors have; others are left to TVM.
 WIDTHS = (1, 2, 4, 8, 16, 32)
-
-#: tirx's CallEffectKind.
-PURE = 1
 
 
 def _clamped(x: Value, least: float, most: float) -> Value:
@@ -275,6 +273,8 @@ SHORT: dict[str, Callable[[Value], Value]] = {
 @cache
 def _text(name: str) -> str:
     """The function called ``name`` in LLVM's language, for all widths and each kind of processor that has its own."""
+    if name == past_caches.NAME:
+        return past_caches.text()
     functions = []
     for neon, lanes in product((False, True) if name in SHORT else (False,), WIDTHS):
         body = Body(lanes, neon)
@@ -296,12 +296,13 @@ def short(name: str, x: tirx.Expr) -> tirx.Expr:
 
 
 def written_out(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """``func`` for a CPU with these functions of float32 in their own form, which comes with it."""
+    """``func`` for a CPU with these functions of float32 in their own form, which comes with it, as stores past the
+    caches do."""
     used: set[str] = set()
 
     def replace(call: tvm.ir.Call) -> tvm.ir.Call:
         space, _, name = str(getattr(call.op, "name", "")).partition(".")
-        if space == "dance" and name in SHORT:
+        if space == "dance" and (name in SHORT or name == past_caches.NAME):
             used.add(name)
             return call
         if space != "tirx" or name not in FUNCTIONS or str(call.ty.dtype).partition("x")[0] != "float32":

@@ -14,10 +14,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from devices import CONSTANT, matmul_artifact, matmul_case, video_artifact
 from typer.testing import CliRunner
 
-from dance_tvm import build, cache, completion, logs, run, show, stream, train, tune
+from dance_tvm import build, build_network, cache, completion, logs, run, show, stream, train, tune
 from dance_tvm.artifact.folder import load_artifact
 from dance_tvm.artifact.preprocess import read_preprocess
 from dance_tvm.artifact.video_windows import doubt_of_scale, windows_of
@@ -26,7 +27,7 @@ from dance_tvm.compiler.requests import default_out, is_untrained, known_preproc
 from dance_tvm.core import cli, printing, verbosity
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.progress import Progress
-from dance_tvm.device import LoadedNetwork
+from dance_tvm.device import LoadedNetwork, emulator_available
 from dance_tvm.machines import host
 from dance_tvm.machines.target import load_target
 from dance_tvm.models import names
@@ -650,6 +651,7 @@ def test_what_is_built_already_is_kept_until_something_changes(small_network, tm
         line = ["--model", str(small_network), "--out", str(out), "--threads", "1", "--no-check", *words]
         done = CliRunner().invoke(build.app, line)
         assert done.exit_code == 0, done.exception
+        assert done.stdout.splitlines()[-1] == f"next: dance-tvm run {out} && dance-tvm bench {out}"
         return "kept" if "kept: nothing" in done.stdout else "built"
 
     lab = tmp_path / "lab"
@@ -704,16 +706,46 @@ def test_why_a_layer_is_not_verified_is_told(state, said):
     assert tune._why_unverified(SimpleNamespace(lost=""), SimpleNamespace(**{**usual, **state})) == said
 
 
+@pytest.mark.parametrize(
+    ("words", "begun"),
+    [
+        (["export", "c3d-mini", "--out", "net.pt2"], "load PyTorch"),
+        (["groups", "--layers", "1", "--group", "16x4", "--logs", "logs"], "dense"),
+        (["run", "net", "--device", "emulator", "--outputs", "out.npz"], "opening"),
+    ],
+)
+def test_ctrl_c_ends_long_commands_with_130_and_nothing_written(words, begun, tmp_path, own_logs):
+    if words[0] == "run":
+        if reason := emulator_available():
+            pytest.skip(reason)
+        network, clip = torch.nn.Conv3d(16, 32, 3), torch.ones(1, 16, 16, 56, 56)  # seconds on the emulated device
+        build_network(network, tmp_path / "net", target="aarch64-linux", example_inputs=(clip,), check=False)
+
+    def files() -> list[Path]:
+        return [each for each in sorted(tmp_path.rglob("*")) if each.is_file() and ".lock" not in each.name]
+
+    before = files()
+    line = [sys.executable, "-m", "dance_tvm", *words]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        while begun not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out, errors.splitlines()[-1]) == (130, "", "error: interrupted")
+    assert "Traceback" not in errors
+    assert files() == before
+
+
 def test_ctrl_c_ends_tuning_with_130(small_network, tmp_path):
     words = ["tune", "--model", str(small_network), "--conv", "direct", "--threads", "1", "--jobs", "1"]
     line = [sys.executable, "-m", "dance_tvm", *words, "--logs", str(tmp_path / "logs"), "--trials", "400"]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for said in process.stderr:
-            if " trials" in said:
+            if " trial" in said:
                 break
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "interrupted: run again to go on" in out
-    assert "trials in flight end first" in errors
+    assert "trials in flight are given up" in errors
     assert "Traceback" not in errors

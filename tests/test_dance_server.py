@@ -35,8 +35,9 @@ from dance_tvm.records.advice import tuned_tiles
 from dance_tvm.tuning.farm import Farm, server_of
 from dance_tvm.tuning.instances import Instance
 from dance_tvm.tuning.libraries import require_processor
+from dance_tvm.tuning.tasks import Plan
 from dance_tvm.tuning.trials import build_trial, open_trial
-from dance_tvm.tuning.tuner import Plan, Tuner
+from dance_tvm.tuning.tuner import Tuner
 from dance_tvm.tuning.workloads import Layer
 
 HOST = load_target("host")

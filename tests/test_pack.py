@@ -8,16 +8,21 @@ import shutil
 import subprocess
 import sys
 import venv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dance_tvm.artifact.packing import _module_name
+from packaging.utils import canonicalize_name, parse_wheel_filename
 from torch import nn
 from typer.testing import CliRunner
 
 from dance_tvm import DanceError, Options, build_network, pack
+from dance_tvm.artifact import packing
 from dance_tvm.artifact.c_interface import INTERFACE
+from dance_tvm.artifact.folder import load_artifact
 
 USE_C = """
 #include <dance_model.h>
@@ -118,6 +123,36 @@ def test_a_wheel_runs_where_neither_tvm_nor_torch_is(host, network, tmp_path):
     done = subprocess.run([python, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose([float(word) for word in done.stdout.split()], expected(network), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("network", "module"),
+    [
+        ("Café-Net v2", "cafe_net_v2"),
+        ("сеть", "network"),
+        ("3d", "network_3d"),
+        ("numpy", "network_numpy"),
+        ("json", "network_json"),
+        ("class", "network_class"),
+        ("._", "network"),
+    ],
+)
+def test_a_wheel_has_a_name_that_pip_and_python_take(network, module):
+    assert _module_name(network) == module
+    assert canonicalize_name(module, validate=True) == module.replace("_", "-")
+
+
+def test_a_wheel_of_an_artifact_with_a_name_in_any_script_installs(network, tmp_path):
+    out = tmp_path / "small"
+    shutil.copytree(artifact(network, tmp_path / "made"), out)
+    loaded = load_artifact(out)
+    named = replace(loaded, manifest=loaded.manifest.model_copy(update={"name": 'сеть """\\'}))
+    wheel = packing.pack(named, tmp_path / "dist", "wheel")
+    assert parse_wheel_filename(wheel.name)[0] == "network"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel]
+    assert subprocess.run(install).returncode == 0
+    code = "import network; assert 'сеть' in network.__doc__; network.load(threads=1)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "site").returncode == 0
 
 
 def test_an_android_module_compiles(network, tmp_path):

@@ -80,6 +80,8 @@ def test_a_tile_fits_registers_and_caches(machine, channels):
         ((3, 5, 17), (3, 3, 3), (1, 1, 1), (1, 1, 1), 1, 16),
         ((4, 6, 40), (3, 2, 3), (1, 1, 2), (1, 1, 1), 2, 16),
         ((1, 1, 3), (1, 1, 1), (1, 1, 1), (0, 0, 0), 1, 4),
+        ((6, 8, 5), (5, 4, 1), (1, 2, 1), (2, 1, 0), 1, 4),  # many taps
+        ((2, 5, 9), (2, 2, 1), (1, 1, 1), (1, 0, 0), 3, 8),  # a window that reads nothing
     ],
 )
 def test_planar_pools_keep_what_is_not_a_number(size, kernel, stride, padding, dilation, floats):

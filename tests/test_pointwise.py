@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import platform
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import tvm
-from convolutions import call, tensor
+from convolutions import TARGET, call, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,9 +19,10 @@ from dance_tvm.frontend.importer import import_model
 from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu.pointwise import PointwiseConv, PointwiseTile
-from dance_tvm.schedules.cpu.pointwise_tiles import is_pointwise, pointwise
+from dance_tvm.schedules.cpu.pointwise_tiles import is_pointwise, leaves_caches, pointwise, reads_far
 from dance_tvm.schedules.cpu.row_tiles import panel_widths
 from dance_tvm.schedules.cpu.tiles import Machine
+from dance_tvm.schedules.elementary import written_out
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.kernel import Weights
 from dance_tvm.schedules.layer import Layer
@@ -77,13 +81,43 @@ def convolutions(draw: st.DrawFn) -> PointwiseConv:
     gate = draw(st.booleans())
     before = draw(st.sampled_from(["", "relu"])) if gate else ""
     behind = draw(st.booleans()), draw(st.sampled_from(["", "relu"]))
-    return PointwiseConv(window, *channels, tile, *behind, gate, before, dtype)
+    return PointwiseConv(window, *channels, tile, *behind, gate, before, dtype, far_input=draw(st.booleans()))
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(convolutions(), st.integers(0, 99))
 def test_any_pointwise_convolution(conv, seed):
     check(conv, seed)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="stores of x86")
+@pytest.mark.parametrize(("lanes", "vectors"), [(4, 4), (8, 2), (16, 3)])
+def test_results_go_past_the_caches_where_a_tile_stores_whole_lines(lanes: int, vectors: int) -> None:
+    tile = PointwiseTile(3, vectors, lanes, 1, 2)
+    conv = PointwiseConv(window_of(1, 2, 3, 5), 40, 96, tile, True, "relu", past_caches=True)
+    check(conv)
+    code = tvm.compile(tvm.IRModule({"k": written_out(conv.primfunc("k"))}), target=TARGET).mod.inspect_source("asm")
+    assert "movnt" in code
+    assert "sfence" in code
+    assert not replace(conv, channels_out=88).stores_past
+    assert not replace(conv, tile=replace(tile, vectors=1)).stores_past or lanes == 16
+
+
+def test_large_layers_alone_bypass_caches_or_read_ahead() -> None:
+    x86 = replace(AVX512, l3=32 << 20)
+    large = Layer(window_of(1, 32, 56, 56), 64, 256, residual=True)
+    without = replace(large, residual=False)
+    assert leaves_caches(large, x86)
+    assert not reads_far(large, x86)
+    assert reads_far(without, x86)
+    assert not leaves_caches(without, x86)
+    small = replace(large, window=window_of(1, 4, 14, 14))
+    half, unknown = replace(large, dtype="float16"), replace(x86, l3=0)
+    assert not any((leaves_caches(small, x86), leaves_caches(half, x86), leaves_caches(large, unknown)))
+    assert not leaves_caches(large, replace(NEON, l3=32 << 20))
+    assert not reads_far(without, NEON)
+    assert not reads_far(replace(small, residual=False), x86)
+    assert not reads_far(without, unknown)
 
 
 @pytest.mark.parametrize("machine", [AVX2, AVX512, NEON], ids=["avx2", "avx512", "neon"])

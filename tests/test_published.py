@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
+from benchmarks import runs
 from benchmarks.published import page
 from benchmarks.published.export import reference
 from benchmarks.published.mobile import MoViNet
@@ -79,3 +82,17 @@ def test_the_page_tells_processor_time_and_the_ratio_to_the_fastest():
         "| MobileNet 3D | 1x3x16x112x112 | 1 | 0.23 | 6.0 | 5.0 | 12.0 | – | 1.20 (one) | 1.20 (1.10 to 1.30) |" in text
     )
     assert "Geometric mean of the ratios, 1 thread: 1.20." in text
+
+
+def test_rows_of_other_processors_are_kept_and_have_a_table_of_their_own(tmp_path, monkeypatch):
+    def measure(processor: str, ms: float) -> None:
+        monkeypatch.setattr(runs, "machine", lambda: {"processor": processor, "cores": 2, "versions": {"torch": "1"}})
+        ours = {"ms": ms, "least_processor_ms": ms, "error": 0.0}
+        each = {"case": "I3D", "threads": 1, "gmacs": 1.0, "peers": {"ours": ours}}
+        runs.write_runs([each], tmp_path / "networks.json")
+
+    for processor, ms in (("One", 10.0), ("Other", 20.0), ("One", 30.0)):
+        measure(processor, ms)
+    text = "\n".join(page.times(json.loads((tmp_path / "networks.json").read_text())))
+    assert text.index("Other (2 cores)") < text.index("| 20.0 |") < text.index("One (2 cores)") < text.index("| 30.0 |")
+    assert "| 10.0 |" not in text

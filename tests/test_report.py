@@ -17,6 +17,7 @@ from dance_tvm import report
 from dance_tvm.benchmarking.campaign import Plan, run
 from dance_tvm.benchmarking.results import read_results, write_results
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.printing import duration, plain_number
 from dance_tvm.reporting import compare, liveness, page
 from dance_tvm.reporting.papers import PAPERS, beside
 
@@ -111,7 +112,9 @@ def test_nothing_is_wider_than_the_screen(written, tmp_path, width):
     script = """<script>
         const texts = [...document.querySelectorAll(".row svg text, .plot svg text")];
         const ends = texts.map(text => text.getBoundingClientRect().right);
-        parent.postMessage(Math.ceil(Math.max(document.documentElement.scrollWidth, ...ends)), "*");
+        const summary = document.querySelector(".scroll");
+        const hidden = innerWidth < 1000 ? 0 : summary.scrollWidth - summary.clientWidth;
+        parent.postMessage(Math.ceil(hidden + Math.max(document.documentElement.scrollWidth, ...ends)), "*");
     </script></body>"""
     text = written.read_text().replace("</body>", script)
     (tmp_path / "page.html").write_text(text)
@@ -175,6 +178,12 @@ def test_markdown_holds_the_same_tables(results, tmp_path):
     again = tmp_path / "again.json"
     CliRunner().invoke(report.app, [str(tmp_path / "r.json"), "--out", str(again)])
     assert read_results(again) == results
+
+
+def test_small_times_are_readable():
+    shown = [duration(seconds) for seconds in (0, 9e-8, 5.214e-5, 0.000999, 0.0036, 0.5, 28.23, 3600)]
+    assert shown == ["0 µs", "0.09 µs", "52.1 µs", "999 µs", "3.6 ms", "500 ms", "28.2 s", "3600 s"]
+    assert [plain_number(value) for value in (9e-5, 0.12346, 1234567)] == ["0.00009", "0.1235", "1235000"]
 
 
 def test_liveness_is_what_the_layer_computed(results):

@@ -21,7 +21,8 @@ from dance_tvm.device.server_program import build_server
 from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import load_target
 from dance_tvm.tuning.farm import Farm
-from dance_tvm.tuning.tuner import Plan, Tuner
+from dance_tvm.tuning.tasks import Plan
+from dance_tvm.tuning.tuner import Tuner
 from dance_tvm.tuning.workloads import Layer
 
 COUNT = 10

@@ -50,8 +50,10 @@ the median of the ratios of wall times within a round, with its 95 % interval. R
 least, and take the least of the turns' means in its place: the same where a call takes more than some 35 ms, which are
 a turn by themselves, and a few per cent more for all engines where calls are shorter. What a call of ours is spent on:
 `python -m benchmarks.networks --profile NAME`. What has no row here, with two threads or beside MNN (whose column is
-empty then), is not measured yet.
+empty then), is not measured yet. Machines have a table each.
+"""
 
+_TIMES_TABLE = """
 {machine}.
 
 | network | input | threads | GMAC | ours, ms | {peers} | ratio | in turns, to the same | error | measured |
@@ -126,10 +128,20 @@ def _others(rows: Rows) -> Iterator[str]:
 
 def times(measured: dict[str, Any]) -> Iterator[str]:
     """The section of what ``benchmarks.networks`` measured."""
-    runs = [run for run in measured["runs"] if "ms" in run["peers"]["ours"]]
+    yield _TIMES.rstrip()
+    machines: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in measured["runs"]:
+        if "ms" in run["peers"]["ours"]:
+            machines[_machine(run if "machine" in run else measured)].append(run)
+    for about, runs in machines.items():
+        yield from _times_table(about, runs)
+
+
+def _times_table(about: str, runs: list[dict[str, Any]]) -> Iterator[str]:
+    """What was measured on one machine."""
     peers = [peer for peer in dict.fromkeys(peer for run in runs for peer in run["peers"]) if peer != "ours"]
-    yield _TIMES.format(
-        machine=_machine(measured), peers=" | ".join(f"{peer}, ms" for peer in peers), rule="---|" * len(peers)
+    yield _TIMES_TABLE.format(
+        machine=about, peers=" | ".join(f"{peer}, ms" for peer in peers), rule="---|" * len(peers)
     )
     shapes = {network.name: network.shapes for network in NETWORKS}
     inputs = {entry.name: entry.shapes or shapes.get(entry.published, "the zoo's") for entry in MEASURED}
@@ -164,7 +176,9 @@ def _machine(measured: dict[str, Any]) -> str:
 
 def families(measured: dict[str, Any]) -> Iterator[str]:
     """The section of what ``benchmarks.families`` measured."""
-    runs = [run for run in measured["runs"] if "ms" in run["peers"]["ours"]]
+    here = measured["machine"]["processor"]
+    every = [run for run in measured["runs"] if run.get("machine", measured["machine"])["processor"] == here]
+    runs = [run for run in every if "ms" in run["peers"]["ours"]]
     peers = [peer for peer in dict.fromkeys(peer for run in runs for peer in run["peers"]) if peer != "ours"]
     about = f"{_machine(measured)}, {measured['time'][:10]}."
     yield _FAMILIES.format(machine=about, peers=" | ".join(f"{peer}, ms" for peer in peers), rule="---|" * len(peers))

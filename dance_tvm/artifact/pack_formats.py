@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import keyword
 import re
 import shutil
+import sys
+import unicodedata
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +24,7 @@ Format = Literal["c", "android", "wheel"]
 _VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9]+(\.[a-z0-9]+)*)?")
 #: Names that pip knows machines by: wheels for glibc 2.17 or newer.
 _PLATFORM = "manylinux2014_{machine}"
-_MODULE = """\"\"\"The network {name}, compiled by dance_tvm; needs numpy alone.\"\"\"
+_MODULE = """{about!r}
 
 from pathlib import Path
 
@@ -107,13 +110,11 @@ def _android(artifact: Artifact, out: Path) -> None:
 def _wheel(artifact: Artifact, out: Path, version: str) -> Path:
     if not _VERSION.fullmatch(version):
         raise DanceError(f"--version {version} is no version of a wheel: give one as 1.2.0 or 1.2.0rc1")
-    name = re.sub(r"[^a-z0-9]+", "_", artifact.manifest.name.lower()).strip("_")
-    if not name or name[0].isdigit():
-        name = f"network_{name}"
+    name = _module_name(artifact.manifest.name)
     tag = f"py3-none-{_PLATFORM.format(machine=artifact.manifest.target.machine)}"
     info = f"{name}-{version}.dist-info"
     texts = {
-        f"{name}/__init__.py": _MODULE.format(name=artifact.manifest.name),
+        f"{name}/__init__.py": _MODULE.format(about=f"The network {artifact.manifest.name}, compiled by dance_tvm."),
         f"{name}/dance_model.py": (INTERFACE / "dance_model.py").read_text(),
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: numpy\n",
         f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: dance_tvm\nRoot-Is-Purelib: false\nTag: {tag}\n",
@@ -135,6 +136,14 @@ def _wheel(artifact: Artifact, out: Path, version: str) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _module_name(network: str) -> str:
+    """What Python imports a network by, and pip knows it by: ASCII, without accents, and not another module's name."""
+    plain = unicodedata.normalize("NFKD", network).encode("ascii", "ignore").decode().lower()
+    name = re.sub(r"[^a-z0-9]+", "_", plain).strip("_")
+    taken = {"numpy", "dance_tvm", *keyword.kwlist, *sys.stdlib_module_names}
+    return name if name.isidentifier() and name not in taken else f"network_{name}".rstrip("_")
 
 
 def _digest(data: bytes) -> str:

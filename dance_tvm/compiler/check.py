@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dance_tvm.artifact.folder import Artifact, Check, Manifest, OutputCheck
+from dance_tvm.artifact.folder import Artifact, BuiltFor, Check, Manifest, OutputCheck
 from dance_tvm.compiler.check_inputs import USUAL, CheckInputs, check_inputs
 from dance_tvm.core.agreement import allowed_of, difference
 from dance_tvm.core.errors import DanceError
@@ -154,13 +154,18 @@ def _device_for(manifest: Manifest, insist: bool) -> tuple[str, str]:
     kind = target.tvm["kind"]
     if kind != "llvm":
         return "", f"no device here runs {kind} code"
-    if target.machine == platform.machine() and not target.tvm.get("mtriple", "").endswith("android"):
+    if is_of_this_machine(target):
         return "local", ""
     if target.machine != "aarch64":
         return "", f"no device here runs {target.machine} code"
     if manifest.macs > EMULATED_MACS and not insist:
         return "", f"{manifest.macs / 1e9:.1f} G multiply-accumulates take long on an emulated device: give --check"
     return "emulator", ""
+
+
+def is_of_this_machine(target: BuiltFor) -> bool:
+    """Whether this machine's processor loads what was built for ``target``."""
+    return target.machine == platform.machine() and not target.tvm.get("mtriple", "").endswith("android")
 
 
 def compare(manifest: Manifest, tried: CheckInputs, found: Mapping[str, Arrays], device: str) -> Check:

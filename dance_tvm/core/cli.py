@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import os
 import platform
@@ -92,9 +93,12 @@ def start(app: typer.Typer, name: str, arguments: list[str] | None = None) -> No
         return f"warning: {message}\n" if own else located(message, category, *where, **context)
 
     warnings.formatwarning = shown
-    with plain_errors():
-        require_linux(sys.argv[1:] if arguments is None else arguments)
-        app(args=arguments, prog_name=name)
+    try:
+        with plain_errors():
+            require_linux(sys.argv[1:] if arguments is None else arguments)
+            app(args=arguments, prog_name=name)
+    finally:
+        gc.freeze()  # else Python looks through all of TVM and PyTorch as it ends, which takes seconds
     sys.exit(0)
 
 
@@ -152,6 +156,8 @@ def require_linux(arguments: list[str]) -> None:
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
+    if code == INTERRUPTED:
+        exec("")  # Python remembers an interrupt within an exec until the next one, and would end by the signal
     if level() > 1 and sys.exc_info()[0] is not None:
         traceback.print_exc()
     print(f"error: {sentence}", file=sys.stderr)

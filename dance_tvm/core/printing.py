@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,6 +40,17 @@ class Table:
 def counted(number: int, noun: str) -> str:
     """``number`` of what ``noun`` names in the singular: 1 record, 2 records."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def plain_number(value: float, digits: int = 4) -> str:
+    """``value`` to so many significant digits, never with an exponent: 0.00009, 1,234 as 1234."""
+    return f"{Decimal(f'{value:.{digits}g}'):f}"
+
+
+def duration(seconds: float) -> str:
+    """A time to three digits, in the unit that suits it: 0.09 µs, 52.1 µs, 3.62 ms, 28.2 s."""
+    scale, unit = (1e6, "µs") if seconds < 1e-3 else (1e3, "ms") if seconds < 1 else (1, "s")
+    return f"{plain_number(scale * seconds, 3)} {unit}"
 
 
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = "") -> None:

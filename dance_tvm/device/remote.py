@@ -69,6 +69,12 @@ class Connection:
             raise DanceError(f"{self.name} closed the connection while {what}: its server or network died")
         raise DanceError(f"{self.name} failed while {what}: {_last_line(message)}")
 
+    def hang_up(self) -> None:
+        """End the call in flight, of whatever thread, with an error; what called closes."""
+        for connection in list(self._sockets):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Give the device back, whatever still refers to it."""
         self.session = None

@@ -93,6 +93,12 @@ class ServerConnection:
             self.close()
             raise DanceError(f"{self.name} closed the connection while {what}: its server or network died") from None
 
+    def hang_up(self) -> None:
+        """End the call in flight, of whatever thread, with an error; what called closes."""
+        if (connection := self._socket) is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Give the device back; may be called twice."""
         holds.release(self._note)

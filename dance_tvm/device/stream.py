@@ -33,11 +33,16 @@ class Steps(Protocol):
         """The first output, and the others as `inputs` of later calls may hold them."""
 
 
-def require_stream(manifest: Manifest) -> None:
-    """Raise DanceError unless the network's outputs after the first are its next inputs after the first."""
+def is_stream(manifest: Manifest) -> bool:
+    """Whether the network's outputs after the first are its next inputs after the first."""
     inputs, outputs = manifest.inputs, manifest.outputs
     kinds = [[(tensor.shape, tensor.dtype) for tensor in side[1:]] for side in (inputs, outputs)]
-    if len(inputs) < 2 or kinds[0] != kinds[1]:
+    return len(inputs) > 1 and kinds[0] == kinds[1]
+
+
+def require_stream(manifest: Manifest) -> None:
+    """Raise DanceError unless the network is of the streaming form."""
+    if not is_stream(manifest):
         raise DanceError(
             f"{manifest.name} is no streaming network: its outputs after the first are not its next state; build "
             "the form that `dance-tvm export-dstep --stream` writes"

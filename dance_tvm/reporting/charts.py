@@ -10,6 +10,7 @@ from typing import Any
 
 from dance_tvm.benchmarking.results import Device, Layer, Measured, Pair, Results
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.printing import duration, plain_number
 from dance_tvm.reporting.papers import name_of
 from dance_tvm.reporting.svg import COLOURS, Axis, Bar, Point, Row, Series, from_zero, plot, rows
 from dance_tvm.reporting.tables import Link, Table
@@ -39,10 +40,12 @@ def overview(results: Results) -> Chart:
             runs, name = item.latency, label(item, device, results)
             most = sorted(runs.seconds)[len(runs.seconds) // 20 : -(len(runs.seconds) // 20) or None]
             box = (1e3 * most[0], 1e3 * most[-1])
-            text = f"{1e3 * runs.p50:.3g} ms"
-            tip = f"{name}: {text}, most runs {box[0]:.3g} to {box[1]:.3g}"
+            text = duration(runs.p50)
+            tip = f"{name}: {text}, most runs {duration(most[0])} to {duration(most[-1])}"
             shown.append(Row(name, [Bar(1e3 * runs.p50, ROLES[item.role], text, tip, box)]))
-            cells.append([name, *(f"{value:.4g}" for value in (1e3 * runs.fastest, box[0], 1e3 * runs.p50, box[1]))])
+            cells.append(
+                [name, *(plain_number(value) for value in (1e3 * runs.fastest, box[0], 1e3 * runs.p50, box[1]))]
+            )
     scale = from_zero("milliseconds per run", [bar.box[1] for row in shown for bar in row.bars if bar.box])
     table = Table("Latency", "", ["network", "fastest ms", "5th percentile", "median", "95th percentile"], cells)
     about = "Median latency of each network, with the range of most runs"
@@ -58,7 +61,7 @@ def by_clip(device: Device) -> Chart | None:
         clips = {clip.name: clip for clip in item.clips}
         order = order or [clip.name for clip in sorted(item.clips, key=lambda clip: (clip.kept or 0, clip.p50))]
         points = [
-            Point(place, 1e3 * clips[name].p50, f"{name}: {1e3 * clips[name].p50:.3g} ms", 1e3 * clips[name].p90)
+            Point(place, 1e3 * clips[name].p50, f"{name}: {duration(clips[name].p50)}", 1e3 * clips[name].p90)
             for place, name in enumerate(order, 1)
             if name in clips
         ]
@@ -70,7 +73,7 @@ def by_clip(device: Device) -> Chart | None:
     x = Axis("clip, the one with the least work left first", 0.5, len(order) + 0.5)
     y = from_zero("ms, whisker to the 90th percentile", [point.high or 0 for each in series for point in each.points])
     cells = [
-        [name, *(f"{1e3 * clips[name].p50:.4g}" if name in clips else "–" for clips in found.values())]
+        [name, *(plain_number(1e3 * clips[name].p50) if name in clips else "–" for clips in found.values())]
         for name in order
     ]
     table = Table("Latency by clip", "", ["clip", *(f"{name}, ms" for name in found)], cells)
@@ -87,7 +90,7 @@ def kept_against_latency(device: Device) -> Chart | None:
         known = [clip for clip in item.clips if clip.kept is not None]
         points = [Point(100 * (clip.kept or 0), 1e3 * clip.p50, clip.name) for clip in known]
         series.append(Series(f"{item.name}, correlation {item.correlation:.2f}", ROLES[item.role], points))
-        cells += [[f"{point.tip}, {item.name}", f"{point.x:.1f}", f"{point.y:.4g}"] for point in points]
+        cells += [[f"{point.tip}, {item.name}", f"{point.x:.1f}", plain_number(point.y)] for point in points]
     if not series:
         return None
     every = [point for each in series for point in each.points]
@@ -110,14 +113,16 @@ def by_layer(device: Device, results: Results) -> Chart | None:
     shown, cells = [], []
     for name, layers in seconds.items():
         bars = [
-            Bar(1e3 * layer.seconds, ROLES[profiled[index].role], f"{1e3 * layer.seconds:.3g} ms", describe(layer))
+            Bar(1e3 * layer.seconds, ROLES[profiled[index].role], duration(layer.seconds), describe(layer))
             for index, layer in layers.items()
         ]
         first = next(iter(layers))
         place = place_of(device, profiled[first], name) if layers[first].why or layers[first].tuned else ""
         if name in heaviest:
             shown.append(Row(name, bars, place))
-        times = (f"{1e3 * layers[index].seconds:.4g}" if index in layers else "–" for index in range(len(profiled)))
+        times = (
+            plain_number(1e3 * layers[index].seconds) if index in layers else "–" for index in range(len(profiled))
+        )
         cells.append([Link(name, place) if place else name, *times])
     names = [label(item, device, results) for item in profiled]
     scale = from_zero("milliseconds", [bar.value for row in shown for bar in row.bars])
@@ -201,7 +206,7 @@ def place_of(device: Device, item: Measured, layer: str) -> str:
 
 def describe(layer: Layer) -> str:
     """A layer's figures for a hovering reader."""
-    words = [layer.name, layer.kernel, f"{1e3 * layer.seconds:.3f} ms"]
+    words = [layer.name, layer.kernel, duration(layer.seconds)]
     if layer.macs:
         words.append(f"{layer.executed_macs / 1e6:.1f} of {layer.macs / 1e6:.1f} MMACs, {layer.gflops:.1f} GFLOP/s")
     kept = {"frames": layer.kept_frames, "positions": layer.kept_positions, "channels in": layer.kept_channels_in,

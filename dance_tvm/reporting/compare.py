@@ -8,6 +8,7 @@ from typing import Any
 from dance_tvm.benchmarking.results import Device, Measured, Results, Verdict
 from dance_tvm.benchmarking.statistics import judge, unpaired_ratio
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.printing import duration, plain_number
 from dance_tvm.reporting.charts import Chart
 from dance_tvm.reporting.page import Page, title_of
 from dance_tvm.reporting.papers import name_of
@@ -84,8 +85,8 @@ def _shared(first: Results, second: Results) -> list[Both]:
 
 def _summary(found: list[tuple[Device, Measured, Measured, Verdict]]) -> Table:
     cells = [
-        [new.name, new.role, name_of(device), each.verdict, f"{1e3 * old.latency.p50:.3f}",
-         f"{1e3 * new.latency.p50:.3f}", f"{each.ratio:.3f}", f"{each.low:.3f} to {each.high:.3f}",
+        [new.name, new.role, name_of(device), each.verdict, _ms(old.latency.p50),
+         _ms(new.latency.p50), f"{each.ratio:.3f}", f"{each.low:.3f} to {each.high:.3f}",
          f"{old.latency.spread:.1%}", f"{new.latency.spread:.1%}"]
         for device, old, new, each in found
     ]  # fmt: skip
@@ -103,9 +104,7 @@ def _layers(device: Device, old: Measured, new: Measured) -> Table:
         then = before.get(layer.name)
         ratio = f"{layer.seconds / then.seconds:.3f}" if then and then.seconds else "–"
         kernels = layer.kernel if then is None or then.kernel == layer.kernel else f"{then.kernel} → {layer.kernel}"
-        cells.append(
-            [layer.name, kernels, f"{1e3 * then.seconds:.4f}" if then else "–", f"{1e3 * layer.seconds:.4f}", ratio]
-        )
+        cells.append([layer.name, kernels, _ms(then.seconds) if then else "–", _ms(layer.seconds), ratio])
     text = f"On {name_of(device)}; medians of a few runs, without an interval."
     heads = ["layer", "kernel", "A, ms", "B, ms", "B ÷ A"]
     return Table(f"Layers of {new.name} ({new.role})", text, heads, cells, words=2)
@@ -118,11 +117,15 @@ def _chart(shared: list[Both]) -> Chart:
         for colour, (name, item) in enumerate((("A", old), ("B", new))):
             runs = sorted(item.latency.seconds)
             box = (1e3 * runs[len(runs) // 20], 1e3 * runs[-1 - len(runs) // 20])
-            text = f"{1e3 * item.latency.p50:.3g} ms"
+            text = duration(item.latency.p50)
             bars.append(Bar(1e3 * item.latency.p50, colour, text, f"{name}: {text}", box))
         shown.append(Row(f"{new.name} ({new.role}) on {name_of(device)}", bars))
     scale = from_zero("milliseconds per run", [bar.box[1] for row in shown for bar in row.bars if bar.box])
-    cells = [[row.label, *(f"{bar.value:.4g}" for bar in row.bars)] for row in shown]
+    cells = [[row.label, *(plain_number(bar.value) for bar in row.bars)] for row in shown]
     table = Table("Latency", "", ["network", "A, median ms", "B, median ms"], cells)
     drawing = rows(scale, shown, [("A", 0), ("B", 1)], "Median latency in A and in B")
     return Chart("Latency", "Bars are medians; nine in ten runs lie within the whisker.", drawing, table)
+
+
+def _ms(seconds: float) -> str:
+    return plain_number(1e3 * seconds)

@@ -10,7 +10,7 @@ from statistics import median
 from dance_tvm.benchmarking.results import Device, Layer, Measured, Results, Verdict
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import written_whole
-from dance_tvm.core.printing import counted
+from dance_tvm.core.printing import counted, duration
 from dance_tvm.reporting import why
 from dance_tvm.reporting.charts import Chart, all_charts, place_of
 from dance_tvm.reporting.papers import beside, name_of
@@ -116,7 +116,7 @@ def tiles(results: Results) -> list[tuple[str, str]]:
                 took, of = item.latency.p50, counted(item.latency.runs, "run")
                 if len(item.clips) > 1:
                     took, of = median(clip.p50 for clip in item.clips), counted(len(item.clips), "clip")
-                found.append((_ms(took), f"median of {of}, {item.name}"))
+                found.append((duration(took), f"median of {of}, {item.name}"))
                 found.append((f"{item.frames / took:.0f}", f"frames a second, {item.name}"))
     return found[:12]
 
@@ -147,7 +147,7 @@ def _summary(results: Results) -> Table:
     rows = []
     for device in results.devices:
         for item in device.measured:
-            times = [_ms(value) for value in (item.latency.p50, item.latency.p90, item.latency.p99)]
+            times = [duration(value) for value in (item.latency.p50, item.latency.p90, item.latency.p99)]
             executed = f"{item.executed_macs / item.macs:.0%}" if item.executed_macs and item.macs else "–"
             memory = f"{item.peak_memory_bytes / 2**20:.0f} MiB" if item.peak_memory_bytes else "–"
             joules = f"{1e3 * item.energy.joules:.2f} mJ, {item.energy.kind}" if item.energy else "–"
@@ -165,7 +165,7 @@ def _layers(device: Device, item: Measured) -> Table:
              "channels out", "GFLOP/s", "MB"]  # fmt: skip
     assert item.profile is not None
     rows = [
-        [_name(device, item, layer), layer.kernel, _ms(layer.seconds), f"{layer.executed_macs / 1e6:.2f}",
+        [_name(device, item, layer), layer.kernel, duration(layer.seconds), f"{layer.executed_macs / 1e6:.2f}",
          _number(layer.executed_macs / layer.macs if layer.macs else None, ".0%"), _number(layer.kept_frames, ".0%"),
          _number(layer.kept_positions, ".0%"), _number(layer.kept_channels_in, ".0%"),
          _number(layer.kept_channels_out, ".0%"), f"{layer.gflops:.1f}", f"{layer.bytes / 1e6:.2f}"]
@@ -173,7 +173,7 @@ def _layers(device: Device, item: Measured) -> Table:
     ]  # fmt: skip
     text = (
         f"{item.profile.clip} on {name_of(device)}: the layers add up to {item.profile.explained:.0%} of the run's "
-        f"{_ms(item.profile.whole_seconds)}. Of dense is the share done of all of a layer's multiply-accumulates: "
+        f"{duration(item.profile.whole_seconds)}. Of dense is the share done of all of a layer's multiply-accumulates: "
         "masks, pruned weights and padding leave the rest out."
     )
     return Table(f"Layers of {item.name} ({item.role})", text, heads, rows, words=2)
@@ -204,7 +204,7 @@ def _paper(paper: str, results: Results) -> Table:
 def _streams(results: Results) -> Table:
     rows = [
         [item.name, name_of(device), f"{item.single_stream['queries']:.0f}", f"{item.single_stream['seconds']:.0f} s",
-         _ms(item.single_stream["p90"]), f"{item.single_stream['queries_per_second']:.2f}"]
+         duration(item.single_stream["p90"]), f"{item.single_stream['queries_per_second']:.2f}"]
         for device in results.devices
         for item in device.measured
         if item.single_stream
@@ -217,7 +217,7 @@ def _streams(results: Results) -> Table:
 
 def _peers(results: Results) -> Table:
     rows = [
-        [each.engine, each.version, each.artifact, _ms(each.latency.p50), f"{each.speed_up:.2f}",
+        [each.engine, each.version, each.artifact, duration(each.latency.p50), f"{each.speed_up:.2f}",
          f"{each.low:.2f} to {each.high:.2f}", f"{each.difference:.1g}"]
         for each in results.peers
     ]  # fmt: skip
@@ -247,8 +247,8 @@ def _accuracy(results: Results) -> Table:
 
 def _loading(results: Results) -> Table:
     rows = [
-        [item.name, "cold" if each.cold else "warm", _ms(each.verify), _ms(each.load), _ms(each.first_run),
-         _ms(each.verify + each.load + each.first_run)]
+        [item.name, "cold" if each.cold else "warm",
+         *map(duration, (each.verify, each.load, each.first_run, each.verify + each.load + each.first_run))]
         for device in results.devices
         for item in device.measured
         for each in item.loading
@@ -295,10 +295,6 @@ def _told(verdict: Verdict) -> str:
 def _energy_kind(results: Results) -> str:
     kinds = {item.energy.kind for device in results.devices for item in device.measured if item.energy}
     return ", ".join(sorted(kinds))
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def _number(value: float | None, how: str) -> str:

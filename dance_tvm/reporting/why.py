@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dance_tvm.benchmarking.results import Device, Measured, Results
+from dance_tvm.core.printing import duration, plain_number
 from dance_tvm.records.places import log_folders
 from dance_tvm.reporting.charts import place_of
 from dance_tvm.reporting.tables import Cell, Link, Table
@@ -82,14 +83,20 @@ def _reasons(device: Device, item: Measured, known: set[str]) -> Table:
 def _records(found: dict[str, dict[str, Any]]) -> Table:
     rows = []
     for identity, record in sorted(found.items()):
-        scale, unit = (1e3, "ms") if record.get("unit") == "seconds" else (1e-6, f"million {record.get('unit')}")
+        unit = str(record.get("unit"))
         times = [record.get(key) for key in ("default_seconds", "seconds")]
         sizes = ", ".join(f"{name} {value}" for name, value in record.get("decisions", {}).items())
         rows.append([
             identity, record["log"], str(record.get("date", ""))[:10], str(record.get("origin", "")), sizes,
-            str(record.get("trials", "")), *(f"{scale * value:.4g} {unit}" if value else "–" for value in times),
+            str(record.get("trials", "")), *(_shown(value, unit) for value in times),
         ])  # fmt: skip
     heads = ["workload", "log", "day", "measured on", "sizes", "trials", "defaults", "chosen"]
     text = "The newest verified record of each workload that a layer above follows."
     places = [f"record-{identity}" for identity in sorted(found)]
     return Table("Tuning records", text, heads, rows, words=5, places=places)
+
+
+def _shown(value: float | None, unit: str) -> str:
+    if not value:
+        return "–"
+    return duration(value) if unit == "seconds" else f"{plain_number(1e-6 * value)} million {unit}"

@@ -98,12 +98,20 @@ class Farm:
     wait: float = 60.0
     health: dict[str, Health] = field(default_factory=dict)
 
+    def hang_up(self) -> None:
+        """Close every connection and make none again: whoever waits for a device's answer gets an error instead."""
+        self._closed_down = True
+        for connection in list(self._connections):
+            connection.hang_up()
+
     def __enter__(self) -> Farm:
         self._stack = contextlib.ExitStack()
         self._lock = threading.Lock()
         self._places: list[_Place] = []
         self._seen: set[Server] = set()
         self._turn = 0
+        self._connections: set[Connection | ServerConnection] = set()
+        self._closed_down = False
         self.lanes = 0
         try:
             for spec in self.specs:
@@ -183,6 +191,7 @@ class Farm:
         limit = (seconds or self.trial_timeout) * (EMULATED_PATIENCE if "emulator" in self.specs else 1)
         name, connection, counter = self._connect(limit)
         health = self.health.setdefault(name, Health(name))
+        self._connections.add(connection)
         try:
             session = _session(connection, counter)
             with self._lock:
@@ -190,20 +199,22 @@ class Farm:
             session.pin(None, threads if counter is None else 1)
             yield session
         except DanceError as error:
-            health.failed += 1
-            health.strikes += 1
-            health.said = str(error)
+            if not self._closed_down:
+                health.failed += 1
+                health.strikes += 1
+                health.said = str(error)
             raise DeviceLostError(str(error)) if _about_device(str(error)) else error from None
         else:
             health.done += 1
             health.strikes = 0
         finally:
+            self._connections.discard(connection)
             connection.close()
 
     def _connect(self, limit: float) -> tuple[str, Connection | ServerConnection, InstructionCounter | None]:
         """A connection to the next device whose turn it is, skipping those that were dropped."""
         deadline, said = time.monotonic() + self.wait, ""
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not self._closed_down:
             found = None
             with self._lock:
                 self._turn += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,8 +45,11 @@ def measure_on(
     layers: Sequence[SynthesisedLayer] = SYNTHESISED,
     candidates: Iterable[tuple[int, int]] | None = None,
     dtype: Dtype = "float32",
+    on_phase: Callable[[str], object] = lambda _name: None,
 ) -> list[GroupMeasurement]:
     """Measurements of ``layers`` in ``candidates`` (all that fit, by default) on a device, ready for the target's log.
+
+    ``on_phase`` hears of each layer and group before it is built.
 
     Raises DanceError where the device cannot be reached or runs no code for the target, and for groups whose filters
     do not fill its vectors.
@@ -57,7 +60,12 @@ def measure_on(
 
     used = threads or target.threads
     with tempfile.TemporaryDirectory() as folder, open_device(device) as session:
-        measure = timed_build(session, target, used, Path(folder), repeats, dtype)
+        timed = timed_build(session, target, used, Path(folder), repeats, dtype)
+
+        def measure(layer: SynthesisedLayer, weight: NDArray[np.float32], group: tuple[int, int] | None) -> float:
+            on_phase(f"{layer.channels_in}>{layer.channels_out} {'x'.join(map(str, group)) if group else 'dense'}")
+            return timed(layer, weight, group)
+
         return measure_groups(
             measure, fingerprint=target.fingerprint, device=device, threads=used, layers=layers,
             candidates=candidates, rate=rate, dtype=dtype,

@@ -14,26 +14,26 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.printing import counted, duration, plain_number
 from dance_tvm.device.serve import end_with_parent_process
 from dance_tvm.device.session import DeviceSession
-from dance_tvm.lowering.registry import kernel_of
 from dance_tvm.records.advice import tuned_tiles
 from dance_tvm.records.kernel_log import Log, append, log_path, new_record, require_writable
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.gpu.tiles import Gpu
-from dance_tvm.schedules.kernel import Kernel
-from dance_tvm.schedules.space import Space
 from dance_tvm.schedules.workload import Decisions
 from dance_tvm.tuning.farm import DeviceLostError, Farm, server_of
 from dance_tvm.tuning.instances import Instance, Trial, interleaved
+from dance_tvm.tuning.lanes import Lanes
+from dance_tvm.tuning.tasks import Plan, Task
 from dance_tvm.tuning.trials import build_trial, is_built, open_trial, remove_trial
 from dance_tvm.tuning.workloads import Layer
 
@@ -52,69 +52,14 @@ FINALISTS = 3
 DISTURBED = 1.3
 #: Gain from which a tile replaces the defaults: smaller ones are within the spread of good measurements.
 WORTH_KEEPING = 1.01
+#: How often a wait looks up whether the run is to stop, and how long lanes may take to notice that it was hung up.
+GLANCE_S, LANES_PATIENCE_S = 0.1, 1.0
+#: What a trial's error says that was given up.
+INTERRUPTED = "interrupted"
 
 
-@dataclass
-class Task:
-    """One kernel, its search and what came of it. ``before`` and ``after`` are seconds of the verifying run."""
-
-    layer: Layer
-    kernel: Kernel
-    space: Space
-    results: dict[tuple[int, ...], float | None] = field(default_factory=dict)
-    best: float = math.inf
-    best_decisions: Decisions = field(default_factory=dict)
-    stale: int = 0
-    exhausted: bool = False
-    history: list[float] = field(default_factory=list)
-    before: float = 0.0
-    after: float = 0.0
-    failures: int = 0
-    #: Why what was found was not verified, where it was tried.
-    unverified: str = ""
-    search: Any = None
-
-    @staticmethod
-    def of(layer: Layer, machine: Machine | Gpu) -> Task:
-        """That of a layer on a machine, with no trials."""
-        kernel = kernel_of(layer.workload, machine)
-        space = kernel.space(machine, layer.workload)
-        assert space is not None, f"{kernel.name} has nothing to decide"
-        return Task(layer, kernel, space)
-
-    @property
-    def trials(self) -> int:
-        """Trials so far, those of earlier runs included."""
-        return len(self.results)
-
-    def key(self, decisions: Decisions) -> tuple[int, ...]:
-        """The decisions in the order of the space."""
-        return tuple(decisions[name] for name in self.space.names)
-
-    def note(self, decisions: Decisions, seconds: float | None) -> None:
-        """Keep one result."""
-        self.results[self.key(decisions)] = seconds
-        self.failures += seconds is None
-        if seconds is not None and seconds < self.best:
-            self.best, self.best_decisions = seconds, decisions
-        self.history.append(self.best)
-
-    @property
-    def expected_gain(self) -> float:
-        """Share of the network's time that may still be won here; layers that stopped improving come last."""
-        if self.best == math.inf:
-            return math.inf
-        return self.layer.count * self.best / (1 + self.stale) ** 2
-
-
-@dataclass
-class Plan:
-    """What a run may do; ``trials`` is for each layer, those of earlier runs counted, ``time_limit`` in seconds."""
-
-    trials: int = 64
-    time_limit: float = math.inf
-    jobs: int = 1
-    seed: int = 0
+class _StoppedError(Exception):
+    """Ctrl-C: what is in flight is given up."""
 
 
 class Tuner:
@@ -163,22 +108,25 @@ class Tuner:
     def run(self) -> None:
         """Search until trials, time or ideas are used up, then verify what was found. Ctrl-C ends both early."""
         self.started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="dance_tvm_tune_") as folder, self._interruptible():
+        trials = tempfile.TemporaryDirectory(prefix="dance_tvm_tune_", ignore_cleanup_errors=True)
+        with trials as folder, self._interruptible():
             self._folder, self._number = Path(folder), 0
-            self._pool = self._new_pool()
+            self._pool, self._lanes = self._new_pool(), Lanes(max(1, self.farm.lanes))
             try:
-                with ThreadPoolExecutor(max(1, self.farm.lanes)) as lanes:
-                    self._lanes = lanes
-                    self._search()
-                    self._verify()
+                self._search()
+                self._verify()
+            except _StoppedError:
+                pass
             except DeviceLostError as error:
                 self.lost = str(error)
             finally:
                 self._end_pool()
+                self.farm.hang_up()
+                self._lanes.end(LANES_PATIENCE_S)
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C lets the batch in flight end, the second does not."""
+        """The first Ctrl-C keeps what was measured and gives up what is in flight, the second ends at once."""
 
         def stop(number: int, frame: Any) -> None:
             if not self.stopped:
@@ -195,6 +143,17 @@ class Tuner:
             yield
         finally:
             signal.signal(signal.SIGINT, previous)
+
+    def _result(self, future: Future[Any], seconds: float = math.inf) -> Any:
+        """What a worker or a lane gives, within so many seconds. Raises _StoppedError after Ctrl-C."""
+        deadline = time.monotonic() + seconds
+        while not future.done():
+            if self.stopped:
+                raise _StoppedError
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nothing came within {seconds:.0f} s")
+            wait([future], timeout=GLANCE_S)
+        return future.result()
 
     # -- searching ---------------------------------------------------------------------------------------------------
 
@@ -268,7 +227,8 @@ class Tuner:
 
     def _new_pool(self) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.plan.jobs, mp_context=context, initializer=_start_worker)
+        place = (str(self._folder),)
+        return ProcessPoolExecutor(self.plan.jobs, mp_context=context, initializer=_start_worker, initargs=place)
 
     def _end_pool(self) -> None:
         workers = list((self._pool._processes or {}).values())
@@ -290,13 +250,13 @@ class Tuner:
         if not self.farm.is_here:
             all_built.set()
         measured = [
-            (decisions, self._lanes.submit(self._measure, task, instance, path, build, all_built))
+            (decisions, self._lanes.submit(partial(self._measure, task, instance, path, build, all_built)))
             for decisions, instance, path, build in builds
         ]
         if self.farm.is_here:
             for *_, build in builds:
                 with suppress(Exception):
-                    build.exception(BUILD_TIMEOUT_S)
+                    self._result(build, BUILD_TIMEOUT_S)
             all_built.set()
         return measured
 
@@ -307,12 +267,14 @@ class Tuner:
         try:
             build.result(BUILD_TIMEOUT_S)
         except Exception as error:  # the compiler raises many kinds, and a worker may be killed
+            if self.stopped:
+                return [], "", INTERRUPTED
             return [], "", f"not built: {str(error).strip().splitlines()[-1] if str(error).strip() else error!r}"
         all_built.wait(BUILD_TIMEOUT_S)
         said = ""
         for _attempt in range(3):
             if self.stopped:
-                return [], "", "interrupted"
+                break
             try:
                 with self.farm.session(instance.workload.threads) as session:
                     best = None if task.best == math.inf else task.best
@@ -322,11 +284,12 @@ class Tuner:
             except DeviceLostError as error:
                 said = f"lost: {error}"
             except DanceError as error:
-                return [], "", str(error)
+                if not self.stopped:  # a stopped run hangs up
+                    return [], "", str(error)
             finally:
                 if not said:
                     remove_trial(path)
-        return [], "", said
+        return [], "", INTERRUPTED if self.stopped else said
 
     def _opened(self, session: DeviceSession, instance: Instance, path: Path) -> Trial:
         """The trial on a device, built for its server where that is the first of its kind."""
@@ -339,9 +302,12 @@ class Tuner:
         """Keep the results of a batch: in the log first, one by one, as they come."""
         before, results = task.best, []
         for decisions, future in measured:
-            times, device, error = future.result()
-            if error == "interrupted" or error.startswith("lost"):
-                self.lost = error if error != "interrupted" else self.lost
+            try:
+                times, device, error = self._result(future)
+            except _StoppedError:
+                continue
+            if error == INTERRUPTED or error.startswith("lost"):
+                self.lost = error if error != INTERRUPTED else self.lost
                 continue
             status = "trial" if times else "failed"
             rest = {"status": status, "error": error, "trials": task.trials + 1, "unit": self.unit}
@@ -364,7 +330,7 @@ class Tuner:
         failed = sum(seconds is None for _, seconds in results)
         best = f"best {self.shown(task.best)}" if task.best < math.inf else "nothing measured yet"
         lost = f", {failed} failed" if failed else ""
-        return f"{task.layer.title}: {task.trials} trials{lost}, {best}"
+        return f"{task.layer.title}: {counted(task.trials, 'trial')}{lost}, {best}"
 
     # -- verifying ---------------------------------------------------------------------------------------------------
 
@@ -399,13 +365,9 @@ class Tuner:
         finalists = self._finalists(task)
         built = [self._build(task, decisions) for decisions in finalists]
         for *_, build in built:
-            build.result(BUILD_TIMEOUT_S)
-        with self.farm.session(task.layer.workload.threads, 4 * self.farm.trial_timeout) as session:
-            loaded = [self._opened(session, instance, path) for instance, path, _ in built]
-            self.unit = loaded[0].unit
-            digests = [each.digest() for each in loaded]
-            measured = interleaved(loaded)
-            origin = loaded[0].origin
+            self._result(build, BUILD_TIMEOUT_S)
+        trials = [(instance, path) for instance, path, _ in built]
+        measured, digests, origin = self._result(self._lanes.submit(partial(self._in_turns, task, trials)))
         before, chosen, after = measured[0], finalists[0], measured[0]
         for decisions, digest, times in zip(finalists[1:], digests[1:], measured[1:], strict=True):
             if digest != digests[0]:
@@ -426,6 +388,16 @@ class Tuner:
         task.before, task.after = slow, statistics.median(after)
         self.on_event(f"{task.layer.title}: {self.shown(slow)} before, {self.shown(task.after)} after")
 
+    def _in_turns(
+        self, task: Task, trials: list[tuple[Instance, Path]]
+    ) -> tuple[list[list[float]], list[int | None], str]:
+        """Times and digests of trials that take turns in one session, and the device's name."""
+        with self.farm.session(task.layer.workload.threads, 4 * self.farm.trial_timeout) as session:
+            loaded = [self._opened(session, instance, path) for instance, path in trials]
+            self.unit = loaded[0].unit
+            digests = [each.digest() for each in loaded]
+            return interleaved(loaded), digests, loaded[0].origin
+
     def _leave(self, task: Task, why: str) -> None:
         """Leave what was found to another run."""
         task.unverified = why
@@ -433,7 +405,7 @@ class Tuner:
 
     def shown(self, value: float) -> str:
         """What one call takes, in words."""
-        return f"{1e3 * value:.3f} ms" if self.unit == "seconds" else f"{1e-6 * value:.2f} M instructions"
+        return duration(value) if self.unit == "seconds" else f"{plain_number(1e-6 * value)} M instructions"
 
 
 def _is_faster(times: list[float], than: list[float]) -> bool:
@@ -441,7 +413,8 @@ def _is_faster(times: list[float], than: list[float]) -> bool:
     return all(WORTH_KEEPING * figure(times) <= figure(than) for figure in (statistics.median, min))
 
 
-def _start_worker() -> None:
-    """A worker ends with us, and leaves Ctrl-C to us."""
+def _start_worker(folder: str) -> None:
+    """A worker ends with us, leaves Ctrl-C to us, and keeps its files where we remove them when it was killed."""
+    tempfile.tempdir = folder
     end_with_parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -22,7 +22,7 @@ from .conv3d_line import LineConv
 from .either_choice import either
 from .line_tiles import FEW_CHANNELS, line, listing_seconds
 from .pointwise import PointwiseConv
-from .pointwise_tiles import PointwiseTile, is_pointwise, pointwise
+from .pointwise_tiles import PointwiseTile, is_pointwise, leaves_caches, pointwise, reads_far
 from .pool3d import VectorPool
 from .row_plan import RowPlan
 from .row_space import is_dense
@@ -102,7 +102,8 @@ def _line(layer: Layer, machine: Machine) -> LineConv:
 def _pointwise(layer: Layer, machine: Machine) -> PointwiseConv:
     tile = PointwiseTile(1, 1, machine.storing(layer.dtype).vector_floats, 1, 1)
     behind, before = (layer.residual, layer.activation), (layer.gate, layer.before)
-    return PointwiseConv(layer.window, layer.channels_in, layer.channels_out, tile, *behind, *before, layer.dtype)
+    sizes, past = (layer.window, layer.channels_in, layer.channels_out), leaves_caches(layer, machine)
+    return PointwiseConv(*sizes, tile, *behind, *before, layer.dtype, past, reads_far(layer, machine))
 
 
 def _pool(workload: Workload, machine: Machine) -> VectorPool:

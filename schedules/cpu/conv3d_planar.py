@@ -29,8 +29,9 @@ from .row_tiles import RowTile, panel_widths
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine
 
 #: Share of the first-level cache that a block's positions take where all weights stay there, to be read anew for every
-#: panel of positions, and of the second-level cache otherwise.
-NEAR_SHARE_OF_L1, FAR_SHARE_OF_L2 = 0.6, 0.5
+#: panel of positions, and of the second-level cache otherwise; the most where larger blocks compute fewer vectors in
+#: all, since the last block overlaps the one before.
+NEAR_SHARE_OF_L1, FAR_SHARE_OF_L2, MOST_SHARE_OF_L2 = 0.6, 0.5, 0.85
 #: Vectors of positions beside which a tile has its output channels.
 VECTORS = 2
 
@@ -227,10 +228,16 @@ def _tile(machine: Machine, layer: Layer) -> PlanarTile:
     most, step = rows_beside(machine, vectors)
     mr = -(-channels_out // -(-channels_out // most))  # tiles of equal height
     near = 4 * depth * channels_out <= machine.l1d
-    room = NEAR_SHARE_OF_L1 * machine.l1d if near else FAR_SHARE_OF_L2 * machine.l2
-    fitting = int(room) // (4 * depth * machine.vector_floats)
-    of_thread = -(-math.prod(layer.window.out) // (machine.vector_floats * layer.threads))
-    block = max(1, min(max(vectors, fitting), of_thread))
+    rooms = [NEAR_SHARE_OF_L1 * machine.l1d] if near else [s * machine.l2 for s in (FAR_SHARE_OF_L2, MOST_SHARE_OF_L2)]
+    positions, floats = math.prod(layer.window.out), machine.vector_floats
+    of_thread = -(-positions // (floats * layer.threads))
+    blocks = [max(1, min(max(vectors, int(room) // (4 * depth * floats)), of_thread)) for room in rooms]
+
+    def computed(block: int) -> int:
+        cut = -(-positions // (floats * block))
+        return cut * -(-positions // (floats * cut))
+
+    block = min(blocks, key=computed)
     return PlanarTile(mr, min(vectors, block), machine.vector_floats, step if depth >= step else 1, block)
 
 

@@ -19,6 +19,7 @@ from ..emit import FLOAT, Expr, big, flat, let, parallel, read, scratch, serial
 from ..epilogue import write_activated
 from ..geometry import Window
 from ..kernel import Count, Operand
+from ..past_caches import LINE_FLOATS, fence
 from ..space import Space
 from ..workload import Workload
 from .pointwise_tiles import PointwiseSpace, PointwiseTile, predicted_cycles
@@ -31,7 +32,9 @@ from .tiles import Machine
 @dataclass(frozen=True)
 class PointwiseConv(RowConv):
     """A convolution of one tap that reads every position once, or a linear layer, with what is fused behind it; with
-    ``gate``, the input is multiplied by a value for each clip and channel and passes the activation ``before``."""
+    ``gate``, the input is multiplied by a value for each clip and channel and passes the activation ``before``;
+    ``past_caches``: results are to be stored so where a tile's rows are whole cache lines;
+    ``far_input``: the rows of the next tile are asked for while one is computed."""
 
     window: Window
     channels_in: int
@@ -42,6 +45,8 @@ class PointwiseConv(RowConv):
     gate: bool = False
     before: str = ""
     dtype: str = FLOAT
+    past_caches: bool = False
+    far_input: bool = False
 
     @property
     def lists_terms(self) -> bool:
@@ -49,6 +54,17 @@ class PointwiseConv(RowConv):
         weights = 4 * self.channels_in * self.vectors * self.tile.vector_floats
         one_row = self.window.positions_out == 1 and self.dtype == FLOAT and not self.gate
         return one_row and weights >= WORTH_LISTING
+
+    @property
+    def stores_past(self) -> bool:  # type: ignore[override]
+        """Whether results are stored past the caches."""
+        floats = [self.channels_out, *(width * self.tile.vector_floats for _, width in self.panels)]
+        return self.past_caches and not any(each % LINE_FLOATS for each in floats)
+
+    @property
+    def panels(self) -> list[tuple[int, int]]:
+        """Panels of output channels and their vectors."""
+        return panel_widths(self.vectors, self.tile.vectors)
 
     @property
     def name(self) -> str:
@@ -89,6 +105,7 @@ class _Emitter(RowTiles):
         self.gate = flat(args["gate"]) if conv.gate else None
         #: Which row ``source`` begins with.
         self.first_row: Expr = 0
+        self.ahead = conv.tile.mr * conv.channels_in if conv.far_input and not conv.gate else 0
         #: Of a single row, the values that are not zero, where they are listed.
         self.live: LiveTerms | None = None
 
@@ -105,9 +122,11 @@ class _Emitter(RowTiles):
                 self.source, self.first_row = self._gated(start, rows), start
             self.remember()
             first = 0
-            for panels, width in panel_widths(self.conv.vectors, tile.vectors):
+            for panels, width in self.pointwise.panels:
                 self._panels(start, rows, part, (first, panels, width))
                 first += panels * width
+            if self.pointwise.stores_past:
+                fence()
 
     def _gated(self, start: Expr, rows: int) -> tirx.Buffer:
         """What the weights are multiplied with, of the rows of a block."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..emit import Expr, big, lanes, let, number, scratch, serial, splat, splat_lane, store
+from ..emit import Expr, big, lanes, let, number, prefetch, scratch, serial, splat, splat_lane, store
+from ..past_caches import LINE_FLOATS
 from .tiles import Machine
 
 #: The sums of a tile: a buffer of one vector for each row and vector.
@@ -44,12 +45,25 @@ def cleared(mr: int, width: int, count: int) -> Sums:
     return acc
 
 
-def multiply(rows: Rows, source: Expr, vectors: Vectors, weights: Expr, terms: int, step: int, acc: Sums) -> None:
+def multiply(
+    rows: Rows, source: Expr, vectors: Vectors, weights: Expr, terms: int, step: int, acc: Sums, ahead: int = 0
+) -> None:
     """``acc[r] += rows[r, term] · vectors[term]`` over ``terms`` that lie side by side from ``source`` and ``weights``
-    on; ``step`` of them are loaded as one vector per row (1: single values are broadcast from memory)."""
+    on; ``step`` of them are loaded as one vector per row (1: single values are broadcast from memory). Meanwhile rows
+    ``ahead`` floats further on are asked for, if any."""
     if step == 1 or terms < step:
-        with serial(terms) as index:
-            _terms(rows, source, vectors, weights, let(big(index)), range(1), acc)
+        begun = 0
+        if ahead:
+            begun = terms - terms % LINE_FLOATS
+            with serial(begun // LINE_FLOATS) as line:
+                begin = let(big(line) * LINE_FLOATS)
+                for r in range(len(acc)):
+                    prefetch(rows.buffer, source + begin + (ahead + r * rows.distance))
+                with serial(LINE_FLOATS) as index:
+                    _terms(rows, source, vectors, weights, let(begin + index), range(1), acc)
+        if terms > begun:
+            with serial(terms - begun) as index:
+                _terms(rows, source, vectors, weights, let(big(index) + begun), range(1), acc)
         return
     with serial(terms // step) as chunk:
         _terms(rows, source, vectors, weights, let(big(chunk) * step), range(step), acc)

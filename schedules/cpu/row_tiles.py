@@ -34,9 +34,10 @@ from ..emit import (
     short,
     store,
 )
-from ..epilogue import has_functions, write_activated
+from ..epilogue import activate_for, has_functions, write_activated
 from ..geometry import Window
 from ..kernel import Operand, Weights, constant, output
+from ..past_caches import LINE_FLOATS, store_past_caches
 from ..preparation import Panels
 from .conv3d_gather import parts_of
 from .cost import seconds_per_cycle
@@ -45,8 +46,6 @@ from .tiles import HALF_TERMS, Machine
 
 #: Up to so many bytes memory of a kernel is on the stack, where LLVM takes it apart into registers.
 STACK_BYTES = 1024
-#: Floats of a cache line.
-LINE_FLOATS = 16
 #: Floats before the sums in such memory.
 SPARE = 4
 
@@ -87,6 +86,8 @@ class RowConv(LayerKernel):
     #: How activations and weights are stored.
     dtype: str
     groups = 1
+    #: Whether results are stored past the caches.
+    stores_past = False
 
     @property
     def vectors(self) -> int:
@@ -179,6 +180,8 @@ class RowTiles:
         self.count = conv.tile.vector_floats
         #: What the weights are multiplied with.
         self.source = self.x
+        #: How many floats ahead of a row what is read next is asked for (0: not at all).
+        self.ahead = 0
         #: Where sums in half precision are put that take several passes.
         self.memory: tirx.Buffer | None = None
         #: Where sums of a single pass wait for an activation to which rows come one after the other.
@@ -271,7 +274,7 @@ class RowTiles:
     def add(self, source: Expr, weights: Expr, terms: int, sums: TileSums) -> None:
         """The same within a pass."""
         rows, vectors = Rows(self.source, self.conv.row_floats), Vectors(self.weights, self.vector_floats, self.count)
-        multiply(rows, source, vectors, weights, terms, self.tile.step, sums.registers)
+        multiply(rows, source, vectors, weights, terms, self.tile.step, sums.registers, self.ahead)
 
     def finish(self, target: Expr, sums: TileSums) -> None:
         """Store a tile. Sums that are in registers wait in memory for activations of tens of instructions: of all rows
@@ -315,4 +318,7 @@ class RowTiles:
         value = read(buffer, begin + first, count)
         if self.residual is not None:
             value = value + read(self.residual, at, count)
-        write_activated(self.y, self.conv.activation, value, at, count)
+        if self.conv.stores_past:
+            store_past_caches(self.y, activate_for(FLOAT, self.conv.activation, value, count), at)
+        else:
+            write_activated(self.y, self.conv.activation, value, at, count)
