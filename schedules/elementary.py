@@ -5,8 +5,9 @@ our own, which TVM keeps whole until loops have become vectors and then lowers t
 language, one for each number of lanes, which come with the kernel and are inlined. They are polynomials and quotients
 without a branch, so that AVX2, AVX-512 and NEON all run them by the vector.
 
-LLVM's language, because there a value that is read twice has a name. In TVM's it is ``Let``, and TVM simplifies every
-named value with all that it names written out, which grows without bound for functions within functions.
+LLVM's language (:mod:`~.vector_code`), because there a value that is read twice has a name. In TVM's it is ``Let``, and
+TVM simplifies every named value with all that it names written out, which grows without bound for functions within
+functions.
 
 ==================  ==========================================================================
 function            largest error, over all float32 values (tests/test_elementary.py)
@@ -20,7 +21,7 @@ sinh, cosh          5 ulp
 ==================  ==========================================================================
 
 ``short_sigmoid``, ``short_silu`` and ``short_tanh`` are for float32 values that are rounded to half precision next,
-whose 11 bits need fewer terms: once rounded they are within 0.68 ulp of half precision, of which rounding takes 0.5.
+whose 11 bits need fewer terms: once rounded they are within 0.71 ulp of half precision, of which rounding takes 0.5.
 Whoever stores the result asks for them (:func:`short`).
 
 NaN stays NaN, infinities give what the limits are, and zeros keep their sign.
@@ -29,9 +30,9 @@ NaN stays NaN, infinities give what the limits are, and zeros keep their sign.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import product
 
 import tvm
 import tvm_ffi
@@ -39,6 +40,7 @@ from tvm import s_tir, tirx
 from tvm.ir import _ffi_api
 
 from . import past_caches
+from .vector_code import FLOAT, INT, PURE, Body, Value, neon_instruction, select
 
 #: (e^r - 1 - r) / r² for |r| ≤ log(2) / 2.
 EXP = (0.0013941146899014711, 0.00836319662630558, 0.04166637361049652, 0.16666576266288757, 0.5)
@@ -96,106 +98,14 @@ HALF_ROOT_BITS, MANTISSA, MANTISSA_BITS = 0x3F3504F3, 0x007FFFFF, 23
 #: Lanes that vectors have; others are left to TVM.
 WIDTHS = (1, 2, 4, 8, 16, 32)
 
-FLOAT, INT, BOOL = "float", "i32", "i1"
-NAMES = {"+": ("fadd", "add"), "-": ("fsub", "sub"), "*": ("fmul", "mul"), "/": ("fdiv", "sdiv")}
 
-
-class _Body:
-    """The lines of one function over vectors of ``lanes``."""
-
-    def __init__(self, lanes: int) -> None:
-        self.lanes = lanes
-        self.lines: list[str] = []
-
-    def type(self, kind: str) -> str:
-        """LLVM's name for a vector of ``kind``."""
-        return f"<{self.lanes} x {kind}>" if self.lanes > 1 else kind
-
-    def add(self, kind: str, text: str) -> _Value:
-        """Name the result of an instruction."""
-        name = f"%v{len(self.lines)}"
-        self.lines.append(f"  {name} = {text}")
-        return _Value(self, name, kind)
-
-    def operand(self, value: _Value | float, kind: str) -> str:
-        """A value by its name, or a number in all lanes."""
-        if isinstance(value, _Value):
-            return value.name
-        if kind == INT:
-            number = str(int(value))
-        else:  # LLVM writes a float32 by the bits of the float64 that equals it
-            rounded = struct.unpack("f", struct.pack("f", value))[0]
-            number = f"0x{struct.unpack('<Q', struct.pack('<d', rounded))[0]:016X}"
-        return f"splat ({kind} {number})" if self.lanes > 1 else number
-
-
-class _Value:
-    """A vector that has a name."""
-
-    def __init__(self, body: _Body, name: str, kind: str) -> None:
-        self.body, self.name, self.kind = body, name, kind
-
-    def _apply(self, instruction: str, left: _Value | float, right: _Value | float, result: str) -> _Value:
-        body = self.body
-        operands = f"{body.operand(left, self.kind)}, {body.operand(right, self.kind)}"
-        return body.add(result, f"{instruction} {body.type(self.kind)} {operands}")
-
-    def _arithmetic(self, sign: str, left: _Value | float, right: _Value | float) -> _Value:
-        return self._apply(NAMES[sign][self.kind == INT], left, right, self.kind)
-
-    def __add__(self, other: _Value | float) -> _Value:
-        return self._arithmetic("+", self, other)
-
-    def __sub__(self, other: _Value | float) -> _Value:
-        return self._arithmetic("-", self, other)
-
-    def __rsub__(self, other: float) -> _Value:
-        return self._arithmetic("-", other, self)
-
-    def __mul__(self, other: _Value | float) -> _Value:
-        return self._arithmetic("*", self, other)
-
-    def __truediv__(self, other: _Value) -> _Value:
-        return self._arithmetic("/", self, other)
-
-    def __rtruediv__(self, other: float) -> _Value:
-        return self._arithmetic("/", other, self)
-
-    def shifted(self, bits: int) -> _Value:
-        """An integer times 2^bits; below zero the sign moves along."""
-        return self._apply("shl" if bits > 0 else "ashr", self, abs(bits), INT)
-
-    def masked(self, bits: int) -> _Value:
-        """An integer's bits that ``bits`` has."""
-        return self._apply("and", self, bits, INT)
-
-    def compared(self, how: str, other: _Value | float) -> _Value:
-        """``olt``, ``ogt``, ``oeq``: false for NaN."""
-        return self._apply(f"fcmp {how}", self, other, BOOL)
-
-    def seen_as(self, kind: str) -> _Value:
-        """The same bits."""
-        return self.body.add(kind, f"bitcast {self.body.type(self.kind)} {self.name} to {self.body.type(kind)}")
-
-    def as_float(self) -> _Value:
-        """An integer as a float."""
-        return self.body.add(FLOAT, f"sitofp {self.body.type(INT)} {self.name} to {self.body.type(FLOAT)}")
-
-
-def _select(condition: _Value, then: _Value | float, otherwise: _Value | float) -> _Value:
-    body = condition.body
-    kind = body.type(FLOAT)
-    first, second = body.operand(then, FLOAT), body.operand(otherwise, FLOAT)
-    return body.add(FLOAT, f"select {body.type(BOOL)} {condition.name}, {kind} {first}, {kind} {second}")
-
-
-def _clamped(x: _Value, least: float, most: float) -> _Value:
+def _clamped(x: Value, least: float, most: float) -> Value:
     """``x`` between two numbers; NaN stays."""
-    x = _select(x.compared("olt", least), least, x)
-    return _select(x.compared("ogt", most), most, x)
+    x = select(x.compared("olt", least), least, x)
+    return select(x.compared("ogt", most), most, x)
 
 
-def _bounded(x: _Value, least: float, most: float) -> _Value:
+def _bounded(x: Value, least: float, most: float) -> Value:
     """The same in one instruction for either bound on NEON and AVX alike, for bounds other than zero."""
     for name, bound in (("maximum", least), ("minimum", most)):
         kind = x.body.type(FLOAT)
@@ -204,19 +114,19 @@ def _bounded(x: _Value, least: float, most: float) -> _Value:
     return x
 
 
-def _polynomial(x: _Value, factors: Sequence[float]) -> _Value:
+def _polynomial(x: Value, factors: Sequence[float]) -> Value:
     value = x * factors[0] + factors[1]
     for factor in factors[2:]:
         value = value * x + factor
     return value
 
 
-def _power_of_two(exponent: _Value) -> _Value:
+def _power_of_two(exponent: Value) -> Value:
     """2^exponent for exponents of normal numbers."""
     return (exponent + 127).shifted(MANTISSA_BITS).seen_as(FLOAT)
 
 
-def exp(x: _Value) -> _Value:
+def exp(x: Value) -> Value:
     """e^x = 2^n e^r with |r| ≤ log(2) / 2; 2^n in two factors, of which neither leaves the normal numbers."""
     x = _clamped(x, EXP_LEAST, EXP_MOST)
     moved = x * (1 / math.log(2)) + ROUNDER
@@ -228,30 +138,30 @@ def exp(x: _Value) -> _Value:
     return value * _power_of_two(half) * _power_of_two(n - half)
 
 
-def log(x: _Value) -> _Value:
+def log(x: Value) -> Value:
     """log(2^e m) = e log(2) + log(m) with 1 / √2 ≤ m < √2."""
     tiny = x.compared("olt", 2.0**-126)
-    bits = _select(tiny, x * 2.0**24, x).seen_as(INT) - HALF_ROOT_BITS
+    bits = select(tiny, x * 2.0**24, x).seen_as(INT) - HALF_ROOT_BITS
     m = (bits.masked(MANTISSA) + HALF_ROOT_BITS).seen_as(FLOAT)
-    e = bits.shifted(-MANTISSA_BITS).as_float() - _select(tiny, 24.0, 0.0)
+    e = bits.shifted(-MANTISSA_BITS).as_float() - select(tiny, 24.0, 0.0)
     y = m - 1.0
     square = y * y
     rest = _polynomial(y, LOG) * (y * square) + e * LOG2_LOW - square * 0.5
     result = y + rest + e * LOG2_HIGH
-    result = _select(x.compared("olt", 0.0), math.nan, result)
-    result = _select(x.compared("oeq", 0.0), -math.inf, result)
-    return _select(x.compared("olt", math.inf), result, x)  # NaN and infinity are their own logarithms
+    result = select(x.compared("olt", 0.0), math.nan, result)
+    result = select(x.compared("oeq", 0.0), -math.inf, result)
+    return select(x.compared("olt", math.inf), result, x)  # NaN and infinity are their own logarithms
 
 
-def log1p(x: _Value) -> _Value:
+def log1p(x: Value) -> Value:
     """log(1 + x), corrected for what the sum has lost (Kahan): log(u) x / (u - 1)."""
     u = x + 1.0
     lost = u - 1.0
-    finite = _select(x.compared("olt", math.inf), log(u) * (x / lost), x)
-    return _select(lost.compared("oeq", 0.0), x, finite)
+    finite = select(x.compared("olt", math.inf), log(u) * (x / lost), x)
+    return select(lost.compared("oeq", 0.0), x, finite)
 
 
-def _quotient(x: _Value, above: Sequence[float], below: Sequence[float], end: float) -> _Value:
+def _quotient(x: Value, above: Sequence[float], below: Sequence[float], end: float) -> Value:
     x = _clamped(x, -end, end)
     square = x * x
     last = below[-1]  # 1 after the division, so that products with numbers below the normal ones keep their bits
@@ -259,17 +169,17 @@ def _quotient(x: _Value, above: Sequence[float], below: Sequence[float], end: fl
     return _clamped(x * _polynomial(square, dividend) / _polynomial(square, divisor), -1.0, 1.0)
 
 
-def tanh(x: _Value) -> _Value:
+def tanh(x: Value) -> Value:
     """A quotient of polynomials."""
     return _quotient(x, TANH_ABOVE, TANH_BELOW, TANH_END)
 
 
-def erf(x: _Value) -> _Value:
+def erf(x: Value) -> Value:
     """A quotient of polynomials."""
     return _quotient(x, ERF_ABOVE, ERF_BELOW, ERF_END)
 
 
-def sigmoid(x: _Value) -> _Value:
+def sigmoid(x: Value) -> Value:
     """1 / (1 + e^-x), whose rounding leaves e^-x fewer terms than ``exp`` has, and one factor 2^n."""
     bounded = _bounded(x, SIGMOID_LEAST, SIGMOID_MOST)
     moved = bounded * (-1 / math.log(2)) + ROUNDER
@@ -279,7 +189,7 @@ def sigmoid(x: _Value) -> _Value:
     return 1.0 / (_polynomial(r, SIGMOID_EXP) * power + 1.0)
 
 
-def _power_and_sum(x: _Value) -> tuple[_Value, _Value]:
+def _power_and_sum(x: Value) -> tuple[Value, Value]:
     """p and p (1 + e^-x) in few instructions: p is the power of two, zero from where the sum is infinite, that makes
     the exponential a polynomial."""
     t = _bounded(x * (-1 / math.log(2)) - SHORT_SHIFT, SHORT_LEAST, SHORT_MOST)
@@ -290,50 +200,59 @@ def _power_and_sum(x: _Value) -> tuple[_Value, _Value]:
     return power, (h + SHORT_ROOT) * (h * h + SHORT_SQUARE) + power
 
 
-def short_sigmoid(x: _Value) -> _Value:
+def _short_quotient(x: Value, y: Value) -> Value:
+    """x / y for a result in half precision. NEON estimates 1 / y to 8 bits, and one step of Newton's makes them 16:
+    four short instructions, where a division keeps its unit busy for the time of thirty."""
+    if not x.body.neon:
+        return x / y
+    estimate = neon_instruction("frecpe", y)
+    return x * estimate * neon_instruction("frecps", y, estimate)
+
+
+def short_sigmoid(x: Value) -> Value:
     """1 / (1 + e^-x) for a result in half precision."""
     power, sum_ = _power_and_sum(x)
-    return power / sum_
+    return _short_quotient(power, sum_)
 
 
-def short_silu(x: _Value) -> _Value:
+def short_silu(x: Value) -> Value:
     """x / (1 + e^-x) for a result in half precision."""
     power, sum_ = _power_and_sum(x)
-    return x * power / sum_
+    return _short_quotient(x * power, sum_)
 
 
-def short_tanh(x: _Value) -> _Value:
+def short_tanh(x: Value) -> Value:
     """A quotient of polynomials for a result in half precision."""
     x = _bounded(x, -SHORT_TANH_END, SHORT_TANH_END)
     square = x * x
-    return x * _polynomial(square, SHORT_TANH_ABOVE) / _polynomial(square, SHORT_TANH_BELOW)
+    return _short_quotient(x * _polynomial(square, SHORT_TANH_ABOVE), _polynomial(square, SHORT_TANH_BELOW))
 
 
-def _exponentials(x: _Value) -> tuple[_Value, _Value]:
+def _exponentials(x: Value) -> tuple[Value, Value]:
     """e^|x| / 2 and e^-|x| / 2, by halves, so that the first is infinite only where the result is."""
-    size = _select(x.compared("olt", 0.0), 0.0 - x, x)
+    size = select(x.compared("olt", 0.0), 0.0 - x, x)
     root = exp(size * 0.5)
     large = root * 0.5 * root
     return large, 0.25 / large
 
 
-def sinh(x: _Value) -> _Value:
+def sinh(x: Value) -> Value:
     """Half the difference of e^x and e^-x; below 1, where they are alike, a polynomial."""
     large, small = _exponentials(x)
     size = large - small
-    signed = _select(x.compared("olt", 0.0), 0.0 - size, size)
+    signed = select(x.compared("olt", 0.0), 0.0 - size, size)
     square = x * x
     near = x * (square * _polynomial(square, SINH)) + x
-    return _select(square.compared("olt", 1.0), near, signed)
+    return select(square.compared("olt", 1.0), near, signed)
 
 
-def cosh(x: _Value) -> _Value:
+def cosh(x: Value) -> Value:
     """Half the sum of e^x and e^-x."""
     large, small = _exponentials(x)
     return large + small
 
 
-FUNCTIONS: dict[str, Callable[[_Value], _Value]] = {
+FUNCTIONS: dict[str, Callable[[Value], Value]] = {
     "exp": exp,
     "log": log,
     "log1p": log1p,
@@ -344,7 +263,7 @@ FUNCTIONS: dict[str, Callable[[_Value], _Value]] = {
     "cosh": cosh,
 }
 #: Those whose results are rounded to half precision next.
-SHORT: dict[str, Callable[[_Value], _Value]] = {
+SHORT: dict[str, Callable[[Value], Value]] = {
     "short_sigmoid": short_sigmoid,
     "short_silu": short_silu,
     "short_tanh": short_tanh,
@@ -353,22 +272,22 @@ SHORT: dict[str, Callable[[_Value], _Value]] = {
 
 @cache
 def _text(name: str) -> str:
-    """The function called ``name`` in LLVM's language, for all widths."""
+    """The function called ``name`` in LLVM's language, for all widths and each kind of processor that has its own."""
     if name == past_caches.NAME:
         return past_caches.text()
     functions = []
-    for lanes in WIDTHS:
-        body = _Body(lanes)
-        result, kind = (FUNCTIONS | SHORT)[name](_Value(body, "%x", FLOAT)), body.type(FLOAT)
+    for neon, lanes in product((False, True) if name in SHORT else (False,), WIDTHS):
+        body = Body(lanes, neon)
+        result, kind = (FUNCTIONS | SHORT)[name](Value(body, "%x", FLOAT)), body.type(FLOAT)
         lines = "\n".join(body.lines)
         functions.append(
-            f"define {kind} @{_symbol(name, lanes)}({kind} %x) {{\n{lines}\n  ret {kind} {result.name}\n}}"
+            f"define {kind} @{_symbol(name, lanes, neon)}({kind} %x) {{\n{lines}\n  ret {kind} {result.name}\n}}"
         )
     return "\n".join(functions)
 
 
-def _symbol(name: str, lanes: int) -> str:
-    return f"dance_{name}_f32x{lanes}"
+def _symbol(name: str, lanes: int, neon: bool) -> str:
+    return f"dance_{name}_{'neon_' if neon else ''}f32x{lanes}"
 
 
 def short(name: str, x: tirx.Expr) -> tirx.Expr:
@@ -407,22 +326,28 @@ def written_out(func: tirx.PrimFunc) -> tirx.PrimFunc:
     return func.with_body(importing(body))
 
 
-def _lower(call: tvm.ir.Call) -> tvm.ir.Call:
+def _lower(call: tvm.ir.Call, neon: bool = False) -> tvm.ir.Call:
     """TVM's rule for one of our operators, asked after loops have become vectors."""
     name, lanes = str(call.op.name).removeprefix("dance."), int(call.ty.dtype.lanes)
     if lanes not in WIDTHS:
         return tvm.ir.Call(tvm.ir.Op.get(f"tirx.{name}"), call.args, ret_ty=call.ty)
-    return tirx.call_pure_extern(call.ty.dtype, _symbol(name, lanes), call.args[0])
+    return tirx.call_pure_extern(call.ty.dtype, _symbol(name, lanes, neon), call.args[0])
+
+
+def _lower_neon(call: tvm.ir.Call) -> tvm.ir.Call:
+    """The same on Arm processors, where TVM asks it before the rule for all."""
+    return _lower(call, neon=True)
 
 
 def _register() -> None:
-    pure = 1  # tirx's CallEffectKind
     for name in FUNCTIONS | SHORT:
         _ffi_api.RegisterOp(f"dance.{name}", f"{name} by the vector")
-        tvm.ir.register_op_attr(f"dance.{name}", "TCallEffectKind", pure)
+        tvm.ir.register_op_attr(f"dance.{name}", "TCallEffectKind", PURE)
         tvm.ir.register_op_attr(f"dance.{name}", "TVectorizable", True)
         tvm.ir.register_op_attr(f"dance.{name}", "TScriptPrinterName", f"dance.{name}")
-        tirx.op.register_intrin_lowering(f"dance.{name}", target="llvm", f=_lower, level=99)
+        tirx.op.register_intrin_lowering(f"dance.{name}", target="default", f=_lower, level=99)
+    for name in SHORT:
+        tirx.op.register_intrin_lowering(f"dance.{name}", target="llvm.aarch64", f=_lower_neon, level=99)
 
 
 _register()

@@ -14,6 +14,8 @@ from tvm import s_tir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from .bounds import larger, smaller
+
 #: An expression of TIR; Python's numbers stand for constants.
 Expr: TypeAlias = tirx.Expr
 
@@ -183,12 +185,12 @@ def ceil_div(value: Expr, by: int) -> Expr:
 
 def at_least(bound: float, x: Expr, count: int, dtype: str = FLOAT) -> Expr:
     """``max(x, bound)`` that leaves NaN as it is; ``tirx.max`` would make the bound of it."""
-    return tirx.Select(x < number(bound, count, dtype), number(bound, count, dtype), x)
+    return larger(x, number(bound, count, dtype))
 
 
 def at_most(bound: float, x: Expr, count: int) -> Expr:
     """``min(x, bound)`` that leaves NaN as it is."""
-    return tirx.Select(x > number(bound, count), number(bound, count), x)
+    return smaller(x, number(bound, count))
 
 
 Activation = Callable[[Expr, int], Expr]

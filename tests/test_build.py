@@ -405,3 +405,50 @@ def test_a_build_for_a_phone_is_checked_on_an_emulated_one(program, tmp_path):
     manifest = build_network(program, tmp_path / "out", target="snapdragon", check=True).artifact.manifest
     assert (manifest.check.status, manifest.check.device) == ("passed", "emulator")
     assert manifest.check.difference == 0 or manifest.check.difference < manifest.check.allowed
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"numerics": "Exact"}, "numerics is fast or exact, not 'Exact'"),
+        ({"conv": "winogard"}, "conv is auto, direct or winograd"),
+        ({"memory": "big"}, "memory is small, balanced or fast"),
+        ({"dtype": "int8"}, "dtype is float32, float16 or auto"),
+        ({"io": "float32"}, "io is source or float16"),
+        ({"prepared": "no"}, "prepared is True or False"),
+        ({"threads": 0}, "threads is how many"),
+        ({"threads": 1.5}, "threads is how many"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, said):
+    with pytest.raises(DanceError, match=said):
+        Options(**options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"threads": 0}, "threads is how many"),
+        ({"options": {"conv": "direct"}}, "options must be of the class Options, not dict"),
+        ({"options": Options(logs="no/such/logs")}, "no folder of tuning logs"),
+        ({"options": Options(kernel_group=(3, 4))}, "kernel_group is filters and channels"),
+        ({"options": Options(kernel_group=(16,))}, "kernel_group is filters and channels"),
+        ({"preprocess": "preprocess.toml"}, "preprocess must be of the class Preprocess, not str"),
+        ({"check_inputs": "clip.npz"}, "check_inputs is a list"),
+    ],
+)
+def test_arguments_that_cannot_be_meant_are_refused(arguments, said, program, tmp_path):
+    with pytest.raises(DanceError, match=said):
+        build_network(program, tmp_path / "out", check=False, **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shapes_that_nothing_would_follow_are_refused(tmp_path):
+    network, clip = torch.nn.Conv3d(1, 1, 1), torch.zeros(1, 1, 2, 2, 2)
+    for given in ({"batch": 2}, {"shapes": {"input": (2, 1, 2, 2, 2)}}):
+        with pytest.raises(DanceError, match="leave shapes and batch out"):
+            import_model(network, example_inputs=(clip,), **given)
+    with pytest.raises(DanceError, match="nothing open but its batch"):
+        import_model("c3d-mini", shapes={"x": (1, 1, 16, 32, 32)})
+    with pytest.raises(DanceError, match="leave batch out, or them"):
+        import_model("c3d-mini", batch=2, example_inputs=(torch.zeros(1, 1, 16, 32, 32),))

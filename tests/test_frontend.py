@@ -387,6 +387,14 @@ def test_an_unsupported_operator_is_named_with_its_layer():
         import_model(network, example_inputs=(CLIPS,))
 
 
+def test_control_flow_that_follows_values_is_refused_with_what_to_do():
+    both = Layer(lambda x: torch.cond(x.mean() > 0, lambda x: x + 1, lambda x: x - 1, (x,)))
+    with pytest.raises(DanceError, match=r"follows a tensor's values \(cond\): .* torch\.where"):
+        import_model(both, example_inputs=(CLIPS,))
+    with pytest.raises(DanceError, match="output 0 of the network has a size that depends on values"):
+        import_model(Layer(lambda x: x[x > 0]), example_inputs=(CLIPS,))
+
+
 def test_a_module_needs_inputs():
     with pytest.raises(DanceError, match="example_inputs"):
         import_model(nn.Conv3d(8, 8, 1))

@@ -90,6 +90,16 @@ def test_a_tile_takes_few_instructions_beside_its_multiply_adds() -> None:
     assert tiles - taps <= 8 * rows * vectors + 12
 
 
+def test_sums_and_inputs_of_a_pointwise_layer_stay_in_their_registers() -> None:
+    """Nothing moves from register to register, or to the stack, where 16 registers alone may hold inputs."""
+    layer = Layer(Window(1, (4, 10, 10), (4, 10, 10), (1, 1, 1)), 96, 216, activation="relu", dtype=HALF)
+    code = kernel_code(layer, "snapdragon")[1]
+    products = max(loops_of(code), key=lambda loop: loop.multiplies / len(loop.lines)).lines
+    assert not [line for line in products if line.startswith("mov\tv") or "[sp" in line]
+    assert "fmax" in code, "a rectifier is one instruction"
+    assert "fcmlt" not in code
+
+
 def test_activations_take_no_registers_from_sums() -> None:
     """The loop over products is about as long before a SiLU as before nothing, and results are right to rounding."""
     window = Window(1, (2, 3, 5), (2, 3, 5), (1, 1, 1))

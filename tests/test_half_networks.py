@@ -65,6 +65,46 @@ def test_a_network_of_every_kind_of_layer_agrees_with_its_source(tmp_path, targe
     assert direct | {"depthwise3d", "pool3d_max", "conv3d_transposed"} <= kernels, kernels
 
 
+class Curves(nn.Module):
+    """The functions that take fewer terms where their results are rounded to half precision, behind a layer each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv3d(8, 8, 1, bias=False) for _ in range(3))
+        for layer in self.layers:
+            layer.weight.data = torch.eye(8).reshape(8, 8, 1, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        curves = (torch.sigmoid, nn.functional.silu, torch.tanh)
+        return tuple(curve(layer(x)) for curve, layer in zip(curves, self.layers, strict=True))
+
+
+@pytest.mark.device
+def test_every_half_on_an_arm_processor(tmp_path):
+    """Of each number, infinities and NaN among them: the estimates that stand in the place of divisions there."""
+    from dance_tvm.device import emulator_available, open_device
+
+    if reason := emulator_available():
+        pytest.skip(f"no emulated device: {reason}")
+    # One channel of eight: the others are zeros, of which a product with an infinity is NaN.
+    halves = np.zeros((1, 8, 1, 256, 256), "float16")
+    halves[0, 0] = np.arange(1 << 16, dtype=np.uint16).view("float16").reshape(1, 256, 256)
+    clip, network = torch.from_numpy(halves.astype("float32")), Curves().eval()
+    options = Options(threads=1, dtype="float16")
+    built = build_network(
+        network, tmp_path / "curves", target="snapdragon", example_inputs=(clip,), options=options, check=False
+    )
+    with open_device("emulator") as device:
+        found = list(device.load(built.artifact).run({"x": clip.numpy()}).values())
+    for each, exact in zip(found, network.double()(clip.double()), strict=True):
+        one, wanted = each[0, 0].astype("float64"), exact[0, 0].detach().numpy()
+        rounded = wanted.astype("float16")
+        np.testing.assert_array_equal(np.isnan(one), np.isnan(rounded))
+        finite = np.isfinite(rounded)
+        units = np.abs(one[finite] - wanted[finite]) / np.spacing(np.abs(rounded[finite])).astype("float64")
+        assert units.max() < 0.71
+
+
 class Loud(nn.Module):
     """Its middle layer's results, a million, are beyond half precision; the last one brings them back."""
 

@@ -19,10 +19,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from dance_tvm import DanceError, Options, build_network, pack
-from dance_tvm.artifact import packing
+from dance_tvm.artifact import pack_formats
 from dance_tvm.artifact.c_interface import INTERFACE
 from dance_tvm.artifact.folder import load_artifact
-from dance_tvm.artifact.packing import _module_name
+from dance_tvm.artifact.pack_formats import _module_name
 
 USE_C = """
 #include <dance_model.h>
@@ -147,7 +147,7 @@ def test_a_wheel_of_an_artifact_with_a_name_in_any_script_installs(network, tmp_
     shutil.copytree(artifact(network, tmp_path / "made"), out)
     loaded = load_artifact(out)
     named = replace(loaded, manifest=loaded.manifest.model_copy(update={"name": 'сеть """\\'}))
-    wheel = packing.pack(named, tmp_path / "dist", "wheel")
+    wheel = pack_formats.pack(named, tmp_path / "dist", "wheel")
     assert parse_wheel_filename(wheel.name)[0] == "network"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel]
     assert subprocess.run(install).returncode == 0

@@ -277,3 +277,22 @@ def test_a_chain_of_operators_that_read_their_input_twice_is_built_in_time_linea
 
     built = build_network(Function(chain), tmp_path / "artifact", example_inputs=(CLIP,), threads=1, check=True)
     assert built.artifact.manifest.check.status == "passed"
+
+
+def test_whole_powers_are_products_of_which_tvm_says_nothing(tmp_path, capfd):
+    """A cube is PyTorch's to the bit, of negative bases, infinities and NaN too, and chains of cubes stay short."""
+
+    def function(x):
+        small = x * 0.01
+        for _ in range(12):
+            small = (small**3).sin() + 0.5
+        return x**3, x**4, x**5, x**7, x**8, x.double() ** 3, small
+
+    x = torch.cat([torch.randn(60) * 3, torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")])])
+    built = build_network(Function(function), tmp_path / "net", example_inputs=(x,), check=False)
+    with open_device("local") as device:
+        found = device.load(built.artifact).run({built.artifact.manifest.inputs[0].name: x.numpy()}).values()
+    np.testing.assert_array_equal(next(iter(found)), (x**3).numpy())
+    for ours, theirs in zip(found, function(x), strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=2e-6)
+    assert "Warning" not in capfd.readouterr().err

@@ -193,11 +193,12 @@ def test_measurements_choose_between_kernel_groups_and_winograd():
 def test_a_build_takes_the_kernel_group_that_it_is_given():
     mod = import_model(Pruned(0), example_inputs=CLIP, check=False).mod
 
-    def group(**options) -> tuple[int, int]:
+    def group(**options) -> tuple[int, int] | None:
         workloads = lower(mod, HOST, Options(conv="direct", **options)).workloads.values()
-        return next(work.group for work in workloads if work.family == KERNEL_GROUPS)
+        return next((work.group for work in workloads if work.family == KERNEL_GROUPS), None)
 
     assert group(kernel_group=(16, 1)) == (16, 1)
+    assert group(kernel_group=(1, 1)) is None
     assert group()[1] != 1
 
 

@@ -30,7 +30,7 @@ from dance_tvm.schedules.cpu.transform_weights import TransformWeights
 from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.cpu.winograd_choice import transformed, why_not
 from dance_tvm.schedules.cpu.winograd_plan import WinogradPlan
-from dance_tvm.schedules.cpu.winograd_space import best
+from dance_tvm.schedules.cpu.winograd_space import best, evenly
 from dance_tvm.schedules.cpu.winograd_transforms import POINTS, WinogradPanels, matrices, transform_weights
 from dance_tvm.schedules.emit import number, store
 from dance_tvm.schedules.geometry import Window
@@ -422,6 +422,33 @@ def test_dead_tiles_and_frames_are_not_touched() -> None:
     assert inputs == 6, "frames 0, 1 and 3 of both columns: frame 2 is dead"
     taps = {tuple(int(field) for field in run[1] - run[:1]) for run in lists["runs"][0, :runs]}
     assert taps == {(2,), (1,)}, "frame 0 reads frames 0 and 1, frame 3 only itself"
+
+
+def test_dead_frames_leave_room_for_further_columns_in_a_chunk() -> None:
+    """Four columns of two tiles of frames each, two columns a chunk: with one tile alive all four fit one chunk."""
+    case = WinogradCase(size=(4, 8, 8), m=(2, 4, 4), columns=2)
+    case.out_frames = np.array([[False, False, True, False]])
+    lists = check(case)
+    assert lists["counts"][-1, 0] == 1
+    assert lists["counts"][0, 0] == 4, "one source row for each column"
+    assert [*lists["rows_in"].ravel()[:4]] == [0, 1, 2, 3], "one behind the other"
+    case.out_frames = np.array([[True, False, True, False]])
+    assert check(case)["counts"][-1, 0] == 2
+
+
+@pytest.mark.parametrize(("extent", "most", "unit", "part"), [(512, 268, 16, 256), (256, 268, 16, 256), (3, 2, 1, 2)])
+def test_blocks_of_a_sum_are_even(extent: int, most: int, unit: int, part: int) -> None:
+    assert evenly(extent, most, unit) == part
+
+
+def test_wide_panels_are_taken_where_the_last_one_may_be_narrow() -> None:
+    """96 of 128 output channels alive are a panel of 64 and one of 32, not two of 64."""
+    window = Window(1, (4, 4, 4), (4, 4, 4), (3, 3, 3), (1, 1, 1), (1, 1, 1))
+    conv = transformed(direct(Layer(window, 128, 128), LARGE))
+    plan = replace(conv.plan, columns=4)
+    dense, listed = (replace(conv, live_out=on).register_tile(LARGE, plan) for on in (False, True))
+    assert listed == dense
+    assert (listed.mr, listed.nr, listed.depth_block) == (4, 64, 128)
 
 
 def test_nothing_alive_leaves_the_bias() -> None:

@@ -35,6 +35,7 @@ from dance_tvm.compiler.requests import (
     known_preprocess,
     require_buildable,
     require_layers_seen,
+    require_logs,
     require_program,
 )
 from dance_tvm.core.errors import DanceError, unexpected_told
@@ -122,6 +123,7 @@ def build_network(
     given or a random one. ``preprocess`` says how frames of videos become the input, for the manifest. Raises
     DanceError for bad input, with nothing left behind.
     """
+    _require_kinds(options, preprocess, check_inputs, calibrate)
     machine = target if isinstance(target, Target) else load_target(target)
     if options is not None and options.dtype == "auto":
         build = partial(
@@ -179,6 +181,16 @@ def build_network(
         return Built(artifact, clock.seconds, _peak_memory(), errors)
 
 
+def _require_kinds(options: Any, preprocess: Any, *lists: Any) -> None:
+    """Raise DanceError for arguments that are of another kind, before anything is made of them."""
+    for name, given, kind in (("options", options, Options), ("preprocess", preprocess, Preprocess)):
+        if given is not None and not isinstance(given, kind):
+            raise DanceError(f"{name} must be of the class {kind.__name__}, not {type(given).__name__}")
+    for name, paths in zip(("check_inputs", "calibrate"), lists, strict=True):
+        if isinstance(paths, str | Path):
+            raise DanceError(f"{name} is a list of .npz files: give [{str(paths)!r}] for a single one")
+
+
 def _require(machine: Target, chosen: Options, layer_errors: bool, out: str | Path) -> None:
     """Raise DanceError, before any work is done, for what cannot be built or written."""
     require_buildable(machine, chosen.dtype)
@@ -192,7 +204,10 @@ def _settled(
     options: Options | None, machine: Target, threads: int | None, dump: str | Path | None, source: Target | None
 ) -> Options:
     """The options with the number of threads, the tuning logs and the dump's folder that hold for this build."""
-    chosen = replace(options or Options(), threads=threads or (options.threads if options else machine.threads))
+    if threads is None:
+        threads = options.threads if options else machine.threads
+    chosen = replace(options or Options(), threads=threads)
+    require_logs(chosen.logs)
     if dump := dump or chosen.debug_dump:
         chosen = replace(chosen, debug_dump=_dump_folder(dump))
     if chosen.tuning is not None:

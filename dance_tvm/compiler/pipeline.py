@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
 import tvm
 import tvm_ffi
@@ -27,7 +27,7 @@ from dance_tvm.lowering.lowered import LayerCall, Lowered
 from dance_tvm.lowering.machine import gpu_of, machine_of
 from dance_tvm.records.group_log import group_cost
 from dance_tvm.schedules.cpu.choice import TuningLog
-from dance_tvm.schedules.cpu.tiles import Machine
+from dance_tvm.schedules.cpu.tiles import Machine, candidates
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.transform.boolean_logic import BooleanLogic
 from dance_tvm.transform.channels_last import ChannelsLast
@@ -44,6 +44,7 @@ from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_before_concat import NormsBeforeConcat
 from dance_tvm.transform.norms_by_clip import NormsByClip
+from dance_tvm.transform.powers import legalize_powers
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
 from dance_tvm.transform.spread_transposed import SpreadTransposed
@@ -63,8 +64,9 @@ class Options:
     """What a build may choose. ``dtype`` auto is float16 where the target has it and the check passes, else float32.
     ``io`` float16 takes and gives in half precision what the source has in float32.
     ``kernel_group``: filters and channels of the kernel groups in which zero weights are left out, whatever that costs,
-    in place of the cheapest. ``logs``: the folder of tuning logs to use alone, in place of the usual ones; ``cache``:
-    whether kernels are taken from and kept in the user's cache, which changes no byte of the result."""
+    in place of the cheapest; (1, 1) leaves out none. ``logs``: the folder of tuning logs to use alone, in place of the
+    usual ones; ``cache``: whether kernels are taken from and kept in the user's cache, which changes no byte of the
+    result."""
 
     threads: int = 1
     numerics: Literal["fast", "exact"] = "fast"
@@ -82,6 +84,19 @@ class Options:
     static: bool = False
     cache: bool = True
 
+    def __post_init__(self) -> None:
+        """Raise DanceError for a value that its option does not have, which else nothing would look at."""
+        for name, kind in get_type_hints(Options).items():
+            value, allowed = getattr(self, name), get_args(kind)
+            if get_origin(kind) is Literal and value not in allowed:
+                raise DanceError(f"{name} is {', '.join(allowed[:-1])} or {allowed[-1]}, not {value!r}")
+            if kind is bool and not isinstance(value, bool):
+                raise DanceError(f"{name} is True or False, not {value!r}")
+        if not isinstance(self.threads, int) or self.threads < 1:
+            raise DanceError(f"threads is how many a call takes, at least 1, not {self.threads!r}")
+        if self.logs is not None:
+            object.__setattr__(self, "logs", Path(self.logs))
+
 
 #: Of a module, the largest magnitude of each variable, by its name.
 Measure = Callable[[tvm.IRModule], Mapping[str, float]]
@@ -98,9 +113,12 @@ def lower(
     layers half precision has the range for."""
     machine, gpu = machine_of(target), gpu_of(target)
     require_buildable(target, options.dtype)
+    if options.kernel_group and gpu is None:
+        _require_group(options.kernel_group, {machine, machine.storing(options.dtype)})
     lift_weights, reasons = LiftWeights(), Reasons()
     phases = _Phases(on_phase, options.debug_dump)
     source = mod
+    legalize_powers()
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
         spread = [] if gpu is None else [SpreadTransposed(reasons)]
         narrow = [NarrowChannels(reasons)] if options.sparsity == "auto" else []
@@ -132,6 +150,19 @@ def lower(
     layers = _as_called(layers, windows.calls, mod)
     found = windows.workloads, windows.sources, kernels_of(mod), windows.calls, source, windows.limits
     return Lowered(mod, layers, lift_weights.weights, *found)
+
+
+def _require_group(group: tuple[int, int], machines: Collection[Machine]) -> None:
+    """Raise DanceError unless kernels compute groups of so many filters, which fill vectors, on all the ``machines``: a
+    processor as its layers in either precision see it."""
+    each = [{vectors * one.vector_floats for _, vectors, _ in candidates(one)} for one in machines]
+    filters = sorted(set.intersection(*each))
+    sizes = isinstance(group, tuple) and [type(size) for size in group] == [int, int]
+    if not sizes or min(group) < 1 or (group[0] not in filters and group != (1, 1)):
+        raise DanceError(
+            f"kernel_group is filters and channels, as ({filters[0]}, 4), not {group!r}: this target has groups "
+            f"of {', '.join(map(str, filters[:-1]))} or {filters[-1]} filters"
+        )
 
 
 Passes = list[tvm.transform.Pass]

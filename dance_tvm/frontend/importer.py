@@ -57,6 +57,8 @@ def import_model(
         # PyTorch's exporter warns of its own deprecations, which mean nothing to a user of this function.
         warnings.simplefilter("ignore")
         if isinstance(model, nn.Module):
+            if shapes or batch is not None:
+                raise DanceError("a module is exported with the shapes of example_inputs: leave shapes and batch out")
             return _import_module(model, type(model).__name__, weights, example_inputs, check)
         if isinstance(model, torch.export.ExportedProgram):
             return _import_exported(
@@ -83,6 +85,10 @@ def _import_named(
     if path.suffix == ".pt2":
         return _import_exported(load_program(path), path.stem, None, weights, check, path, shapes=shapes, batch=batch)
     entry = models.entry(model)
+    if shapes:
+        raise DanceError(f"shapes fix what a file leaves open, and {model} leaves nothing open but its batch")
+    if batch is not None and example_inputs is not None:
+        raise DanceError("example_inputs have a batch of their own: leave batch out, or them")
     inputs = example_inputs or models.example_inputs(model, batch=batch or 1)
     network = models.pretrained(model) if entry.pretrained and weights is None else _seeded(model, weights)
     return _import_module(network, model, weights, inputs, check, entry)

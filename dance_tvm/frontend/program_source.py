@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind, TensorArgument
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from dance_tvm.core.errors import DanceError
@@ -164,4 +165,9 @@ def _output_name(keys: Any) -> str:
 
 
 def _spec(name: str, value: torch.Tensor, meaning: str) -> TensorSpec:
+    if free_unbacked_symbols(value):
+        raise DanceError(
+            f"{meaning} has a size that depends on values, as by a mask in brackets or nonzero: multiply by the mask, "
+            "or take a fixed number with topk"
+        )
     return TensorSpec(name, tuple(int(n) for n in value.shape), str(value.dtype).removeprefix("torch."), meaning)

@@ -29,6 +29,10 @@ from dance_tvm.frontend.torch_values import constant
 _KEPT = {"select_scatter.default", "diagonal_scatter.default", "take.default", *RESAMPLING}
 
 _UNKNOWN = "the operator {} of layer {!r} is not supported"
+_BRANCHES = (
+    "layer {!r} is control flow that follows a tensor's values ({}): compute both sides and choose with torch.where, "
+    "or a fixed number of rounds"
+)
 _STATE = (
     "the network keeps state: its forward changes the buffer {!r}; export it with the state as an "
     "input and the next state as an output, as docs/dstep.md does for streams"
@@ -106,6 +110,8 @@ def _require_no_obstacle(program: torch.export.ExportedProgram, table: Mapping[A
     for node in program.graph.nodes:
         if node.name in given or not decided.isdisjoint(node.all_input_nodes):
             decided.add(node)
+        if node.op == "call_function" and str(node.target) in ("cond", "while_loop"):
+            raise DanceError(_BRANCHES.format(describe(node), node.target))
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         first = node.args[0] if node.args else None

@@ -131,7 +131,7 @@ class Chooser:
 
     def kernel_groups(self, site: Site) -> KernelGroups | None:
         """The zero columns of the site's weights, if skipping them pays."""
-        if not self.sparsity or site.whole or site.groups > 1:
+        if not self.sparsity or site.whole or site.groups > 1 or self.group == (1, 1):
             return None
         if site.start not in self.groups:
             self.groups[site.start] = (

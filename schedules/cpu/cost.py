@@ -189,7 +189,7 @@ def winograd_seconds(
     parts = winograd_parts(conv, tile, plan, machine, density, columns_share)
     rows, places = _live_shares(plan, density, whole_tiles)
     full = plan.chunks * rows * places  # if chunks had all their rows
-    chunks = max(1, math.ceil(plan.chunks * places - ROUNDING))
+    chunks = max(1, math.ceil(plan.chunks * places * (rows if plan.one_source else 1.0) - ROUNDING))
     repeats = (chunks - 1) / parts.nearer
     multiply = _with_traffic(machine, threads, parts.multiply * full, parts.weights * (1 + repeats))
     seconds = multiply + full * (parts.read + parts.write) * seconds_per_cycle(machine) / threads

@@ -14,6 +14,9 @@ from .tiles import Machine, candidates
 
 #: Cycles of a tile beside its sums: addresses and loops, and for each vector its bias and its store.
 TILE_CYCLES, VECTOR_CYCLES = 10.0, 1.5
+#: Registers that a tile leaves free, and more in half precision, where inputs have to be in sixteen of them: else LLVM
+#: turns the sums in a ring from register to register, one move for five multiply-adds.
+FLOAT_SPARE, HALF_SPARE = 1, 4
 #: Cycles in which a vector of sums in half precision is put into float32 ones.
 PUT_CYCLES = 3.0
 #: Bytes a cycle that come from the second-level cache.
@@ -67,12 +70,13 @@ class RowSpace(VectorSpace):
 
     @property
     def tiles(self) -> dict[tuple[int, int, int], float]:
-        """Register tiles (rows, vectors, step) that the layer can fill, and their predicted cycles: with a register to
+        """Register tiles (rows, vectors, step) that the layer can fill, and their predicted cycles: with registers to
         spare where each row's terms are loaded as a vector, since LLVM spills those that fill the last."""
         found: dict[tuple[int, int, int], float] = {}
+        spare = HALF_SPARE if self.machine.element_bytes == 2 else FLOAT_SPARE
         for mr, width, step in candidates(self.machine):
-            used = mr * width + width + (mr if step > 1 else 1)
-            if mr <= self.rows and width <= self.vectors and used < self.machine.registers + (step == 1):
+            used = mr * width + width + (mr + spare if step > 1 else 1)
+            if mr <= self.rows and width <= self.vectors and used <= self.machine.registers:
                 tile = (mr, width, self._step(step))
                 found[tile] = self.predicted(tile)
         return found

@@ -53,8 +53,8 @@ SPARE = 4
 @dataclass(frozen=True)
 class TileSums:
     """The sums of a tile: a buffer of one vector for each row and vector, the ``registers`` that products are added to,
-    and where each of them is ``put`` as float32, which is the same but in half precision; ``vector`` is the first of
-    the layer's."""
+    and where each of them is ``put``, which is the same, or another in float32 of one in half precision; ``vector`` is
+    the first of the layer's."""
 
     registers: Sums
     put: list[list[tuple[tirx.Buffer, int]]]
@@ -195,9 +195,9 @@ class RowTiles:
         registers = [[scratch((count,), dtype) for _ in range(width)] for _ in range(mr)]
         if dtype == FLOAT:
             put = [[(register, 0) for register in row] for row in registers]
-        elif self.memory is None:
-            put = [[(scratch((count,)), 0) for _ in range(width)] for _ in range(mr)]
-            return TileSums(registers, put, vector)  # begun by the only pass
+        elif self.memory is None:  # begun by the only pass
+            put = [[(register if self.ends_in_half else scratch((count,)), 0) for register in row] for row in registers]
+            return TileSums(registers, put, vector)
         else:
             put = [[(self.memory, SPARE + (r * width + v) * count) for v in range(width)] for r in range(mr)]
         for v in range(width):
@@ -207,8 +207,16 @@ class RowTiles:
                 store(buffer, bias, lanes(at, count))
         return TileSums(registers, put, vector)
 
+    @property
+    def ends_in_half(self) -> bool:
+        """Whether sums in half precision stay there to the end: those of a single pass, with a bias and no more than a
+        rectifier behind it. Through float32 each vector would take six conversions and additions."""
+        bare = self.memory is None and self.residual is None and self.conv.activation in ("", "relu")
+        return bare and self.conv.dtype != FLOAT
+
     def _bias(self, vector: Expr) -> Expr:
-        return let(self.bias[lanes(vector * self.count, self.count)])
+        bias = let(self.bias[lanes(vector * self.count, self.count)])
+        return let(cast(bias, self.conv.dtype, self.count)) if self.ends_in_half else bias
 
     def remember(self, passes: bool = False) -> None:
         """Give the sums of the tiles to come memory where they take several ``passes``, as many terms do: registers
@@ -238,7 +246,8 @@ class RowTiles:
             for registers, put in zip(sums.registers, sums.put, strict=True):
                 buffer, at = put[v]
                 place = lanes(at + moved, count)
-                store(buffer, (buffer[place] if bias is None else bias) + read(registers[v], 0, count), place)
+                total = registers[v][lanes(0, count)] if self.ends_in_half else read(registers[v], 0, count)
+                store(buffer, (buffer[place] if bias is None else bias) + total, place)
 
     def expect(self, target: Expr, mr: int, width: int) -> None:
         """Ask for the residual of a tile of ``mr`` rows × ``width`` vectors before its sums are made: what lies in rows
@@ -306,7 +315,7 @@ class RowTiles:
 
     def _store(self, total: tuple[tirx.Buffer, Expr], first: int, at: Expr, count: int) -> None:
         buffer, begin = total
-        value = buffer[lanes(begin + first, count)]
+        value = read(buffer, begin + first, count)
         if self.residual is not None:
             value = value + read(self.residual, at, count)
         if self.conv.stores_past:

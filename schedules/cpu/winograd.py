@@ -47,11 +47,8 @@ from .linear_forms import linear
 from .tiles import Machine
 from .transform_weights import TransformWeights
 from .winograd_multiply import Products
-from .winograd_space import Transformed
+from .winograd_space import Transformed, unit_in
 from .winograd_transforms import WinogradPanels, matrices
-
-#: The least unit of input channels: an inner loop over fewer of them takes longer to begin than to run.
-LEAST_UNIT = 8
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ class WinogradConv(Transformed):
 
         Output channels are left out by the vector. Dead channels of a unit that is alive are zeros on either side.
         """
-        return max(self.tile.vector_floats, LEAST_UNIT)
+        return unit_in(self.tile.vector_floats)
 
     def channel_planner(self, axis: str, channels: int) -> ChannelPlan:
         """One sweep over the mask."""
@@ -231,7 +228,7 @@ class _Emitter:
         """One tile of the input, all live channels."""
         conv, plan, window = self.conv, self.plan, self.window
         row = let(self.inputs[chunk, index])
-        frame, local = let(tirx.floordiv(row, plan.columns)), let(tirx.floormod(row, plan.columns))
+        frame, local = let(tirx.floordiv(row, plan.most_columns)), let(tirx.floormod(row, plan.most_columns))
         column = let(self.columns[chunk, local])
         clip, place = let(tirx.floordiv(column, plan.places)), let(tirx.floormod(column, plan.places))
         sample = let(plan.sample_of(clip))
@@ -239,7 +236,7 @@ class _Emitter:
         starts = [self._first_input(axis, tile[axis]) for axis in range(3)]
         axes = [axis for axis in range(3) if plan.transformed[axis]]
         waiting = scratch((plan.xi * self.tile.vector_floats,))
-        target = let(big(row) * conv.channels_in)
+        target = let(big(index if plan.one_source else row) * conv.channels_in)
         readable = self._readable_frames(clip, starts[0]) if plan.transformed[0] else None
 
         def channels(channel: Expr, count: int) -> None:
@@ -356,7 +353,7 @@ class _Emitter:
 
     def _transform_output(self, chunk: Expr, slot: Expr, row: Expr) -> None:
         conv, plan, window, tile = self.conv, self.plan, self.window, self.tile
-        frame, local = let(tirx.floordiv(row, plan.columns)), let(tirx.floormod(row, plan.columns))
+        frame, local = let(tirx.floordiv(row, plan.most_columns)), let(tirx.floormod(row, plan.most_columns))
         column = let(self.columns[chunk, local])
         clip, place = let(tirx.floordiv(column, plan.places)), let(tirx.floormod(column, plan.places))
         sample = let(plan.sample_of(clip))

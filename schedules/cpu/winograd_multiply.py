@@ -32,11 +32,10 @@ from ..emit import (
 )
 from .tiles import Tile
 from .winograd_plan import WinogradPlan
+from .winograd_space import widths
 
 #: Floats of a cache line: one prefetch for each is enough.
 LINE_FLOATS = 16
-#: Sums of a register tile below which a multiply-add waits for the one before.
-LEAST_SUMS = 8
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ class Products:
         tile = self.tile
         if self.out_channels is None:
             return [tile.vectors]
-        return [width for width in range(1, tile.vectors) if width * tile.mr >= LEAST_SUMS] + [tile.vectors]
+        return widths((tile.mr, tile.vectors, tile.step))
 
     def _multiply_rows(
         self, chunk: Expr, sample: Expr, runs: tuple[Expr, Expr], xi: Expr, panel: Expr, columns: Panel, *, listed: bool

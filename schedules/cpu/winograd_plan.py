@@ -6,13 +6,16 @@ the transformed domain what is left is a convolution over frames alone: a row (f
 same column in the frames of its live taps. Rows of a chunk with the same taps form a *run* of register tiles, where
 each sample lists channels of its own those of one sample: weights are read once for all samples of a chunk.
 
+Where a row reads one source row, its own (``one_source``), rows lie one behind the other whatever their frames, so that
+dead frames leave room for further columns in a chunk. Elsewhere all frames of a column have their places.
+
 =========  ================================  ==================================================================
 list       shape                             content
 =========  ================================  ==================================================================
-columns    (chunks, columns)                 clip · places + place
-inputs     (chunks, source_rows)             rows to transform: frame · columns + index of the column
+columns    (chunks, most_columns)            clip · places + place
+inputs     (chunks, source_rows)             rows to transform: frame · most_columns + index of the column
 rows_in    (chunks, tiles, mr)               source row of the first tap, per row
-rows_out   (chunks, tiles, mr)               frame · columns + index of the column; -1 where the last row repeats
+rows_out   (chunks, tiles, mr)               frame · most_columns + index of the column; -1 where the last row repeats
 runs       (chunks, most_runs, 5)            first tap entry, last + 1, first tile, last tile + 1, sample
 counts     (chunks + 1, 3)                   inputs, tiles, runs; the last row: chunks
 pairs      (samples, 1)                      pairs of row and tap, for counting; the kernel does not take it
@@ -92,6 +95,16 @@ class WinogradPlan(Plan):
         """Products summed over frames: the kernel's depth where frames are not transformed."""
         return 1 if self.transformed[0] else self.window.kernel[0]
 
+    @property
+    def one_source(self) -> bool:
+        """Whether each output frame, or tile of them, reads a source row of its own alone."""
+        return self.taps == 1
+
+    @property
+    def most_columns(self) -> int:
+        """Columns that a chunk may hold: ``columns`` with all of their frames, or more where some of those are dead."""
+        return self.tiles[0] * self.columns if self.one_source else self.columns
+
     def live_taps(self, frame: int) -> tuple[int, ...]:
         """Taps of an output frame that lie inside the clip."""
         return (0,) if self.transformed[0] else self.window.live_taps(0, frame)
@@ -123,7 +136,7 @@ class WinogradPlan(Plan):
     @property
     def source_rows(self) -> int:
         """Rows of transformed input that a chunk has room for."""
-        return self.source_frames * self.columns
+        return (self.tiles[0] if self.one_source else self.source_frames) * self.columns
 
     @cached_property
     def tiles_capacity(self) -> int:
@@ -134,7 +147,7 @@ class WinogradPlan(Plan):
     @property
     def most_runs(self) -> int:
         """Runs of a chunk that has columns of as many samples as may be."""
-        return len(self.tap_sets) * min(self.samples, self.columns)
+        return len(self.tap_sets) * min(self.samples, self.most_columns)
 
     @property
     def sample_columns(self) -> int:
@@ -154,7 +167,7 @@ class WinogradPlan(Plan):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the int32 lists, in the order of the planner's outputs."""
         return {
-            "columns": (self.chunks, self.columns),
+            "columns": (self.chunks, self.most_columns),
             "inputs": (self.chunks, self.source_rows),
             "rows_in": (self.chunks, self.tiles_capacity, self.mr),
             "rows_out": (self.chunks, self.tiles_capacity, self.mr),
@@ -269,27 +282,30 @@ class _Planner:
     # -- chunks ------------------------------------------------------------------------------------------------------
 
     def _fill_chunks(self) -> None:
-        """List the columns that hold a row; a chunk ends when it is full."""
+        """List the columns that hold a row; a chunk ends when there is no room for the next one."""
         plan = self.plan
-        state = scratch((2,), INT)  # chunk, columns in it
-        store(state, _zero(), 0)
-        store(state, _zero(), 1)
+        state = scratch((3,), INT)  # chunk, columns in it, the places that these take
+        for field in range(3):
+            store(state, _zero(), field)
 
         def close() -> None:
             store(self.in_chunk, state[1], state[0])
             store(state, state[0] + 1, 0)
             store(state, _zero(), 1)
+            store(state, _zero(), 2)
 
         alive = scratch((1,), INT)
         with serial(plan.window.batch * plan.places) as column:
             store(alive, _zero(), 0)
             with serial(self.frames) as frame, when(self.row_class[column, frame] >= 0):
-                store(alive, tirx.IntImm(INT, 1), 0)
+                store(alive, alive[0] + 1, 0)
             with when(alive[0] != 0):
+                places = let(alive[0] if plan.one_source else tirx.IntImm(INT, self.frames))
+                with when(state[2] + places > plan.columns * self.frames):
+                    close()
                 store(self.lists["columns"], column, state[0], state[1])
                 store(state, state[1] + 1, 1)
-                with when(state[1] == plan.columns):
-                    close()
+                store(state, state[2] + places, 2)
         with when(state[1] > 0):
             close()
         store(self.lists["counts"], state[0], plan.chunks, 0)
@@ -298,12 +314,13 @@ class _Planner:
 
     def _list_rows(self, chunk: Expr) -> None:
         plan, counts = self.plan, self.lists["counts"]
-        needed = scratch((plan.source_rows,), INT)
-        with serial(plan.source_rows) as row:
-            store(needed, _zero(), row)
-        state = scratch((2,), INT)  # rows so far, padded to whole tiles; runs
-        store(state, _zero(), 0)
-        store(state, _zero(), 1)
+        needed = None if plan.one_source else scratch((plan.source_rows,), INT)
+        if needed is not None:
+            with serial(plan.source_rows) as row:
+                store(needed, _zero(), row)
+        state = scratch((3,), INT)  # rows so far, padded to whole tiles; runs; inputs
+        for field in range(3):
+            store(state, _zero(), field)
         present = let(self.in_chunk[chunk])
         first, last = (let(self._sample_of(self.lists["columns"][chunk, at])) for at in (0, present - 1))
         with serial(last - first + 1) as offset:
@@ -312,11 +329,11 @@ class _Planner:
                 self._list_class((chunk, present, sample), index, taps, needed, state)
         store(counts, tirx.floordiv(state[0], plan.mr), chunk, 1)
         store(counts, state[1], chunk, 2)
-        store(state, _zero(), 0)
-        with serial(plan.source_rows) as row, when(needed[row] != 0):
-            store(self.lists["inputs"], row, chunk, state[0])
-            store(state, state[0] + 1, 0)
-        store(counts, state[0], chunk, 0)
+        if needed is not None:
+            with serial(plan.source_rows) as row, when(needed[row] != 0):
+                store(self.lists["inputs"], row, chunk, state[2])
+                store(state, state[2] + 1, 2)
+        store(counts, state[2], chunk, 0)
 
     def _sample_of(self, column: Expr) -> Expr:
         return self.plan.sample_of(tirx.floordiv(column, self.plan.places))
@@ -326,7 +343,7 @@ class _Planner:
         place: tuple[Expr, Expr, Expr],
         index: int,
         taps: tuple[int, ...],
-        needed: tirx.Buffer,
+        needed: tirx.Buffer | None,
         state: tirx.Buffer,
     ) -> None:
         """Of one class the rows of a sample; ``place``: the chunk, how many columns it has, and the sample."""
@@ -336,12 +353,17 @@ class _Planner:
         with serial(self.frames) as frame, serial(present) as local:
             column = let(self.lists["columns"][chunk, local])
             with when(tirx.all(self.row_class[column, frame] == index, self._sample_of(column) == sample)):
-                source = let((frame * stride - padding) * plan.columns + local)
-                self._store_row(chunk, let(state[0]), source, frame * plan.columns + local)
+                source = let((frame * stride - padding) * plan.most_columns + local)
+                at = source if needed is not None else let(state[2])
+                self._store_row(chunk, let(state[0]), at, frame * plan.most_columns + local)
                 store(state, state[0] + 1, 0)
                 for tap in taps:
-                    shift = tap * window.dilation[0] * plan.columns
-                    store(needed, tirx.IntImm(INT, 1), source + shift)
+                    if needed is None:
+                        store(self.lists["inputs"], source, chunk, at)
+                        store(state, at + 1, 2)
+                    else:
+                        shift = tap * window.dilation[0] * plan.columns
+                        store(needed, tirx.IntImm(INT, 1), source + shift)
         used = let(state[0])
         with when(used > first):
             pairs = self.lists["pairs"]

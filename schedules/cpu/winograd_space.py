@@ -17,12 +17,18 @@ from ..workload import Decisions, Workload
 from .cost import axis_densities, reads_more_weights, runs, winograd_seconds
 from .direct_spaces import GatherSpace
 from .space import WORTH_TRYING, Loops, VectorSpace, are_whole, register_tiles
-from .tiles import WEIGHTS_SHARE_OF_L1, Machine, Tile, candidates, predicted_cycles
+from .tiles import Machine, Tile, candidates, predicted_cycles
 from .winograd_plan import WinogradPlan
 
 #: Floats between the ξ planes of a scratch buffer beyond their content: planes a power of two apart would share the
 #: few lines of one cache set.
 PLANE_SKEW = 16
+#: Share of the first-level cache that the weights of one pass may take: rows of V are read once for each of them.
+WEIGHTS_SHARE_OF_L1 = 0.7
+#: The least unit of input channels: an inner loop over fewer of them takes longer to begin than to run.
+LEAST_UNIT = 8
+#: Sums of a register tile below which a multiply-add waits for the one before.
+LEAST_SUMS = 8
 #: Tiles tried along height and width, and over frames. Each keeps the largest error of a layer under 1e-4 of its
 #: largest output, by a factor of three at least (docs/winograd.md), so the largest is not nested with frames.
 SPATIAL_TILES = (2, 3, 4, 5, 6)
@@ -104,25 +110,31 @@ class Transformed(Convolution):
     def register_tile(self, machine: Machine, plan: WinogradPlan) -> Tile:
         """The register tile with the fewest predicted cycles over the runs of a full chunk, its sums blocked for L1.
 
-        Where output channels are listed, those are counted that fill its panels when half of the work is left, too.
+        Where output channels are listed, those are counted that are alive when half of the work is left, too, and the
+        last panel is as narrow as they let it be.
         """
         listed, floats = runs(plan), machine.vector_floats
         shares = axis_densities((True, True)) if self.live_out else [1.0]
         written = [min(self.channels_out, math.ceil(share * self.channels_out / floats) * floats) for share in shares]
 
-        def cycles(tile: tuple[int, int, int]) -> float:
-            dense = sum(
-                predicted_cycles(machine, rows, channels, tile) * taps for rows, taps in listed for channels in written
+        def panels(rows: int, channels: int, tile: tuple[int, int, int]) -> float:
+            rest = channels % (tile[1] * floats) if channels < self.channels_out else 0
+            narrow = (tile[0], narrowest(rest, tile, floats), tile[2])
+            return sum(
+                predicted_cycles(machine, rows, some, each) for some, each in ((channels - rest, tile), (rest, narrow))
             )
+
+        def cycles(tile: tuple[int, int, int]) -> float:
+            dense = sum(panels(rows, channels, tile) * taps for rows, taps in listed for channels in written)
             return dense * self.columns_share(tile[1] * floats, plan)
 
         fitting = [tile for tile in candidates(machine) if tile[0] <= self.most_rows(machine)]
         mr, vectors, step = min(fitting, key=cycles)
-        nr = vectors * machine.vector_floats
-        depth_block = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (4 * nr) // step * step)
-        segment_taps = max(1, depth_block // min(self.channels_in, depth_block))
+        most = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (4 * vectors * floats) // step * step)
+        depth_block = min(most, evenly(self.channels_in, most, unit_in(floats)))
+        segment_taps = evenly(plan.taps, max(1, most // depth_block), 1)
         step = step if self.channels_in >= step else 1
-        return Tile(mr, vectors, machine.vector_floats, step, 1, segment_taps, depth_block)
+        return Tile(mr, vectors, floats, step, 1, segment_taps, depth_block)
 
     @property
     def expected(self) -> list[float]:
@@ -143,6 +155,28 @@ class Transformed(Convolution):
 
 
 W = TypeVar("W", bound=Transformed)
+
+
+def evenly(extent: int, most: int, unit: int) -> int:
+    """The least multiple of ``unit`` with which ``extent`` falls into no more parts than it does with ``most``."""
+    return -(-extent // -(-extent // most) // unit) * unit
+
+
+def unit_in(vector_floats: int) -> int:
+    """Input channels that are left out together: whole vectors of V, and enough of them for a loop."""
+    return max(vector_floats, LEAST_UNIT)
+
+
+def widths(tile: tuple[int, int, int]) -> list[int]:
+    """Vectors of a panel that there is code for where output channels are listed, ascending: the last panel that they
+    fill may be narrower than ``tile`` (rows, vectors, step)."""
+    rows, vectors, _ = tile
+    return [width for width in range(1, vectors) if width * rows >= LEAST_SUMS] + [vectors]
+
+
+def narrowest(channels: int, tile: tuple[int, int, int], vector_floats: int) -> int:
+    """Vectors of the panel that takes so few channels."""
+    return next(width for width in widths(tile) if width * vector_floats >= channels)
 
 
 def refusal(window: Window, groups: int, skips_positions: bool) -> str:
@@ -344,7 +378,7 @@ class WinogradSpace(VectorSpace):
                         "vectors": [vectors],
                         "step": sorted({*gather.steps, default["step"]}),
                         "segment_taps": sorted({1, taps}),
-                        "depth_block": gather.depth_blocks(vectors),
+                        "depth_block": sorted({*gather.depth_blocks(vectors), default["depth_block"]}),
                     }
                 )
         return found
