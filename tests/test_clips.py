@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import tarfile
 from pathlib import Path
 
@@ -244,3 +245,29 @@ def test_videos_in_shards(tmp_path: Path, real_frames: np.ndarray) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DanceError, match=r"holds no \.tar file"):
         load_data(f"webdataset:{tmp_path / 'empty'}")
+
+
+@pytest.mark.parametrize(
+    ("matrix", "bright"), [((0, 1, -1, 0), (0, 1)), ((-1, 0, 0, -1), (1, 1)), ((0, -1, 1, 0), (1, 0))]
+)
+def test_a_video_that_was_filmed_upright_is_turned(
+    tmp_path: Path, matrix: tuple[int, ...], bright: tuple[int, int]
+) -> None:
+    path = tmp_path / "phone.mp4"
+    picture = np.zeros((32, 48, 3), "uint8")
+    picture[:16, :24] = 255
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    place = data.index(b"tkhd") + 44  # of its matrix, which says how a player turns the video (ISO/IEC 14496-12, 8.3.2)
+    a, b, c, d = (value << 16 for value in matrix)
+    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    (frame,) = read_video(path, 20, 24)
+    assert frame.shape == (20, 24, 3)
+    quarters = frame.reshape(2, 10, 2, 12, 3).mean((1, 3, 4))
+    assert quarters[bright] > 200
+    assert quarters.sum() - quarters[bright] < 60

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from dance_tvm import build, build_network, cache, completion, logs, run, show, stream, train, tune
 from dance_tvm.artifact.folder import load_artifact
-from dance_tvm.artifact.preprocess import read_preprocess
+from dance_tvm.artifact.preprocess import Preprocess, read_preprocess
 from dance_tvm.artifact.video_windows import doubt_of_scale, windows_of
 from dance_tvm.benchmarking.results import Results, write_results
 from dance_tvm.compiler.requests import default_out, is_untrained, known_preprocess, require_buildable, require_program
@@ -585,6 +585,41 @@ def test_a_video_runs_window_by_window_as_it_is_to_be_prepared(film, tmp_path):
         prepare.write_text(wrong)
         with pytest.raises(DanceError, match=said):
             read_preprocess(prepare)
+
+
+def test_bytes_stay_bytes_for_an_input_of_whole_numbers(film, tmp_path):
+    artifact = video_artifact(tmp_path / "video", dynamic=False)
+    tensor = artifact.manifest.inputs[0]
+
+    def taking(dtype, channels=3):
+        changed = tensor.model_copy(update={"dtype": dtype, "shape": [1, channels, 8, 16, 16]})
+        return artifact.manifest.model_copy(update={"inputs": [changed]})
+
+    faster = Preprocess(every=2)
+    for dtype in ("uint8", "int32"):
+        for channels in (1, 3):
+            (_, inputs), *_ = windows_of(film, taking(dtype, channels), 1, faster)
+            assert inputs["clip"].dtype == dtype
+            assert inputs["clip"][0, 0].mean((1, 2)) == pytest.approx([20 * frame for frame in range(8)], abs=1)
+        with pytest.raises(DanceError, match="and the network scales them: leave divisor, mean and deviation out"):
+            windows_of(film, taking(dtype), 1, Preprocess(mean=(0.5,)))
+    with pytest.raises(DanceError, match="is int8, which cannot hold the bytes of a video's frames"):
+        windows_of(film, taking("int8"), 1, faster)
+
+
+def test_a_build_refuses_a_scale_for_bytes(tmp_path):
+    class Scaled(torch.nn.Module):
+        def forward(self, clip):
+            return clip / 255
+
+    clip = torch.zeros(1, 3, 2, 8, 8, dtype=torch.uint8)
+    for preprocess, said in [
+        (Preprocess(deviation=(0.5,)), "the network scales them"),
+        (Preprocess(resize=(4, 9)), "are smaller than the input's"),
+    ]:
+        with pytest.raises(DanceError, match=said):
+            build_network(Scaled(), tmp_path / "out", example_inputs=(clip,), check=False, preprocess=preprocess)
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_batch_is_the_first_dimension_where_it_is_open():

@@ -47,6 +47,11 @@ class Preprocess(BaseModel):
             raise ValueError("is divided by: give numbers above zero")
         return numbers
 
+    @property
+    def keeps_bytes(self) -> bool:
+        """Whether no scale is given, or one that leaves bytes as they are."""
+        return self.divisor in (1.0, 255.0) and set(self.mean) == {0.0} and set(self.deviation) == {1.0}
+
     def scaled(self, window: np.ndarray) -> np.ndarray:
         """(T, H, W, 3) bytes as float32 in the network's scale."""
         values = window.astype("float32") / np.float32(self.divisor)

@@ -27,6 +27,7 @@ from dance_tvm.artifact.folder import (
 )
 from dance_tvm.artifact.preprocess import Preprocess
 from dance_tvm.artifact.staging import require_writable
+from dance_tvm.artifact.video_windows import require_prepared
 from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.gpu_code import compile_for_gpu
 from dance_tvm.compiler.pipeline import Measure, Options, lower
@@ -153,6 +154,8 @@ def build_network(
         imported = _imported(clock, chosen, model, weights, example_inputs, shapes, batch)
         manifest = new_manifest(imported, machine, chosen, source)
         manifest.preprocess = preprocess or known_preprocess(model)
+        if preprocess is not None:
+            require_prepared(manifest.inputs, preprocess)
         from dance_tvm.compiler.check import check_artifact, check_kernels, was_checked  # PyTorch is loaded by now
 
         given = _given(check_inputs, imported)

@@ -36,13 +36,19 @@ def read_video(path: Video, height: int, width: int) -> np.ndarray:
         raise DanceError(f"the video {path} is missing; check the path")
     try:
         with av.open(str(path) if isinstance(path, Path) else path.open("rb")) as container:
-            frames = [
-                frame.reformat(width, height, "rgb24").to_ndarray()
-                for frame in container.decode(container.streams.video[0])
-            ]
+            frames = [_upright(frame, height, width) for frame in container.decode(container.streams.video[0])]
     except (av.FFmpegError, IndexError) as error:
         said = getattr(error, "strerror", None) or error
         raise DanceError(f"{path} cannot be decoded ({said}); it is corrupt or not a video: replace it") from error
     if not frames:
         raise DanceError(f"{path} holds no frame; it is corrupt: replace it")
     return np.stack(frames)
+
+
+def _upright(frame: Any, height: int, width: int) -> np.ndarray:
+    """A frame (height, width, 3) as players show it: a phone that is held upright records it on its side, with the
+    angle beside it."""
+    turns = round(frame.rotation / 90) % 4
+    if turns % 2:
+        height, width = width, height
+    return np.rot90(frame.reformat(width, height, "rgb24").to_ndarray(), turns)
