@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from .geometry import GroupedChannels, Triple, Window
@@ -16,12 +16,14 @@ from .workload import KERNEL_GROUPS, TYPICAL_DENSITY, Workload
 class Limits:
     """Limits of memory: packed weights are at most ``growth`` times the layer's own, scratch at most so many bytes.
 
-    ``anew``: its scratch may hold weights that are transformed in every call.
+    ``anew``: its scratch may hold weights that are transformed in every call. ``beside``: a direct kernel's weights do
+    not count.
     """
 
     growth: float = math.inf
     scratch: float = math.inf
     anew: bool = False
+    beside: bool = False
 
 
 UNLIMITED = Limits()
@@ -64,6 +66,12 @@ class Layer(GroupedChannels):
     before: str = ""
     spread: Triple | None = None
     planar: bool = False
+
+    @property
+    def unmasked(self) -> Layer:
+        """The same where no mask thins it."""
+        nothing: dict[str, Any] = {"positions": None, "in_positions": None, "live_in": False, "live_out": False}
+        return replace(self, in_frames=False, out_frames=False, zero_dead="", **nothing)
 
     @property
     def samples(self) -> int:

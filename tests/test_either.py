@@ -145,4 +145,8 @@ def test_layers_that_have_one_kernel():
     assert not isinstance(choose(MASKED, AVX512, "direct").kernel, Either)
     assert not isinstance(choose(MASKED, AVX512, "winograd").kernel, Either)
     tight = replace(MASKED, memory=Limits(growth=2.4))
-    assert not isinstance(choose(tight, AVX512).kernel, Either), "weights in two layouts take too much"
+    winograd = choose(tight, AVX512).kernel
+    assert not isinstance(winograd, Either), "weights in two layouts take too much"
+    beside = choose(replace(tight, memory=Limits(growth=2.4, beside=True)), AVX512).kernel
+    assert isinstance(beside, Either), "unless those of the direct kernel do not count"
+    assert beside.first == winograd

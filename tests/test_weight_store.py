@@ -146,6 +146,31 @@ def test_balanced_gives_a_large_layer_more_where_the_whole_network_has_the_room(
     assert sum(each.preparation.apply(each.weight).nbytes for each in sources) <= (1 + BALANCED_GROWTH) * own
 
 
+class Masked(nn.Module):
+    """Two convolutions and a linear layer that leaves them room; ``masked``: channels and frames between the two."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.first, self.second = nn.Conv3d(64, 256, 3, padding=1), nn.Conv3d(256, 320, 3, padding=1)
+        self.last, self.masked = nn.Linear(320, 50000), masked
+
+    def forward(self, x: torch.Tensor, channels: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        y = self.second(y * (channels > 0.5).float() * (frames > 0.5).float() if self.masked else y)
+        return self.last(y.mean((2, 3, 4)))
+
+
+def test_balanced_gives_layers_under_masks_what_they_get_without():
+    given = (torch.randn(1, 64, 4, 16, 16), torch.ones(1, 256, 1, 1, 1), torch.ones(1, 1, 4, 1, 1))
+    found = []
+    for masked in (False, True):
+        imported = import_model(Masked(masked).eval(), example_inputs=given, check=False)
+        found.append(lower(imported.mod, load_target("host"), Options(threads=1)).limits)
+    assert [*found[0].values()] == [*found[1].values()]
+    assert {limits.beside for limits in found[1].values()} == {True, False}, "the second layer's weights are large"
+
+
 def test_little_memory_goes_where_it_saves_most():
     """One early layer with few weights and many positions, one late one: the first grows, within the limit of both."""
     torch.manual_seed(5)

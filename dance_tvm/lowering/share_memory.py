@@ -56,12 +56,15 @@ def _small(chooser: Chooser, machine: Machine, sites: Sequence[Site]) -> dict[re
 
 
 def _balanced(chooser: Chooser, machine: Machine, sites: Sequence[Site]) -> dict[relax.Var, Limits]:
+    """As if masks left everything: what they leave is not known, and none may make a layer slower than it is without
+    any. A layer under masks may store its weights for a direct kernel too, unless they are large."""
     room = BALANCED_GROWTH * _weight_bytes(sites)
     by_layer = {site.start: LARGE for site in sites if site.weight.nbytes > LARGE_BYTES}
     allowed = []
     for site in sites:
-        growths = memory_trades(chooser.layer(site), machine, chooser.log, Limits())
-        allowed.append([(Limits(growth), seconds) for growth, seconds in growths])
+        growths = memory_trades(chooser.layer(site).unmasked, machine, chooser.log, Limits())
+        beside = site.weight.nbytes <= LARGE_BYTES
+        allowed.append([(Limits(growth, beside=beside), seconds) for growth, seconds in growths])
         most = by_layer.get(site.start, UNLIMITED).growth
         room -= (max(growth for growth, _ in growths if growth <= most) - 1) * site.weight.nbytes
     return by_layer if room <= 0 else _limits(sites, allowed, BALANCED_GROWTH * _weight_bytes(sites))
