@@ -19,7 +19,7 @@ import tvm
 from torch import nn
 from tvm import relax
 
-from dance_tvm import models
+from dance_tvm import build_network, models
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend import import_model, interpreter, torch_conversions
@@ -400,6 +400,17 @@ def test_a_module_needs_inputs():
         import_model(nn.Conv3d(8, 8, 1))
     with pytest.raises(DanceError, match=r"give \(tensor,\) for a single one"):  # its clips would be the inputs
         import_model(nn.Conv3d(8, 8, 1), example_inputs=CLIPS)
+
+
+def test_a_program_takes_inputs_of_its_own_shapes_alone(tmp_path):
+    program = torch.export.export(nn.Conv3d(8, 8, 1), (CLIPS,))
+    imported = import_model(program, example_inputs=(CLIPS + 1,), check=False)
+    for other in [(CLIPS[:1],), (CLIPS, CLIPS), ()]:
+        with pytest.raises(DanceError, match="are not those of program, which takes input"):
+            import_model(program, example_inputs=other, check=False)
+    for late in ({"batch": 2}, {"weights": {}}, {"shapes": {"input": CLIPS.shape}}):
+        with pytest.raises(DanceError, match="give them to import_model"):
+            build_network(imported, tmp_path / "out", **late)
 
 
 @pytest.mark.parametrize("trained", [(), ("0",), ("", "0"), ("", "0", "1")])

@@ -325,6 +325,8 @@ def _import(model: Any, weights: str | Path | None, example_inputs: Any, shapes:
     from dance_tvm.frontend import Imported, import_model
 
     if isinstance(model, Imported):
+        if weights is not None or shapes or batch is not None:
+            raise DanceError("the network is imported, and has its weights and shapes: give them to import_model")
         return model
     return import_model(model, weights=weights, example_inputs=example_inputs, shapes=shapes, batch=batch)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from dance_tvm import models
 from dance_tvm.core.errors import DanceError, unexpected_told
@@ -49,6 +50,7 @@ def import_model(
     them for good, as by ``load_state_dict``; a program is left as it was. A zoo network whose
     weights are published gets those where none are given. ``shapes``, by input name, fix the dimensions that a file or
     a program leaves open; ``batch`` is the first dimension of all inputs, for networks of the zoo and where it is open.
+    ``example_inputs`` beside a file or a program must have its shapes.
     With ``check`` the result is compared with the source on random input. Raises DanceError for
     unknown names, bad files, wrong weights, open dimensions, unsupported operators (named, with their layer) and
     differences (naming the first layer that diverges).
@@ -61,10 +63,25 @@ def import_model(
                 raise DanceError("a module is exported with the shapes of example_inputs: leave shapes and batch out")
             return _import_module(model, type(model).__name__, weights, example_inputs, check)
         if isinstance(model, torch.export.ExportedProgram):
-            return _import_exported(
+            imported = _import_exported(
                 model, "program", _program_sha256(model), weights, check, shapes=shapes, batch=batch
             )
-        return _import_named(str(model), weights, example_inputs, check, shapes, batch)
+        else:
+            imported = _import_named(str(model), weights, example_inputs, check, shapes, batch)
+        if example_inputs is not None:
+            _require_shapes(imported, example_inputs)
+        return imported
+
+
+def _require_shapes(imported: Imported, example_inputs: Sequence[torch.Tensor]) -> None:
+    """Raise DanceError where a network that has shapes of its own is given inputs of others."""
+    given = [tuple(leaf.shape) for leaf in pytree.tree_leaves(example_inputs) if isinstance(leaf, torch.Tensor)]
+    if given != [tuple(spec.shape) for spec in imported.inputs]:
+        own = ", ".join(f"{spec.name} {tuple(spec.shape)}" for spec in imported.inputs)
+        raise DanceError(
+            f"example_inputs of the shapes {', '.join(map(str, given)) or '()'} are not those of {imported.name}, "
+            f"which takes {own}: leave them out, or export it for them"
+        )
 
 
 def _import_named(
