@@ -134,6 +134,40 @@ def test_an_output_may_lie_where_an_input_lies(tmp_path):
         np.testing.assert_array_equal(apart, expected)
 
 
+class Delay(nn.Module):
+    """A delay line: the frame, and what was the last one before, move on by one place as they are."""
+
+    def forward(self, frame: torch.Tensor, last: torch.Tensor, older: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return frame + last * older, frame, last
+
+
+def test_an_input_that_is_an_output_too_may_be_overwritten(tmp_path):
+    shape = (1, 64)  # whole lines of 64 bytes, which kernels read and write in place
+    path = built(Delay(), tmp_path / "delay", *torch.zeros(3, *shape))
+    given = [np.full(shape, value, "float32") for value in (2, 3, 5)]
+    expected = given[0] + given[1] * given[2], given[0], given[1]
+    with Model(path) as model:
+        for swap in (0, 1, 2):
+            memory = [room.copy() for room in given]
+            held = list(model._room().values())
+            for array, value in zip(held, memory, strict=True):
+                array[:] = value
+            results = [held[(swap + each) % 3] for each in range(3)]
+            model._require(model._api.run(model._model, _addresses(held), _addresses(results)))
+            for found, wanted in zip(results, expected, strict=True):
+                np.testing.assert_array_equal(found, wanted)
+        room, last, older = next(iter(model._room().values())), 0, 0
+        apart = [at(value, 4) for value in given]
+        for now in (2, 5, 7, 11):
+            room[:] = now
+            model._require(model._api.step(model._model, room.ctypes.data, room.ctypes.data))
+            assert room[0, 0] == now + last * older
+            last, older = now, last
+            model._require(
+                model._api.run(model._model, _addresses(apart), _addresses(apart))
+            )  # leaves the stream alone
+
+
 def test_models_run_at_once_in_several_threads_and_share(masked, call):
     inputs, expected = call
     found: list[dict[str, np.ndarray]] = []

@@ -98,7 +98,8 @@ typedef struct {
   dance_model *(*create)(const dance_options *options, char *error, size_t error_bytes); /* NULL: error says why */
   /* Inputs and outputs at addresses that are multiples of 64 are read and written where they lie; others are copied. */
   int (*run)(dance_model *model, const void *const *inputs, void *const *outputs);
-  /* A streaming network (its outputs after the first are the next values of its inputs after the first): one frame. */
+  /* A streaming network (its outputs after the first are the next values of its inputs after the first): one frame.
+   * A run between two steps leaves the state as it is on a processor; on a GPU it needs a model of its own, or a reset. */
   int (*step)(dance_model *model, const void *frame, void *output);
   int (*reset)(dance_model *model);                   /* the stream's state becomes zero */
   int (*profile)(dance_model *model, int on);         /* forget the times so far; keep them from here on if on is not 0 */

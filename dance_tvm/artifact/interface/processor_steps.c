@@ -95,13 +95,26 @@ int open_machine(machine **found, const dance_options *options, const machine *s
 
 static int taken(const void *address) { return address && !((uintptr_t)address % ALIGNMENT); }
 
+static int meet(const void *one, size_t bytes, const void *other, size_t other_bytes) {
+  const uintptr_t begin = (uintptr_t)one, other_begin = (uintptr_t)other;
+  return one && other && begin < other_begin + other_bytes && other_begin < begin + bytes;
+}
+
 static int meets_inputs(const dance_program *program, const void *const *inputs, const void *output, size_t bytes) {
-  const uintptr_t begin = (uintptr_t)output;
-  for (int32_t each = 0; each < program->input_count; each++) {
-    const uintptr_t other = (uintptr_t)inputs[each];
-    if (other && begin < other + program->inputs[each].bytes && other < begin + bytes) return 1;
-  }
+  for (int32_t each = 0; each < program->input_count; each++)
+    if (meet(output, bytes, inputs[each], program->inputs[each].bytes)) return 1;
   return 0;
+}
+
+/* Whether an input is one of the outputs as it is, and gone by then: another output of the call is written over it. */
+static int lost(const dance_program *program, int32_t index, const void *given, void *const *outputs, int32_t count) {
+  int passed = 0, overwritten = 0;
+  for (int32_t each = 0; each < program->output_count; each++) {
+    const program_tensor *tensor = &program->tensors[program->output_tensors[each]];
+    passed |= tensor->where == IN_INPUT && tensor->index == index;
+    overwritten |= each < count && meet(outputs[each], program->outputs[each].bytes, given, program->inputs[index].bytes);
+  }
+  return passed && overwritten;
 }
 
 /* Where kernels write output `index` of a call: right to the caller's memory where they take its address and no input
@@ -115,14 +128,17 @@ static void *room_of(const machine *on, const program_tensor *tensor, const void
 
 int give_addresses(machine *on, const void *const *inputs, void *const *outputs, int32_t count) {
   const dance_program *program = on->program;
+  /* A run leaves the state of a stream as it is: what comes after it is written anew with each step. */
+  unsigned char *staging = on->next && count == program->output_count ? on->next : on->staging;
   for (int32_t each = 0; each < program->tensor_count; each++) {
     const program_tensor *tensor = &program->tensors[each];
     if (tensor->output) on->tensors[each].data = room_of(on, tensor, inputs, outputs, count);
     if (tensor->where != IN_INPUT) continue;
     const void *given = inputs[tensor->index];
-    void *copy = on->staging + on->staged[tensor->index];
-    if (given && !taken(given)) memcpy(copy, given, tensor->bytes);
-    on->tensors[each].data = taken(given) ? (void *)given : copy;
+    void *copy = staging + on->staged[tensor->index];
+    const int in_place = taken(given) && !lost(program, tensor->index, given, outputs, count);
+    if (given && !in_place) memcpy(copy, given, tensor->bytes);
+    on->tensors[each].data = in_place ? (void *)given : copy;
   }
   return 0;
 }
