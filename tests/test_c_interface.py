@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import _ctypes
+import ctypes
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from tvm import relax
 from dance_tvm import Options, build_network, import_model
 from dance_tvm.artifact.c_interface import HEADER, INTERFACE
 from dance_tvm.artifact.folder import load_artifact
-from dance_tvm.artifact.interface.dance_model import Model, ModelError, _addresses
+from dance_tvm.artifact.interface.dance_model import Model, ModelError, _addresses, _api_of, _Options
 from dance_tvm.artifact.linker import seal
 from dance_tvm.compiler.pipeline import lower
 from dance_tvm.core.errors import DanceError
@@ -293,6 +295,17 @@ def test_weights_beside_the_library_are_verified_and_prepared(tmp_path):
     np.testing.assert_allclose(found, network(x).detach().numpy(), atol=1e-5)
 
     data = (folder / "weights.safetensors").read_bytes()
+    package = tmp_path / "package"
+    package.write_bytes(bytes(4109) + data)
+    assert refusal(folder, package, 4109, len(data)) == ""
+    for offset, size, said in [
+        (4108, len(data) + 4109, "is damaged"),
+        (4110, len(data) + 4109, "check offset and length"),
+        (4109, len(data) // 2, "check offset and length"),
+        (2**40, len(data) + 4109, "check offset and length"),
+    ]:
+        os.truncate(package, size)
+        assert said in refusal(folder, package, offset, len(data))
     rng = np.random.default_rng(0)
     changes = [mutated(data, border, rng) for border in (8, 500, len(data)) for _ in range(30)]
     for damaged in [b"", data[:4], data[:200], data[:-1], data + b"\0", *changes]:
@@ -302,6 +315,20 @@ def test_weights_beside_the_library_are_verified_and_prepared(tmp_path):
     (folder / "weights.safetensors").unlink()
     with pytest.raises(ModelError, match="give weights_path"):
         Model(folder)
+
+
+def refusal(folder: Path, package: Path, offset: int, length: int) -> str:
+    """What `create` says of weights that lie within another file; empty where it takes them."""
+    said = ctypes.create_string_buffer(512)
+    api = _api_of(folder / "model.so")
+    with package.open("rb") as file:
+        options = _Options(
+            size=ctypes.sizeof(_Options), weights_fd=file.fileno(), weights_offset=offset, weights_length=length
+        )
+        model = api.create(ctypes.byref(options), said, len(said))
+    api.destroy(model)
+    assert bool(model) is not bool(said.value)
+    return said.value.decode()
 
 
 def mutated(data: bytes, border: int, rng: np.random.Generator) -> bytes:

@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 struct weight_set {
@@ -35,7 +36,9 @@ size_t weight_bytes(const weight_set *weights) {
 
 static int map_store(weight_set *weights, int fd, int64_t offset, int64_t length) {
   int64_t page = sysconf(_SC_PAGESIZE), into = offset % page;
-  if (offset < 0 || length <= 0) return 0;
+  struct stat file;
+  if (offset < 0 || length <= 0 || fstat(fd, &file)) return 0;
+  if (file.st_size < offset || file.st_size - offset < length) return 0; /* a read after a file's end is a fault */
   void *mapped = mmap(NULL, (size_t)(length + into), PROT_READ, MAP_PRIVATE, fd, (off_t)(offset - into));
   if (mapped == MAP_FAILED) return 0;
   weights->mapped = mapped;
