@@ -56,7 +56,7 @@ class PointwiseConv(RowConv):
         return one_row and weights >= WORTH_LISTING
 
     @property
-    def stores_past(self) -> bool:  # type: ignore[override]
+    def stores_past(self) -> bool:  # type: ignore[override]  # of others it is a constant of the class
         """Whether results are stored past the caches."""
         floats = [self.channels_out, *(width * self.tile.vector_floats for _, width in self.panels)]
         return self.past_caches and not any(each % LINE_FLOATS for each in floats)
