@@ -147,6 +147,23 @@ def test_frames_are_clips_of_winograds_lists_where_the_kernel_says_so():
         assert alive.all()
 
 
+def test_clips_with_channels_of_their_own_are_counted_though_nothing_of_the_last_one_is_alive():
+    lists = {
+        "tap_entries": np.zeros((1, 2), "int32"),
+        "columns": np.array([[0, 1, 0]], "int32"),
+        "rows_out": np.array([[[0, -1], [1, -1]]], "int32"),
+        "runs": np.array([[[0, 1, 0, 1, 0], [0, 1, 1, 2, 1], [0, 0, 0, 0, 0]]], "int32"),
+        "counts": np.array([[2, 2, 2], [1, 0, 0]], "int32"),
+        "in_channels": np.array([[8, *range(8)], [4, *range(8)], [8, *range(8)]], "int32"),
+    }
+    named = {name: tvm.runtime.tensor(array) for name, array in lists.items()}
+    for name, shape in {"x": (3, 1, 4, 4, 8), "y": (3, 1, 4, 4, 4), "weights": (36, 1, 1, 8, 4)}.items():
+        named[name] = tvm.runtime.tensor(np.zeros(shape, "float32"))
+    work, alive, _ = serve.executed({"tile": [1, 4, 4], "by_frame": False}, named)
+    assert work["share"] == pytest.approx((8 + 4) / (3 * 8))
+    assert alive.any((1, 2, 3)).tolist() == [True, True, False]
+
+
 def test_what_masks_leave_of_a_convolution_without_lists_is_counted():
     window = Window(2, (5, 7, 9), (3, 7, 5), (3, 3, 5), stride=(2, 1, 2), padding=(1, 1, 2))
     conv = LineConv(window, 3, 6, RowTile(4, 1, 8, 1), out_frames=True, positions=(1, 3))

@@ -81,7 +81,7 @@ def test_rt3d_counts_each_layer_as_the_built_network_does(
 def test_dstep_counts_each_layer_of_each_frame_as_the_built_stream_does() -> None:
     torch.manual_seed(6)  # the decisions of other weights may lie within rounding of their thresholds
     clip = example_clip((1, 3, 32, 32), seed=3)
-    base = VideoResNet(BasicBlock, (1,), temporal="tsm-online", num_classes=3, in_channels=1, width=32, stem="small")
+    base = VideoResNet(BasicBlock, (1,), temporal="tsm-online", num_classes=3, in_channels=1, width=64, stem="small")
     network = with_mix(base.eval(), clip, Mix(0.4, 0.4, 0.3), options=DStepOptions(tile=(4,), hidden=8), seed=2)
     stream = Stream(network, (1, 32, 32)).eval()
     state = stream.start()

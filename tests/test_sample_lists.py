@@ -36,7 +36,7 @@ def site(batch: int = FRAMES, channels_in: int = CHANNELS, stride: int = 1) -> S
 @pytest.mark.parametrize("others", [(), ("frames",), ("positions",), ("frames", "positions")])
 def test_lists_of_channels_that_pay_alone_stay_beside_other_masks(others: tuple[str, ...]) -> None:
     assert LISTS(site(), EVERYWHERE, live("channels", *others)) == SiteLists(False, True)
-    assert LISTS(site(), live("channels", *others), EVERYWHERE) == SiteLists(True, False)
+    assert LISTS(site(), live("channels", *others), EVERYWHERE) == SiteLists(True, False, "positions" in others)
 
 
 def test_lists_of_channels_that_do_not_pay_alone_are_left_out() -> None:

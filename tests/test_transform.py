@@ -353,7 +353,7 @@ class TilesOfInput(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 16, 3, padding=1)
+        self.first, self.second = nn.Conv2d(4, 32, 1), nn.Conv2d(32, 48, 3, padding=1)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.first(x)
@@ -372,7 +372,7 @@ def test_dead_positions_of_the_input_are_neither_read_nor_multiplied(frames: int
     np.testing.assert_array_equal(found, network(x, mask)[0].detach().numpy())
     alive = (mask > 0).float().expand(4, 1, 12, 12)
     pairs = nn.functional.conv2d(alive, torch.ones(1, 1, 3, 3), padding=1).sum()
-    assert executed(machine, x, mask)[1] == int(pairs) * 8 * 16
+    assert executed(machine, x, mask)[1] == int(pairs) * 32 * 48
 
 
 class Reusing(nn.Module):

@@ -338,9 +338,9 @@ def _winograd_rows(named: dict[str, Any], kernel: dict[str, Any], shape: list[in
     clips = (batch * frames, 1) if kernel["by_frame"] else (batch, -(-frames // deep))
     alive = np.zeros((*clips, *places), bool)
     chunks = counts[: counts[-1, 0]]
-    samples = 1 + max(
-        (int(runs[chunk, :count, 4].max(initial=0)) for chunk, (_, _, count) in enumerate(chunks)), default=0
-    )
+    listed = [int(named[name].shape[0]) for name in ("in_channels", "out_channels") if name in named]
+    seen = [1 + int(runs[chunk, :count, 4].max(initial=0)) for chunk, (_, _, count) in enumerate(chunks)]
+    samples = max([1, *listed, *seen])  # one that nobody reads has no runs
     by_tap = np.zeros((samples, int(taps[:, 0].max()) + 1), "int64")
     for chunk, (_, tiles, count) in enumerate(chunks):
         used = rows_out[chunk, :tiles]

@@ -19,10 +19,14 @@ from .winograd_plan import WinogradPlan
 #: Cycles of one core per vector that is transformed and stored, fitted to layers of C3D and R(2+1)D: inputs, products,
 #: and more for each of the planes that one tile is spread over, as every plane lies in a page of its own.
 INPUT_CYCLES, OUTPUT_CYCLES, PLANE_CYCLES = 5.0, 4.0, 0.02
+#: The same of products of tiles of inputs, which become as many values that are added up.
+ADDED_CYCLES = 6.0
 #: The same of weights that are transformed in every call, in float64.
 WEIGHT_CYCLES = 6.0
 #: Cycles to start a register tile: its list entries, its addresses and the end of its loops.
 TILE_CYCLES = 40.0
+#: Cycles to list a row by the living positions that it reads: 16 to 40 on an AMD EPYC with AVX-512.
+ROW_CYCLES = 25.0
 #: Seconds until the threads have met at the end of a phase.
 BARRIER_SECONDS = 5e-6
 #: Share of the shorter of arithmetic and weight traffic that is not hidden behind the longer.
@@ -114,7 +118,8 @@ def direct_seconds(
     panels = math.ceil(conv.panels * (density if conv.live_out else 1.0))
     tiles = row_tiles(window, tile.mr, _row_share(plan, density)) / plan.samples
     tasks = panels * max(1, math.ceil(tiles / tile.block_tiles))
-    return _with_traffic(machine, threads, cycles / busy_share(tasks, threads), weights)
+    listing = 0.0 if plan.in_positions is None else ROW_CYCLES * window.positions_out * seconds_per_cycle(machine)
+    return listing + _with_traffic(machine, threads, cycles / busy_share(tasks, threads), weights)
 
 
 def tiles_filled(window: Window, mr: int, share: float) -> float:
@@ -167,7 +172,7 @@ def winograd_parts(
     return WinogradParts(
         multiply=cycles * plan.xi,
         read=vectors_in * (INPUT_CYCLES + planes),
-        write=vectors_out * (OUTPUT_CYCLES + planes),
+        write=vectors_out * ((ADDED_CYCLES if plan.in_positions else OUTPUT_CYCLES) + planes),
         weights=weights,
         # from memory, from the last level that the cores share, or from a core's own cache
         nearer=1.0 if weights > _l3(machine) / 2 else CACHE_RATE if weights > machine.l2 / 2 else math.inf,
@@ -196,7 +201,15 @@ def winograd_seconds(
     touched = 1.0
     if reads_more_weights(conv, plan):  # elsewhere larger chunks cost what they do without masks
         touched = full / chunks * (density if conv.live_in and conv.live_out else 1.0)
-    return seconds + chunks * chunk_seconds(conv.scratch_bytes * touched, machine, threads)
+    return seconds + chunks * chunk_seconds(_used_scratch(conv, tile, plan) * touched, machine, threads)
+
+
+def _used_scratch(conv: Convolution, tile: Tile, plan: WinogradPlan) -> int:
+    """Bytes of scratch of a full chunk, less the room for rows of more samples than its columns are of."""
+    if plan.samples == 1:
+        return conv.scratch_bytes
+    spare = plan.tiles_capacity - sum(-(-rows // tile.mr) for rows, _ in runs(plan))
+    return conv.scratch_bytes - 4 * plan.xi * spare * tile.mr * conv.panels * tile.nr
 
 
 def transform_seconds(stored: int, machine: Machine, threads: int) -> float:
@@ -225,6 +238,7 @@ def _live_shares(plan: WinogradPlan, density: float, whole_tiles: bool) -> tuple
     dead = 1 - density
     dead_frame = dead ** (1 if whole_tiles else plan.m[0]) if plan.out_frames else 0.0
     dead_place = dead ** (1 if whole_tiles else PATCHES_IN_TILE) if plan.positions else 0.0
+    dead_place = dead if plan.in_positions else dead_place  # tiles of inputs are no larger than masks' own
     taps = 1 - dead if plan.in_frames and not plan.transformed[0] else 1.0
     return (1 - dead_frame) * taps, 1 - dead_place
 

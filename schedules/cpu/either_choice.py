@@ -34,8 +34,10 @@ LIST_CYCLES, MOVE_CYCLES, SCATTER_CYCLES, RESUME_CYCLES = 8.0, 2.0, 2.0, 1.0
 
 def either(winograd: WinogradConv, direct: GatherConv, machine: Machine, threads: int, limits: Limits) -> Either | None:
     """Both kernels in one, or None where thin masks make the direct one no faster, or weights in two layouts would
-    take more memory than ``limits`` let."""
+    take more memory than ``limits`` let. Living positions of inputs are not counted: such a layer has one kernel."""
     plan = winograd.plan
+    if plan.in_positions is not None:
+        return None
     thinned = (plan.in_frames, plan.out_frames, plan.positions is not None, direct.live_in, direct.live_out)
     if not any(thinned) or direct.dtype != FLOAT or winograd.growth + (not limits.beside) > limits.growth:
         return None

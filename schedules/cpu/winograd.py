@@ -167,10 +167,10 @@ class WinogradConv(Transformed):
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Chunk by chunk, three phases each."""
-        _Emitter(self, args).emit()
+        Emitter(self, args).emit()
 
 
-class _Emitter:
+class Emitter:
     """The kernel's phases, from its signature down to the multiply-add."""
 
     def __init__(self, conv: WinogradConv, args: Mapping[str, tirx.Buffer]) -> None:
@@ -182,9 +182,14 @@ class _Emitter:
         self.residual = flat(args["residual"]) if conv.residual else None
 
     def emit(self) -> None:
+        """Zeros where nothing is computed but somebody reads, then chunk by chunk."""
+        if self.conv.zero_dead:
+            zero_dead(self.conv, self.args, self.y)
+        self._each_chunk(None, self._transform_outputs)
+
+    def _each_chunk(self, tasks: Expr | None, write_outputs: Callable[[Expr, Expr], None]) -> None:
+        """Three phases; ``write_outputs(chunk, task)`` is the last, of so many ``tasks``, or one for each row."""
         conv, plan = self.conv, self.plan
-        if conv.zero_dead:
-            zero_dead(conv, self.args, self.y)
         self.sources = scratch((plan.xi * conv.source_plane,))
         self.products = scratch((plan.xi * conv.product_plane,))
         multiply = self.multiply = conv.multiplied(self.args, self.sources, self.products)
@@ -195,8 +200,8 @@ class _Emitter:
             with parallel(panels * plan.xi) as task:
                 xi, panel = let(tirx.floordiv(task, panels)), let(tirx.floormod(task, panels))
                 multiply.multiply_panel(chunk, xi, panel)
-            with parallel(self.counts[chunk, 1] * self.tile.mr) as slot:
-                self._transform_outputs(chunk, slot)
+            with parallel(self.counts[chunk, 1] * self.tile.mr if tasks is None else tasks) as task:
+                write_outputs(chunk, task)
 
     # -- channels ----------------------------------------------------------------------------------------------------
 
@@ -237,20 +242,14 @@ class _Emitter:
         axes = [axis for axis in range(3) if plan.transformed[axis]]
         waiting = scratch((plan.xi * self.tile.vector_floats,))
         target = let(big(index if plan.one_source else row) * conv.channels_in)
-        readable = self._readable_frames(clip, starts[0]) if plan.transformed[0] else None
+        readable = self._readable(clip, starts)
 
         def channels(channel: Expr, count: int) -> None:
             first, alive = self._named("in", sample, channel, count)
 
             def value_at(place: list[Expr]) -> Expr:
                 at = [start + offset for start, offset in zip(starts, place, strict=True)]
-                inside = [
-                    tirx.all(at[axis] >= 0, at[axis] < window.size[axis])
-                    for axis in (1, 2)
-                    if self._may_leave(axis, place[axis])
-                ]
-                if readable is not None:
-                    inside.append(readable[place[0]] != 0)
+                inside = self._inside(readable, at, place)
                 position = ((clip * window.size[0] + at[0]) * window.size[1] + at[1]) * window.size[2] + at[2]
                 value = read(self.x, big(position) * conv.channels_in + first, count)
                 if alive is not None:
@@ -264,12 +263,24 @@ class _Emitter:
 
         self._each_vector(self.multiply.live_in(sample), channels)
 
-    def _readable_frames(self, clip: Expr, start: Expr) -> tirx.Buffer:
-        """For each frame of a tile of inputs that begins at ``start``: 1 if it is inside the clip, alive and read.
+    def _inside(self, readable: tirx.Buffer | None, at: Sequence[Expr], place: Sequence[Expr]) -> list[Expr]:
+        """On what it depends whether the input ``at`` a position, ``place`` in its tile, is read or counts as zero."""
+        inside = [
+            tirx.all(at[axis] >= 0, at[axis] < self.window.size[axis])
+            for axis in (1, 2)
+            if self._may_leave(axis, place[axis])
+        ]
+        return inside if readable is None else [*inside, readable[place[0]] != 0]
+
+    def _readable(self, clip: Expr, starts: Sequence[Expr]) -> tirx.Buffer | None:
+        """For each frame of a tile of inputs that begins at ``starts``: 1 if it is inside the clip, alive and read;
+        None where frames are not transformed.
 
         The others count as zeros. A frame that no live output frame reads may never have been written.
         """
-        window, frames = self.window, self.plan.alpha[0]
+        if not self.plan.transformed[0]:
+            return None
+        window, frames, start = self.window, self.plan.alpha[0], starts[0]
         readable = scratch((frames,), INT)
         with serial(frames) as offset:
             source = let(start + offset)
@@ -302,6 +313,10 @@ class _Emitter:
         last = (plan.tiles[axis] - 1) * plan.input_step(axis) - window.padding[axis] + offset
         return offset < window.padding[axis] or last >= window.size[axis]
 
+    def _matrix(self, which: int, axis: int) -> np.ndarray:
+        """``Bᵀ`` for inputs, ``Aᵀ`` for outputs."""
+        return matrices(self.plan.m[axis], 3)[which]
+
     def _along_axes(
         self,
         axes: list[int],
@@ -313,16 +328,20 @@ class _Emitter:
     ) -> None:
         """Transform a tile along ``axes`` in turn, lines between the first and the last axis in ``waiting``.
 
-        ``which`` picks the matrix: 2 for Bᵀ, 0 for Aᵀ. The first axis reads by ``read(place)``; the last one writes by
-        ``write(place in the tile, value)``, a place being counted over α whatever has been reduced to m.
+        ``which`` picks the matrix: 2 for those of inputs, 0 for those of outputs. The first axis reads by
+        ``read(place)``; the last one writes by ``write(place in the tile, value)``, a place being counted over α
+        whatever has been reduced to m.
         """
         alpha = self.plan.alpha
         stride = (alpha[1] * alpha[2], alpha[2], 1)
         for position, axis in enumerate(axes):
-            matrix = matrices(self.plan.m[axis], 3)[which]
-            done = set(axes[:position]) if which == 0 else set()
+            matrix = self._matrix(which, axis)
             others = [other for other in range(3) if other != axis]
-            extents = [self.plan.m[other] if other in done else alpha[other] for other in others]
+            # Of an axis before it is transformed and after that.
+            extents = [
+                self._matrix(which, other).shape[0 if other in axes[:position] else 1] if other in axes else 1
+                for other in others
+            ]
             with serial(extents[0]) as i, serial(extents[1]) as j:
                 place: list[Expr] = [0, 0, 0]
                 for other, extent, index in zip(others, extents, (i, j), strict=True):

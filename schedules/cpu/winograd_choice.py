@@ -12,26 +12,31 @@ from .conv3d_kgs import KernelGroupConv
 from .tiles import Machine
 from .winograd import WinogradConv
 from .winograd_columns import WinogradColumns
+from .winograd_inputs import InputTiles, WinogradInputs, refused
 from .winograd_plan import WinogradPlan
 from .winograd_space import NEVER_SLOWER, best, options, refusal, within
 
 
 def why_not(conv: GatherConv) -> str:
     """Why no Winograd kernel can compute ``conv``; empty if one can."""
-    return refusal(conv.window, conv.groups, conv.plan.in_positions is not None)
+    reason = refusal(conv.window, conv.groups, skips_positions=False)
+    return refused(conv) if not reason and conv.plan.in_positions is not None else reason
 
 
 def transformed(conv: GatherConv) -> WinogradConv:
     """The Winograd kernel in the place of ``conv``, of the smallest tiles.
 
     Where frames have nothing to do with one another, and masks do not name them, each is a clip of its own in the plan:
-    a chunk need not hold all frames of a place then.
+    a chunk need not hold all frames of a place then. Under a mask of the input's positions, tiles are of the input.
     """
     window, plan = conv.window, conv.plan
     apart = window.frames_apart and plan.samples == 1 and not plan.masks
     height, width = (min(2, window.out[axis]) if window.kernel[axis] > 1 else 1 for axis in (1, 2))
     masks = (plan.samples, plan.in_frames, plan.out_frames, plan.positions)
     layer = (conv.live_in, conv.live_out, conv.residual, conv.activation, conv.zero_dead, conv.dtype)
+    if plan.in_positions is not None:
+        of_inputs = InputTiles(window, (1, height, width), plan.mr, 1, *masks, plan.in_positions)
+        return WinogradInputs(window, conv.channels_in, conv.channels_out, 1, conv.tile, of_inputs, *layer)
     tiled = WinogradPlan(window.by_frame if apart else window, (1, height, width), plan.mr, 1, *masks)
     return WinogradConv(window, conv.channels_in, conv.channels_out, 1, conv.tile, tiled, *layer)
 

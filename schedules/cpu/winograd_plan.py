@@ -191,14 +191,14 @@ class WinogradPlan(Plan):
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Masks and the table in, the seven lists out."""
-        _Planner(self, args).emit()
+        Planner(self, args).emit()
 
 
 def _zero() -> Expr:
     return tirx.IntImm(INT, 0)
 
 
-class _Planner:
+class Planner:
     """Three passes: the class of every row, columns into chunks, rows of a chunk into tiles."""
 
     def __init__(self, plan: WinogradPlan, args: Mapping[str, tirx.Buffer]) -> None:
@@ -268,15 +268,18 @@ class _Planner:
                     self._search_positions(clip, safe, row, column, found)
         return found[0] != 0
 
+    def _mask(self) -> tuple[tirx.Buffer, tuple[int, int], Triple]:
+        """The mask of positions that decides about tiles, how many clips and frames it tells apart, its extents."""
+        assert self.plan.positions is not None
+        return self.masks["positions"], self.plan.positions, self.plan.window.out
+
     def _search_positions(self, clip: Expr, frame: Expr, row: Expr, column: Expr, found: tirx.Buffer) -> None:
-        plan, window = self.plan, self.plan.window
-        assert plan.positions is not None
-        at = (clip if plan.positions[0] > 1 else 0, frame if plan.positions[1] > 1 else 0)
+        plan, (mask, (clips, frames), extents) = self.plan, self._mask()
+        at = (clip if clips > 1 else 0, frame if frames > 1 else 0)
         with serial(plan.m[1]) as i, serial(plan.m[2]) as j:
-            h = tirx.min(row * plan.m[1] + i, window.out[1] - 1)
-            w = tirx.min(column * plan.m[2] + j, window.out[2] - 1)
-            place = (*at, h, w)
-            with when(self.masks["positions"][place] != number(0.0)):
+            h = tirx.min(row * plan.m[1] + i, extents[1] - 1)
+            w = tirx.min(column * plan.m[2] + j, extents[2] - 1)
+            with when(mask[at[0], at[1], h, w] != number(0.0)):
                 store(found, tirx.IntImm(INT, 1), 0)
 
     # -- chunks ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from operator import attrgetter
 from statistics import mean
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from ..convolution import Convolution
 from ..geometry import Triple, Window
@@ -53,6 +53,9 @@ class Transformed(Convolution):
 
     tile: Tile
     plan: WinogradPlan
+
+    #: Tiles tried along height and width.
+    spatial_tiles: ClassVar[tuple[int, ...]] = SPATIAL_TILES
 
     @property
     def weights(self) -> float:
@@ -238,7 +241,7 @@ def options(conv: W, machine: Machine) -> Iterator[W]:
     """Every tile and chunk worth predicting."""
     window = conv.window
     frames = FRAME_TILES if can_transform(window, 0) else (1,)
-    spatial = SPATIAL_TILES if any(window.kernel[axis] > 1 for axis in (1, 2)) else (1,)
+    spatial = conv.spatial_tiles if any(window.kernel[axis] > 1 for axis in (1, 2)) else (1,)
     for m_t in frames:
         for m in spatial:
             if m_t > 1 and m > MOST_SPATIAL_WITH_FRAMES:

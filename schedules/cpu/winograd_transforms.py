@@ -68,8 +68,15 @@ def _product_of_roots(roots: np.ndarray) -> np.ndarray:
     return product
 
 
-def transform_weights(weight: np.ndarray, m: tuple[int, int, int], transformed: tuple[bool, bool, bool]) -> np.ndarray:
-    """Apply G along the transformed axes of (…, KT, KH, KW): float64 in between, float32 out.
+def of_filters(m: int, taps: int, turned: bool = False) -> np.ndarray:
+    """G (α, taps); of filters that are ``turned``, whose last tap comes first."""
+    return matrices(m, taps)[1][:, :: -1 if turned else 1]
+
+
+def transform_weights(
+    weight: np.ndarray, m: tuple[int, int, int], transformed: tuple[bool, bool, bool], turned: bool = False
+) -> np.ndarray:
+    """Apply G along the transformed axes of (…, KT, KH, KW), filters ``turned`` there: float64 in between, float32 out.
 
     Each sum is made in the order of the taps, so that whoever does the same gets the same bits.
     """
@@ -78,7 +85,7 @@ def transform_weights(weight: np.ndarray, m: tuple[int, int, int], transformed: 
         if transformed[axis]:
             taps = np.moveaxis(result, -3 + axis, 0)
             points = []
-            for row in matrices(m[axis], weight.shape[-3 + axis])[1]:
+            for row in of_filters(m[axis], weight.shape[-3 + axis], turned):
                 total = row[0] * taps[0]
                 for factor, tap in zip(row[1:], taps[1:], strict=True):
                     total = total + factor * tap
@@ -90,7 +97,7 @@ def transform_weights(weight: np.ndarray, m: tuple[int, int, int], transformed: 
 @dataclass(frozen=True)
 class WinogradPanels(Preparation):
     """(C_out, C_in, KT, KH, KW) to (ξ, panels, taps, C_in, lanes): transformed along the axes whose tile ``m`` is asked
-    for, ``taps`` are those of the other axes. float64 in between."""
+    for, ``taps`` are those of the other axes; filters may be ``turned``. float64 in between."""
 
     channels_out: int
     channels_in: int
@@ -98,6 +105,7 @@ class WinogradPanels(Preparation):
     m: Triple
     transformed: tuple[bool, bool, bool]
     lanes: int
+    turned: bool = False
     kind = "WINOGRAD_PANELS"
 
     @property
@@ -117,7 +125,7 @@ class WinogradPanels(Preparation):
         for panel in range(panels):
             filters = weight[panel * self.lanes : (panel + 1) * self.lanes]
             filters = filters.reshape(len(filters), self.channels_in, *self.kernel)
-            part = transform_weights(filters, self.m, self.transformed)
+            part = transform_weights(filters, self.m, self.transformed, self.turned)
             part = part.reshape(len(part), self.channels_in, self.taps, xi).transpose(3, 2, 1, 0)
             packed[:, panel, ..., : len(filters)] = part
         return packed
@@ -129,5 +137,6 @@ class WinogradPanels(Preparation):
 
     @property
     def transforms(self) -> tuple[float, ...]:
-        used = [matrices(m, k)[1] for m, k, t in zip(self.m, self.kernel, self.transformed, strict=True) if t]
+        axes = zip(self.m, self.kernel, self.transformed, strict=True)
+        used = [of_filters(m, k, self.turned) for m, k, on in axes if on]
         return tuple(float(entry) for matrix in used for entry in matrix.ravel())
