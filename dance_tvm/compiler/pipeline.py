@@ -32,6 +32,7 @@ from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.transform.boolean_logic import BooleanLogic
 from dance_tvm.transform.channels_last import ChannelsLast
 from dance_tvm.transform.compute_empty import ComputeEmpty
+from dance_tvm.transform.fills import legalize_fills
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.fold_lists import FoldLists
 from dance_tvm.transform.fold_pads import FoldPads
@@ -118,6 +119,7 @@ def lower(
     lift_weights, reasons = LiftWeights(), Reasons()
     phases = _Phases(on_phase, options.debug_dump)
     source = mod
+    legalize_fills()
     legalize_powers()
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
         spread = [] if gpu is None else [SpreadTransposed(reasons)]
