@@ -27,7 +27,7 @@ from dance_tvm.compiler.requests import default_out, is_untrained, known_preproc
 from dance_tvm.core import cli, printing, verbosity
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.progress import Progress
-from dance_tvm.device import LoadedNetwork, emulator_available
+from dance_tvm.device import LoadedNetwork, why_no_emulator
 from dance_tvm.machines import host
 from dance_tvm.machines.target import load_target
 from dance_tvm.models import names
@@ -751,7 +751,7 @@ def test_why_a_layer_is_not_verified_is_told(state, said):
 )
 def test_ctrl_c_ends_long_commands_with_130_and_nothing_written(words, begun, tmp_path, own_logs):
     if words[0] == "run":
-        if reason := emulator_available():
+        if reason := why_no_emulator():
             pytest.skip(reason)
         network, clip = torch.nn.Conv3d(16, 32, 3), torch.ones(1, 16, 16, 56, 56)  # seconds on the emulated device
         build_network(network, tmp_path / "net", target="aarch64-linux", example_inputs=(clip,), check=False)

@@ -14,7 +14,7 @@ from dance_tvm.artifact.staging import require_writable
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_folder
 from dance_tvm.core.input_files import read_archive
-from dance_tvm.device import emulator_available
+from dance_tvm.device import why_no_emulator
 from dance_tvm.machines.target import Target
 from dance_tvm.models import registry
 from dance_tvm.models.network_files import require_network
@@ -135,7 +135,7 @@ def _require_fitting(said: str, model: str, array: np.ndarray, shape: tuple[int,
 def require_checkable(target: Target, check: bool | None) -> None:
     """Raise DanceError where a check that the user insists on needs a device that is not there."""
     is_emulated = target.gpu is None and target.link.machine == "aarch64" != platform.machine()
-    if check and is_emulated and (reason := emulator_available()):
+    if check and is_emulated and (reason := why_no_emulator()):
         raise DanceError(f"the build cannot be checked: {reason}; leave --check out to build without")
 
 

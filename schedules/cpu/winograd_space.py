@@ -179,7 +179,7 @@ def narrowest(channels: int, tile: tuple[int, int, int], vector_floats: int) -> 
     return next(width for width in widths(tile) if width * vector_floats >= channels)
 
 
-def refusal(window: Window, groups: int, skips_positions: bool) -> str:
+def why_no_tiles(window: Window, groups: int, skips_positions: bool) -> str:
     """Why no Winograd kernel can compute a layer; empty if one can. ``skips_positions``: it reads no dead positions."""
     if groups > 1:
         return "it is grouped"
@@ -354,7 +354,7 @@ class WinogradSpace(VectorSpace):
             return False
         work = self.workload
         skips = "in_positions" in work.lists
-        if min(decisions.values()) < 1 or refusal(work.window, work.groups, skips):
+        if min(decisions.values()) < 1 or why_no_tiles(work.window, work.groups, skips):
             return False
         registers = any((decisions["mr"], decisions["vectors"]) == tile[:2] for tile in candidates(self.machine))
         steps = decisions["step"] in (1, *self._gather.steps)
