@@ -25,12 +25,12 @@ from dance_tvm.schedules.cpu import winograd_multiply
 from dance_tvm.schedules.cpu.choice import direct
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.row_plan import RowPlan
-from dance_tvm.schedules.cpu.tiles import Machine, Tile
+from dance_tvm.schedules.cpu.tiles import Machine, Tile, evenly
 from dance_tvm.schedules.cpu.transform_weights import TransformWeights
 from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.cpu.winograd_choice import transformed, why_no_winograd
 from dance_tvm.schedules.cpu.winograd_plan import WinogradPlan
-from dance_tvm.schedules.cpu.winograd_space import best, evenly
+from dance_tvm.schedules.cpu.winograd_space import best
 from dance_tvm.schedules.cpu.winograd_transforms import POINTS, WinogradPanels, matrices, transform_weights
 from dance_tvm.schedules.emit import number, store
 from dance_tvm.schedules.geometry import Window
