@@ -769,18 +769,3 @@ def test_ctrl_c_ends_long_commands_with_130_and_nothing_written(words, begun, tm
     assert (process.returncode, out, errors.splitlines()[-1]) == (130, "", "error: interrupted")
     assert "Traceback" not in errors
     assert files() == before
-
-
-def test_ctrl_c_ends_tuning_with_130(small_network, tmp_path):
-    words = ["tune", "--model", str(small_network), "--conv", "direct", "--threads", "1", "--jobs", "1"]
-    line = [sys.executable, "-m", "dance_tvm", *words, "--logs", str(tmp_path / "logs"), "--trials", "400"]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for said in process.stderr:
-            if " trial" in said:
-                break
-        process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    assert "interrupted: run again to go on" in out
-    assert "trials in flight are given up" in errors
-    assert "Traceback" not in errors

@@ -207,7 +207,7 @@ def network(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_ctrl_c_ends_within_seconds_and_the_next_run_goes_on(tmp_path, network, signals):
-    command = [sys.executable, "-m", "dance_tvm.tune", "--model", str(network), "--conv", "direct"]
+    command = [sys.executable, "-m", "dance_tvm", "tune", "--model", str(network), "--conv", "direct"]
     command += ["--logs", str(tmp_path), "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as tuning:
         while " trial" not in tuning.stderr.readline():
@@ -220,7 +220,9 @@ def test_ctrl_c_ends_within_seconds_and_the_next_run_goes_on(tmp_path, network, 
         assert time.monotonic() - begin < 10  # about 2 s, with room for a busy machine
     assert "Traceback" not in errors
     if signals == 1:
+        assert tuning.returncode == 130, errors
         assert "interrupted: run again to go on" in said
+        assert "trials in flight are given up" in errors
     log = Log.read(log_path(HOST, folder=tmp_path))
     assert sum(1 for _ in log.records(statuses=["trial"])) > 0
     assert not log.problems
