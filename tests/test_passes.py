@@ -29,6 +29,7 @@ from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.fold_lists import FoldLists
 from dance_tvm.transform.fold_patches import FoldPatches
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
+from dance_tvm.transform.infinite_fills import InfiniteFills
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_before_concat import NormsBeforeConcat
@@ -785,3 +786,22 @@ def test_other_powers_stay(dtype: str, exponent: float) -> None:
             y = builder.emit_output(relax.op.power(x, relax.const(exponent, dtype)))
         builder.emit_func_output(y)
     stays(WholePowers(), builder.finalize())
+
+
+# -- InfiniteFills ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [np.inf, 2.0])
+def test_an_infinite_fill_is_a_broadcast_constant(number: float) -> None:
+    def filled(of: Callable[[relax.Expr, relax.Var], relax.Expr]) -> tvm.IRModule:
+        builder = relax.BlockBuilder()
+        x = relax.Var("x", relax.TensorType([2, 3], "float32"))
+        with builder.function("main", [x]):
+            with builder.dataflow():
+                y = builder.emit_output(of(relax.const(np.float32(number)), x))
+            builder.emit_func_output(y)
+        return builder.finalize()
+
+    before = filled(lambda value, x: relax.op.full_like(x, value))
+    after = filled(lambda value, _x: relax.op.broadcast_to(value, (2, 3)))
+    becomes(InfiniteFills(), before, before if np.isfinite(number) else after)

@@ -37,6 +37,7 @@ from dance_tvm.transform.fold_lists import FoldLists
 from dance_tvm.transform.fold_pads import FoldPads
 from dance_tvm.transform.fold_patches import FoldPatches
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
+from dance_tvm.transform.infinite_fills import InfiniteFills
 from dance_tvm.transform.join_copies import JoinCopies
 from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.keep_nan import KEEP_NAN
@@ -178,6 +179,7 @@ def _before_kernels(spread: Passes, narrow: Passes, layouts: Passes, reasons: Re
             [
                 relax.transform.CanonicalizeBindings(),
                 BooleanLogic(),
+                InfiniteFills(),
                 WholePowers(),
                 relax.transform.FoldConstant(),
                 relax.transform.DeadCodeElimination(),
