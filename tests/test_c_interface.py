@@ -578,7 +578,7 @@ def test_an_emulated_board_gives_the_answers_of_pytorch_without_tvm(tmp_path):
     """The C example, cross-compiled, on the emulated processor: no Python and no TVM there."""
     from dance_tvm.device import emulator
 
-    if reason := emulator.why_not():
+    if reason := emulator.why_no_emulator():
         pytest.skip(f"no emulated device: {reason}")
     torch.manual_seed(0)
     network, inputs = Masked().eval(), (torch.randn(1, 3, 4, 8, 8), torch.randn(1, 5))

@@ -27,7 +27,7 @@ from dance_tvm.compiler.requests import default_out, is_untrained, known_preproc
 from dance_tvm.core import cli, printing, verbosity
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.progress import Progress
-from dance_tvm.device import LoadedNetwork, emulator_available
+from dance_tvm.device import LoadedNetwork, why_no_emulator
 from dance_tvm.machines import host
 from dance_tvm.machines.target import load_target
 from dance_tvm.models import names
@@ -754,7 +754,7 @@ def test_why_a_layer_is_not_verified_is_told(state, said):
 )
 def test_ctrl_c_ends_long_commands_with_130_and_nothing_written(words, begun, tmp_path, own_logs):
     if words[0] == "run":
-        if reason := emulator_available():
+        if reason := why_no_emulator():
             pytest.skip(reason)
         network, clip = torch.nn.Conv3d(16, 32, 3), torch.ones(1, 16, 16, 56, 56)  # seconds on the emulated device
         build_network(network, tmp_path / "net", target="aarch64-linux", example_inputs=(clip,), check=False)
@@ -772,18 +772,3 @@ def test_ctrl_c_ends_long_commands_with_130_and_nothing_written(words, begun, tm
     assert (process.returncode, out, errors.splitlines()[-1]) == (130, "", "error: interrupted")
     assert "Traceback" not in errors
     assert files() == before
-
-
-def test_ctrl_c_ends_tuning_with_130(small_network, tmp_path):
-    words = ["tune", "--model", str(small_network), "--conv", "direct", "--threads", "1", "--jobs", "1"]
-    line = [sys.executable, "-m", "dance_tvm", *words, "--logs", str(tmp_path / "logs"), "--trials", "400"]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for said in process.stderr:
-            if " trial" in said:
-                break
-        process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    assert "interrupted: run again to go on" in out
-    assert "trials in flight are given up" in errors
-    assert "Traceback" not in errors

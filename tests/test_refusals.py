@@ -31,7 +31,7 @@ from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.options import MOST_THREADS
 from dance_tvm.machines.target import load_target
-from dance_tvm.models.network_inputs import declared_inputs, declared_types
+from dance_tvm.models.network_inputs import declared_inputs
 from dance_tvm.sparsity.data_names import READERS
 from dance_tvm.sparsity.options import MethodOptions, checked
 from dance_tvm.sparsity.settings import Settings
@@ -419,10 +419,12 @@ def test_programs_say_of_their_inputs_what_pytorch_says(tmp_path: Path) -> None:
     for name, given, wanted in (("fixed", None, 2), ("open", ({0: Dim("batch", min=1, max=9)},), str)):
         program = export(nn.Linear(8, 3), (randn(2, 8),), dynamic_shapes=given)
         save_program(program, tmp_path / f"{name}.pt2")
-        ((first, second),) = (declared_inputs(tmp_path / f"{name}.pt2") or {}).values()
+        declared = declared_inputs(tmp_path / f"{name}.pt2")
+        assert declared is not None
+        ((first, second),) = declared.shapes.values()
         assert second == 8
         assert first == wanted or (wanted is str and isinstance(first, str))
-        assert [*declared_types(tmp_path / f"{name}.pt2").values()] == ["float32"]
+        assert [*declared.types.values()] == ["float32"]
 
 
 def test_a_description_of_an_unknown_form_is_left_to_its_reader(tmp_path: Path) -> None:
