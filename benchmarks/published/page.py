@@ -24,9 +24,9 @@ PAGE = ROOT / "docs/networks.md"
 _INTRODUCTION = """\
 # Published networks
 
-Video and volumetric networks that others have published. Each, with random weights, is exported, imported, built for this
-machine with the default options, run, and compared with PyTorch in float64. **Error**: the largest difference as a share
-of the output's largest value, at most 1e-4 to count as right; next to it, PyTorch's own error in float32.
+Video and volumetric networks that others have published. Each, with random weights, is exported, imported, built for
+this machine with the default options, run, and compared with PyTorch in float64. **Error**: the largest difference as
+a share of the output's largest value, at most 1e-4 to count as right; next to it, PyTorch's own error in float32.
 
 ```console
 $ pip install --no-deps -r benchmarks/published/requirements.txt
@@ -34,10 +34,10 @@ $ python -m benchmarks.published [--only NAME] [--source pt2|onnx] [--json FILE]
 ```
 
 The wheels in that list are installed without their dependencies, so that they fit the pinned PyTorch. Networks that no
-wheel contains are defined in `benchmarks/published`. Input sizes are the networks' usual ones, or smaller where the table
-gives the usual one in brackets: the architecture is complete, and only fewer positions and frames are computed. ONNX
-files are written by PyTorch's exporter, or by its older one where that refuses. A run continues where the last one
-stopped.
+wheel contains are defined in `benchmarks/published`. Input sizes are the networks' usual ones, or smaller where the
+table gives the usual one in brackets: the architecture is complete, and only fewer positions and frames are computed.
+ONNX files are written by PyTorch's exporter, or by its older one where that refuses. A run continues where the last
+one stopped.
 """
 
 
@@ -46,12 +46,12 @@ _TIMES = """
 
 `python -m benchmarks.networks` runs the engines in turns, each in a process of its own, in float32. Other work was
 running on the machine at the time, so wall-clock times would not be latencies: **ms** is the least processor time of a
-call (all threads of the engine), **ratio** is ours divided by that of the fastest other engine, and **in turns** is the
-median of the ratios of wall times within a round, with its 95 % interval. Rows without a date are from before that least
-was recorded, and have the least of the turns' means instead: the same where a call takes more than some 35 ms, which
-makes a turn by itself, and a few per cent more for all engines where calls are shorter. `python -m benchmarks.networks
---profile NAME` shows what a call of ours is spent on. What has no row here, with two threads or beside MNN (whose column
-is then empty), has not been measured yet. Each machine has a table of its own.
+call (all threads of the engine), **ratio** is ours divided by that of the fastest other engine, and **in turns** is
+the median of the ratios of wall times within a round, with its 95 % interval. Rows without a date are from before that
+least was recorded, and have the least of the turns' means instead: the same where a call takes more than some 35 ms,
+which makes a turn by itself, and a few per cent more for all engines where calls are shorter. `python -m
+benchmarks.networks --profile NAME` shows what a call of ours is spent on. What has no row here, with two threads or
+beside MNN (whose column is then empty), has not been measured yet. Each machine has a table of its own.
 """
 
 _TIMES_TABLE = """
