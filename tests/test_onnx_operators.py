@@ -247,6 +247,15 @@ SAMPLE = (
 )
 
 
+def test_crossed_bounds_give_the_upper_one(tmp_path):
+    bounds = {"low": np.float32(2), "high": np.float32(-1)}
+    path = save(tmp_path / "n.onnx", [node("Clip", ["x", "low", "high"], ["y"])], {"x": [4]}, {"y": None}, bounds)
+    built = build_network(path, tmp_path / "built", threads=1, check=False)
+    with open_device("local") as device:
+        found = device.load(built.artifact).run({"x": np.array([-3, 0, 1, 5], np.float32)})["y"]
+    np.testing.assert_array_equal(found, np.full(4, -1, np.float32))
+
+
 @pytest.mark.parametrize("case", SAMPLE)
 def test_a_sample_of_the_standards_own_cases(tmp_path, case):
     from benchmarks.conformance import onnx_backend

@@ -47,7 +47,8 @@ def _clip(op: Operator) -> Any:
     x, bounds = op.input(0), (op.input(1), op.input(2))
     known = [op.value(1), op.value(2)]
     if known[0] is not None and known[1] is not None and is_float(x):
-        return relax.op.clip(x, float(known[0].item()), float(known[1].item()))
+        low, high = float(known[0].item()), float(known[1].item())
+        return relax.op.clip(x, min(low, high), high)  # crossed bounds: the upper one everywhere
     for bound, function in zip(bounds, (relax.op.maximum, relax.op.minimum), strict=True):
         x = x if bound is None else op.emit(function(x, bound))
     return x
