@@ -158,9 +158,9 @@ def ndk() -> Finding:
 
 def emulator() -> Finding:
     """The emulated aarch64 device."""
-    from dance_tvm.device import emulator_available
+    from dance_tvm.device import why_no_emulator
 
-    reason = emulator_available()
+    reason = why_no_emulator()
     if reason is None:
         return Finding("emulated aarch64 device", "works", "qemu-user and what prepares its system")
     mend = "apt-get update && apt-get install -y qemu-user mmdebstrap"

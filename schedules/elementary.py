@@ -37,10 +37,9 @@ from itertools import product
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
-from tvm.ir import _ffi_api
 
-from . import past_caches
-from .vector_code import FLOAT, INT, PURE, Body, Value, neon_instruction, select
+from . import operators, past_caches
+from .vector_code import FLOAT, INT, Body, Value, neon_instruction, select
 
 #: (e^r - 1 - r) / r² for |r| ≤ log(2) / 2.
 EXP = (0.0013941146899014711, 0.00836319662630558, 0.04166637361049652, 0.16666576266288757, 0.5)
@@ -292,7 +291,7 @@ def _symbol(name: str, lanes: int, neon: bool) -> str:
 
 def short(name: str, x: tirx.Expr) -> tirx.Expr:
     """One of ``SHORT`` of a float32 vector, for a kernel of a CPU that rounds its result to half precision."""
-    return tvm.ir.Call(tvm.ir.Op.get(f"dance.{name}"), [x], ret_ty=x.ty)
+    return operators.call(name, [x], x.ty)
 
 
 def written_out(func: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -308,7 +307,7 @@ def written_out(func: tirx.PrimFunc) -> tirx.PrimFunc:
         if space != "tirx" or name not in FUNCTIONS or str(call.ty.dtype).partition("x")[0] != "float32":
             return call
         used.add(name)
-        return tvm.ir.Call(tvm.ir.Op.get(f"dance.{name}"), call.args, ret_ty=call.ty)
+        return operators.call(name, call.args, call.ty)
 
     body = tvm_ffi.structural_map(func.body, (tvm.ir.Call, replace))
     if not used:
@@ -328,7 +327,7 @@ def written_out(func: tirx.PrimFunc) -> tirx.PrimFunc:
 
 def _lower(call: tvm.ir.Call, neon: bool = False) -> tvm.ir.Call:
     """TVM's rule for one of our operators, asked after loops have become vectors."""
-    name, lanes = str(call.op.name).removeprefix("dance."), int(call.ty.dtype.lanes)
+    name, lanes = operators.name_of(call.op), int(call.ty.dtype.lanes)
     if lanes not in WIDTHS:
         return tvm.ir.Call(tvm.ir.Op.get(f"tirx.{name}"), call.args, ret_ty=call.ty)
     return tirx.call_pure_extern(call.ty.dtype, _symbol(name, lanes, neon), call.args[0])
@@ -339,15 +338,6 @@ def _lower_neon(call: tvm.ir.Call) -> tvm.ir.Call:
     return _lower(call, neon=True)
 
 
-def _register() -> None:
-    for name in FUNCTIONS | SHORT:
-        _ffi_api.RegisterOp(f"dance.{name}", f"{name} by the vector")
-        tvm.ir.register_op_attr(f"dance.{name}", "TCallEffectKind", PURE)
-        tvm.ir.register_op_attr(f"dance.{name}", "TVectorizable", True)
-        tvm.ir.register_op_attr(f"dance.{name}", "TScriptPrinterName", f"dance.{name}")
-        tirx.op.register_intrin_lowering(f"dance.{name}", target="default", f=_lower, level=99)
-    for name in SHORT:
-        tirx.op.register_intrin_lowering(f"dance.{name}", target="llvm.aarch64", f=_lower_neon, level=99)
-
-
-_register()
+for _name in FUNCTIONS | SHORT:
+    _neon = {"llvm.aarch64": _lower_neon} if _name in SHORT else {}
+    operators.define(_name, f"{_name} by the vector", {"default": _lower, **_neon})

@@ -16,14 +16,12 @@ from .workload import KERNEL_GROUPS, TYPICAL_DENSITY, Workload
 class Limits:
     """Limits of memory: packed weights are at most ``growth`` times the layer's own, scratch at most so many bytes.
 
-    ``anew``: its scratch may hold weights that are transformed in every call. ``beside``: a direct kernel's weights do
-    not count.
+    ``anew``: its scratch may hold weights that are transformed in every call.
     """
 
     growth: float = math.inf
     scratch: float = math.inf
     anew: bool = False
-    beside: bool = False
 
 
 UNLIMITED = Limits()

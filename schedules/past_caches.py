@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import tvm
 from tvm import tirx
-from tvm.ir import _ffi_api
 from tvm.script.ir_builder import tirx as T
 
+from . import operators
 from .emit import Expr
 
 #: The operator's name without ``dance.``.
@@ -24,7 +24,7 @@ LINE_FLOATS = 16
 
 def store_past_caches(buffer: tirx.Buffer, value: Expr, start: Expr) -> None:
     """Store a float32 vector at ``buffer[start]``, which is aligned to the vector's size."""
-    T.evaluate(tvm.ir.Call(tvm.ir.Op.get(f"dance.{NAME}"), [tirx.address_of(buffer[start]), value], ret_ty="void"))
+    T.evaluate(operators.call(NAME, [tirx.address_of(buffer[start]), value], "void"))
 
 
 def fence() -> None:
@@ -50,12 +50,4 @@ def _lower(call: tvm.ir.Call) -> tvm.ir.Call:
     return tirx.call_extern("void", _symbol(int(call.args[1].ty.dtype.lanes)), *call.args)
 
 
-def _register() -> None:
-    opaque = 4  # tirx's CallEffectKind
-    _ffi_api.RegisterOp(f"dance.{NAME}", "a store past the caches")
-    tvm.ir.register_op_attr(f"dance.{NAME}", "TCallEffectKind", opaque)
-    tvm.ir.register_op_attr(f"dance.{NAME}", "TScriptPrinterName", f"dance.{NAME}")
-    tirx.op.register_intrin_lowering(f"dance.{NAME}", target="llvm", f=_lower, level=99)
-
-
-_register()
+operators.define(NAME, "a store past the caches", {"llvm": _lower}, pure=False)

@@ -6,8 +6,6 @@ import struct
 
 FLOAT, INT, BOOL = "float", "i32", "i1"
 NAMES = {"+": ("fadd", "add"), "-": ("fsub", "sub"), "*": ("fmul", "mul"), "/": ("fdiv", "sdiv")}
-#: tirx's CallEffectKind of what only gives a value.
-PURE = 1
 #: Lanes of a register of NEON's.
 NEON_LANES = 4
 

@@ -105,7 +105,7 @@ def emulator(tmp_path_factory) -> Iterator[Server]:
     from dance_tvm.core.errors import DanceError
     from dance_tvm.device import emulator as device
 
-    if reason := device.why_not():
+    if reason := device.why_no_emulator():
         pytest.skip(f"no emulated device: {reason}")
     with contextlib.ExitStack() as stack:
         try:

@@ -398,9 +398,9 @@ def test_an_artifact_for_another_machine_is_not_run_here(capsys, program, tmp_pa
 
 @pytest.mark.device
 def test_a_build_for_a_phone_is_checked_on_an_emulated_one(program, tmp_path):
-    from dance_tvm.device import emulator_available
+    from dance_tvm.device import why_no_emulator
 
-    if reason := emulator_available():
+    if reason := why_no_emulator():
         pytest.skip(f"no emulated device: {reason}")
     manifest = build_network(program, tmp_path / "out", target="snapdragon", check=True).artifact.manifest
     assert (manifest.check.status, manifest.check.device) == ("passed", "emulator")

@@ -27,7 +27,7 @@ from dance_tvm.compiler.requests import default_out, is_untrained, known_preproc
 from dance_tvm.core import cli, printing, verbosity
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.progress import Progress
-from dance_tvm.device import LoadedNetwork, emulator_available
+from dance_tvm.device import LoadedNetwork, why_no_emulator
 from dance_tvm.machines import host
 from dance_tvm.machines.target import load_target
 from dance_tvm.models import names
@@ -619,7 +619,10 @@ def test_a_build_refuses_a_scale_for_bytes(tmp_path):
     ]:
         with pytest.raises(DanceError, match=said):
             build_network(Scaled(), tmp_path / "out", example_inputs=(clip,), check=False, preprocess=preprocess)
-        assert not (tmp_path / "out").exists()
+    flow = torch.zeros(1, 5, 2, 8, 8)
+    with pytest.raises(DanceError, match="input clip has 5 channels, and frames of a video have 3, or 1 in grey"):
+        build_network(Scaled(), tmp_path / "out", example_inputs=(flow,), check=False, preprocess=Preprocess())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_batch_is_the_first_dimension_where_it_is_open():
@@ -674,8 +677,8 @@ def small_network(tmp_path_factory) -> Path:
     import torch
 
     path = tmp_path_factory.mktemp("small") / "small.pt2"
-    example = (torch.zeros(1, 2, 3, 6, 6),)
-    torch.export.save(torch.export.export(torch.nn.Conv3d(2, 4, 3, padding=1).eval(), example), path)
+    example = (torch.zeros(1, 3, 3, 6, 6),)
+    torch.export.save(torch.export.export(torch.nn.Conv3d(3, 4, 3, padding=1).eval(), example), path)
     return path
 
 
@@ -751,7 +754,7 @@ def test_why_a_layer_is_not_verified_is_told(state, said):
 )
 def test_ctrl_c_ends_long_commands_with_130_and_nothing_written(words, begun, tmp_path, own_logs):
     if words[0] == "run":
-        if reason := emulator_available():
+        if reason := why_no_emulator():
             pytest.skip(reason)
         network, clip = torch.nn.Conv3d(16, 32, 3), torch.ones(1, 16, 16, 56, 56)  # seconds on the emulated device
         build_network(network, tmp_path / "net", target="aarch64-linux", example_inputs=(clip,), check=False)
@@ -769,18 +772,3 @@ def test_ctrl_c_ends_long_commands_with_130_and_nothing_written(words, begun, tm
     assert (process.returncode, out, errors.splitlines()[-1]) == (130, "", "error: interrupted")
     assert "Traceback" not in errors
     assert files() == before
-
-
-def test_ctrl_c_ends_tuning_with_130(small_network, tmp_path):
-    words = ["tune", "--model", str(small_network), "--conv", "direct", "--threads", "1", "--jobs", "1"]
-    line = [sys.executable, "-m", "dance_tvm", *words, "--logs", str(tmp_path / "logs"), "--trials", "400"]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for said in process.stderr:
-            if " trial" in said:
-                break
-        process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    assert "interrupted: run again to go on" in out
-    assert "trials in flight are given up" in errors
-    assert "Traceback" not in errors

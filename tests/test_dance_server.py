@@ -38,7 +38,7 @@ from dance_tvm.tuning.libraries import require_processor
 from dance_tvm.tuning.tasks import Plan
 from dance_tvm.tuning.trials import build_trial, open_trial
 from dance_tvm.tuning.tuner import Tuner
-from dance_tvm.tuning.workloads import Layer
+from dance_tvm.tuning.workloads import Tunable
 
 HOST = load_target("host")
 MACHINE = machine_of(HOST)
@@ -280,7 +280,7 @@ def test_layers_are_tuned_on_it(server, tmp_path, monkeypatch):
     monkeypatch.setattr("dance_tvm.records.kernel_log.MOST_SPREAD", math.inf)
     with Farm([server], trial_timeout=60) as devices:
         require_processor(devices, HOST)
-        tuner = Tuner(HOST, MACHINE, [Layer(workload(16), ["conv"])], devices, Plan(2), tmp_path)
+        tuner = Tuner(HOST, MACHINE, [Tunable(workload(16), ["conv"])], devices, Plan(2), tmp_path)
         tuner.run()
     assert tuner.tasks[0].after > 0
     assert [health.failed for health in devices.health.values()] == [0]
@@ -291,7 +291,7 @@ def test_layers_are_tuned_on_it(server, tmp_path, monkeypatch):
 def test_an_emulated_phone_needs_no_tvm(start, clip_network, tmp_path):
     from dance_tvm.device import emulator
 
-    if reason := emulator.why_not():
+    if reason := emulator.why_no_emulator():
         pytest.skip(f"no emulated device: {reason}")
     phone = build_server(load_target("snapdragon"), tmp_path / "phone")
     assert b"/system/bin/linker64\0" in phone.read_bytes()

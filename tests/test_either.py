@@ -18,8 +18,10 @@ from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.device import open_device
 from dance_tvm.lowering.registry import choose
 from dance_tvm.schedules import emit
+from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.either import Either
-from dance_tvm.schedules.cpu.either_choice import direct_costs, winograd_costs
+from dance_tvm.schedules.cpu.either_choice import direct_costs, either, winograd_costs
+from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.kernel import Weights
 from dance_tvm.schedules.layer import Layer, Limits
 
@@ -142,11 +144,11 @@ def test_the_check_runs_both_kernels_whatever_calls_choose(monkeypatch, tmp_path
 
 def test_layers_that_have_one_kernel():
     assert not isinstance(choose(Layer(WINDOW, 48, 32), AVX512).kernel, Either), "no mask thins it"
-    assert not isinstance(choose(MASKED, AVX512, "direct").kernel, Either)
+    direct = choose(MASKED, AVX512, "direct").kernel
+    assert isinstance(direct, GatherConv)
     assert not isinstance(choose(MASKED, AVX512, "winograd").kernel, Either)
     tight = replace(MASKED, memory=Limits(growth=2.4))
     winograd = choose(tight, AVX512).kernel
-    assert not isinstance(winograd, Either), "weights in two layouts take too much"
-    beside = choose(replace(tight, memory=Limits(growth=2.4, beside=True)), AVX512).kernel
-    assert isinstance(beside, Either), "unless those of the direct kernel do not count"
-    assert beside.first == winograd
+    assert isinstance(winograd, WinogradConv), "weights in two layouts take too much"
+    assert either(winograd, direct, AVX512, 1, Limits(growth=winograd.growth + 0.9)) is None
+    assert either(winograd, direct, AVX512, 1, Limits(growth=winograd.growth + 1)) is not None

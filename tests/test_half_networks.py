@@ -47,9 +47,9 @@ class EveryKind(nn.Module):
 
 @pytest.mark.parametrize("target", [pytest.param("snapdragon", marks=pytest.mark.device), "host"])
 def test_a_network_of_every_kind_of_layer_agrees_with_its_source(tmp_path, target):
-    from dance_tvm.device import emulator_available
+    from dance_tvm.device import why_no_emulator
 
-    if target != "host" and (reason := emulator_available()):
+    if target != "host" and (reason := why_no_emulator()):
         pytest.skip(f"no emulated device: {reason}")
     if not load_target(target).vector.fp16:
         pytest.skip(f"{target} does not multiply halves")
@@ -82,9 +82,9 @@ class Curves(nn.Module):
 @pytest.mark.device
 def test_every_half_on_an_arm_processor(tmp_path):
     """Of each number, infinities and NaN among them: the estimates that stand in the place of divisions there."""
-    from dance_tvm.device import emulator_available, open_device
+    from dance_tvm.device import open_device, why_no_emulator
 
-    if reason := emulator_available():
+    if reason := why_no_emulator():
         pytest.skip(f"no emulated device: {reason}")
     # One channel of eight: the others are zeros, of which a product with an infinity is NaN.
     halves = np.zeros((1, 8, 1, 256, 256), "float16")

@@ -44,6 +44,9 @@ OPERATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda x: x.softmax(1),
     "not equal to itself": lambda x: (x != x).float(),
     "equal to itself": lambda x: (x == x).float(),
+    "unequal to a number": lambda x: (x != 1).float(),
+    "unequal to another": lambda x: (x != x.flip(1)).float(),
+    "not zero": lambda x: torch.where(x != 0, x, 0),
     "above": lambda x: (x > 0).float(),
 }
 

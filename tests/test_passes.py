@@ -29,6 +29,7 @@ from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.fold_lists import FoldLists
 from dance_tvm.transform.fold_patches import FoldPatches
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
+from dance_tvm.transform.infinite_fills import InfiniteFills
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_before_concat import NormsBeforeConcat
@@ -37,6 +38,7 @@ from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.spread_transposed import SpreadTransposed
 from dance_tvm.transform.vector_math import VectorMath
 from dance_tvm.transform.whole_pools import WholePools
+from dance_tvm.transform.whole_powers import WholePowers
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -746,3 +748,60 @@ def test_what_is_behind_a_concatenation_of_convolutions_goes_to_its_parts() -> N
     becomes(NormsBeforeConcat(Reasons()), Before, After)
     why = "behind a concatenation, where it stays: x is no convolution's result that it alone reads"
     declines(NormsBeforeConcat, Read, why)
+
+
+# -- WholePowers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_fifth_power_is_a_product_by_squares() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((4,), "float32")) -> R.Tensor((4,), "float32"):
+            with R.dataflow():
+                y = R.power(x, R.const(5.0, "float32"))
+                R.output(y)
+            return y
+
+    @I.ir_module
+    class After:
+        @R.function
+        def main(x: R.Tensor((4,), "float32")) -> R.Tensor((4,), "float32"):
+            with R.dataflow():
+                second = R.multiply(x, x)
+                fourth = R.multiply(second, second)
+                y = R.multiply(fourth, x)
+                R.output(y)
+            return y
+
+    becomes(WholePowers(), Before, After)
+
+
+@pytest.mark.parametrize(("dtype", "exponent"), [("float32", 2.5), ("float32", 9.0), ("int32", 3)])
+def test_other_powers_stay(dtype: str, exponent: float) -> None:
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType([4], dtype))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit_output(relax.op.power(x, relax.const(exponent, dtype)))
+        builder.emit_func_output(y)
+    stays(WholePowers(), builder.finalize())
+
+
+# -- InfiniteFills ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [np.inf, 2.0])
+def test_an_infinite_fill_is_a_broadcast_constant(number: float) -> None:
+    def filled(of: Callable[[relax.Expr, relax.Var], relax.Expr]) -> tvm.IRModule:
+        builder = relax.BlockBuilder()
+        x = relax.Var("x", relax.TensorType([2, 3], "float32"))
+        with builder.function("main", [x]):
+            with builder.dataflow():
+                y = builder.emit_output(of(relax.const(np.float32(number)), x))
+            builder.emit_func_output(y)
+        return builder.finalize()
+
+    before = filled(lambda value, x: relax.op.full_like(x, value))
+    after = filled(lambda value, _x: relax.op.broadcast_to(value, (2, 3)))
+    becomes(InfiniteFills(), before, before if np.isfinite(number) else after)

@@ -31,7 +31,7 @@ from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.options import MOST_THREADS
 from dance_tvm.machines.target import load_target
-from dance_tvm.models.network_inputs import declared_inputs, declared_types
+from dance_tvm.models.network_inputs import declared_inputs
 from dance_tvm.sparsity.data_names import READERS
 from dance_tvm.sparsity.options import MethodOptions, checked
 from dance_tvm.sparsity.settings import Settings
@@ -99,6 +99,7 @@ REFUSALS = {
     "build --target nanos": "did you mean 'jetson-nano'",
     "build -q -v": "give one of them",
     "tune --trials 0": "--trials must be at least 1",
+    "tune --trials 99999999999999999999": "--trials must be at most 2,147,483,647",
     "tune --density 1.5": "--density must lie between 0 and 1",
     "tune --density 0.5 --density nan": "--density must be a finite number, not nan",
     "tune --seed 1.5": "--seed must be a whole number, not '1.5'",
@@ -193,6 +194,7 @@ REFUSALS = {
     "train --resume --out started --method kgs": "its method is 'aap', not 'kgs'",
     "train --resume --out started --target-macs 30%": "its options is {}, not {'target_macs': '30%'}",
     "train --method kgs --set epsylon=1": "there is no such option",
+    "train --method kgs --epochs 1": "(35%): give --epochs 2 or more",
     "train --method kgs --set rate=fast": "rate: must be a number, not 'fast'",
     "train --set compute=1 --set compute=2": "--set compute is given twice",
     "train --target-macs half": "target_macs: 'half' is no amount: write a share (0.5, 50%) or a count (120M)",
@@ -218,7 +220,7 @@ REFUSALS = {
     "export c3d-mini --weights nowhere.pt": "there is no weights file nowhere.pt",
     "export c3d-mini --weights DEFAULT": "is no file",
     "export c3d-mini --mean 0.4 --mean 0.5": "--mean is given twice, as 0.4 and as 0.5",
-    "export c3d-mini --mean 0.4,nan,0.5": "mean.1: must be a finite number",
+    "export c3d-mini --mean 0.4,nan,0.5": "--mean 0.4,nan,0.5 is no list of finite numbers: write it as 0.45,0.45,0.45",
     "export c3d-mini --mean 0.4,0.5": "--mean: 2 numbers for frames of three colours",
     "export nosuchmodule:Net --shape 1x2": "there is no module nosuchmodule",
     "export users/net.py:Net --shape 1x2": "names a file: give net:Net",
@@ -417,10 +419,12 @@ def test_programs_say_of_their_inputs_what_pytorch_says(tmp_path: Path) -> None:
     for name, given, wanted in (("fixed", None, 2), ("open", ({0: Dim("batch", min=1, max=9)},), str)):
         program = export(nn.Linear(8, 3), (randn(2, 8),), dynamic_shapes=given)
         save_program(program, tmp_path / f"{name}.pt2")
-        ((first, second),) = (declared_inputs(tmp_path / f"{name}.pt2") or {}).values()
+        declared = declared_inputs(tmp_path / f"{name}.pt2")
+        assert declared is not None
+        ((first, second),) = declared.shapes.values()
         assert second == 8
         assert first == wanted or (wanted is str and isinstance(first, str))
-        assert [*declared_types(tmp_path / f"{name}.pt2").values()] == ["float32"]
+        assert [*declared.types.values()] == ["float32"]
 
 
 def test_a_description_of_an_unknown_form_is_left_to_its_reader(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from dance_tvm.machines.target import load_target
 from dance_tvm.tuning.farm import Farm
 from dance_tvm.tuning.tasks import Plan
 from dance_tvm.tuning.tuner import Tuner
-from dance_tvm.tuning.workloads import Layer
+from dance_tvm.tuning.workloads import Tunable
 
 COUNT = 10
 
@@ -102,7 +102,7 @@ def test_ten_devices_at_once_are_watched_and_tuned_on_though_one_dies(ten, host_
     host, dying = load_target("host"), servers[seen[0].address]
     with Farm([f"tracker://127.0.0.1:{port}/phone"], trial_timeout=60, wait=60) as farm:
         assert farm.lanes == COUNT - 1
-        layer = Layer(workload(16), ["conv"])
+        layer = Tunable(workload(16), ["conv"])
         tuner = Tuner(host, machine_of(host), [layer], farm, Plan(COUNT), tmp_path, lambda _sentence: dying.stop())
         tuner.run()
         assert not tuner.lost
@@ -113,7 +113,7 @@ def test_ten_devices_at_once_are_watched_and_tuned_on_though_one_dies(ten, host_
 @pytest.mark.device
 def test_ten_emulated_phones_at_once_though_one_dies(tmp_path, monkeypatch):
     """dance_server for Android ten times under emulation, behind one tracker, each with code for the phone."""
-    if reason := emulator.why_not():
+    if reason := emulator.why_no_emulator():
         pytest.skip(f"no emulated device: {reason}")
     command = emulated(build_server(load_target("snapdragon"), tmp_path / "phone"))
     monkeypatch.setenv("DANCE_TVM_CACHE", str(tmp_path / "cache"))

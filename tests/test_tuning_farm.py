@@ -36,11 +36,11 @@ from dance_tvm.tuning.farm import Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
 from dance_tvm.tuning.tasks import Plan
 from dance_tvm.tuning.tuner import Tuner
-from dance_tvm.tuning.workloads import Layer
+from dance_tvm.tuning.workloads import Tunable
 
 TRIALS = 3
 HOST = load_target("host")
-LAYER = Layer(workload(16), ["conv"])
+LAYER = Tunable(workload(16), ["conv"])
 pytestmark = pytest.mark.usefixtures("small_generations")
 
 
@@ -92,12 +92,12 @@ def test_a_device_killed_in_the_middle_is_dropped_and_the_run_ends_well(farm, tm
 @pytest.mark.device
 @pytest.mark.slow
 def test_two_emulated_devices_tune_a_small_network_though_one_dies(tmp_path, monkeypatch):
-    if reason := emulator.why_not():
+    if reason := emulator.why_no_emulator():
         pytest.skip(f"no emulated device: {reason}")
     monkeypatch.setattr("dance_tvm.tuning.farm.CONNECT_TIMEOUT_S", emulator.START_TIMEOUT_S)
     python = emulator.python_command(emulator.prepare(lambda _sentence: None))
     phone = load_target("snapdragon")
-    layers = [Layer(replace(workload(channels), threads=1), [f"conv{channels}"]) for channels in (4, 8)]
+    layers = [Tunable(replace(workload(channels), threads=1), [f"conv{channels}"]) for channels in (4, 8)]
     with contextlib.ExitStack() as stack:
         tracker, port = processes.start_tracker(emulator.START_TIMEOUT_S)
         stack.callback(tracker.stop)
@@ -207,7 +207,7 @@ def network(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_ctrl_c_ends_within_seconds_and_the_next_run_goes_on(tmp_path, network, signals):
-    command = [sys.executable, "-m", "dance_tvm.tune", "--model", str(network), "--conv", "direct"]
+    command = [sys.executable, "-m", "dance_tvm", "tune", "--model", str(network), "--conv", "direct"]
     command += ["--logs", str(tmp_path), "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as tuning:
         while " trial" not in tuning.stderr.readline():
@@ -220,7 +220,9 @@ def test_ctrl_c_ends_within_seconds_and_the_next_run_goes_on(tmp_path, network, 
         assert time.monotonic() - begin < 10  # about 2 s, with room for a busy machine
     assert "Traceback" not in errors
     if signals == 1:
+        assert tuning.returncode == 130, errors
         assert "interrupted: run again to go on" in said
+        assert "trials in flight are given up" in errors
     log = Log.read(log_path(HOST, folder=tmp_path))
     assert sum(1 for _ in log.records(statuses=["trial"])) > 0
     assert not log.problems

@@ -22,7 +22,7 @@ from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import load_target
 from dance_tvm.records.kernel_log import Log, append, log_path
 from dance_tvm.tuning import search, tuner
-from dance_tvm.tuning.workloads import Layer
+from dance_tvm.tuning.workloads import Tunable
 
 KILLS = 50
 TRIALS = 2000  # of each layer: more than fifty short lives make
@@ -160,7 +160,7 @@ def cheap_tuner(folder: Path) -> CheapTuner:
     host = load_target("host")
     tuner.PATIENCE = TRIALS
     search.LayerSearch = RandomSearch
-    layers = [Layer(workload(channels), [f"conv{channels}"]) for channels in LAYERS]
+    layers = [Tunable(workload(channels), [f"conv{channels}"]) for channels in LAYERS]
     CheapTuner.acks = str(folder / "acks")
     return CheapTuner(host, machine_of(host), layers, NoDevice(), tuner.Plan(TRIALS), folder)
 

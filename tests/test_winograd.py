@@ -25,12 +25,12 @@ from dance_tvm.schedules.cpu import winograd_multiply
 from dance_tvm.schedules.cpu.choice import direct
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.row_plan import RowPlan
-from dance_tvm.schedules.cpu.tiles import Machine, Tile
+from dance_tvm.schedules.cpu.tiles import Machine, Tile, evenly
 from dance_tvm.schedules.cpu.transform_weights import TransformWeights
 from dance_tvm.schedules.cpu.winograd import WinogradConv
-from dance_tvm.schedules.cpu.winograd_choice import transformed, why_not
+from dance_tvm.schedules.cpu.winograd_choice import transformed, why_no_winograd
 from dance_tvm.schedules.cpu.winograd_plan import WinogradPlan
-from dance_tvm.schedules.cpu.winograd_space import best, evenly
+from dance_tvm.schedules.cpu.winograd_space import best
 from dance_tvm.schedules.cpu.winograd_transforms import POINTS, WinogradPanels, matrices, transform_weights
 from dance_tvm.schedules.emit import number, store
 from dance_tvm.schedules.geometry import Window
@@ -265,7 +265,7 @@ def windows(draw: st.DrawFn) -> WinogradCase:
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(windows())
 def test_axes_that_are_not_transformed_have_any_stride_and_padding(case: WinogradCase) -> None:
-    assert not why_not(gathered(case))
+    assert not why_no_winograd(gathered(case))
     check(case)
 
 
@@ -301,7 +301,7 @@ def test_a_window_is_refused_unless_its_transformed_axes_are_three_long_and_dens
         case = WinogradCase(size=(9, 9, 9), kernel=kernel, stride=stride, dilation=dilation, padding=(1, 0, 1))
         whole = [taps in ((3, 1, 1), (1, *taps[1:])) for taps in (rows, columns)]
         some = (3, 1, 1) in (frames, rows, columns)
-        assert (not why_not(gathered(case))) == (all(whole) and some), (frames, rows, columns)
+        assert (not why_no_winograd(gathered(case))) == (all(whole) and some), (frames, rows, columns)
 
 
 @pytest.mark.parametrize(

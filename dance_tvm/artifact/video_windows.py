@@ -20,7 +20,7 @@ VIDEO_SETS = ("ucf101:", "hmdb51:")
 # What the meaning of an input says of its scale (dance_tvm.models); an exported graph's says neither.
 UP_TO_ONE, AS_TRAINED = "values 0 to 1", "normalised as in training"
 #: Types of input that take a picture's bytes as they are, in the network's own scale.
-_BYTES = {"uint8", "int16", "int32", "int64"}
+_WHOLE_NUMBERS = {"uint8", "int16", "int32", "int64"}
 _MEAN, _DEVIATION = np.array([0.485, 0.456, 0.406], "float32"), np.array([0.229, 0.224, 0.225], "float32")
 
 #: Inputs by the name of the window.
@@ -60,10 +60,19 @@ def require_video_input(manifest: Manifest, preprocess: Preprocess | None = None
     tensor, chosen = manifest.inputs[0], preprocess or manifest.preprocess
     if len(tensor.shape) != 5 or tensor.shape[0] != 1:
         raise DanceError(f"input {tensor.name} has shape {tuple(tensor.shape)}, and videos make one clip of 5 axes")
-    if "float" not in tensor.dtype and tensor.dtype not in _BYTES:
-        raise DanceError(f"input {tensor.name} is {tensor.dtype}, which cannot hold the bytes of a video's frames")
+    _require_frames(tensor)
     if chosen is not None:
         require_prepared([tensor], chosen)
+
+
+def _require_frames(tensor: Tensor) -> None:
+    """Raise DanceError where an input of five axes cannot hold the frames of a video, in colour or grey."""
+    if "float" not in tensor.dtype and tensor.dtype not in _WHOLE_NUMBERS:
+        raise DanceError(f"input {tensor.name} is {tensor.dtype}, which cannot hold the bytes of a video's frames")
+    if not frames_last(tensor) and tensor.shape[1] not in (1, 3):
+        raise DanceError(
+            f"input {tensor.name} has {tensor.shape[1]} channels, and frames of a video have 3, or 1 in grey"
+        )
 
 
 def require_prepared(inputs: Iterable[Tensor], preprocess: Preprocess) -> None:
@@ -71,10 +80,11 @@ def require_prepared(inputs: Iterable[Tensor], preprocess: Preprocess) -> None:
     for tensor in inputs:
         if len(tensor.shape) != 5:
             continue
+        _require_frames(tensor)
         size, resize = _size(tensor), preprocess.resize
         if resize is not None and (resize[0] < size[0] or resize[1] < size[1]):
             raise DanceError(f"--preprocess: frames of {resize} are smaller than the input's {size}")
-        if tensor.dtype in _BYTES and not preprocess.keeps_bytes:
+        if tensor.dtype in _WHOLE_NUMBERS and not preprocess.keeps_bytes:
             raise DanceError(
                 f"--preprocess: input {tensor.name} takes a frame's bytes as {tensor.dtype}, and the network scales "
                 f"them: leave divisor, mean and deviation out"
@@ -117,7 +127,7 @@ def _cut(frames: np.ndarray, name: str, tensor: Tensor, stride: int | None) -> I
 def _as_input(window: np.ndarray, tensor: Tensor, model: str, preprocess: Preprocess | None) -> np.ndarray:
     """(T, H, W, 3) bytes as the network's input: an input of whole numbers takes the bytes, others what ``preprocess``
     says. Without it C3D sees 0 to 255, others ImageNet's scale, unless the input's meaning says 0 to 1."""
-    if tensor.dtype in _BYTES:
+    if tensor.dtype in _WHOLE_NUMBERS:
         values = window
     elif preprocess is not None:
         values = preprocess.scaled(window)
@@ -132,14 +142,14 @@ def _as_input(window: np.ndarray, tensor: Tensor, model: str, preprocess: Prepro
     values = np.moveaxis(values, -1, 0)
     if tensor.shape[1] == 1:
         grey = values.mean(0, keepdims=True)
-        values = np.rint(grey) if tensor.dtype in _BYTES else grey
+        values = np.rint(grey) if tensor.dtype in _WHOLE_NUMBERS else grey
     return np.ascontiguousarray(values[None]).astype(tensor.dtype)
 
 
 def doubt_of_scale(spec: str, manifest: Manifest) -> str:
     """One sentence where the artifact does not say in which scale it takes the frames of videos; else empty."""
     tensor = manifest.inputs[0]
-    scaled = tensor.dtype in _BYTES or UP_TO_ONE in tensor.meaning or AS_TRAINED in tensor.meaning
+    scaled = tensor.dtype in _WHOLE_NUMBERS or UP_TO_ONE in tensor.meaning or AS_TRAINED in tensor.meaning
     if scaled or manifest.preprocess is not None or not (holds_videos(Path(spec)) or spec.startswith(VIDEO_SETS)):
         return ""
     guess = "0 to 255" if _takes_pixels(manifest.name) else "ImageNet's scale"

@@ -53,11 +53,11 @@ def check_artifact(
     ``reference`` is filled with what a device's answers can be compared with later. Raises DanceError if they differ;
     a device that is not there is recorded, and raised only with ``insist``.
     """
-    from dance_tvm.device import emulator_available, open_device, prepare_emulator
+    from dance_tvm.device import open_device, prepare_emulator, why_no_emulator
 
     spec, reason = _device_for(artifact.manifest, insist)
     if spec == "emulator":
-        reason = emulator_available() or ""
+        reason = why_no_emulator() or ""
     if reason and insist:
         raise DanceError(f"the build cannot be checked: {reason}; leave --check out to build without")
     stored = {} if reference is None else reference

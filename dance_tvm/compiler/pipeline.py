@@ -37,6 +37,7 @@ from dance_tvm.transform.fold_lists import FoldLists
 from dance_tvm.transform.fold_pads import FoldPads
 from dance_tvm.transform.fold_patches import FoldPatches
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
+from dance_tvm.transform.infinite_fills import InfiniteFills
 from dance_tvm.transform.join_copies import JoinCopies
 from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.keep_nan import KEEP_NAN
@@ -44,13 +45,14 @@ from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_before_concat import NormsBeforeConcat
 from dance_tvm.transform.norms_by_clip import NormsByClip
-from dance_tvm.transform.powers import legalize_powers
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
 from dance_tvm.transform.spread_transposed import SpreadTransposed
 from dance_tvm.transform.store_halves import StoreHalves
 from dance_tvm.transform.vector_math import VectorMath
+from dance_tvm.transform.whole_division import WHOLE_DIVISION
 from dance_tvm.transform.whole_pools import WholePools
+from dance_tvm.transform.whole_powers import WholePowers
 
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
@@ -118,7 +120,6 @@ def lower(
     lift_weights, reasons = LiftWeights(), Reasons()
     phases = _Phases(on_phase, options.debug_dump)
     source = mod
-    legalize_powers()
     with target.tvm_target(options.threads), tvm.transform.PassContext(opt_level=3):
         spread = [] if gpu is None else [SpreadTransposed(reasons)]
         narrow = [NarrowChannels(reasons)] if options.sparsity == "auto" else []
@@ -134,7 +135,7 @@ def lower(
             sparsity=options.sparsity == "auto",
             threads=options.threads,
             tuning=options.tuning,
-            convolution="direct" if options.numerics == "exact" else options.conv,
+            algorithm="direct" if options.numerics == "exact" else options.conv,
             group=options.kernel_group,
             group_cost=partial(group_cost, target, options.threads, options.logs),
             dtype=options.dtype,
@@ -179,6 +180,8 @@ def _before_kernels(spread: Passes, narrow: Passes, layouts: Passes, reasons: Re
             [
                 relax.transform.CanonicalizeBindings(),
                 BooleanLogic(),
+                InfiniteFills(),
+                WholePowers(),
                 relax.transform.FoldConstant(),
                 relax.transform.DeadCodeElimination(),
                 *spread,
@@ -224,7 +227,7 @@ def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int, reasons: Re
                 *([] if gpu else [JoinCopies(machine.vector_floats, threads, reasons)]),
                 ComputeEmpty(),
                 relax.transform.DecomposeOpsForInference(),
-                relax.transform.LegalizeOps(KEEP_NAN),
+                relax.transform.LegalizeOps({**KEEP_NAN, **WHOLE_DIVISION}),
                 relax.transform.AnnotateTIROpPattern(),
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),

@@ -14,11 +14,11 @@ from dance_tvm.artifact.staging import require_writable
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.files import require_folder
 from dance_tvm.core.input_files import read_archive
-from dance_tvm.device import emulator_available
+from dance_tvm.device import why_no_emulator
 from dance_tvm.machines.target import Target
 from dance_tvm.models import registry
 from dance_tvm.models.network_files import require_network
-from dance_tvm.models.network_inputs import declared_inputs, declared_types, require_shape
+from dance_tvm.models.network_inputs import Declared, declared_inputs, require_shape
 
 #: Architectures that kernels, linker and artifacts know, and what begins the triples of their code.
 MACHINES = {"x86_64": ("x86_64",), "aarch64": ("aarch64", "arm64")}
@@ -61,8 +61,9 @@ def require(request: Request) -> None:
         require_layers_seen(target)
     require_checkable(target, request.check)
     require_network(request.model, request.weights)
-    shapes = input_shapes(request.model, request.shapes, request.batch)
-    require_inputs(request, shapes)
+    declared = declared_inputs(Path(request.model)) if Path(request.model).suffix in registry.NETWORK_FILES else None
+    shapes = input_shapes(request, declared)
+    require_inputs(request, shapes, declared)
     require_writable(request.out)
     require_logs(request.logs)
     if request.debug_dump is not None:
@@ -90,25 +91,23 @@ def require_agreement(request: Request) -> None:
         raise DanceError("--check-inputs are for the check: leave --no-check out")
 
 
-def input_shapes(
-    model: str, shapes: Mapping[str, Sequence[int]], batch: int | None
-) -> Mapping[str, tuple[int, ...]] | None:
-    """The shape of each input of a file, as far as it says so. Raises DanceError for ``--shape`` and ``--batch`` that
-    do not fit, and for shapes of a network of the zoo, which leaves none open."""
-    if Path(model).suffix in registry.NETWORK_FILES:
-        declared = declared_inputs(Path(model))
-        return None if declared is None else require_shape(declared, shapes, batch)
-    if shapes:
+def input_shapes(request: Request, declared: Declared | None) -> Mapping[str, tuple[int, ...]]:
+    """The shape of each input of a file that declares them. Raises DanceError for ``--shape`` and ``--batch`` that do
+    not fit, and for shapes of a network of the zoo, which leaves none open."""
+    if declared is not None:
+        return require_shape(declared.shapes, request.shapes, request.batch)
+    model = request.model
+    if request.shapes and Path(model).suffix not in registry.NETWORK_FILES:
         raise DanceError(f"--shape fixes what a file leaves open, and {model} leaves nothing open but --batch")
-    return None
+    return {}
 
 
-def require_inputs(request: Request, shapes: Mapping[str, tuple[int, ...]] | None) -> None:
+def require_inputs(request: Request, shapes: Mapping[str, tuple[int, ...]], declared: Declared | None) -> None:
     """Raise DanceError for files of real inputs that are none, or whose shapes and types are not the network's where
     those are known."""
     model = request.model
     if Path(model).suffix in registry.NETWORK_FILES:
-        known, types = shapes or {}, declared_types(Path(model))
+        known, types = shapes, declared.types if declared else {}
     else:
         entry = registry.entry(model)
         known, types = {"": entry.input_shape}, {"": entry.dtype_name}
@@ -135,7 +134,7 @@ def _require_fitting(said: str, model: str, array: np.ndarray, shape: tuple[int,
 def require_checkable(target: Target, check: bool | None) -> None:
     """Raise DanceError where a check that the user insists on needs a device that is not there."""
     is_emulated = target.gpu is None and target.link.machine == "aarch64" != platform.machine()
-    if check and is_emulated and (reason := emulator_available()):
+    if check and is_emulated and (reason := why_no_emulator()):
         raise DanceError(f"the build cannot be checked: {reason}; leave --check out to build without")
 
 

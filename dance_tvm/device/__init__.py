@@ -17,13 +17,13 @@ __all__ = [
     "KernelTime",
     "LoadedNetwork",
     "address_of",
-    "emulator_available",
     "open_device",
     "open_server",
     "prepare_emulator",
     "require_reachable",
     "require_runnable",
     "require_spec",
+    "why_no_emulator",
 ]
 
 
@@ -119,7 +119,7 @@ def require_runnable(artifact: Artifact, spec: str) -> None:
         name = artifact.manifest.target.name
         raise DanceError(f"{artifact.path} is built for the GPU of {name}, and the emulated device has none")
     artifact.require_machine("aarch64")
-    if reason := emulator_available():
+    if reason := why_no_emulator():
         raise DanceError(f"there is no emulated device here: {reason}")
 
 
@@ -142,11 +142,11 @@ def open_server(name: str, host: str, port: int, match: str, timeout: float, cal
     return RemoteSession(Connection(name, host, port, match, timeout, call_timeout))
 
 
-def emulator_available() -> str | None:
+def why_no_emulator() -> str | None:
     """None if the emulated aarch64 device can be had here, else the reason why not and what mends it."""
-    from dance_tvm.device.emulator import why_not
+    from dance_tvm.device import emulator
 
-    return why_not()
+    return emulator.why_no_emulator()
 
 
 def prepare_emulator(progress: Callable[[str], object] = print) -> None:

@@ -44,7 +44,7 @@ WHEELS = ("apache-tvm", "apache-tvm-ffi", "numpy", "ml_dtypes", "typing_extensio
 GLIBC_2_36 = [f"manylinux_2_{minor}_aarch64" for minor in (36, 35, 34, 31, 28, 27, 24, 17)] + ["manylinux2014_aarch64"]
 
 
-def why_not() -> str | None:
+def why_no_emulator() -> str | None:
     """None if the device can be had here, else the reason and what mends it."""
     if not sys.platform.startswith("linux"):
         return "the emulated device needs Linux"
@@ -64,7 +64,7 @@ def prepare(progress: Callable[[str], object] = print) -> Path:
     folder = _folder()
     if folder.exists():
         return folder
-    if reason := why_not():
+    if reason := why_no_emulator():
         raise DanceError(f"there is no emulated device here: {reason}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def python_command(system: Path) -> list[str]:
     """The command that starts the device's Python under qemu."""
     qemu = _qemu()
     if qemu is None:
-        raise DanceError(f"there is no emulated device here: {why_not()}")
+        raise DanceError(f"there is no emulated device here: {why_no_emulator()}")
     root = system / "root"
     environment = {
         "PYTHONHOME": root / "usr",

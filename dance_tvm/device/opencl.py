@@ -14,7 +14,7 @@ import numpy as np
 
 from dance_tvm.artifact.gpu_launches import DeviceCode, Plan
 from dance_tvm.core.errors import DanceError
-from dance_tvm.machines.gpu import opencl_devices, pyopencl, why_no_opencl
+from dance_tvm.machines.gpu import is_pocl, opencl_devices, pyopencl, why_no_opencl
 
 _HALF_PRAGMA = "#pragma OPENCL EXTENSION cl_khr_fp16 : enable"
 
@@ -39,7 +39,7 @@ class OpenCLSession:
                 raise DanceError(f"there is no OpenCL device {name!r} here; there is {known}")
             raise DanceError(f"there is no OpenCL device here: {why_no_opencl()}")
         self.device = fitting[0]
-        self._options = [] if optimise and "PoCL" not in self.device.version else ["-cl-opt-disable"]
+        self._options = [] if optimise and not is_pocl(self.device) else ["-cl-opt-disable"]
         self.name = self.device.name
         self.context = self._cl.Context([self.device])
         self.queue = self._cl.CommandQueue(self.context)

@@ -194,18 +194,22 @@ def _with_weights(
     if problems := models.misfits(missing, unexpected, wrong):
         raise DanceError(f"the weights do not fit the exported program: {problems}")
     replaced = {name: state[name].detach().to(tensor) for name, tensor in own.items()}
+    learned = {
+        name: nn.Parameter(replaced[name], tensor.requires_grad)
+        for name, tensor in own.items()
+        if isinstance(tensor, nn.Parameter)
+    }
     return torch.export.ExportedProgram(
         program.graph_module,
         program.graph,
         program.graph_signature,
-        {name: nn.Parameter(tensor, own[name].requires_grad) if isinstance(own[name], nn.Parameter) else tensor
-         for name, tensor in replaced.items()},
+        {**replaced, **learned},
         program.range_constraints,
         program.module_call_graph,
         program.example_inputs,
         program.constants,
         verifiers=program.verifiers,
-    )  # fmt: skip
+    )
 
 
 def _program_sha256(program: torch.export.ExportedProgram) -> str:

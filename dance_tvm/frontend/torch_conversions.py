@@ -167,9 +167,10 @@ def _clamp(node: fx.Node, importer: Importer) -> relax.Expr:
     given = arguments(node)
     dtype, emit = name_of(node.meta["val"].dtype), importer.block_builder.emit
     x = cast(importer, importer.env[node.args[0]], dtype)
-    low, high = bounds = given.get("min"), given.get("max")
-    if "float" in dtype and isinstance(low, (int, float)) and isinstance(high, (int, float)):
-        return emit(relax.op.clip(x, float(min(low, high)), float(high)))
+    bounds = given.get("min"), given.get("max")
+    numbers = [bound for bound in bounds if isinstance(bound, (int, float)) and not math.isnan(bound)]
+    if "float" in dtype and len(numbers) == 2:
+        return emit(relax.op.clip(x, float(min(numbers)), float(numbers[1])))
     for bound, operator in zip(bounds, (relax.op.maximum, relax.op.minimum), strict=True):
         if bound is not None:
             bound = importer.env[bound] if isinstance(bound, fx.Node) else bound
@@ -192,6 +193,16 @@ def _composed(compute: Callable[..., relax.Expr]) -> Conversion:
     return convert
 
 
+def _power(node: fx.Node, importer: Importer) -> relax.Expr:
+    """A half is a root, as in PyTorch: NaN of minus infinity, which ``pow`` makes infinite."""
+    exponent: Any = node.args[1]
+    root = {0.5: relax.op.sqrt, -0.5: relax.op.rsqrt}.get(exponent)
+    dtype = name_of(node.meta["val"].dtype)
+    if root is None or "float" not in dtype:
+        return importer._pow(node)
+    return importer.block_builder.emit(root(cast(importer, importer.env[node.args[0]], dtype)))
+
+
 def _erfc(emit: Any, number: Any, x: relax.Expr) -> relax.Expr:
     return emit(relax.op.subtract(number(1), emit(relax.op.erf(x))))
 
@@ -202,7 +213,9 @@ def _exp2(emit: Any, number: Any, x: relax.Expr) -> relax.Expr:
 
 def _hypot(emit: Any, number: Any, a: relax.Expr, b: relax.Expr) -> relax.Expr:
     squares = [emit(relax.op.multiply(value, value)) for value in (a, b)]
-    return emit(relax.op.sqrt(emit(relax.op.add(*squares))))
+    root = emit(relax.op.sqrt(emit(relax.op.add(*squares))))
+    endless = emit(relax.op.logical_or(*(emit(relax.op.isinf(value)) for value in (a, b))))
+    return emit(relax.op.where(endless, number(math.inf), root))  # also beside NaN
 
 
 def _copysign(emit: Any, number: Any, a: relax.Expr, b: relax.Expr) -> relax.Expr:
@@ -284,6 +297,7 @@ CONVERSIONS: dict[str, Conversion] = {
     "div.Tensor_mode": _divide_rounded,
     "div.Scalar_mode": _divide_rounded,
     "floor_divide.default": _floor_divide,
+    "pow.Tensor_Scalar": _power,
     "pow.Tensor_Tensor": _binary(relax.op.power),
     "logical_and.default": _logical(relax.op.logical_and),
     "logical_or.default": _logical(relax.op.logical_or),

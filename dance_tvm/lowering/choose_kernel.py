@@ -47,7 +47,7 @@ GroupCost = Callable[[Machine], Callable[[KernelGroups], float]]
 class Chooser:
     """Chooses the kernel of each site for a machine.
 
-    ``wanted`` is auto, direct or winograd. With ``sparsity``, zero weights may be left out in groups: of the size
+    ``algorithm`` is auto, direct or winograd. With ``sparsity``, zero weights may be left out in groups: of the size
     ``group``, else of the size that ``group_cost``, or the default cost, makes cheapest. ``limits``: of a site's
     memory, by its ``start``.
     """
@@ -56,7 +56,7 @@ class Chooser:
     sites: Sites
     threads: int
     dtype: str
-    wanted: str
+    algorithm: str
     sparsity: bool
     log: TuningLog | None
     group: tuple[int, int] | None = None
@@ -69,7 +69,7 @@ class Chooser:
 
     def choose(self, site: Site) -> Choice[LayerKernel]:
         """The kernel of a site."""
-        choice = choose(self.layer(site), self.machine, self.wanted, self.log)
+        choice = choose(self.layer(site), self.machine, self.algorithm, self.log)
         reasons = [self.why_whole(site), choice.reason]
         return replace(choice, reason="; ".join(filter(None, reasons)))
 

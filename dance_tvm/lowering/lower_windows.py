@@ -78,7 +78,7 @@ def lower_windows(
     sparsity: bool = True,
     threads: int = 1,
     tuning: TuningLog | None = None,
-    convolution: str = "direct",
+    algorithm: str = "direct",
     group: tuple[int, int] | None = None,
     group_cost: GroupCost | None = None,
     dtype: str = "float32",
@@ -90,11 +90,11 @@ def lower_windows(
     graph = Graph.of(mod["main"])
     liveness = liveness_of(graph)
     cpu = isinstance(machine, Machine)
-    lists = SampleLists(machine, threads, convolution) if isinstance(machine, Machine) else None
+    lists = SampleLists(machine, threads, algorithm) if isinstance(machine, Machine) else None
     sites = Sites.of(graph, liveness, lists, pools_skip=cpu)
     chains = find_chains(graph, liveness, sites) if cpu else []
     used = threads if cpu else 1
-    chooser = Chooser(machine, sites, used, dtype, convolution, sparsity, tuning, group, group_cost, memory)
+    chooser = Chooser(machine, sites, used, dtype, algorithm, sparsity, tuning, group, group_cost, memory)
     if cpu and dtype == HALF:
         chooser.half_range = HalfRange(graph, largest or {})
     if cpu:

@@ -25,7 +25,7 @@ from dance_tvm.schedules.mask_window import GrownMask
 from dance_tvm.schedules.pool import Pool
 from dance_tvm.schedules.workload import Workload
 
-#: What is offered a layer: on a machine, "auto", "direct" or "winograd" being wanted, with a log of what was tuned.
+#: What is offered a layer on a machine; the algorithm is "auto", "direct" or "winograd", the log what was tuned.
 Offer = Callable[[Layer, Any, str, TuningLog | None], Choice[LayerKernel] | None]
 #: The same for pools: their workload and the fields that no size decides.
 PoolOffer = Callable[[Workload, Mapping[str, Any], Any, TuningLog | None], Choice[Pool]]
@@ -74,10 +74,10 @@ def register(kind: type[Machine] | type[Gpu], offer: Offer) -> None:
 
 
 def choose(
-    layer: Layer, machine: Machine | Gpu, wanted: str = "auto", log: TuningLog | None = None
+    layer: Layer, machine: Machine | Gpu, algorithm: str = "auto", log: TuningLog | None = None
 ) -> Choice[LayerKernel]:
     """The kernel of a layer: the first that is offered. Raises LookupError where none is."""
-    offers = (offer(layer, machine, wanted, log) for offer in kernels_of(machine).convolutions)
+    offers = (offer(layer, machine, algorithm, log) for offer in kernels_of(machine).convolutions)
     choice = next((found for found in offers if found is not None), None)
     if choice is None:
         raise LookupError(f"no kernel takes {layer}")

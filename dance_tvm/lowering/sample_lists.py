@@ -19,7 +19,7 @@ from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.cost import axis_densities
 from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.tiles import Machine, default_tile
-from dance_tvm.schedules.cpu.winograd_choice import transformed, why_not
+from dance_tvm.schedules.cpu.winograd_choice import transformed, why_no_winograd
 from dance_tvm.schedules.cpu.winograd_space import best
 from dance_tvm.schedules.plans import MOST_DYNAMIC_POSITION_TAPS
 
@@ -33,11 +33,11 @@ WORTH_LISTING = 0.95
 
 @dataclass(frozen=True)
 class SampleLists:
-    """Decides for a machine and a number of threads; ``convolution`` is auto, direct or winograd."""
+    """Decides for a machine and a number of threads; ``algorithm`` is auto, direct or winograd."""
 
     machine: Machine
     threads: int
-    convolution: str
+    algorithm: str
 
     def __call__(self, site: Site, alive: Live, wanted: Live) -> SiteLists:
         """Which of the lists that masks allow the site walks."""
@@ -90,7 +90,7 @@ class SampleLists:
         axes = (alive.channels, alive.frames, positions_of_input(site, alive), *vars(wanted).values())
         densities = axis_densities(axes)
         direct = conv.predict(machine, self.threads, densities)
-        if self.convolution == "direct" or why_not(conv):
+        if self.algorithm == "direct" or why_no_winograd(conv):
             return direct
         found = best(transformed(conv), machine, self.threads, densities)
         return min(direct, found.predict(machine, self.threads, densities)) if found else direct

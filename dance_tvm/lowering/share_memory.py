@@ -13,7 +13,7 @@ from tvm import relax
 
 from dance_tvm.schedules.cpu.choice import memory_trades
 from dance_tvm.schedules.cpu.tiles import Machine
-from dance_tvm.schedules.layer import UNLIMITED, Limits
+from dance_tvm.schedules.layer import Limits
 
 from .choose_kernel import Chooser
 from .sites import Site
@@ -21,8 +21,8 @@ from .sites import Site
 #: small: the weights of the whole network may grow by this share of them when they are prepared, or by so many bytes,
 #: which are nothing to any machine.
 MOST_GROWTH, SMALL_BYTES = 0.17, 2 << 20
-#: balanced: by this share, or, where it is more, by as much as they grow when layers of more than so many bytes have
-#: this limit (tiles of two along every axis, or of three along two) and others none.
+#: balanced: by this share, or, where it is more, by as much as they grow when layers of more than so many bytes, the
+#: large ones, have this limit (tiles of two along every axis, or of three along two). Others have none.
 BALANCED_GROWTH, LARGE_BYTES, LARGE = 0.75, 8 << 20, Limits(growth=2.4)
 #: Scratch that every layer may have; beyond it, what the arena has anyway for the layer with the largest activations.
 SCRATCH_BYTES = 8 << 20
@@ -56,18 +56,20 @@ def _small(chooser: Chooser, machine: Machine, sites: Sequence[Site]) -> dict[re
 
 
 def _balanced(chooser: Chooser, machine: Machine, sites: Sequence[Site]) -> dict[relax.Var, Limits]:
-    """As if masks left everything: what they leave is not known, and none may make a layer slower than it is without
-    any. A layer under masks may store its weights for a direct kernel too, unless they are large."""
-    room = BALANCED_GROWTH * _weight_bytes(sites)
-    by_layer = {site.start: LARGE for site in sites if site.weight.nbytes > LARGE_BYTES}
-    allowed = []
+    """Layers that are not large have no limit, and the large ones share what these leave.
+
+    As if masks left everything: what they leave is not known, and none may make a layer slower than it is without any.
+    """
+    room, least, large, allowed = BALANCED_GROWTH * _weight_bytes(sites), 0.0, [], []
     for site in sites:
-        growths = memory_trades(chooser.layer(site).unmasked, machine, chooser.log, Limits())
-        beside = site.weight.nbytes <= LARGE_BYTES
-        allowed.append([(Limits(growth, beside=beside), seconds) for growth, seconds in growths])
-        most = by_layer.get(site.start, UNLIMITED).growth
-        room -= (max(growth for growth, _ in growths if growth <= most) - 1) * site.weight.nbytes
-    return by_layer if room <= 0 else _limits(sites, allowed, BALANCED_GROWTH * _weight_bytes(sites))
+        trades = memory_trades(chooser.layer(site).unmasked, machine, chooser.log, Limits())
+        if site.weight.nbytes <= LARGE_BYTES:
+            room -= (max(growth for growth, _ in trades) - 1) * site.weight.nbytes
+        else:
+            least += (max(growth for growth, _ in trades if growth <= LARGE.growth) - 1) * site.weight.nbytes
+            large.append(site)
+            allowed.append([(Limits(growth), seconds) for growth, seconds in trades])
+    return _limits(large, allowed, room) if room > least else {site.start: LARGE for site in large}
 
 
 def _limits(

@@ -75,9 +75,14 @@ def _all_opencl_devices() -> list[Any]:
         return []
 
 
+def is_pocl(device: Any) -> bool:
+    """Whether this OpenCL device is a processor by PoCL."""
+    return "PoCL" in device.version
+
+
 def _is_unknown_to_pocl(device: Any) -> bool:
     """Whether this is an x86-64 processor newer than PoCL's LLVM, for which PoCL compiles nothing (its issue 1049)."""
-    return "PoCL" in device.version and "x86_64" in device.version and device.version.endswith("-generic")
+    return is_pocl(device) and "x86_64" in device.version and device.version.endswith("-generic")
 
 
 def opencl_library() -> str | None:

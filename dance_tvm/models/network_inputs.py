@@ -8,12 +8,12 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dance_tvm.core.errors import DanceError
 
 #: Dimensions by input; those that are open are names.
-Declared = Mapping[str, Sequence[int | str]]
+Shapes = Mapping[str, Sequence[int | str]]
 
 _PROGRAM = re.compile(r"(^|/)models/[^/]+\.json$")
 #: What reading a file raises that has another form than is known here, or is torn.
@@ -29,6 +29,18 @@ _ONNX_TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "
 _SYMBOL = re.compile(r"Symbol\('(\w+)'[^()']*\)")
 
 
+class Declared(NamedTuple):
+    """What a file says of its inputs: their shapes, and NumPy's names of the types that are known."""
+
+    shapes: Shapes
+    types: dict[str, str]
+
+    @staticmethod
+    def of(shapes: Shapes, numbers: Mapping[str, int], types: Mapping[int, str]) -> Declared:
+        """Types by the ``numbers`` that the file's format gives them."""
+        return Declared(shapes, {name: types[number] for name, number in numbers.items() if number in types})
+
+
 def declared_inputs(path: Path) -> Declared | None:
     """What the file takes; None where it does not say it in the form that is known here: its reader will say more."""
     try:
@@ -37,26 +49,8 @@ def declared_inputs(path: Path) -> Declared | None:
         return None
 
 
-def declared_types(path: Path) -> dict[str, str]:
-    """NumPy's name of each input's type, as far as the file says it in the form that is known here."""
-    try:
-        if path.suffix == ".onnx":
-            known = {value.name: _ONNX_TYPES.get(value.type.tensor_type.elem_type) for value in _graph(path).input}
-        else:
-            known = {name: _TORCH_TYPES.get(facts["dtype"]) for name, facts in (_tensors(path) or {}).items()}
-    except _UNKNOWN_FORM:
-        return {}
-    return {name: dtype for name, dtype in known.items() if dtype is not None}
-
-
 def _of_program(path: Path) -> Declared | None:
-    """The inputs of an exported program."""
-    found = _tensors(path)
-    return None if found is None else {name: [_extent(size) for size in each["sizes"]] for name, each in found.items()}
-
-
-def _tensors(path: Path) -> dict[str, Any] | None:
-    """What an exported program says of its inputs, as JSON in its archive."""
+    """The inputs of an exported program, which its archive describes as JSON."""
     with zipfile.ZipFile(path) as archive:
         members = [name for name in archive.namelist() if _PROGRAM.search(name)]
         if len(members) != 1:
@@ -64,7 +58,9 @@ def _tensors(path: Path) -> dict[str, Any] | None:
         module = json.loads(archive.read(members[0]))["graph_module"]
     taken = [spec["user_input"]["arg"] for spec in module["signature"]["input_specs"] if "user_input" in spec]
     names = [argument["as_tensor"]["name"] for argument in taken if "as_tensor" in argument]
-    return {name: module["graph"]["tensor_values"][name] for name in names}
+    tensors = {name: module["graph"]["tensor_values"][name] for name in names}
+    shapes = {name: [_extent(size) for size in tensor["sizes"]] for name, tensor in tensors.items()}
+    return Declared.of(shapes, {name: tensor.get("dtype", 0) for name, tensor in tensors.items()}, _TORCH_TYPES)
 
 
 def _extent(size: Mapping[str, Any]) -> int | str:
@@ -77,28 +73,25 @@ def _extent(size: Mapping[str, Any]) -> int | str:
     return symbol[1]
 
 
-def _graph(path: Path) -> Any:
-    """The graph of an ONNX file. Raises DanceError for a file that is none."""
+def _of_onnx(path: Path) -> Declared | None:
+    """The inputs of an ONNX graph. Raises DanceError for a file that is none."""
     import onnx
 
     try:
-        return onnx.load(str(path), load_external_data=False).graph
+        graph = onnx.load(str(path), load_external_data=False).graph
     except OSError:
         raise
     except Exception:  # protobuf's own
         raise DanceError(f"{path} is no ONNX file, or is truncated: export the network again") from None
-
-
-def _of_onnx(path: Path) -> Declared | None:
-    """The inputs of an ONNX graph. Raises DanceError for a file that is none."""
-    graph = _graph(path)
     if not graph.output:
         raise DanceError(f"{path} is no ONNX file, or is empty: export the network again")
     weights = {tensor.name for tensor in graph.initializer} | {each.values.name for each in graph.sparse_initializer}
     inputs = [value for value in graph.input if value.name not in weights]
     if not all(value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape") for value in inputs):
         return None
-    return {value.name: _dims(value.type.tensor_type.shape.dim) for value in inputs}
+    tensors = {value.name: value.type.tensor_type for value in inputs}
+    shapes = {name: _dims(tensor.shape.dim) for name, tensor in tensors.items()}
+    return Declared.of(shapes, {name: tensor.elem_type for name, tensor in tensors.items()}, _ONNX_TYPES)
 
 
 def _dims(dims: Any) -> list[int | str]:
@@ -107,7 +100,7 @@ def _dims(dims: Any) -> list[int | str]:
 
 
 def require_shape(
-    declared: Declared, shapes: Mapping[str, Sequence[int]], batch: int | None = None
+    declared: Shapes, shapes: Mapping[str, Sequence[int]], batch: int | None = None
 ) -> dict[str, tuple[int, ...]]:
     """The shape of each input: ``declared``, its open dimensions (names) as ``shapes`` gives them; ``batch``
     is the first dimension of all others, where it is open or has that extent.

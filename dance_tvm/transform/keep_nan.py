@@ -59,7 +59,7 @@ def _binary(pick: Pick, own: Legalize) -> Legalize:
 
         def picked(left: te.Tensor, right: te.Tensor) -> te.Tensor:
             def at(*index: Expr) -> Expr:
-                return pick(_broadcast(left, index), _broadcast(right, index))
+                return pick(broadcast(left, index), broadcast(right, index))
 
             return te.compute(shape, at, name=_name(call))
 
@@ -68,7 +68,7 @@ def _binary(pick: Pick, own: Legalize) -> Legalize:
     return legalize
 
 
-def _broadcast(x: te.Tensor, index: Sequence[Expr]) -> Expr:
+def broadcast(x: te.Tensor, index: Sequence[Expr]) -> Expr:
     """``x`` at the place of ``index`` in a shape that it is broadcast to."""
     last = index[len(index) - len(x.shape) :]
     return x(*(0 if int(extent) == 1 else at for extent, at in zip(x.shape, last, strict=True)))
@@ -130,12 +130,12 @@ def _reduction(reduce: Callable[..., Expr], own: Legalize) -> Legalize:
     return legalize
 
 
-def _comparison(of_nan: bool, own: Legalize) -> Legalize:
-    """A value beside itself: equal but for NaN, which TVM's arithmetic does not know of."""
+def _comparison(of_nan: bool, other: Legalize) -> Legalize:
+    """A value beside itself: equal but for NaN, which TVM's arithmetic does not know of; others as ``other``."""
 
     def legalize(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         if not (call.args[0].same_as(call.args[1]) and _is_float(call.args[0])):
-            return own(builder, call)
+            return other(builder, call)
 
         def compared(x: te.Tensor) -> te.Tensor:
             def at(*index: Expr) -> Expr:
@@ -147,6 +147,11 @@ def _comparison(of_nan: bool, own: Legalize) -> Legalize:
         return builder.call_te(compared, call.args[0], primfunc_name_hint=_name(call))
 
     return legalize
+
+
+def _unequal(left: Expr, right: Expr) -> Expr:
+    """NaN is unequal to everything; the code that TVM writes for ``!=`` finds it unequal to nothing."""
+    return tirx.Select(left == right, tirx.const(False, "bool"), tirx.const(True, "bool"))
 
 
 def _negation(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -173,7 +178,7 @@ def _zero(is_zero: Callable[[relax.Call], bool], own: Legalize) -> Legalize:
 
         def zero_of(x: te.Tensor) -> te.Tensor:
             def at(*index: Expr) -> Expr:
-                finite = tirx.abs(_broadcast(x, index)) < tirx.const(math.inf, x.dtype)
+                finite = tirx.abs(broadcast(x, index)) < tirx.const(math.inf, x.dtype)
                 return tirx.Select(finite, tirx.const(0.0, x.dtype), tirx.const(math.nan, x.dtype))
 
             return te.compute(shape, at, name=_name(call))
@@ -214,8 +219,8 @@ KEEP_NAN: dict[str, Legalize] = {
     "relax.minimum": _binary(_smaller, _own("relax.minimum")),
     "relax.max": _reduction(_MOST, _own("relax.max")),
     "relax.min": _reduction(_LEAST, _own("relax.min")),
-    "relax.equal": _comparison(of_nan=False, own=_own("relax.equal")),
-    "relax.not_equal": _comparison(of_nan=True, own=_own("relax.not_equal")),
+    "relax.equal": _comparison(of_nan=False, other=_own("relax.equal")),
+    "relax.not_equal": _comparison(of_nan=True, other=_binary(_unequal, _own("relax.not_equal"))),
     "relax.logical_not": _negation,
     "relax.subtract": _zero(_is_less_itself, _own("relax.subtract")),
     "relax.multiply": _zero(_is_times_zero, _own("relax.multiply")),

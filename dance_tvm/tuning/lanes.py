@@ -1,4 +1,4 @@
-"""Threads that a run may leave: whoever is asked to stop does not wait for what a device has yet to answer."""
+"""Threads that may be abandoned: a run that is asked to stop does not wait for a device's answer."""
 
 from __future__ import annotations
 

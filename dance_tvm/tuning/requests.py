@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dance_tvm.core.errors import DanceError
-from dance_tvm.device import emulator_available, require_spec
+from dance_tvm.device import require_spec, why_no_emulator
 from dance_tvm.machines.target import Target, load_target
 
 
@@ -22,5 +22,5 @@ def require_devices_of(machine: Target, devices: list[str]) -> None:
             )
         if spec == "emulator" and machine.link.machine != "aarch64":
             raise DanceError(f"--device emulator is an aarch64 processor, which {machine.name} is not")
-        if spec == "emulator" and (reason := emulator_available()):
+        if spec == "emulator" and (reason := why_no_emulator()):
             raise DanceError(f"there is no emulated device here: {reason}")

@@ -12,14 +12,14 @@ from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.kernel import Kernel
 from dance_tvm.schedules.space import Space
 from dance_tvm.schedules.workload import Decisions
-from dance_tvm.tuning.workloads import Layer
+from dance_tvm.tuning.workloads import Tunable
 
 
 @dataclass
 class Task:
     """One kernel, its search and what came of it. ``before`` and ``after`` are seconds of the verifying run."""
 
-    layer: Layer
+    layer: Tunable
     kernel: Kernel
     space: Space
     results: dict[tuple[int, ...], float | None] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Task:
     search: Any = None
 
     @staticmethod
-    def of(layer: Layer, machine: Machine | Gpu) -> Task:
+    def of(layer: Tunable, machine: Machine | Gpu) -> Task:
         """That of a layer on a machine, with no trials."""
         kernel = kernel_of(layer.workload, machine)
         space = kernel.space(machine, layer.workload)

@@ -35,7 +35,7 @@ from dance_tvm.tuning.instances import Instance, Trial, interleaved
 from dance_tvm.tuning.lanes import Lanes
 from dance_tvm.tuning.tasks import Plan, Task
 from dance_tvm.tuning.trials import build_trial, is_built, open_trial, remove_trial
-from dance_tvm.tuning.workloads import Layer
+from dance_tvm.tuning.workloads import Tunable
 
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
@@ -69,7 +69,7 @@ class Tuner:
         self,
         target: Target,
         machine: Machine | Gpu,
-        layers: list[Layer],
+        layers: list[Tunable],
         farm: Farm,
         plan: Plan,
         folder: Path | None = None,

@@ -12,7 +12,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.schedules import layer
 from dance_tvm.schedules.cpu.choice import settled, settled_direct
 from dance_tvm.schedules.cpu.space import WORTH_TRYING
-from dance_tvm.schedules.cpu.winograd_choice import transformed, why_not
+from dance_tvm.schedules.cpu.winograd_choice import transformed, why_no_winograd
 from dance_tvm.schedules.workload import (
     KERNEL_GROUPS,
     LINE,
@@ -34,7 +34,7 @@ KINDS = {WINOGRAD: " winograd", KERNEL_GROUPS: " kernel groups"}
 
 
 @dataclass
-class Layer:
+class Tunable:
     """A kernel to tune and the layers of the network that use it."""
 
     workload: Workload
@@ -64,7 +64,7 @@ def layers_of(
     conv: Literal["auto", "direct", "winograd"] = "auto",
     clips: str = "",
     dtype: Literal["float32", "float16"] = "float32",
-) -> list[Layer]:
+) -> list[Tunable]:
     """The distinct kernels of ``model`` with the names of their layers, in order of execution.
 
     ``densities``: at which densities kernels that walk lists are tuned (0.5 unless given); with ``clips``, those that
@@ -81,7 +81,7 @@ def layers_of(
     workloads = lower(imported.mod, target, Options(threads=threads or target.threads, dtype=dtype)).workloads
     if not workloads:
         raise DanceError(f"{imported.name} has no tunable layer: it holds no convolutions, linear layers or pools")
-    layers: dict[str, Layer] = {}
+    layers: dict[str, Tunable] = {}
     kept = kept_shares(model, clips, weights) if clips else {}
     gpu, machine = gpu_of(target), machine_of(target)
     for name, workload in workloads.items():
@@ -90,7 +90,7 @@ def layers_of(
         shown = [density_of(workload, kept[name])] if name in kept else []
         for variant in _variants(workload, [*densities, *shown], lists):
             for kernel in [variant] if gpu else _families(variant, machine, conv):
-                layers.setdefault(kernel.identity, Layer(kernel)).names.append(name)
+                layers.setdefault(kernel.identity, Tunable(kernel)).names.append(name)
     if not layers:
         tunable = "with a Winograd kernel " if conv == "winograd" else ""
         known = ", ".join([*workloads][:12])
@@ -103,7 +103,7 @@ def _families(workload: Workload, machine: Machine, conv: str) -> list[Workload]
     if workload.family in (POOL, POINTWISE, LINE) or conv == "direct":
         return [] if conv == "winograd" else [workload]
     direct = settled_direct(layer.Layer.of(workload), machine).kernel
-    if why_not(direct):
+    if why_no_winograd(direct):
         return [] if conv == "winograd" else [workload]
     start = transformed(settled_direct(layer.Layer.of(workload.direct), machine).kernel)
     try:

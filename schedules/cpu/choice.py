@@ -29,7 +29,7 @@ from .row_space import is_dense
 from .row_tiles import RowTile
 from .tiles import Machine, Tile
 from .winograd import WinogradConv
-from .winograd_choice import choose, trades, transformed, why_not
+from .winograd_choice import choose, trades, transformed, why_no_winograd
 from .winograd_columns import WinogradColumns
 from .winograd_space import within
 
@@ -143,19 +143,19 @@ def direct_or_winograd(
     origin: str,
     workload: Workload,
     machine: Machine,
-    wanted: str = "auto",
+    algorithm: str = "auto",
     log: TuningLog | None = None,
     limits: Limits = UNLIMITED,
 ) -> Choice[LayerKernel]:
     """``conv`` or Winograd in its place, and the record that chose its sizes ("": the defaults).
 
     The cost model decides (:func:`~.winograd_choice.choose`), unless the log holds measurements of both for this very
-    workload. ``origin`` says where the tile of ``conv`` comes from; ``wanted`` is auto, direct or winograd, ``limits``
-    are those of ``choose``.
+    workload. ``origin`` says where the tile of ``conv`` comes from; ``algorithm`` is auto, direct or winograd,
+    ``limits`` are those of ``choose``.
     """
-    choice = replace(choose(conv, machine, workload.threads, wanted, limits), workload=workload)
+    choice = replace(choose(conv, machine, workload.threads, algorithm, limits), workload=workload)
     default = replace(choice, origin=origin if choice.kernel is conv else "")
-    if log is None or wanted == "direct" or why_not(conv) or isinstance(choice.kernel, WinogradColumns):
+    if log is None or algorithm == "direct" or why_no_winograd(conv) or isinstance(choice.kernel, WinogradColumns):
         return default
     other, asked = transformed(conv), workload.winograd
     space, advice = other.space(machine, asked), log.advise(asked)
@@ -167,7 +167,7 @@ def direct_or_winograd(
         return default
     tuned: Choice[LayerKernel] = Choice(fitted, choice.reason, advice.origin, workload)
     measured = log.advise(workload)
-    if wanted == "auto" and measured and (measured.workload, advice.workload) == (workload, asked):
+    if algorithm == "auto" and measured and (measured.workload, advice.workload) == (workload, asked):
         kind = "kernel groups" if workload.family == KERNEL_GROUPS else "direct"
         times = f"{1e3 * advice.seconds:.3g} ms measured, {kind} {1e3 * measured.seconds:.3g} ms"
         if measured.seconds > WORTH_SWITCHING * advice.seconds:
@@ -177,15 +177,15 @@ def direct_or_winograd(
     return default if choice.kernel is conv else tuned
 
 
-def offer(layer: Layer, machine: Machine, wanted: str, log: TuningLog | None) -> Choice[LayerKernel]:
+def offer(layer: Layer, machine: Machine, algorithm: str, log: TuningLog | None) -> Choice[LayerKernel]:
     """The direct kernel of a layer, over lists or along lines, or Winograd in its place."""
     found = settled_direct(layer, machine, log)
     conv = found.kernel
-    choice = direct_or_winograd(conv, found.origin, layer.workload, machine, wanted, log, layer.memory)
+    choice = direct_or_winograd(conv, found.origin, layer.workload, machine, algorithm, log, layer.memory)
     masks = MASKS_OF_LINES if layer.channels_in <= FEW_CHANNELS else ()
     if not is_dense(layer, *masks):
-        return choice if wanted != "auto" else _with_direct(choice, conv, layer, machine)
-    if wanted == "winograd" and choice.kernel is not conv:
+        return choice if algorithm != "auto" else _with_direct(choice, conv, layer, machine)
+    if algorithm == "winograd" and choice.kernel is not conv:
         return choice
     lines, workload = _line(layer, machine), line(layer.workload)
     if layer.channels_in > FEW_CHANNELS:
@@ -213,7 +213,7 @@ def memory_trades(layer: Layer, machine: Machine, log: TuningLog | None, limits:
     return trades(settled_direct(layer, machine, log).kernel, machine, layer.threads, limits)
 
 
-def offer_pointwise(layer: Layer, machine: Machine, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel] | None:
+def offer_pointwise(layer: Layer, machine: Machine, _: str, log: TuningLog | None) -> Choice[LayerKernel] | None:
     """The pointwise kernel of a layer that leaves nothing out."""
     if not is_pointwise(layer):
         return None

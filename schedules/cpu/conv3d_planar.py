@@ -26,7 +26,7 @@ from .cost import seconds_per_cycle
 from .pointwise_tiles import predicted_cycles
 from .row_products import Rows, Sums, Vectors, multiply, rows_beside
 from .row_tiles import RowTile, panel_widths
-from .tiles import CHAINS_TO_HIDE_LATENCY, Machine
+from .tiles import CHAINS_TO_HIDE_LATENCY, Machine, evenly
 
 #: Share of the first-level cache that a block's positions take where all weights stay there, to be read anew for every
 #: panel of positions, and of the second-level cache otherwise; the most where larger blocks compute fewer vectors in
@@ -226,7 +226,7 @@ def _tile(machine: Machine, layer: Layer) -> PlanarTile:
     depth, channels_out = layer.channels_in, layer.channels_out
     vectors = max(VECTORS, -(-CHAINS_TO_HIDE_LATENCY // channels_out))
     most, step = rows_beside(machine, vectors)
-    mr = -(-channels_out // -(-channels_out // most))  # tiles of equal height
+    mr = evenly(channels_out, most)
     near = 4 * depth * channels_out <= machine.l1d
     rooms = [NEAR_SHARE_OF_L1 * machine.l1d] if near else [s * machine.l2 for s in (FAR_SHARE_OF_L2, MOST_SHARE_OF_L2)]
     positions, floats = math.prod(layer.window.out), machine.vector_floats

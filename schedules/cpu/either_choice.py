@@ -39,7 +39,7 @@ def either(winograd: WinogradConv, direct: GatherConv, machine: Machine, threads
     if plan.in_positions is not None:
         return None
     thinned = (plan.in_frames, plan.out_frames, plan.positions is not None, direct.live_in, direct.live_out)
-    if not any(thinned) or direct.dtype != FLOAT or winograd.growth + (not limits.beside) > limits.growth:
+    if not any(thinned) or direct.dtype != FLOAT or winograd.growth + 1 > limits.growth:
         return None
     costs = winograd_costs(winograd, machine, threads), direct_costs(direct, machine, threads)
     grains = Grain(plan.m, winograd.unit, winograd.tile.vector_floats), Grain(panel=direct.tile.nr)

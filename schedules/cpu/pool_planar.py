@@ -159,13 +159,15 @@ def _strided(buffer: tirx.Buffer, start: Expr, stride: int, count: int) -> Expr:
 
 
 def _largest(values: list[Expr], count: int) -> Expr:
-    """The largest of some vectors; NaN stays NaN, which ``max`` forgets."""
-    best = let(values[0])
+    """The largest of some vectors; NaN stays NaN, which ``max`` forgets. It is kept in a buffer: of variables that each
+    hold a choice between those before them, TVM's simplifier makes expressions that double with every vector."""
+    best = scratch((count,))
+    store(best, values[0], lanes(0, count))
     for each in values[1:]:
-        value = let(each)
-        larger = tirx.Select(best > value, best, value)
-        best = let(tirx.Select(tirx.isnan(best), best, larger))
-    return best
+        value, now = let(each), let(best[lanes(0, count)])
+        larger = tirx.Select(now > value, now, value)
+        store(best, tirx.Select(tirx.isnan(now), now, larger), lanes(0, count))
+    return best[lanes(0, count)]
 
 
 def _lanes(extent: int, most: int) -> int:

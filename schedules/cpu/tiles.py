@@ -137,6 +137,11 @@ def row_tiles(window: Window, mr: int, share: float = 1.0) -> int:
     return sum(math.ceil(rows * share / mr) for rows, _ in _row_classes(window))
 
 
+def evenly(extent: int, most: int, unit: int = 1) -> int:
+    """The least multiple of ``unit`` with which ``extent`` falls into no more parts than it does with ``most``."""
+    return -(-extent // -(-extent // most) // unit) * unit
+
+
 def busy_share(tasks: int, threads: int) -> float:
     """Share of its threads' time in which a loop of equal tasks keeps them at work."""
     return tasks / (threads * -(-tasks // threads))

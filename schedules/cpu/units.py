@@ -16,7 +16,7 @@ from ..layer import UNLIMITED, Layer, Limits
 from ..workload import Workload
 from .choice import settled_direct
 from .tiles import Machine
-from .winograd_choice import transformed, why_not
+from .winograd_choice import transformed, why_no_winograd
 from .winograd_space import NEVER_SLOWER, options, within
 
 #: Axes of activations that masks thin, and the lists that both sides of a convolution then walk.
@@ -86,7 +86,7 @@ def _candidates(workload: Workload, machine: Machine, limits: Limits) -> dict[Tr
     """The kernels that could serve the layer, by the tile of outputs that each computes at once."""
     direct = settled_direct(Layer.of(workload), machine).kernel
     found: dict[Triple, list[Kernel]] = {DIRECT: [direct]}
-    if not why_not(direct):
+    if not why_no_winograd(direct):
         for conv in (option for option in options(transformed(direct), machine) if within(option, limits)):
             found.setdefault(conv.plan.m, []).append(conv)
     return found

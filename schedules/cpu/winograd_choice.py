@@ -12,15 +12,15 @@ from .conv3d_kgs import KernelGroupConv
 from .tiles import Machine
 from .winograd import WinogradConv
 from .winograd_columns import WinogradColumns
-from .winograd_inputs import InputTiles, WinogradInputs, refused
+from .winograd_inputs import InputTiles, WinogradInputs, why_no_input_tiles
 from .winograd_plan import WinogradPlan
-from .winograd_space import NEVER_SLOWER, best, options, refusal, within
+from .winograd_space import NEVER_SLOWER, best, options, why_no_tiles, within
 
 
-def why_not(conv: GatherConv) -> str:
+def why_no_winograd(conv: GatherConv) -> str:
     """Why no Winograd kernel can compute ``conv``; empty if one can."""
-    reason = refusal(conv.window, conv.groups, skips_positions=False)
-    return refused(conv) if not reason and conv.plan.in_positions is not None else reason
+    reason = why_no_tiles(conv.window, conv.groups, skips_positions=False)
+    return why_no_input_tiles(conv) if not reason and conv.plan.in_positions is not None else reason
 
 
 def transformed(conv: GatherConv) -> WinogradConv:
@@ -43,10 +43,11 @@ def transformed(conv: GatherConv) -> WinogradConv:
 
 def over_columns(conv: GatherConv) -> WinogradColumns | None:
     """The Winograd kernel over the weight columns of ``conv``, of the smallest tiles; None where it has none, or masks
-    thin its channels or the frames that it reads."""
+    thin its channels or what it reads."""
     if not isinstance(conv, KernelGroupConv) or conv.nonzero is None:
         return None
-    if why_not(conv) or conv.live_in or conv.live_out or conv.plan.in_frames:
+    plan = conv.plan
+    if why_no_winograd(conv) or conv.live_in or conv.live_out or plan.in_frames or plan.in_positions is not None:
         return None
     dense = transformed(conv)
     layer = {each.name: getattr(dense, each.name) for each in fields(WinogradConv)}
@@ -62,14 +63,14 @@ def _forms(conv: GatherConv, anew: bool) -> list[WinogradConv]:
 
 
 def choose(
-    conv: GatherConv, machine: Machine, threads: int, wanted: str = "auto", limits: Limits = UNLIMITED
+    conv: GatherConv, machine: Machine, threads: int, algorithm: str = "auto", limits: Limits = UNLIMITED
 ) -> Choice[LayerKernel]:
-    """``conv`` itself or the Winograd kernel within ``limits`` predicted to be faster; ``wanted`` is auto, direct or
+    """``conv`` itself or the Winograd kernel within ``limits`` predicted to be faster; ``algorithm`` is auto, direct or
     winograd."""
-    if wanted == "direct":
+    if algorithm == "direct":
         return Choice(conv, "")
-    if reason := why_not(conv):
-        return Choice(conv, f"direct: {reason}" if wanted == "winograd" else "")
+    if reason := why_no_winograd(conv):
+        return Choice(conv, f"direct: {reason}" if algorithm == "winograd" else "")
     forms = _forms(conv, limits.anew)
     fitting = [found for form in forms if (found := best(form, machine, threads, limits=limits)) is not None]
     if not fitting:
@@ -78,7 +79,7 @@ def choose(
     direct, other = conv.predict(machine, threads), found.predict(machine, threads)
     kind = "kernel groups" if isinstance(conv, KernelGroupConv) else "direct"
     times = f"{1e3 * other:.2g} ms predicted, {kind} {1e3 * direct:.2g} ms"
-    if wanted == "auto" and other > direct:
+    if algorithm == "auto" and other > direct:
         dense = found.predict(machine, threads, [1.0])
         if conv.predict(machine, threads, [1.0]) <= NEVER_SLOWER * dense:
             return Choice(conv, f"{kind}: Winograd {times}")
@@ -92,9 +93,8 @@ def trades(conv: GatherConv, machine: Machine, threads: int, limits: Limits) -> 
     which keeps them as they are, or of a Winograd kernel that transforms them anew in every call, then of each that is
     faster than all with fewer weights."""
     least = {1.0: conv.predict(machine, threads)}
-    offered = (
-        [] if why_not(conv) else [option for form in _forms(conv, limits.anew) for option in options(form, machine)]
-    )
+    forms = [] if why_no_winograd(conv) else _forms(conv, limits.anew)
+    offered = [option for form in forms for option in options(form, machine)]
     fitting = [option for option in offered if within(option, limits)]
     for option in sorted(fitting, key=attrgetter("growth")):
         seconds = option.predict(machine, threads)

@@ -33,7 +33,7 @@ from .winograd_transforms import WinogradPanels
 OVERLAP = 2
 
 
-def refused(conv: GatherConv) -> str:
+def why_no_input_tiles(conv: GatherConv) -> str:
     """Why the layer of ``conv``, which a mask of its input's positions thins, cannot be computed from that side."""
     window, plan = conv.window, conv.plan
     if (window.size[0], window.kernel, window.stride) != (1, (1, 3, 3), (1, 1, 1)) or window.padding != (0, 1, 1):

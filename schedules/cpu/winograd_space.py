@@ -17,7 +17,7 @@ from ..workload import Decisions, Workload
 from .cost import axis_densities, reads_more_weights, runs, winograd_seconds
 from .direct_spaces import GatherSpace
 from .space import WORTH_TRYING, Loops, VectorSpace, are_whole, register_tiles
-from .tiles import Machine, Tile, candidates, predicted_cycles
+from .tiles import Machine, Tile, candidates, evenly, predicted_cycles
 from .winograd_plan import WinogradPlan
 
 #: Floats between the ξ planes of a scratch buffer beyond their content: planes a power of two apart would share the
@@ -135,7 +135,7 @@ class Transformed(Convolution):
         mr, vectors, step = min(fitting, key=cycles)
         most = max(step, int(WEIGHTS_SHARE_OF_L1 * machine.l1d) // (4 * vectors * floats) // step * step)
         depth_block = min(most, evenly(self.channels_in, most, unit_in(floats)))
-        segment_taps = evenly(plan.taps, max(1, most // depth_block), 1)
+        segment_taps = evenly(plan.taps, max(1, most // depth_block))
         step = step if self.channels_in >= step else 1
         return Tile(mr, vectors, floats, step, 1, segment_taps, depth_block)
 
@@ -160,11 +160,6 @@ class Transformed(Convolution):
 W = TypeVar("W", bound=Transformed)
 
 
-def evenly(extent: int, most: int, unit: int) -> int:
-    """The least multiple of ``unit`` with which ``extent`` falls into no more parts than it does with ``most``."""
-    return -(-extent // -(-extent // most) // unit) * unit
-
-
 def unit_in(vector_floats: int) -> int:
     """Input channels that are left out together: whole vectors of V, and enough of them for a loop."""
     return max(vector_floats, LEAST_UNIT)
@@ -182,7 +177,7 @@ def narrowest(channels: int, tile: tuple[int, int, int], vector_floats: int) -> 
     return next(width for width in widths(tile) if width * vector_floats >= channels)
 
 
-def refusal(window: Window, groups: int, skips_positions: bool) -> str:
+def why_no_tiles(window: Window, groups: int, skips_positions: bool) -> str:
     """Why no Winograd kernel can compute a layer; empty if one can. ``skips_positions``: it reads no dead positions."""
     if groups > 1:
         return "it is grouped"
@@ -357,7 +352,7 @@ class WinogradSpace(VectorSpace):
             return False
         work = self.workload
         skips = "in_positions" in work.lists
-        if min(decisions.values()) < 1 or refusal(work.window, work.groups, skips):
+        if min(decisions.values()) < 1 or why_no_tiles(work.window, work.groups, skips):
             return False
         registers = any((decisions["mr"], decisions["vectors"]) == tile[:2] for tile in candidates(self.machine))
         steps = decisions["step"] in (1, *self._gather.steps)

@@ -41,21 +41,21 @@ def kernel_of(workload: Workload, gpu: Gpu) -> BlockConv:
     return blocked(Layer.of(workload), _smallest(workload))
 
 
-def offer_few_rows(layer: Layer, _gpu: Gpu, _wanted: str, _log: TuningLog | None) -> Choice[LayerKernel] | None:
+def offer_few_rows(layer: Layer, _gpu: Gpu, _algorithm: str, _log: TuningLog | None) -> Choice[LayerKernel] | None:
     """A linear layer that is bound by reading its weights."""
     if layer.columns is not None or not is_few_rows(layer.window, layer.groups, layer.samples):
         return None
     return Choice(blocked(layer, BlockTile(layer.window.positions_out // layer.samples, 0, 0, 0, 0), LinearConv))
 
 
-def offer_few_channels(layer: Layer, _gpu: Gpu, _wanted: str, _log: TuningLog | None) -> Choice[LayerKernel] | None:
+def offer_few_channels(layer: Layer, _gpu: Gpu, _algorithm: str, _log: TuningLog | None) -> Choice[LayerKernel] | None:
     """Convolution groups that would leave a tile nearly empty."""
     if layer.groups == 1 or layer.group_out >= FEW_CHANNELS:
         return None
     return Choice(blocked(layer, BlockTile(32, 0, 0, 0, 0), DirectConv))
 
 
-def offer(layer: Layer, gpu: Gpu, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel]:
+def offer(layer: Layer, gpu: Gpu, _algorithm: str, log: TuningLog | None) -> Choice[LayerKernel]:
     """Any layer, in tiles."""
     return settled(blocked(layer, _smallest(layer.workload)), gpu, layer.workload, log)
 

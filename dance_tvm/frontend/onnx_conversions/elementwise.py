@@ -47,7 +47,8 @@ def _clip(op: Operator) -> Any:
     x, bounds = op.input(0), (op.input(1), op.input(2))
     known = [op.value(1), op.value(2)]
     if known[0] is not None and known[1] is not None and is_float(x):
-        return relax.op.clip(x, float(known[0].item()), float(known[1].item()))
+        low, high = float(known[0].item()), float(known[1].item())
+        return relax.op.clip(x, min(low, high), high)  # crossed bounds: the upper one everywhere
     for bound, function in zip(bounds, (relax.op.maximum, relax.op.minimum), strict=True):
         x = x if bound is None else op.emit(function(x, bound))
     return x
@@ -164,6 +165,13 @@ def _mod(op: Operator) -> Any:
     return division.remainder(op.emit, a, b, dtype_of(a))
 
 
+def _sign(op: Operator) -> Any:
+    """That of NaN is NaN, unlike PyTorch's."""
+    x = op.input(0)
+    sign = relax.op.sign(x)
+    return relax.op.where(op.emit(relax.op.isnan(x)), x, op.emit(sign)) if is_float(x) else sign
+
+
 def _pow(op: Operator) -> Any:
     x, exponent = op.inputs
     if is_float(x) and not is_float(exponent):
@@ -193,6 +201,7 @@ CONVERSIONS: dict[str, Conversion] = {
     "PRelu": _prelu,
     "Pow": _pow,
     "Shrink": _shrink,
+    "Sign": _sign,
     "Sum": _variadic(relax.op.add),
     "ThresholdedRelu": _thresholded_relu,
 }
