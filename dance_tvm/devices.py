@@ -132,9 +132,9 @@ def phone(
 
     host, tracker_port = address_of(tracker, "--tracker")
     if host not in ("127.0.0.1", "localhost"):
-        raise DanceError(f"a phone on a cable reaches this machine alone: start the tracker here, not on {host}")
+        raise DanceError(f"a phone on a cable reaches only this machine: start the tracker here, not on {host}")
     if folder is not None and target is not None:
-        raise DanceError("--target is that of a dance_server made anew: leave it out, or FOLDER")
+        raise DanceError("--target is for a newly built dance_server: leave out --target or FOLDER")
     if folder is not None and not folder.is_dir():
         raise DanceError(f"there is no folder {folder}: it holds the server for the phone")
     machine = load_target(target or PHONE)

@@ -32,7 +32,7 @@ app = application()
 def export(
     source: Annotated[
         str,
-        typer.Argument(help="torchvision:NAME, pytorchvideo:NAME, MODULE:FUNCTION of your own, or a name of the zoo."),
+        typer.Argument(help="torchvision:NAME, pytorchvideo:NAME, your own MODULE:FUNCTION, or a name of the zoo."),
     ],
     shape: Annotated[
         list[str] | None,
@@ -106,9 +106,9 @@ def _require_source(source: str, weights: str | None) -> None:
     if (file := weights_file(weights, place)) is not None:
         require_weights(file)
     elif place not in HUBS:
-        raise DanceError(f"--weights {weights} is no file: {source} takes a state dict (.pt, .pth, .safetensors)")
+        raise DanceError(f"--weights {weights} is not a file: {source} takes a state dict (.pt, .pth, .safetensors)")
     elif place == "pytorchvideo" and weights != "pretrained":
-        raise DanceError(f"--weights {weights} is no file: {source} takes `pretrained`, or a state dict's file")
+        raise DanceError(f"--weights {weights} is not a file: {source} takes `pretrained`, or a state dict's file")
 
 
 def _require_name(source: str) -> None:
@@ -116,14 +116,14 @@ def _require_name(source: str) -> None:
     module = source.removesuffix(".py")
     if Path(f"{module}.py").is_file() and source not in names():
         module = module.replace("/", ".")
-        raise DanceError(f"{source} is Python of your own: name a function in it too, as {module}:FUNCTION")
+        raise DanceError(f"{source} is your own Python code: name a function in it too, as {module}:FUNCTION")
     entry(source)
 
 
 def _shape(given: str) -> list[int]:
     parts = given.rpartition("=")[2].replace(",", "x").split("x")
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise DanceError(f"--shape {given} is no shape: write it as 1x3x16x112x112")
+        raise DanceError(f"--shape {given} is not a shape: write it as 1x3x16x112x112")
     return [int(part) for part in parts]
 
 
@@ -131,7 +131,7 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise DanceError(f"--{name} {text} is no list of numbers: write it as 0.45,0.45,0.45") from None
+        raise DanceError(f"--{name} {text} is not a list of numbers: write it as 0.45,0.45,0.45") from None
 
 
 if __name__ == "__main__":

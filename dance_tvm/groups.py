@@ -89,7 +89,7 @@ def _group(text: str) -> tuple[int, int]:
     """(filters, channels) of a group written as 16x4."""
     filters, _, channels = text.partition("x")
     if not (filters.isdigit() and channels.isdigit() and int(filters) and int(channels)):
-        raise DanceError(f"{text!r} is no group; write filters x channels, such as 16x4")
+        raise DanceError(f"{text!r} is not a kernel group; write filters x channels, such as 16x4")
     return int(filters), int(channels)
 
 

@@ -48,7 +48,7 @@ def report(
 ) -> None:
     """Turn measurements into one page that works offline, or into Markdown."""
     if len(results) > 2:
-        raise DanceError("give one file of results, or two to set side by side")
+        raise DanceError("give one file of results, or two to compare")
     if out is not None:
         require_suffix(out, "--out", (SUFFIXES[form],) if form else tuple(SUFFIXES.values()))
         require_apart(out, "--out", {"the results": results, "--tuning": tuning})

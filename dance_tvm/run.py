@@ -136,7 +136,7 @@ def warn_of_nan(found: list[tuple[str, dict[str, np.ndarray], float]]) -> None:
 def _sources(inputs: Path | None, videos: list[Path], frames: Path | None) -> list[Path | None]:
     """The files to run on, a folder of videos file by file; None stands for random input."""
     if frames is not None and not frames.is_dir():
-        raise DanceError(f"--frames {frames} is no folder: name one that holds a video's pictures, or give --video")
+        raise DanceError(f"--frames {frames} is not a folder: name one that holds a video's pictures, or give --video")
     if frames is not None:
         pictures_in(frames)
     found: list[Path | None] = [path for path in (inputs, frames) if path is not None]

@@ -58,7 +58,7 @@ def main(
         Path | None, typer.Option(help="weights to start from: an earlier run's model.safetensors, a state dict")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on from what --out holds, as it was begun; more --epochs prolong it")
+        bool, typer.Option("--resume", help="continue the run in --out with its own settings; more --epochs extend it")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that --out holds")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -165,19 +165,19 @@ def _of_budget(budget: str | None, method: str, target_macs: str | None) -> dict
 
 
 def _require_place(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raise DanceError where a run, finished or not, would be lost, where there is none to go on with, and where none
+    """Raise DanceError where a run, finished or not, would be lost, where there is none to resume, and where none
     can be written."""
     if resume and overwrite:
-        raise DanceError("--resume goes on with what --overwrite replaces: give one of them")
+        raise DanceError("--resume continues what --overwrite replaces: give one of them")
     require_folder(folder, "--out")
     if resume and not (folder / "checkpoint.safetensors").is_file():
-        raise DanceError(f"{folder} holds no run to go on with: name its --out, or train without --resume")
+        raise DanceError(f"{folder} holds no run to resume: name its --out, or train without --resume")
     if resume or overwrite:
         return
     for name, state in (("card.json", "a finished run"), ("checkpoint.safetensors", "a run that is not finished")):
         if (folder / name).exists():
             raise DanceError(
-                f"{folder} holds {state}: --resume goes on with it, --overwrite replaces it, or choose another --out"
+                f"{folder} holds {state}: --resume continues it, --overwrite replaces it, or choose another --out"
             )
 
 

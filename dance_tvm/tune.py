@@ -285,7 +285,7 @@ def _print(tuner: Tuner) -> None:
         failed = f"; {counted(device.failed, 'session')} failed" if device.failed else ""
         if device.dropped or failed:
             typer.echo(f"{device.name}{f': dropped, {device.said}' if device.dropped else ''}{failed}")
-    state = "interrupted: run again to go on" if tuner.stopped else "done"
+    state = "interrupted: run again to continue" if tuner.stopped else "done"
     typer.echo(f"{counted(tuner.made, 'trial')} in this run, {state}; cost model {tuner.model_name}; {_logs(tuner)}")
 
 

@@ -591,7 +591,7 @@ def test_another_engine_is_measured_in_turns(dense, tmp_path):
     [
         (["onnxruntime"], None, [], "needs --peer-model"),
         (["tensorrt"], None, [], "choose of onnxruntime, openvino"),
-        (["onnxruntime"], "missing.onnx", [], "is no .onnx file"),
+        (["onnxruntime"], "missing.onnx", [], "is not an .onnx file"),
         (["onnxruntime"], "net.onnx", ["emulator"], "leave --device out"),
     ],
 )

@@ -231,5 +231,7 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence(host, network, tmp_path)
     (tmp_path / "file").touch()
     for form in ("c", "wheel"):
         assert "cannot be written" in refusal(host, "--format", form, "--out", tmp_path / "file" / "x")
-    assert "is no version of a wheel" in refusal(host, "--format", "wheel", "--version", "x.y", "--out", tmp_path / "d")
+    assert "not a version for a wheel" in refusal(
+        host, "--format", "wheel", "--version", "x.y", "--out", tmp_path / "d"
+    )
     assert sorted(each.name for each in tmp_path.iterdir()) == ["c", "file"]

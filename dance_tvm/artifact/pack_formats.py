@@ -109,7 +109,7 @@ def _android(artifact: Artifact, out: Path) -> None:
 
 def _wheel(artifact: Artifact, out: Path, version: str) -> Path:
     if not _VERSION.fullmatch(version):
-        raise DanceError(f"--version {version} is no version of a wheel: give one as 1.2.0 or 1.2.0rc1")
+        raise DanceError(f"--version {version} is not a version for a wheel: give one like 1.2.0 or 1.2.0rc1")
     name = _module_name(artifact.manifest.name)
     tag = f"py3-none-{_PLATFORM.format(machine=artifact.manifest.target.machine)}"
     info = f"{name}-{version}.dist-info"

@@ -49,7 +49,7 @@ def with_verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, verbose: int = 0, quiet: bool = False, **kwargs: Any) -> Any:
         set_level(verbose, quiet)
         if kwargs.get("as_json") and kwargs.get("json_lines"):
-            raise DanceError("give --json, the result as one object, or --json-lines, an object a line: not both")
+            raise DanceError("give --json (the result as one object) or --json-lines (one object per line), not both")
         return command(*args, **kwargs)
 
     signature = inspect.signature(command, eval_str=True)

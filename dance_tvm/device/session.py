@@ -56,7 +56,7 @@ def require_fit(artifact: Artifact, device: str, facts: Mapping[str, Any]) -> No
     if missing and facts["cpu_features"]:
         raise DanceError(
             f"{artifact.path} uses instructions that {device} lacks ({', '.join(sorted(missing))}): "
-            f"rebuild it for a target that has them not"
+            f"rebuild it for a target without them"
         )
 
 

@@ -215,7 +215,7 @@ RULES: dict[str, Rule] = {
         ("log", "rsqrt", "exp"),
         Rule(Zeros.UNKNOWN, Reads.EVERYTHING, Values.ANY, "infinite or NaN for some finite numbers"),
     ),
-    "add": Rule(Zeros.ALL, Reads.SAME, Values.ANY, "0 + 0 = 0; 1 + 1 is no mask's", 2),
+    "add": Rule(Zeros.ALL, Reads.SAME, Values.ANY, "0 + 0 = 0; 1 + 1 is not a mask's", 2),
     "subtract": Rule(
         Zeros.ALL,
         Reads.SAME,

@@ -82,7 +82,9 @@ def _layers(graph: fx.GraphModule, workloads: Mapping[str, Workload]) -> dict[fx
         if isinstance(conv, nn.Conv3d):
             name = next((name for name, workload in names if _is_of(workload, conv, node)), None)
             if name is None:
-                raise DanceError(f"{node.target} of {type(graph).__name__} is no layer of its own in the built network")
+                raise DanceError(
+                    f"{node.target} of {type(graph).__name__} is not a separate layer of the built network"
+                )
             layers[node] = name
     return layers
 
