@@ -42,14 +42,17 @@ def export(
     ] = None,
     out: Annotated[Path, typer.Option(help="File to write: .pt2 or .onnx.")] = Path("model.pt2"),
     weights: Annotated[
-        str | None, typer.Option(help="A state dict's file, torchvision's name (DEFAULT), pytorchvideo's `pretrained`.")
+        str | None,
+        typer.Option(help="A state dict's file, torchvision's name (DEFAULT), or `pretrained` (pytorchvideo)."),
     ] = None,
     open_batch: Annotated[
         bool, typer.Option("--open-batch", help="Leave the batch open: `build --batch` fixes it.")
     ] = False,
-    mean: Annotated[str | None, typer.Option(help="Taken off frames of 0 to 1, as 0.45,0.45,0.45.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Mean subtracted from frames of 0 to 1, e.g. 0.45,0.45,0.45.")
+    ] = None,
     deviation: Annotated[
-        str | None, typer.Option(help="What is left is divided by this, as 0.225,0.225,0.225.")
+        str | None, typer.Option(help="Deviation that frames less their mean are divided by, e.g. 0.225,0.225,0.225.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

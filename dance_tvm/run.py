@@ -184,7 +184,7 @@ def _require_scores(manifest: Manifest, labels: list[str], top: int | None) -> N
     found = next((tensor for tensor in manifest.outputs if _holds_scores(tensor, labels)), None)
     if found is None and labels:
         shapes = ", ".join(f"{tensor.name} {tuple(tensor.shape)}" for tensor in manifest.outputs)
-        raise DanceError(f"--labels names {len(labels)} classes, and no output holds so many scores: {shapes}")
+        raise DanceError(f"--labels names {len(labels)} classes, and no output has that many scores: {shapes}")
     if found is None and top is not None:
         raise DanceError(
             f"--top is of class scores, and {manifest.name} does not say which output holds them: name its classes by "

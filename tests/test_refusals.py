@@ -129,7 +129,7 @@ REFUSALS = {
     "run phone --device emulator": "there is no emulated device here",
     "run phone --device tracker://127.0.0.1:9190": "lacks the key",
     "run nowhere": "there is no artifact nowhere",
-    "run here --labels two.txt": "--labels names 2 classes, and no output holds so many scores",
+    "run here --labels two.txt": "--labels names 2 classes, and no output has that many scores",
     "run here --labels nowhere.txt": "--labels nowhere.txt cannot be read",
     "run here --labels bytes.toml": "--labels bytes.toml is not a text file in UTF-8",
     "run plain --top 3": "--top is of class scores",

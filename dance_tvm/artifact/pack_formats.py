@@ -1,4 +1,4 @@
-"""An artifact as others build with it: a C folder with CMake, an Android library module, a wheel for numpy alone."""
+"""An artifact packed for others: a C folder with CMake, an Android library module, a wheel that needs only numpy."""
 
 from __future__ import annotations
 

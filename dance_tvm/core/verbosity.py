@@ -1,4 +1,4 @@
-"""How much a command says beside its result: ``-q`` errors alone, ``-v`` the time of each phase, ``-vv`` tracebacks."""
+"""How much a command says besides its result: ``-q`` only errors, ``-v`` the time of each phase, ``-vv`` tracebacks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Verbose = Annotated[
         "--verbose", "-v", count=True, show_default=False, help="Print the time of each phase; -vv: tracebacks too."
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and errors alone.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and errors.")]
 
 
 def level() -> int:

@@ -40,7 +40,9 @@ class ServedSession(DeviceSession):
         self.running = contextlib.ExitStack()
         self.name, self.connection = connection.name, connection
         self._threads: int | None = None
-        self._abandoned: list[int] = []  # networks that nobody refers to; released here, between other requests
+        self._abandoned: list[
+            int
+        ] = []  # networks that are no longer referred to; released here, between other requests
         self._facts = self._told("telling what it is", Operation.FACTS)
 
     def facts(self) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class DeviceSession(ABC):
 
     @abstractmethod
     def pin(self, cpus: list[int] | None, threads: int | None) -> None:
-        """Run on these CPUs with so many threads from here on. Raises DanceError where the device has them not."""
+        """From here on, run on these CPUs with this many threads. Raises DanceError where the device lacks them."""
 
     def load(self, artifact: Artifact | str | Path) -> LoadedNetwork:
         """Bring an artifact, or that of a folder, onto the device. Raises DanceError where it does not fit it, or its

@@ -59,7 +59,7 @@ ADVICE = (
         "it takes or gives objects that are no tensors: wrap it in a module whose forward takes and gives tensors",
     ),
 )
-OTHERWISE = "wrap it in a module whose forward holds tensor operations alone (docs/export.md)"
+OTHERWISE = "wrap it in a module whose forward consists of tensor operations only (docs/export.md)"
 
 
 @dataclass(frozen=True)

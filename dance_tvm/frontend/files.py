@@ -136,12 +136,12 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     except Exception as problem:
         if is_pickled(path) and ("weights_only" in str(problem) or "Unsupported global" in str(problem)):
             raise DanceError(
-                f"{path} holds pickled objects besides tensors, which could run code: save model.state_dict() alone"
+                f"{path} holds pickled objects besides tensors, which could run code: save only model.state_dict()"
             ) from None
         raise not_weights(path) from None
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise DanceError(f"{path} is not a state dict (tensors by name): save model.state_dict() alone")
+        raise DanceError(f"{path} is not a state dict (tensors by name): save only model.state_dict()")
     return loaded
