@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
@@ -132,9 +133,12 @@ def _shape(given: str) -> list[int]:
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise DanceError(f"--{name} {text} is not a list of numbers: write it as 0.45,0.45,0.45") from None
+        numbers = ()
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise DanceError(f"--{name} {text} is not a list of finite numbers: write it as 0.45,0.45,0.45")
+    return numbers
 
 
 if __name__ == "__main__":

@@ -275,11 +275,13 @@ def _print(
             rows.append([key, str(array.shape), str(array.dtype), *numbers, _meaning(manifest, key)])
         heads = ["output", "shape", "dtype", "least", "greatest", "meaning"]
         tables = [Table(heads, rows, f"{manifest.name} on {name}")]
+        heads = ["score", "class", *(["label"] if labels else [])]
         rows = [
-            [f"{each['score']:.4f}", str(each["class"]), each["label"]] for each in _top(results, manifest, labels, top)
+            [f"{each['score']:.4f}", str(each["class"]), each["label"]][: len(heads)]
+            for each in _top(results, manifest, labels, top)
         ]
         if rows:
-            tables.append(Table(["score", "class", "label"], rows))
+            tables.append(Table(heads, rows))
         print_tables(tables)
         typer.echo(f"{1e3 * seconds:.1f} ms on {device}, the first run; `dance-tvm bench` measures")
         return

@@ -113,6 +113,7 @@ def main(
     require_model(trains_by, chosen.get("model", before.get("model", model)))
     settings = continued(out / "checkpoint.safetensors", chosen) if resume else Settings(**chosen)
     found = method_options(settings.method, settings.options)
+    found.require_epochs(settings.epochs)
     if print_config:
         typer.echo(settings.model_copy(update={"options": found.model_dump(mode="json")}).model_dump_json(indent=2))
         return
@@ -129,8 +130,9 @@ def main(
     if as_json:
         typer.echo(json.dumps(result.card))
     elif not json_lines:
-        rows = [[name, f"{value:.6g}"] for name, value in result.metrics.items()]
-        print_table(["figure", "value"], rows, title=f"best epoch, written to {result.folder}")
+        rows = [[name, f"{value:.6g}"] for name, value in result.metrics.items() if name != "epoch"]
+        best = f"epoch {result.metrics['epoch'] + 1:.0f} of {settings.epochs}"
+        print_table(["figure", "value"], rows, title=f"best: {best}, written to {result.folder}")
         if export:
             typer.echo(f"next: dance-tvm build --model {quote(str(out / 'model.pt2'))}")
 

@@ -14,9 +14,10 @@ import typer
 
 from dance_tvm.benchmarking.clips import require_clips
 from dance_tvm.compiler.requests import require_buildable
-from dance_tvm.core.cli import INTERRUPTED, application, examples, start
+from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.files import require_folder, require_suffix, require_writable
+from dance_tvm.core.interrupts import INTERRUPTED
 from dance_tvm.core.options import AsJson, Devices, Model, TargetName, Threads
 from dance_tvm.core.printing import counted, framed, print_table
 from dance_tvm.core.progress import JsonLines, Progress

@@ -147,6 +147,21 @@ def test_ctrl_c_that_a_library_gives_back_as_its_own_error_is_still_ctrl_c(capsy
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_ctrl_c_while_the_command_line_loads_leaves_no_traceback():
+    script = """
+import os, signal, sys
+class AtTyper:
+    def find_spec(name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, AtTyper)
+from dance_tvm.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
 def test_a_package_that_is_missing_is_named():
     with (
         pytest.raises(DanceError, match=r"^importing net\.pt2 needs the Python package torch: pip install torch$"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import sys
 import types
 
@@ -109,7 +110,7 @@ def test_own_weights_are_loaded_and_told_where_they_do_not_fit(here):
         (["nowhere_at_all:Net"], "gives no network"),
         (["users_net:Net", "--weights", "DEFAULT"], "is not a file"),
         (["users_net:Net", "--out", "net.pth"], "must end in .pt2 or .onnx"),
-        (["users_net:Net", "--mean", "grey"], "no list of numbers"),
+        (["users_net:Net", "--mean", "grey"], "not a list of finite numbers"),
         (["users_net:Net", "--mean", "0.4,0.5"], "--mean: 2 numbers for frames of three colours"),
         (["users_net:Net", "--deviation", "0"], "--deviation: is divided by"),
         (["users_net:Net", "--weights", "users_net.py"], "is not a weights file"),
@@ -170,3 +171,17 @@ def test_the_exporter_talks_to_the_curious_alone(capsys, monkeypatch):
         assert "torchvision" in capsys.readouterr().out
     finally:
         logger.removeHandler(said)
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_a_full_disk_is_told_and_leaves_nothing(suffix, tmp_path):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+    before, limits = set(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))  # EFBIG, as on a quota
+    try:
+        with pytest.raises(DanceError, match=r"no space left to write .* free some, or choose another --out"):
+            export.export(nn.Linear(256, 256), [(1, 256)], tmp_path / f"net{suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert set(tmp_path.iterdir()) == before

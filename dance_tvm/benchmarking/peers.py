@@ -52,7 +52,7 @@ class PeerNetwork(LoadedNetwork):
         found = self.infer(self._ordered(inputs))
         return {tensor.name: np.asarray(array) for tensor, array in zip(self.manifest.outputs, found, strict=True)}
 
-    def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+    def _time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         arrays, seconds = self._ordered(inputs), []
         for _ in range(repeats):
             start = time.perf_counter()
@@ -60,7 +60,7 @@ class PeerNetwork(LoadedNetwork):
             seconds.append(time.perf_counter() - start)
         return seconds
 
-    def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
+    def _kernels(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[KernelTime]:
         raise DanceError("another engine's kernels are not looked at")
 
     def peak_memory(self, inputs: Mapping[str, np.ndarray]) -> int | None:

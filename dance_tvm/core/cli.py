@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import importlib
 import os
@@ -20,10 +19,11 @@ import typer
 
 from dance_tvm.core.command_line import Command, Group
 from dance_tvm.core.errors import DanceError, DanceWarning
+from dance_tvm.core.files import DISK_FULL
+from dance_tvm.core.interrupts import INTERRUPTED, is_unhandled
 from dance_tvm.core.verbosity import Quiet, Verbose, level, set_level, with_verbosity
 
 BAD_INPUT = 2
-INTERRUPTED = 130
 #: Exit code of a program whose output is no longer read, as behind `head`.
 NOT_READ = 128 + signal.SIGPIPE
 
@@ -114,7 +114,7 @@ def plain_errors() -> Iterator[None]:
         raise KeyboardInterrupt
 
     at_ctrl_c = signal.getsignal(signal.SIGINT)
-    if at_ctrl_c is signal.default_int_handler:  # a command started in the background may be told to ignore it
+    if is_unhandled():
         signal.signal(signal.SIGINT, interrupt)
     output = _output()
     try:
@@ -135,7 +135,7 @@ def plain_errors() -> Iterator[None]:
             _end_unread()
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         _fail(f"no space left on the disk ({error.filename or 'writing'}): free some and try again", BAD_INPUT)
     except Exception:

@@ -119,7 +119,7 @@ class ServedNetwork(LoadedNetwork):
             at += count * dtype.itemsize
         return results
 
-    def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+    def _time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         self._with_inputs("warming up", Operation.TIME, 1, inputs)
         spent = self._with_inputs("being timed", Operation.TIME, repeats, inputs)[-1]
         return [1e-9 * float(each) for each in np.frombuffer(spent, "<i8")]
@@ -133,7 +133,7 @@ class ServedNetwork(LoadedNetwork):
         spent = self._with_inputs("being timed", Operation.PROFILE, repeats, inputs)[-1]
         return 1e-9 * np.frombuffer(spent, "<i8").reshape(repeats, -1)
 
-    def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
+    def _kernels(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[KernelTime]:
         names = self.step_names()
         timed: list[list[dict[str, Any]]] = []
         if repeats:

@@ -193,8 +193,9 @@ def _write(program: torch.export.ExportedProgram, path: Path, suffix: str) -> No
         assert converted is not None
         converted.save(str(path))
         return
-    with path.open("wb") as opened:
-        torch.export.save(program, opened)
+    content = io.BytesIO()  # PyTorch ends the process where it writes to a full disk itself
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
 
 
 def _apart(found: Any, expected: Any) -> float:

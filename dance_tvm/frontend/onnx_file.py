@@ -50,7 +50,7 @@ def load(path: Path) -> Any:
 
 
 def _require_readable(model: Any, path: Path) -> None:
-    """Raise DanceError, naming what it is, for tensors and names that ONNX's checker accepts but that cannot be read."""
+    """Raise DanceError, naming what it is, for tensors and names that ONNX's checker accepts but nothing can read."""
     for tensor in _messages(model, onnx.TensorProto):
         try:
             if tensor.data_type != onnx.TensorProto.STRING:

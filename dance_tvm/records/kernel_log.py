@@ -333,7 +333,7 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 
 def rewrite(path: Path, change: Callable[[bytes], Iterable[Record]]) -> None:
-    """Replace the log by what ``change`` makes of it, while no other process writes: written beside it, then renamed."""
+    """Replace the log by what ``change`` makes of it, while no other process writes: written beside, then renamed."""
 
     def write() -> None:
         records = change(path.read_bytes() if path.exists() else b"")
