@@ -254,7 +254,7 @@ REFUSALS = {
     "device list --tracker foo": "--tracker must name HOST:PORT",
     "device watch --tracker foo": "--tracker must name HOST:PORT",
     "device phone --tracker farm:9190": "a phone on a cable reaches only this machine",
-    "device phone finished --target snapdragon": "leave it out, or FOLDER",
+    "device phone finished --target snapdragon": "leave out --target or FOLDER",
     "device phone nowhere": "there is no folder nowhere",
     "device phone --target snapdragn": "did you mean 'snapdragon'",
     "device server file/out": "choose another FOLDER",
