@@ -50,6 +50,7 @@ from dance_tvm.transform.short_names import ShortNames
 from dance_tvm.transform.spread_transposed import SpreadTransposed
 from dance_tvm.transform.store_halves import StoreHalves
 from dance_tvm.transform.vector_math import VectorMath
+from dance_tvm.transform.whole_division import WHOLE_DIVISION
 from dance_tvm.transform.whole_pools import WholePools
 from dance_tvm.transform.whole_powers import WholePowers
 
@@ -226,7 +227,7 @@ def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int, reasons: Re
                 *([] if gpu else [JoinCopies(machine.vector_floats, threads, reasons)]),
                 ComputeEmpty(),
                 relax.transform.DecomposeOpsForInference(),
-                relax.transform.LegalizeOps(KEEP_NAN),
+                relax.transform.LegalizeOps({**KEEP_NAN, **WHOLE_DIVISION}),
                 relax.transform.AnnotateTIROpPattern(),
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),
