@@ -145,7 +145,7 @@ class Tuner:
             signal.signal(signal.SIGINT, previous)
 
     def _result(self, future: Future[Any], seconds: float = math.inf) -> Any:
-        """What a worker or a lane gives, within so many seconds. Raises _StoppedError after Ctrl-C."""
+        """What a worker or a lane gives within this many seconds. Raises _StoppedError after Ctrl-C."""
         deadline = time.monotonic() + seconds
         while not future.done():
             if self.stopped:
