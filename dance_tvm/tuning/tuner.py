@@ -53,7 +53,7 @@ DISTURBED = 1.3
 #: Gain from which a tile replaces the defaults: smaller ones are within the spread of good measurements.
 WORTH_KEEPING = 1.01
 #: How often a wait looks up whether the run is to stop, and how long lanes may take to notice that it was hung up.
-GLANCE_S, LANES_PATIENCE_S = 0.1, 1.0
+GLANCE_S, LANES_PATIENCE_S = 0.1, 0.3
 #: What a trial's error says that was given up.
 INTERRUPTED = "interrupted"
 
