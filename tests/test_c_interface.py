@@ -353,7 +353,7 @@ def test_a_stream_keeps_its_state(tmp_path):
 
 
 def test_what_is_no_stream_says_so(masked):
-    with Model(masked) as model, pytest.raises(ModelError, match="no streaming network"):
+    with Model(masked) as model, pytest.raises(ModelError, match="not a streaming network"):
         model.step(np.zeros((1, 3, 4, 8, 8), "float32"))
 
 

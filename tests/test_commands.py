@@ -653,7 +653,7 @@ def test_an_artifact_says_how_its_videos_are_prepared(small_network, tmp_path):
 
 def test_a_network_that_is_no_stream_is_refused_by_stream(host_artifact):
     refused = CliRunner().invoke(stream.app, [str(host_artifact.path), "--random", "2"])
-    assert "is no streaming network" in str(refused.exception)
+    assert "is not a streaming network" in str(refused.exception)
     assert "give --frames FILE or --random COUNT" in str(
         CliRunner().invoke(stream.app, [str(host_artifact.path)]).exception
     )

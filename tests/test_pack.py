@@ -240,7 +240,9 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence(host, network, tmp_path)
     (tmp_path / "file").touch()
     for form in ("c", "wheel"):
         assert "cannot be written" in refusal(host, "--format", form, "--out", tmp_path / "file" / "x")
-    assert "is no version of a wheel" in refusal(host, "--format", "wheel", "--version", "x.y", "--out", tmp_path / "d")
+    assert "not a version for a wheel" in refusal(
+        host, "--format", "wheel", "--version", "x.y", "--out", tmp_path / "d"
+    )
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))  # EFBIG, as on a quota
     try:

@@ -276,7 +276,7 @@ def test_sites_find_their_layers_in_whatever_order_those_are_built() -> None:
     assert [time.layer for time in times] == ["one", "mix", "two", "mix", "last"]
     assert [time.kernel for time in times] == [found[name].kernel for name in ("one", "mix", "two", "mix_1", "last")]
     del workloads["mix_1"]
-    with pytest.raises(DanceError, match="mix_1 of Branches is no layer of its own"):
+    with pytest.raises(DanceError, match="mix_1 of Branches is not a separate layer"):
         site_units(network, clip, workloads, found)
 
 

@@ -20,7 +20,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.machines.host import needed_flags
 from dance_tvm.machines.target import Target
 
-if TYPE_CHECKING:  # packing needs the sources' place alone, and no TVM
+if TYPE_CHECKING:  # packing needs only the sources' place, not TVM
     from dance_tvm.artifact.c_program import Names, Program
 
 INTERFACE = Path(__file__).with_name("interface")

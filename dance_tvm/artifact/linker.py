@@ -175,7 +175,7 @@ def _emulation(triple: str) -> str:
 def _stub_libraries(linker: list[str], folder: Path, names: Sequence[str]) -> list[str]:
     """Empty libraries that carry only a name: linked against, they become DT_NEEDED entries.
 
-    Android's loader looks for symbols in the named libraries alone, never in those already loaded.
+    Android's loader looks for symbols only in the named libraries, never in those already loaded.
     """
     nothing = folder / "nothing.ld"
     nothing.write_text("")

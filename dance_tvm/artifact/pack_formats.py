@@ -1,4 +1,4 @@
-"""An artifact as others build with it: a C folder with CMake, an Android library module, a wheel for numpy alone."""
+"""An artifact packed for others: a C folder with CMake, an Android library module, a wheel that needs only numpy."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _android(artifact: Artifact, out: Path) -> None:
 
 def _wheel(artifact: Artifact, out: Path, version: str) -> Path:
     if not _VERSION.fullmatch(version):
-        raise DanceError(f"--version {version} is no version of a wheel: give one as 1.2.0 or 1.2.0rc1")
+        raise DanceError(f"--version {version} is not a version for a wheel: give one like 1.2.0 or 1.2.0rc1")
     if artifact.manifest.target.is_android:
         raise DanceError(f"{artifact.path} is built for Android, which takes no wheel: give --format android or c")
     name = _module_name(artifact.manifest.name)

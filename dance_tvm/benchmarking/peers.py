@@ -33,7 +33,7 @@ def require_peers(names: Sequence[str], model: Path | None, devices: Sequence[st
     if names and model is None:
         raise DanceError("--peer needs --peer-model, the network's .onnx file: an artifact does not hold its source")
     if model is not None and not (model.is_file() and model.suffix == ".onnx"):
-        raise DanceError(f"--peer-model {model} is no .onnx file: `dance-tvm export --out net.onnx` writes one")
+        raise DanceError(f"--peer-model {model} is not an .onnx file: `dance-tvm export --out net.onnx` writes one")
     if names and any(device != "local" for device in devices):
         raise DanceError("--peer measures on this machine: leave --device out")
 

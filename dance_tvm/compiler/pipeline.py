@@ -66,7 +66,7 @@ class Options:
     """What a build may choose. ``dtype`` auto is float16 where the target has it and the check passes, else float32.
     ``io`` float16 takes and gives in half precision what the source has in float32.
     ``kernel_group``: filters and channels of the kernel groups in which zero weights are left out, whatever that costs,
-    in place of the cheapest; (1, 1) leaves out none. ``logs``: the folder of tuning logs to use alone, in place of the
+    in place of the cheapest; (1, 1) leaves out none. ``logs``: the only folder of tuning logs to use, in place of the
     usual ones; ``cache``: whether kernels are taken from and kept in the user's cache, which changes no byte of the
     result."""
 
@@ -154,7 +154,7 @@ def lower(
 
 
 def _require_group(group: tuple[int, int], machines: Collection[Machine]) -> None:
-    """Raise DanceError unless kernels compute groups of so many filters, which fill vectors, on all the ``machines``: a
+    """Raise DanceError unless kernels compute groups of so many filters, which fill vectors, on all ``machines``: a
     processor as its layers in either precision see it."""
     each = [{vectors * one.vector_floats for _, vectors, _ in candidates(one)} for one in machines]
     filters = sorted(set.intersection(*each))

@@ -40,7 +40,9 @@ class ServedSession(DeviceSession):
         self.running = contextlib.ExitStack()
         self.name, self.connection = connection.name, connection
         self._threads: int | None = None
-        self._abandoned: list[int] = []  # networks that nobody refers to; released here, between other requests
+        self._abandoned: list[
+            int
+        ] = []  # networks that are no longer referred to; released here, between other requests
         self._facts = self._told("telling what it is", Operation.FACTS)
 
     def facts(self) -> dict[str, Any]:
@@ -82,7 +84,7 @@ class ServedSession(DeviceSession):
         return json.loads(self.connection.ask(what, operation, timeout=_SMALL_TIMEOUT_S))
 
     def _upload(self, path: Path, sha256: str) -> None:
-        """Bring a file onto the device, unless it is there; one that was cut off goes on where it ended."""
+        """Upload a file, unless it is there already; an interrupted upload resumes where it stopped."""
         size, digest = path.stat().st_size, bytes.fromhex(sha256)
         what = f"taking {path.name} ({size / 1e6:.1f} MB)"
         ask = self.connection.ask

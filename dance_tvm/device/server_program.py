@@ -1,4 +1,4 @@
-"""`dance_server`, the device server that needs no TVM: compiled for a target, here, by zig alone.
+"""`dance_server`, the device server that needs no TVM: compiled for a target, here, with zig only.
 
 One set of objects for plain headers, linked as a shared library with an entry of its own (`server/start.c`): neither an
 NDK nor a system's libraries are at hand. It needs Android, or glibc of 2.17 or newer. Its protocol is described in

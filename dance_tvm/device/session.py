@@ -56,7 +56,7 @@ def require_fit(artifact: Artifact, device: str, facts: Mapping[str, Any]) -> No
     if missing and facts["cpu_features"]:
         raise DanceError(
             f"{artifact.path} uses instructions that {device} lacks ({', '.join(sorted(missing))}): "
-            f"rebuild it for a target that has them not"
+            f"rebuild it for a target without them"
         )
 
 
@@ -147,7 +147,7 @@ class DeviceSession(ABC):
 
     @abstractmethod
     def pin(self, cpus: list[int] | None, threads: int | None) -> None:
-        """Run on these CPUs with so many threads from here on. Raises DanceError where the device has them not."""
+        """From here on, run on these CPUs with this many threads. Raises DanceError where the device lacks them."""
 
     def load(self, artifact: Artifact | str | Path) -> LoadedNetwork:
         """Bring an artifact, or that of a folder, onto the device. Raises DanceError where it does not fit it, or its

@@ -1,4 +1,4 @@
-"""An artifact's C interface from Python with numpy alone: one file that can be copied to a server.
+"""An artifact's C interface from Python, with only numpy: one file that can be copied to a server.
 
     model = Model("artifacts/mine")
     scores = model.run({"clip": clip})["scores"]
@@ -169,7 +169,7 @@ class Model:
         return results
 
     def time(self, inputs: Mapping[str, np.ndarray], runs: int) -> list[float]:
-        """Seconds of each of so many runs. Raises ModelError for a number below 0."""
+        """Seconds of each of this many runs. Raises ModelError for a number below 0."""
         if runs < 0:
             raise ModelError(f"runs must be 0 or more, not {runs}")
         given, results, found = self._given(inputs), list(self._room().values()), (ctypes.c_int64 * runs)()
@@ -182,7 +182,7 @@ class Model:
     ) -> dict[str, np.ndarray]:
         """`run`, and after each kernel `seen` with its name and tensors, inputs first, which later ones overwrite.
 
-        What `seen` raises ends the run and is raised here. Of this model it may call `cancel` alone.
+        What `seen` raises ends the run and is raised here. Of this model it may only call `cancel`.
         """
         raised: list[BaseException] = []
 

@@ -182,7 +182,7 @@ static int run(dance_model *model, const void *const *inputs, void *const *outpu
 static int step(dance_model *model, const void *frame, void *output) {
   const void *inputs[MOST_INPUTS] = {frame};
   if (!model->streams || model->program->input_count > MOST_INPUTS)
-    return refuse(model, DANCE_BAD_ARGUMENT, "this is no streaming network: its outputs after the first are not its next state");
+    return refuse(model, DANCE_BAD_ARGUMENT, "this is not a streaming network: its outputs after the first are not its next state");
   if (!frame || !output) return refuse(model, DANCE_BAD_ARGUMENT, "a frame's or output's address is missing");
   return call(model, inputs, &output, 1);
 }

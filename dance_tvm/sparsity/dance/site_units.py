@@ -91,7 +91,7 @@ def _layers(graph: fx.GraphModule, workloads: Mapping[str, Workload]) -> dict[fx
             if math.prod(_shape_of(node)) == 1:
                 continue
             if name not in workloads or not _is_of(workloads[name], conv, node):
-                raise DanceError(f"{name} of {type(graph).__name__} is no layer of its own in the built network")
+                raise DanceError(f"{name} of {type(graph).__name__} is not a separate layer of the built network")
             layers[node] = name
     return layers
 
