@@ -201,10 +201,10 @@ def winograd_seconds(
     touched = 1.0
     if reads_more_weights(conv, plan):  # elsewhere larger chunks cost what they do without masks
         touched = full / chunks * (density if conv.live_in and conv.live_out else 1.0)
-    return seconds + chunks * chunk_seconds(_used_scratch(conv, tile, plan) * touched, machine, threads)
+    return seconds + chunks * chunk_seconds(used_scratch(conv, tile, plan) * touched, machine, threads)
 
 
-def _used_scratch(conv: Convolution, tile: Tile, plan: WinogradPlan) -> int:
+def used_scratch(conv: Convolution, tile: Tile, plan: WinogradPlan) -> int:
     """Bytes of scratch of a full chunk, less the room for rows of more samples than its columns are of."""
     if plan.samples == 1:
         return conv.scratch_bytes

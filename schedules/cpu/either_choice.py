@@ -15,6 +15,7 @@ from .cost import (
     memory_rate,
     seconds_per_cycle,
     tiles_filled,
+    used_scratch,
     winograd_parts,
 )
 from .either import Decision, Either
@@ -86,7 +87,7 @@ def winograd_costs(conv: WinogradConv, machine: Machine, threads: int) -> Costs:
         multiply=parts.multiply * chunks * cycle,
         weights=parts.weights * (1 - 1 / parts.nearer) * byte,
         again=parts.weights * chunks / parts.nearer * byte,
-        rows=chunks * chunk_seconds(conv.scratch_bytes, machine, threads),
+        rows=chunks * chunk_seconds(used_scratch(conv, conv.tile, conv.plan), machine, threads),
         read=chunks * parts.read * cycle,
         write=chunks * parts.write * cycle,
         exposed=NOT_HIDDEN,
