@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from tvm import tirx
 
-from ..emit import Expr, let, number
+from ..emit import INT, Expr, lanes, let, number, serial, store
+from ..geometry import Triple
 
 
 def linear(matrix: np.ndarray, values: Sequence[Expr], count: int) -> list[Expr]:
@@ -72,3 +74,44 @@ def _sum(coefficients: np.ndarray, values: Sequence[Expr], count: int) -> Expr:
         else:
             total = total + value * number(float(coefficient), count)
     return number(0.0, count) if total is None else total
+
+
+def along_axes(
+    matrices: Mapping[int, np.ndarray],
+    alpha: Triple,
+    read: Callable[[list[Expr]], Expr],
+    write: Callable[[Expr, Expr], None],
+    waiting: tirx.Buffer,
+    count: int,
+) -> None:
+    """Multiply a tile of vectors by ``matrices`` along each of their axes in turn, lines between the first and the last
+    axis in ``waiting``.
+
+    The first axis reads by ``read(place)``; the last one writes by ``write(place in the tile, value)``, a place being
+    counted over ``alpha`` whatever has been reduced.
+    """
+    stride, done = (alpha[1] * alpha[2], alpha[2], 1), 0
+    for axis, matrix in matrices.items():
+        others = [other for other in range(3) if other != axis]
+        before = list(matrices)[:done]
+        # Of an axis before it is transformed, and after that.
+        extents = [matrices[other].shape[0 if other in before else 1] if other in matrices else 1 for other in others]
+        done += 1
+        with serial(extents[0]) as i, serial(extents[1]) as j:
+            place: list[Expr] = [0, 0, 0]
+            for other, extent, index in zip(others, extents, (i, j), strict=True):
+                place[other] = 0 if extent == 1 else index
+            base = let(sum((place[other] * stride[other] for other in others), start=tirx.IntImm(INT, 0)))
+            line = []
+            for offset in range(matrix.shape[1]):
+                place[axis] = offset
+                if done == 1:
+                    line.append(let(read(list(place))))
+                else:
+                    line.append(let(waiting[lanes((base + offset * stride[axis]) * count, count)]))
+            for offset, value in enumerate(linear(matrix, line, count)):
+                at = base + offset * stride[axis]
+                if done == len(matrices):
+                    write(at, value)
+                else:
+                    store(waiting, value, lanes(at * count, count))

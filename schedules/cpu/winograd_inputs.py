@@ -20,11 +20,12 @@ from functools import cached_property
 import numpy as np
 from tvm import tirx
 
-from ..emit import INT, Expr, big, lanes, let, number, parallel, scratch, serial, store, when
+from ..emit import INT, Expr, big, lanes, let, number, parallel, read, scratch, serial, store, when, write
+from ..epilogue import activate_for
 from ..geometry import Triple, triple
 from .conv3d_gather import GatherConv
 from .cost import axis_densities
-from .winograd import Emitter, WinogradConv
+from .winograd import WinogradConv, WinogradEmitter
 from .winograd_multiply import LINE_FLOATS
 from .winograd_plan import Planner, WinogradPlan
 from .winograd_transforms import WinogradPanels
@@ -130,7 +131,7 @@ class WinogradInputs(WinogradConv):
         _InputEmitter(self, args).emit()
 
 
-class _InputEmitter(Emitter):
+class _InputEmitter(WinogradEmitter):
     """Strips (groups, lines, columns, channels); ``reached``: which row of tiles each strip is at, of all clips, after
     whose last one stands a row without tiles."""
 
@@ -173,7 +174,7 @@ class _InputEmitter(Emitter):
             store(readable, tirx.Cast(INT, inside), line * plan.m[2] + column)
         return readable
 
-    def _inside(self, readable: tirx.Buffer | None, at: Sequence[Expr], place: Sequence[Expr]) -> list[Expr]:
+    def _is_read(self, readable: tirx.Buffer | None, at: Sequence[Expr], place: Sequence[Expr]) -> list[Expr]:
         assert readable is not None
         return [readable[place[1] * self.plan.m[2] + place[2]] != 0]
 
@@ -258,4 +259,9 @@ class _InputEmitter(Emitter):
             channel = let(group * conv.group + lane)
             value = self.strips[lanes(self._at(group, line, column + first) + lane, floats)]
             value = value + self.bias[lanes(channel, floats)]
-            self._store_result(let(target + column * conv.channels_out + channel), let(value), None, floats)
+            there = let(target + column * conv.channels_out + channel)
+            value = let(value)
+            if self.residual is not None:
+                value = value + read(self.residual, there, floats)
+            value = activate_for(str(self.y.dtype), conv.activation, value, floats)
+            write(self.y, value, there, floats)
