@@ -90,13 +90,12 @@ def along_axes(
     The first axis reads by ``read(place)``; the last one writes by ``write(place in the tile, value)``, a place being
     counted over ``alpha`` whatever has been reduced.
     """
-    stride, done = (alpha[1] * alpha[2], alpha[2], 1), 0
-    for axis, matrix in matrices.items():
+    stride = (alpha[1] * alpha[2], alpha[2], 1)
+    for position, (axis, matrix) in enumerate(matrices.items()):
         others = [other for other in range(3) if other != axis]
-        before = list(matrices)[:done]
+        before = list(matrices)[:position]
         # Of an axis before it is transformed, and after that.
         extents = [matrices[other].shape[0 if other in before else 1] if other in matrices else 1 for other in others]
-        done += 1
         with serial(extents[0]) as i, serial(extents[1]) as j:
             place: list[Expr] = [0, 0, 0]
             for other, extent, index in zip(others, extents, (i, j), strict=True):
@@ -105,13 +104,13 @@ def along_axes(
             line = []
             for offset in range(matrix.shape[1]):
                 place[axis] = offset
-                if done == 1:
+                if position == 0:
                     line.append(let(read(list(place))))
                 else:
                     line.append(let(waiting[lanes((base + offset * stride[axis]) * count, count)]))
             for offset, value in enumerate(linear(matrix, line, count)):
                 at = base + offset * stride[axis]
-                if done == len(matrices):
+                if position == len(matrices) - 1:
                     write(at, value)
                 else:
                     store(waiting, value, lanes(at * count, count))
