@@ -315,7 +315,7 @@ class _Peer(LoadedNetwork):
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise DanceError("A peer's outputs stay in its process.")
 
-    def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+    def _time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         before = len(self._engine.turns)
         for _ in range(repeats):
             self._engine.run()
@@ -323,7 +323,7 @@ class _Peer(LoadedNetwork):
             raise DanceError(f"{self._engine.peer} failed: {self._engine.failed}")
         return [turn.wall for turn in self._engine.turns[before:]]
 
-    def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
+    def _kernels(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[KernelTime]:
         raise DanceError("Peers' kernels are not profiled here.")
 
     def peak_memory(self, inputs: Mapping[str, np.ndarray]) -> int | None:

@@ -46,23 +46,24 @@ def bench(
     artifacts: Annotated[list[Path], typer.Argument(help="Folders written by `dance-tvm build`.")],
     dense: Annotated[Path | None, typer.Option(help="The dense network's artifact, measured in turns.")] = None,
     device: Devices = None,
-    runs: Annotated[int, typer.Option(min=2, help="Runs of each artifact, at least.")] = 20,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Seconds for each artifact, at least.")] = 2.0,
+    runs: Annotated[int, typer.Option(min=2, help="Minimum runs of each artifact.")] = 20,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Minimum seconds for each artifact.")] = 2.0,
     stream: Annotated[
-        bool, typer.Option("--single-stream", help="MLPerf's single stream too: 1,024 queries and 60 s at least.")
+        bool,
+        typer.Option("--single-stream", help="Also measure MLPerf's single stream: at least 1,024 queries and 60 s."),
     ] = False,
     clips: Annotated[str | None, typer.Option(help="Folder of videos, .npz, or what `train --data` takes.")] = None,
     most_clips: Annotated[
-        int | None, typer.Option(min=1, help="Clips to take at most.", show_default=str(MOST_CLIPS))
+        int | None, typer.Option(min=1, help="Take at most this many clips.", show_default=str(MOST_CLIPS))
     ] = None,
     layers: Annotated[bool, typer.Option(help="Time every layer.")] = True,
     threads: Annotated[
-        int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads; those of the build unless given.")
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads; default: those of the build.")
     ] = None,
     cluster: Annotated[str | None, typer.Option(help="Run on this cluster of the target file.")] = None,
-    cpus: Annotated[str | None, typer.Option(help="Run on these CPUs, as 4-7 or 0,2.")] = None,
+    cpus: Annotated[str | None, typer.Option(help="Run on these CPUs, e.g. 4-7 or 0,2.")] = None,
     cool_down: Annotated[float, typer.Option(min=0.0, help="Seconds of rest after each round.")] = 0.0,
-    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds to wait for a device's turn.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds to wait for a device.")] = 600.0,
     call_timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for one upload step or measurement.")] = 600.0,
     against: Annotated[Path | None, typer.Option(help="Earlier results; exit code 3 if now slower.")] = None,
     threshold: Annotated[
@@ -70,20 +71,19 @@ def bench(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the results (.json) here.")] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Write each kernel of a run here (.json), for Perfetto or chrome://tracing.")
+        Path | None, typer.Option(help="Write a timeline of one run here (.json), for Perfetto or chrome://tracing.")
     ] = None,
     peer: Annotated[
-        str | None, typer.Option(help="Other engines in turns with ours: onnxruntime, openvino or both, by comma.")
+        str | None,
+        typer.Option(help="Other engines to measure in turns: onnxruntime, openvino or both, separated by a comma."),
     ] = None,
     peer_model: Annotated[Path | None, typer.Option(help="The first artifact's network as .onnx, for --peer.")] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(
-            "--truth", help="The classes of --clips (.csv lines of clip,number): how often the artifact is right."
-        ),
+        typer.Option("--truth", help="Classes of --clips (.csv lines of clip,number), to report accuracy."),
     ] = None,
     load_times: Annotated[
-        bool, typer.Option("--load-times", help="Time loading too, in a process of its own: cold, then warm.")
+        bool, typer.Option("--load-times", help="Also time loading, in a process of its own: cold, then warm.")
     ] = False,
     as_json: AsJson = False,
     json_lines: JsonLines = False,

@@ -51,7 +51,7 @@ def build(
         list[str] | None, typer.Option(help="An open input's shape, clip=1x3x16x112x112; repeatable.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Clips in a call, of a network of the zoo or with an open batch.")
+        int | None, typer.Option(min=1, help="Clips per call, for a network of the zoo or one with an open batch.")
     ] = None,
     threads: Threads = None,
     check: Annotated[
@@ -59,7 +59,7 @@ def build(
         typer.Option(help="Run the result against its source.", show_default="unless it would take long"),
     ] = None,
     check_inputs: Annotated[
-        list[Path] | None, typer.Option(help="Real inputs (.npz) that the check takes beside its own; repeatable.")
+        list[Path] | None, typer.Option(help="Real inputs (.npz) for the check, in addition to its own; repeatable.")
     ] = None,
     numerics: Annotated[
         Literal["fast", "exact"], typer.Option(help="exact keeps the source's order of summation.")
@@ -67,7 +67,7 @@ def build(
     conv: Annotated[Literal["auto", "direct", "winograd"], typer.Option(help="Convolution algorithm.")] = "auto",
     sparsity: Annotated[Literal["auto", "off"], typer.Option(help="off computes what masks would skip.")] = "auto",
     logs: Annotated[
-        Path | None, typer.Option(help="Use the tuning logs of this folder alone, as `tune --logs` wrote them.")
+        Path | None, typer.Option(help="Use only the tuning logs of this folder, as written by `tune --logs`.")
     ] = None,
     logs_from: Annotated[str | None, typer.Option(help="Use the tuning logs of this target instead.")] = None,
     dtype: Annotated[
@@ -94,7 +94,7 @@ def build(
         typer.Option(help="How a processor's weights are stored; arithmetic stays in float32."),
     ] = "float32",
     prepared: Annotated[bool, typer.Option(help="Store weights as kernels read them.")] = False,
-    static: Annotated[bool, typer.Option(help="Write libmodel.a too, for apps that link.")] = False,
+    static: Annotated[bool, typer.Option(help="Also write libmodel.a, for static linking.")] = False,
     preprocess: Annotated[
         Path | None,
         typer.Option(help="How frames of videos become the input (.toml, docs/run.md).", show_default="the zoo's own"),
@@ -176,16 +176,16 @@ def build(
 
 
 def _warn(machine: Target, model: str, weights: Path | None, threads: int | None) -> None:
-    """Warn of a processor that nobody has measured, of more threads than it has, of weights that nobody has trained."""
+    """Warn of a processor that was never measured, of more threads than it has, and of untrained weights."""
     cores = sum(cluster.cores for cluster in machine.clusters)
     if threads is not None and threads > cores:
         said = f"--threads {threads} is more than the {cores} cores of {machine.name}: they will wait for one another"
         warnings.warn(said, DanceWarning, stacklevel=3)
     if machine.tuning_log == "host-x86-64-sse":
-        said = "this processor has no AVX2: kernels for it use SSE, which nobody has measured; --target names others"
+        said = "this processor has no AVX2: kernels for it use SSE, which was never measured; --target names others"
         warnings.warn(said, DanceWarning, stacklevel=3)
     if machine.name == "cuda" and detect_cuda() is None:
-        said = "no NVIDIA GPU was found here: the build is for one like a Tesla T4, and a check runs its kernels alone"
+        said = "no NVIDIA GPU was found here: the build is for one like a Tesla T4, and a check runs only its kernels"
         warnings.warn(f"{said}, on a processor", DanceWarning, stacklevel=3)
     if requests.is_untrained(model, weights):
         said = f"{model} is built with random weights: give trained ones with --weights, or train it first"

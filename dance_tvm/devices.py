@@ -62,7 +62,9 @@ def watch(
     tracker: Tracker = TRACKER,
     probe: Probe = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
-    times: Annotated[int | None, typer.Option(min=1, help="Looks to take.", show_default="until Ctrl-C")] = None,
+    times: Annotated[
+        int | None, typer.Option(min=1, help="How many times to look.", show_default="until Ctrl-C")
+    ] = None,
 ) -> None:
     """Show the tracker's devices until Ctrl-C; if the tracker goes away, wait for it."""
     from rich.live import Live
@@ -121,7 +123,7 @@ def phone(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the phone's server.")] = 9090,
     target: Annotated[
         str | None,
-        typer.Option(help="Of the dance_server that is made where no FOLDER is given.", show_default=PHONE),
+        typer.Option(help="Target of the dance_server that is built where no FOLDER is given.", show_default=PHONE),
     ] = None,
 ) -> None:
     """Push a server onto a phone on a cable, forward its ports, start it and keep it until Ctrl-C."""
@@ -132,9 +134,9 @@ def phone(
 
     host, tracker_port = address_of(tracker, "--tracker")
     if host not in ("127.0.0.1", "localhost"):
-        raise DanceError(f"a phone on a cable reaches this machine alone: start the tracker here, not on {host}")
+        raise DanceError(f"a phone on a cable reaches only this machine: start the tracker here, not on {host}")
     if folder is not None and target is not None:
-        raise DanceError("--target is that of a dance_server made anew: leave it out, or FOLDER")
+        raise DanceError("--target is for a newly built dance_server: leave out --target or FOLDER")
     if folder is not None and not folder.is_dir():
         raise DanceError(f"there is no folder {folder}: it holds the server for the phone")
     machine = load_target(target or PHONE)

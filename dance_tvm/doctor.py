@@ -153,7 +153,7 @@ def ndk() -> Finding:
         return Finding("android ndk", "works", "not set, not needed: lld links for Android")
     if shutil.which(compiler.split()[0]):
         return Finding("android ndk", "works", compiler)
-    return Finding("android ndk", "broken", f"TVM_NDK_CC={compiler} is no program", "unset TVM_NDK_CC")
+    return Finding("android ndk", "broken", f"TVM_NDK_CC={compiler} is not a program", "unset TVM_NDK_CC")
 
 
 def emulator() -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
@@ -32,7 +33,7 @@ app = application()
 def export(
     source: Annotated[
         str,
-        typer.Argument(help="torchvision:NAME, pytorchvideo:NAME, MODULE:FUNCTION of your own, or a name of the zoo."),
+        typer.Argument(help="torchvision:NAME, pytorchvideo:NAME, your own MODULE:FUNCTION, or a name of the zoo."),
     ],
     shape: Annotated[
         list[str] | None,
@@ -42,14 +43,17 @@ def export(
     ] = None,
     out: Annotated[Path, typer.Option(help="File to write: .pt2 or .onnx.")] = Path("model.pt2"),
     weights: Annotated[
-        str | None, typer.Option(help="A state dict's file, torchvision's name (DEFAULT), pytorchvideo's `pretrained`.")
+        str | None,
+        typer.Option(help="A state dict's file, torchvision's name (DEFAULT), or `pretrained` (pytorchvideo)."),
     ] = None,
     open_batch: Annotated[
         bool, typer.Option("--open-batch", help="Leave the batch open: `build --batch` fixes it.")
     ] = False,
-    mean: Annotated[str | None, typer.Option(help="Taken off frames of 0 to 1, as 0.45,0.45,0.45.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Mean subtracted from frames of 0 to 1, e.g. 0.45,0.45,0.45.")
+    ] = None,
     deviation: Annotated[
-        str | None, typer.Option(help="What is left is divided by this, as 0.225,0.225,0.225.")
+        str | None, typer.Option(help="Deviation that frames less their mean are divided by, e.g. 0.225,0.225,0.225.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -106,9 +110,9 @@ def _require_source(source: str, weights: str | None) -> None:
     if (file := weights_file(weights, place)) is not None:
         require_weights(file)
     elif place not in HUBS:
-        raise DanceError(f"--weights {weights} is no file: {source} takes a state dict (.pt, .pth, .safetensors)")
+        raise DanceError(f"--weights {weights} is not a file: {source} takes a state dict (.pt, .pth, .safetensors)")
     elif place == "pytorchvideo" and weights != "pretrained":
-        raise DanceError(f"--weights {weights} is no file: {source} takes `pretrained`, or a state dict's file")
+        raise DanceError(f"--weights {weights} is not a file: {source} takes `pretrained`, or a state dict's file")
 
 
 def _require_name(source: str) -> None:
@@ -116,22 +120,25 @@ def _require_name(source: str) -> None:
     module = source.removesuffix(".py")
     if Path(f"{module}.py").is_file() and source not in names():
         module = module.replace("/", ".")
-        raise DanceError(f"{source} is Python of your own: name a function in it too, as {module}:FUNCTION")
+        raise DanceError(f"{source} is your own Python code: name a function in it too, as {module}:FUNCTION")
     entry(source)
 
 
 def _shape(given: str) -> list[int]:
     parts = given.rpartition("=")[2].replace(",", "x").split("x")
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise DanceError(f"--shape {given} is no shape: write it as 1x3x16x112x112")
+        raise DanceError(f"--shape {given} is not a shape: write it as 1x3x16x112x112")
     return [int(part) for part in parts]
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise DanceError(f"--{name} {text} is no list of numbers: write it as 0.45,0.45,0.45") from None
+        numbers = ()
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise DanceError(f"--{name} {text} is not a list of finite numbers: write it as 0.45,0.45,0.45")
+    return numbers
 
 
 if __name__ == "__main__":

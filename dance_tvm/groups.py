@@ -38,14 +38,14 @@ def groups(
     rate: Annotated[float, typer.Option(min=1.1, help="How many times fewer weights the layers keep.")] = 3.0,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each layer.")] = 10,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="How many of the synthesised layers.", show_default="all")
+        int | None, typer.Option(min=1, help="How many of the synthetic layers.", show_default="all")
     ] = None,
     group: Annotated[
         list[str] | None, typer.Option(help="A group such as 16x4; repeatable.", show_default="all that fit")
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16"],
-        typer.Option(help="As the build's: vectors hold twice as many filters in float16."),
+        typer.Option(help="The build's: vectors hold twice as many filters in float16."),
     ] = "float32",
     logs: Annotated[Path | None, typer.Option(help="Folder of the log.", show_default="own logs")] = None,
     as_json: AsJson = False,
@@ -89,7 +89,7 @@ def _group(text: str) -> tuple[int, int]:
     """(filters, channels) of a group written as 16x4."""
     filters, _, channels = text.partition("x")
     if not (filters.isdigit() and channels.isdigit() and int(filters) and int(channels)):
-        raise DanceError(f"{text!r} is no group; write filters x channels, such as 16x4")
+        raise DanceError(f"{text!r} is not a kernel group; write filters x channels, such as 16x4")
     return int(filters), int(channels)
 
 

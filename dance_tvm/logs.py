@@ -64,9 +64,9 @@ def check(files: Files = None, as_json: AsJson = False) -> None:
     )
 )
 def merge(
-    into: Annotated[Path, typer.Argument(help="The log to write; what it holds already is merged too.")],
+    into: Annotated[Path, typer.Argument(help="The log to write; records already in it are merged too.")],
     files: Annotated[list[Path], typer.Argument(help="Logs to merge.")],
-    best: Annotated[bool, typer.Option("--best", help="Keep the newest verified record of each layer alone.")] = False,
+    best: Annotated[bool, typer.Option("--best", help="Keep only the newest verified record of each layer.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge logs into one: whole records, each once, in the order of their dates. Other lines are named."""

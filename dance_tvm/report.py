@@ -39,16 +39,18 @@ SUFFIXES: dict[Form, str] = {"html": ".html", "markdown": ".md", "json": ".json"
 def report(
     results: Annotated[
         list[Path],
-        typer.Argument(help="Results written by `dance-tvm bench --out`; of two, the second beside the first."),
+        typer.Argument(
+            help="Results written by `dance-tvm bench --out`; with two, the second is compared with the first."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="File to write.", show_default="beside the results")] = None,
-    form: Annotated[Form | None, typer.Option("--format", help="By the name of --out unless given.")] = None,
-    paper: Annotated[list[Paper] | None, typer.Option(help="Lay the paper's published figures beside ours.")] = None,
-    tuning: Annotated[list[Path] | None, typer.Option(help="Tuning log to draw the curve of; repeatable.")] = None,
+    form: Annotated[Form | None, typer.Option("--format", help="Default: by the name of --out.")] = None,
+    paper: Annotated[list[Paper] | None, typer.Option(help="Show the paper's published figures beside ours.")] = None,
+    tuning: Annotated[list[Path] | None, typer.Option(help="Tuning log to plot; repeatable.")] = None,
 ) -> None:
     """Turn measurements into one page that works offline, or into Markdown."""
     if len(results) > 2:
-        raise DanceError("give one file of results, or two to set side by side")
+        raise DanceError("give one file of results, or two to compare")
     if out is not None:
         require_suffix(out, "--out", (SUFFIXES[form],) if form else tuple(SUFFIXES.values()))
         require_apart(out, "--out", {"the results": results, "--tuning": tuning})

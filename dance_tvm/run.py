@@ -136,7 +136,7 @@ def warn_of_nan(found: list[tuple[str, dict[str, np.ndarray], float]]) -> None:
 def _sources(inputs: Path | None, videos: list[Path], frames: Path | None) -> list[Path | None]:
     """The files to run on, a folder of videos file by file; None stands for random input."""
     if frames is not None and not frames.is_dir():
-        raise DanceError(f"--frames {frames} is no folder: name one that holds a video's pictures, or give --video")
+        raise DanceError(f"--frames {frames} is not a folder: name one that holds a video's pictures, or give --video")
     if frames is not None:
         pictures_in(frames)
     found: list[Path | None] = [path for path in (inputs, frames) if path is not None]
@@ -184,7 +184,7 @@ def _require_scores(manifest: Manifest, labels: list[str], top: int | None) -> N
     found = next((tensor for tensor in manifest.outputs if _holds_scores(tensor, labels)), None)
     if found is None and labels:
         shapes = ", ".join(f"{tensor.name} {tuple(tensor.shape)}" for tensor in manifest.outputs)
-        raise DanceError(f"--labels names {len(labels)} classes, and no output holds so many scores: {shapes}")
+        raise DanceError(f"--labels names {len(labels)} classes, and no output has that many scores: {shapes}")
     if found is None and top is not None:
         raise DanceError(
             f"--top is of class scores, and {manifest.name} does not say which output holds them: name its classes by "
@@ -275,11 +275,13 @@ def _print(
             rows.append([key, str(array.shape), str(array.dtype), *numbers, _meaning(manifest, key)])
         heads = ["output", "shape", "dtype", "least", "greatest", "meaning"]
         tables = [Table(heads, rows, f"{manifest.name} on {name}")]
+        heads = ["score", "class", *(["label"] if labels else [])]
         rows = [
-            [f"{each['score']:.4f}", str(each["class"]), each["label"]] for each in _top(results, manifest, labels, top)
+            [f"{each['score']:.4f}", str(each["class"]), each["label"]][: len(heads)]
+            for each in _top(results, manifest, labels, top)
         ]
         if rows:
-            tables.append(Table(["score", "class", "label"], rows))
+            tables.append(Table(heads, rows))
         print_tables(tables)
         typer.echo(f"{1e3 * seconds:.1f} ms on {device}, the first run; `dance-tvm bench` measures")
         return

@@ -63,7 +63,8 @@ def facts_of(found: Artifact) -> list[list[str]]:
     rows += [[f"file {name}", f"{file.bytes / 2**20:.2f} MiB"] for name, file in manifest.files.items()]
     rows.append(["memory", f"{manifest.memory_peak_bytes / 2**20:.1f} MiB in a call"])
     if manifest.preprocess is not None:
-        rows.append(["videos", ", ".join(f"{key} {value}" for key, value in manifest.preprocess.model_dump().items())])
+        given = manifest.preprocess.model_dump(exclude_none=True)
+        rows.append(["videos", ", ".join(f"{key} {value}" for key, value in given.items())])
     rows += [["" if place else "check", line] for place, line in enumerate(manifest.check.lines())]
     if manifest.device_code is not None:
         code = manifest.device_code

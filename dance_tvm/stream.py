@@ -33,9 +33,9 @@ app = application()
     )
 )
 def stream(
-    artifact: Annotated[Path, typer.Argument(help="Folder of a network that was built in its streaming form.")],
+    artifact: Annotated[Path, typer.Argument(help="Folder of a network built in its streaming form.")],
     frames: Annotated[Path | None, typer.Option(help="Frames in order: an .npz or .npy of one array.")] = None,
-    random: Annotated[int | None, typer.Option(min=1, help="Run so many random frames.")] = None,
+    random: Annotated[int | None, typer.Option(min=1, help="Run this many random frames.")] = None,
     device: Annotated[str, typer.Option(help=f"{PLACES}.")] = "local",
     outputs: Annotated[Path | None, typer.Option(help="Write the first output after each frame here (.npz).")] = None,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds to wait for the device.")] = 60.0,

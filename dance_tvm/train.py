@@ -51,23 +51,23 @@ def main(
         typer.Option(help="folder for checkpoint, curves, model and card", show_default="trained/MODEL-METHOD"),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
-    batch: Annotated[int, typer.Option(min=1, help="clips a step, in each process")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="clips per step, in each process")] = 32,
     lr: Annotated[float, typer.Option(min=0)] = 1e-3,
     optimizer: Annotated[Literal["adam", "sgd"], typer.Option()] = "adam",
     init: Annotated[
-        Path | None, typer.Option(help="weights to start from: an earlier run's model.safetensors, a state dict")
+        Path | None, typer.Option(help="weights to start from: an earlier run's model.safetensors, or a state dict")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on from what --out holds, as it was begun; more --epochs prolong it")
+        bool, typer.Option("--resume", help="continue the run in --out with its own settings; more --epochs extend it")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that --out holds")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's")] = None,
-    amp: Annotated[bool, typer.Option(help="mixed precision, as --precision says")] = True,
+    amp: Annotated[bool, typer.Option(help="mixed precision, in the type of --precision")] = True,
     precision: Annotated[
-        Literal["float16", "bfloat16", "float32"], typer.Option(help="float16 on a GPU alone; bfloat16 on any device")
+        Literal["float16", "bfloat16", "float32"], typer.Option(help="float16 only on a GPU; bfloat16 on any device")
     ] = "float16",
-    accumulate: Annotated[int, typer.Option(min=1, help="batches whose gradients are added up to one step")] = 1,
+    accumulate: Annotated[int, typer.Option(min=1, help="batches whose gradients are summed for one step")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="processes that decode clips; 0: this one")] = 0,
     target_macs: Annotated[
         str | None, typer.Option(help="aap: share of the dense MACs (0.5, 50%) or a count (120M)")
@@ -83,7 +83,7 @@ def main(
         list[str] | None, typer.Option("--set", help="a further option of the method, NAME=VALUE")
     ] = None,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="print every setting, the method's defaults too, as JSON and end")
+        bool, typer.Option("--print-config", help="print all settings as JSON, the method's defaults included, and end")
     ] = False,
     export: Annotated[bool, typer.Option(help="write model.pt2 for `dance-tvm build --model`")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print the card as JSON and nothing else")] = False,
@@ -113,6 +113,7 @@ def main(
     require_model(trains_by, chosen.get("model", before.get("model", model)))
     settings = continued(out / "checkpoint.safetensors", chosen) if resume else Settings(**chosen)
     found = method_options(settings.method, settings.options)
+    found.require_epochs(settings.epochs)
     if print_config:
         typer.echo(settings.model_copy(update={"options": found.model_dump(mode="json")}).model_dump_json(indent=2))
         return
@@ -129,8 +130,9 @@ def main(
     if as_json:
         typer.echo(json.dumps(result.card))
     elif not json_lines:
-        rows = [[name, f"{value:.6g}"] for name, value in result.metrics.items()]
-        print_table(["figure", "value"], rows, title=f"best epoch, written to {result.folder}")
+        rows = [[name, f"{value:.6g}"] for name, value in result.metrics.items() if name != "epoch"]
+        best = f"epoch {result.metrics['epoch'] + 1:.0f} of {settings.epochs}"
+        print_table(["figure", "value"], rows, title=f"best: {best}, written to {result.folder}")
         if export:
             typer.echo(f"next: dance-tvm build --model {quote(str(out / 'model.pt2'))}")
 
@@ -165,19 +167,19 @@ def _of_budget(budget: str | None, method: str, target_macs: str | None) -> dict
 
 
 def _require_place(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raise DanceError where a run, finished or not, would be lost, where there is none to go on with, and where none
+    """Raise DanceError where a run, finished or not, would be lost, where there is none to resume, and where none
     can be written."""
     if resume and overwrite:
-        raise DanceError("--resume goes on with what --overwrite replaces: give one of them")
+        raise DanceError("--resume continues what --overwrite replaces: give one of them")
     require_folder(folder, "--out")
     if resume and not (folder / "checkpoint.safetensors").is_file():
-        raise DanceError(f"{folder} holds no run to go on with: name its --out, or train without --resume")
+        raise DanceError(f"{folder} holds no run to resume: name its --out, or train without --resume")
     if resume or overwrite:
         return
     for name, state in (("card.json", "a finished run"), ("checkpoint.safetensors", "a run that is not finished")):
         if (folder / name).exists():
             raise DanceError(
-                f"{folder} holds {state}: --resume goes on with it, --overwrite replaces it, or choose another --out"
+                f"{folder} holds {state}: --resume continues it, --overwrite replaces it, or choose another --out"
             )
 
 

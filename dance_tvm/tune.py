@@ -14,9 +14,10 @@ import typer
 
 from dance_tvm.benchmarking.clips import require_clips
 from dance_tvm.compiler.requests import require_buildable
-from dance_tvm.core.cli import INTERRUPTED, application, examples, start
+from dance_tvm.core.cli import application, examples, start
 from dance_tvm.core.errors import DanceError, DanceWarning
 from dance_tvm.core.files import require_folder, require_suffix, require_writable
+from dance_tvm.core.interrupts import INTERRUPTED
 from dance_tvm.core.options import AsJson, Devices, Model, TargetName, Threads
 from dance_tvm.core.printing import counted, framed, print_table
 from dance_tvm.core.progress import JsonLines, Progress
@@ -45,7 +46,7 @@ def tune(
     model: Model = "c3d-mini",
     target: TargetName = "host",
     device: Devices = None,
-    trials: Annotated[int, typer.Option(help="Trials of each layer, those of earlier runs counted.")] = 64,
+    trials: Annotated[int, typer.Option(help="Trials per layer, counting those of earlier runs.")] = 64,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which no new batch is begun.")] = None,
     layers: Annotated[list[str] | None, typer.Option(help="Only layers that match this pattern.")] = None,
     density: Annotated[list[float] | None, typer.Option(help="Tune masked layers at this density.")] = None,
@@ -59,7 +60,7 @@ def tune(
     clips: Annotated[str, typer.Option(help="Tune masked layers at the densities that these clips show.")] = "",
     weights: Annotated[Path | None, typer.Option(help="Trained weights; tile sizes do not depend on them.")] = None,
     threads: Threads = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Trials that are built at once.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Trials to build at the same time.")] = None,
     trial_timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a trial is ended.")] = 30.0,
     logs: Annotated[Path | None, typer.Option(help="Folder of the logs.", show_default="own logs")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the search to this .html file.")] = None,
@@ -285,7 +286,7 @@ def _print(tuner: Tuner) -> None:
         failed = f"; {counted(device.failed, 'session')} failed" if device.failed else ""
         if device.dropped or failed:
             typer.echo(f"{device.name}{f': dropped, {device.said}' if device.dropped else ''}{failed}")
-    state = "interrupted: run again to go on" if tuner.stopped else "done"
+    state = "interrupted: run again to continue" if tuner.stopped else "done"
     typer.echo(f"{counted(tuner.made, 'trial')} in this run, {state}; cost model {tuner.model_name}; {_logs(tuner)}")
 
 

@@ -49,11 +49,11 @@ def units(
     out: Annotated[Path | None, typer.Option(help="Write the sites' units, for `train --set units=FILE`.")] = None,
     as_json: AsJson = False,
     memory: Annotated[
-        Literal["balanced", "fast"], typer.Option(help="As the build's: which kernels large layers may have.")
+        Literal["balanced", "fast"], typer.Option(help="The build's: which kernels large layers may have.")
     ] = "balanced",
     dtype: Annotated[
         Literal["float32", "float16"],
-        typer.Option(help="As the build's: vectors hold twice as many channels in float16."),
+        typer.Option(help="The build's: vectors hold twice as many channels in float16."),
     ] = "float32",
 ) -> None:
     """Show, layer by layer, in which units frames, channels and positions can be left out, and the time that saves.

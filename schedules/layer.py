@@ -14,7 +14,8 @@ from .workload import KERNEL_GROUPS, PLANAR, TYPICAL_DENSITY, Workload
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of memory: packed weights are at most ``growth`` times the layer's own, scratch at most so many bytes.
+    """Limits of memory: packed weights take at most ``growth`` times the layer's own, and scratch at most ``scratch``
+    bytes.
 
     ``anew``: its scratch may hold weights that are transformed in every call.
     """

@@ -1,4 +1,4 @@
-"""Transposed convolutions as ordinary ones over their input spread out by zeros, which nobody multiplies.
+"""Transposed convolutions as ordinary ones over their input spread out by zeros, which are never multiplied.
 
 Along an axis output ``o`` reads spread position ``o − padding + tap``. Outputs of one *phase*, a remainder of ``o``
 by the spread, read every ``spread``-th tap, and these lie on positions of the input that follow one another.

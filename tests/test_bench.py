@@ -268,7 +268,7 @@ def test_against_a_baseline(sparse, dense, tmp_path):
 
 def test_only_a_twin_is_taken_for_the_dense_form(sparse, tmp_path):
     larger = video_artifact(tmp_path / "larger", dynamic=False, size=20)
-    with pytest.raises(DanceError, match=r"no dense form of .*: its inputs are float32 1x3x8x20x20 and not .*16x16"):
+    with pytest.raises(DanceError, match=r"not a dense form of .*: its inputs are float32 1x3x8x20x20 and not .*16x16"):
         run(Plan([sparse.path], larger.path))
 
 
@@ -591,7 +591,7 @@ def test_another_engine_is_measured_in_turns(dense, tmp_path):
     [
         (["onnxruntime"], None, [], "needs --peer-model"),
         (["tensorrt"], None, [], "choose of onnxruntime, openvino"),
-        (["onnxruntime"], "missing.onnx", [], "is no .onnx file"),
+        (["onnxruntime"], "missing.onnx", [], "is not an .onnx file"),
         (["onnxruntime"], "net.onnx", ["emulator"], "leave --device out"),
     ],
 )

@@ -353,7 +353,7 @@ def test_a_stream_keeps_its_state(tmp_path):
 
 
 def test_what_is_no_stream_says_so(masked):
-    with Model(masked) as model, pytest.raises(ModelError, match="no streaming network"):
+    with Model(masked) as model, pytest.raises(ModelError, match="not a streaming network"):
         model.step(np.zeros((1, 3, 4, 8, 8), "float32"))
 
 
@@ -378,6 +378,33 @@ def test_a_wrong_input_or_number_of_threads_is_refused_in_a_sentence(masked, cal
         assert_same(model.run(call[0]), call[1])
     with pytest.raises(ModelError, match="1 to 64 threads"):
         Model(masked, 65)
+    here = os.sched_getaffinity(0)
+    for cpus in ([min(here), 4000], [-1], [1023]):
+        with pytest.raises(ModelError, match="a processor that this machine lacks"):
+            Model(masked, 1, cpus=cpus)
+    with Model(masked, 2, cpus=sorted(here)) as model:
+        assert_same(model.run(call[0]), call[1])
+    assert os.sched_getaffinity(0) == here
+
+
+def test_wrong_addresses_and_numbers_of_runs_are_refused_in_a_sentence(masked, call):
+    with Model(masked) as model:
+        given, room = _addresses(model._given(call[0])), list(model._room().values())
+        large = max(room, key=lambda array: array.nbytes)
+        overlapping = _addresses([large.view(np.uint8).reshape(-1)[64:], large])
+        assert model._api.run(model._model, given, overlapping) == 1
+        assert b"two outputs lie in the same memory" in model._api.error(model._model)
+        for runs in (3, -1):
+            assert model._api.time(model._model, given, _addresses(room), runs, None) == 1
+            assert b"time takes a number of runs" in model._api.error(model._model)
+        with pytest.raises(ModelError, match="runs must be 0 or more, not -1"):
+            model.time(call[0], -1)
+        assert_same(model.run(call[0]), call[1])
+    with open_device("local") as device:
+        network = device.load(load_artifact(masked))
+        for refused, least in ((network.time, 1), (network.kernels, 0)):
+            with pytest.raises(DanceError, match=f"repeats must be {least} or more, not {least - 1}"):
+                refused(call[0], least - 1)
 
 
 def test_a_library_without_the_interface_is_refused_in_a_sentence(tmp_path):

@@ -131,20 +131,39 @@ def test_a_request_to_end_unwinds():
     assert unwound
 
 
-def test_ctrl_c_that_a_library_gives_back_as_its_own_error_is_still_ctrl_c(capsys):
+@pytest.mark.parametrize("given_back", [RuntimeError, DanceError])
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "error: interrupted\n"), (signal.SIGTERM, 143, "")]
+)
+def test_a_signal_that_a_library_gives_back_as_its_own_error_is_still_a_signal(number, code, said, given_back, capsys):
     def search():
         with plain_errors():
             try:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
                 time.sleep(5)
-            except KeyboardInterrupt as interrupt:
-                raise RuntimeError("parallel_for error") from interrupt
+            except BaseException as raised:
+                raise given_back("parallel_for error") from raised
 
     with pytest.raises(SystemExit) as ended:
         search()
-    assert ended.value.code == 130
-    assert capsys.readouterr().err == "error: interrupted\n"
+    assert ended.value.code == code
+    assert capsys.readouterr().err == said
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_while_the_command_line_loads_leaves_no_traceback():
+    script = """
+import os, signal, sys
+class AtTyper:
+    def find_spec(name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, AtTyper)
+from dance_tvm.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
 
 
 def test_a_package_that_is_missing_is_named():

@@ -619,7 +619,10 @@ def test_a_build_refuses_a_scale_for_bytes(tmp_path):
     ]:
         with pytest.raises(DanceError, match=said):
             build_network(Scaled(), tmp_path / "out", example_inputs=(clip,), check=False, preprocess=preprocess)
-        assert not (tmp_path / "out").exists()
+    flow = torch.zeros(1, 5, 2, 8, 8)
+    with pytest.raises(DanceError, match="input clip has 5 channels, and frames of a video have 3, or 1 in grey"):
+        build_network(Scaled(), tmp_path / "out", example_inputs=(flow,), check=False, preprocess=Preprocess())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_batch_is_the_first_dimension_where_it_is_open():
@@ -650,7 +653,7 @@ def test_an_artifact_says_how_its_videos_are_prepared(small_network, tmp_path):
 
 def test_a_network_that_is_no_stream_is_refused_by_stream(host_artifact):
     refused = CliRunner().invoke(stream.app, [str(host_artifact.path), "--random", "2"])
-    assert "is no streaming network" in str(refused.exception)
+    assert "is not a streaming network" in str(refused.exception)
     assert "give --frames FILE or --random COUNT" in str(
         CliRunner().invoke(stream.app, [str(host_artifact.path)]).exception
     )
@@ -674,8 +677,8 @@ def small_network(tmp_path_factory) -> Path:
     import torch
 
     path = tmp_path_factory.mktemp("small") / "small.pt2"
-    example = (torch.zeros(1, 2, 3, 6, 6),)
-    torch.export.save(torch.export.export(torch.nn.Conv3d(2, 4, 3, padding=1).eval(), example), path)
+    example = (torch.zeros(1, 3, 3, 6, 6),)
+    torch.export.save(torch.export.export(torch.nn.Conv3d(3, 4, 3, padding=1).eval(), example), path)
     return path
 
 

@@ -27,10 +27,10 @@ from dance_tvm.schedules.cpu.choice import Advice
 from dance_tvm.schedules.workload import GATHER, Workload
 from dance_tvm.sparsity import checkpoint, training
 from dance_tvm.sparsity.clips import Batch, Splits
-from dance_tvm.sparsity.dance.adaptors import AdaptorSpatial, AdaptorTemporal
+from dance_tvm.sparsity.dance.adaptors import Adaptor, AdaptorSpatial, AdaptorTemporal
 from dance_tvm.sparsity.dance.controller import Masks
 from dance_tvm.sparsity.dance.macs import MacCounter
-from dance_tvm.sparsity.dance.method import AAP, controller_of, prune
+from dance_tvm.sparsity.dance.method import AAP, AVA, controller_of, prune
 from dance_tvm.sparsity.dance.options import AXES, parse_amount
 from dance_tvm.sparsity.dance.sites import trace
 from dance_tvm.sparsity.dance.start import leave_out_least, refit
@@ -107,6 +107,18 @@ def test_adaptors_are_those_of_the_supplement() -> None:
 def test_a_dead_activation_has_no_variability_and_no_nan() -> None:
     dead = torch.zeros(2, 5, 4, 6, 7)
     assert torch.equal(AdaptorTemporal(4)(dead)[1], torch.zeros(2))
+
+
+def test_the_only_frame_and_the_only_position_deviate_nowhere() -> None:
+    ava = AVA()
+    adaptor = Adaptor(5, 1, 1, 1)
+    ava._adaptors, ava._before, ava._weight = [adaptor], torch.zeros(3), 1.0
+    clips = torch.rand(2, 5, 1, 1, 1)
+    adaptor(clips)
+    loss = ava.losses(adaptor, None, Batch(clips, torch.zeros(2), torch.zeros(2)))["variability"]
+    loss.backward()
+    assert loss.isfinite()
+    assert adaptor.spatial.bias_ch.grad.isfinite().all()
 
 
 # ---- masks ----
@@ -393,6 +405,25 @@ def test_no_site_falls_below_its_floor() -> None:
         graph.eval()(torch.rand(1, *SHAPE))
     kept = [int(site.channels[0].sum()) // 4 for site in controller_of(graph).decisions if site.channels is not None]
     assert kept == [1, 2, 1]
+
+
+class Gated(Three):
+    """A gate of its input's mean scales the second convolution's result: no work of others depends on its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Conv3d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv1(x))
+        gate = F.relu(self.gate(x.mean((2, 3, 4), keepdim=True))).mean(1, keepdim=True)
+        return self.fc(F.relu(self.conv3(F.relu(self.conv2(x)) * gate)).mean((2, 3, 4)))
+
+
+def test_channels_whose_absence_saves_nothing_are_ranked_too() -> None:
+    graph = prune(Gated(), SHAPE, axes=["channels"], group=4)
+    leave_out_least(graph, torch.rand(2, *SHAPE), Classification().probe, target=0.5, floor=0.5)
+    assert all(parameter.isfinite().all() for parameter in controller_of(graph).parameters())
 
 
 def test_the_start_needs_channels() -> None:

@@ -126,7 +126,7 @@ def test_no_tvm_is_loaded_for_it(server, clip_network):
 
 def test_tokens(start, monkeypatch, program):
     _, port = start(environment={TOKEN: "a secret of ours"})
-    for token, message in [("", "wants a token: set DANCE_TVM_TOKEN"), ("another", "refused: it wants its token")]:
+    for token, message in [("", "demands a token: set DANCE_TVM_TOKEN"), ("another", "refused: it wants its token")]:
         monkeypatch.setenv(TOKEN, token)
         with pytest.raises(DanceError, match=message):
             open_device(f"rpc://127.0.0.1:{port}")
@@ -229,7 +229,7 @@ def test_malformed_requests_end_in_a_sentence(server, clip_network):
             status, _, size = struct.unpack("<IIQ", connection.recv(16, socket.MSG_WAITALL))
             assert status == 1
             assert len(connection.recv(size, socket.MSG_WAITALL).decode()) > 10
-    with pytest.raises(DanceError, match="instead of a greeting: its server died"):  # what TVM's client hears
+    with pytest.raises(DanceError, match="before greeting: its server died"):  # what TVM's client hears
         Connection("the phone", "127.0.0.1", int(server.rpartition(":")[2]), "", 20, 20)
     open_device(server).close()
 

@@ -194,7 +194,7 @@ def test_the_stream_command_runs_the_frames_of_a_file(compiled, tmp_path):
     np.save(frames, np.zeros((2, 1, 5, 5), "float32"))
     assert "holds frames of shape" in str(CliRunner().invoke(stream.app, words).exception)
     refused = CliRunner().invoke(stream.app, [str(whole.path), "--random", "1"])
-    assert "is no streaming network" in str(refused.exception)
+    assert "is not a streaming network" in str(refused.exception)
 
 
 def test_a_streams_state_stays_on_the_device(compiled, device):
@@ -228,7 +228,7 @@ def test_an_emulated_phone_streams_exactly(emulator, tmp_path):
 
 
 def test_only_streaming_networks_make_sessions(compiled, device):
-    with pytest.raises(DanceError, match=r"is no streaming network.*export-dstep --stream"):
+    with pytest.raises(DanceError, match=r"is not a streaming network.*export-dstep --stream"):
         device.load(compiled[1]).stream()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import sys
 import types
 
@@ -107,13 +108,13 @@ def test_own_weights_are_loaded_and_told_where_they_do_not_fit(here):
         (["users_net:no_net"], "gives a int: it must give a torch.nn.Module"),
         (["users_net:missing"], "name a function without arguments"),
         (["nowhere_at_all:Net"], "gives no network"),
-        (["users_net:Net", "--weights", "DEFAULT"], "is no file"),
+        (["users_net:Net", "--weights", "DEFAULT"], "is not a file"),
         (["users_net:Net", "--out", "net.pth"], "must end in .pt2 or .onnx"),
-        (["users_net:Net", "--mean", "grey"], "no list of numbers"),
+        (["users_net:Net", "--mean", "grey"], "not a list of finite numbers"),
         (["users_net:Net", "--mean", "0.4,0.5"], "--mean: 2 numbers for frames of three colours"),
         (["users_net:Net", "--deviation", "0"], "--deviation: is divided by"),
         (["users_net:Net", "--weights", "users_net.py"], "is not a weights file"),
-        (["users_net"], "users_net is Python of your own: name a function in it too, as users_net:FUNCTION"),
+        (["users_net"], "users_net is your own Python code: name a function in it too, as users_net:FUNCTION"),
         (["users_net.py"], "as users_net:FUNCTION"),
         (["no-such-network"], "no-such-network"),
     ],
@@ -152,7 +153,7 @@ def test_torchvision_tells_its_scale(here, monkeypatch):
     monkeypatch.delitem(sys.modules, "torchvision")
     (here / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(str(here))
-    with pytest.raises(DanceError, match="another build of PyTorch"):
+    with pytest.raises(DanceError, match="built for another PyTorch"):
         export.load_source("torchvision:any")
 
 
@@ -170,3 +171,17 @@ def test_the_exporter_talks_to_the_curious_alone(capsys, monkeypatch):
         assert "torchvision" in capsys.readouterr().out
     finally:
         logger.removeHandler(said)
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_a_full_disk_is_told_and_leaves_nothing(suffix, tmp_path):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+    before, limits = set(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))  # EFBIG, as on a quota
+    try:
+        with pytest.raises(DanceError, match=r"no space left to write .* free some, or choose another --out"):
+            export.export(nn.Linear(256, 256), [(1, 256)], tmp_path / f"net{suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert set(tmp_path.iterdir()) == before

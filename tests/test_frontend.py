@@ -524,10 +524,10 @@ def _with_member(source, target, name, data):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("data/aotinductor/model/code.so", "no part of an exported program"),
-        ("models/model.jsoX", "no part of an exported program"),
+        ("data/aotinductor/model/code.so", "not part of an exported program"),
+        ("models/model.jsoX", "not part of an exported program"),
         ("data/weights/legacy.pt", "pickled objects"),
-        ("models/Model.json", "two members of one name"),
+        ("models/Model.json", "two members of the same name"),
     ],
 )
 def test_members_that_the_loader_would_run_or_misread_are_refused(exported, tmp_path, name, why):

@@ -181,7 +181,7 @@ def test_an_opencl_device_says_what_it_cannot_do():
         with pytest.raises(DanceError, match="has no fp16"):
             session.compile(half)
     many = OpenCLCode("", {"k": Plan([Launch("k", (), (1, 1, 1), (1 << 20, 1, 1))])})
-    with pytest.raises(DanceError, match="threads a block and a kernel needs 1048576"):
+    with pytest.raises(DanceError, match="threads per block, and a kernel needs 1048576"):
         session.compile(many)
     with pytest.raises(DanceError, match="out of memory"):
         session.empty(1 << 50)

@@ -15,6 +15,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.device.launches import device_code, opencl_target
 from dance_tvm.device.opencl import OpenCLSession
 from dance_tvm.device.opencl_network import OpenCLNetwork
+from dance_tvm.frontend import import_model
 from dance_tvm.lowering.lowered import Lowered
 from dance_tvm.machines.target import load_target
 
@@ -154,6 +155,29 @@ def test_a_function_without_a_gpu_schedule_is_refused():
         device_code(tvm.IRModule({"doubled": doubled}), opencl_target())
 
 
+class MeansOfAll(nn.Module):
+    """TVM's rule for reductions fails at the mean over everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.masked = nn.Conv3d(3, 13, 3, padding=1), nn.Conv3d(13, 13, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.conv(x))
+        frames = (y.mean((1, 3, 4), keepdim=True) > y.mean()).float()
+        return self.masked(y * frames)
+
+
+def test_a_reduction_at_which_tvms_rule_fails_has_another_schedule():
+    imported = import_model(MeansOfAll().eval(), example_inputs=(torch.randn(2, 3, 6, 10, 9),), check=False)
+    assert lower(imported.mod, load_target("jetson-nano"), Options()).layers
+
+
+class TakesNothing(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x[:, :0] + 1, x * 2
+
+
 class AdaptsUnevenly(nn.Module):
     """A pool for which GPUs have no schedule."""
 
@@ -162,6 +186,7 @@ class AdaptsUnevenly(nn.Module):
 
 
 def test_what_a_pass_refuses_is_told_as_it_is():
-    program = torch.export.export(AdaptsUnevenly(), (torch.randn(1, 1, 1, 1, 1),))
-    with pytest.raises(DanceError, match="has no GPU schedule: build this network for a CPU target"):
-        lower(from_exported_program(program), load_target("jetson-nano"), Options())
+    for network, x in ((AdaptsUnevenly(), torch.randn(1, 1, 1, 1, 1)), (TakesNothing(), torch.randn(2, 3))):
+        program = torch.export.export(network, (x,))
+        with pytest.raises(DanceError, match="has no GPU schedule: build this network for a CPU target"):
+            lower(from_exported_program(program), load_target("jetson-nano"), Options())

@@ -93,3 +93,14 @@ def test_failures_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(linker.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DanceError, match="pip install ziglang"):
         linker.link_shared(tmp_path / "a.so", [], "x86_64-linux-gnu")
+
+
+def test_the_c_compiler_needs_no_home(tmp_path, monkeypatch):
+    (tmp_path / "home").touch()
+    (tmp_path / "one.c").write_text("int one(void) { return 1; }\n")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("XDG_CACHE_HOME", "ZIG_GLOBAL_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    done = linker.run_compiler(["-target", "aarch64-linux-musl", "-c", "one.c"], 60, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["home", "one.c", "one.o"]

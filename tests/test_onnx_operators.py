@@ -247,13 +247,15 @@ SAMPLE = (
 )
 
 
-def test_crossed_bounds_give_the_upper_one(tmp_path):
+def test_crossed_bounds_give_the_upper_one_and_nan_has_no_sign(tmp_path):
+    nodes = [node("Clip", ["x", "low", "high"], ["y"]), node("Sign", ["x"], ["sign"])]
     bounds = {"low": np.float32(2), "high": np.float32(-1)}
-    path = save(tmp_path / "n.onnx", [node("Clip", ["x", "low", "high"], ["y"])], {"x": [4]}, {"y": None}, bounds)
+    path = save(tmp_path / "n.onnx", nodes, {"x": [4]}, {"y": None, "sign": None}, bounds)
     built = build_network(path, tmp_path / "built", threads=1, check=False)
     with open_device("local") as device:
-        found = device.load(built.artifact).run({"x": np.array([-3, 0, 1, 5], np.float32)})["y"]
-    np.testing.assert_array_equal(found, np.full(4, -1, np.float32))
+        found = device.load(built.artifact).run({"x": np.array([-3, 0, np.nan, 5], np.float32)})
+    np.testing.assert_array_equal(found["y"], [-1, -1, np.nan, -1])
+    np.testing.assert_array_equal(found["sign"], [-1, 0, np.nan, 1])
 
 
 @pytest.mark.parametrize("case", SAMPLE)

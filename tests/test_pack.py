@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -160,6 +161,14 @@ def test_an_android_module_compiles(network, tmp_path):
     phone = artifact(network, tmp_path / "phone", "snapdragon")
     main = Path(packed(phone, "--format", "android", "--out", tmp_path / "module")) / "src/main"
     assert (main / "jniLibs/arm64-v8a/libdance_network.so").read_bytes() == (phone / "model.so").read_bytes()
+    android = load_artifact(phone)
+    with pytest.raises(DanceError, match="is built for Android, which takes no wheel"):
+        pack_formats.pack(android, tmp_path / "wheel", "wheel")
+    board = {"tvm": {"mtriple": "aarch64-linux-gnu"}, "name": "aarch64-linux"}
+    board = android.manifest.target.model_copy(update=board)
+    linux = replace(android, manifest=android.manifest.model_copy(update={"target": board}))
+    with pytest.raises(DanceError, match="is built for aarch64-linux: an Android app needs --target snapdragon"):
+        pack_formats.pack(linux, tmp_path / "app", "android")
     javac = shutil.which("javac")
     if javac is None:
         pytest.skip("needs a JDK")
@@ -231,5 +240,14 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence(host, network, tmp_path)
     (tmp_path / "file").touch()
     for form in ("c", "wheel"):
         assert "cannot be written" in refusal(host, "--format", form, "--out", tmp_path / "file" / "x")
-    assert "is no version of a wheel" in refusal(host, "--format", "wheel", "--version", "x.y", "--out", tmp_path / "d")
+    assert "not a version for a wheel" in refusal(
+        host, "--format", "wheel", "--version", "x.y", "--out", tmp_path / "d"
+    )
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))  # EFBIG, as on a quota
+    try:
+        for form in ("c", "wheel"):
+            assert "cannot be written" in refusal(host, "--format", form, "--out", tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["c", "file"]

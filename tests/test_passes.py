@@ -746,7 +746,7 @@ def test_what_is_behind_a_concatenation_of_convolutions_goes_to_its_parts() -> N
             return d
 
     becomes(NormsBeforeConcat(Reasons()), Before, After)
-    why = "behind a concatenation, where it stays: x is no convolution's result that it alone reads"
+    why = "behind a concatenation, where it stays: x is not a convolution's result that it alone reads"
     declines(NormsBeforeConcat, Read, why)
 
 

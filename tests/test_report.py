@@ -162,7 +162,7 @@ def test_two_results_side_by_side(results, tmp_path):
     assert first["verdict"] == "slower"
     assert first["low"] <= first["ratio"] <= first["high"]
     assert any("number of threads" in each for each in first["differs"])
-    assert any("very same" in each for each in first["differs"])
+    assert any("library is identical" in each for each in first["differs"])
     with pytest.raises(DanceError, match="measured no network of one name"):
         compare.comparison(results, results.model_copy(update={"devices": []}), ("a", "b"))
 

@@ -132,7 +132,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 
 def test_too_few_epochs_for_a_penalty_are_refused(tmp_path):
-    with pytest.raises(DanceError, match=r"1 epoch leave none .*: lower a share$"):
+    with pytest.raises(DanceError, match=r"1 epoch leaves none .*: lower a share$"):
         run(tmp_path, {"dense": 0.7, "retrain": 0.5}, epochs=1)
     with pytest.raises(DanceError, match=r": give --epochs 2 or more$"):
         run(tmp_path, {"dense": 0.25, "retrain": 0.35}, epochs=1)  # of 2: 0 dense, 1 with the penalty, 1 retrained

@@ -51,7 +51,7 @@ int main(void) {
   static const int sizes[] = {1, 2, 3, 5, 7, 8, 64, 1000, 65535, 65536, MOST};
   for (int size = 1; size <= 5; size++) {
     memset(&threads, 0, sizeof threads);
-    if (!start_pool(&threads, size, &options)) return puts("no pool"), 1;
+    if (start_pool(&threads, size, &options, NULL, 0)) return puts("no pool"), 1;
     seat before = enter(&threads);
     for (int round = 0; round < 40; round++) {
       for (int each = 0; each < 8 + 3 * (round % 20 == 0); each++) {

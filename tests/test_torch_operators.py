@@ -284,6 +284,25 @@ def test_infinities_and_nan_are_those_of_the_source(tmp_path):
         np.testing.assert_allclose(got, wanted.numpy(), rtol=1e-5)
 
 
+def test_whole_numbers_divided_by_none_give_none(tmp_path):
+    """A processor's own division would end the process."""
+
+    def function(x, sums):
+        above = (x > 0).sum(1)
+        quotients = sums // above, sums.int() // above.int(), torch.div(sums, above, rounding_mode="trunc")
+        return *quotients, sums % above, torch.fmod(sums, above), sums // (above - 4)
+
+    sums = torch.tensor([7, -7, -(2**63)])
+    built = build_network(Function(function), tmp_path / "n", example_inputs=(torch.ones(3, 4), sums), check=False)
+    x = torch.tensor([[1.0, 1, -1, -1], [-1, -1, -1, -1], [1, 1, 1, -1]])
+    with open_device("local") as device:
+        found = device.load(built.artifact).run({"inputs_0": x.numpy(), "inputs_1": sums.numpy()}).values()
+    least = -(2**63)
+    expected = [[3, 0, least // 3], [3, 0, 0], [3, 0, -(-least // 3)], [1, 0, least % 3], [1, 0, -(-least % 3)]]
+    for got, wanted in zip(found, [*expected, [-4, 1, least]], strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
 def test_a_chain_of_operators_that_read_their_input_twice_is_built_in_time_linear_in_its_length(tmp_path):
     """Computed where it is read, each link would stand twice in the next: 2^60 times at the end."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from dance_tvm.schedules.cpu.winograd_space import best
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.layer import Layer
 from dance_tvm.schedules.workload import FAMILIES, WINOGRAD, Workload
+from dance_tvm.tuning.farm import CountedSession
+from dance_tvm.tuning.instances import Loaded
 
 AVX2 = Machine(8, 16, 32768, 524288, True)
 NEON = Machine(4, 32, 65536, 524288, False)
@@ -314,3 +317,30 @@ def test_bad_input_is_one_sentence(arguments, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+class Counting:
+    """A server that executes 100,000 instructions a call, and besides them what it is doing anyway."""
+
+    def __init__(self, besides: list[int]) -> None:
+        self.executed, self.besides = 0, itertools.cycle(besides)
+
+    def read(self) -> int:
+        return self.executed
+
+    def times(self, _kernel: str, _arguments: list[object], repeats: int) -> list[float]:
+        self.executed += 100_000 * (1 + repeats) + next(self.besides)
+        return [0.0] * repeats
+
+
+def test_the_instructions_of_a_call_are_told_from_what_the_server_does_besides():
+    def counted(besides: list[int]) -> list[float]:
+        session = CountedSession.__new__(CountedSession)
+        session.name, session.counter = "phone", Counting(besides)
+        return Loaded(None, session, session.counter, []).measure()
+
+    assert counted([700]) == [100_000]
+    (found,) = counted([0, 900, 300, 2000, 100, 1500, 50])
+    assert found == pytest.approx(100_000, rel=0.005)
+    with pytest.raises(DanceError, match="phone executes another number of instructions at every call"):
+        counted([0, 10**6, 10**8, 10**5, 10**9])

@@ -221,7 +221,7 @@ def test_ctrl_c_ends_within_seconds_and_the_next_run_goes_on(tmp_path, network, 
     assert "Traceback" not in errors
     if signals == 1:
         assert tuning.returncode == 130, errors
-        assert "interrupted: run again to go on" in said
+        assert "interrupted: run again to continue" in said
         assert "trials in flight are given up" in errors
     log = Log.read(log_path(HOST, folder=tmp_path))
     assert sum(1 for _ in log.records(statuses=["trial"])) > 0

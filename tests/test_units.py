@@ -18,13 +18,13 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.frontend import import_model
 from dance_tvm.lowering.machine import machine_of
 from dance_tvm.machines.target import load_target
-from dance_tvm.schedules.cpu.units import servings
-from dance_tvm.schedules.workload import POOL
+from dance_tvm.schedules.cpu.units import Serving, servings
+from dance_tvm.schedules.workload import POOL, Workload
 from dance_tvm.sparsity.dance.controller import Masks
 from dance_tvm.sparsity.dance.macs import MacCounter
 from dance_tvm.sparsity.dance.method import AAP, controller_of, prune
 from dance_tvm.sparsity.dance.predicted_time import TimeCounter
-from dance_tvm.sparsity.dance.site_units import site_units
+from dance_tvm.sparsity.dance.site_units import layer_times, site_units
 from dance_tvm.sparsity.dance.sites import trace
 from dance_tvm.sparsity.dance.trained import load
 from dance_tvm.sparsity.units import LayerTimes, SiteUnits, Units, read_units, write_units
@@ -47,6 +47,24 @@ class Paths(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.mix(self.second(torch.relu(self.first(x)))))
+
+
+class Branches(nn.Module):
+    """Two branches that share their second layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv3d(4, 16, (1, 3, 3)), nn.Conv3d(4, 16, (1, 3, 3))
+        self.mix, self.last = nn.Conv3d(16, 16, (3, 1, 1)), nn.Conv3d(32, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.last(torch.cat([torch.relu(self.mix(self.one(x))), self.mix(self.two(x))], 1)))
+
+
+def _served(workloads: dict[str, Workload]) -> dict[str, list[Serving]]:
+    """The kernels that could serve each convolution on this machine, the best first."""
+    machine = machine_of(load_target("host"))
+    return {name: servings(workload, machine) for name, workload in workloads.items() if workload.family != POOL}
 
 
 def units_of_three() -> list[SiteUnits]:
@@ -232,7 +250,7 @@ def test_sites_take_the_units_of_the_layers_that_their_masks_reach() -> None:
     network, clip = Paths(), (4, 8, 24, 24)
     mod = import_model(network.eval(), example_inputs=(torch.zeros(1, *clip),), check=False).mod
     workloads = lower(mod, load_target("host"), Options(threads=1)).workloads
-    found = {name: servings(workload, machine) for name, workload in workloads.items() if workload.family != POOL}
+    found = _served(workloads)
     kernels = {name: {serving.kernel: serving for serving in served} for name, served in found.items()}
     convs = [name for name in kernels if workloads[name].window.kernel != (1, 1, 1)]
     chosen = {name: next(iter(of.values())) for name, of in kernels.items()}
@@ -243,6 +261,23 @@ def test_sites_take_the_units_of_the_layers_that_their_masks_reach() -> None:
     assert all(site.channels == machine.vector_floats for site in sites)
     halves = kernels[second]["winograd_2x3x3"].seconds["positions"]
     assert halves == tuple(sorted(halves, reverse=True))
+
+
+def test_sites_find_their_layers_in_whatever_order_those_are_built() -> None:
+    """Relax may visit branches in another order than the network runs them; a module called again is a layer more."""
+    network, clip = Branches().eval(), (4, 4, 8, 8)
+    workloads = lower(
+        import_model(network, example_inputs=(torch.zeros(1, *clip),), check=False).mod,
+        load_target("host"),
+        Options(threads=1),
+    ).workloads
+    found = {name: served[0] for name, served in _served(workloads).items()}
+    times = layer_times(network, clip, dict(reversed(workloads.items())), found)
+    assert [time.layer for time in times] == ["one", "mix", "two", "mix", "last"]
+    assert [time.kernel for time in times] == [found[name].kernel for name in ("one", "mix", "two", "mix_1", "last")]
+    del workloads["mix_1"]
+    with pytest.raises(DanceError, match="mix_1 of Branches is not a separate layer"):
+        site_units(network, clip, workloads, found)
 
 
 def test_the_command_writes_what_training_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,33 +24,34 @@ PAGE = ROOT / "docs/networks.md"
 _INTRODUCTION = """\
 # Published networks
 
-Video and volumetric networks that others published, each with random weights through the compiler: exported, imported,
-built for this machine with the default options, run, and compared with PyTorch in float64. **Error**: the largest
-difference as a share of the output's largest value, at most 1e-4 to be right; beside it PyTorch's own in float32.
+Video and volumetric networks that others have published. Each, with random weights, is exported, imported, built for
+this machine with the default options, run, and compared with PyTorch in float64. **Error**: the largest difference as
+a share of the output's largest value, at most 1e-4 to count as right; next to it, PyTorch's own error in float32.
 
 ```console
 $ pip install --no-deps -r benchmarks/published/requirements.txt
 $ python -m benchmarks.published [--only NAME] [--source pt2|onnx] [--json FILE]
 ```
 
-The wheels of that list are installed without what they depend on, so that they fit the pinned PyTorch. What no wheel
-holds is defined in `benchmarks/published`. Input sizes are the networks' usual ones, or smaller where the table names
-the usual one in brackets: the architecture is whole, and only fewer positions and frames are computed. ONNX files are
-written by PyTorch's exporter, where that refuses by its older one. A run goes on where the last one ended.
+The wheels in that list are installed without their dependencies, so that they fit the pinned PyTorch. Networks that no
+wheel contains are defined in `benchmarks/published`. Input sizes are the networks' usual ones, or smaller where the
+table gives the usual one in brackets: the architecture is complete, and only fewer positions and frames are computed.
+ONNX files are written by PyTorch's exporter, or by its older one where that refuses. A run continues where the last
+one stopped.
 """
 
 
 _TIMES = """
 ## How fast
 
-`python -m benchmarks.networks` asks the engines in turns, each in a process of its own, in float32.
-The machine was shared with other work meanwhile, so that times by the wall would be no latencies: **ms** is the least
-processor time of a call (all threads of the engine), **ratio** that of ours to the fastest other's, and **in turns**
-the median of the ratios of wall times within a round, with its 95 % interval. Rows without a date are older than this
-least, and take the least of the turns' means in its place: the same where a call takes more than some 35 ms, which are
-a turn by themselves, and a few per cent more for all engines where calls are shorter. What a call of ours is spent on:
-`python -m benchmarks.networks --profile NAME`. What has no row here, with two threads or beside MNN (whose column is
-empty then), is not measured yet. Machines have a table each.
+`python -m benchmarks.networks` runs the engines in turns, each in a process of its own, in float32. Other work was
+running on the machine at the time, so wall-clock times would not be latencies: **ms** is the least processor time of a
+call (all threads of the engine), **ratio** is ours divided by that of the fastest other engine, and **in turns** is
+the median of the ratios of wall times within a round, with its 95 % interval. Rows without a date are from before that
+least was recorded, and have the least of the turns' means instead: the same where a call takes more than some 35 ms,
+which makes a turn by itself, and a few per cent more for all engines where calls are shorter. `python -m
+benchmarks.networks --profile NAME` shows what a call of ours is spent on. What has no row here, with two threads or
+beside MNN (whose column is then empty), has not been measured yet. Each machine has a table of its own.
 """
 
 _TIMES_TABLE = """
@@ -62,8 +63,8 @@ _TIMES_TABLE = """
 _FAMILIES = """
 ## Families of layers
 
-`python -m benchmarks.families`: a few layers of one kind, so that the changes of layout at their ends, where tensors
-have channels first, weigh more than in a network. **ms** and **ratio** as above, that to the faster of the two.
+`python -m benchmarks.families`: a few layers of one kind, so that the layout changes at both ends, where tensors have
+channels first, weigh more than in a whole network. **ms** and **ratio** as above, compared with the faster of the two.
 
 {machine}
 

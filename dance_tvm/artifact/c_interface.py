@@ -14,13 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from dance_tvm.artifact.linker import target_triple, zig_command
+from dance_tvm.artifact.linker import run_compiler, target_triple
 from dance_tvm.artifact.weight_store import Store
 from dance_tvm.core.errors import DanceError
 from dance_tvm.machines.host import needed_flags
 from dance_tvm.machines.target import Target
 
-if TYPE_CHECKING:  # packing needs the sources' place alone, and no TVM
+if TYPE_CHECKING:  # packing needs only the sources' place, not TVM
     from dance_tvm.artifact.c_program import Names, Program
 
 INTERFACE = Path(__file__).with_name("interface")
@@ -117,15 +117,8 @@ def _rules_sha256() -> str:
 
 def _run_compiler(source: str, flags: list[str], folder: Path) -> None:
     """Paths are left out of what it writes, so that equal sources give equal bytes."""
-    command = [*zig_command(), "cc", *flags]
     try:
-        done = subprocess.run(
-            [*command, f"-I{INTERFACE}", "-I.", "-c", source],
-            capture_output=True,
-            text=True,
-            timeout=COMPILE_TIMEOUT_S,
-            cwd=folder,
-        )
+        done = run_compiler([*flags, f"-I{INTERFACE}", "-I.", "-c", source], COMPILE_TIMEOUT_S, folder)
     except subprocess.TimeoutExpired:
         raise DanceError(f"compiling the C interface did not end within {COMPILE_TIMEOUT_S} s") from None
     if done.returncode != 0:

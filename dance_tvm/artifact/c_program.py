@@ -243,7 +243,7 @@ def _is_kernel(func: Any) -> bool:
 
 
 def _refuse(what: str) -> NoReturn:
-    raise DanceError(f"{what} would be called in a run, where only kernels are: report this network to dance-tvm")
+    raise DanceError(f"{what} would be called in a run, where only kernels can be: report this network to dance-tvm")
 
 
 def _extents(shape: Any) -> tuple[int, ...]:
@@ -251,7 +251,7 @@ def _extents(shape: Any) -> tuple[int, ...]:
         return tuple(int(extent) for extent in shape.values)
     except (AttributeError, TypeError):
         raise DanceError(
-            "a tensor has a size that is known in a run alone: give the inputs their sizes with --shape"
+            "a tensor has a size that is known only during a run: give the inputs their sizes with --shape"
         ) from None
 
 

@@ -72,6 +72,11 @@ class BuiltFor(_Strict):
     threads: int
     cpu_features: list[str] = []
 
+    @property
+    def is_android(self) -> bool:
+        """Whether its library is linked for Android's loader, which finds symbols where others do not."""
+        return "android" in str((self.host or self.tvm).get("mtriple", ""))
+
 
 class OutputCheck(_Strict):
     """One output of one run of the check. All figures are shares of the output's largest value.

@@ -53,6 +53,22 @@ def zig_command() -> list[str]:
     return [sys.executable, "-m", "ziglang"]
 
 
+def run_compiler(words: Sequence[str], timeout: float, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """What zig's C compiler says to ``words`` in ``folder``; raises as ``zig_command`` does.
+
+    What it keeps lies in a folder of its own, since a home may be missing or read-only; our cache has the objects.
+    """
+    with tempfile.TemporaryDirectory(prefix="dance_tvm_zig_") as kept:
+        return subprocess.run(
+            [*zig_command(), "cc", *words],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=folder,
+            env={"ZIG_GLOBAL_CACHE_DIR": kept, **os.environ},
+        )
+
+
 def lld_command() -> list[str]:
     """The command that starts lld; raises as ``zig_command`` does."""
     return [*zig_command(), "ld.lld"]
@@ -159,7 +175,7 @@ def _emulation(triple: str) -> str:
 def _stub_libraries(linker: list[str], folder: Path, names: Sequence[str]) -> list[str]:
     """Empty libraries that carry only a name: linked against, they become DT_NEEDED entries.
 
-    Android's loader looks for symbols in the named libraries alone, never in those already loaded.
+    Android's loader looks for symbols only in the named libraries, never in those already loaded.
     """
     nothing = folder / "nothing.ld"
     nothing.write_text("")

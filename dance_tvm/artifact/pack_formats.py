@@ -1,4 +1,4 @@
-"""An artifact as others build with it: a C folder with CMake, an Android library module, a wheel for numpy alone."""
+"""An artifact packed for others: a C folder with CMake, an Android library module, a wheel that needs only numpy."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _c(artifact: Artifact, out: Path) -> None:
 
 def _android(artifact: Artifact, out: Path) -> None:
     target = artifact.manifest.target
-    if target.machine != "aarch64":
+    if not target.is_android:
         raise DanceError(f"{artifact.path} is built for {target.name}: an Android app needs --target snapdragon")
     sources = INTERFACE / "android"
     main = out / "src/main"
@@ -109,7 +109,9 @@ def _android(artifact: Artifact, out: Path) -> None:
 
 def _wheel(artifact: Artifact, out: Path, version: str) -> Path:
     if not _VERSION.fullmatch(version):
-        raise DanceError(f"--version {version} is no version of a wheel: give one as 1.2.0 or 1.2.0rc1")
+        raise DanceError(f"--version {version} is not a version for a wheel: give one like 1.2.0 or 1.2.0rc1")
+    if artifact.manifest.target.is_android:
+        raise DanceError(f"{artifact.path} is built for Android, which takes no wheel: give --format android or c")
     name = _module_name(artifact.manifest.name)
     tag = f"py3-none-{_PLATFORM.format(machine=artifact.manifest.target.machine)}"
     info = f"{name}-{version}.dist-info"
@@ -124,6 +126,7 @@ def _wheel(artifact: Artifact, out: Path, version: str) -> Path:
     path = out / f"{name}-{version}-{tag}.whl"
     if path.exists():
         raise DanceError(f"{path} is there already: choose another --out or --version")
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     record = [f"{place},sha256={_digest(data)},{len(data)}" for place, data in files.items()]
     files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,", ""]).encode()
@@ -135,6 +138,8 @@ def _wheel(artifact: Artifact, out: Path, version: str) -> Path:
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
+        if is_new and not path.exists():
+            out.rmdir()
     return path
 
 

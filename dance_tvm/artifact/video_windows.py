@@ -60,10 +60,19 @@ def require_video_input(manifest: Manifest, preprocess: Preprocess | None = None
     tensor, chosen = manifest.inputs[0], preprocess or manifest.preprocess
     if len(tensor.shape) != 5 or tensor.shape[0] != 1:
         raise DanceError(f"input {tensor.name} has shape {tuple(tensor.shape)}, and videos make one clip of 5 axes")
-    if "float" not in tensor.dtype and tensor.dtype not in _WHOLE_NUMBERS:
-        raise DanceError(f"input {tensor.name} is {tensor.dtype}, which cannot hold the bytes of a video's frames")
+    _require_frames(tensor)
     if chosen is not None:
         require_prepared([tensor], chosen)
+
+
+def _require_frames(tensor: Tensor) -> None:
+    """Raise DanceError where an input of five axes cannot hold the frames of a video, in colour or grey."""
+    if "float" not in tensor.dtype and tensor.dtype not in _WHOLE_NUMBERS:
+        raise DanceError(f"input {tensor.name} is {tensor.dtype}, which cannot hold the bytes of a video's frames")
+    if not frames_last(tensor) and tensor.shape[1] not in (1, 3):
+        raise DanceError(
+            f"input {tensor.name} has {tensor.shape[1]} channels, and frames of a video have 3, or 1 in grey"
+        )
 
 
 def require_prepared(inputs: Iterable[Tensor], preprocess: Preprocess) -> None:
@@ -71,6 +80,7 @@ def require_prepared(inputs: Iterable[Tensor], preprocess: Preprocess) -> None:
     for tensor in inputs:
         if len(tensor.shape) != 5:
             continue
+        _require_frames(tensor)
         size, resize = _size(tensor), preprocess.resize
         if resize is not None and (resize[0] < size[0] or resize[1] < size[1]):
             raise DanceError(f"--preprocess: frames of {resize} are smaller than the input's {size}")

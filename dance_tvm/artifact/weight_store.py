@@ -1,7 +1,7 @@
 """The store: what an artifact keeps of its weights, each once, at offsets that a library can map.
 
 A kernel's packed weights are not kept where they follow from the layer's own (`schedules/preparation.py`): the library
-packs them when a model is created. Equal tensors are stored once, and of tensors with many zeros the others alone. The
+packs them when a model is created. Equal tensors are stored once, and of tensors with many zeros only the others. The
 store lies within the library, or in a file beside it that any reader of safetensors can read.
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def onnxruntime_session(model: Path, threads: int) -> Any:
-    """ONNX Runtime on this processor, on so many threads."""
+    """ONNX Runtime on this processor, with this many threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -20,7 +20,7 @@ def onnxruntime_session(model: Path, threads: int) -> Any:
 
 
 def openvino_request(model: Path, threads: int) -> Any:
-    """OpenVINO on this processor in float32, on so many threads."""
+    """OpenVINO on this processor in float32, with this many threads."""
     openvino: Any = importlib.import_module("openvino")
     core = openvino.Core()
     # Without the hint of precision it computes in bfloat16 where the processor can.

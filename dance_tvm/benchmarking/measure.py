@@ -20,7 +20,7 @@ BURST_S = 0.02
 MOST_IN_BURST = 32
 STEADY = 0.03  # two bursts of warm-up whose medians differ by less are steady
 MOST_WARM_UP_S = 10.0
-SINGLE_STREAM_QUERIES = 1024  # MLPerf inference, single stream: so many queries and so many seconds at least
+SINGLE_STREAM_QUERIES = 1024  # MLPerf inference, single stream: at least this many queries, and seconds
 SINGLE_STREAM_S = 60.0
 MOST_RUNS = 100_000
 
@@ -85,7 +85,7 @@ def single_stream(
     queries: int = SINGLE_STREAM_QUERIES,
     seconds: float = SINGLE_STREAM_S,
 ) -> dict[str, float]:
-    """One query after the other, clips drawn at random: so many at least; the 90th percentile counts."""
+    """One query after the other, clips drawn at random, at least this many; the 90th percentile counts."""
     draw = random.Random(0)
     measured: list[float] = []
     begin = time.monotonic()

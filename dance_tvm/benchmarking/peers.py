@@ -33,7 +33,7 @@ def require_peers(names: Sequence[str], model: Path | None, devices: Sequence[st
     if names and model is None:
         raise DanceError("--peer needs --peer-model, the network's .onnx file: an artifact does not hold its source")
     if model is not None and not (model.is_file() and model.suffix == ".onnx"):
-        raise DanceError(f"--peer-model {model} is no .onnx file: `dance-tvm export --out net.onnx` writes one")
+        raise DanceError(f"--peer-model {model} is not an .onnx file: `dance-tvm export --out net.onnx` writes one")
     if names and any(device != "local" for device in devices):
         raise DanceError("--peer measures on this machine: leave --device out")
 
@@ -52,7 +52,7 @@ class PeerNetwork(LoadedNetwork):
         found = self.infer(self._ordered(inputs))
         return {tensor.name: np.asarray(array) for tensor, array in zip(self.manifest.outputs, found, strict=True)}
 
-    def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+    def _time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         arrays, seconds = self._ordered(inputs), []
         for _ in range(repeats):
             start = time.perf_counter()
@@ -60,7 +60,7 @@ class PeerNetwork(LoadedNetwork):
             seconds.append(time.perf_counter() - start)
         return seconds
 
-    def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
+    def _kernels(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[KernelTime]:
         raise DanceError("another engine's kernels are not looked at")
 
     def peak_memory(self, inputs: Mapping[str, np.ndarray]) -> int | None:

@@ -66,7 +66,7 @@ def verified(paths: Sequence[Path], dense: Path | None) -> list[tuple[Artifact, 
 
 
 def require_twin(sparse: Artifact, dense: Artifact) -> None:
-    """Raise DanceError where a network is no dense form of the other: their times would say nothing together."""
+    """Raise DanceError where a network is not a dense form of the other: their times would say nothing together."""
     ours, theirs = sparse.manifest, dense.manifest
     differs = [
         f"its {side} are {shapes_of(getattr(theirs, side))} and not {shapes_of(getattr(ours, side))}"
@@ -78,7 +78,7 @@ def require_twin(sparse: Artifact, dense: Artifact) -> None:
     if theirs.target.threads != ours.target.threads:
         differs.append(f"it is built for {theirs.target.threads} threads and not for {ours.target.threads}")
     if differs:
-        raise DanceError(f"--dense {dense.path} is no dense form of {sparse.path}: {', and '.join(differs)}")
+        raise DanceError(f"--dense {dense.path} is not a dense form of {sparse.path}: {', and '.join(differs)}")
 
 
 def require_cluster(target: str, name: str) -> None:

@@ -252,7 +252,7 @@ class Peer(_Strict):
 class Verdict(_Strict):
     """New against old: `ratio` of median times (above 1 is slower) with its 95% interval.
 
-    `identical`: the library is the very same, so that a ratio reflects the machine alone, and the verdict is "same".
+    `identical`: the library is identical, so that a ratio reflects only the machine, and the verdict is "same".
     """
 
     device: str

@@ -22,7 +22,7 @@ LIMIT = 1 << 30
 _FOLDER, _SUFFIX, _PARTIAL = "kernels", ".o", ".partial-"
 _DIGEST = hashlib.sha256().digest_size
 _SHRINK_TO = 0.9  # of the limit, so that not every build has to look for what can go
-_ABANDONED_S = 3600.0  # age of a partly written file that nobody is writing any more
+_ABANDONED_S = 3600.0  # age of a partly written file that is no longer being written
 
 
 class KernelCache:
@@ -93,7 +93,7 @@ def _digest(key: str, code: bytes) -> bytes:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether nobody else can put code into ``folder``, which runs in our processes."""
+    """Whether no other user can put code into ``folder``, which runs in our processes."""
     status = folder.stat()
     return status.st_uid == os.geteuid() and not status.st_mode & 0o022
 

@@ -28,7 +28,7 @@ class LayerError:
 
     ``signal_to_noise`` is ten times the decimal logarithm of the squares' sums, in dB, infinite where nothing differs,
     and ``worst`` that of the channel ``worst_channel``, the lowest; ``difference`` the largest one as a share of the
-    layer's largest value. ``compared`` is the share of its values that the build computed: the rest nobody reads.
+    layer's largest value. ``compared`` is the share of its values that the build computed: the rest is never read.
     """
 
     layer: str

@@ -50,6 +50,7 @@ from dance_tvm.transform.short_names import ShortNames
 from dance_tvm.transform.spread_transposed import SpreadTransposed
 from dance_tvm.transform.store_halves import StoreHalves
 from dance_tvm.transform.vector_math import VectorMath
+from dance_tvm.transform.whole_division import WHOLE_DIVISION
 from dance_tvm.transform.whole_pools import WholePools
 from dance_tvm.transform.whole_powers import WholePowers
 
@@ -65,7 +66,7 @@ class Options:
     """What a build may choose. ``dtype`` auto is float16 where the target has it and the check passes, else float32.
     ``io`` float16 takes and gives in half precision what the source has in float32.
     ``kernel_group``: filters and channels of the kernel groups in which zero weights are left out, whatever that costs,
-    in place of the cheapest; (1, 1) leaves out none. ``logs``: the folder of tuning logs to use alone, in place of the
+    in place of the cheapest; (1, 1) leaves out none. ``logs``: the only folder of tuning logs to use, in place of the
     usual ones; ``cache``: whether kernels are taken from and kept in the user's cache, which changes no byte of the
     result."""
 
@@ -153,7 +154,7 @@ def lower(
 
 
 def _require_group(group: tuple[int, int], machines: Collection[Machine]) -> None:
-    """Raise DanceError unless kernels compute groups of so many filters, which fill vectors, on all the ``machines``: a
+    """Raise DanceError unless kernels compute groups of so many filters, which fill vectors, on all ``machines``: a
     processor as its layers in either precision see it."""
     each = [{vectors * one.vector_floats for _, vectors, _ in candidates(one)} for one in machines]
     filters = sorted(set.intersection(*each))
@@ -226,7 +227,7 @@ def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int, reasons: Re
                 *([] if gpu else [JoinCopies(machine.vector_floats, threads, reasons)]),
                 ComputeEmpty(),
                 relax.transform.DecomposeOpsForInference(),
-                relax.transform.LegalizeOps(KEEP_NAN),
+                relax.transform.LegalizeOps({**KEEP_NAN, **WHOLE_DIVISION}),
                 relax.transform.AnnotateTIROpPattern(),
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),

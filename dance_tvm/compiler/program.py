@@ -22,7 +22,7 @@ from dance_tvm.machines.target import Target
 
 
 def built_for(target: Target, threads: int) -> BuiltFor:
-    """What a manifest says of the target, for a call on so many threads."""
+    """What a manifest says of the target, for a call on this many threads."""
     return BuiltFor(
         name=target.name,
         machine=target.link.machine,

@@ -19,7 +19,7 @@ LEAST_SCALE = 1e-30
 #: NumPy's kinds of truth values and whole numbers.
 _EXACT = "biu"
 
-#: A fill is at least this much, and so many times the largest other size of its output.
+#: A fill is at least this much, and this many times the largest other magnitude of its output.
 LEAST_FILL = 1000.0
 
 

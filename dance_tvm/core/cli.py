@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import importlib
 import os
@@ -20,10 +19,11 @@ import typer
 
 from dance_tvm.core.command_line import Command, Group
 from dance_tvm.core.errors import DanceError, DanceWarning
+from dance_tvm.core.files import DISK_FULL
+from dance_tvm.core.interrupts import INTERRUPTED, is_unhandled
 from dance_tvm.core.verbosity import Quiet, Verbose, level, set_level, with_verbosity
 
 BAD_INPUT = 2
-INTERRUPTED = 130
 #: Exit code of a program whose output is no longer read, as behind `head`.
 NOT_READ = 128 + signal.SIGPIPE
 
@@ -105,16 +105,21 @@ def start(app: typer.Typer, name: str, arguments: list[str] | None = None) -> No
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Turn what the user can mend into one sentence and an exit code, and a request to end into a clean unwinding."""
-    previous = signal.signal(signal.SIGTERM, _terminated)
-    asked_to_stop = False
+    asked_to_end = 0  # the exit code, once a signal has asked
 
     def interrupt(_number: int, _frame: Any) -> NoReturn:
-        nonlocal asked_to_stop
-        asked_to_stop = True
+        nonlocal asked_to_end
+        asked_to_end = INTERRUPTED
         raise KeyboardInterrupt
 
+    def terminate(number: int, _frame: Any) -> NoReturn:
+        nonlocal asked_to_end
+        asked_to_end = 128 + number
+        sys.exit(asked_to_end)
+
+    previous = signal.signal(signal.SIGTERM, terminate)
     at_ctrl_c = signal.getsignal(signal.SIGINT)
-    if at_ctrl_c is signal.default_int_handler:  # a command started in the background may be told to ignore it
+    if is_unhandled():
         signal.signal(signal.SIGINT, interrupt)
     output = _output()
     try:
@@ -123,24 +128,22 @@ def plain_errors() -> Iterator[None]:
     except BrokenPipeError:
         _end_unread()
     except DanceError as error:
-        if asked_to_stop:
-            _fail("interrupted", INTERRUPTED)
-        _fail(str(error), BAD_INPUT)
+        _end(asked_to_end or BAD_INPUT, str(error))
     except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED)
+        _end(INTERRUPTED)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # how typer ends on Ctrl-C, without a word
-            _fail("interrupted", INTERRUPTED)
+            _end(INTERRUPTED)
         if not _is_read(output):
             _end_unread()
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         _fail(f"no space left on the disk ({error.filename or 'writing'}): free some and try again", BAD_INPUT)
     except Exception:
-        if asked_to_stop:  # a library's threads give a KeyboardInterrupt back as an error of their own
-            _fail("interrupted", INTERRUPTED)
+        if asked_to_end:  # a library gives what a signal raised back as an error of its own
+            _end(asked_to_end)
         raise
     finally:
         signal.signal(signal.SIGINT, at_ctrl_c)
@@ -153,6 +156,13 @@ def require_linux(arguments: list[str]) -> None:
     if system != "Linux" and not {"--help", "--version"} & set(arguments):
         instead = {"Windows": "use WSL 2", "Darwin": "use a Linux container or virtual machine"}
         raise DanceError(f"dance-tvm runs on Linux, not on {system}: {instead.get(system, 'use a Linux machine')}")
+
+
+def _end(code: int, sentence: str = "") -> NoReturn:
+    """End with what is wrong, or as a signal has asked, whatever was wrong then."""
+    if code not in (BAD_INPUT, INTERRUPTED):
+        sys.exit(code)
+    _fail("interrupted" if code == INTERRUPTED else sentence, code)
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
@@ -186,10 +196,6 @@ def _is_read(output: tuple[int, int] | None) -> bool:
 def _end_unread() -> NoReturn:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print goes nowhere when Python ends
     sys.exit(NOT_READ)
-
-
-def _terminated(number: int, _frame: Any) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _table_of_commands() -> typer.Typer:

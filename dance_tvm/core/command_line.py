@@ -14,6 +14,9 @@ from typer.core import TyperCommand, TyperGroup
 from dance_tvm.core.errors import DanceError
 from dance_tvm.core.faults import said_of
 
+#: No option takes a larger whole number: the libraries that most of them reach hold 32 bits.
+LARGEST = 2**31 - 1
+
 
 class Command(TyperCommand):
     """A command; an option that takes one value is given once, and numbers are finite."""
@@ -23,7 +26,7 @@ class Command(TyperCommand):
             _require_once(self, ctx, args)
             rest = super().parse_args(ctx, args)
         for parameter in self.get_params(ctx):
-            _require_finite(parameter.opts[0], ctx.params.get(str(parameter.name)))
+            _require_sensible(parameter.opts[0], ctx.params.get(str(parameter.name)))
         return rest
 
 
@@ -84,7 +87,9 @@ def _require_once(command: Any, context: Any, args: Sequence[str]) -> None:
             raise DanceError(f"{parameter.opts[0]} is given twice, as {values[0]} and as {values[1]}: give it once")
 
 
-def _require_finite(option: str, value: object) -> None:
+def _require_sensible(option: str, value: object) -> None:
     for number in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(number, float) and not math.isfinite(number):
             raise DanceError(f"{option} must be a finite number, not {number}")
+        if isinstance(number, int) and abs(number) > LARGEST:
+            raise DanceError(f"{option} must be at most {LARGEST:,}, not {number}")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 class DanceError(Exception):
     """Bad input or a missing prerequisite, in one sentence that names what is wrong and what to do.
 
-    Commands print the message alone and end with exit code 2.
+    Commands print only the message and end with exit code 2.
     """
 
 

@@ -14,7 +14,5 @@ Devices = Annotated[list[str] | None, typer.Option(help=f"{PLACES}; repeatable."
 
 #: More threads than these no artifact runs on: ``MOST_THREADS`` of artifact/interface/runtime.h.
 MOST_THREADS = 64
-Threads = Annotated[
-    int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads of a run; the target's own unless given.")
-]
+Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads per run; default: the target's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

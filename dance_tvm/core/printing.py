@@ -43,7 +43,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def plain_number(value: float, digits: int = 4) -> str:
-    """``value`` to so many significant digits, never with an exponent: 0.00009, 1,234 as 1234."""
+    """``value`` to this many significant digits, never with an exponent: 0.00009, 1,234 as 1234."""
     return f"{Decimal(f'{value:.{digits}g}'):f}"
 
 

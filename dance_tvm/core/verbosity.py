@@ -1,4 +1,4 @@
-"""How much a command says beside its result: ``-q`` errors alone, ``-v`` the time of each phase, ``-vv`` tracebacks."""
+"""How much a command says besides its result: ``-q`` only errors, ``-v`` the time of each phase, ``-vv`` tracebacks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Verbose = Annotated[
         "--verbose", "-v", count=True, show_default=False, help="Print the time of each phase; -vv: tracebacks too."
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and errors alone.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and errors.")]
 
 
 def level() -> int:
@@ -49,7 +49,7 @@ def with_verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, verbose: int = 0, quiet: bool = False, **kwargs: Any) -> Any:
         set_level(verbose, quiet)
         if kwargs.get("as_json") and kwargs.get("json_lines"):
-            raise DanceError("give --json, the result as one object, or --json-lines, an object a line: not both")
+            raise DanceError("give --json (the result as one object) or --json-lines (one object per line), not both")
         return command(*args, **kwargs)
 
     signature = inspect.signature(command, eval_str=True)

@@ -93,7 +93,7 @@ class Adb:
     def server(self, folder: Path, key: str, tracker_port: int, port: int) -> Iterator[PhoneServer]:
         """Push `folder`, start its `dance_server` or `tvm_rpc` and register it with our tracker; undone at the end.
 
-        The phone's server listens on its own 127.0.0.1, reached through the cable alone.
+        The phone's server listens on its own 127.0.0.1, reached only through the cable.
         """
         program = next((name for name in (NAME, TVM_SERVER) if (folder / name).is_file()), None)
         if program is None:
@@ -105,7 +105,7 @@ class Adb:
         self._run(["reverse", f"tcp:{tracker_port}", f"tcp:{tracker_port}"])
         self._run(["forward", f"tcp:{port}", f"tcp:{port}"])
         command = _start(program, key, tracker_port, port)
-        # What it prints goes to a file: a pipe that nobody reads fills up, and the server would wait for ever.
+        # What it prints goes to a file: an unread pipe fills up, and the server would wait for ever.
         with tempfile.TemporaryFile() as said:
             process = subprocess.Popen(
                 self._command(["shell", command]), stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT

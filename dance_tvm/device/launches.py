@@ -81,7 +81,7 @@ def _launch_of(call: Any, resolve: Any) -> Launch:
     sizes = {tag: int(extent) for tag, extent in zip(tags, extents, strict=True)}
     arguments = tuple(resolve(value) for value in data)
     if None in arguments:
-        raise DanceError(f"kernel {call.args[0].value} takes a value that is no buffer: it cannot be launched here")
+        raise DanceError(f"kernel {call.args[0].value} takes a value that is not a buffer: it cannot be launched here")
     grid, block = (triple(sizes.get(f"{index}.{axis}", 1) for axis in "xyz") for index in ("blockIdx", "threadIdx"))
     return Launch(str(call.args[0].value), arguments, grid, block)
 

@@ -59,10 +59,9 @@ class OpenCLSession:
         if "cl_khr_fp16" in code.source and not self.has_fp16 and not self._emulate_half:
             raise DanceError(f"{self.name} has no fp16 (cl_khr_fp16): build with --dtype float32")
         most = max((int(np.prod(each.block)) for plan in code.plans.values() for each in plan.launches), default=1)
-        if most > self.device.max_work_group_size:
-            raise DanceError(
-                f"{self.name} runs at most {self.device.max_work_group_size} threads a block and a kernel needs {most}"
-            )
+        allowed = self.device.max_work_group_size
+        if most > allowed:
+            raise DanceError(f"{self.name} runs at most {allowed} threads per block, and a kernel needs {most}")
 
     def compile(self, code: DeviceCode) -> Any:
         """The device's program."""

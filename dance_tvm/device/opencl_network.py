@@ -86,7 +86,7 @@ class OpenCLNetwork:
         name = getattr(getattr(value, "op", None), "name", "")
         if name == "relax.call_tir":
             return self._call(value, values)
-        raise DanceError(f"the network holds {name or type(value).__name__}, which is no kernel: it cannot run here")
+        raise DanceError(f"the network holds {name or type(value).__name__}, which is not a kernel: it cannot run here")
 
     def _call(self, call: Any, values: dict[Any, Any]) -> Any:
         given = self._evaluate(call.args[1], values)

@@ -47,7 +47,7 @@ class PortProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             env={**_inherited(), **(environment or {})},
-            # A session of its own: Ctrl-C in the terminal reaches us alone, and we end it in order.
+            # A session of its own: Ctrl-C in the terminal reaches only us, and we end it in order.
             start_new_session=True,
         )
         self.pid = self._process.pid

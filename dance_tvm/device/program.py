@@ -41,11 +41,11 @@ class ProgramNetwork(LoadedNetwork):
         with _refusals(self.manifest.name):
             return self._model.watch(self._named(inputs), choose)
 
-    def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+    def _time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         with _refusals(self.manifest.name):
             return self._model.time(self._named(inputs), repeats)
 
-    def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
+    def _kernels(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[KernelTime]:
         named = self._named(inputs)
         with _refusals(self.manifest.name), self._model.lock:
             timed = self._timed(named, repeats)

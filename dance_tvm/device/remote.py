@@ -92,7 +92,7 @@ class Connection:
         deadline = time.monotonic() + timeout
         turn = _turns[min(hosts, default=address), port]
         busy = DanceError(
-            f"{self.name} accepted no session within {timeout:g} s: it is busy with another one, or stopped"
+            f"{self.name} accepted no session within {timeout:g} s: it is busy with another session, or stopped"
         )
         if not turn.acquire(timeout=timeout):
             raise busy
@@ -123,7 +123,7 @@ class Connection:
             if expired.is_set():
                 raise busy from None
             if "RecvAll" in str(error):
-                raise DanceError(f"{self.name} closed the connection instead of a greeting: its server died") from None
+                raise DanceError(f"{self.name} closed the connection before greeting: its server died") from None
             why = _last_line(str(error))
             if "sock.Connect" in why:
                 why = f"nothing listens at {address}:{port}; start its server, or check the address"

@@ -83,11 +83,11 @@ class RemoteProgram(LoadedNetwork):
         outputs = self._new_outputs()  # they stay on the device as the next step's state
         return self._run(inputs, outputs, lambda found: (found[0].numpy(), found[1:]))
 
-    def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+    def _time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         self._warm_up(inputs)
         return [1e-9 * float(each) for each in self._measured("dance_time", inputs, repeats, (repeats,))]
 
-    def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
+    def _kernels(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[KernelTime]:
         self._session.describe_kernels(self.manifest)
         timed: list[list[dict[str, Any]]] = []
         if repeats:

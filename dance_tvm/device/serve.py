@@ -106,7 +106,7 @@ def require_own(folder: Path) -> None:
     """Raise PermissionError unless the folder, and the link to it, are ours and only we may write: what lies in it is
     loaded as a program."""
     if {folder.lstat().st_uid, folder.stat().st_uid} != {os.geteuid()}:
-        raise PermissionError(f"the store {folder} belongs to another user: give --store a folder of your own")
+        raise PermissionError(f"the store {folder} belongs to another user: give --store another folder")
     if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(f"others may write to the store {folder}: `chmod go-w {folder}`, or give another --store")
 

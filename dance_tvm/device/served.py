@@ -40,7 +40,9 @@ class ServedSession(DeviceSession):
         self.running = contextlib.ExitStack()
         self.name, self.connection = connection.name, connection
         self._threads: int | None = None
-        self._abandoned: list[int] = []  # networks that nobody refers to; released here, between other requests
+        self._abandoned: list[
+            int
+        ] = []  # networks that are no longer referred to; released here, between other requests
         self._facts = self._told("telling what it is", Operation.FACTS)
 
     def facts(self) -> dict[str, Any]:
@@ -82,7 +84,7 @@ class ServedSession(DeviceSession):
         return json.loads(self.connection.ask(what, operation, timeout=_SMALL_TIMEOUT_S))
 
     def _upload(self, path: Path, sha256: str) -> None:
-        """Bring a file onto the device, unless it is there; one that was cut off goes on where it ended."""
+        """Upload a file, unless it is there already; an interrupted upload resumes where it stopped."""
         size, digest = path.stat().st_size, bytes.fromhex(sha256)
         what = f"taking {path.name} ({size / 1e6:.1f} MB)"
         ask = self.connection.ask
@@ -117,7 +119,7 @@ class ServedNetwork(LoadedNetwork):
             at += count * dtype.itemsize
         return results
 
-    def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+    def _time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         self._with_inputs("warming up", Operation.TIME, 1, inputs)
         spent = self._with_inputs("being timed", Operation.TIME, repeats, inputs)[-1]
         return [1e-9 * float(each) for each in np.frombuffer(spent, "<i8")]
@@ -131,7 +133,7 @@ class ServedNetwork(LoadedNetwork):
         spent = self._with_inputs("being timed", Operation.PROFILE, repeats, inputs)[-1]
         return 1e-9 * np.frombuffer(spent, "<i8").reshape(repeats, -1)
 
-    def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
+    def _kernels(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[KernelTime]:
         names = self.step_names()
         timed: list[list[dict[str, Any]]] = []
         if repeats:

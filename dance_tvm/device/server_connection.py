@@ -113,7 +113,7 @@ class ServerConnection:
             status, zero, size = _HEAD.unpack(_receive(self._socket, _HEAD.size))
             if status > _PART or zero or size > _MOST_REPLY:
                 self.close()
-                raise DanceError(f"{self.name} answered with something else than a reply while {what}")
+                raise DanceError(f"{self.name} sent something other than a reply while {what}")
             data = _receive(self._socket, size)
             if status == _REFUSED:
                 raise DanceError(f"{self.name} failed while {what}: {data.decode(errors='replace')}")
@@ -139,7 +139,7 @@ def connect(
     and wait for the next. Raises DanceError where nothing listens, the server is busy for `timeout` s, or refuses.
     """
     deadline = time.monotonic() + timeout
-    busy = DanceError(f"{name} accepted no session within {timeout:g} s: it is busy with another one, or stopped")
+    busy = DanceError(f"{name} accepted no session within {timeout:g} s: it is busy with another session, or stopped")
     try:
         connection = socket.create_connection((host, port), timeout=max(0.01, timeout))
     except TimeoutError:
@@ -175,14 +175,14 @@ def _prove(opened: ServerConnection, connection: socket.socket, challenge: bytes
     """Show that we have the token, and hear whether we may stay."""
     token = os.environ.get(TOKEN, "")
     if wants_token and not token:
-        raise DanceError(f"{opened.name} wants a token: set {TOKEN} to the one that its server was started with")
+        raise DanceError(f"{opened.name} demands a token: set {TOKEN} to the one that its server was started with")
     try:
         connection.settimeout(60)
         connection.sendall(hmac.digest(token.encode(), challenge, "sha256"))
         status, _, size = _HEAD.unpack(_receive(connection, _HEAD.size))
         said = _receive(connection, min(size, 4096)).decode(errors="replace")
     except OSError:
-        raise DanceError(f"{opened.name} closed the connection instead of a greeting: its server died") from None
+        raise DanceError(f"{opened.name} closed the connection before greeting: its server died") from None
     if status != _DONE:
         raise DanceError(f"{opened.name} refused: {said}")
 

@@ -1,4 +1,4 @@
-"""`dance_server`, the device server that needs no TVM: compiled for a target, here, by zig alone.
+"""`dance_server`, the device server that needs no TVM: compiled for a target, here, with zig only.
 
 One set of objects for plain headers, linked as a shared library with an entry of its own (`server/start.c`): neither an
 NDK nor a system's libraries are at hand. It needs Android, or glibc of 2.17 or newer. Its protocol is described in
@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dance_tvm.artifact.c_interface import INTERFACE
-from dance_tvm.artifact.linker import link_shared, target_triple, zig_command
+from dance_tvm.artifact.linker import link_shared, run_compiler, target_triple
 from dance_tvm.core.errors import DanceError
 from dance_tvm.machines.target import Target
 
@@ -67,9 +67,8 @@ def kept_server(target: Target, folder: Path) -> Path:
 
 def _compiled(source: Path, flags: list[str], folder: Path) -> Path:
     out = folder / f"{source.stem}.o"
-    command = [*zig_command(), "cc", *flags, "-c", str(source), "-o", str(out)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
+        done = run_compiler([*flags, "-c", str(source), "-o", str(out)], COMPILE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         raise DanceError(f"compiling {NAME} did not end within {COMPILE_TIMEOUT_S} s") from None
     if done.returncode != 0:

@@ -56,7 +56,7 @@ def require_fit(artifact: Artifact, device: str, facts: Mapping[str, Any]) -> No
     if missing and facts["cpu_features"]:
         raise DanceError(
             f"{artifact.path} uses instructions that {device} lacks ({', '.join(sorted(missing))}): "
-            f"rebuild it for a target that has them not"
+            f"rebuild it for a target without them"
         )
 
 
@@ -101,16 +101,31 @@ class LoadedNetwork(ABC):
 
         return [arrays for _, arrays in windows_of(Path(video), self.manifest, stride, preprocess)]
 
-    @abstractmethod
     def time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
-        """Seconds of each of `repeats` runs, measured on the device, without the transfer of inputs and outputs."""
+        """Seconds of each of `repeats` runs, measured on the device, without the transfer of inputs and outputs.
 
-    @abstractmethod
+        Raises DanceError for fewer than one.
+        """
+        if repeats < 1:
+            raise DanceError(f"repeats must be 1 or more, not {repeats}")
+        return self._time(inputs, repeats)
+
     def kernels(self, inputs: Mapping[str, np.ndarray], repeats: int = 3) -> list[KernelTime]:
         """The kernels of a run in the order of their calls, with the median time of `repeats` runs (0: only looked at).
 
-        Raises DanceError where the device cannot report it.
+        Raises DanceError for fewer than none, and where the device cannot report it.
         """
+        if repeats < 0:
+            raise DanceError(f"repeats must be 0 or more, not {repeats}")
+        return self._kernels(inputs, repeats)
+
+    @abstractmethod
+    def _time(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+        """`time`, of at least one run."""
+
+    @abstractmethod
+    def _kernels(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[KernelTime]:
+        """`kernels`, of no fewer than none."""
 
     @abstractmethod
     def peak_memory(self, inputs: Mapping[str, np.ndarray]) -> int | None:
@@ -132,7 +147,7 @@ class DeviceSession(ABC):
 
     @abstractmethod
     def pin(self, cpus: list[int] | None, threads: int | None) -> None:
-        """Run on these CPUs with so many threads from here on. Raises DanceError where the device has them not."""
+        """From here on, run on these CPUs with this many threads. Raises DanceError where the device lacks them."""
 
     def load(self, artifact: Artifact | str | Path) -> LoadedNetwork:
         """Bring an artifact, or that of a folder, onto the device. Raises DanceError where it does not fit it, or its

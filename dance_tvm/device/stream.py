@@ -44,7 +44,7 @@ def require_stream(manifest: Manifest) -> None:
     """Raise DanceError unless the network is of the streaming form."""
     if not is_stream(manifest):
         raise DanceError(
-            f"{manifest.name} is no streaming network: its outputs after the first are not its next state; build "
+            f"{manifest.name} is not a streaming network: its outputs after the first are not its next state; build "
             "the form that `dance-tvm export-dstep --stream` writes"
         )
 

@@ -1,4 +1,4 @@
-"""Evaluate a call of a Relax operator by compiling it alone: for operators that PyTorch has no counterpart of."""
+"""Evaluate a call of a Relax operator by compiling it by itself, for operators without a counterpart in PyTorch."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ ADVICE = (
         "it takes or gives objects that are no tensors: wrap it in a module whose forward takes and gives tensors",
     ),
 )
-OTHERWISE = "wrap it in a module whose forward holds tensor operations alone (docs/export.md)"
+OTHERWISE = "wrap it in a module whose forward consists of tensor operations only (docs/export.md)"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def load_source(spec: str, weights: str | None = None) -> Source:
     else:
         source = Source(name, _plain(place, name))
     if named and place not in ("torchvision", "pytorchvideo"):
-        raise DanceError(f"--weights {named} is no file: {spec} takes a state dict (.pt, .pth, .safetensors)")
+        raise DanceError(f"--weights {named} is not a file: {spec} takes a state dict (.pt, .pth, .safetensors)")
     if file is not None:
         from dance_tvm.frontend.files import load_weights
 
@@ -193,8 +193,9 @@ def _write(program: torch.export.ExportedProgram, path: Path, suffix: str) -> No
         assert converted is not None
         converted.save(str(path))
         return
-    with path.open("wb") as opened:
-        torch.export.save(program, opened)
+    content = io.BytesIO()  # PyTorch ends the process where it writes to a full disk itself
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
 
 
 def _apart(found: Any, expected: Any) -> float:
@@ -243,7 +244,7 @@ def _package(name: str) -> Any:
     except RuntimeError as error:  # its compiled operators are of another build of PyTorch
         package = name.partition(".")[0]
         raise DanceError(
-            f"{package} was made for another build of PyTorch than torch {torch.__version__} ({first_line(error)}): "
+            f"{package} was built for another PyTorch than torch {torch.__version__} ({first_line(error)}): "
             f"install both from one index, as `pip install torch {package}` does"
         ) from None
 

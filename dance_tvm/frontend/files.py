@@ -59,7 +59,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
         reason = (str(problem).splitlines() or [""])[0][:200]
         if re.search(r"wrap_with_\w+ is missing val field", reason):
             raise DanceError(
-                f"{path} holds regions (no_grad, autocast) inside of regions, which PyTorch writes and cannot read: "
+                f"{path} holds nested regions (no_grad, autocast), which PyTorch can write but not read: "
                 "save program.run_decompositions({}) in place of the program"
             ) from None
         raise DanceError(f"{path} cannot be read as an exported program of this PyTorch: {reason}") from None
@@ -75,10 +75,10 @@ def _inspect(path: Path) -> None:
     archive = PT2ArchiveReader(str(path))
     members = [name for name in archive.get_file_names() if name.lower().startswith(_READ_BY_THE_LOADER)]
     if len({name.lower() for name in members}) < len(members):
-        raise DanceError(f"{path} has two members of one name, of which either could be read: export it again")
+        raise DanceError(f"{path} has two members of the same name: export it again")
     for name in members:
         if not _KNOWN_MEMBERS.fullmatch(name):
-            raise DanceError(f"{path} has a member {name}, which is no part of an exported program")
+            raise DanceError(f"{path} has a member {name}, which is not part of an exported program")
         if name.endswith(".json"):
             _inspect_json(path, _description(path, archive.read_string(name)))
         elif name.endswith(".pt"):
@@ -136,12 +136,12 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     except Exception as problem:
         if is_pickled(path) and ("weights_only" in str(problem) or "Unsupported global" in str(problem)):
             raise DanceError(
-                f"{path} holds pickled objects besides tensors, which could run code: save model.state_dict() alone"
+                f"{path} holds pickled objects besides tensors, which could run code: save only model.state_dict()"
             ) from None
         raise not_weights(path) from None
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise DanceError(f"{path} is not a state dict (tensors by name): save model.state_dict() alone")
+        raise DanceError(f"{path} is not a state dict (tensors by name): save only model.state_dict()")
     return loaded

@@ -65,6 +65,6 @@ def array_of(value: torch.Tensor | bool | int | float) -> np.ndarray:
 
 
 def usual_meaning(shape: tuple[int, ...], dtype: str) -> str:
-    """What an input of this shape and dtype holds in most networks, where nobody said."""
+    """What an input of this shape and dtype holds in most networks, where nothing says so."""
     layouts = {5: "clips (N, C, T, H, W)", 4: "pictures (N, C, H, W)"} if "float" in dtype else {}
     return layouts.get(len(shape), "input of the network")

@@ -109,7 +109,7 @@ def outputs(
     wide: bool = False,
     noise: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """What ``main`` returns, as a flat tuple; values are dropped as soon as nobody needs them any more.
+    """What ``main`` returns, as a flat tuple; values are dropped as soon as they are no longer needed.
 
     ``wide`` computes in float64 what the module computes in float32; ``noise`` sets inputs, weights and what is summed
     off by a few roundings, which shows how far rounding alone can move the result.

@@ -50,7 +50,7 @@ def load(path: Path) -> Any:
 
 
 def _require_readable(model: Any, path: Path) -> None:
-    """Raise DanceError, naming what it is, for tensors and names that ONNX's checker lets pass and nobody can read."""
+    """Raise DanceError, naming what it is, for tensors and names that ONNX's checker accepts but nothing can read."""
     for tensor in _messages(model, onnx.TensorProto):
         try:
             if tensor.data_type != onnx.TensorProto.STRING:
@@ -62,7 +62,7 @@ def _require_readable(model: Any, path: Path) -> None:
     for node in _messages(model, onnx.NodeProto):
         texts = (node.name, node.op_type, node.domain, *node.input, *node.output)
         if not all(isinstance(text, str) for text in texts):
-            raise DanceError(f"{path} is damaged: a name in it is no text")
+            raise DanceError(f"{path} is damaged: a name in it is not text")
 
 
 def opsets_of(model: Any, path: Path) -> dict[str, int]:

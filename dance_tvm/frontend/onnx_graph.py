@@ -1,6 +1,6 @@
 """ONNX graphs to Relax: walked node by node with everything computed that is known now, so that shapes are fixed.
 
-What depends on constants alone is evaluated by ONNX's reference, loops of a known count are unrolled, functions are
+What depends only on constants is evaluated by ONNX's reference, loops of a known count are unrolled, functions are
 entered; the rest is converted by ``onnx_conversions``, by TVM's importer, or as ONNX itself defines it in simpler
 operators.
 """
@@ -46,7 +46,7 @@ from dance_tvm.frontend.onnx_nodes import (
 from dance_tvm.frontend.ranges import with_ranges
 from dance_tvm.frontend.torch_program import first_line
 
-#: Constants that depend on constants alone are not computed where they would grow to more elements than this.
+#: Constants that depend only on constants are not computed where they would grow to more elements than this.
 MOST_ELEMENTS = 1 << 24
 
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
@@ -310,7 +310,7 @@ class _Importer(ONNXGraphImporter):
         return value.value.numpy() if isinstance(value, tvm.ir.expr.GenericConst) else None
 
     def _folded(self, node: Any, inputs: list[Value]) -> list[Value] | None:
-        """The results of a node that reads constants alone; None where something else comes in, or grows large."""
+        """The results of a node that reads only constants; None where something else comes in, or grows large."""
         arrays = [self.known(value) for value in inputs]
         if not arrays or node.domain not in ("", "ai.onnx") or node.op_type in _NEVER_THE_SAME:
             return None

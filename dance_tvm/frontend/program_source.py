@@ -74,7 +74,7 @@ class ProgramSource:
             if apart > allowed * b[there].abs().amax().clamp(min=1e-6):
                 raise DanceError(
                     f"the network computes in {_names(self.decomposed.declared)}, and {spec.name} is another one in "
-                    "float32, in which it is built here: export it in float32"
+                    "float32, in which it would be built here: export it in float32"
                 )
 
     def intermediates(self, nodes: dict[str, torch.fx.Node], arrays: Arrays) -> dict[str, tuple[str, torch.Tensor]]:

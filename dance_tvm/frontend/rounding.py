@@ -1,4 +1,4 @@
-"""What rounding alone makes of a network's outputs: nobody's float32 can be held to more."""
+"""How far rounding alone moves a network's outputs: no float32 program can be held to more."""
 
 from __future__ import annotations
 

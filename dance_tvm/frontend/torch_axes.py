@@ -40,7 +40,7 @@ def _running(extreme: Callable[..., relax.Expr], lowest: float) -> Conversion:
         if math.prod(shape) * extent > _MOST_PAIRS:
             raise DanceError(f"a running extreme over {extent} elements of shape {tuple(shape)} takes too long")
         if not dtype_of(x).startswith("float"):
-            raise DanceError("a running extreme is of floats alone: convert its input to float first")
+            raise DanceError("a running extreme is supported for floats only: convert its input to float first")
         last = [place for place in range(len(shape)) if place != axis]
         moved = emit(relax.op.permute_dims(x, [*last, axis]))
         pairs = [shape[place] for place in last] + [extent, extent]

@@ -174,7 +174,7 @@ def as_strided(node: fx.Node, importer: Importer) -> relax.Expr:
     for axis, (extent, stride) in enumerate(zip(given["size"], given["stride"], strict=True)):
         places = places + (np.arange(extent) * stride).reshape([-1 if i == axis else 1 for i in range(places.ndim)])
     if not source.is_contiguous() or (places.size and places.max() >= source.numel()):
-        raise DanceError("its strides reach outside of the tensor, or the tensor is itself a view: use slices")
+        raise DanceError("its strides reach outside the tensor, or the tensor is itself a view: use slices")
     emit = importer.block_builder.emit
     flat = emit(relax.op.reshape(importer.env[node.args[0]], [-1]))
     return emit(relax.op.take(flat, constant(places), 0))

@@ -67,7 +67,7 @@ def _max_pool(rank: int, *, with_indices: bool) -> Conversion:
         pooled = importer.block_builder.emit(pooled)
         if not with_indices:
             return pooled
-        places = pooled  # nobody reads them
+        places = pooled  # never read
         if any(user.args[1] == 1 and user.users for user in node.users):
             places = _places_of_maxima(importer, x, rank, [padding, after, stride, dilation, size], output)
         return importer.block_builder.emit(relax.Tuple([pooled, places]))

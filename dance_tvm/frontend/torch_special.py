@@ -38,7 +38,7 @@ _LANCZOS = (
     *(12.507343278686905, -0.13857109526572012, 9.9843695780195716e-6, 1.5056327351493116e-7),
 )
 
-#: The running sums of exponentials are computed from all pairs of an axis; beyond so many numbers that takes too much.
+#: The running sums of exponentials are computed from all pairs of an axis; beyond this many it takes too much.
 _MOST_PAIRS = 1 << 24
 
 
@@ -142,7 +142,7 @@ def _searchsorted(node: fx.Node, importer: Importer) -> relax.Expr:
 
 
 def _leaky_relu_of_mean_slope(node: fx.Node, importer: Importer) -> relax.Expr:
-    """A randomized ReLU in inference, whose slope is the middle of its range; and the noise, which nobody reads."""
+    """A randomized ReLU in inference, whose slope is the middle of its range, and the noise, which is never read."""
     given, x = arguments(node), importer.env[node.args[0]]
     slope = (float(given.get("lower", 1 / 8)) + float(given.get("upper", 1 / 3))) / 2
     y = importer.block_builder.emit(relax.op.nn.leakyrelu(x, slope))

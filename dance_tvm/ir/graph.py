@@ -178,7 +178,7 @@ def replace_each(
     make: Callable[[relax.BlockBuilder, relax.Var, T, dict[relax.Var, relax.Expr]], relax.Expr],
 ) -> tvm.IRModule:
     """``mod`` with ``make(builder, var, found[var], new)`` in the place of each binding ``found``, and without what
-    nobody reads any more; ``new`` as in :func:`rewrite`."""
+    is no longer read; ``new`` as in :func:`rewrite`."""
     if not found:
         return mod
 

@@ -1,1 +1,1 @@
-"""What is zero, and what nobody reads."""
+"""What is zero, and what is never read."""

@@ -1,4 +1,4 @@
-"""Liveness of a graph of any kind: what is known to be zero, and what nobody reads.
+"""Liveness of a graph of any kind: what is known to be zero, and what is never read.
 
 Forward, a mask's zeros pass through operators that keep them; backward, what all readers mask out or never touch need
 not be computed. Both are supersets. ``rules`` knows the operators, a ``View`` the graph.

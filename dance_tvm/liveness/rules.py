@@ -5,8 +5,8 @@ which elements of an operand does it take to get those of the result that somebo
 or 1, so that the result can be a mask? Every row answers all three with its reason, and tests/test_liveness_rules.py
 proves each against PyTorch. An operator without a row is alive everywhere, reads everything and makes no mask.
 
-**The rule behind "reads".** What nobody reads is left out: its place in memory holds zero, or, where every reader walks
-lists that pass it by, anything. In the end a reader multiplies it by a mask's zero or does not look at it. 0 · ∞ and
+**The rule behind "reads".** What is never read is left out: its place in memory holds zero, or, where all readers walk
+lists that skip it, anything. In the end a reader multiplies it by a mask's zero or does not look at it. 0 · ∞ and
 0 · NaN are NaN, so what is left out may only pass through operators that are finite wherever their operands are finite:
 log, division, sqrt and exp are not. A row that lets "reads" pass claims this for operands of magnitude up to 2^60, with
 float32 arithmetic; a result in float16 never lets it pass.
@@ -215,7 +215,7 @@ RULES: dict[str, Rule] = {
         ("log", "rsqrt", "exp"),
         Rule(Zeros.UNKNOWN, Reads.EVERYTHING, Values.ANY, "infinite or NaN for some finite numbers"),
     ),
-    "add": Rule(Zeros.ALL, Reads.SAME, Values.ANY, "0 + 0 = 0; 1 + 1 is no mask's", 2),
+    "add": Rule(Zeros.ALL, Reads.SAME, Values.ANY, "0 + 0 = 0; 1 + 1 is not a mask's", 2),
     "subtract": Rule(
         Zeros.ALL,
         Reads.SAME,

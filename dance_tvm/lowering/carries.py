@@ -115,7 +115,7 @@ class _Finder:
         return None
 
     def _joined(self, var: relax.Var, items: list[relax.Var], links: list[_Link]) -> Chain | None:
-        """The chain of all links, if they slice one x, their masks are slices of masks, and nobody else reads them."""
+        """The chain of all links, if they slice one x, their masks are slices of masks, and nothing else reads them."""
         graph, frames, count = self.graph, len(links), shape_of(items[0])[0]
         inside = {bound for link in links for bound in link.inside}
         if frames == 1:

@@ -127,7 +127,7 @@ class _Lowering:
             self.halves[wide] = value.args[0]
             return wide
         if var in self.inside:
-            return value.args[0]  # computed with what is read behind it; nobody reads it itself
+            return value.args[0]  # computed with what is read behind it; itself never read
         if var in self.ends:
             site = self.ends[var]
             return self._norm(builder, substitute(self.graph.call(site.start), new), site, new)
@@ -144,7 +144,7 @@ class _Lowering:
         return self.reduce(builder, data, value.attrs.axis, name, bool(value.attrs.keepdims), squared)
 
     def _squared(self, expr: relax.Expr) -> relax.Expr | None:
-        """What ``expr`` is the square of, if nobody else reads the square."""
+        """What ``expr`` is the square of, if nothing else reads the square."""
         if not isinstance(expr, relax.Var) or expr not in self.graph.value or self.graph.only_reader(expr) is None:
             return None
         name, args = self.graph.op(expr), self.graph.call(expr).args if self.graph.op(expr) else []

@@ -99,7 +99,7 @@ class _Resampled:
     parts: frozenset[relax.Var] = frozenset()
 
     def behind(self, other: _Resampled, graph: Graph) -> _Resampled:
-        """Both, one after the other, where nobody else reads what lies between."""
+        """Both, one after the other, where nothing else reads the value in between."""
         source = self.source
         assert isinstance(source, relax.Var)
         if set(self.axes) & set(other.axes) or source in graph.outputs:

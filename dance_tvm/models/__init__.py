@@ -1,6 +1,6 @@
 """The networks this project compiles, in plain PyTorch: created by name, weights seeded or from public checkpoints.
 
-Their names alone are known without PyTorch, which is loaded with the first function that makes or fills a network.
+Only their names are known without PyTorch, which is loaded by the first function that makes or fills a network.
 """
 
 from __future__ import annotations

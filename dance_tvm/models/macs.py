@@ -31,7 +31,7 @@ def count_layers(model: nn.Module, *inputs: torch.Tensor) -> list[LayerMacs]:
     """The layers of ``model`` that multiply matrices, in the order they run, with their counts for ``inputs``.
 
     Convolutions (transposed too), linear layers and functional matrix products count; additions, norms and
-    activations do not. Works on shapes alone: nothing is computed, and ``model`` is left as it is.
+    activations do not. Works only on shapes: nothing is computed, and ``model`` is left unchanged.
     """
     modules = dict(model.named_modules())
     counter, shapes = _run(model, inputs)

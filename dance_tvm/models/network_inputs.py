@@ -82,9 +82,9 @@ def _of_onnx(path: Path) -> Declared | None:
     except OSError:
         raise
     except Exception:  # protobuf's own
-        raise DanceError(f"{path} is no ONNX file, or is truncated: export the network again") from None
+        raise DanceError(f"{path} is not an ONNX file, or is truncated: export the network again") from None
     if not graph.output:
-        raise DanceError(f"{path} is no ONNX file, or is empty: export the network again")
+        raise DanceError(f"{path} is not an ONNX file, or is empty: export the network again")
     weights = {tensor.name for tensor in graph.initializer} | {each.values.name for each in graph.sparse_initializer}
     inputs = [value for value in graph.input if value.name not in weights]
     if not all(value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape") for value in inputs):

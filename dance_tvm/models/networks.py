@@ -15,7 +15,7 @@ from dance_tvm.models.registry import ModelEntry, entry
 
 
 def create(name: str, *, num_classes: int | None = None, seed: int = 0, **options: Any) -> nn.Module:
-    """A network in evaluation mode whose weights depend on ``seed`` alone.
+    """A network in evaluation mode whose weights depend only on ``seed``.
 
     ``num_classes`` defaults to the published network's; ``options`` go to the network's constructor.
     Raises DanceError for an unknown name.

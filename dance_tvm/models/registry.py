@@ -165,6 +165,6 @@ def require_source(model: str) -> None:
     if is_path and not path.is_file():
         raise DanceError(f"there is no model file {path}: check the path")
     if path.is_file() and path.suffix not in NETWORK_FILES:
-        raise DanceError(f"{path} is no model file that is known here: give a .pt2 or an .onnx file")
+        raise DanceError(f"{path} is not a model file of a known kind: give a .pt2 or an .onnx file")
     if path.suffix not in NETWORK_FILES:
         entry(model)

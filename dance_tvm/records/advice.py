@@ -1,4 +1,4 @@
-"""What a build asks of the logs: the record of this very layer, else of the most similar one, on this target alone."""
+"""What a build asks of the logs: the record of this layer, else of the most similar one, on this target only."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TunedTiles:
 
 
 def tuned_tiles(target: Target, folder: Path | None = None, logs_from: Target | None = None) -> TunedTiles:
-    """The logs of ``target`` in ``folder`` alone, where given, else the user's own before those of the package.
+    """The logs of ``target`` in ``folder`` only, where given, else the user's own before those of the package.
 
     Records of ``logs_from`` are used in their place where it is given; each choice says so.
     """

@@ -333,7 +333,7 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 
 def rewrite(path: Path, change: Callable[[bytes], Iterable[Record]]) -> None:
-    """Replace the log by what ``change`` makes of it, while nobody else writes to it: written beside, then renamed."""
+    """Replace the log by what ``change`` makes of it, while no other process writes: written beside, then renamed."""
 
     def write() -> None:
         records = change(path.read_bytes() if path.exists() else b"")
@@ -345,7 +345,7 @@ def rewrite(path: Path, change: Callable[[bytes], Iterable[Record]]) -> None:
 
 
 def locked(path: Path, action: Callable[[], None]) -> None:
-    """Run ``action`` while nobody else of ours writes to the log."""
+    """Run ``action`` while no other process of ours writes to the log."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_TIMEOUT_S):

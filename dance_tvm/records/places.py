@@ -22,7 +22,7 @@ def own_logs() -> Path:
 
 
 def log_folders(logs: Path | None = None) -> list[Path]:
-    """Where builds look: in ``logs`` alone if given, else in the user's own logs before those of the package."""
+    """Where builds look: in ``logs`` only if given, else in the user's own logs before those of the package."""
     if logs is not None:
         return [logs]
     own = own_logs()

@@ -69,7 +69,7 @@ def differences(device: Device, old: Measured, new: Measured) -> list[str]:
         if then != now
     ]
     if old.library_sha256 == new.library_sha256:
-        found.append(f"{new.name}: the library is the very same, so its ratio reflects the machine alone")
+        found.append(f"{new.name}: the library is identical, so its ratio reflects only the machine")
     return found
 
 

@@ -117,7 +117,7 @@ def tiles(results: Results) -> list[tuple[str, str]]:
                 if len(item.clips) > 1:
                     took, of = median(clip.p50 for clip in item.clips), counted(len(item.clips), "clip")
                 found.append((duration(took), f"median of {of}, {item.name}"))
-                found.append((f"{item.frames / took:.0f}", f"frames a second, {item.name}"))
+                found.append((f"{item.frames / took:,.0f}", f"frames a second, {item.name}"))
     return found[:12]
 
 
@@ -153,7 +153,7 @@ def _summary(results: Results) -> Table:
             joules = f"{1e3 * item.energy.joules:.2f} mJ, {item.energy.kind}" if item.energy else "–"
             rows.append([
                 item.name, item.role, name_of(device), item.validation.status, *times, f"{item.latency.spread:.1%}",
-                f"{item.frames_per_second:.0f}", f"{item.macs / 1e9:.3f}", executed, _number(item.gflops, ".1f"),
+                f"{item.frames_per_second:,.0f}", f"{item.macs / 1e9:.3f}", executed, _number(item.gflops, ".1f"),
                 _number(item.share_of_peak, ".0%"), memory, joules,
             ])  # fmt: skip
     text = "Executed are the multiply-accumulates that the index lists left; outputs are checked before any timing."

@@ -31,7 +31,7 @@ class Axis:
         return round(100 - self.share(value), 2)
 
     def ticks(self, most: int = 5) -> list[float]:
-        """At most so many round values within the scale."""
+        """At most this many round values within the scale."""
         step = _round_step((self.high - self.low) / most)
         first = math.ceil(self.low / step - 1e-9)
         return [step * index for index in range(first, math.floor(self.high / step + 1e-9) + 1)]

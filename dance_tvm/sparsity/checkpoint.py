@@ -88,7 +88,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise DanceError(f"{path} is no state dict (tensors by name); save model.state_dict()")
+        raise DanceError(f"{path} is not a state dict (tensors by name); save model.state_dict()")
     return found
 
 

@@ -107,5 +107,5 @@ def _divided(
             last = place * held_out // 100 != (place + 1) * held_out // 100
             (test if last else train).append(video)
     if not test and train:
-        raise DanceError(f"{name}: no class has so many videos that {held_out}% are one; raise held_out")
+        raise DanceError(f"{name}: no class has enough videos for {held_out}% of them to be one; raise held_out")
     return splits_of(name, train, test, classes, model, seed, frames, stride)

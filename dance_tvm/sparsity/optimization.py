@@ -20,7 +20,7 @@ def seed_everything(*parts: int) -> None:
 
 
 def half_precision(settings: Settings, device: torch.device) -> torch.dtype | None:
-    """What forward passes compute in where that is not float32: float16 on GPUs alone, bfloat16 anywhere."""
+    """The type that forward passes compute in where that is not float32: float16 only on GPUs, bfloat16 anywhere."""
     if not settings.amp or settings.precision == "float32":
         return None
     if settings.precision not in ("float16", "bfloat16"):
@@ -42,7 +42,7 @@ def make_optimizer(settings: Settings, parameters: list[Any]) -> torch.optim.Opt
 
 
 def set_rate(optimizer: torch.optim.Optimizer, settings: Settings, step: int, steps_per_epoch: int) -> None:
-    """Linear warm-up, then a cosine to zero; a function of the step alone, so that nothing needs to be resumed."""
+    """Linear warm-up, then a cosine to zero; a function of only the step, so that there is no state to resume."""
     total = max(1, settings.epochs * steps_per_epoch)
     warm = max(1.0, settings.warmup * total)
     factor = min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / total))

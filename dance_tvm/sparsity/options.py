@@ -27,6 +27,9 @@ class MethodOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def require_epochs(self, epochs: int) -> None:
+        """Raise DanceError where the method cannot do with so few epochs."""
+
 
 Form = TypeVar("Form", bound=MethodOptions)
 

@@ -66,7 +66,9 @@ def _samples(path: Path) -> list[tuple[Member, str]]:
                         place = Member(shard, member.name, member.offset_data, member.size)
                         parts[f"{folder}/{key}"][f"{dot}{suffix}".lower()] = place
         except (OSError, tarfile.TarError) as error:
-            raise DanceError(f"the shard {shard} cannot be read ({error}); it is no tar file, or cut off") from None
+            raise DanceError(
+                f"the shard {shard} cannot be read ({error}); it is not a tar file, or truncated"
+            ) from None
         for key, files in parts.items():
             video = next((place for suffix, place in files.items() if suffix in VIDEO_SUFFIXES), None)
             label = next((files[suffix] for suffix in _CLASSES if suffix in files), None)

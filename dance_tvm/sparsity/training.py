@@ -76,8 +76,8 @@ def train(
 ) -> Result:
     """Trains `network` by `settings.method` and writes checkpoint, curves, model and card into `folder`.
 
-    A killed run goes on from its last whole epoch with `resume=True`, and ends bit for bit as if it had not been
-    killed (on one device and thread count). Under torchrun every process calls this; rank 0 alone writes. `on_epoch`
+    A killed run continues from its last whole epoch with `resume=True`, and ends bit for bit as if it had not been
+    killed (on one device and thread count). Under torchrun every process calls this; only rank 0 writes. `on_epoch`
     hears the figures of each epoch as it ends.
     Raises DanceError when the loss is not finite, the disk refuses a write, or the checkpoint is of another run.
     """

@@ -115,7 +115,7 @@ def read_units(path: Path) -> Units:
     except ValidationError as error:
         fault = error.errors()[0]
         said = f"{place_of(fault, 'the file')}: {said_of(fault)}"
-        raise DanceError(f"{path} is no file of units: {said}; `dance-tvm units` writes them") from None
+        raise DanceError(f"{path} is not a file of units: {said}; `dance-tvm units` writes them") from None
 
 
 def require_same_sites(units: Sequence[SiteUnits], sites: Sequence[Shaped]) -> None:

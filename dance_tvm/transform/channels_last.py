@@ -1,4 +1,4 @@
-"""Put channels innermost through the whole network; layouts change at its edges alone."""
+"""Put channels innermost throughout the network; layouts change only at its edges."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def _convolution_before(graph: Graph, call: relax.Call) -> _Convolution | str:
         conv, other = (left, right) if constant(left) is None else (right, left)
         added = constant(other)
         if added is None or not lies_along(added.shape, shape_of(var), 1) or shape_of(conv) != shape_of(var):
-            return "it follows a sum that is no convolution's bias"
+            return "it follows a sum that is not a convolution's bias"
         if not _read_once(graph, var):
             return "what it normalises has other readers"
         bias, var = added.reshape(-1).astype("float64"), conv

@@ -35,7 +35,7 @@ _OPERATORS: dict[str, Callable[..., np.ndarray]] = {
 
 @tvm.transform.module_pass(opt_level=0, name="FoldLists")
 class FoldLists:
-    """Constants in the place of integer operators that read constants alone."""
+    """Replaces integer operators that read only constants by constants."""
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Fold every Relax function of ``mod``."""

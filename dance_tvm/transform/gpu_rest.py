@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import tvm
-from tvm import tirx
+from tvm import s_tir, tirx
 from tvm.s_tir import dlight
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.ir.graph import is_scheduled
+
+
+class _OrNone(dlight.ScheduleRule):
+    """A rule of TVM's, which does not fit where it fails within: at some means of everything, at tensors of nothing."""
+
+    def __init__(self, rule: dlight.ScheduleRule) -> None:
+        self.rule = rule
+
+    def apply(self, func: tirx.PrimFunc, target: tvm.target.Target, tunable: bool) -> s_tir.Schedule | None:
+        """The schedule by the rule; None where the next one is to be tried."""
+        try:
+            return self.rule.apply(func, target, tunable)
+        except tvm.error.InternalError:
+            return None
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleRestForGpu")
@@ -16,7 +30,7 @@ class ScheduleRestForGpu:
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Schedule each function. Raises DanceError for one that no rule fits: it could not run on a GPU."""
-        rules = [dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()]
+        rules = [_OrNone(rule()) for rule in (dlight.gpu.Reduction, dlight.gpu.GeneralReduction, dlight.gpu.Fallback)]
         copy = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)  # TVM's pass changes the module it is given
         mod = dlight.ApplyDefaultSchedule(*rules)(copy)
         for name, func in mod.functions_items():

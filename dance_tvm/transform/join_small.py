@@ -19,7 +19,7 @@ from dance_tvm.ir.reasons import Reasons
 from dance_tvm.schedules.emit import OPAQUE
 from dance_tvm.schedules.kernel import DESCRIPTION, FREE_CHOICE, LAYER, PLANNER, described
 
-#: A call that reads and writes at most so many elements is small: that much takes about as long as calling it.
+#: A call that reads and writes at most this many elements is small: that much takes about as long as calling it.
 SMALL_ELEMENTS = 65536
 #: Bytes to which a tensor is aligned where a kernel does not say otherwise.
 ALIGNMENT = 64
@@ -144,7 +144,7 @@ class _Joining:
         return {"kind": kind, "parts": [part["name"] for part in parts]}
 
     def _with_every_result(self, group: list[relax.Var]) -> list[relax.Var]:
-        """``group``, and a name for each result of a kernel written by hand that nobody reads."""
+        """``group``, and a name for each unread result of a kernel written by hand."""
         named = []
         for var in group:
             named.append(var)

@@ -59,7 +59,7 @@ def _binary(pick: Pick, own: Legalize) -> Legalize:
 
         def picked(left: te.Tensor, right: te.Tensor) -> te.Tensor:
             def at(*index: Expr) -> Expr:
-                return pick(_broadcast(left, index), _broadcast(right, index))
+                return pick(broadcast(left, index), broadcast(right, index))
 
             return te.compute(shape, at, name=_name(call))
 
@@ -68,7 +68,7 @@ def _binary(pick: Pick, own: Legalize) -> Legalize:
     return legalize
 
 
-def _broadcast(x: te.Tensor, index: Sequence[Expr]) -> Expr:
+def broadcast(x: te.Tensor, index: Sequence[Expr]) -> Expr:
     """``x`` at the place of ``index`` in a shape that it is broadcast to."""
     last = index[len(index) - len(x.shape) :]
     return x(*(0 if int(extent) == 1 else at for extent, at in zip(x.shape, last, strict=True)))
@@ -178,7 +178,7 @@ def _zero(is_zero: Callable[[relax.Call], bool], own: Legalize) -> Legalize:
 
         def zero_of(x: te.Tensor) -> te.Tensor:
             def at(*index: Expr) -> Expr:
-                finite = tirx.abs(_broadcast(x, index)) < tirx.const(math.inf, x.dtype)
+                finite = tirx.abs(broadcast(x, index)) < tirx.const(math.inf, x.dtype)
                 return tirx.Select(finite, tirx.const(0.0, x.dtype), tirx.const(math.nan, x.dtype))
 
             return te.compute(shape, at, name=_name(call))

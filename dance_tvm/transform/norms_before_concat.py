@@ -76,7 +76,7 @@ def _refusal(graph: Graph, var: relax.Var, parts: Sequence[relax.Expr]) -> str:
         return "it takes a part twice"
     other = [part for part in parts if not _is_convolution(graph, part)]
     name = other[0].name if other and isinstance(other[0], relax.Var) else "a constant"
-    return f"{name} is no convolution's result that it alone reads" if other else ""
+    return f"{name} is not a convolution's result that it alone reads" if other else ""
 
 
 def _is_convolution(graph: Graph, part: relax.Expr) -> bool:

@@ -1,4 +1,4 @@
-"""Devices for trials: one session a trial, a deadline on each, and what fails too often is left alone.
+"""Devices for trials: one session per trial, a deadline on each; a device that fails too often is dropped.
 
 A session asks its server to end it after the trial's time, so that a trial that hangs is ended on the device as well.
 """
@@ -42,7 +42,7 @@ class Health:
 
     @property
     def dropped(self) -> bool:
-        """Whether it is left alone from here on."""
+        """Whether it has been dropped."""
         return self.strikes >= STRIKES
 
 

@@ -25,7 +25,7 @@ class Lanes:
         return future
 
     def end(self, patience: float) -> None:
-        """Take no more calls, and give those in flight so many seconds."""
+        """Take no more calls, and give those in flight this many seconds."""
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads:

@@ -60,7 +60,7 @@ def open_library(session: RemoteSession, library: Path, kind: str) -> Library:
 
 
 def gpu_of(session: RemoteSession, kind: str) -> Any | None:
-    """TVM's device of ``kind`` in a session; None for an OpenCL device that pyopencl alone reaches.
+    """TVM's device of ``kind`` in a session; None for an OpenCL device that only pyopencl reaches.
 
     Raises DeviceLostError where the session has neither.
     """
@@ -86,7 +86,7 @@ def require_gpu(farm: Farm, kind: str) -> None:
         with farm.session(1) as session:
             if not isinstance(session, RemoteSession):
                 raise DanceError(
-                    f"{session.name} is a dance_server, on which kernels of processors alone are tuned: "
+                    f"{session.name} is a dance_server, on which only processors' kernels are tuned: "
                     f"start serve.py there (docs/devices.md)"
                 )
             gpu_of(session, kind)

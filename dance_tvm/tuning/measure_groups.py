@@ -101,7 +101,7 @@ def timed_build(
 
 
 def one_convolution(layer: SynthesisedLayer, weight: NDArray[np.float32]) -> tuple[nn.Module, torch.Tensor]:
-    """A network of the layer alone, and a clip for it."""
+    """A network of just the layer, and a clip for it."""
     depth, height, width = layer.kernel
     padding = (depth // 2, height // 2, width // 2)
     conv = nn.Conv3d(layer.channels_in, layer.channels_out, layer.kernel, padding=padding)

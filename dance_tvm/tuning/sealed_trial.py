@@ -1,6 +1,6 @@
-"""A trial for `dance_server`, which runs sealed artifacts alone: one of its own, without inputs.
+"""A trial for `dance_server`, which runs only sealed artifacts: an artifact of its own, without inputs.
 
-Its ``main`` fills the tensors, plans the lists, runs the kernel and sums its result up, so that code and lists alone
+Its ``main`` fills the tensors, plans the lists, runs the kernel and sums its result, so that only code and lists
 travel to the device, as with TVM's servers; the kernel's time is that of its step.
 """
 

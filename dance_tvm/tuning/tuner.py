@@ -53,7 +53,7 @@ DISTURBED = 1.3
 #: Gain from which a tile replaces the defaults: smaller ones are within the spread of good measurements.
 WORTH_KEEPING = 1.01
 #: How often a wait looks up whether the run is to stop, and how long lanes may take to notice that it was hung up.
-GLANCE_S, LANES_PATIENCE_S = 0.1, 1.0
+GLANCE_S, LANES_PATIENCE_S = 0.1, 0.3
 #: What a trial's error says that was given up.
 INTERRUPTED = "interrupted"
 
@@ -145,7 +145,7 @@ class Tuner:
             signal.signal(signal.SIGINT, previous)
 
     def _result(self, future: Future[Any], seconds: float = math.inf) -> Any:
-        """What a worker or a lane gives, within so many seconds. Raises _StoppedError after Ctrl-C."""
+        """What a worker or a lane gives within this many seconds. Raises _StoppedError after Ctrl-C."""
         deadline = time.monotonic() + seconds
         while not future.done():
             if self.stopped:

@@ -74,7 +74,7 @@ def layers_of(
     ``densities``: at which densities kernels that walk lists are tuned (0.5 unless given); with ``clips``, those that
     each layer has on these (see :mod:`~dance_tvm.tuning.calibration`) as well. ``lists`` tunes as though
     masks thinned these axes of every convolution. ``only`` keeps layers whose name matches one of the patterns.
-    ``conv``: direct or Winograd kernels alone, or each of the two that a build may choose once it has been tuned.
+    ``conv``: only direct or only Winograd kernels, or each of the two that a build may choose once it has been tuned.
     ``dtype``: how kernels store activations and weights. Raises DanceError where nothing is left to tune.
     """
     from dance_tvm.compiler.pipeline import Options, lower
@@ -140,4 +140,4 @@ def _thinnable(workload: Workload) -> tuple[str, ...]:
         return LISTS[:2]
     if workload.groups > 1:
         return LISTS[:3]
-    return LISTS if workload.window.kernel[0] == 1 else LISTS[:-1]  # input positions thin windows of one frame alone
+    return LISTS if workload.window.kernel[0] == 1 else LISTS[:-1]  # input positions thin only windows of one frame

@@ -80,7 +80,7 @@ int main(int argc, char **argv) {
   if (!written) return fail("the output cannot be written");
   if (code != DANCE_OK) return fail(api->error(model));
   if (!calls) return fail("the input file is shorter than one call's inputs");
-  printf("%s: %d calls, %.3f ms each, %.1f MB\n", api->describe(), calls, 1e3 * spent / calls,
+  printf("%s: %d call%s, %.3f ms each, %.1f MB\n", api->describe(), calls, calls == 1 ? "" : "s", 1e3 * spent / calls,
          (double)api->memory(model) / 1e6);
 
   let_go(given, input_count);

@@ -142,7 +142,7 @@ class LiveCounts:
         return max(1, sum(len(self.window.live_taps(0, frame)) for frame in range(self.window.out[0])))
 
     def _taps(self, args: Mapping[str, tirx.Buffer], clip: Expr, place: Expr, grain: Grain) -> Expr:
-        """Taps over frames that a tile of frames reads, 0 where nobody reads the tile."""
+        """Taps over frames that a tile of frames reads, 0 where the tile is never read."""
         window, taps, size = self.window, _counter(), grain.tile[0]
         wanted = _counter()
         with serial(size) as within:

@@ -92,7 +92,7 @@ def _store_row(
 def classify_frame(
     plan: plans.RowPlan, sample: Expr, frame: Expr, args: Mapping[str, tirx.Buffer], frame_class: tirx.Buffer
 ) -> None:
-    """Set ``frame_class[frame]`` to the first class of the frame's tap set, or to -1 where nobody reads the frame."""
+    """Set ``frame_class[frame]`` to the first class of the frame's tap set, or to -1 where the frame is never read."""
     window = plan.window
     clip = let(sample * (window.batch // plan.samples) + tirx.floordiv(frame, window.out[0]))
     out_frame = let(tirx.floormod(frame, window.out[0]))

@@ -44,7 +44,7 @@ from .cost import seconds_per_cycle
 from .row_products import Rows, Sums, Vectors, multiply
 from .tiles import HALF_TERMS, Machine
 
-#: Up to so many bytes memory of a kernel is on the stack, where LLVM takes it apart into registers.
+#: Up to this many bytes, memory of a kernel is on the stack, where LLVM takes it apart into registers.
 STACK_BYTES = 1024
 #: Floats before the sums in such memory.
 SPARE = 4

@@ -222,7 +222,7 @@ class _Planner:
     # -- the class of a row ------------------------------------------------------------------------------------------
 
     def _class_of(self, clip: Expr, place: Expr, frame: Expr) -> Expr:
-        """The tap class of output row (frame, place), or -1 where nobody reads it."""
+        """The tap class of output row (frame, place), or -1 where it is never read."""
         plan = self.plan
         index: Expr = self.frame_class[frame]
         if plan.dynamic_taps:

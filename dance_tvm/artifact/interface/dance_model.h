@@ -67,7 +67,7 @@ typedef struct {
   const void *weights;      /* or the file's bytes in memory, which must outlive the model */
   size_t weights_bytes;
   dance_model *share;       /* or another model of this library, whose weights are used; it may be destroyed first */
-  const int32_t *cpus;      /* the threads run on these CPUs; NULL: wherever the system puts them */
+  const int32_t *cpus;      /* the threads run on these CPUs (create alone reads them); NULL: wherever the system puts them */
   int32_t cpu_count;
   int32_t verified;         /* not 0: the caller has verified the artifact, so its weights are not hashed again */
   const char *driver;       /* of a GPU: the driver's library; NULL: DANCE_GPU_DRIVER's, else the system's */
@@ -96,7 +96,8 @@ typedef struct {
   int32_t (*inputs)(const dance_tensor **tensors);    /* their number, and where they stand */
   int32_t (*outputs)(const dance_tensor **tensors);
   dance_model *(*create)(const dance_options *options, char *error, size_t error_bytes); /* NULL: error says why */
-  /* Inputs and outputs at addresses that are multiples of 64 are read and written where they lie; others are copied. */
+  /* Inputs and outputs at addresses that are multiples of 64 are read and written where they lie; others are copied. An
+   * output may lie where an input does, but not where another output does. */
   int (*run)(dance_model *model, const void *const *inputs, void *const *outputs);
   /* A streaming network (its outputs after the first are the next values of its inputs after the first): one frame.
    * A run between two steps leaves the state as it is on a processor; on a GPU it needs a model of its own, or a reset. */

@@ -1,4 +1,4 @@
-"""An artifact's C interface from Python with numpy alone: one file that can be copied to a server.
+"""An artifact's C interface from Python, with only numpy: one file that can be copied to a server.
 
     model = Model("artifacts/mine")
     scores = model.run({"clip": clip})["scores"]
@@ -141,13 +141,11 @@ class Model:
         self.inputs = _listed(self._api.inputs)
         self.outputs = _listed(self._api.outputs)
         weights = Path(folder, "weights.safetensors")
-        # The library reads the CPUs when its threads start, which is within create or soon after.
-        self._cpus = (ctypes.c_int32 * len(cpus))(*cpus) if cpus else None
         options = _Options(
             size=ctypes.sizeof(_Options),
             threads=threads or 0,
             weights_path=os.fsencode(weights) if weights.exists() else None,
-            cpus=self._cpus,
+            cpus=(ctypes.c_int32 * len(cpus))(*cpus) if cpus else None,
             cpu_count=len(cpus or ()),
             verified=int(verified),
             driver=os.fsencode(driver) if driver else None,
@@ -171,7 +169,9 @@ class Model:
         return results
 
     def time(self, inputs: Mapping[str, np.ndarray], runs: int) -> list[float]:
-        """Seconds of each of so many runs."""
+        """Seconds of each of this many runs. Raises ModelError for a number below 0."""
+        if runs < 0:
+            raise ModelError(f"runs must be 0 or more, not {runs}")
         given, results, found = self._given(inputs), list(self._room().values()), (ctypes.c_int64 * runs)()
         with self._calling() as model:
             self._require(self._api.time(model, _addresses(given), _addresses(results), runs, found))
@@ -182,7 +182,7 @@ class Model:
     ) -> dict[str, np.ndarray]:
         """`run`, and after each kernel `seen` with its name and tensors, inputs first, which later ones overwrite.
 
-        What `seen` raises ends the run and is raised here. Of this model it may call `cancel` alone.
+        What `seen` raises ends the run and is raised here. Of this model it may only call `cancel`.
         """
         raised: list[BaseException] = []
 

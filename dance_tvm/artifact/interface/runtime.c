@@ -80,7 +80,7 @@ static int start_threads(dance_model *model, const dance_options *options, char 
     SAY(error, room, "a model runs on 1 to 64 threads: give another number of them");
     return DANCE_BAD_ARGUMENT;
   }
-  return start_pool(&model->threads, threads, options) ? DANCE_OK : DANCE_NO_MEMORY;
+  return start_pool(&model->threads, threads, options, error, room);
 }
 
 static int require_instructions(const dance_program *program, char *error, size_t room) {
@@ -158,19 +158,31 @@ static int call(dance_model *model, const void *const *inputs, void *const *outp
   return end(model, code);
 }
 
+/* Whether two outputs share memory: what the kernels wrote of one would be lost. */
+static int outputs_overlap(const dance_program *program, void *const *outputs) {
+  for (int32_t one = 1; one < program->output_count; one++)
+    for (int32_t other = 0; other < one; other++) {
+      const uintptr_t begin = (uintptr_t)outputs[one], other_begin = (uintptr_t)outputs[other];
+      if (begin < other_begin + program->outputs[other].bytes && other_begin < begin + program->outputs[one].bytes) return 1;
+    }
+  return 0;
+}
+
 static int run(dance_model *model, const void *const *inputs, void *const *outputs) {
   const dance_program *program = model->program;
   for (int32_t each = 0; each < program->input_count; each++)
     if (!inputs || !inputs[each]) return refuse(model, DANCE_BAD_ARGUMENT, "an input's address is missing");
   for (int32_t each = 0; each < program->output_count; each++)
     if (!outputs || !outputs[each]) return refuse(model, DANCE_BAD_ARGUMENT, "an output's address is missing");
+  if (outputs_overlap(program, outputs))
+    return refuse(model, DANCE_BAD_ARGUMENT, "two outputs lie in the same memory: give each a buffer of its own");
   return call(model, inputs, outputs, program->output_count);
 }
 
 static int step(dance_model *model, const void *frame, void *output) {
   const void *inputs[MOST_INPUTS] = {frame};
   if (!model->streams || model->program->input_count > MOST_INPUTS)
-    return refuse(model, DANCE_BAD_ARGUMENT, "this is no streaming network: its outputs after the first are not its next state");
+    return refuse(model, DANCE_BAD_ARGUMENT, "this is not a streaming network: its outputs after the first are not its next state");
   if (!frame || !output) return refuse(model, DANCE_BAD_ARGUMENT, "a frame's or output's address is missing");
   return call(model, inputs, &output, 1);
 }
@@ -225,6 +237,8 @@ static int timed(dance_model *model, const void *const *inputs, void *const *out
 }
 
 static int time_runs(dance_model *model, const void *const *inputs, void *const *outputs, int32_t count, int64_t *nanoseconds) {
+  if (count < 0 || (count && !nanoseconds))
+    return refuse(model, DANCE_BAD_ARGUMENT, "time takes a number of runs and an array with room for the time of each");
   int code = model->program->gpu ? run(model, inputs, outputs) : DANCE_OK;
   for (int32_t each = 0; each < count && !code; each++) code = timed(model, inputs, outputs, &nanoseconds[each]);
   return code;

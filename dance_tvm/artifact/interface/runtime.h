@@ -76,6 +76,12 @@ typedef struct {
   char apart[ALIGNMENT - sizeof(uint64_t)];
 } task_share;
 
+/* A set of processors, as sched_setaffinity takes it. */
+#define MOST_CPUS 1024
+typedef struct {
+  unsigned long bits[MOST_CPUS / 8 / sizeof(unsigned long)];
+} processors;
+
 typedef struct pool {
   int32_t size; /* threads, the caller's among them */
   pthread_t workers[MOST_THREADS];
@@ -86,8 +92,8 @@ typedef struct pool {
   _Atomic(void *) closure;
   _Atomic int32_t tasks, done, failed, sleeping, ends;
   char error[ERROR_BYTES]; /* of the task that failed first */
-  const int32_t *cpus;
-  int32_t cpu_count;
+  processors cpus;
+  int32_t pinned; /* whether its threads stay on these */
 } pool;
 
 /* Whose call this thread is in, as which of its threads, and whether within a task of a loop. */
@@ -96,7 +102,8 @@ typedef struct {
   int32_t index, inside;
 } seat;
 
-int start_pool(pool *threads, int32_t size, const dance_options *options);
+/* DANCE_OK, or a code with a sentence in `error`. */
+int start_pool(pool *threads, int32_t size, const dance_options *options, char *error, size_t room);
 void end_pool(pool *threads);
 seat enter(pool *threads); /* gives the seat to leave to */
 void leave(seat before);

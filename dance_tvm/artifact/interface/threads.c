@@ -69,12 +69,39 @@ static uint64_t whole_share(uint32_t number, int32_t portions, int32_t share, in
   return (uint64_t)number << 32 | back << 16 | front;
 }
 
-static void stay_on(const int32_t *cpus, int32_t count) {
-  unsigned long bits[16] = {0};
-  const int32_t word = 8 * (int32_t)sizeof bits[0];
-  for (int32_t each = 0; each < count; each++)
-    if (cpus[each] >= 0 && cpus[each] < 16 * word) bits[cpus[each] / word] |= 1ul << (cpus[each] % word);
-  syscall(SYS_sched_setaffinity, 0, sizeof bits, bits);
+static void add_processor(processors *to, int32_t cpu) {
+  const int32_t word = 8 * (int32_t)sizeof to->bits[0];
+  if (cpu >= 0 && cpu < MOST_CPUS) to->bits[cpu / word] |= 1ul << (cpu % word);
+}
+
+static int stay_on(const processors *cpus) { return !syscall(SYS_sched_setaffinity, 0, sizeof cpus->bits, cpus->bits); }
+
+/* Whether a thread may run on each of the processors: the system refuses a set only where it may run on none of it. In a
+ * thread of its own, so that the caller's stays where it is. */
+static void *try_processors(void *argument) {
+  const dance_options *options = argument;
+  for (int32_t each = 0; each < options->cpu_count; each++) {
+    processors alone = {{0}};
+    add_processor(&alone, options->cpus[each]);
+    if (!stay_on(&alone)) return NULL;
+  }
+  return argument;
+}
+
+static int pin(pool *threads, const dance_options *options, char *error, size_t room) {
+  dance_options given = *options;
+  pthread_t trial;
+  void *tried = NULL;
+  if (!options->cpus || !options->cpu_count) return DANCE_OK;
+  if (pthread_create(&trial, NULL, try_processors, &given)) return DANCE_NO_MEMORY;
+  pthread_join(trial, &tried);
+  if (!tried || options->cpu_count < 0) {
+    SAY(error, room, "options.cpus names a processor that this machine lacks or this process may not use: leave it out");
+    return DANCE_BAD_ARGUMENT;
+  }
+  for (int32_t each = 0; each < options->cpu_count; each++) add_processor(&threads->cpus, options->cpus[each]);
+  threads->pinned = 1;
+  return DANCE_OK;
 }
 
 /* Waiting since `start`: 0 once it is time to sleep. */
@@ -128,7 +155,7 @@ static void *work(void *argument) {
   pool *threads = given->of;
   here = *given;
   free(given);
-  if (threads->cpu_count) stay_on(threads->cpus, threads->cpu_count);
+  if (threads->pinned) stay_on(&threads->cpus);
   uint32_t seen = 0;
   while (!atomic_load(&threads->ends)) {
     uint32_t number = atomic_load_explicit(&threads->loop, memory_order_acquire);
@@ -207,21 +234,20 @@ void complain(const char *const *parts, size_t count) { say(last_error, sizeof l
 
 const char *kernel_error(void) { return last_error; }
 
-int start_pool(pool *threads, int32_t size, const dance_options *options) {
+int start_pool(pool *threads, int32_t size, const dance_options *options, char *error, size_t room) {
   threads->size = 1;
-  threads->cpus = options->cpus;
-  threads->cpu_count = options->cpus ? options->cpu_count : 0;
-  while (threads->size < size) {
+  const int code = pin(threads, options, error, room);
+  while (!code && threads->size < size) {
     seat *given = malloc(sizeof *given);
-    if (!given) return 0;
+    if (!given) return DANCE_NO_MEMORY;
     *given = (seat){threads, threads->size, 0};
     if (pthread_create(&threads->workers[threads->size], NULL, work, given)) {
       free(given);
-      return 0;
+      return DANCE_NO_MEMORY;
     }
     threads->size++;
   }
-  return 1;
+  return code;
 }
 
 /* -- what kernels call ---------------------------------------------------------------------------------------------- */

@@ -77,7 +77,7 @@ static int open_store(weight_set *weights, const dance_options *options, char *e
   }
   int64_t length = (int64_t)lseek(fd, 0, SEEK_END);
   int code = length < 0 ? DANCE_BAD_WEIGHTS : other_length((uint64_t)length, error, room);
-  if (length < 0) SAY(error, room, options->weights_path, " is no file");
+  if (length < 0) SAY(error, room, options->weights_path, " is not a file");
   if (!code && !map_store(weights, fd, 0, length)) {
     SAY(error, room, options->weights_path, " cannot be mapped: memory is short");
     code = DANCE_BAD_WEIGHTS;

@@ -49,7 +49,7 @@ static const char *read_options(server *self, int count, char **words) {
       self->ends_with_input = 1;
       continue;
     }
-    if (!value) return "an option lacks its value, or is none of --host --port --store --store-limit --tracker --key --custom-addr --end-with-stdin";
+    if (!value) return "an option lacks its value, or is not one of --host --port --store --store-limit --tracker --key --custom-addr --end-with-stdin";
     at++;
     if (!strcmp(word, "--host")) self->host = value;
     else if (!strcmp(word, "--port")) self->port = atoi(value);
@@ -58,7 +58,7 @@ static const char *read_options(server *self, int count, char **words) {
     else if (!strcmp(word, "--key")) self->tracker.key = value;
     else if (!strcmp(word, "--custom-addr")) self->tracker.own_address = value;
     else if (strcmp(word, "--tracker") || !read_place(value, &self->tracker.host, &self->tracker.port))
-      return "an option is none of --host --port --store --store-limit --tracker ADDRESS:PORT --key --custom-addr --end-with-stdin";
+      return "an option is not one of --host --port --store --store-limit --tracker ADDRESS:PORT --key --custom-addr --end-with-stdin";
   }
   const char *key = self->tracker.key;
   if (self->tracker.host && !key) return "--tracker needs a --key";

@@ -31,7 +31,7 @@ int open_store(store *files, const char *folder, char *error) {
   mkdir(folder, 0700);
   if (look_up(folder, &about) || !S_ISDIR(about.st_mode)) return refuse(error, "the store cannot be made: give --store another folder");
   if (about.st_uid != geteuid() || about.st_mode & (S_IWGRP | S_IWOTH))
-    return refuse(error, "others may write to the store: what lies in it is loaded as a program, so give --store a folder of your own");
+    return refuse(error, "others may write to the store: what lies in it is loaded as a program, so give --store another folder");
   return 1;
 }
 

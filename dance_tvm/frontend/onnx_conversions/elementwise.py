@@ -165,6 +165,13 @@ def _mod(op: Operator) -> Any:
     return division.remainder(op.emit, a, b, dtype_of(a))
 
 
+def _sign(op: Operator) -> Any:
+    """That of NaN is NaN, unlike PyTorch's."""
+    x = op.input(0)
+    sign = relax.op.sign(x)
+    return relax.op.where(op.emit(relax.op.isnan(x)), x, op.emit(sign)) if is_float(x) else sign
+
+
 def _pow(op: Operator) -> Any:
     x, exponent = op.inputs
     if is_float(x) and not is_float(exponent):
@@ -194,6 +201,7 @@ CONVERSIONS: dict[str, Conversion] = {
     "PRelu": _prelu,
     "Pow": _pow,
     "Shrink": _shrink,
+    "Sign": _sign,
     "Sum": _variadic(relax.op.add),
     "ThresholdedRelu": _thresholded_relu,
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_TINY = 1e-12  # an activation that is zero everywhere has no shares: 0 instead of NaN, as the shares' deviation is then
+TINY = 1e-12  # an activation that is zero everywhere has no shares: 0 instead of NaN, as the shares' deviation is then
 
 
 class AdaptorTemporal(nn.Module):
@@ -59,6 +59,11 @@ class Adaptor(nn.Module):
 
 
 def _deviation(activity: Tensor) -> Tensor:
-    """Standard deviation (N,) of each entry's share of the row's sum; activity is (N, entries), never negative."""
-    shares = activity / activity.sum(dim=-1, keepdim=True).clamp(min=_TINY)
+    """Standard deviation (N,) of each entry's share of the row's sum; activity is (N, entries), never negative.
+
+    One entry has all, and no deviation: as the only frame behind a mean over the clip.
+    """
+    if activity.shape[-1] == 1:
+        return activity.new_zeros(len(activity))
+    shares = activity / activity.sum(dim=-1, keepdim=True).clamp(min=TINY)
     return shares.std(dim=-1)

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.sparsity.clips import Batch, Clips
-from dance_tvm.sparsity.dance.adaptors import Adaptor
+from dance_tvm.sparsity.dance.adaptors import TINY, Adaptor
 from dance_tvm.sparsity.dance.controller import Controller, Prune
 from dance_tvm.sparsity.dance.macs import MacCounter
 from dance_tvm.sparsity.dance.options import AXES, AAPOptions, AVAOptions
@@ -69,7 +69,7 @@ class AVA(Method):
         found = self._variability().mean(dim=1)
         if not self._before.any():
             self._before = found.detach()
-        relative = found / self._before.to(found.device)
+        relative = found / self._before.to(found.device).clamp(min=TINY)  # an axis of one entry deviates nowhere
         return {"variability": -self._weight * (relative * relative.new_tensor(_SUPPLEMENT_WEIGHTS)).sum()}
 
     def evaluate(self, network: nn.Module, outputs: Any, batch: Batch) -> dict[str, Tensor]:

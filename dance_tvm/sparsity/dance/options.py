@@ -78,7 +78,7 @@ class AAPOptions(MethodOptions):
 
 
 def parse_amount(value: Any) -> Any:
-    """As numbers: "50%" is 0.5, "120M" is 120e6. Raises ValueError for a text that is no amount."""
+    """As numbers: "50%" is 0.5, "120M" is 120e6. Raises ValueError for a text that is not an amount."""
     if not isinstance(value, str):
         return value
     units = {"%": 0.01, "k": 1e3, "M": 1e6, "G": 1e9}
@@ -86,7 +86,7 @@ def parse_amount(value: Any) -> Any:
     try:
         amount = float(value[:-1]) * unit if unit else float(value)
     except ValueError:
-        raise ValueError(f"{value!r} is no amount: write a share (0.5, 50%) or a count (120M)") from None
+        raise ValueError(f"{value!r} is not an amount: write a share (0.5, 50%) or a count (120M)") from None
     if value.endswith("%") and amount > 1:
         raise ValueError(f"{value} is more than all")
     return amount

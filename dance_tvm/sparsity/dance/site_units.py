@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 from torch import fx, nn
@@ -28,7 +29,7 @@ def site_units(
     for site in sites:
         relu = node_named(graph, site.node)
         units = {
-            axis: [chosen[layers[conv]].units for conv in _computed_for(graph, relu, sides)]
+            axis: [chosen[layers[conv]].units for conv in _computed_for(graph, relu, sides) if conv in layers]
             for axis, sides in (("channels", ()), ("frames", (0,)), ("positions", (1, 2)))
         }
         channels, frames, height, width = site.shape
@@ -48,7 +49,7 @@ def site_units(
 def layer_times(
     network: nn.Module, clip_shape: tuple[int, ...], workloads: Mapping[str, Workload], chosen: Mapping[str, Serving]
 ) -> list[LayerTimes]:
-    """What each convolution of ``network`` is predicted to take, in order of execution; the rest as above."""
+    """What each convolution of ``network`` is predicted to take, in its own order; the rest as above."""
     graph, _ = trace(network, clip_shape)
     found = []
     for node, name in _layers(graph, workloads).items():
@@ -75,14 +76,22 @@ def _common(units: list[int], size: int) -> int:
 
 
 def _layers(graph: fx.GraphModule, workloads: Mapping[str, Workload]) -> dict[fx.Node, str]:
-    """The layer's name of each convolution: both lists are in order of execution."""
-    names, layers = iter(workloads.items()), {}
+    """The layer's name of each convolution: its module's, numbered from the second call on (`frontend/names.py`).
+
+    One that computes a single position is a linear layer, which has no units.
+    """
+    calls: Counter[str] = Counter()
+    layers = {}
     for node in graph.graph.nodes:
         conv = module_of(graph, node)
         if isinstance(conv, nn.Conv3d):
-            name = next((name for name, workload in names if _is_of(workload, conv, node)), None)
-            if name is None:
-                raise DanceError(f"{node.target} of {type(graph).__name__} is no layer of its own in the built network")
+            module = str(node.target)
+            name = f"{module}_{calls[module]}" if calls[module] else module
+            calls[module] += 1
+            if math.prod(_shape_of(node)) == 1:
+                continue
+            if name not in workloads or not _is_of(workloads[name], conv, node):
+                raise DanceError(f"{name} of {type(graph).__name__} is not a separate layer of the built network")
             layers[node] = name
     return layers
 
@@ -90,8 +99,12 @@ def _layers(graph: fx.GraphModule, workloads: Mapping[str, Workload]) -> dict[fx
 def _is_of(workload: Workload, conv: nn.Conv3d, node: fx.Node) -> bool:
     window = workload.window
     mine = (workload.channels_in, workload.channels_out, workload.groups, window.kernel, window.stride, window.out)
-    shape = tuple(node.meta["tensor_meta"].shape[2:])
-    return mine == (conv.in_channels, conv.out_channels, conv.groups, conv.kernel_size, conv.stride, shape)
+    return mine == (conv.in_channels, conv.out_channels, conv.groups, conv.kernel_size, conv.stride, _shape_of(node))
+
+
+def _shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Frames, height and width of a node's value."""
+    return tuple(node.meta["tensor_meta"].shape[2:])
 
 
 def _computed_for(graph: fx.GraphModule, relu: fx.Node, sides: tuple[int, ...]) -> list[fx.Node]:

@@ -86,7 +86,7 @@ def _sensitivity(graph: fx.GraphModule, clips: Tensor, probe: Callable[[Any], Te
     try:
         for clip in clips:
             masks[:] = [controller.masks_of_groups(site, groups) for site, groups in enumerate(kept)]
-            slopes = torch.autograd.grad(probe(graph(clip[None])), kept)
+            slopes = _gradients(probe(graph(clip[None])), kept)
             found = [total + slope**2 / len(clips) for total, slope in zip(found, slopes, strict=True)]
     finally:
         handle.remove()
@@ -99,7 +99,12 @@ def _savings(graph: fx.GraphModule) -> list[Tensor]:
     controller = cast(Controller, graph.get_submodule("controller"))
     kept = _ones(graph)
     masks = [controller.masks_of_groups(site, groups) for site, groups in enumerate(kept)]
-    return list(torch.autograd.grad(MacCounter(graph).count(masks, 1).executed.mean(), kept))
+    return list(_gradients(MacCounter(graph).count(masks, 1).executed.mean(), kept))
+
+
+def _gradients(value: Tensor, by: list[Tensor]) -> tuple[Tensor, ...]:
+    """Of `value` by each of `by`; zero where it does not depend on it."""
+    return torch.autograd.grad(value, by, allow_unused=True, materialize_grads=True)
 
 
 # ---- least squares ----

@@ -21,8 +21,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dance_tvm.core.errors import DanceError
-from dance_tvm.core.printing import counted
 from dance_tvm.machines.target import load_target
 from dance_tvm.records.group_choice import best_group
 from dance_tvm.records.group_log import measurements_for
@@ -54,24 +52,6 @@ def measured_group(target: str) -> tuple[int, int]:
     return best_group(measurements) if measurements else DEFAULT_GROUP
 
 
-_MOST_EPOCHS = 1000  # of so many, some are left for the penalty unless the shares never leave any
-
-
-def _phases(options: KGSOptions, epochs: int) -> tuple[int, int]:
-    """The epochs that the penalty begins with, and that retraining does."""
-    start = round(options.dense * epochs)
-    return start, max(start, epochs - max(1, round(options.retrain * epochs)))
-
-
-def _longer(options: KGSOptions, epochs: int) -> str:
-    """How to leave epochs for the penalty where ``epochs`` leave none."""
-    for enough in range(epochs + 1, _MOST_EPOCHS):
-        start, cut = _phases(options, enough)
-        if start < cut:
-            return f"give --epochs {enough} or more"
-    return "lower a share"
-
-
 class KGS(Method):
     """RT3D pruning inside the training loop."""
 
@@ -86,15 +66,8 @@ class KGS(Method):
         self._scheme = Scheme(options.scheme, options.gm or gm, options.gn or gn)
         one_clip = context.train[0][0]
         self._prunable: Prunable = find_layers(network, one_clip[None], skip_first=options.skip_first)
-        self._start, self._cut = _phases(options, context.epochs)
-        if options.algorithm == "heuristic":
-            self._cut = min(self._start, context.epochs - 1)
-        elif self._cut == self._start:
-            raise DanceError(
-                f"--method kgs: {counted(context.epochs, 'epoch')} leave none for the {options.algorithm} penalty "
-                f"between dense training ({options.dense:.0%}) and retraining ({options.retrain:.0%}): "
-                f"{_longer(options, context.epochs)}"
-            )
+        options.require_epochs(context.epochs)
+        self._start, self._cut = options.phases(context.epochs)
         count = min(options.calibration, len(context.train))
         self._clips = torch.stack([context.train[index][0] for index in range(count)])
         self._penalty = Penalty(

@@ -6,9 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
+from dance_tvm.core.errors import DanceError
+from dance_tvm.core.printing import counted
 from dance_tvm.sparsity.options import MethodOptions
 
 SchemeName = Literal["filter", "vanilla", "slices", "kgs"]
+
+_MOST_EPOCHS = 1000  # of so many, some are left for the penalty unless the shares never leave any
 
 
 class KGSOptions(MethodOptions):
@@ -30,3 +34,25 @@ class KGSOptions(MethodOptions):
     skip_first: bool = True
     # Clips for the heuristic's means of activations and gradients; more change the ranking little.
     calibration: int = Field(32, ge=1)
+
+    def phases(self, epochs: int) -> tuple[int, int]:
+        """The epochs, counted from 0, that pruning begins with and that retraining does, of a run of ``epochs``."""
+        start = round(self.dense * epochs)
+        if self.algorithm == "heuristic":  # it cuts at once
+            return start, min(start, epochs - 1)
+        return start, max(start, epochs - max(1, round(self.retrain * epochs)))
+
+    def require_epochs(self, epochs: int) -> None:
+        """Raise DanceError where ``epochs`` leave none for a penalty."""
+        if self.algorithm == "heuristic" or self._leave_some(epochs):
+            return
+        enough = next((more for more in range(epochs + 1, _MOST_EPOCHS) if self._leave_some(more)), None)
+        raise DanceError(
+            f"--method kgs: {counted(epochs, 'epoch')} leave{'s' if epochs == 1 else ''} none for the {self.algorithm} "
+            f"penalty between dense training ({self.dense:.0%}) and retraining ({self.retrain:.0%}): "
+            + (f"give --epochs {enough} or more" if enough else "lower a share")
+        )
+
+    def _leave_some(self, epochs: int) -> bool:
+        start, cut = self.phases(epochs)
+        return start < cut
