@@ -110,6 +110,12 @@ class Window:
         return (frame * self.dilation[0] * height + row * self.dilation[1]) * width + column * self.dilation[2]
 
 
+def side_by_side(window: Window, pool: Triple) -> Window:
+    """Windows of ``pool`` outputs of ``window``, one beside the other."""
+    frames, height, width = (extent // size for extent, size in zip(window.out, pool, strict=True))
+    return Window(window.batch, window.out, (frames, height, width), pool, pool)
+
+
 class GroupedChannels:
     """What follows from a layer's channels and convolution groups; subclasses declare the fields."""
 

@@ -140,3 +140,19 @@ def draw_masks(draw: st.DrawFn, case: Case) -> None:
         return None if alive is None else alive.repeat(run, axis=1)[:, :count]
 
     case.live_in, case.live_out = channels(case.channels_in), channels(case.channels_out)
+
+
+def pooled_by(values: np.ndarray, pool: tuple[int, int, int]) -> np.ndarray:
+    """The maxima of (N, T, H, W, …) in windows side by side."""
+    for axis, size in enumerate(pool, 1):
+        whole = values.take(range(values.shape[axis] // size * size), axis)
+        values = whole.reshape(*whole.shape[:axis], -1, size, *whole.shape[axis + 1 :]).max(axis + 1)
+    return values
+
+
+def read_together(mask: np.ndarray, pool: tuple[int, int, int]) -> np.ndarray:
+    """``mask`` (N, T, …), the same under each window of a pool."""
+    for axis in range(1, mask.ndim):
+        size = pool[axis - 1] if mask.shape[axis] > 1 else 1
+        mask = mask.take(range(0, mask.shape[axis], size), axis).repeat(size, axis)
+    return mask

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from convolutions import call, on_processor
+from convolutions import call, on_processor, pooled_by
 from test_depthwise import window_of
 from test_pointwise import AVX512
 from torch import nn
@@ -21,6 +21,7 @@ from dance_tvm.schedules import emit
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.either import Either
 from dance_tvm.schedules.cpu.either_choice import direct_costs, either, winograd_costs
+from dance_tvm.schedules.cpu.pooled import pooled
 from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.kernel import Weights
 from dance_tvm.schedules.layer import Layer, Limits
@@ -69,6 +70,24 @@ def test_both_kernels_compute_the_same(monkeypatch, density, forced):
     told = values["second_counts"][:, 3] if decision else values["pairs"][:, 0]
     np.testing.assert_array_equal(values["executed"][:, 0], told if decision else told * kernel.first.plan.xi)
     assert (values["counts"] if decision else values["second_counts"]).min() < 0, "the other's lists are not planned"
+
+
+@pytest.mark.parametrize("forced", [0, 1])
+def test_both_kernels_compute_the_pool_behind_them(monkeypatch, forced):
+    monkeypatch.setattr("dance_tvm.schedules.cpu.either.UNDECIDED", forced)
+    layer = replace(MASKED, window=window_of(1, (4, 8, 8), (3, 3, 3), padding=(1, 1, 1)), positions=(1, 1))
+    kernel, pool, rng = both_of(layer), (1, 2, 2), np.random.default_rng(3)
+    both = pooled(kernel, pool, "all", AVX512)
+    assert both is not None
+    assert pooled(kernel, (1, 8, 1), "all", AVX512) is None, "windows cross tiles"
+    weights = Weights(rng.standard_normal((32, 48, 3, 3, 3)).astype("float32"), np.zeros(32, "float32"))
+    masks = {name: rng.random(shape) < 0.6 for name, shape in (("in_frames", (1, 4)), ("out_frames", (1, 4)))}
+    masks |= {"in_channels": rng.random((1, 48)) < 0.6, "out_channels": rng.random((1, 32)) < 0.6}
+    masks["positions"] = rng.random((1, 1, 8, 8)) < 0.6
+    x = rng.standard_normal(kernel.x_shape).astype("float32")
+    apart, _ = call(kernel, x, masks, weights)
+    found, _ = call(both, x, masks, weights)
+    np.testing.assert_array_equal(found, pooled_by(apart, pool))
 
 
 def test_scattered_thin_masks_run_the_direct_kernel_and_full_ones_winograd():

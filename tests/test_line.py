@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import tvm
-from convolutions import call, tensor
+from convolutions import call, pooled_by, read_together, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_depthwise import window_of
@@ -19,10 +21,19 @@ from dance_tvm.lowering.registry import choose
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu.conv3d_line import LineConv, runs
 from dance_tvm.schedules.cpu.line_tiles import LineSpace, line
+from dance_tvm.schedules.cpu.pooled import pooled
 from dance_tvm.schedules.cpu.row_tiles import RowTile
 from dance_tvm.schedules.kernel import Weights
 from dance_tvm.schedules.layer import Layer
 from dance_tvm.schedules.workload import Workload
+
+
+def plain(conv: LineConv, x: np.ndarray, weights: Weights) -> np.ndarray:
+    """The convolution alone, in float64."""
+    data, window = torch.from_numpy(x).double().permute(0, 4, 1, 2, 3), conv.window
+    weight, bias = (torch.from_numpy(each).double() for each in (weights.weight, weights.bias))
+    wanted = nn.functional.conv3d(data, weight, bias, window.stride, window.padding, window.dilation)
+    return wanted.permute(0, 2, 3, 4, 1).numpy()
 
 
 def check(conv: LineConv, seed: int = 0, density: float = 0.5) -> None:
@@ -34,10 +45,7 @@ def check(conv: LineConv, seed: int = 0, density: float = 0.5) -> None:
     residual = rng.integers(-9, 10, conv.y_shape).astype("float32")
     masks = {name: rng.random(operand.shape) < density for name, operand in conv.plan.masks.items()}
     y, values = call(conv, x, masks, Weights(weight, bias), residual)
-    data = torch.from_numpy(x).double().permute(0, 4, 1, 2, 3)
-    sizes = (window.stride, window.padding, window.dilation)
-    wanted = nn.functional.conv3d(data, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), *sizes)
-    exact = wanted.permute(0, 2, 3, 4, 1).numpy() + (residual if conv.residual else 0)
+    exact = plain(conv, x, Weights(weight, bias)) + (residual if conv.residual else 0)
     exact = np.maximum(exact, 0) if conv.activation else exact
     places = (window.batch, *window.out)
     frames = np.broadcast_to(masks.get("out_frames", np.ones((1, 1), bool))[:, :, None, None], places)
@@ -81,6 +89,41 @@ def convolutions(draw: st.DrawFn) -> LineConv:
 @given(convolutions(), st.integers(0, 99), st.sampled_from([0.1, 0.6, 0.95, 1.0]))
 def test_any_convolution_under_any_masks_of_its_outputs(conv, seed, density):
     check(conv, seed, density)
+
+
+@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(convolutions(), st.sampled_from([(1, 2, 2), (2, 2, 2), (1, 1, 3), (2, 1, 1)]), st.data())
+def test_a_max_pool_behind_any_of_them(conv, pool, data):
+    pool = tuple(size if out % size == 0 else 1 for size, out in zip(pool, conv.window.out, strict=True))
+    conv = replace(conv, residual=False)
+    kernel = pooled(conv, pool, conv.zero_dead, AVX512)
+    window, places = conv.window, (conv.window.batch, *conv.window.out)
+    rng, density = np.random.default_rng(data.draw(st.integers(0, 99))), data.draw(st.sampled_from([0.1, 0.6, 1.0]))
+    x = rng.integers(-1, 2, conv.x_shape).astype("float32")
+    weight = rng.integers(-4, 5, (conv.channels_out, conv.channels_in, *window.kernel)).astype("float32")
+    weights = Weights(weight, rng.integers(-9, 10, conv.channels_out).astype("float32"))
+    masks = {name: read_together(rng.random(mask.shape) < density, pool) for name, mask in conv.plan.masks.items()}
+    full = np.maximum(plain(conv, x, weights), 0) if conv.activation else plain(conv, x, weights)
+    exact = pooled_by(full, pool)
+    y, _ = call(kernel, x, masks, weights)
+    frames = np.broadcast_to(masks.get("out_frames", np.ones((1, 1), bool))[:, :, None, None], places)
+    positions = np.broadcast_to(masks.get("positions", np.ones((1, 1, 1, 1), bool)), places)
+    frames, positions = pooled_by(frames, pool), pooled_by(positions, pool)
+    np.testing.assert_array_equal(y[frames & positions], exact[frames & positions])
+    zeros = {"rows": frames & ~positions, "all": ~(frames & positions)}
+    assert conv.zero_dead == "" or not y[zeros[conv.zero_dead]].any()
+
+
+def test_a_pool_keeps_not_a_number_and_needs_lines_that_stay_near():
+    conv = LineConv(window_of(1, (1, 4, 4), (1, 1, 1)), 1, 3, RowTile(4, 1, 16, 1), activation="relu")
+    x = np.arange(16, dtype="float32").reshape(conv.x_shape)
+    x[0, 0, 1, 1] = np.nan
+    weights = Weights(np.ones((3, 1, 1, 1, 1), "float32"), np.zeros(3, "float32"))
+    kernel = pooled(conv, (1, 2, 2), "", AVX512)
+    y, _ = call(kernel, x, {}, weights)
+    np.testing.assert_array_equal(y[0, 0, ..., 0], [[np.nan, 7], [13, 15]])
+    wide = replace(conv, window=window_of(1, (2, 2, 70_000), (1, 1, 1)))
+    assert pooled(wide, (2, 2, 2), "", AVX512) is None
 
 
 def test_taps_that_the_same_outputs_read_are_one_loop():

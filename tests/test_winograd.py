@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
-from convolutions import Case, call, compiled, draw_masks, tensor
+from convolutions import Case, call, compiled, draw_masks, pooled_by, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -21,10 +21,13 @@ from tvm.relax.frontend.torch import from_exported_program
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.device.serve import executed
 from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.convolution import LayerKernel
 from dance_tvm.schedules.cpu import winograd_multiply
 from dance_tvm.schedules.cpu.choice import direct
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
+from dance_tvm.schedules.cpu.pooled import pooled
 from dance_tvm.schedules.cpu.row_plan import RowPlan
+from dance_tvm.schedules.cpu.then_pool import PooledGather
 from dance_tvm.schedules.cpu.tiles import Machine, Tile, evenly
 from dance_tvm.schedules.cpu.transform_weights import TransformWeights
 from dance_tvm.schedules.cpu.winograd import WinogradConv
@@ -134,10 +137,12 @@ def computed_outputs(case: WinogradCase, shape: tuple[int, ...]) -> np.ndarray:
     return computed
 
 
-def run(case: WinogradCase) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Return the kernel's output, PyTorch's, which outputs must be computed, and the plan's lists."""
+def run(
+    case: WinogradCase, conv: LayerKernel | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Return the output of ``conv``, or of the case's kernel, PyTorch's, which outputs must be computed, and lists."""
     rng = np.random.default_rng(case.seed)
-    conv = make(case)
+    conv = conv or make(case)
     x = rng.integers(-4, 5, (case.batch, *case.size, case.channels_in)).astype("float32")
     weight = rng.integers(-3, 4, (case.channels_out, case.channels_in, *case.kernel)).astype("float32")
     bias = rng.integers(-5, 6, case.channels_out).astype("float32")
@@ -225,6 +230,62 @@ def masked_cases(draw: st.DrawFn) -> WinogradCase:
 @given(masked_cases())
 def test_masked_equals_pytorch_on_the_masked_input(case: WinogradCase) -> None:
     check(case)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(
+    st.data(), st.sampled_from([(1, 2, 2), (2, 2, 2), (2, 1, 2)]), st.sampled_from([(4, 4, 4), (2, 2, 2), (1, 2, 4)])
+)
+def test_a_max_pool_behind_it(data: st.DataObject, pool: tuple[int, int, int], m: tuple[int, int, int]) -> None:
+    draw = data.draw
+    frames, taps = draw(st.sampled_from([(2, (3, 3, 3)), (4, (3, 3, 3)), (2, (1, 3, 3))]))
+    m = (m[0] if taps[0] > 1 else 1, *m[1:])
+    pool = (pool[0] if m[0] > 1 else 1, *pool[1:])
+    case = WinogradCase(
+        batch=draw(st.integers(1, 2)),
+        size=(frames, draw(st.sampled_from([2, 4, 6])), draw(st.sampled_from([2, 4, 8]))),
+        channels_out=draw(st.integers(1, 19)),
+        kernel=taps,
+        padding=tuple(count // 2 for count in taps),
+        m=m,
+        columns=draw(st.integers(1, 5)),
+    )
+    draw_masks(draw, case)
+    check_pooled(case, pooled(make(case), pool, case.zero_dead, LARGE), pool)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(st.data(), st.sampled_from([(1, 2, 2), (2, 2, 2), (2, 1, 3)]))
+def test_a_max_pool_behind_the_direct_kernel_beside_it(data: st.DataObject, pool: tuple[int, int, int]) -> None:
+    batch = data.draw(st.integers(1, 2))
+    case = WinogradCase(batch=batch, size=(2, 4, 6), channels_out=data.draw(st.integers(1, 11)))
+    draw_masks(data.draw, case)
+    conv = make(case)
+    masks = (conv.plan.in_frames, conv.plan.out_frames, conv.plan.positions)
+    plan = RowPlan(case.window, TILE.mr, TILE.block_tiles, TILE.segment_taps, conv.plan.samples, *masks)
+    sizes = (case.window, case.channels_in, case.channels_out, 1, TILE, plan, conv.live_in, conv.live_out)
+    check_pooled(case, PooledGather(*sizes, activation="relu", zero_dead="all", pool=pool), pool)
+
+
+def check_pooled(case: WinogradCase, kernel: LayerKernel | None, pool: tuple[int, int, int]) -> None:
+    """``kernel`` computes the case with a pool behind it, to which what masks leave out is zero."""
+    assert kernel is not None
+    found, expected, computed, lists = run(case, kernel)
+    expected = pooled_by(np.where(computed, expected, 0), pool)
+    bound = case.tolerance * max(1.0, float(expected.max(initial=0)))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
+    arrays = {**lists, "x": np.zeros(kernel.x_shape, "float32"), "y": found}
+    told = executed(kernel.describe(), {name: tensor(value) for name, value in arrays.items()})
+    assert told is not None
+    assert told[1].shape == found.shape[:4]
+
+
+def test_pools_that_cross_tiles_or_follow_a_residual_stay_apart() -> None:
+    conv = make(WinogradCase(size=(2, 6, 6), m=(2, 2, 2)))
+    assert pooled(conv, (2, 2, 2), "", LARGE) is not None
+    assert pooled(conv, (1, 3, 3), "", LARGE) is None
+    assert pooled(conv, (1, 4, 2), "", LARGE) is None
+    assert pooled(replace(conv, residual=True), (2, 2, 2), "", LARGE) is None
 
 
 #: Stride and dilation of axes that cannot be transformed are free.

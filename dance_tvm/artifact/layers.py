@@ -32,7 +32,8 @@ class KernelInfo(BaseModel):
     those of the first; ``by_frame``: their lists name each frame as a clip of its own. ``parts``: the kernels that a
     function of joined small ones runs, in order. ``macs``: multiply-accumulates of a call, padding left out, where they
     are the same in every call. ``taps``: of a convolution that asks masks without lists, the taps that each output
-    reads inside the clip, along frames, rows and columns. ``planar``: its tensors have channels first. ``second``: of
+    reads inside the clip, along frames, rows and columns; ``pool``: how many of the layer's outputs along each are one
+    of the kernel's, which has a pool behind it. ``planar``: its tensors have channels first. ``second``: of
     two kernels in one, the second one's operands, each with its name among ``operands``.
     """
 
@@ -46,6 +47,7 @@ class KernelInfo(BaseModel):
     parts: list[str] = []
     macs: int | None = None
     taps: list[list[int]] = []
+    pool: list[int] = []
     planar: bool = False
     second: dict[str, str] = {}
 

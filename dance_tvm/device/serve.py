@@ -217,19 +217,36 @@ def result_of(kernel: dict[str, Any], named: dict[str, Any]) -> np.ndarray:
 
 
 def executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, Any] | None:
-    """What a convolution, whose tensors are `named` by its operands, executed (see `_work`); None where it cannot be
-    told."""
+    """What a convolution, whose tensors are `named` by its operands, executed (see `_work`), and which of what it wrote
+    it computed; None where that cannot be told."""
+    found, pool = _executed(kernel, named), kernel.get("pool")
+    if found is None or not pool:
+        return found
+    work, alive, channels = found
+    for axis, size in enumerate(pool, 1):
+        alive = np.maximum.reduce(alive.reshape(*alive.shape[:axis], -1, size, *alive.shape[axis + 1 :]), axis + 1)
+    return work, alive, channels
+
+
+def _executed(kernel: dict[str, Any], named: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, Any] | None:
+    """The same of the convolution's own outputs, whatever is behind it."""
     if kernel.get("second") and int(named["decision"].numpy()[0]):
-        return _work({own: named[name] for own, name in kernel["second"].items()}, {})
+        return _work({own: named[name] for own, name in kernel["second"].items()}, {"pool": kernel.get("pool")})
     if "counts" in named:
         return _work(named, kernel)
     if kernel.get("taps"):
-        return _masked_work(named, kernel["taps"])
+        return _masked_work(named, kernel)
     macs = kernel.get("macs")
     if macs is None:
         return None
-    sizes = [int(extent) for extent in named["y"].shape]
+    sizes = _computed(kernel, named["y"])
     return _without_lists(macs, 1.0, np.ones([sizes[0], *sizes[2:]] if kernel.get("planar") else sizes[:4], bool))
+
+
+def _computed(kernel: dict[str, Any], y: Any) -> list[int]:
+    """Shape of a convolution's result (N, T, H, W, C) before the `pool` behind it, if there is one."""
+    pool = [1, *(kernel.get("pool") or [1, 1, 1]), 1]
+    return [int(extent) * size for extent, size in zip(y.shape, pool, strict=True)]
 
 
 def _work(named: dict[str, Any], kernel: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
@@ -240,7 +257,7 @@ def _work(named: dict[str, Any], kernel: dict[str, Any]) -> tuple[dict[str, Any]
     y (N, T, H, W, C); only Winograd's `kernel` has a `tile`.
     Also gives which positions (N, T, H, W) were computed, and which channels of them where a list says.
     """
-    shape, tile = [int(extent) for extent in named["y"].shape], kernel.get("tile")
+    shape, tile = _computed(kernel, named["y"]), kernel.get("tile")
     rows_by_tap, alive = _winograd_rows(named, kernel, shape) if tile else _gathered_rows(named, shape)
     channels_in, channels_out = float(named["x"].shape[-1]), float(shape[-1])
     if "column_starts" in named:
@@ -269,16 +286,16 @@ def _work(named: dict[str, Any], kernel: dict[str, Any]) -> tuple[dict[str, Any]
     return kept, alive, channels
 
 
-def _masked_work(named: dict[str, Any], taps: list[list[int]]) -> tuple[dict[str, Any], np.ndarray, None]:
+def _masked_work(named: dict[str, Any], kernel: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, None]:
     """The same of a convolution that asks the masks of its outputs itself: out_frames (N, T) and positions
-    (N or 1, T or 1, H, W). `taps`: how many each output along an axis reads inside the clip."""
-    shape = [int(extent) for extent in named["y"].shape]
+    (N or 1, T or 1, H, W). Its `taps`: how many each output along an axis reads inside the clip."""
+    shape = _computed(kernel, named["y"])
     alive = np.ones(shape[:4], bool)
     if "out_frames" in named:
         alive &= (named["out_frames"].numpy() != 0)[:, :, None, None]
     if "positions" in named:
         alive &= named["positions"].numpy() != 0
-    pairs = int(np.einsum("ntyx,t,y,x->", alive.astype("int64"), *taps))
+    pairs = int(np.einsum("ntyx,t,y,x->", alive.astype("int64"), *kernel["taps"]))
     every_tap = int(np.prod(shape[:4])) * int(named["weights"].shape[1])
     channels = int(named["x"].shape[-1]) * shape[-1]
     return _without_lists(pairs * channels, pairs / every_tap, alive)

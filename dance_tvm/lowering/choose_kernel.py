@@ -20,6 +20,7 @@ from dance_tvm.liveness.kernel_groups import (
 )
 from dance_tvm.schedules.convolution import LayerKernel
 from dance_tvm.schedules.cpu.choice import TuningLog
+from dance_tvm.schedules.cpu.pooled import pooled
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.emit import FLOAT
 from dance_tvm.schedules.gpu.choice import groups_cost
@@ -31,7 +32,7 @@ from dance_tvm.schedules.layer import UNLIMITED, Choice, Layer, Limits
 from .half_range import HalfRange
 from .registry import choose
 from .sample_lists import positions_of_input
-from .sites import Site, Sites
+from .sites import PoolBehind, Site, Sites
 
 #: Filters of a kernel group that a block of threads can take.
 BLOCK_GROUP_FILTERS = (16, 32, 8)
@@ -69,9 +70,22 @@ class Chooser:
 
     def choose(self, site: Site) -> Choice[LayerKernel]:
         """The kernel of a site."""
-        choice = choose(self.layer(site), self.machine, self.algorithm, self.log)
-        reasons = [self.why_whole(site), choice.reason]
+        choice, behind = choose(self.layer(site), self.machine, self.algorithm, self.log), ""
+        if site.pool is not None:
+            kernel = self._pooled(choice.kernel, site.pool)
+            assert kernel is not None, f"{choice.kernel.name} was found to have a kernel with a pool behind it"
+            choice, behind = replace(choice, kernel=kernel), f"{site.pool.end.name} behind it in one kernel"
+        reasons = [self.why_whole(site), choice.reason, behind]
         return replace(choice, reason="; ".join(filter(None, reasons)))
+
+    def pooled(self, site: Site, behind: PoolBehind) -> LayerKernel | None:
+        """The kernel of a site that ends behind a max pool, of this window, or None where there is none."""
+        return self._pooled(choose(self.layer(site), self.machine, self.algorithm, self.log).kernel, behind)
+
+    def _pooled(self, kernel: LayerKernel, behind: PoolBehind) -> LayerKernel | None:
+        assert isinstance(self.machine, Machine)
+        zeros = "" if behind.together and not self.sites.liveness.wanted(behind.end).axes else self._zeros(behind.end)
+        return pooled(kernel, behind.window.kernel, zeros, self.machine, behind.together)
 
     def why_whole(self, site: Site) -> str:
         """Why a site's kernel stores float32 where others store half precision."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ from .half_range import HalfRange
 from .lowered import LayerCall
 from .masks import Masks
 from .plan_lists import Given, Lists, Values, counted
+from .pools import absorb_pools
 from .registry import kernels_of
 from .sample_lists import SampleLists
 from .share_memory import shared_out
@@ -100,7 +102,7 @@ def lower_windows(
     if cpu:
         absorb_gates(graph, sites, lambda site: is_pointwise(chooser.layer(site)))
     if isinstance(machine, Machine):
-        chooser.limits = shared_out(chooser, machine)
+        absorb_pools(graph, sites, chooser, partial(shared_out, chooser, machine))
     lowering = _Lowering(mod, graph, liveness, sites, chooser, {chain.end: chain for chain in chains}, threads)
     mod = relax.transform.DeadCodeElimination()(lowering.run())
     limits = {start.name: found for start, found in chooser.limits.items()}

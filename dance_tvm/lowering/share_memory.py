@@ -19,13 +19,15 @@ from .choose_kernel import Chooser
 from .sites import Site
 
 #: small: the weights of the whole network may grow by this share of them when they are prepared, or by so many bytes,
-#: which are nothing to any machine.
-MOST_GROWTH, SMALL_BYTES = 0.17, 2 << 20
+#: which are nothing to any machine. Where activations take little, by as much as makes the growth and the arena this
+#: share together.
+MOST_GROWTH, SMALL_BYTES, MOST_BESIDE = 0.17, 2 << 20, 0.367
 #: balanced: by this share, or, where it is more, by as much as they grow when layers of more than so many bytes, the
 #: large ones, have this limit (tiles of two along every axis, or of three along two). Others have none.
 BALANCED_GROWTH, LARGE_BYTES, LARGE = 0.75, 8 << 20, Limits(growth=2.4)
-#: Scratch that every layer may have; beyond it, what the arena has anyway for the layer with the largest activations.
-SCRATCH_BYTES = 8 << 20
+#: Scratch that every layer may have; beyond it, what the arena has anyway for the layer with the largest activations,
+#: and this share of the network's weights if it is more.
+SCRATCH_BYTES, ARENA = 8 << 20, 0.092
 #: Parts into which that is divided for the choice.
 PARTS = 512
 
@@ -46,13 +48,14 @@ def shared_out(chooser: Chooser, machine: Machine) -> dict[relax.Var, Limits]:
 
 def _small(chooser: Chooser, machine: Machine, sites: Sequence[Site]) -> dict[relax.Var, Limits]:
     """Scratch is limited too, and may hold weights that are transformed in every call."""
-    largest = max((_activations(site) for site in sites), default=0)
+    weights = _weight_bytes(sites)
+    arena = max(ARENA * weights, *map(_activations, sites), 0)
     allowed = []
     for site in sites:
-        scratch = float(max(SCRATCH_BYTES, largest - _activations(site)))  # what the arena has beside these
+        scratch = float(max(SCRATCH_BYTES, arena - _activations(site)))  # what the arena has beside these
         growths = memory_trades(chooser.layer(site), machine, chooser.log, Limits(scratch=scratch, anew=True))
         allowed.append([(Limits(growth, scratch, anew=True), seconds) for growth, seconds in growths])
-    return _limits(sites, allowed, max(SMALL_BYTES, MOST_GROWTH * _weight_bytes(sites)))
+    return _limits(sites, allowed, max(SMALL_BYTES, MOST_GROWTH * weights, MOST_BESIDE * weights - arena))
 
 
 def _balanced(chooser: Chooser, machine: Machine, sites: Sequence[Site]) -> dict[relax.Var, Limits]:
@@ -114,4 +117,5 @@ def spend(trades: Sequence[Sequence[Trade]], room: float) -> list[int]:
 def _activations(site: Site) -> int:
     """Bytes that a site reads and writes."""
     window = site.window
-    return 4 * (window.positions_in * site.channels_in + window.positions_out * site.channels_out)
+    written = (window if site.pool is None else site.pool.window).positions_out
+    return 4 * (window.positions_in * site.channels_in + written * site.channels_out)

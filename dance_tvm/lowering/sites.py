@@ -33,6 +33,19 @@ class SiteLists(NamedTuple):
     positions: bool = False
 
 
+@dataclass(frozen=True)
+class PoolBehind:
+    """A max pool that alone reads a site: its result, its window, and what lies between, products with masks.
+
+    ``together``: masks leave out all that is under one window, or nothing.
+    """
+
+    end: relax.Var
+    window: Window
+    between: tuple[relax.Var, ...]
+    together: bool
+
+
 @dataclass
 class Site:
     """A convolution or linear layer: ``end`` is the last binding that its kernel replaces."""
@@ -55,6 +68,8 @@ class Site:
     spread: Triple | None = None
     #: Whether its tensors have channels first.
     planar: bool = False
+    #: The max pool behind it that its kernel computes too.
+    pool: PoolBehind | None = None
     absorbed: list[relax.Var] = field(default_factory=list)
     masked: bool = False
     lists: SiteLists = field(default_factory=SiteLists)

@@ -35,7 +35,7 @@ from ..emit import (
     when,
     write,
 )
-from ..geometry import HEIGHT, TIME, WIDTH, Window
+from ..geometry import HEIGHT, TIME, WIDTH, Triple, Window
 from ..kernel import Count, Operand, Planned
 from ..space import Space
 from ..taps import span
@@ -119,7 +119,7 @@ class LineConv(RowConv):
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Lines by panels of output channels."""
-        _Emitter(self, args).emit()
+        LineEmitter(self, args).emit()
 
 
 def runs(window: Window, inside: list[list[int]]) -> list[tuple[int, int, int, int]]:
@@ -146,39 +146,44 @@ def most_in_a_pass(window: Window, depth: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class _Line:
-    """A line of outputs: which of all it is, and its clip, frame and row."""
+class Line:
+    """A line of outputs: which of all it is, and its clip, frame and row; of a pool's, which of the lines under it."""
 
     index: Expr
     clip: Expr
     frame: Expr
     row: Expr
+    under: Expr = 0
 
 
-class _Emitter(RowTiles):
+class LineEmitter(RowTiles):
     """The kernel's loops, down to the tile."""
 
     def __init__(self, conv: LineConv, args: Mapping[str, tirx.Buffer]) -> None:
         super().__init__(conv, args)
         self.positions, self.zero_dead = conv.positions, conv.zero_dead
+        #: Outputs under one of the kernel's, along each axis.
+        self.step: Triple = (1, 1, 1)
+        #: The window whose outputs the kernel leaves, how many of them are in a line, and where.
+        self.outer, self.width, self.result = conv.window, conv.window.out[WIDTH], self.y
         self.frame_mask, self.position_mask = args.get("out_frames"), args.get("positions")
 
     def emit(self) -> None:
-        frames, height, _ = self.conv.window.out
-        with parallel(self.conv.window.batch * frames * height) as index:
+        frames, height, _ = self.outer.out
+        with parallel(self.outer.batch * frames * height) as index:
             clip = let(tirx.floordiv(index, frames * height))
             frame, row = let(tirx.floormod(tirx.floordiv(index, height), frames)), let(tirx.floormod(index, height))
-            line = _Line(index, clip, frame, row)
+            line = Line(index, clip, frame, row)
             if self.frame_mask is None:
                 self._line(line)
             else:
-                read = self.frame_mask[clip, frame] != number(0.0)
+                read = self.frame_mask[clip, frame * self.step[TIME]] != number(0.0)
                 choose(read, partial(self._line, line), partial(self._dead_line, line))
 
-    def _line(self, line: _Line) -> None:
+    def _line(self, line: Line) -> None:
         """One line of a frame that somebody reads."""
-        window, width = self.conv.window, self.conv.window.out[WIDTH]
-        read = None if self.position_mask is None else self._count_read(line, 0, width)
+        window = self.conv.window
+        read = None if self.position_mask is None else self._count_read(line, 0, self.width)
         spans = span(window, TIME, line.frame), span(window, HEIGHT, line.row)
         self.remember()
         first = 0
@@ -188,20 +193,20 @@ class _Emitter(RowTiles):
                 each_piece(window, WIDTH, self.tile.mr, partial(self._piece, line, read, spans, panel))
             first += panels * vectors
         if read is not None and self.zero_dead:
-            with when(read < width), serial(width) as column, when(self._is_read(line, column) == 0):
-                self._zeros(line, column)
+            self._clear_unread(line, read)
 
     # -- what is read ------------------------------------------------------------------------------------------------
 
-    def _is_read(self, line: _Line, column: Expr) -> Expr:
+    def _is_read(self, line: Line, column: Expr) -> Expr:
         """1 where somebody reads an output of a line, else 0."""
         assert self.position_mask is not None
         assert self.positions is not None
         clips, frames = self.positions
-        at = (line.clip if clips > 1 else 0, line.frame if frames > 1 else 0, line.row, column)
+        frame, row, column = (each * step for each, step in zip((line.frame, line.row, column), self.step, strict=True))
+        at = (line.clip if clips > 1 else 0, frame if frames > 1 else 0, row, column)
         return tirx.Cast(INT, self.position_mask[at] != number(0.0))
 
-    def _count_read(self, line: _Line, begin: Expr, count: int) -> Expr:
+    def _count_read(self, line: Line, begin: Expr, count: Expr) -> Expr:
         """How many of ``count`` outputs of a line from ``begin`` on somebody reads."""
         found = scratch((1,), INT)
         store(found, tirx.IntImm(INT, 0), 0)
@@ -209,18 +214,23 @@ class _Emitter(RowTiles):
             store(found, found[0] + self._is_read(line, begin + index), 0)
         return let(found[0])
 
-    def _dead_line(self, line: _Line) -> None:
+    def _clear_unread(self, line: Line, read: Expr) -> None:
+        """Zeros in the outputs of a line that nobody reads, where not all are."""
+        with when(read < self.width), serial(self.width) as column, when(self._is_read(line, column) == 0):
+            self._zeros(line, column)
+
+    def _dead_line(self, line: Line) -> None:
         if self.zero_dead == "all":
-            with serial(self.conv.window.out[WIDTH]) as column:
+            with serial(self.width) as column:
                 self._zeros(line, column)
 
-    def _zeros(self, line: _Line, column: Expr) -> None:
+    def _zeros(self, line: Line, column: Expr) -> None:
         channels = self.conv.channels_out
         with serial(channels) as channel:
-            write(self.y, number(0.0), big(line.index * self.conv.window.out[WIDTH] + column) * channels + channel)
+            write(self.result, number(0.0), big(line.index * self.width + column) * channels + channel)
 
     def _piece(
-        self, line: _Line, read: Expr | None, spans: Spans, panel: tuple[Expr, int], begin: Expr, inside: Taps
+        self, line: Line, read: Expr | None, spans: Spans, panel: tuple[Expr, int], begin: Expr, inside: Taps
     ) -> None:
         """A tile, unless nobody reads any of it; ``read``: how many outputs of the line somebody does."""
         if read is None:
@@ -228,14 +238,18 @@ class _Emitter(RowTiles):
             return
         some = scratch((1,), INT)
         store(some, read, 0)
-        with when(tirx.all(read > 0, read < self.conv.window.out[WIDTH])):
-            store(some, self._count_read(line, begin, len(inside)), 0)
+        with when(tirx.all(read > 0, read < self.width)):
+            store(some, self._read_in(line, begin, len(inside)), 0)
         with when(some[0] > 0):
             self._tile(line, spans, panel, begin, inside)
 
+    def _read_in(self, line: Line, begin: Expr, count: int) -> Expr:
+        """How many results of a tile somebody reads."""
+        return self._count_read(line, begin, count)
+
     # -- the tile ----------------------------------------------------------------------------------------------------
 
-    def _tile(self, line: _Line, spans: Spans, panel: tuple[Expr, int], begin: Expr, inside: Taps) -> None:
+    def _tile(self, line: Line, spans: Spans, panel: tuple[Expr, int], begin: Expr, inside: Taps) -> None:
         """The outputs from ``begin`` on of one line, all their taps."""
         conv, window, depth = self.conv, self.conv.window, self.conv.channels_in
         vector, width = panel
@@ -257,8 +271,11 @@ class _Emitter(RowTiles):
                     moved = first * window.dilation[WIDTH] * depth + begin_row * conv.row_floats
                     some = sums.rows(begin_row, end_row)
                     multiply(source + moved, weights + first * depth * self.count, count * depth, some)
-        target = let(big(line.index * window.out[WIDTH] + begin) * conv.channels_out + vector * self.count)
-        self.finish(target, sums)
+        self.finish(let(self._target(line, begin, vector)), sums)
+
+    def _target(self, line: Line, begin: Expr, vector: Expr) -> Expr:
+        """Where a tile is stored."""
+        return big(line.index * self.width + begin) * self.conv.channels_out + vector * self.count
 
     @contextmanager
     def _taps(self, axis: int, count: Expr, most: int, sums: TileSums) -> Iterator[Expr]:

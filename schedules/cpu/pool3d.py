@@ -60,7 +60,7 @@ class VectorPool(Pool):
         """Line by line of output positions."""
         out_t, out_h, _ = self.window.out
         out_frames = args.get("out_frames")
-        emitter = _Emitter(self, args)
+        emitter = PoolEmitter(self, args)
         with parallel(self.window.batch * out_t * out_h) as line:
             clip = let(tirx.floordiv(line, out_t * out_h))
             frame = let(tirx.floormod(tirx.floordiv(line, out_h), out_t))
@@ -86,7 +86,7 @@ class VectorPool(Pool):
 Bounds = tuple[Expr, Expr, Expr]
 
 
-class _Area(NamedTuple):
+class Area(NamedTuple):
     """What a window covers of frames and rows."""
 
     clip: Expr
@@ -94,7 +94,7 @@ class _Area(NamedTuple):
     rows: Bounds
 
 
-class _Lot(NamedTuple):
+class Lot(NamedTuple):
     """Channels that are reduced at once."""
 
     vectors: int
@@ -113,7 +113,7 @@ class _Sums(NamedTuple):
     not_numbers: tirx.Buffer | None
 
 
-class _Emitter:
+class PoolEmitter:
     def __init__(self, pool: VectorPool, args: Mapping[str, tirx.Buffer]) -> None:
         self.pool, self.window = pool, pool.window
         self.x, self.y = flat(args["x"]), flat(args["y"])
@@ -141,7 +141,7 @@ class _Emitter:
         """One line of output positions."""
         pool, window = self.pool, self.window
         target = let(self._target(clip, frame, row))
-        area = _Area(clip, span(window, 0, frame), span(window, 1, row))
+        area = Area(clip, span(window, 0, frame), span(window, 1, row))
         if self.positions is not None:
             with serial(window.out[2]) as column, when(tirx.Not(self._is_read((clip, frame, row, column)))):
                 clear_run(self.y, let(target + column * pool.channels), pool.channels, pool.vector_floats)
@@ -152,13 +152,13 @@ class _Emitter:
         for vectors, count in ((pool.vectors, pool.vector_floats), (1, pool.vector_floats), (1, 1)):
             width = vectors * count
             passes = (pool.channels - done) // width
-            lot = _Lot(vectors, count)
+            lot = Lot(vectors, count)
             if reduced is None:
                 with self._read_columns((clip, frame, row)) as column:
                     columns = span(window, 2, column)
                     with serial(passes) as index:
                         channel = let(done + index * width)
-                        found = self._read(area, columns, channel, lot)
+                        found = self.reduced(area, columns, channel, lot)
                         self._store(found, area, columns[0], target + column * pool.channels + channel, count)
             else:
                 with serial(passes) as index:
@@ -184,12 +184,12 @@ class _Emitter:
                     yield column
 
     def _by_columns(
-        self, area: _Area, at: tuple[Expr, Expr, Expr], target: Expr, channel: Expr, lot: _Lot, reduced: tirx.Buffer
+        self, area: Area, at: tuple[Expr, Expr, Expr], target: Expr, channel: Expr, lot: Lot, reduced: tirx.Buffer
     ) -> None:
         """All positions of the line: each column of the input is reduced once, for all windows that it is in."""
         window = self.window
         with serial(window.size[2]) as column:
-            for v, value in enumerate(self._read(area, (column, 0, 1), channel, lot)):
+            for v, value in enumerate(self.reduced(area, (column, 0, 1), channel, lot)):
                 store(reduced, value, lanes(column * lot.width + v * lot.floats, lot.floats))
         with self._read_columns(at) as column:
             start, begin, end = span(window, 2, column)
@@ -201,7 +201,7 @@ class _Emitter:
             found = [self._ended(sums, lot.floats) for sums in acc]
             self._store(found, area, start, target + column * self.pool.channels + channel, lot.floats)
 
-    def _read(self, area: _Area, columns: Bounds, channel: Expr, lot: _Lot) -> list[Expr]:
+    def reduced(self, area: Area, columns: Bounds, channel: Expr, lot: Lot) -> list[Expr]:
         """The sums or maxima over some columns of the area, ``lot`` channels from ``channel`` on."""
         pool, window, count = self.pool, self.window, lot.floats
         size_t, size_h, size_w = window.size
@@ -238,7 +238,7 @@ class _Emitter:
                 choose(self.in_frames[clip, source_frame] != number(0.0), read_frame, read_zeros)
         return [self._ended(sums, count) for sums in acc]
 
-    def _store(self, found: list[Expr], area: _Area, first_column: Expr, place: Expr, count: int) -> None:
+    def _store(self, found: list[Expr], area: Area, first_column: Expr, place: Expr, count: int) -> None:
         """One output position: maxima as they are, sums divided by how many values they are of."""
         place = let(place)
         for v, value in enumerate(found):

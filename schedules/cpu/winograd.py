@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from ..emit import (
     write,
 )
 from ..epilogue import activate_for
+from ..geometry import Triple
 from ..kernel import Count, Operand, Planned, Weights, channels_mask
 from .channel_plan import ChannelPlan
 from .cost import transform_seconds
@@ -167,10 +169,23 @@ class WinogradConv(Transformed):
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Chunk by chunk, three phases each."""
-        _Emitter(self, args).emit()
+        WinogradEmitter(self, args).emit()
 
 
-class _Emitter:
+@dataclass(frozen=True)
+class Results:
+    """What a tile's results are of: the clip, where the tile begins, the first channel, the bias and which channels are
+    alive (None: all) of ``count``."""
+
+    clip: Expr
+    starts: Sequence[Expr]
+    first: Expr
+    bias: Expr
+    alive: Expr | None
+    count: int
+
+
+class WinogradEmitter:
     """The kernel's phases, from its signature down to the multiply-add."""
 
     def __init__(self, conv: WinogradConv, args: Mapping[str, tirx.Buffer]) -> None:
@@ -180,11 +195,13 @@ class _Emitter:
         self.rows_out, self.counts = args["rows_out"], args["counts"]
         self.x, self.y = flat(args["x"]), flat(args["y"])
         self.residual = flat(args["residual"]) if conv.residual else None
+        #: Outputs of the convolution under one of the kernel's, along each axis.
+        self.step: Triple = (1, 1, 1)
 
     def emit(self) -> None:
         conv, plan = self.conv, self.plan
         if conv.zero_dead:
-            zero_dead(conv, self.args, self.y)
+            zero_dead(conv, self.args, self.y, self.step)
         self.sources = scratch((plan.xi * conv.source_plane,))
         self.products = scratch((plan.xi * conv.product_plane,))
         multiply = self.multiply = conv.multiplied(self.args, self.sources, self.products)
@@ -352,7 +369,7 @@ class _Emitter:
             self._transform_output(chunk, slot, row)
 
     def _transform_output(self, chunk: Expr, slot: Expr, row: Expr) -> None:
-        conv, plan, window, tile = self.conv, self.plan, self.window, self.tile
+        conv, plan, tile = self.conv, self.plan, self.tile
         frame, local = let(tirx.floordiv(row, plan.most_columns)), let(tirx.floormod(row, plan.most_columns))
         column = let(self.columns[chunk, local])
         clip, place = let(tirx.floordiv(column, plan.places)), let(tirx.floormod(column, plan.places))
@@ -372,28 +389,52 @@ class _Emitter:
                 xi = (at[0] * alpha[1] + at[1]) * alpha[2] + at[2]
                 return self.products[lanes(big(xi) * conv.product_plane + source + channel, count)]
 
-            def result(at: Expr, value: Expr) -> None:
-                offsets = (
-                    tirx.floordiv(at, alpha[1] * alpha[2]),
-                    tirx.floormod(tirx.floordiv(at, alpha[2]), alpha[1]),
-                    tirx.floormod(at, alpha[2]),
-                )
-                coordinates = [let(start + offset) for start, offset in zip(starts, offsets, strict=True)]
-                with when(self._is_stored(clip, coordinates)):
-                    position = ((clip * window.out[0] + coordinates[0]) * window.out[1] + coordinates[1]) * window.out[
-                        2
-                    ]
-                    target = let(big(position + coordinates[2]) * conv.channels_out + first)
-                    self._store_result(target, let(value + bias), alive, count)
-
-            self._along_axes(axes, 0, product_at, result, waiting, count)
+            of = Results(clip, starts, first, bias, alive, count)
+            self._along_axes(axes, 0, product_at, partial(self._result, of, waiting), waiting, count)
+            self._end_tile(of, waiting)
 
         self._each_vector(self.multiply.live_out(sample), channels)
+
+    def _result(self, of: Results, waiting: tirx.Buffer, at: Expr, value: Expr) -> None:
+        """One of a tile's, at a place in it as :meth:`_along_axes` counts them."""
+        out, coordinates = self.window.out, self._coordinates(of, at)
+        with when(self._is_stored(of.clip, coordinates)):
+            position = ((of.clip * out[0] + coordinates[0]) * out[1] + coordinates[1]) * out[2]
+            target = let(big(position + coordinates[2]) * self.conv.channels_out + of.first)
+            value = let(value + of.bias)
+            if self.residual is not None:
+                value = value + read(self.residual, target, of.count)
+            write(self.y, self._finished(of, value), target, of.count)
+
+    def _coordinates(self, of: Results, at: Expr) -> list[Expr]:
+        """Where a result lies in its clip."""
+        alpha = self.plan.alpha
+        offsets = (
+            tirx.floordiv(at, alpha[1] * alpha[2]),
+            tirx.floormod(tirx.floordiv(at, alpha[2]), alpha[1]),
+            tirx.floormod(at, alpha[2]),
+        )
+        return [let(start + offset) for start, offset in zip(of.starts, offsets, strict=True)]
+
+    def _inside(self, at: Sequence[Expr]) -> list[Expr]:
+        """What must hold for output position ``at`` to lie inside the clip."""
+        out = self.window.out
+        return [at[axis] < out[axis] for axis in range(3) if out[axis] % self.plan.m[axis]]
+
+    def _finished(self, of: Results, value: Expr) -> Expr:
+        """After the activation; zeros where channels are dead."""
+        value = activate_for(str(self.y.dtype), self.conv.activation, value, of.count)
+        if of.alive is None:
+            return value
+        return tirx.Select(of.alive != number(0.0, of.count), value, number(0.0, of.count))
+
+    def _end_tile(self, of: Results, waiting: tirx.Buffer) -> None:
+        """Nothing is left to do once each result has been seen."""
 
     def _is_stored(self, clip: Expr, at: Sequence[Expr]) -> Expr:
         """Whether output position ``at`` lies inside the clip and is read."""
         plan, out = self.plan, self.window.out
-        inside = [at[axis] < out[axis] for axis in range(3) if out[axis] % plan.m[axis]]
+        inside = self._inside(at)
         safe = [tirx.min(at[axis], out[axis] - 1) for axis in range(3)]
         if "out_frames" in self.args and plan.transformed[0]:
             inside.append(self.args["out_frames"][clip, safe[0]] != number(0.0))
@@ -402,12 +443,3 @@ class _Emitter:
             frame = safe[0] if plan.positions[1] > 1 else 0
             inside.append(self.args["positions"][sample, frame, safe[1], safe[2]] != number(0.0))
         return tirx.all(*inside) if inside else tirx.IntImm("bool", 1)
-
-    def _store_result(self, start: Expr, value: Expr, alive: Expr, count: int) -> None:
-        """Residual, activation and the store of the ``count`` channels from ``start`` on; zeros where they are dead."""
-        if self.residual is not None:
-            value = value + read(self.residual, start, count)
-        value = activate_for(str(self.y.dtype), self.conv.activation, value, count)
-        if alive is not None:
-            value = tirx.Select(alive != number(0.0, count), value, number(0.0, count))
-        write(self.y, value, start, count)
