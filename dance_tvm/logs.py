@@ -186,6 +186,9 @@ _KINDS: dict[str, Callable[[Workload], str]] = {
     "pool3d": lambda work: f" {work.pooling} pool",
     "conv3d_pointwise": lambda work: "",
     "conv3d_line": lambda work: " along lines",
+    "depthwise3d": lambda work: " depthwise",
+    "conv3d_transposed": lambda work: " transposed",
+    "conv3d_planar": lambda work: " channels first",
 }
 #: What was counted: the head of its column, and by how much its figures are scaled.
 _UNITS = {"seconds": ("ms", 1e3), "emulated instructions": ("M instructions", 1e-6)}

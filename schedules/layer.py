@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from .geometry import GroupedChannels, Triple, Window
 from .kernel import Kernel
 from .kernel_columns import Nonzero, column_run
-from .workload import KERNEL_GROUPS, TYPICAL_DENSITY, Workload
+from .workload import KERNEL_GROUPS, PLANAR, TYPICAL_DENSITY, Workload
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,8 @@ class Layer(GroupedChannels):
             group=workload.group,
             columns=workload.columns().count if workload.family == KERNEL_GROUPS else None,
             kept=workload.kept,
+            spread=workload.spread,
+            planar=workload.family == PLANAR,
         )
 
 

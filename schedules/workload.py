@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from .geometry import GroupedChannels, Window
+from .geometry import GroupedChannels, Triple, Window
 from .kernel_columns import Columns, random_columns
+from .spread import Spread
 
 #: Axes that index lists thin; ``positions`` are those of the output.
 LISTS = ("in_frames", "out_frames", "positions", "in_channels", "out_channels", "in_positions")
@@ -20,7 +21,8 @@ TYPICAL_DENSITY = 0.5
 #: Kernel families, each with a space and a log of its own.
 GATHER, WINOGRAD, KERNEL_GROUPS, POOL = "conv3d_gather", "conv3d_winograd", "conv3d_kgs", "pool3d"
 POINTWISE, LINE = "conv3d_pointwise", "conv3d_line"
-FAMILIES = (GATHER, WINOGRAD, KERNEL_GROUPS, POOL, POINTWISE, LINE)
+DEPTHWISE, TRANSPOSED, PLANAR = "depthwise3d", "conv3d_transposed", "conv3d_planar"
+FAMILIES = (GATHER, WINOGRAD, KERNEL_GROUPS, POOL, POINTWISE, LINE, DEPTHWISE, TRANSPOSED, PLANAR)
 #: Sizes that were chosen, by name.
 Decisions = dict[str, int]
 #: Shares of kept weight columns that differ by less are one: a record is to serve networks pruned alike.
@@ -34,7 +36,7 @@ class Workload(GroupedChannels):
     ``lists`` names the axes of ``LISTS`` that index lists thin; ``density`` is the share of each of them that is
     alive (1.0 where there are none). Kernel groups have ``group`` filters × input channels and keep the share ``kept``
     of their weight columns; which ones is left open. A pool is ``pooling`` ("max" or "avg") over as many convolution
-    groups as there are channels.
+    groups as there are channels. A transposed convolution's window slides over its input, ``spread`` out by zeros.
     """
 
     window: Window
@@ -51,6 +53,7 @@ class Workload(GroupedChannels):
     group: tuple[int, int] = (1, 1)
     kept: float = 1.0
     pooling: str = ""
+    spread: Triple | None = None
 
     @property
     def samples(self) -> int:
@@ -60,7 +63,8 @@ class Workload(GroupedChannels):
     @property
     def work(self) -> float:
         """Multiply-accumulates (of pools: values combined) expected at the workload's density, padding left out."""
-        dense = self.window.tap_positions * self.depth * self.channels_out
+        seen = self.window if self.spread is None else Spread(self.window, self.spread)
+        dense = seen.tap_positions * self.depth * self.channels_out
         return dense * self.kept * self.density ** len(self.lists)
 
     @property
@@ -118,7 +122,7 @@ class Workload(GroupedChannels):
 
         Channels decide the register tile and the cache blocks, so they weigh most; rows matter where they are few.
         """
-        same = ("family", "threads", "activation", "dtype", "pooling")
+        same = ("family", "threads", "activation", "dtype", "pooling", "spread")
         if any(getattr(self, name) != getattr(other, name) for name in same) or (self.groups > 1) != (other.groups > 1):
             return math.inf
         if self.group[0] != other.group[0]:  # the filters of a kernel group are the tile's output channels

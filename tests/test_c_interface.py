@@ -529,6 +529,23 @@ def test_numpy_alone_runs_an_artifact(masked, tmp_path):
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_the_python_example_gives_the_same_arrays(masked, call, tmp_path):
+    for file in (HEADER.with_name("dance_model.py"), EXAMPLES / "python_ctypes.py"):
+        shutil.copy(file, tmp_path)
+    inputs, expected = call
+    np.savez(tmp_path / "in.npz", **inputs)
+    words = [sys.executable, "python_ctypes.py", str(masked), "in.npz", "out.npz"]
+    done = subprocess.run([*words, "1"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "out.npz") as found:
+        assert {name: array.tobytes() for name, array in found.items()} == {
+            name: array.tobytes() for name, array in expected.items()
+        }
+    np.savez(tmp_path / "in.npz", wrong=np.zeros(1, "float32"))
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr[:7]) == (1, "error: ")
+
+
 WITHOUT_COMPILER = """
 import importlib, sys
 from typer.testing import CliRunner

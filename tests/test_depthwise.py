@@ -14,10 +14,10 @@ from torch import nn
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.frontend.importer import import_model
 from dance_tvm.machines.target import load_target
-from dance_tvm.schedules.cpu.depthwise import TIME, WIDTH, DepthwiseConv, DepthwiseTile, why_no_depthwise
-from dance_tvm.schedules.cpu.depthwise_tiles import default_tile, fits
+from dance_tvm.schedules.cpu.depthwise import DepthwiseConv, why_no_depthwise
+from dance_tvm.schedules.cpu.depthwise_tiles import DepthwiseTile, default_tile, fits
 from dance_tvm.schedules.cpu.tiles import Machine
-from dance_tvm.schedules.geometry import Window
+from dance_tvm.schedules.geometry import TIME, WIDTH, Window
 from dance_tvm.schedules.kernel import Weights
 
 AVX2 = Machine(8, 16, 32768, 1 << 20, broadcast_loads=True)

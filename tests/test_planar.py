@@ -18,7 +18,9 @@ from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.device import open_device
 from dance_tvm.frontend.importer import import_model
 from dance_tvm.machines.target import load_target
-from dance_tvm.schedules.cpu.conv3d_planar import PlanarConv, PlanarTile, offer
+from dance_tvm.schedules.cpu.choice import offer_planar
+from dance_tvm.schedules.cpu.conv3d_planar import PlanarConv
+from dance_tvm.schedules.cpu.planar_tiles import PlanarTile
 from dance_tvm.schedules.cpu.pool_planar import PlanarPool
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.geometry import Window
@@ -63,14 +65,16 @@ def test_any_planar_convolution(conv, seed):
 @pytest.mark.parametrize("channels", [(3, 2), (24, 54), (1024, 1000)])
 def test_a_tile_fits_registers_and_caches(machine, channels):
     for threads in (1, 2):
-        choice = offer(Layer(of_one_tap(1, 4, 20, 20), *channels, threads=threads, planar=True), machine, "auto", None)
+        choice = offer_planar(
+            Layer(of_one_tap(1, 4, 20, 20), *channels, threads=threads, planar=True), machine, "auto", None
+        )
         kernel = choice.kernel
         tile = kernel.tile
         assert tile.mr * tile.vectors + tile.vectors + 1 <= machine.registers
         assert kernel.blocks[0] >= threads
         assert kernel.scratch_bytes <= machine.l2
         assert kernel.predict(machine, threads) > 0
-    assert offer(Layer(of_one_tap(1, 4, 20, 20), *channels), machine, "auto", None) is None
+    assert offer_planar(Layer(of_one_tap(1, 4, 20, 20), *channels), machine, "auto", None) is None
 
 
 @pytest.mark.parametrize(

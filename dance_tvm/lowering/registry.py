@@ -12,7 +12,6 @@ from typing import Any
 
 from dance_tvm.schedules.convolution import LayerKernel
 from dance_tvm.schedules.cpu import choice as cpu
-from dance_tvm.schedules.cpu import conv3d_planar, depthwise_tiles, transposed_tiles
 from dance_tvm.schedules.cpu import mask_window as cpu_mask_window
 from dance_tvm.schedules.cpu.choice import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine
@@ -44,7 +43,7 @@ class Kernels:
 
 _KERNELS: dict[type, Kernels] = {
     Machine: Kernels(
-        [conv3d_planar.offer, transposed_tiles.offer, depthwise_tiles.offer, cpu.offer_pointwise, cpu.offer],
+        [cpu.offer_planar, cpu.offer_transposed, cpu.offer_depthwise, cpu.offer_pointwise, cpu.offer],
         cpu.offer_pool,
         cpu_mask_window.GrownMask,
         cpu.kernel_of,

@@ -81,13 +81,13 @@ class Instance:
 
     @property
     def x_shape(self) -> tuple[int, ...]:
-        """Input: (N, T, H, W, C_in)."""
-        return (self.workload.window.batch, *self.workload.window.size, self.workload.channels_in)
+        """Of the input."""
+        return next(each.shape for each in self.kernel.operands() if each.role == "data")
 
     @property
     def y_shape(self) -> tuple[int, ...]:
-        """Output: (N, T, H, W, C_out)."""
-        return (self.workload.window.batch, *self.workload.window.out, self.workload.channels_out)
+        """Of the output."""
+        return self.kernel.outputs()[0].shape
 
     def module(self, gpu: bool = False) -> tvm.IRModule:
         """All functions of the library, for a GPU or a processor."""

@@ -14,11 +14,15 @@ from dance_tvm.schedules.cpu.choice import settled, settled_direct
 from dance_tvm.schedules.cpu.space import WORTH_TRYING
 from dance_tvm.schedules.cpu.winograd_choice import transformed, why_no_winograd
 from dance_tvm.schedules.workload import (
+    DEPTHWISE,
+    GATHER,
     KERNEL_GROUPS,
     LINE,
     LISTS,
+    PLANAR,
     POINTWISE,
     POOL,
+    TRANSPOSED,
     TYPICAL_DENSITY,
     WINOGRAD,
     Workload,
@@ -100,7 +104,7 @@ def layers_of(
 
 def _families(workload: Workload, machine: Machine, conv: str) -> list[Workload]:
     """The workload for each family worth tuning: not what is far behind the other, as the cost model has it."""
-    if workload.family in (POOL, POINTWISE, LINE) or conv == "direct":
+    if workload.family not in (GATHER, KERNEL_GROUPS) or conv == "direct":
         return [] if conv == "winograd" else [workload]
     direct = settled_direct(layer.Layer.of(workload), machine).kernel
     if why_no_winograd(direct):
@@ -120,7 +124,9 @@ def _variants(workload: Workload, densities: Sequence[float], lists: Sequence[st
     spatial = workload.window.positions_out > workload.window.batch
     if lists and spatial:
         workload = replace(workload, lists=tuple(axis for axis in _thinnable(workload) if axis in lists))
-        workload = workload.direct if workload.family in (POINTWISE, LINE) and workload.lists else workload
+        walks_none = workload.family in (POINTWISE, LINE) and workload.lists
+        skips_more = workload.family == DEPTHWISE and not set(workload.lists) <= set(LISTS[:2])
+        workload = workload.direct if walks_none or skips_more else workload
     if not workload.lists:
         return [workload.at(1.0)]
     return [workload.at(density) for density in dict.fromkeys(densities) or (TYPICAL_DENSITY,)]
@@ -128,6 +134,8 @@ def _variants(workload: Workload, densities: Sequence[float], lists: Sequence[st
 
 def _thinnable(workload: Workload) -> tuple[str, ...]:
     """Axes that masks may thin; kernels of grouped convolutions walk all channels, pools all positions as well."""
+    if workload.family in (TRANSPOSED, PLANAR):
+        return ()
     if workload.family == POOL:
         return LISTS[:2]
     if workload.groups > 1:

@@ -15,12 +15,29 @@ from ..kernel import Kernel
 from ..layer import UNLIMITED, Choice, Layer, Limits
 from ..pool import Pool
 from ..space import Space
-from ..workload import GATHER, KERNEL_GROUPS, LINE, POINTWISE, POOL, WINOGRAD, Decisions, Workload
+from ..workload import (
+    DEPTHWISE,
+    GATHER,
+    KERNEL_GROUPS,
+    LINE,
+    PLANAR,
+    POINTWISE,
+    POOL,
+    TRANSPOSED,
+    WINOGRAD,
+    Decisions,
+    Workload,
+)
 from .conv3d_gather import GatherConv
 from .conv3d_kgs import KernelGroupConv
 from .conv3d_line import LineConv
+from .conv3d_planar import PlanarConv
+from .conv3d_transposed import TransposedConv
+from .depthwise import DepthwiseConv, why_no_depthwise
+from .depthwise_tiles import DepthwiseTile, depthwise
 from .either_choice import either
 from .line_tiles import FEW_CHANNELS, line, listing_seconds
+from .planar_tiles import PlanarTile, planar
 from .pointwise import PointwiseConv
 from .pointwise_tiles import PointwiseTile, is_pointwise, leaves_caches, pointwise, reads_far
 from .pool3d import VectorPool
@@ -28,6 +45,7 @@ from .row_plan import RowPlan
 from .row_space import is_dense
 from .row_tiles import RowTile
 from .tiles import Machine, Tile
+from .transposed_tiles import first_tile, transposed
 from .winograd import WinogradConv
 from .winograd_choice import choose, trades, transformed, why_no_winograd
 from .winograd_columns import WinogradColumns
@@ -61,7 +79,7 @@ class TuningLog(Protocol):
 def decide(space: Space, log: TuningLog | None) -> tuple[Decisions, str]:
     """The decisions for a space's workload and where they come from: a record, or the defaults (an empty origin)."""
     advice = log.advise(space.workload) if log is not None else None
-    if advice is not None:
+    if advice is not None and set(advice.decisions) == set(space.names):
         decisions = space.normal(advice.decisions)
         if space.allows(decisions):
             return decisions, advice.origin
@@ -106,6 +124,25 @@ def _pointwise(layer: Layer, machine: Machine) -> PointwiseConv:
     return PointwiseConv(*sizes, tile, *behind, *before, layer.dtype, past, reads_far(layer, machine))
 
 
+def _depthwise(layer: Layer, machine: Machine) -> DepthwiseConv:
+    tile = DepthwiseTile(1, 1, machine.storing(layer.dtype).vector_floats, 1)
+    sizes, masks = (layer.window, layer.channels_in, layer.channels_out), (layer.in_frames, layer.out_frames)
+    behind = layer.residual, layer.activation, layer.zero_dead == "all", layer.dtype
+    return DepthwiseConv(*sizes, tile, *masks, *behind)
+
+
+def _transposed(layer: Layer, machine: Machine) -> TransposedConv:
+    assert layer.spread is not None
+    tile = first_tile(machine.storing(layer.dtype), transposed(layer.workload, layer.spread))
+    behind = layer.residual, layer.activation, layer.dtype
+    return TransposedConv(layer.window, layer.spread, layer.channels_in, layer.channels_out, tile, *behind)
+
+
+def _planar(layer: Layer, machine: Machine) -> PlanarConv:
+    tile = PlanarTile(1, 1, machine.vector_floats, 1, 1)
+    return PlanarConv(layer.window, layer.channels_in, layer.channels_out, tile, layer.residual, layer.activation)
+
+
 def _pool(workload: Workload, machine: Machine) -> VectorPool:
     lists = workload.lists
     return VectorPool(
@@ -130,6 +167,9 @@ FAMILIES: dict[str, Callable[[Workload, Machine], Kernel]] = {
     POOL: _pool,
     POINTWISE: lambda workload, machine: _pointwise(Layer.of(workload), machine),
     LINE: lambda workload, machine: _line(Layer.of(workload), machine),
+    DEPTHWISE: lambda workload, machine: _depthwise(Layer.of(workload), machine),
+    TRANSPOSED: lambda workload, machine: _transposed(Layer.of(workload), machine),
+    PLANAR: lambda workload, machine: _planar(Layer.of(workload), machine),
 }
 
 
@@ -218,6 +258,30 @@ def offer_pointwise(layer: Layer, machine: Machine, _: str, log: TuningLog | Non
     if not is_pointwise(layer):
         return None
     return settled(_pointwise(layer, machine), machine, pointwise(layer.workload), log)
+
+
+def offer_depthwise(layer: Layer, machine: Machine, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel] | None:
+    """The depthwise kernel, which leaves out frames and no single positions."""
+    if layer.groups == 1 or layer.positions is not None or layer.in_positions is not None:
+        return None
+    channels = (layer.channels_in, layer.channels_out, layer.groups)
+    if why_no_depthwise(layer.window, *channels, machine.storing(layer.dtype).vector_floats):
+        return None
+    return settled(_depthwise(layer, machine), machine, depthwise(layer.workload), log)
+
+
+def offer_transposed(layer: Layer, machine: Machine, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel] | None:
+    """The kernel of a transposed convolution: over all positions where windows lie side by side, else along lines."""
+    if layer.spread is None:
+        return None
+    return settled(_transposed(layer, machine), machine, transposed(layer.workload, layer.spread), log)
+
+
+def offer_planar(layer: Layer, machine: Machine, _wanted: str, log: TuningLog | None) -> Choice[LayerKernel] | None:
+    """The kernel of a layer with channels first, which leaves nothing out; None for all others."""
+    if not layer.planar:
+        return None
+    return settled(_planar(layer, machine), machine, planar(layer.workload), log)
 
 
 def offer_pool(workload: Workload, fields: Mapping[str, Any], machine: Machine, log: TuningLog | None) -> Choice[Pool]:

@@ -20,27 +20,15 @@ from ..emit import Expr, big, flat, lanes, let, parallel, read, scratch, serial,
 from ..epilogue import write_activated
 from ..geometry import Window
 from ..kernel import Count, Operand, Weights, constant, output
-from ..layer import Choice, Layer
 from ..preparation import Panels
+from ..space import Space
+from ..workload import Workload
 from .cost import seconds_per_cycle
+from .planar_tiles import PlanarSpace, PlanarTile, mirrored
 from .pointwise_tiles import predicted_cycles
-from .row_products import Rows, Sums, Vectors, multiply, rows_beside
-from .row_tiles import RowTile, panel_widths
-from .tiles import CHAINS_TO_HIDE_LATENCY, Machine, evenly
-
-#: Share of the first-level cache that a block's positions take where all weights stay there, to be read anew for every
-#: panel of positions, and of the second-level cache otherwise; the most where larger blocks compute fewer vectors in
-#: all, since the last block overlaps the one before.
-NEAR_SHARE_OF_L1, FAR_SHARE_OF_L2, MOST_SHARE_OF_L2 = 0.6, 0.5, 0.85
-#: Vectors of positions beside which a tile has its output channels.
-VECTORS = 2
-
-
-@dataclass(frozen=True)
-class PlanarTile(RowTile):
-    """``mr`` output channels × at most ``vectors`` vectors of positions; ``block`` vectors are copied at a time."""
-
-    block: int
+from .row_products import Rows, Sums, Vectors, multiply
+from .row_tiles import panel_widths
+from .tiles import Machine
 
 
 @dataclass(frozen=True)
@@ -138,9 +126,17 @@ class PlanarConv(LayerKernel):
         self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
     ) -> float:
         """As a pointwise layer whose positions are its channels and whose channels its positions."""
-        like, tile = _mirrored(self.window, self.channels_out), self.tile
+        like, tile = mirrored(self.window, self.channels_out), self.tile
         needed = predicted_cycles(machine, like, (self.channels_in, self.positions), (tile.mr, tile.vectors, tile.step))
         return self.window.batch * needed * seconds_per_cycle(machine) / threads
+
+    def space(self, machine: Machine, workload: Workload) -> Space:
+        """The register tile and its blocks."""
+        return PlanarSpace(machine, workload)
+
+    def sized(self, decisions: Mapping[str, int]) -> PlanarConv:
+        """With this tile."""
+        return replace(self, tile=replace(self.tile, **decisions))
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Clip by clip, blocks of positions by tiles of output channels."""
@@ -210,37 +206,3 @@ class PlanarConv(LayerKernel):
                 if residual is not None:
                     value = value + read(residual, at, count)
                 write_activated(y, self.activation, value, at, count)
-
-
-def offer(layer: Layer, machine: Machine, _wanted: str, _log: object) -> Choice[LayerKernel] | None:
-    """The kernel of a layer with channels first, which leaves nothing out; None for all others."""
-    if not layer.planar:
-        return None
-    tile = _tile(machine, layer)
-    behind = layer.residual, layer.activation
-    return Choice(PlanarConv(layer.window, layer.channels_in, layer.channels_out, tile, *behind))
-
-
-def _tile(machine: Machine, layer: Layer) -> PlanarTile:
-    """Two vectors of positions, more beside few output channels, and as many of these as registers hold."""
-    depth, channels_out = layer.channels_in, layer.channels_out
-    vectors = max(VECTORS, -(-CHAINS_TO_HIDE_LATENCY // channels_out))
-    most, step = rows_beside(machine, vectors)
-    mr = evenly(channels_out, most)
-    near = 4 * depth * channels_out <= machine.l1d
-    rooms = [NEAR_SHARE_OF_L1 * machine.l1d] if near else [s * machine.l2 for s in (FAR_SHARE_OF_L2, MOST_SHARE_OF_L2)]
-    positions, floats = math.prod(layer.window.out), machine.vector_floats
-    of_thread = -(-positions // (floats * layer.threads))
-    blocks = [max(1, min(max(vectors, int(room) // (4 * depth * floats)), of_thread)) for room in rooms]
-
-    def computed(block: int) -> int:
-        cut = -(-positions // (floats * block))
-        return cut * -(-positions // (floats * cut))
-
-    block = min(blocks, key=computed)
-    return PlanarTile(mr, min(vectors, block), machine.vector_floats, step if depth >= step else 1, block)
-
-
-def _mirrored(window: Window, rows: int) -> Window:
-    """``rows`` rows in the place of a window's positions."""
-    return replace(window, batch=rows, size=(1, 1, 1), out=(1, 1, 1))

@@ -16,11 +16,15 @@ from tvm import tirx
 from ..emit import FLOAT, Expr, big, choose, let, parallel, serial
 from ..geometry import HEIGHT, TIME, WIDTH, Triple, Window
 from ..kernel import Count
+from ..space import Space
 from ..spread import Spread
+from ..workload import Workload
 from .conv3d_line import runs
 from .lines import each_piece
 from .pointwise_tiles import PointwiseTile
 from .row_tiles import RowConv, RowTile, RowTiles, TileSums, panel_widths
+from .tiles import Machine
+from .transposed_tiles import TransposedSpace
 
 #: Of the taps that an output reads on an axis: the first, the input position there, and how many.
 Span = tuple[Expr, Expr, Expr]
@@ -61,6 +65,10 @@ class TransposedConv(RowConv):
     def stored_floats(self) -> int:
         """Floats from one output of a tile to the next: those of a phase."""
         return self.spread[WIDTH] * self.channels_out
+
+    def space(self, machine: Machine, workload: Workload) -> Space:
+        """The tile of a phase."""
+        return TransposedSpace(machine.storing(self.dtype), workload)
 
     def work(self) -> tuple[Count, Count, Count]:
         """All taps that are not on zeros."""

@@ -13,7 +13,7 @@ a line the one before it likewise: what is computed twice is stored twice, the s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -41,25 +41,15 @@ from ..emit import (
     write,
 )
 from ..epilogue import write_activated
-from ..geometry import Window
+from ..geometry import HEIGHT, TIME, WIDTH, Window
 from ..kernel import Count, Operand, Planned, Weights, constant, output
+from ..space import Space
 from ..taps import span
+from ..workload import Workload
+from .depthwise_tiles import DepthwiseSpace, DepthwiseTile, line_axis
 from .lines import each_piece
 from .row_plan import RowPlan
-from .tiles import HALF_TERMS
-
-TIME, HEIGHT, WIDTH = range(3)
-
-
-@dataclass(frozen=True)
-class DepthwiseTile:
-    """``mr`` outputs × ``vectors`` vectors of ``vector_floats`` channels in registers; ``rows`` rows of a frame are
-    computed one after the other for the same channels, so that the lines that they share stay in the cache."""
-
-    mr: int
-    vectors: int
-    vector_floats: int
-    rows: int
+from .tiles import HALF_TERMS, Machine
 
 
 @dataclass(frozen=True)
@@ -141,6 +131,14 @@ class DepthwiseConv(LayerKernel):
         out, tap = let(tirx.floormod(at, self.channels_out)), let(tirx.floordiv(at, self.channels_out))
         return out, tap, tirx.IntImm("int32", 0), tirx.IntImm("bool", 1)
 
+    def space(self, machine: Machine, workload: Workload) -> Space:
+        """Outputs and vectors of the register tile, rows of a block."""
+        return DepthwiseSpace(machine.storing(self.dtype), workload)
+
+    def sized(self, decisions: Mapping[str, int]) -> DepthwiseConv:
+        """With this tile."""
+        return replace(self, tile=replace(self.tile, **decisions))
+
     @property
     def line_axis(self) -> int:
         """Along which axis a tile lies."""
@@ -158,12 +156,6 @@ class DepthwiseConv(LayerKernel):
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Blocks of rows, tile by tile."""
         _Emitter(self, args).emit()
-
-
-def line_axis(window: Window, masked_frames: bool) -> int:
-    """The axis with the taps that share inputs: the width, or the frames where only they have taps."""
-    only_frames = window.kernel[TIME] > 1 and window.kernel[HEIGHT] == window.kernel[WIDTH] == 1
-    return TIME if only_frames and not masked_frames else WIDTH
 
 
 def why_no_depthwise(window: Window, channels_in: int, channels_out: int, groups: int, vector_floats: int) -> str:

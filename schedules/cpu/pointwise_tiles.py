@@ -133,8 +133,8 @@ class PointwiseSpace(RowSpace):
     def normal(self, decisions: Mapping[str, int]) -> Decisions:
         """Decisions of another shape fitted to this one; equal kernels get equal decisions."""
         fitted = super().normal(decisions)
-        fitted["block_tiles"] = min(fitted["block_tiles"], -(-self.rows // fitted["mr"]))
-        fitted["splits"] = min(fitted["splits"], -(-self.vectors // fitted["vectors"]))
+        fitted["block_tiles"] = min(fitted["block_tiles"], -(-self.rows // max(1, fitted["mr"])))
+        fitted["splits"] = min(fitted["splits"], -(-self.vectors // max(1, fitted["vectors"])))
         return fitted
 
     def parts(self) -> list[dict[str, list[int]]]:
