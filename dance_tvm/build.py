@@ -237,7 +237,7 @@ def _print(built: Built) -> None:
         if layer in heavy
     ]
     if rows:
-        heads = ["layer", "kernel", "MACs", "can skip", "why"]
+        heads = ["layer", "kernel", "dense MACs", "can skip", "why"]
         print_table(heads, rows, title=f"{manifest.name} for {manifest.target.name}")
         if len(manifest.layers) > len(heavy):
             typer.echo(f"The {len(heavy)} heaviest of {len(manifest.layers)} layers; `dance-tvm show` lists all.")

@@ -47,7 +47,7 @@ def _print(found: Artifact) -> None:
     ]
     tables = [Table(["", "name", "shape", "dtype", "meaning"], rows)]
     if manifest.layers:
-        heads = ["layer", "kernel", "MACs", "can skip", "tuned", "why"]
+        heads = ["layer", "kernel", "dense MACs", "can skip", "tuned", "why"]
         tables.append(Table(heads, [_layer(layer) for layer in manifest.layers]))
     print_tables([*tables, Table(["", ""], facts_of(found))])
 
@@ -59,7 +59,7 @@ def _layer(layer: Any) -> list[str]:
 def facts_of(found: Artifact) -> list[list[str]]:
     """What is shown of an artifact beside its tensors and layers."""
     manifest, target = found.manifest, found.manifest.target
-    rows = [["MACs", f"{manifest.macs:,} in a call"], ["threads", str(target.threads)]]
+    rows = [["dense MACs", f"{manifest.macs:,} in a call"], ["threads", str(target.threads)]]
     rows += [[f"file {name}", f"{file.bytes / 2**20:.2f} MiB"] for name, file in manifest.files.items()]
     rows.append(["memory", f"{manifest.memory_peak_bytes / 2**20:.1f} MiB in a call"])
     if manifest.preprocess is not None:

@@ -246,7 +246,7 @@ def test_macs_are_those_of_a_walk_over_the_lists(seed: int) -> None:
             walked_macs(network.conv2, pooled, read2, clip),
             walked_macs(network.conv3, alive3, third, clip),
         ]
-    total = count.executed - count.linear - count.controller
+    total = count.executed - count.whole - count.controller
     assert torch.equal(total, torch.stack([layer.executed for layer in count.layers]).sum(0))
 
 
@@ -263,7 +263,7 @@ def test_nominal_macs_are_the_published_ones_and_the_controller_costs_under_one_
 
 def test_a_linear_layer_counts_for_each_row_that_it_maps() -> None:
     graph, _ = trace(Logits(models.create("transnetv2")).eval(), (50, 27, 48, 3))
-    assert MacCounter(graph).count([], 1).linear == 50 * ((256 * 3 * 6 + 256) * 1024 + 2 * 1024)  # by frames
+    assert MacCounter(graph).count([], 1).whole == 50 * ((256 * 3 * 6 + 256) * 1024 + 2 * 1024)  # by frames
 
 
 def test_random_masks_keep_the_share_asked_for() -> None:

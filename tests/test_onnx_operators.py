@@ -231,6 +231,29 @@ def test_maxima_of_infinities_are_infinite(tmp_path):
         np.testing.assert_array_equal(array[:, 0], [-np.inf, np.inf, np.nan])
 
 
+def test_fractional_scales_pick_what_onnx_runtime_picks(tmp_path):
+    """Elements that lie between two in float32, and the ends of align_corners where sizes are cut to whole numbers."""
+    import onnxruntime
+
+    rows, nodes = {"nearest": ["floor", "round_prefer_ceil"], "linear": ["floor"], "cubic": ["floor"]}, []
+    for mode, roundings in rows.items():
+        for transform in ("half_pixel", "asymmetric", "align_corners"):
+            given = {"mode": mode, "coordinate_transformation_mode": transform}
+            nodes += [node("Resize", ["x", "", "s"], [""], nearest_mode=rounding, **given) for rounding in roundings]
+    for at, each in enumerate(nodes):
+        each.output[0] = f"y{at}"
+    weights = {"s": np.array([1, 1, 1.7, 0.6], np.float32)}
+    outputs = {each.output[0]: None for each in nodes}
+    path = save(tmp_path / "r.onnx", nodes, {"x": [1, 2, 7, 9]}, outputs, weights, opset=18)
+    x = np.random.default_rng(3).standard_normal((1, 2, 7, 9)).astype("f")
+    wanted = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    built = build_network(path, tmp_path / "artifact", threads=1, check=False)
+    with open_device("local") as device:
+        found = device.load(built.artifact).run({"x": x}).values()
+    for each, got, value in zip(nodes, found, wanted, strict=True):
+        np.testing.assert_allclose(got, value, rtol=1e-4, atol=1e-5, err_msg=str(each))
+
+
 SAMPLE = (
     *(
         "test_attention_4d_causal",

@@ -36,6 +36,7 @@ from dance_tvm.transform.norms_before_concat import NormsBeforeConcat
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.spread_transposed import SpreadTransposed
+from dance_tvm.transform.unsigned_signs import UnsignedSigns
 from dance_tvm.transform.vector_math import VectorMath
 from dance_tvm.transform.whole_pools import WholePools
 from dance_tvm.transform.whole_powers import WholePowers
@@ -786,6 +787,46 @@ def test_other_powers_stay(dtype: str, exponent: float) -> None:
             y = builder.emit_output(relax.op.power(x, relax.const(exponent, dtype)))
         builder.emit_func_output(y)
     stays(WholePowers(), builder.finalize())
+
+
+# -- UnsignedSigns ----------------------------------------------------------------------------------------------------
+
+
+def test_bytes_wrap_around_without_numbers_below_zero() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((4,), "uint8")) -> R.Tensor((4,), "uint8"):
+            with R.dataflow():
+                minus = R.negative(x)
+                sign = R.sign(minus)
+                y = R.subtract(sign, R.const(3, "uint8"))
+                R.output(y)
+            return y
+
+    @I.ir_module
+    class After:
+        @R.function
+        def main(x: R.Tensor((4,), "uint8")) -> R.Tensor((4,), "uint8"):
+            with R.dataflow():
+                bits = R.bitwise_not(x)
+                minus = R.add(bits, R.const(1, "uint8"))
+                sign = R.minimum(minus, R.const(1, "uint8"))
+                y = R.add(sign, R.const(253, "uint8"))
+                R.output(y)
+            return y
+
+    becomes(UnsignedSigns(), Before, After)
+
+
+def test_numbers_with_a_sign_keep_it() -> None:
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType([4], "int8"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit_output(relax.op.negative(x))
+        builder.emit_func_output(y)
+    stays(UnsignedSigns(), builder.finalize())
 
 
 # -- InfiniteFills ----------------------------------------------------------------------------------------------------

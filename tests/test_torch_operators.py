@@ -174,7 +174,7 @@ def special(x, line):
     """Functions that no operator of Relax computes, at their ends too."""
     inside = torch.tanh(x)
     ends = torch.tensor([0.0, 1.0, -1.0, 1.5, 0.9999999, float("nan")])
-    whole = torch.tensor([0.5, -0.5, -7.25, 1.0, 2.0, 90.0, float("inf"), 0.0, -3.0, float("nan")])
+    whole = torch.tensor([0.5, -0.5, -7.25, 1.0, 2.0, 90.0, float("inf"), 0.0, -3.0, -3e38, float("nan")])
     starts = torch.tensor([[float("-inf"), float("-inf"), 2.0], [-90.0, 3.0, float("inf")]])
     return (
         torch.erfinv(inside) + torch.erfinv(ends)[:1],
@@ -301,6 +301,18 @@ def test_whole_numbers_divided_by_none_give_none(tmp_path):
     expected = [[3, 0, least // 3], [3, 0, 0], [3, 0, -(-least // 3)], [1, 0, least % 3], [1, 0, -(-least % 3)]]
     for got, wanted in zip(found, [*expected, [-4, 1, least]], strict=True):
         np.testing.assert_array_equal(got, wanted)
+
+
+def test_whole_numbers_without_a_sign_wrap_around(tmp_path):
+    def function(x):
+        return -x, torch.sign(x), x - x - 1, -(x - x + 1), x - 200, x + -1, 1 - x, (-x).float()
+
+    x = torch.arange(256, dtype=torch.uint8)
+    built = build_network(Function(function), tmp_path / "bytes", example_inputs=(x,), check=False)
+    with open_device("local") as device:
+        found = device.load(built.artifact).run({"inputs_0": x.numpy()}).values()
+    for got, wanted in zip(found, function(x), strict=True):
+        np.testing.assert_array_equal(got, wanted.numpy(), strict=True)
 
 
 def test_a_chain_of_operators_that_read_their_input_twice_is_built_in_time_linear_in_its_length(tmp_path):

@@ -30,7 +30,7 @@ from dance_tvm.records.kernel_log import Log, log_path
 from dance_tvm.schedules.cpu.choice import FAMILIES
 from dance_tvm.schedules.cpu.direct_spaces import GatherSpace
 from dance_tvm.schedules.geometry import Window
-from dance_tvm.schedules.workload import KERNEL_GROUPS, LISTS, POOL, WINOGRAD, Workload
+from dance_tvm.schedules.workload import KERNEL_GROUPS, LISTS, POOL, TRANSPOSED, WINOGRAD, Workload
 from dance_tvm.tuning import search
 from dance_tvm.tuning.farm import Farm
 from dance_tvm.tuning.instances import Instance, Loaded, build_instance, interleaved
@@ -174,6 +174,9 @@ def thinned(family: str) -> Workload:
     if family == POOL:
         window = Window(2, (4, 14, 14), (2, 7, 7), (2, 2, 2), (2, 2, 2))
         return Workload(window, 40, 40, 40, LISTS[:2], threads=2, density=0.5, family=POOL, pooling="max")
+    if family == TRANSPOSED:
+        window = Window(1, (4, 7, 7), (8, 14, 14), (2, 2, 2))
+        return Workload(window, 24, 24, threads=2, family=TRANSPOSED, spread=(2, 2, 2))
     lists = ("in_frames", "out_frames", "in_channels", "out_channels")
     work = workload(24, lists=lists, density=0.5)
     return work.grouped((16, 4), 0.4) if family == KERNEL_GROUPS else replace(work, family=family)

@@ -27,6 +27,7 @@ from dance_tvm.sparsity.dance.predicted_time import TimeCounter
 from dance_tvm.sparsity.dance.site_units import layer_times, site_units
 from dance_tvm.sparsity.dance.sites import trace
 from dance_tvm.sparsity.dance.trained import load
+from dance_tvm.sparsity.tasks import Logits
 from dance_tvm.sparsity.units import LayerTimes, SiteUnits, Units, read_units, write_units
 from dance_tvm.train import app as train_app
 from dance_tvm.train import run
@@ -198,11 +199,23 @@ def test_predicted_time_is_that_of_live_units_and_has_a_gradient() -> None:
     assert 0 < float(times.seconds(nothing, 1)) < 10.5
 
 
+def test_units_fit_the_network_that_training_wraps() -> None:
+    """`units` sees the network of the zoo, training without labels the same one before its sigmoid."""
+    modules = nn.Sequential(nn.Conv3d(1, 8, 3), nn.ReLU(), nn.Conv3d(8, 8, 3), nn.ReLU())
+    of_modules = [
+        SiteUnits(node=site.node, shape=site.shape, frames=1, channels=4, positions=(1, 1))
+        for site in trace(modules, SHAPE)[1]
+    ]
+    prune(Logits(modules), SHAPE, units=of_modules)
+    graph = prune(Logits(Three()), SHAPE, units=units_of_three())
+    assert TimeCounter(MacCounter(graph), times_of_three()).dense == 10.5
+
+
 def test_times_of_other_layers_or_none_are_refused(tmp_path: Path) -> None:
     counter = MacCounter(prune(Three(), SHAPE, units=units_of_three()))
     with pytest.raises(DanceError, match="gives no times"):
         TimeCounter(counter, times_of_three(layers=()))
-    with pytest.raises(DanceError, match="the network has"):
+    with pytest.raises(DanceError, match="time of no layer where the network has"):
         TimeCounter(counter, times_of_three(layers=times_of_three().layers[:2]))
     for wrong in ({"live_shares": (0.5, 1.0)}, {"live_shares": (1.0, 0.5)}):
         text = json.dumps({**times_of_three().model_dump(), **wrong})

@@ -16,7 +16,8 @@ from torch import nn
 from tvm import relax
 
 from dance_tvm import DanceError, Options, build_network, import_model
-from dance_tvm.artifact.c_program import Program, Storage, program_of
+from dance_tvm.artifact.arena import Storage
+from dance_tvm.artifact.c_program import Program, program_of
 from dance_tvm.artifact.folder import Manifest
 from dance_tvm.artifact.interface import dance_model
 from dance_tvm.artifact.interface.dance_model import Model
@@ -66,7 +67,10 @@ def test_what_kernels_read_is_what_was_packed(network, conv, most_inline, tmp_pa
     code = compile_lowered(lowered, target, options, tmp_path)
     manifest: Manifest = new_manifest(imported, target, options)
     write_program(tmp_path / "a", lowered, code, manifest, target, options, most_inline=most_inline)
-    packed = program_of(code.planned, list(lowered.weights.values())).weights
+    program = program_of(code.planned, list(lowered.weights.values()))
+    packed = program.weights
+    assert program.workspaces or conv == "direct"
+    assert all(program.free_during(each.first)[1] >= each.bytes for each in program.workspaces)
     kinds = {
         lowered.sources[array_digest(each)].preparation.kind for each in packed if array_digest(each) in lowered.sources
     }
@@ -228,7 +232,8 @@ def test_weights_prepared_in_the_file_are_what_would_be_prepared(network, tmp_pa
 
 
 def test_a_disk_that_fills_up_and_memory_that_does_not_suffice_are_told_in_a_sentence(tmp_path, monkeypatch):
-    layer, x = nn.Linear(2300, 2300).eval(), torch.randn(1, 2300)  # 20 MiB
+    x = torch.randn(1, 2300)
+    layer = nn.Sequential(nn.Linear(2300, 1150), nn.Linear(1150, 2300), nn.Linear(2300, 2300)).eval()  # 10, 10, 20 MiB
 
     def full(_store: Store, path: Path) -> None:
         path.write_bytes(bytes(1000))
@@ -243,15 +248,20 @@ def test_a_disk_that_fills_up_and_memory_that_does_not_suffice_are_told_in_a_sen
     path = build_network(layer, tmp_path / "whole", example_inputs=(x,), check=False).artifact.path
     code = (
         "import resource, sys, dance_model\n"
-        "dance_model.Model(sys.argv[1]).close()\n"
+        "def kib(name): return int(open('/proc/self/status').read().split(name)[1].split()[0])\n"
+        "model = dance_model.Model(sys.argv[1])\n"
+        "print(kib('VmHWM:') - kib('VmRSS:'))\n"
+        "model.close()\n"
         "used = 4096 * int(open('/proc/self/statm').read().split()[0])\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (used + (30 << 20),) * 2)  # for the file alone\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (50 << 20),) * 2)  # for the file alone\n"
         "try: dance_model.Model(sys.argv[1], 1)\n"
         "except dance_model.ModelError as error: print(error)\n"
     )
     command = [sys.executable, "-c", code, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(dance_model.__file__).parent)
-    assert done.stdout.strip() == "memory is short", done.stderr
+    beyond, sentence = done.stdout.splitlines()
+    assert sentence == "memory is short", done.stderr
+    assert int(beyond) < 15 << 10  # KiB: the last layer prepared is a small one
 
 
 def test_scratch_lies_where_nothing_else_does():

@@ -15,6 +15,7 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
+from dance_tvm.artifact.arena import Storage, lay_out, workspace_bytes
 from dance_tvm.artifact.gpu_launches import DeviceCode, Launch
 from dance_tvm.artifact.weight_store import ALIGNMENT, Store, Stored
 from dance_tvm.core.errors import DanceError
@@ -66,21 +67,12 @@ class Launched:
 
 
 @dataclass
-class Storage:
-    """A tensor's piece of the arena, in use from step ``first`` to step ``last``."""
-
-    bytes: int
-    first: int = -1
-    last: int = -1
-    offset: int = 0
-
-
-@dataclass
 class Program:
-    """``main`` as a table."""
+    """``main`` as a table; ``workspaces`` are what a processor's kernels take for themselves, each during its step."""
 
     steps: list[Step] = field(default_factory=list)
     storages: list[Storage] = field(default_factory=list)
+    workspaces: list[Storage] = field(default_factory=list)
     weights: list[np.ndarray] = field(default_factory=list)
     inputs: list[View] = field(default_factory=list)
     outputs: list[View] = field(default_factory=list)
@@ -89,7 +81,7 @@ class Program:
 
     def run_on_gpu(self, code: DeviceCode) -> None:
         """Let each step launch its kernels of ``code``; their workspaces take room in the arena."""
-        self.gpu = code
+        self.gpu, self.workspaces = code, []
         for number, step in enumerate(self.steps):
             plan = code.plans[step.kernel]
             spaces = {name: self._workspace(size, number) for name, size in plan.workspaces.items()}
@@ -99,7 +91,7 @@ class Program:
             ]
             views = [tuple(each for each in row if isinstance(each, View)) for row in given]
             self.launches.append([Launched(*each) for each in zip(plan.launches, views, strict=True)])
-        _lay_out(self.storages, GPU_ALIGNMENT)
+        lay_out(self.storages, GPU_ALIGNMENT)
 
     def _workspace(self, size: int, step: int) -> View:
         self.storages.append(Storage(size, step, step))
@@ -107,8 +99,8 @@ class Program:
 
     @property
     def arena_bytes(self) -> int:
-        """Memory for the activations of one call."""
-        return max((storage.offset + storage.bytes for storage in self.storages), default=0)
+        """Memory for the activations of one call, and for what kernels take beside them."""
+        return max((each.offset + each.bytes for each in [*self.storages, *self.workspaces]), default=0)
 
     def free_during(self, step: int) -> tuple[int, int]:
         """Offset and bytes of the largest part of the arena in which nothing lies during a step."""
@@ -153,9 +145,9 @@ class _Reader:
         self.program = Program()
         self._known: dict[Any, Any] = {}  # variable: View or a tuple of such
         self._placed: dict[bytes, int] = {}  # constants by hash
-        self._symbols = {
-            gvar: str(func.attrs["global_symbol"]) for gvar, func in mod.functions_items() if _is_kernel(func)
-        }
+        kernels = {gvar: func for gvar, func in mod.functions_items() if isinstance(func, tirx.PrimFunc)}
+        self._symbols = {gvar: str(func.attrs["global_symbol"]) for gvar, func in kernels.items()}
+        self._workspaces = {self._symbols[gvar]: workspace_bytes(func) for gvar, func in kernels.items()}
         main = mod["main"]
         border = len(main.params) - len(weights)
         for number, param in enumerate(main.params[:border]):
@@ -171,7 +163,7 @@ class _Reader:
         self.program.outputs = list(result) if isinstance(result, tuple) else [result]
         for view in self.program.outputs:
             self._use(view, len(self.program.steps))
-        _lay_out(self.program.storages)
+        lay_out([*self.program.storages, *self.program.workspaces])
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, relax.Var):
@@ -216,12 +208,14 @@ class _Reader:
         return _refuse(name)
 
     def _kernel(self, symbol: str, arguments: Any) -> None:
-        values = [self._value(argument) for argument in arguments]
+        values, number = [self._value(argument) for argument in arguments], len(self.program.steps)
         flat = [each for value in values for each in (value if isinstance(value, tuple) else (value,))]
         for value in flat:
             if value is None:
                 _refuse(symbol)
-            self._use(value, len(self.program.steps))
+            self._use(value, number)
+        if taken := self._workspaces[symbol]:
+            self.program.workspaces.append(Storage(taken, number, number))
         self.program.steps.append(Step(symbol, tuple(flat)))
 
     def _use(self, value: Any, step: int) -> None:
@@ -236,10 +230,6 @@ class _Reader:
             self._placed[key] = len(self.program.weights)
             self.program.weights.append(array)
         return View(Place("IN_WEIGHT", self._placed[key]), array.shape, str(array.dtype))
-
-
-def _is_kernel(func: Any) -> bool:
-    return isinstance(func, tirx.PrimFunc)
 
 
 def _refuse(what: str) -> NoReturn:
@@ -257,20 +247,6 @@ def _extents(shape: Any) -> tuple[int, ...]:
 
 def _bits(dtype: str) -> int:
     return 8 if dtype == "bool" else int("".join(each for each in dtype if each.isdigit()))
-
-
-def _lay_out(storages: list[Storage], alignment: int = ALIGNMENT) -> None:
-    """Give each storage the lowest offset where no other one lies that is in use at the same time, large ones first."""
-    placed: list[Storage] = []
-    for storage in sorted((each for each in storages if each.first >= 0), key=lambda each: -each.bytes):
-        at = 0
-        for other in sorted(placed, key=lambda each: each.offset):
-            meets = other.first <= storage.last and storage.first <= other.last
-            if meets and at < other.offset + other.bytes and other.offset < at + storage.bytes:
-                end = other.offset + other.bytes
-                at = end + (-end % alignment)
-        storage.offset = at
-        placed.append(storage)
 
 
 class _Printer:

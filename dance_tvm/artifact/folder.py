@@ -162,7 +162,7 @@ class Manifest(_Strict):
     ``preprocess`` says how frames of a video become its input, where that is known. ``kernels`` has every compiled
     function by its symbol.
 
-    ``memory_peak_bytes`` are the weights and the planned storage of activations during one call.
+    ``memory_peak_bytes`` are the weights and the planned storage of activations and workspaces during one call.
     """
 
     schema_version: int = SCHEMA_VERSION

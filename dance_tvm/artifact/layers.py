@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 class LayerInfo(BaseModel):
     """What was decided for one layer; ``macs`` counts multiply-accumulates of the dense layer in one call.
 
+    The layer is dense in the channels that the build kept: zeros in its weights and masks count, padding too.
     ``tuned`` says which tuning record chose the tile sizes; empty where the defaults did. ``scratch_bytes`` is memory
     that the kernel holds while it runs, beside its input and output.
     """

@@ -49,6 +49,7 @@ from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
 from dance_tvm.transform.spread_transposed import SpreadTransposed
 from dance_tvm.transform.store_halves import StoreHalves
+from dance_tvm.transform.unsigned_signs import UnsignedSigns
 from dance_tvm.transform.vector_math import VectorMath
 from dance_tvm.transform.whole_division import WHOLE_DIVISION
 from dance_tvm.transform.whole_pools import WholePools
@@ -182,6 +183,7 @@ def _before_kernels(spread: Passes, narrow: Passes, layouts: Passes, reasons: Re
                 BooleanLogic(),
                 InfiniteFills(),
                 WholePowers(),
+                UnsignedSigns(),
                 relax.transform.FoldConstant(),
                 relax.transform.DeadCodeElimination(),
                 *spread,

@@ -91,7 +91,8 @@ def _lgamma(node: fx.Node, importer: Importer) -> relax.Expr:
     reflected = emit(relax.op.subtract(number(math.log(math.pi)), emit(relax.op.log(sine))))
     found = emit(relax.op.where(small, emit(relax.op.subtract(reflected, direct)), direct))
     infinite = emit(relax.op.equal(emit(relax.op.abs(x)), number(math.inf)))
-    return emit(relax.op.where(infinite, number(math.inf), found))
+    pole = emit(relax.op.logical_and(small, emit(relax.op.equal(rest, number(0)))))
+    return emit(relax.op.where(emit(relax.op.logical_or(infinite, pole)), number(math.inf), found))
 
 
 def _logcumsumexp(node: fx.Node, importer: Importer) -> relax.Expr:

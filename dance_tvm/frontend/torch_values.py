@@ -49,7 +49,9 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def cast(importer: Importer, value: Any, dtype: str) -> relax.Expr:
-    """``value``, a tensor or a Python number, as a tensor of ``dtype``."""
+    """``value``, a tensor or a Python number, as a tensor of ``dtype``; what an integer type lacks wraps around."""
+    if isinstance(value, int) and not isinstance(value, bool) and "int" in dtype:
+        return constant(np.array(value).astype(dtype))
     if not isinstance(value, relax.Expr):
         return relax.const(value, dtype)
     return value if dtype_of(value) == dtype else importer.block_builder.emit(relax.op.astype(value, dtype))

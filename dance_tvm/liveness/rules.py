@@ -84,6 +84,9 @@ class Operation:
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 
+#: Up to this exponent, whole powers of floats are written as products before liveness is asked.
+MOST_FACTORS = 8
+
 Answer = TypeVar("Answer", Zeros, Reads, Values)
 
 

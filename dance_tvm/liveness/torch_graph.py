@@ -19,7 +19,7 @@ from dance_tvm.schedules.geometry import Triple, Window, triple
 
 from .analysis import Key
 from .expressions import Both, Either, Expression, Factor, Grown, Joined, Part, Shape, nodes
-from .rules import Operation
+from .rules import MOST_FACTORS, Operation
 
 MODULES: dict[type[nn.Module], str] = {
     nn.Conv2d: "nn.conv2d",
@@ -50,9 +50,11 @@ FUNCTIONS: dict[str, str] = {
     **dict.fromkeys(("mul", "imul"), "multiply"),
     **dict.fromkeys(("cat", "concat"), "concat"),
     **{"sigmoid": "sigmoid", "tanh": "tanh", "silu": "nn.silu", "dropout": "nn.dropout"},
-    **{"maximum": "maximum", "minimum": "minimum", "abs": "abs"},
+    **{"maximum": "maximum", "minimum": "minimum", "abs": "abs", "square": "square", "pow": "power"},
     **{name: f"nn.{name}" for name in ("max_pool2d", "max_pool3d", "avg_pool2d", "avg_pool3d")},
 }
+#: Exponents of powers that the compiler makes products of.
+_PRODUCTS = range(2, MOST_FACTORS + 1)
 
 
 class ModuleView:
@@ -111,6 +113,8 @@ class ModuleView:
         module, name = self.module(node), operator_of(node, self.modules)
         if not name:
             self.add(node, None, tuple(node.all_input_nodes), node)
+        elif name == "power":
+            self._translate_power(node)
         elif name in ("nn.conv2d", "nn.conv3d") and module is not None and module.bias is not None:
             self.add((node, "sum"), name, tuple(node.all_input_nodes), node, window_of(node, module))
             self.add(node, "add", ((node, "sum"), (node, "bias")), node)
@@ -118,6 +122,18 @@ class ModuleView:
             window = window_of(node, module) if module is not None and ("pool" in name or "conv" in name) else None
             axis = _last_axis(node) if name == "concat" else None
             self.add(node, name, _operands(node), node, window, {} if axis is None else {"axis": axis})
+
+    def _translate_power(self, node: fx.Node) -> None:
+        """Whole powers as the products that the compiler makes of them; of others nothing is known."""
+        base, exponent = (*node.args, *node.kwargs.values())[:2]
+        if not isinstance(base, fx.Node) or not isinstance(exponent, int | float) or exponent not in _PRODUCTS:
+            self.add(node, None, tuple(node.all_input_nodes), node)
+            return
+        product: Key = base
+        for factor in range(2, int(exponent) + 1):
+            result = node if factor == exponent else (node, factor)
+            self.add(result, "multiply", (product, base), node)
+            product = result
 
     def add(
         self,

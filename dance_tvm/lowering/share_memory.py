@@ -21,7 +21,7 @@ from .sites import Site
 #: small: the weights of the whole network may grow by this share of them when they are prepared, or by so many bytes,
 #: which are nothing to any machine. Where activations take little, by as much as makes the growth and the arena this
 #: share together.
-MOST_GROWTH, SMALL_BYTES, MOST_BESIDE = 0.17, 2 << 20, 0.367
+MOST_GROWTH, SMALL_BYTES, MOST_BESIDE = 0.17, 2 << 20, 0.38
 #: balanced: by this share, or, where it is more, by as much as they grow when layers of more than so many bytes, the
 #: large ones, have this limit (tiles of two along every axis, or of three along two). Others have none.
 BALANCED_GROWTH, LARGE_BYTES, LARGE = 0.75, 8 << 20, Limits(growth=2.4)

@@ -9,22 +9,29 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-#: By a module's name, the shapes of its first input and its output.
-Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+#: The shapes of a call's first input and its output.
+Call = tuple[tuple[int, ...], tuple[int, ...]]
+#: By a module's name, its calls.
+Calls = dict[str, list[Call]]
 
 
 @dataclass(frozen=True)
 class LayerMacs:
     """One layer's dense count: every tap of every output, also the taps that fall on padding, as papers count.
 
-    The shapes are () for a module whose products are functional calls (a matmul in ``forward``).
+    ``calls`` has an entry for each time that it runs in one call of the network; it is () for a module whose products
+    are functional calls (a matmul in ``forward``).
     """
 
     name: str
     kind: str
     macs: int
-    output_shape: tuple[int, ...] = ()
-    input_shape: tuple[int, ...] = ()
+    calls: tuple[Call, ...] = ()
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The first input of its last call."""
+        return self.calls[-1][0] if self.calls else ()
 
 
 def count_layers(model: nn.Module, *inputs: torch.Tensor) -> list[LayerMacs]:
@@ -34,7 +41,7 @@ def count_layers(model: nn.Module, *inputs: torch.Tensor) -> list[LayerMacs]:
     activations do not. Works only on shapes: nothing is computed, and ``model`` is left unchanged.
     """
     modules = dict(model.named_modules())
-    counter, shapes = _run(model, inputs)
+    counter, calls = _run(model, inputs)
     # A multiply-accumulate is two operations in the counter.
     totals = {
         key.partition(".")[2]: sum(operations.values()) // 2
@@ -42,12 +49,12 @@ def count_layers(model: nn.Module, *inputs: torch.Tensor) -> list[LayerMacs]:
         if key != "Global"
     }
     layers = []
-    for name, (source, result) in shapes.items():
+    for name in calls:
         inner = _outermost([child for child in totals if child != name and (not name or child.startswith(f"{name}."))])
         own = totals.get(name, 0) - sum(totals.get(child, 0) for child in inner)
         if own:
             kind = type(modules[name]).__name__
-            layers.append(LayerMacs(name, kind, own) if inner else LayerMacs(name, kind, own, result, source))
+            layers.append(LayerMacs(name, kind, own) if inner else LayerMacs(name, kind, own, tuple(calls[name])))
     return layers
 
 
@@ -61,10 +68,10 @@ def count(model: nn.Module, *inputs: torch.Tensor) -> int:
     return _run(model, inputs)[0].get_total_flops() // 2
 
 
-def _run(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[FlopCounterMode, Shapes]:
-    """One call on shapes alone: what it counts, and by module's name the shapes of its first input and its output."""
-    shapes: Shapes = {}
-    hooks = [module.register_forward_hook(_note_shape(name, shapes)) for name, module in model.named_modules()]
+def _run(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[FlopCounterMode, Calls]:
+    """One call on shapes alone: what it counts, and the calls of each module, in the order of their first ones."""
+    calls: Calls = {}
+    hooks = [module.register_forward_hook(_note_call(name, calls)) for name, module in model.named_modules()]
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     on_meta = {name: tensor.to("meta") for name, tensor in state.items()}
     was_training = model.training
@@ -75,12 +82,12 @@ def _run(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[FlopCounte
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return counter, shapes
+    return counter, calls
 
 
-def _note_shape(name: str, shapes: Shapes) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+def _note_call(name: str, calls: Calls) -> Callable[[nn.Module, tuple[object, ...], object], None]:
     def note(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        shapes[name] = (_shape(inputs[0] if inputs else None), _shape(output))
+        calls.setdefault(name, []).append((_shape(inputs[0] if inputs else None), _shape(output)))
 
     return note
 

@@ -118,13 +118,18 @@ def read_units(path: Path) -> Units:
         raise DanceError(f"{path} is not a file of units: {said}; `dance-tvm units` writes them") from None
 
 
+def own_name(name: str) -> str:
+    """The name of a layer or site in the network itself, which training without labels wraps (`tasks.Logits`)."""
+    return name.removeprefix("network").lstrip("._")
+
+
 def require_same_sites(units: Sequence[SiteUnits], sites: Sequence[Shaped]) -> None:
     """Raise DanceError unless the units are those of these very sites, in their order."""
     advice = "write the units of this network and clip size by `dance-tvm units`"
     if len(units) != len(sites):
         raise DanceError(f"the units are those of {len(units)} sites, and the network has {len(sites)}: {advice}")
     for unit, site in zip(units, sites, strict=True):
-        if (unit.node, unit.shape) != (site.node, site.shape):
+        if (own_name(unit.node), unit.shape) != (own_name(site.node), site.shape):
             raise DanceError(
                 f"the units have {unit.node} {list(unit.shape)} where the network has {site.node} {list(site.shape)}: "
                 + advice

@@ -9,14 +9,15 @@ import tvm
 from tvm import relax
 
 from dance_tvm.ir.graph import constant, dtype_of, emit, rewrite
-
-#: Above, the roundings of a product add up to more than those of ``pow``.
-_MOST = 8
+from dance_tvm.liveness.rules import MOST_FACTORS
 
 
 @tvm.transform.module_pass(opt_level=0, name="WholePowers")
 class WholePowers:
-    """Rewrite powers of floats in ``main`` whose exponent is a constant of 3 to 8."""
+    """Rewrite powers of floats in ``main`` whose exponent is a constant of 3 to 8.
+
+    Above, the roundings of a product add up to more than those of ``pow``.
+    """
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -29,7 +30,7 @@ def _visit(
     if not isinstance(value, relax.Call) or value.op != tvm.ir.Op.get("relax.power"):
         return None
     base, exponent = value.args[0], constant(value.args[1])
-    if exponent is None or exponent.ndim or exponent not in range(3, _MOST + 1) or "float" not in dtype_of(base):
+    if exponent is None or exponent.ndim or exponent not in range(3, MOST_FACTORS + 1) or "float" not in dtype_of(base):
         return None
     return emit(builder, _raised(builder, base, int(exponent)), var.name)
 

@@ -81,8 +81,8 @@ class Instance:
 
     @property
     def x_shape(self) -> tuple[int, ...]:
-        """Of the input."""
-        return next(each.shape for each in self.kernel.operands() if each.role == "data")
+        """Of the input, which a planner may read in the kernel's place."""
+        return next(operand.shape for operand in self._given() if operand.role == "data")
 
     @property
     def y_shape(self) -> tuple[int, ...]:
@@ -115,12 +115,18 @@ class Instance:
         settled = self.kernel.prepare(self.weights)
         return [each for each in self.kernel.inputs() if each.role == "constant" and each.name not in settled]
 
+    def _given(self) -> list[Operand]:
+        """What the planners are given, then the kernel."""
+        return [
+            each
+            for kernel in (*(made.planner for made in self.kernel.lists()), self.kernel)
+            for each in kernel.inputs()
+        ]
+
     def masks(self) -> dict[str, np.ndarray]:
         """A mask for each axis that lists thin, of the workload's density, at least one element alive; the same at
         every call."""
-        kernels = [*(each.planner for each in self.kernel.lists()), self.kernel]
-        operands = [operand for each in kernels for operand in each.inputs() if operand.role == "mask"]
-        shapes = {operand.axis: operand.shape for operand in operands}
+        shapes = {operand.axis: operand.shape for operand in self._given() if operand.role == "mask"}
         return {axis: _mask(shape, self.workload.density, seed) for seed, (axis, shape) in enumerate(shapes.items())}
 
 

@@ -108,20 +108,39 @@ static void release_pages(const weight_set *weights, uint64_t offset, uint64_t b
   if (weights->mapped && begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
 
-static int prepare_all(weight_set *weights) {
+static int larger_first(const void *one, const void *other) {
+  const program_weight *first = &dance_the_program.weights[*(const int32_t *)one];
+  const program_weight *second = &dance_the_program.weights[*(const int32_t *)other];
+  return (first->stored < second->stored) - (first->stored > second->stored);
+}
+
+/* The largest first: while one is prepared, what it is made of lies in memory beside all that was prepared before. */
+static int prepare_in_turn(weight_set *weights, int32_t *order) {
   const dance_program *program = &dance_the_program;
+  int32_t count = 0;
   size_t at = 0;
   for (int32_t each = 0; each < program->weight_count; each++) {
-    const program_weight *weight = &program->weights[each];
-    const unsigned char *stored = weights->store + weight->offset;
-    weights->tensors[each] = stored;
-    if (is_read_in_place(weights, weight)) continue;
+    weights->tensors[each] = weights->store + program->weights[each].offset;
+    if (is_read_in_place(weights, &program->weights[each])) continue;
     weights->tensors[each] = weights->prepared + at;
-    if (!prepare_weight(weight, stored, weights->prepared + at)) return DANCE_NO_MEMORY;
+    at += rounded((size_t)program->weights[each].bytes);
+    order[count++] = each;
+  }
+  qsort(order, (size_t)count, sizeof *order, larger_first);
+  for (int32_t each = 0; each < count; each++) {
+    const program_weight *weight = &program->weights[order[each]];
+    void *to = (void *)weights->tensors[order[each]];
+    if (!prepare_weight(weight, weights->store + weight->offset, to)) return DANCE_NO_MEMORY;
     release_pages(weights, weight->offset, weight->stored);
-    at += rounded((size_t)weight->bytes);
   }
   return DANCE_OK;
+}
+
+static int prepare_all(weight_set *weights) {
+  int32_t *order = calloc((size_t)dance_the_program.weight_count + 1, sizeof *order);
+  const int code = order ? prepare_in_turn(weights, order) : DANCE_NO_MEMORY;
+  free(order);
+  return code;
 }
 
 static int prepare(weight_set *weights) {

@@ -49,18 +49,22 @@ def interpolation_matrix(
 
 
 def coordinates(extent: int, size: int, scale: float, transform: str, window: Window | None) -> np.ndarray:
-    """Where each element of the result lies among the elements read, by the standard's names."""
-    at = np.arange(size, dtype=np.float64)
+    """Where each element of the result lies among the elements read, by the standard's names.
+
+    In float32, as PyTorch and ONNX Runtime compute it: an element that lies between two is rounded as theirs. With
+    align_corners the ends lie on the ends, as they have it; the standard's cases divide by ``scale * extent - 1``
+    where that is no whole number, and their last element lies inside.
+    """
+    at, scale = np.arange(size, dtype=np.float32), np.float32(scale)
     if transform == "align_corners":
-        length = scale * extent
-        return at * (extent - 1) / (length - 1) if length != 1 else np.zeros(size)
+        return at * (extent - 1) / (size - 1) if size > 1 else np.zeros(size)
     if transform == "asymmetric":
         return at / scale
     if transform == "pytorch_half_pixel":
         return (at + 0.5) / scale - 0.5 if scale * extent > 1 else np.zeros(size)
     if transform == "half_pixel_symmetric":
-        adjustment = size / (scale * extent)
-        return extent / 2 * (1 - adjustment) + (at + 0.5) / scale - 0.5
+        exact = float(scale)
+        return extent / 2 * (1 - size / (exact * extent)) + (at.astype(np.float64) + 0.5) / exact - 0.5
     if transform == "tf_half_pixel_for_nn":
         return (at + 0.5) / scale
     if transform == "tf_crop_and_resize" and window is not None:

@@ -66,8 +66,10 @@ def _as_an_operator(
     for axis, size in zip(axes, sizes, strict=True):
         target[axis] = size
     exact = all(abs(size - scale * shape[axis]) < 1e-6 for axis, size, scale in zip(axes, sizes, scales, strict=True))
-    usual = mode == "linear" and transform in ("half_pixel", "align_corners") and is_float(x)
-    if rank not in (2, 3) or target[:2] != shape[:2] or not usual or not exact or min(target) == 0:
+    usual = transform == "align_corners" or (transform == "half_pixel" and exact)
+    if rank not in (2, 3) or target[:2] != shape[:2] or mode != "linear" or not usual or min(target) == 0:
+        return None
+    if not is_float(x):
         return None
     if transform == "align_corners" and min(target[2:]) == 1:
         return None

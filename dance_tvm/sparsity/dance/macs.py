@@ -6,6 +6,7 @@ leaves (``liveness.macs``), so that training's budgets are those of the built ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,25 +36,28 @@ class LayerMacs(NamedTuple):
 
 @dataclass(frozen=True)
 class Count:
-    """A network's MACs. `executed` (N,) has a gradient where the masks have one."""
+    """A network's MACs. `executed` (N,) has a gradient where the masks have one.
+
+    `whole` are those of linear layers and transposed convolutions, which run whole whatever masks say.
+    """
 
     layers: list[LayerMacs]
-    linear: float
+    whole: float
     controller: float
 
     @property
     def executed(self) -> Tensor:
-        return torch.stack([layer.executed for layer in self.layers]).sum(0) + self.linear + self.controller
+        return torch.stack([layer.executed for layer in self.layers]).sum(0) + self.whole + self.controller
 
     @property
     def dense(self) -> float:
         """Of the network without masks or controller, taps on padding left out."""
-        return sum(layer.dense for layer in self.layers) + self.linear
+        return sum(layer.dense for layer in self.layers) + self.whole
 
     @property
     def nominal(self) -> float:
         """Of the network without masks or controller, counted as papers do: every tap of every output."""
-        return sum(layer.nominal for layer in self.layers) + self.linear
+        return sum(layer.nominal for layer in self.layers) + self.whole
 
 
 class MaskKey(NamedTuple):
@@ -117,17 +121,13 @@ class MacCounter:
                     liveness.wanted(key),
                 )
                 self.layers.append(CountedLayer(node, conv, work))
-        self._linear = sum(
-            float(module.in_features * node.meta["tensor_meta"].shape.numel())
-            for node in graph.graph.nodes
-            if isinstance(module := module_of(graph, node), nn.Linear)
-        )
+        self._whole = sum(_whole_macs(module_of(graph, node), node) for node in graph.graph.nodes)
         self._controller = controller_macs(graph)
 
     def count(self, decisions: Sequence[Masks], clips: int) -> Count:
         """The MACs of `clips` clips whose masks are `decisions` (one entry a site; none: the dense network)."""
         masks, one = self.masks(decisions)
-        return Count([layer.count(masks, clips, one) for layer in self.layers], self._linear, self._controller)
+        return Count([layer.count(masks, clips, one) for layer in self.layers], self._whole, self._controller)
 
     def masks(self, decisions: Sequence[Masks]) -> tuple[MaskValue, Tensor]:
         """What gives the mask of an expression under the `decisions`, and one that leaves everything."""
@@ -155,6 +155,16 @@ class CountedLayer:
         outputs = self.node.meta["tensor_meta"].shape[1:].numel()
         nominal = float(outputs * self.conv.weight[0].numel())
         return LayerMacs(str(self.node.target), self.work.macs(masks, clips, one), float(self.work.dense), nominal)
+
+
+def _whole_macs(module: nn.Module | None, node: fx.Node) -> float:
+    """MACs for one clip of a layer that masks do not thin; a transposed convolution multiplies each of its inputs."""
+    if isinstance(module, nn.Linear):
+        return float(module.in_features * node.meta["tensor_meta"].shape.numel())
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        n, _, *positions = node.all_input_nodes[0].meta["tensor_meta"].shape
+        return float(n * math.prod(positions) * module.weight.numel())
+    return 0.0
 
 
 def controller_macs(graph: fx.GraphModule) -> float:

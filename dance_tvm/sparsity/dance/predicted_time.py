@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ from dance_tvm.liveness.expressions import Expression
 from dance_tvm.liveness.macs import ConvolutionWork, MaskValue
 from dance_tvm.sparsity.dance.controller import Masks
 from dance_tvm.sparsity.dance.macs import MacCounter
-from dance_tvm.sparsity.units import LayerTimes, Units
+from dance_tvm.sparsity.dance.sites import has_units
+from dance_tvm.sparsity.units import LayerTimes, Units, own_name
 
 #: Least share of the dense time: roots have no slope at zero.
 _LEAST = 1e-3
@@ -39,13 +41,15 @@ class TimeCounter:
     def __init__(self, counter: MacCounter, units: Units) -> None:
         if not units.layers:
             raise DanceError("the file of units gives no times: write it anew by `dance-tvm units --out`")
-        named, found = [layer.layer for layer in units.layers], [str(layer.node.target) for layer in counter.layers]
-        if named != found:
-            raise DanceError(f"the file of units gives times of {', '.join(named)}; the network has {', '.join(found)}")
+        counted = [layer for layer in counter.layers if has_units(layer.node)]
+        for ours, theirs in zip_longest(counted, units.layers):
+            found, named = ours and own_name(str(ours.node.target)), theirs and own_name(theirs.layer)
+            if found != named:
+                raise DanceError(
+                    f"the file of units gives the time of {named or 'no layer'} where the network has {found or 'none'}"
+                )
         self._counter, shares = counter, torch.tensor(units.live_shares)
-        self._layers = [
-            _Layer(layer.work, times, shares) for layer, times in zip(counter.layers, units.layers, strict=True)
-        ]
+        self._layers = [_Layer(layer.work, times, shares) for layer, times in zip(counted, units.layers, strict=True)]
         self.dense = sum(layer.dense for layer in self._layers)
 
     def seconds(self, decisions: Sequence[Masks], clips: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import fx, nn
 from dance_tvm.core.errors import DanceError
 from dance_tvm.schedules.cpu.units import Serving
 from dance_tvm.schedules.workload import Workload
-from dance_tvm.sparsity.dance.sites import module_of, node_named, trace
+from dance_tvm.sparsity.dance.sites import has_units, module_of, node_named, trace
 from dance_tvm.sparsity.units import LayerTimes, SiteUnits
 
 
@@ -76,10 +76,7 @@ def _common(units: list[int], size: int) -> int:
 
 
 def _layers(graph: fx.GraphModule, workloads: Mapping[str, Workload]) -> dict[fx.Node, str]:
-    """The layer's name of each convolution: its module's, numbered from the second call on (`frontend/names.py`).
-
-    One that computes a single position is a linear layer, which has no units.
-    """
+    """The layer's name of each convolution: its module's, numbered from the second call on (`frontend/names.py`)."""
     calls: Counter[str] = Counter()
     layers = {}
     for node in graph.graph.nodes:
@@ -88,7 +85,7 @@ def _layers(graph: fx.GraphModule, workloads: Mapping[str, Workload]) -> dict[fx
             module = str(node.target)
             name = f"{module}_{calls[module]}" if calls[module] else module
             calls[module] += 1
-            if math.prod(_shape_of(node)) == 1:
+            if not has_units(node):
                 continue
             if name not in workloads or not _is_of(workloads[name], conv, node):
                 raise DanceError(f"{name} of {type(graph).__name__} is not a separate layer of the built network")
@@ -99,12 +96,8 @@ def _layers(graph: fx.GraphModule, workloads: Mapping[str, Workload]) -> dict[fx
 def _is_of(workload: Workload, conv: nn.Conv3d, node: fx.Node) -> bool:
     window = workload.window
     mine = (workload.channels_in, workload.channels_out, workload.groups, window.kernel, window.stride, window.out)
-    return mine == (conv.in_channels, conv.out_channels, conv.groups, conv.kernel_size, conv.stride, _shape_of(node))
-
-
-def _shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Frames, height and width of a node's value."""
-    return tuple(node.meta["tensor_meta"].shape[2:])
+    shape = tuple(node.meta["tensor_meta"].shape[2:])
+    return mine == (conv.in_channels, conv.out_channels, conv.groups, conv.kernel_size, conv.stride, shape)
 
 
 def _computed_for(graph: fx.GraphModule, relu: fx.Node, sides: tuple[int, ...]) -> list[fx.Node]:

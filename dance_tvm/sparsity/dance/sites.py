@@ -6,6 +6,7 @@ puts its adaptors there and AAP its masks, so every convolution after the first 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,11 @@ def insert(
 def site_is_first(graph: fx.GraphModule, site: Site) -> bool:
     """Whether the site's activation is the one that the controller reads."""
     return any(user.op == "call_module" and user.target == "controller" for user in node_named(graph, site.node).users)
+
+
+def has_units(node: fx.Node) -> bool:
+    """Whether a convolution computes more than one position; else it is a linear layer, which has no units."""
+    return math.prod(node.meta["tensor_meta"].shape[2:]) > 1
 
 
 def node_named(graph: fx.GraphModule, name: str) -> fx.Node:

@@ -55,7 +55,9 @@ def _recording(prunable: Prunable, network: nn.Module) -> Iterator[tuple[dict[st
 
         return hook
 
-    handles = [layer.module.register_forward_hook(record(layer.name)) for layer in prunable.layers]
+    handles = [
+        module.register_forward_hook(record(layer.name)) for layer in prunable.layers for module in layer.modules
+    ]
     try:
         with torch.enable_grad():
             yield activations, gradients

@@ -81,7 +81,8 @@ class KGS(Method):
         self._keep: dict[str, Tensor] = {}
         self._pressing = False
         for layer in self._prunable.layers:
-            add_mask(layer.module)
+            for module in layer.modules:
+                add_mask(module)
         return network
 
     def epoch_started(self, network: nn.Module, epoch: int) -> None:
@@ -151,8 +152,10 @@ class KGS(Method):
         else:
             scores = magnitude(self._prunable, self._scheme)
         self._keep = select(self._prunable, self._scheme, scores, self.options.rate, self.options.budget)
-        for name, mask in weight_masks(self._prunable, self._scheme, self._keep).items():
-            set_mask(network.get_submodule(name), mask)
+        masks = weight_masks(self._prunable, self._scheme, self._keep)
+        for layer in self._prunable.layers:
+            for module in layer.modules:
+                set_mask(module, masks[layer.name])
 
     def _everything(self) -> dict[str, Tensor]:
         return {

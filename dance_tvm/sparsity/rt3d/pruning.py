@@ -8,7 +8,7 @@ at which a weight's tap falls on padding count as well, as in the paper; what a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -34,14 +34,21 @@ class Layer:
     """A convolution that may be pruned. ``positions`` are the outputs a weight is multiplied for, all clips together.
 
     ``source`` names the layer whose filters are this layer's input channels (only channelwise operators between them),
-    or is None.
+    or is None. Convolutions that share a weight are one layer, pruned together: ``sharing`` are the others. ``windows``
+    has one for each time that the weight is used.
     """
 
     name: str
     module: nn.Module
     positions: int
     source: str | None
-    window: Window
+    windows: tuple[Window, ...]
+    sharing: tuple[nn.Module, ...] = ()
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All convolutions with its weight."""
+        return self.module, *self.sharing
 
     @property
     def weight(self) -> Tensor:
@@ -111,27 +118,55 @@ def find_layers(network: nn.Module, *inputs: Tensor, skip_first: bool = True) ->
     counted = count_layers(network, *inputs)
     modules = dict(network.named_modules())
     sources = _channel_sources(network)
-    layers: list[Layer] = []
+    layers: dict[int, Layer] = {}
+    owners: dict[str, str] = {}
     why_dense: dict[str, str] = {}
+    dense: set[int] = set()
     input_channels = 0
     for entry in counted:
         module = modules[entry.name]
-        if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            why_dense[entry.name] = f"{entry.kind} is not a convolution with kernel groups"
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            input_channels = input_channels or module.in_channels
+        why = _why_dense(module, entry.kind, input_channels if skip_first else 0)
+        if why:
+            why_dense[entry.name] = why
+            dense.update(id(parameter) for parameter in module.parameters(recurse=False))
             continue
-        input_channels = input_channels or module.in_channels
-        if module.groups > 1:
-            why_dense[entry.name] = "its filters read different channels"
-        elif skip_first and module.in_channels <= input_channels:
-            why_dense[entry.name] = "it reads the input: few channels, few MACs, and every feature depends on it"
-        else:
-            positions = entry.macs // module.weight.numel()
-            window = module_window(module, entry.input_shape, entry.output_shape)
-            layers.append(Layer(entry.name, module, positions, sources.get(entry.name), window))
+        weight = module.get_parameter("weight")
+        windows = tuple(module_window(module, *call) for call in entry.calls)
+        source = owners.get(sources.get(entry.name, ""))
+        layer = Layer(entry.name, module, entry.macs // weight.numel(), source, windows)
+        first = layers.get(id(weight), layer)
+        layers[id(weight)] = layer if first is layer else _together(first, layer)
+        owners[entry.name] = first.name
+    for weight_id in dense & layers.keys():
+        why_dense[layers.pop(weight_id).name] = "it shares its weight with a layer that stays dense"
     if not layers:
         raise DanceError(f"{type(network).__name__} has no convolution to prune after its first one")
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Prunable(tuple(layers), sum(entry.macs for entry in counted), parameters, why_dense)
+    return Prunable(tuple(layers.values()), sum(entry.macs for entry in counted), parameters, why_dense)
+
+
+def _why_dense(module: nn.Module, kind: str, input_channels: int) -> str:
+    """Why a layer cannot be pruned; empty where it can. Those of up to ``input_channels`` read the input."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return f"{kind} is not a convolution with kernel groups"
+    if module.groups > 1:
+        return "its filters read different channels"
+    if module.in_channels <= input_channels:
+        return "it reads the input: few channels, few MACs, and every feature depends on it"
+    return ""
+
+
+def _together(first: Layer, second: Layer) -> Layer:
+    """Two uses of one weight as one layer; it has a source only if both read the same one's channels."""
+    return replace(
+        first,
+        positions=first.positions + second.positions,
+        source=first.source if first.source == second.source else None,
+        windows=(*first.windows, *second.windows),
+        sharing=(*first.sharing, second.module),
+    )
 
 
 def select(
@@ -235,7 +270,8 @@ def report(prunable: Prunable, scheme: Scheme, keep: Mapping[str, Tensor]) -> Pr
     for layer in prunable.layers:
         by_tap = _live_weights_by_tap(layer, scheme, keep)
         weights, live = layer.weight.numel(), int(by_tap.sum())
-        executed = int((by_tap * torch.from_numpy(pairs_by_tap(layer.window)).flatten()).sum())
+        pairs = sum(pairs_by_tap(window) for window in layer.windows)
+        executed = int((by_tap * torch.from_numpy(pairs).flatten()).sum())
         dense, left = (count * layer.positions for count in (weights, live))
         rows.append(LayerReport(layer.name, str(scheme), weights, live, dense, left, executed))
     saved = [(row.macs - row.live_macs, row.weights - row.live_weights) for row in rows]
@@ -294,23 +330,25 @@ def _smallest(limit: int, enough: Callable[[int], bool]) -> int:
 
 
 def _channel_sources(network: nn.Module) -> dict[str, str]:
-    """For each convolution the convolution whose filters it reads; none for a network that cannot be traced."""
+    """For each convolution the one whose filters it reads at every call; none for a network that cannot be traced."""
     try:
         graph = fx.symbolic_trace(network).graph
     except Exception:
         # Tracing runs the network's own code on proxies, which may fail in any way; no link is always safe.
         return {}
     modules = dict(network.named_modules())
-    sources = {}
+    sources: dict[str, str] = {}
+    several: set[str] = set()
     for node in graph.nodes:
         if node.op != "call_module" or not isinstance(modules.get(node.target), nn.modules.conv._ConvNd):
             continue
-        before = node.args[0]
+        name, before = str(node.target), node.args[0]
         while isinstance(before, fx.Node) and _is_channelwise(before, modules):
             before = before.args[0]
-        if isinstance(before, fx.Node) and before.op == "call_module":
-            sources[str(node.target)] = str(before.target)
-    return sources
+        source = str(before.target) if isinstance(before, fx.Node) and before.op == "call_module" else ""
+        if sources.setdefault(name, source) != source:
+            several.add(name)
+    return {name: source for name, source in sources.items() if source and name not in several}
 
 
 def _is_channelwise(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
