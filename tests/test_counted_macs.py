@@ -29,16 +29,17 @@ from dance_tvm.sparsity.training import train
 
 
 class Powers(Three):
-    """Whole powers of masked activations, and a transposed convolution, which runs whole."""
+    """Whole powers of masked activations, pools as functions, and a transposed convolution, which runs whole."""
 
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.ConvTranspose3d(12, 12, (1, 2, 2), (1, 2, 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool1(torch.relu(self.bn1(self.conv1(x))) ** 3)
+        x = nn.functional.max_pool3d(torch.relu(self.bn1(self.conv1(x))) ** 3, (1, 2, 2))
         x = self.up(torch.pow(torch.relu(self.conv2(x)), 2))
-        return self.fc(torch.relu(self.conv3(x)).square().mean((2, 3, 4)))
+        x = nn.functional.avg_pool3d(torch.relu(self.conv3(x)), kernel_size=2, stride=1)
+        return self.fc(x.square().mean((2, 3, 4)))
 
 
 def executed_by_layer(network: nn.Module, clip: Tensor, folder: Path, device: DeviceSession) -> list[Layer]:
@@ -54,6 +55,16 @@ def executed_by_layer(network: nn.Module, clip: Tensor, folder: Path, device: De
 def device() -> Iterator[DeviceSession]:
     with open_device("local") as session:
         yield session
+
+
+def test_a_pool_whose_window_is_computed_is_counted_as_reading_everything() -> None:
+    class Whole(Three):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.conv2(torch.relu(self.conv1(x))))
+            return nn.functional.avg_pool3d(x, x.shape[2:])
+
+    count = MacCounter(pruned_at_random(Whole(), SHAPE, seed=5)).count([], 1)
+    assert [layer.executed.item() for layer in count.layers] == [layer.dense for layer in count.layers]
 
 
 @pytest.mark.parametrize("network", [Three, Powers])

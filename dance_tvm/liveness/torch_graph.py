@@ -119,6 +119,7 @@ class ModuleView:
             self.add((node, "sum"), name, tuple(node.all_input_nodes), node, window_of(node, module))
             self.add(node, "add", ((node, "sum"), (node, "bias")), node)
         else:
+            module = _pool(node) if module is None and "pool" in name else module
             window = window_of(node, module) if module is not None and ("pool" in name or "conv" in name) else None
             axis = _last_axis(node) if name == "concat" else None
             self.add(node, name, _operands(node), node, window, {} if axis is None else {"axis": axis})
@@ -185,6 +186,24 @@ def _operands(node: fx.Node) -> tuple[Key, ...]:
     operands = [arg if isinstance(arg, fx.Node) else (node, place) for place, arg in enumerate(flat)]
     binary = _called(node) in ("add", "iadd", "sub", "isub", "mul", "imul", "maximum", "minimum")
     return tuple(operands[:2]) if binary else tuple(arg for arg in operands if isinstance(arg, fx.Node))
+
+
+#: The arguments of pools as functions, behind the input.
+_POOLS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "max_pool2d": (nn.MaxPool2d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
+    "max_pool3d": (nn.MaxPool3d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
+    "avg_pool2d": (nn.AvgPool2d, ("kernel_size", "stride", "padding", "ceil_mode")),
+    "avg_pool3d": (nn.AvgPool3d, ("kernel_size", "stride", "padding", "ceil_mode")),
+}
+
+
+def _pool(node: fx.Node) -> nn.Module | None:
+    """The module that does what the function that ``node`` calls does; None where its window is computed."""
+    if len(node.all_input_nodes) > 1:
+        return None
+    kind, names = _POOLS[_called(node)]
+    given = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+    return kind(**{name: given[name] for name in names if name in given})
 
 
 def _last_axis(node: fx.Node) -> int:
