@@ -9,6 +9,7 @@
     python benchmarks/dstep.py real                   a film streamed through the shipped network, here and emulated
     python benchmarks/dstep.py speed-build            compiled networks with random policies, kept in --artifacts
     python benchmarks/dstep.py speed                  their latency against their work
+    python benchmarks/dstep.py streamed               all frames of a clip streamed, against the clip at once
     python benchmarks/dstep.py reuse                  what reuse costs against a copy of the maps
 
 Training runs are kept in --runs; `train` also writes what the tables need to benchmarks/results/dstep.json.
@@ -462,15 +463,14 @@ def speed_build(
 def speed(
     artifacts: Artifacts = Path("artifacts/dstep-speed"),
     repeats: Annotated[int, typer.Option(help="rounds; every network has a turn in each")] = 7,
+    wall: Annotated[bool, typer.Option("--wall", help="by the clock; for several threads, on a quiet machine")] = False,
     write: Write = False,
 ) -> None:
-    """Processor time of a call of what `speed-build` compiled, in turns: other work on the machine disturbs it less."""
+    """Time of a call of what `speed-build` compiled, in turns: the processor's, which other work disturbs less."""
     from dance_tvm.artifact.folder import load_artifact
     from dance_tvm.device import open_device
 
-    if not (artifacts / "cases.json").exists():
-        raise DanceError(f"{artifacts} holds no compiled networks: python benchmarks/dstep.py speed-build")
-    facts = json.loads((artifacts / "cases.json").read_text())
+    facts = _facts(artifacts)
     from time import process_time
 
     with open_device("local") as device:
@@ -483,11 +483,57 @@ def speed(
             loaded.append((device.load(artifact), inputs))
         times: list[list[float]] = [[] for _ in facts]
         for _ in range(repeats):
-            for seconds, (network, inputs) in zip(times, loaded, strict=True):
+            for case, seconds, (network, inputs) in zip(facts, times, loaded, strict=True):
+                calls = CALLS * facts[0]["frames"] // case["frames"]  # the same frames for all
                 before = process_time()
-                network.time(inputs, CALLS)
-                seconds.append((process_time() - before) / CALLS)
-    _show("speed", _speed_table(facts, times), write)
+                by_clock = network.time(inputs, calls)
+                seconds.append(statistics.median(by_clock) if wall else (process_time() - before) / calls)
+    _show("speed", _speed_table(facts, times, "ms" if wall else "processor ms"), write)
+
+
+@app.command()
+def streamed(
+    artifacts: Artifacts = Path("artifacts/dstep-speed"),
+    repeats: Annotated[int, typer.Option(help="rounds; the clip and its stream have a turn in each")] = 25,
+    wall: Annotated[bool, typer.Option("--wall", help="by the clock; for several threads, on a quiet machine")] = False,
+) -> None:
+    """All frames of a clip, one by one, by the C interface and by a session, against the clip at once, in turns."""
+    from time import perf_counter, process_time
+
+    from dance_tvm.artifact.folder import load_artifact
+    from dance_tvm.artifact.interface.dance_model import Model
+    from dance_tvm.device import open_device
+
+    clock = perf_counter if wall else process_time
+    facts = _facts(artifacts)
+    place = artifacts / str(next(index for index, case in enumerate(facts) if case["frames"] == 1))
+    with open_device("local") as device, np.load(artifacts / "1.npz") as arrays:
+        whole, streams = Model(artifacts / "1"), (Model(place), device.load(load_artifact(place)).stream())
+        (clip,) = arrays.values()
+        frames = [np.ascontiguousarray(clip[:, :, index]) for index in range(clip.shape[2])]
+        times: list[list[float]] = [[], [], []]
+        for _ in range(1 + repeats):
+            scores = []
+            start = clock()
+            scores += whole.run(dict.fromkeys(whole.inputs, clip)).values()
+            times[0].append(clock() - start)
+            for seconds, stream in zip(times[1:], streams, strict=True):
+                stream.reset()
+                start = clock()
+                scores.append([stream.step(frame) for frame in frames][-1])
+                seconds.append(clock() - start)
+    print(f"at once {1e3 * statistics.median(times[0][1:]):.1f} ms")
+    for name, seconds, found in zip(("C interface", "session"), times[1:], scores[1:], strict=True):
+        ratios = sorted(one / all_ for one, all_ in list(zip(seconds, times[0], strict=True))[1:])
+        apart = float(np.abs(found - scores[0]).max() / np.abs(scores[0]).max())
+        middle = f"{ratios[len(ratios) // 4]:.3f} to {ratios[-1 - len(ratios) // 4]:.3f}"
+        print(f"{name}: {statistics.median(ratios):.3f} of the clip, half of the rounds {middle}; {apart:.0e} apart")
+
+
+def _facts(artifacts: Path) -> list[dict[str, Any]]:
+    if not (artifacts / "cases.json").exists():
+        raise DanceError(f"{artifacts} holds no compiled networks: python benchmarks/dstep.py speed-build")
+    return list(json.loads((artifacts / "cases.json").read_text()))
 
 
 def _cases(model: str, shape: tuple[int, int, int, int], targets: Sequence[float], options: DStepOptions) -> list[Case]:
@@ -516,7 +562,7 @@ def _fresh(model: str) -> VideoResNet:
     return network
 
 
-def _speed_table(facts: Sequence[dict[str, Any]], times: Sequence[Sequence[float]]) -> str:
+def _speed_table(facts: Sequence[dict[str, Any]], times: Sequence[Sequence[float]], unit: str) -> str:
     dense = statistics.median(times[0]) / facts[0]["frames"]
     rows = []
     for case, seconds in zip(facts, times, strict=True):
@@ -528,7 +574,7 @@ def _speed_table(facts: Sequence[dict[str, Any]], times: Sequence[Sequence[float
         )
     header = (
         "network",
-        "processor ms per call",
+        f"{unit} per call",
         "share of the work",
         "speed-up per frame",
         "speed-up ÷ reduction of work",

@@ -380,6 +380,8 @@ def _bfloat16() -> np.dtype:
 
 def array_fault(name: str, value: object) -> str | None:
     """What keeps a value from being read as a plain array, where something does."""
+    if type(value) is np.ndarray:  # what follows takes a stream of many state tensors longer than it should
+        return None
     if isinstance(value, np.ma.MaskedArray):
         return f"input {name} is a masked array, and a network sees no mask: fill it, as {name}.filled(0)"
     if str(getattr(value, "dtype", "")).startswith("torch."):
