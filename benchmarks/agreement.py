@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from dance_tvm import models
 from dance_tvm.models import transnetv2
+from dance_tvm.sparsity import checkpoint
+from dance_tvm.sparsity.dance.method import prune
 from dance_tvm.sparsity.data import load_data
 from dance_tvm.sparsity.tasks import Logits, sequences_of_logits
+from dance_tvm.sparsity.units import SiteUnits
 
 
 @dataclass(frozen=True)
@@ -68,3 +73,12 @@ class Judge:
             said.append(sequences_of_logits(network(window[None]))[0].sigmoid().flatten().numpy())
             watch()
         return np.concatenate(said)
+
+
+def pruned_transnet(path: Path) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """The network that training wrote to ``path``, which gives logits, and its card."""
+    tensors, card = checkpoint.read_checkpoint(path)
+    form = card["dance"] | {"units": [SiteUnits.model_validate(unit) for unit in card["dance"].get("units", ())]}
+    network = prune(Logits(models.create("transnetv2")), tuple(card["clip_shape"]), **form)
+    checkpoint.load_weights(network, checkpoint.without_prefix("network", tensors), path)
+    return network.eval(), card

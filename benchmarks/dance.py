@@ -24,21 +24,21 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 import typer
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from dance_tvm import models, train
+from dance_tvm import train
 from dance_tvm.core.errors import DanceError
-from dance_tvm.sparsity import checkpoint, tasks, training
+from dance_tvm.sparsity import checkpoint, training
 from dance_tvm.sparsity.dance import trained
 from dance_tvm.sparsity.dance.controller import Masks
 from dance_tvm.sparsity.dance.macs import MacCounter
-from dance_tvm.sparsity.dance.method import controller_of, prune
+from dance_tvm.sparsity.dance.method import controller_of
 from dance_tvm.sparsity.dance.sites import trace
 from dance_tvm.sparsity.data import load_data
 from dance_tvm.sparsity.motion_digits import MotionDigits
 
-from .agreement import Agreement, Judge
+from .agreement import Agreement, Judge, pruned_transnet
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 PAGE = Path(__file__).parent.parent / "docs" / "dance.md"
@@ -442,7 +442,7 @@ def transnet(
     judge = Judge(f"transnet:{clips},window={window}")
     rows = []
     for budget in BUDGETS:
-        network, card = _pruned_transnet(runs / f"transnet-{budget:g}-{steps}x{window}" / training.MODEL)
+        network, card = pruned_transnet(runs / f"transnet-{budget:g}-{steps}x{window}" / training.MODEL)
         counter, shares = MacCounter(network), []
 
         def note(network: nn.Module = network, counter: MacCounter = counter, shares: list[float] = shares) -> None:
@@ -455,13 +455,6 @@ def transnet(
     head = ("target", "share of MACs", "fewer", *Agreement.HEAD, "θ")
     frames = f"{judge.frames:,} held-out frames, {len(load_data(data).train)} training windows a budget."
     _write_section("transnet", f"{frames}\n\n{_table(head, rows)}")
-
-
-def _pruned_transnet(path: Path) -> tuple[fx.GraphModule, dict[str, Any]]:
-    tensors, card = checkpoint.read_checkpoint(path)
-    network = prune(tasks.Logits(models.create("transnetv2")), tuple(card["clip_shape"]), **card["dance"])
-    checkpoint.load_weights(network, checkpoint.without_prefix("network", tensors), path)
-    return network.eval(), card
 
 
 # ---- the page ----

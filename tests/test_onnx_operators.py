@@ -240,11 +240,13 @@ def test_fractional_scales_pick_what_onnx_runtime_picks(tmp_path):
         for transform in ("half_pixel", "asymmetric", "align_corners"):
             given = {"mode": mode, "coordinate_transformation_mode": transform}
             nodes += [node("Resize", ["x", "", "s"], [""], nearest_mode=rounding, **given) for rounding in roundings]
+    given = {"coordinate_transformation_mode": "half_pixel_symmetric", "nearest_mode": "ceil"}
+    nodes += [node("Resize", ["x", "", *named], [""], **given) for named in (["s"], ["", "z"])]
     for at, each in enumerate(nodes):
         each.output[0] = f"y{at}"
-    weights = {"s": np.array([1, 1, 1.7, 0.6], np.float32)}
+    weights = {"s": np.array([1, 1, 1.7, 0.6], np.float32), "z": np.array([1, 2, 11, 5])}
     outputs = {each.output[0]: None for each in nodes}
-    path = save(tmp_path / "r.onnx", nodes, {"x": [1, 2, 7, 9]}, outputs, weights, opset=18)
+    path = save(tmp_path / "r.onnx", nodes, {"x": [1, 2, 7, 9]}, outputs, weights, opset=19)
     x = np.random.default_rng(3).standard_normal((1, 2, 7, 9)).astype("f")
     wanted = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
     built = build_network(path, tmp_path / "artifact", threads=1, check=False)

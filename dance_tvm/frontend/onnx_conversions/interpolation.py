@@ -55,6 +55,8 @@ def coordinates(extent: int, size: int, scale: float, transform: str, window: Wi
     align_corners the ends lie on the ends, as they have it; the standard's cases divide by ``scale * extent - 1``
     where that is no whole number, and their last element lies inside.
     """
+    if transform == "half_pixel_symmetric":  # ties are ONNX Runtime's in float64 alone
+        return extent / 2 * (1 - size / (scale * extent)) + (np.arange(size) + 0.5) / scale - 0.5
     at, scale = np.arange(size, dtype=np.float32), np.float32(scale)
     if transform == "align_corners":
         return at * (extent - 1) / (size - 1) if size > 1 else np.zeros(size)
@@ -62,9 +64,6 @@ def coordinates(extent: int, size: int, scale: float, transform: str, window: Wi
         return at / scale
     if transform == "pytorch_half_pixel":
         return (at + 0.5) / scale - 0.5 if scale * extent > 1 else np.zeros(size)
-    if transform == "half_pixel_symmetric":
-        exact = float(scale)
-        return extent / 2 * (1 - size / (exact * extent)) + (at.astype(np.float64) + 0.5) / exact - 0.5
     if transform == "tf_half_pixel_for_nn":
         return (at + 0.5) / scale
     if transform == "tf_crop_and_resize" and window is not None:
