@@ -18,7 +18,7 @@ FLOAT, BYTE = TensorProto.FLOAT, TensorProto.UINT8
 node = helper.make_node
 
 
-def save(path, nodes, inputs, outputs, weights=None, *, opset=17, functions=()):
+def save(path, nodes, inputs, outputs, weights=None, *, opset=17, functions=(), producer=""):
     """inputs, outputs: name to shape, or to (shape, type)."""
 
     def values(named):
@@ -28,7 +28,8 @@ def save(path, nodes, inputs, outputs, weights=None, *, opset=17, functions=()):
     arrays = [numpy_helper.from_array(np.asarray(array), name) for name, array in (weights or {}).items()]
     graph = helper.make_graph(nodes, "graph", values(inputs), values(outputs), arrays)
     opsets = [helper.make_opsetid("", opset), *([helper.make_opsetid("mine", 1)] if functions else ())]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9, functions=functions), path)
+    facts = {"ir_version": 9, "functions": functions, "producer_name": producer}
+    onnx.save(helper.make_model(graph, opset_imports=opsets, **facts), path)
     return path
 
 
@@ -246,7 +247,10 @@ def test_fractional_scales_pick_what_onnx_runtime_picks(tmp_path):
         each.output[0] = f"y{at}"
     weights = {"s": np.array([1, 1, 1.7, 0.6], np.float32), "z": np.array([1, 2, 11, 5])}
     outputs = {each.output[0]: None for each in nodes}
-    path = save(tmp_path / "r.onnx", nodes, {"x": [1, 2, 7, 9]}, outputs, weights, opset=19)
+    given = (nodes, {"x": [1, 2, 7, 9]}, outputs, weights)
+    with pytest.raises(DanceError, match="align_corners and scales that give no whole sizes"):
+        import_model(save(tmp_path / "other.onnx", *given, opset=19))
+    path = save(tmp_path / "r.onnx", *given, opset=19, producer="pytorch")
     x = np.random.default_rng(3).standard_normal((1, 2, 7, 9)).astype("f")
     wanted = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
     built = build_network(path, tmp_path / "artifact", threads=1, check=False)

@@ -37,9 +37,7 @@ _INTEGERS = {
 
 # Not of networks for inference: losses, random numbers, bits taken for another type.
 _LEFT_OUT = re.compile(r".*Loss|Bernoulli|Random.*|Multinomial|BitCast")
-# Nor cases whose last element lies inside with align_corners: PyTorch, which exports such scales, and ONNX Runtime put
-# it on the end, as this compiler does.
-_LEFT_OUT_CASES = re.compile(r"test_(cast|sce|nllloss)|.*train|test_resize_downsample_scales_.*_align_corners")
+_LEFT_OUT_CASES = re.compile(r"test_(cast|sce|nllloss)|.*train")
 
 # Inputs of operators that decide shapes or which elements are read; in networks they are constants.
 _REDUCTIONS = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare"

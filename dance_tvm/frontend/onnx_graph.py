@@ -73,7 +73,7 @@ def import_onnx(
     opsets = onnx_file.opsets_of(model, path)
     inputs = onnx_file.input_specs(model.graph, shapes or {}, batch)
     source = onnx_file.Source(path, model)
-    importer = _Importer(opsets, source.model.functions)
+    importer = _Importer(opsets, source.model.functions, model.producer_name)
     mod = importer.run(source.model.graph, inputs, model.graph.output)
     outputs = []
     for index, (value, kind) in enumerate(zip(model.graph.output, mod["main"].ret_ty.fields, strict=True)):
@@ -117,9 +117,9 @@ class _Importer(ONNXGraphImporter):
 
     _nodes: dict[str, Value]
 
-    def __init__(self, opsets: dict[str, int], functions: Sequence[Any]) -> None:
+    def __init__(self, opsets: dict[str, int], functions: Sequence[Any], producer: str) -> None:
         super().__init__({}, "float32", keep_params_in_input=False, sanitize=False)
-        self.opset = opsets[""]
+        self.opset, self.producer = opsets[""], producer
         self.bb = NamingBuilder()
         self._functions = {(function.domain, function.name): function for function in functions}
         self._layers: dict[str, str] = {}

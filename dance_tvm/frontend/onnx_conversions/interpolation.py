@@ -51,9 +51,7 @@ def interpolation_matrix(
 def coordinates(extent: int, size: int, scale: float, transform: str, window: Window | None) -> np.ndarray:
     """Where each element of the result lies among the elements read, by the standard's names.
 
-    In float32, as PyTorch and ONNX Runtime compute it: an element that lies between two is rounded as theirs. With
-    align_corners the ends lie on the ends, as they have it; the standard's cases divide by ``scale * extent - 1``
-    where that is no whole number, and their last element lies inside.
+    In float32, as PyTorch and ONNX Runtime compute it: an element that lies between two is rounded as theirs.
     """
     if transform == "half_pixel_symmetric":  # ties are ONNX Runtime's in float64 alone
         return extent / 2 * (1 - size / (scale * extent)) + (np.arange(size) + 0.5) / scale - 0.5

@@ -31,13 +31,30 @@ def _resize(op: Operator) -> Any:
     roi = op.known(1, "a region") if first == 2 and transform == "tf_crop_and_resize" else None
     if op.flag("antialias") and mode != "nearest":
         transform = f"{transform}+antialias"
-    scales, sizes = _scales_and_sizes(op, [shape[axis] for axis in axes], given, wanted)
+    extents = [shape[axis] for axis in axes]
+    scales, sizes = _scales_and_sizes(op, extents, given, wanted)
+    if transform.startswith("align_corners") and given is not None and given.size:
+        _require_one_meaning(op, extents, scales, sizes)
     if (known := _as_an_operator(op, x, axes, sizes, scales, mode, transform)) is not None:
         return known
     for at, axis in enumerate(axes):
         window = None if roi is None else (float(roi[at]), float(roi[at + len(axes)]))
         x = _resized(op, x, axis, sizes[at], scales[at], mode, transform, window)
     return x
+
+
+def _require_one_meaning(op: Operator, extents: list[int], scales: list[float], sizes: list[int]) -> None:
+    """Raise UnsupportedError where corners cannot be aligned both as the standard has it and as its runtime does.
+
+    The standard divides by ``scale * extent - 1``; where that is not whole, the last element lies inside. PyTorch,
+    which exports such scales, and ONNX Runtime put it on the end.
+    """
+    whole = all(abs(n * scale - size) < 1e-4 for n, scale, size in zip(extents, scales, sizes, strict=True))
+    if not whole and op.importer.producer != "pytorch":
+        raise UnsupportedError(
+            "has align_corners and scales that give no whole sizes, which ONNX and ONNX Runtime read differently",
+            "give it sizes in place of scales",
+        )
 
 
 def _scales_and_sizes(
