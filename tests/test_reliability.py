@@ -247,15 +247,19 @@ def use_and_count(process, port, store, scratch, artifact, sessions):
     for _ in range(20):  # what is loaded and cached once
         session()
     wait_for(lambda: not them.children() and them.num_fds() < 6)
-    before = memory(us), memory(them), us.num_fds(), us.num_threads(), them.num_fds()
+    before = us.num_fds(), us.num_threads(), them.num_fds()
     left = set(os.listdir(scratch))
-    for _ in range(sessions):
-        session()
-    wait_for(lambda: not them.children() and them.num_fds() <= before[4])
-    assert memory(us) - before[0] < 2 << 20
-    assert memory(them) - before[1] < 2 << 20
-    assert (us.num_fds(), them.num_fds()) <= (before[2], before[4])
-    assert us.num_threads() <= before[3] + 1  # a timer that is just ending
+    for _ in range(3):  # a leak grows every time, what an allocator keeps of a busy process does not
+        held = memory(us), memory(them)
+        for _ in range(sessions):
+            session()
+        wait_for(lambda: not them.children() and them.num_fds() <= before[2])
+        grown = memory(us) - held[0], memory(them) - held[1]
+        if max(grown) < 2 << 20:
+            break
+    assert max(grown) < 2 << 20
+    assert (us.num_fds(), them.num_fds()) <= (before[0], before[2])
+    assert us.num_threads() <= before[1] + 1  # a timer that is just ending
     assert not them.children()
     assert len(list(store.iterdir())) == 1
     assert not set(os.listdir(scratch)) - left
