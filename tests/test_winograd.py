@@ -25,9 +25,9 @@ from dance_tvm.schedules.convolution import LayerKernel
 from dance_tvm.schedules.cpu import winograd_multiply
 from dance_tvm.schedules.cpu.choice import direct
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
+from dance_tvm.schedules.cpu.conv3d_gather_pooled import PooledGather
 from dance_tvm.schedules.cpu.pooled import pooled
 from dance_tvm.schedules.cpu.row_plan import RowPlan
-from dance_tvm.schedules.cpu.then_pool import PooledGather
 from dance_tvm.schedules.cpu.tiles import Machine, Tile, evenly
 from dance_tvm.schedules.cpu.transform_weights import TransformWeights
 from dance_tvm.schedules.cpu.winograd import WinogradConv

@@ -12,46 +12,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any
+from functools import partial
 
 import numpy as np
 from tvm import tirx
 
 from ..emit import Expr, big, choose, lanes, let, scratch, serial, store, when
-from ..geometry import HEIGHT, TIME, WIDTH, Triple, Window, side_by_side
+from ..geometry import HEIGHT, TIME, WIDTH
 from ..taps import span
 from .conv3d_gather import parts_of
 from .conv3d_line import Line, LineConv, LineEmitter
+from .ends_in_pool import EndsInPool
 from .lines import each_piece
 from .pool3d import Area, Lot, PoolEmitter, VectorPool
 from .row_tiles import panel_widths
 
 
 @dataclass(frozen=True)
-class PooledLineConv(LineConv):
+class PooledLineConv(EndsInPool, LineConv):
     """A convolution along lines, and a max pool of ``pool`` frames, rows and columns behind it.
 
     Masks are those of the convolution's own outputs: those under one of the pool's are read together or not at all.
     ``zero_dead`` is of the pool's.
     """
 
-    pool: Triple = (1, 1, 1)
-
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
         return f"conv3d_line_pool_{self.size_name}"
-
-    @cached_property
-    def pool_window(self) -> Window:
-        """The pool's."""
-        return side_by_side(self.window, self.pool)
-
-    @property
-    def y_shape(self) -> tuple[int, ...]:
-        """(N, T', H', W', C_out) of the pool."""
-        return (self.window.batch, *self.pool_window.out, self.channels_out)
 
     @property
     def scratch_bytes(self) -> int:
@@ -64,10 +52,6 @@ class PooledLineConv(LineConv):
     def stored_floats(self) -> int:
         """Outputs of a line lie side by side, so many channels of each."""
         return min(self.tile.vectors, self.vectors) * self.tile.vector_floats
-
-    def describe(self) -> dict[str, Any]:
-        """Also how many outputs of the convolution each of the pool's is of."""
-        return {**super().describe(), "pool": list(self.pool)}
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Line by line of the pool's outputs."""

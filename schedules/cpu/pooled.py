@@ -9,10 +9,10 @@ from typing import Any
 from ..convolution import LayerKernel
 from ..geometry import Triple
 from .conv3d_gather import GatherConv
+from .conv3d_gather_pooled import PooledGather
 from .conv3d_line import LineConv
 from .conv3d_line_pooled import PooledLineConv
 from .either import Either
-from .then_pool import PooledGather
 from .tiles import Machine
 from .winograd import WinogradConv
 from .winograd_pooled import PooledWinograd

@@ -9,25 +9,23 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tvm import tirx
 
 from ..emit import Expr, big, lanes, let, number, serial, store, when, write
-from ..geometry import Triple, Window, side_by_side, triple
+from ..geometry import Window, side_by_side, triple
+from .ends_in_pool import EndsInPool
 from .pool3d import Area, Lot, PoolEmitter, VectorPool
 from .winograd import Results, WinogradConv, WinogradEmitter
 
 
 @dataclass(frozen=True)
-class PooledWinograd(WinogradConv):
+class PooledWinograd(EndsInPool, WinogradConv):
     """A Winograd kernel and a max pool of ``pool`` frames, rows and columns behind it.
 
     Masks are those of the convolution's own outputs: what they leave out counts as zeros, where somebody reads others
     under the same window. ``zero_dead`` is of the pool's.
     """
-
-    pool: Triple = (1, 1, 1)
 
     @property
     def marks(self) -> str:
@@ -35,23 +33,9 @@ class PooledWinograd(WinogradConv):
         return f"_pool{super().marks}"
 
     @property
-    def pool_window(self) -> Window:
-        """The pool's."""
-        return side_by_side(self.window, self.pool)
-
-    @property
-    def y_shape(self) -> tuple[int, ...]:
-        """(N, T', H', W', C_out) of the pool."""
-        return (self.window.batch, *self.pool_window.out, self.channels_out)
-
-    @property
     def divides_tiles(self) -> bool:
         """Whether no window of the pool crosses a tile."""
         return not any(map(operator.mod, self.plan.m, self.pool))
-
-    def describe(self) -> dict[str, Any]:
-        """Also how many outputs of the convolution each of the pool's is of."""
-        return {**super().describe(), "pool": list(self.pool)}
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Chunk by chunk, three phases each."""

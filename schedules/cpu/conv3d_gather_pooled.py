@@ -13,36 +13,24 @@ from typing import Any
 from tvm import tirx
 
 from ..emit import Expr, big, flat, lanes, let, parallel, scratch, serial, store, when
-from ..geometry import Triple, Window, side_by_side
 from .conv3d_gather import GatherConv
 from .dead_outputs import is_read, zero_dead
+from .ends_in_pool import EndsInPool
 from .pool3d import Area, Lot, PoolEmitter, VectorPool
 
 
 @dataclass(frozen=True)
-class PooledGather(GatherConv):
+class PooledGather(EndsInPool, GatherConv):
     """A convolution over lists, and a max pool of ``pool`` frames, rows and columns behind it.
 
     Masks are those of the convolution's own outputs: what they leave out counts as zeros, where somebody reads others
     under the same window. ``zero_dead`` is of the pool's.
     """
 
-    pool: Triple = (1, 1, 1)
-
     @property
     def marks(self) -> str:
         """The pool, and the lists of channels."""
         return f"_pool{super().marks}"
-
-    @property
-    def pool_window(self) -> Window:
-        """The pool's."""
-        return side_by_side(self.window, self.pool)
-
-    @property
-    def y_shape(self) -> tuple[int, ...]:
-        """(N, T', H', W', C_out) of the pool."""
-        return (self.window.batch, *self.pool_window.out, self.channels_out)
 
     @property
     def scratch_bytes(self) -> int:
@@ -59,10 +47,6 @@ class PooledGather(GatherConv):
         """The convolution alone, with zeros wherever it computes nothing: so maxima are of what was written."""
         given: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(GatherConv)}
         return GatherConv(**given | {"zero_dead": "all" if self.masks_read or self.live_out else ""})
-
-    def describe(self) -> dict[str, Any]:
-        """Also how many outputs of the convolution each of the pool's is of."""
-        return {**super().describe(), "pool": list(self.pool)}
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """The convolution, then maxima of what somebody reads."""
