@@ -24,7 +24,7 @@ from dance_tvm.lowering.lower_resampling import LowerResampling
 from dance_tvm.lowering.lower_sorts import LowerSorts
 from dance_tvm.lowering.lower_windows import lower_windows
 from dance_tvm.lowering.lowered import LayerCall, Lowered
-from dance_tvm.lowering.machine import gpu_of, machine_of
+from dance_tvm.lowering.machine import gpu_of, machine_for
 from dance_tvm.records.group_log import group_cost
 from dance_tvm.schedules.cpu.choice import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine, candidates
@@ -114,7 +114,7 @@ def lower(
 ) -> Lowered:
     """Turn an imported Relax module into one whose every operator has a kernel for ``target``; ``measure`` says which
     layers half precision has the range for."""
-    machine, gpu = machine_of(target), gpu_of(target)
+    machine, gpu = machine_for(target, mod), gpu_of(target)
     require_buildable(target, options.dtype)
     if options.kernel_group and gpu is None:
         _require_group(options.kernel_group, {machine, machine.storing(options.dtype)})
@@ -151,7 +151,7 @@ def lower(
     layers = [_with_reason(layer, reasons.of(layer.name)) for layer in windows.layers]
     layers = _as_called(layers, windows.calls, mod)
     found = windows.workloads, windows.sources, kernels_of(mod), windows.calls, source, windows.limits
-    return Lowered(mod, layers, lift_weights.weights, *found)
+    return Lowered(mod, layers, lift_weights.weights, *found, machine)
 
 
 def _require_group(group: tuple[int, int], machines: Collection[Machine]) -> None:
