@@ -22,7 +22,7 @@ from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.device.serve import executed
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.convolution import LayerKernel
-from dance_tvm.schedules.cpu import winograd_multiply
+from dance_tvm.schedules.cpu import cost, winograd_multiply
 from dance_tvm.schedules.cpu.choice import direct
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.conv3d_gather_pooled import PooledGather
@@ -464,6 +464,18 @@ def test_a_chunk_that_live_places_begin_reads_all_weights_again() -> None:
     halved = conv.retiled(conv.plan.m, 25, conv.tile)
     below, half, above = (halved.predict(LARGE, 1, [share], whole_units=True) for share in (0.47, 0.5, 0.53))
     assert above - half > 2 * (half - below)
+
+
+def test_weights_of_a_small_network_stay_in_the_cache_so_that_more_of_them_pay() -> None:
+    """Of a layer of few positions and many channels, whose transformed weights no second-level cache takes."""
+    size = (4, 6, 6)
+    layer = direct(Layer(Window(1, size, size, (3, 3, 3), (1, 1, 1), (1, 1, 1)), 128, 128), LARGE)
+    small, large = (cost.running(LARGE, weight_bytes) for weight_bytes in (4 << 20, 400 << 20))
+    stays, streams = best(transformed(layer), small, 1), best(transformed(layer), large, 1)
+    assert stays is not None
+    assert streams is not None
+    assert stays.growth > streams.growth
+    assert layer.predict(small, 1) < layer.predict(large, 1)
 
 
 def test_dead_tiles_and_frames_are_not_touched() -> None:
