@@ -645,7 +645,7 @@ class Answering:
 
 def test_accuracy_of_labelled_clips(sparse, tmp_path):
     labels = tmp_path / "labels.csv"
-    labels.write_text("name,class\nfilm,2\nstill,0\n")
+    labels.write_text("name,class\nvideos/film.mp4,2\nstill,0\n")
     scores = np.eye(7, dtype="float32")
     clips = [("film 0-8", scores[2]), ("film 8-16", 0.5 * scores[3]), ("still[0]", scores[6]), ("other", scores[0])]
     named = [(name, {"clip": row[None]}) for name, row in clips]
