@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from dance_tvm.lowering.lowered import Lowered
     from dance_tvm.machines.target import Target
     from dance_tvm.schedules.cpu.units import Serving
-    from dance_tvm.schedules.layer import Limits
     from dance_tvm.schedules.workload import Workload
     from dance_tvm.sparsity.units import Units
 
@@ -83,7 +81,7 @@ def units(
         lowered = _lowered(model, machine, count, dtype, memory)
         workloads = _convolutions(model, lowered)
         progress.phase("predict")
-        found = _served(workloads, machine, lowered.limits)
+        found = _served(workloads, lowered)
         try:
             sites = _sites(model, machine.name, count, workloads, found) if model in names() else None
         except DanceError:  # a network of the zoo without 3D convolutions has no sites
@@ -123,13 +121,13 @@ def _convolutions(model: str, lowered: Lowered) -> dict[str, Workload]:
     return found
 
 
-def _served(workloads: dict[str, Workload], machine: Target, limits: Mapping[str, Limits]) -> dict[str, list[Serving]]:
+def _served(workloads: dict[str, Workload], lowered: Lowered) -> dict[str, list[Serving]]:
     """The kernels that could serve each layer, the best first."""
-    from dance_tvm.lowering.machine import machine_of
     from dance_tvm.schedules.cpu.units import servings
     from dance_tvm.schedules.layer import UNLIMITED
 
-    facts = machine_of(machine)
+    assert lowered.machine is not None
+    limits, facts = lowered.limits, lowered.machine
     return {name: servings(workload, facts, limits.get(name, UNLIMITED)) for name, workload in workloads.items()}
 
 

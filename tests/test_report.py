@@ -180,6 +180,15 @@ def test_markdown_holds_the_same_tables(results, tmp_path):
     assert read_results(again) == results
 
 
+def test_a_network_alone_has_no_role(results, tmp_path):
+    alone = results.devices[0].measured[0].model_copy(update={"role": "other"})
+    device = results.devices[0].model_copy(update={"measured": [alone]})
+    shown = page.html(page.page_of(results.model_copy(update={"devices": [device], "pairs": []})))
+    assert "(other)" not in shown
+    assert ">role<" not in shown
+    assert f"Layers of {alone.name}<" in shown
+
+
 def test_small_times_are_readable():
     shown = [duration(seconds) for seconds in (0, 9e-8, 5.214e-5, 0.000999, 0.0036, 0.5, 28.23, 3600)]
     assert shown == ["0 µs", "0.09 µs", "52.1 µs", "999 µs", "3.6 ms", "500 ms", "28.2 s", "3600 s"]

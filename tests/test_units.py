@@ -298,7 +298,9 @@ def test_the_command_writes_what_training_reads(tmp_path: Path, capsys: pytest.C
     units_command(model="c3d-mini", target="host", threads=1, kernels=2, out=file, as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert [site["node"] for site in told["sites"]] == [site.node for site in read_units(file).sites]
-    assert {kernel["kernel"] for layer in told["layers"] for kernel in layer["kernels"]} >= {"direct", "winograd_1x2x2"}
+    kernels = {kernel["kernel"] for layer in told["layers"] for kernel in layer["kernels"]}
+    assert "direct" in kernels
+    assert any(name.startswith("winograd_") for name in kernels)
     other = tmp_path / "other.onnx"
     other.touch()
     with pytest.raises(DanceError, match="only networks of the zoo"):

@@ -9,6 +9,7 @@ import numpy as np
 import tvm
 
 from dance_tvm.artifact.layers import KernelInfo, LayerInfo
+from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.layer import Limits
 from dance_tvm.schedules.preparation import Source
 from dance_tvm.schedules.workload import Workload
@@ -29,6 +30,7 @@ class Lowered:
     nothing to choose are not there. ``sources``: what packed weights were made of, by their digest.
     ``kernels``: every function of the module by its symbol. ``source``: the network in its own layouts. ``calls``: that
     of each layer's kernel, by the layer's name. ``limits``: of a layer's memory, where the network's are shared out.
+    ``machine``: the facts of a processor that its kernels were chosen by.
     """
 
     mod: tvm.IRModule
@@ -40,3 +42,4 @@ class Lowered:
     calls: dict[str, LayerCall] = field(default_factory=dict)
     source: tvm.IRModule | None = None
     limits: dict[str, Limits] = field(default_factory=dict)
+    machine: Machine | None = None

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import tvm
+from tvm import relax
+
+from dance_tvm.machines.processors import l3_bytes_per_cycle
+from dance_tvm.schedules.cpu.cost import running
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.gpu.tiles import Gpu
 
@@ -11,10 +16,16 @@ if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
 
 
+#: TVM's configuration for kernels and what launches them: they leave their arguments unchecked. An artifact checks what
+#: it is given at its interface; behind it, types and shapes are the compiler's own. The checks would be half of the
+#: code of a small kernel, and more than its work: a network has dozens of planners.
+UNCHECKED: dict[str, Any] = {"tirx.disable_assert": True}
+
+
 def machine_of(target: Target) -> Machine:
     """The facts of a processor on which tile sizes depend."""
     arm = "aarch64" in str(target.tvm.get("mtriple", "")) or (target.host is None and "neon" in str(target.tvm))
-    cores = [core.max_ghz * core.fma_per_cycle for core in target.clusters]
+    fastest = max(target.clusters, key=lambda core: core.max_ghz * core.fma_per_cycle)
     return Machine(
         target.vector.floats,
         target.vector.registers,
@@ -22,9 +33,23 @@ def machine_of(target: Target) -> Machine:
         target.caches.l2,
         broadcast_loads=not arm,
         l3=target.caches.l3,
-        gflops=2 * target.vector.floats * max(cores),
+        l3_gb_per_s=l3_bytes_per_cycle(fastest.mcpu) * fastest.max_ghz,
+        gflops=2 * target.vector.floats * fastest.max_ghz * fastest.fma_per_cycle,
         memory_gb_per_s=target.memory_gb_per_s,
     )
+
+
+def machine_for(target: Target, network: tvm.IRModule) -> Machine:
+    """The same as a network finds them that runs again and again: small weights are in the caches already."""
+    constants: dict[tvm.ir.GenericConst, int] = {}
+
+    def visit(expr: relax.Expr) -> None:
+        if isinstance(expr, tvm.ir.GenericConst):
+            constants[expr] = expr.value.numpy().nbytes
+
+    for _, function in network.functions_items():
+        relax.analysis.post_order_visit(function, visit)
+    return running(machine_of(target), sum(constants.values()))
 
 
 def gpu_of(target: Target) -> Gpu | None:
@@ -42,12 +67,3 @@ def gpu_of(target: Target) -> Gpu | None:
         facts.shared,
         facts.block_shared,
     )
-
-
-def host_code_of(machine: Target) -> dict[str, Any]:
-    """TVM's configuration for the functions that launch kernels of a GPU: they leave their arguments unchecked.
-
-    An artifact checks what it is given at its interface; behind it, types and shapes are the compiler's own, and the
-    checks would be most of what LLVM compiles.
-    """
-    return {"tirx.disable_assert": machine.gpu is not None}

@@ -66,7 +66,7 @@ def by_clip(device: Device) -> Chart | None:
             if name in clips
         ]
         if points:
-            series.append(Series(f"{item.name} ({item.role})", ROLES[item.role], points))
+            series.append(Series(item.title, ROLES[item.role], points))
             found[series[-1].name] = clips
     if not order:
         return None
@@ -195,8 +195,7 @@ def curves(heading: str, gains: dict[str, list[float]]) -> Chart:
 
 def label(item: Measured, device: Device, results: Results) -> str:
     """A short name; the device is named where there are several."""
-    name = f"{item.name} ({item.role})" if item.role != "other" else item.name
-    return f"{name} on {name_of(device)}" if len(results.devices) > 1 else name
+    return f"{item.title} on {name_of(device)}" if len(results.devices) > 1 else item.title
 
 
 def place_of(device: Device, item: Measured, layer: str) -> str:

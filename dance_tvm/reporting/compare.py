@@ -85,14 +85,14 @@ def _shared(first: Results, second: Results) -> list[Both]:
 
 def _summary(found: list[tuple[Device, Measured, Measured, Verdict]]) -> Table:
     cells = [
-        [new.name, new.role, name_of(device), each.verdict, _ms(old.latency.p50),
+        [new.title, name_of(device), each.verdict, _ms(old.latency.p50),
          _ms(new.latency.p50), f"{each.ratio:.3f}", f"{each.low:.3f} to {each.high:.3f}",
          f"{old.latency.spread:.1%}", f"{new.latency.spread:.1%}"]
         for device, old, new, each in found
     ]  # fmt: skip
-    heads = ["network", "role", "device", "B is", "A, ms", "B, ms", "B ÷ A", "95% interval", "spread of A", "of B"]
+    heads = ["network", "device", "B is", "A, ms", "B, ms", "B ÷ A", "95% interval", "spread of A", "of B"]
     text = f"Slower and faster are said only where the whole interval lies beyond {THRESHOLD:.0%}."
-    return Table("Side by side", text, heads, cells, words=4)
+    return Table("Side by side", text, heads, cells, words=3)
 
 
 def _layers(device: Device, old: Measured, new: Measured) -> Table:
@@ -107,7 +107,7 @@ def _layers(device: Device, old: Measured, new: Measured) -> Table:
         cells.append([layer.name, kernels, _ms(then.seconds) if then else "–", _ms(layer.seconds), ratio])
     text = f"On {name_of(device)}; medians of a few runs, without an interval."
     heads = ["layer", "kernel", "A, ms", "B, ms", "B ÷ A"]
-    return Table(f"Layers of {new.name} ({new.role})", text, heads, cells, words=2)
+    return Table(f"Layers of {new.title}", text, heads, cells, words=2)
 
 
 def _chart(shared: list[Both]) -> Chart:
@@ -119,7 +119,7 @@ def _chart(shared: list[Both]) -> Chart:
             box = (1e3 * runs[len(runs) // 20], 1e3 * runs[-1 - len(runs) // 20])
             text = duration(item.latency.p50)
             bars.append(Bar(1e3 * item.latency.p50, colour, text, f"{name}: {text}", box))
-        shown.append(Row(f"{new.name} ({new.role}) on {name_of(device)}", bars))
+        shown.append(Row(f"{new.title} on {name_of(device)}", bars))
     scale = from_zero("milliseconds per run", [bar.box[1] for row in shown for bar in row.bars if bar.box])
     cells = [[row.label, *(plain_number(bar.value) for bar in row.bars)] for row in shown]
     table = Table("Latency", "", ["network", "A, median ms", "B, median ms"], cells)

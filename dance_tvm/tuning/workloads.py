@@ -79,15 +79,17 @@ def layers_of(
     """
     from dance_tvm.compiler.pipeline import Options, lower
     from dance_tvm.frontend import import_model
-    from dance_tvm.lowering.machine import gpu_of, machine_of
+    from dance_tvm.lowering.machine import gpu_of
 
     imported = import_model(model, weights=weights, check=False)
-    workloads = lower(imported.mod, target, Options(threads=threads or target.threads, dtype=dtype)).workloads
+    lowered = lower(imported.mod, target, Options(threads=threads or target.threads, dtype=dtype))
+    workloads, machine = lowered.workloads, lowered.machine
     if not workloads:
         raise DanceError(f"{imported.name} has no tunable layer: it holds no convolutions, linear layers or pools")
     layers: dict[str, Tunable] = {}
     kept = kept_shares(model, clips, weights) if clips else {}
-    gpu, machine = gpu_of(target), machine_of(target)
+    assert machine is not None
+    gpu = gpu_of(target)
     for name, workload in workloads.items():
         if only and not any(fnmatch(name, pattern) for pattern in only):
             continue

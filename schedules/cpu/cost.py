@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..convolution import Convolution
 from ..geometry import Window
@@ -37,6 +37,9 @@ ONE_CORE_SHARE = 0.6
 CACHE_RATE = 3.0
 #: Bytes of a last-level cache on which one network may count: servers have larger ones, but share them among many.
 MOST_SHARED_CACHE = 32 << 20
+#: Share of that cache that a network's weights may be to stay there from call to call: prepared, they are several times
+#: larger, and activations pass through it too.
+STAYING_SHARE = 0.25
 #: Share of a cache that the scratch of a chunk may fill before it is taken to spill.
 SCRATCH_SHARE = 0.6
 #: Share of the direct kernel's rate that the columns of kernel groups reach (docs/rt3d.md).
@@ -67,6 +70,17 @@ def seconds_per_cycle(machine: Machine) -> float:
 def _l3(machine: Machine) -> int:
     """Bytes of the last level of cache that are ours."""
     return min(machine.l3, MOST_SHARED_CACHE)
+
+
+def running(machine: Machine, weight_bytes: int) -> Machine:
+    """``machine`` as a network of so many bytes of weights finds it when it runs again and again."""
+    return replace(machine, weights_stay=weight_bytes <= STAYING_SHARE * _l3(machine))
+
+
+def first_reading(machine: Machine, threads: int) -> float:
+    """What it takes a call to read weights for the first time, as a share of reading them from memory."""
+    cached = memory_rate(machine, threads) / (1e9 * machine.l3_gb_per_s * threads)
+    return min(1.0, cached) if machine.weights_stay else 1.0
 
 
 def memory_rate(machine: Machine, threads: int) -> float:
@@ -113,8 +127,9 @@ def direct_seconds(
     elements = window.taps * conv.depth * conv.channels_out * _channel_share(conv, density)
     blocks = max(1.0, window.positions_out * _row_share(plan, density) / plan.samples / (tile.mr * tile.block_tiles))
     cycles += gather_cycles(conv, elements) * plan.samples * blocks
-    repeats = 1 + (plan.samples - 1) / (1 if machine.element_bytes * elements > machine.l3 / 2 else CACHE_RATE)
-    weights = float(machine.element_bytes) * window.taps * conv.depth * conv.channels_out * share * repeats
+    readings = first_reading(machine, threads)
+    readings += (plan.samples - 1) / (1 if machine.element_bytes * elements > machine.l3 / 2 else CACHE_RATE)
+    weights = float(machine.element_bytes) * window.taps * conv.depth * conv.channels_out * share * readings
     panels = math.ceil(conv.panels * (density if conv.live_out else 1.0))
     tiles = row_tiles(window, tile.mr, _row_share(plan, density)) / plan.samples
     tasks = panels * max(1, math.ceil(tiles / tile.block_tiles))
@@ -195,8 +210,8 @@ def winograd_seconds(
     rows, places = _live_shares(plan, density, whole_tiles)
     full = plan.chunks * rows * places  # if chunks had all their rows
     chunks = max(1, math.ceil(plan.chunks * places * (rows if plan.one_source else 1.0) - ROUNDING))
-    repeats = (chunks - 1) / parts.nearer
-    multiply = _with_traffic(machine, threads, parts.multiply * full, parts.weights * (1 + repeats))
+    readings = first_reading(machine, threads) + (chunks - 1) / parts.nearer
+    multiply = _with_traffic(machine, threads, parts.multiply * full, parts.weights * readings)
     seconds = multiply + full * (parts.read + parts.write) * seconds_per_cycle(machine) / threads
     touched = 1.0
     if reads_more_weights(conv, plan):  # elsewhere larger chunks cost what they do without masks

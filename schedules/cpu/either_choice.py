@@ -11,6 +11,7 @@ from .cost import (
     NOT_HIDDEN,
     TILE_CYCLES,
     chunk_seconds,
+    first_reading,
     gather_cycles,
     memory_rate,
     seconds_per_cycle,
@@ -85,7 +86,7 @@ def winograd_costs(conv: WinogradConv, machine: Machine, threads: int) -> Costs:
     cycle, byte = seconds_per_cycle(machine) / threads, 1 / memory_rate(machine, threads)
     return Costs(
         multiply=parts.multiply * chunks * cycle,
-        weights=parts.weights * (1 - 1 / parts.nearer) * byte,
+        weights=parts.weights * max(0.0, first_reading(machine, threads) - 1 / parts.nearer) * byte,
         again=parts.weights * chunks / parts.nearer * byte,
         rows=chunks * chunk_seconds(used_scratch(conv, conv.tile, conv.plan), machine, threads),
         read=chunks * parts.read * cycle,
@@ -109,7 +110,7 @@ def direct_costs(conv: GatherConv, machine: Machine, threads: int) -> Costs:
     scattered = window.positions_out * conv.channels_out * SCATTER_CYCLES if conv.live_out else 0.0
     return Costs(
         multiply=(cycles + gathering * max(0.0, tiles / tile.block_tiles - 1)) * cycle,
-        weights=machine.element_bytes * elements * byte,
+        weights=machine.element_bytes * elements * first_reading(machine, threads) * byte,
         read=moved * MOVE_CYCLES * cycle,
         write=(passes + scattered) * cycle,
         pack=gathering * cycle,

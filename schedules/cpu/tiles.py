@@ -42,8 +42,10 @@ class Machine:
     l2: int
     broadcast_loads: bool  #: single values are broadcast from memory at no cost (x86); else lanes of a vector are used
     l3: int = 0  #: shared by the cores
+    l3_gb_per_s: float = 40.0  #: that one core reads from there
     gflops: float = 50.0  #: peak of one core
     memory_gb_per_s: float = 10.0
+    weights_stay: bool = False  #: the network's weights stay in the last level of cache from call to call
     element_bytes: int = 4  #: of activations and weights
     most_rows: int = 16  #: of a register tile
     most_terms: int = 1 << 30  #: products that a register of sums adds up before they are put back
