@@ -29,7 +29,9 @@ def comparison(first: Results, second: Results, names: tuple[str, str]) -> Page:
         title=f"{names[1]} beside {names[0]}",
         subtitle=f"A: {names[0]}, {first.created}, {title_of(first)}. B: {names[1]}, {second.created}, "
         f"{title_of(second)}. Measured at different times: what else the machine did is in the ratios.",
-        tiles=[(f"{each.ratio:.2f}×", f"of A's time, {new.name}: {_said(old, new, each)}") for _, old, new, each in found],
+        tiles=[
+            (f"{each.ratio:.2f}×", f"of A's time, {new.name}: {_said(old, new, each)}") for _, old, new, each in found
+        ],
         verdicts=[],
         warnings=[text for device, old, new in shared for text in differences(device, old, new)],
         tables=[_summary(found), *(_layers(*each) for each in shared if each[1].profile and each[2].profile)],
