@@ -40,6 +40,7 @@ from dance_tvm.transform.unsigned_signs import unsigned_signs
 from dance_tvm.transform.vector_math import VectorMath
 from dance_tvm.transform.whole_pools import WholePools
 from dance_tvm.transform.whole_powers import whole_powers
+from dance_tvm.transform.widen_sequences import WidenSequences
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -846,3 +847,51 @@ def test_an_infinite_fill_is_a_broadcast_constant(number: float) -> None:
     before = filled(lambda value, x: relax.op.full_like(x, value))
     after = filled(lambda value, _x: relax.op.broadcast_to(value, (2, 3)))
     becomes(infinite_fills, before, before if np.isfinite(number) else after)
+
+
+# -- WidenSequences ---------------------------------------------------------------------------------------------------
+
+
+def test_sequences_are_pictures_of_one_row_from_convolution_to_result() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(
+            x: R.Tensor((1, 2, 9), "float32"), w: R.Tensor((4, 2, 3), "float32"), b: R.Tensor((1, 4, 1), "float32")
+        ) -> R.Tensor((1, 4), "float32"):
+            with R.dataflow():
+                conv = R.nn.conv1d(x, w, strides=[2], padding=[1, 1])
+                shifted = R.nn.relu(R.add(conv, b))
+                y = R.mean(shifted, axis=[2])
+                R.output(y)
+            return y
+
+    @I.ir_module
+    class After:
+        @R.function
+        def main(
+            x: R.Tensor((1, 2, 9), "float32"),
+            w: R.Tensor((4, 2, 1, 3), "float32"),
+            b: R.Tensor((1, 4, 1, 1), "float32"),
+        ) -> R.Tensor((1, 4), "float32"):
+            with R.dataflow():
+                picture = R.expand_dims(x, axis=[2])
+                conv = R.nn.conv2d(picture, w, strides=[1, 2], padding=[0, 1, 0, 1])
+                shifted = R.nn.relu(R.add(conv, b))
+                y = R.mean(shifted, axis=[2, 3])
+                R.output(y)
+            return y
+
+    w, b = np.arange(24, dtype="float32").reshape(4, 2, 3), np.ones((1, 4, 1), "float32")
+    given = {"w": w, "b": b}, {"w": w[:, :, None], "b": b[:, :, None]}
+    becomes(WidenSequences(), bound(Before, given[0]), bound(After, given[1]))
+
+
+def test_tensors_of_three_axes_without_a_convolution_stay() -> None:
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType([1, 2, 9], "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit_output(relax.op.permute_dims(builder.emit(relax.op.nn.relu(x)), [0, 2, 1]))
+        builder.emit_func_output(y)
+    stays(WidenSequences(), builder.finalize())

@@ -54,6 +54,7 @@ from dance_tvm.transform.vector_math import VectorMath
 from dance_tvm.transform.whole_division import WHOLE_DIVISION
 from dance_tvm.transform.whole_pools import WholePools
 from dance_tvm.transform.whole_powers import whole_powers
+from dance_tvm.transform.widen_sequences import WidenSequences
 
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
@@ -185,6 +186,7 @@ def _before_kernels(spread: Passes, narrow: Passes, layouts: Passes, reasons: Re
                 whole_powers,
                 unsigned_signs,
                 relax.transform.FoldConstant(),
+                WidenSequences(),
                 relax.transform.DeadCodeElimination(),
                 *spread,
             ],
