@@ -15,6 +15,7 @@ from dance_tvm.machines.target import Target
 from dance_tvm.schedules.cpu.conv3d_gather import GatherConv
 from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.tiles import Tile, default_tile
+from dance_tvm.schedules.elementary import written_out
 from dance_tvm.schedules.emit import argument, kernel, lanes, let, number, parallel, scratch, serial, splat, store
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.kernel import Kernel, Weights
@@ -77,7 +78,7 @@ class Timed:
 
     def __init__(self, kernel: Kernel, target: tvm.target.Target, args: Mapping[str, tvm.runtime.Tensor]) -> None:
         self.name, self.args = kernel.name, [*args.values()]
-        self.library = build(kernel.primfunc(), target)
+        self.library = build(written_out(kernel.primfunc()), target)
 
     def __call__(self) -> None:
         """Run it."""
@@ -181,7 +182,7 @@ def calls_of(
                 found[operand.name] = upload(np.ascontiguousarray(mask, "float32"))
             elif operand.role == "data":
                 found[operand.name] = upload(data)
-            elif operand.role == "output":
+            elif operand.role in ("output", "residual"):
                 found[operand.name] = upload(np.zeros(operand.shape, operand.dtype))
             else:
                 found[operand.name] = {**lists, **constants}[operand.name]

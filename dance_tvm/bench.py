@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dance_tvm.benchmarking.accuracy import read_classes
 from dance_tvm.benchmarking.clips import MOST_CLIPS
 from dance_tvm.benchmarking.peers import require_peers
 from dance_tvm.benchmarking.requests import require_measurable
@@ -89,10 +90,7 @@ def bench(
     json_lines: JsonLines = False,
 ) -> None:
     """Time artifacts on devices: latency and its spread, by clip and by layer, against dense and the work saved."""
-    if cluster and cpus:
-        raise DanceError("give --cluster or --cpus, not both")
-    if trace and not layers:
-        raise DanceError("--trace shows layers: leave --no-layers out")
+    _require_agreeing(cluster, cpus, trace, layers)
     _require_used({"--most-clips": most_clips, "--truth": labels}, {"--clips": clips})
     _require_used({"--threshold": threshold}, {"--against": against})
     _require_used({"--peer-model": peer_model}, {"--peer": peer})
@@ -107,8 +105,9 @@ def bench(
     if load_times and devices != ["local"]:
         raise DanceError("--load-times measures on this machine: leave --device out")
     baseline = read_results(against) if against else None
+    classes = read_classes(labels) if labels else {}
     known = require_measurable(
-        artifacts, dense, devices, cluster=cluster, cpus=own_cpus, clips=clips, labels=labels, against=baseline
+        artifacts, dense, devices, cluster=cluster, cpus=own_cpus, clips=clips, classes=classes, against=baseline
     )
     from dance_tvm.benchmarking.campaign import run
     from dance_tvm.benchmarking.plan import Plan
@@ -135,6 +134,7 @@ def bench(
         peers=engines,
         peer_model=peer_model,
         labels=labels,
+        classes=classes,
         load_times=load_times,
         command=shlex.join(["dance-tvm", "bench", *sys.argv[_own_arguments() :]]),
     )
@@ -149,6 +149,14 @@ def bench(
         _print(results)
     if any(verdict.verdict == "slower" for verdict in results.verdicts):
         raise typer.Exit(REGRESSION)
+
+
+def _require_agreeing(cluster: str | None, cpus: str | None, trace: Path | None, layers: bool) -> None:
+    """Raise DanceError for options that contradict each other."""
+    if cluster and cpus:
+        raise DanceError("give --cluster or --cpus, not both")
+    if trace and not layers:
+        raise DanceError("--trace shows layers: leave --no-layers out")
 
 
 def _require_used(given: Mapping[str, object], needed: Mapping[str, object]) -> None:
@@ -243,7 +251,8 @@ _OF_DENSE = "of dense: the share done of all multiply-accumulates; masks, pruned
 
 
 def _print_summary(spec: str, measured: list[Measured]) -> None:
-    heads = ["artifact", "role", "p50 ms", "p90 ms", "p99 ms", "spread", "runs", "frames/s", "GMACs done", "of dense"]
+    pairs = any(item.role != "other" for item in measured)
+    heads = ["artifact", *(["role"] if pairs else []), "p50 ms", "p90 ms", "p99 ms", "spread", "runs", "frames/s"]
     rows = []
     for item in measured:
         times = [f"{1e3 * value:.3f}" for value in (item.latency.p50, item.latency.p90, item.latency.p99)]
@@ -253,13 +262,14 @@ def _print_summary(spec: str, measured: list[Measured]) -> None:
         joules = f"{1e3 * item.energy.joules:.2f}" if item.energy else "-"
         memory = f"{item.peak_memory_bytes / 2**20:.0f}" if item.peak_memory_bytes else "-"
         rows.append([
-            item.artifact, item.role, *times, f"{item.latency.spread:.1%}", str(item.latency.runs),
-            f"{item.frames_per_second:.0f}", "-" if done is None else f"{done / 1e9:.3f}", kept or "-",
-            "-" if item.gflops is None else f"{item.gflops:.1f}",
+            item.artifact, *([item.role] if pairs else []), *times, f"{item.latency.spread:.1%}",
+            str(item.latency.runs), f"{item.frames_per_second:.0f}", "-" if done is None else f"{done / 1e9:.3f}",
+            kept or "-", "-" if item.gflops is None else f"{item.gflops:.1f}",
             "-" if item.share_of_peak is None else f"{item.share_of_peak:.0%}", memory, joules,
             item.energy.kind if item.energy else "-",
         ])  # fmt: skip
-    print_table([*heads, "GFLOP/s", "of peak", "peak MiB", "mJ", "energy"], rows, title=spec, caption=_OF_DENSE)
+    heads += ["GMACs done", "of dense", "GFLOP/s", "of peak", "peak MiB", "mJ", "energy"]
+    print_table(heads, rows, title=spec, caption=_OF_DENSE)
 
 
 def _print_layers(name: str, profile: Profile) -> None:

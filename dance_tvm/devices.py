@@ -53,8 +53,10 @@ def list_devices(
     servers, waiting = look(tracker, probe)
     if as_json:
         typer.echo(json.dumps({"servers": [asdict(server) for server in servers], "waiting": waiting}, indent=2))
+    elif rows := _rows(servers, waiting):
+        print_table(_HEADS, rows, title=f"devices of {tracker}")
     else:
-        print_table(_HEADS, _rows(servers, waiting), title=f"devices of {tracker}")
+        print(_none_at(tracker))
 
 
 @app.command(epilog=examples("dance-tvm device watch", "dance-tvm device watch --every 10 --probe"))
@@ -88,7 +90,8 @@ def watch(
 
 def _shown(tracker: str, probe: bool, form: Callable[..., Any]) -> Any:
     try:
-        return form(_HEADS, _rows(*look(tracker, probe)), title=f"devices of {tracker}")
+        rows = _rows(*look(tracker, probe))
+        return form(_HEADS, rows, title=f"devices of {tracker}") if rows else _none_at(tracker)
     except DanceError as error:
         return f"{time.strftime('%H:%M:%S')}  {error}"
 
@@ -234,6 +237,10 @@ def _probe(host: str, port: int, free: dict[str, int]) -> dict[str, dict[str, An
         health = ", ".join(word for word in [*words, f"{heat:.0f} °C" if heat else ""] if word)
         states[address] = {"state": "free", "health": health}
     return states
+
+
+def _none_at(tracker: str) -> str:
+    return f"the tracker at {tracker} has no devices: `dance-tvm device phone` brings one (docs/devices.md)"
 
 
 _HEADS = ["key", "server", "state", "runs", "for", "waiting", "health"]

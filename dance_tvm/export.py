@@ -90,7 +90,8 @@ def export(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    typer.echo(f"{out}: differs from its module by {apart:.1g} of the largest value")
+    said = f"differs from its module by {apart:.1g} of the largest value" if apart else "answers as its module does"
+    typer.echo(f"{out}: {said}")
     more = f" --preprocess {quote(str(beside))}" if beside else ""
     typer.echo(f"next: dance-tvm build --model {quote(str(out))}{more}{' --batch 1' if open_batch else ''}")
 

@@ -10,7 +10,7 @@ import tvm
 from tvm import relax
 
 from dance_tvm.ir.graph import Graph
-from dance_tvm.transform.boolean_logic import LOGIC, BooleanLogic
+from dance_tvm.transform.boolean_logic import LOGIC, boolean_logic
 from dance_tvm.transform.schedule_rest import ScheduleRest
 
 NUMPY: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -42,7 +42,7 @@ def test_every_operator_of_the_table_is_tried() -> None:
 def test_booleans_compare_as_in_numpy(fuse: bool) -> None:
     target = tvm.target.Target({"kind": "llvm"})
     with target:
-        mod = relax.transform.LegalizeOps()(BooleanLogic()(module("bool")))
+        mod = relax.transform.LegalizeOps()(boolean_logic(module("bool")))
         if fuse:
             for each in (relax.transform.AnnotateTIROpPattern(), relax.transform.FuseOps(), relax.transform.FuseTIR()):
                 mod = each(mod)
@@ -56,10 +56,10 @@ def test_booleans_compare_as_in_numpy(fuse: bool) -> None:
 
 
 def test_numbers_stay_as_they_are() -> None:
-    graph = Graph.of(BooleanLogic()(module("float32"))["main"])
+    graph = Graph.of(boolean_logic(module("float32"))["main"])
     assert [name for var in graph.order if (name := graph.op(var))] == list(NUMPY)
 
 
 def test_an_equality_of_booleans_is_said_in_not_and_xor() -> None:
-    graph = Graph.of(BooleanLogic()(module("bool"))["main"])
+    graph = Graph.of(boolean_logic(module("bool"))["main"])
     assert [graph.op(var) for var in graph.order[:2]] == ["logical_xor", "logical_not"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 import pytest
 import typer
 
-from dance_tvm.core.cli import COMMANDS, plain_errors, start
+from dance_tvm.core.cli import COMMANDS, _table_of_commands, plain_errors, start
 from dance_tvm.core.errors import DanceError, unexpected_told
 
 
@@ -164,6 +165,40 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_help_cuts_no_word_and_says_what_options_take(name, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit, match="0"):
+        start(_table_of_commands(), "dance-tvm", [*name.split(), "--help"])
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert ("╭" in shown) == (columns == "120")
+    assert not any(words in shown for words in ("int range", "<bool>", "--verbose <", "-v      <"))
+    assert not re.search(r"\w\.\.\.$", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("raised", "code"), [("SystemExit(3)", 3), ("SystemExit()", 0), ("ValueError(4)", 1)])
+def test_a_command_that_is_over_ends_without_taking_libraries_apart(raised, code):
+    script = f"""
+import atexit, sys
+from dance_tvm.core import cli
+class Library:
+    def __del__(self): print("taken apart", flush=True)
+def command():
+    atexit.register(print, "what is to be done at the end")
+    print("the result")
+    raise {raised}
+cli.main, cli.library = command, Library()
+from dance_tvm.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "the result\nwhat is to be done at the end\n"
+    assert done.returncode == code
+    assert ("ValueError" in done.stderr) == (code == 1)
 
 
 def test_a_package_that_is_missing_is_named():

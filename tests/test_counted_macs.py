@@ -43,6 +43,24 @@ class Powers(Three):
         return self.fc(x.square().mean((2, 3, 4)))
 
 
+class Frames(Three):
+    """Layers beside those that masks thin: over single frames, along them, and with weights of the network's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frame = nn.Conv2d(12, 12, 3, stride=2, padding=1, groups=3)
+        self.along = nn.Conv1d(12, 64, 3, padding=1)
+        self.weight, self.last = nn.Parameter(torch.randn(6, 64, 3, 1, 1)), nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        frames = x.shape[2]
+        x = self.frame(x.movedim(2, 1).flatten(0, 1)).mean((2, 3))
+        x = self.along(x.unflatten(0, (-1, frames)).movedim(1, 2))
+        x = nn.functional.conv3d(x[..., None, None], self.weight, padding=(1, 0, 0)).mean((2, 3, 4))
+        return nn.functional.linear(x, self.last)
+
+
 def executed_by_layer(network: nn.Module, clip: Tensor, folder: Path, device: DeviceSession) -> list[Layer]:
     """The layers that multiply of the network as built and called with the clip."""
     options = Options(conv="direct")
@@ -69,7 +87,7 @@ def test_a_pool_whose_window_is_computed_is_counted_as_reading_everything() -> N
     assert [layer.executed.item() for layer in count.layers] == [layer.dense for layer in count.layers]
 
 
-@pytest.mark.parametrize("network", [Three, Powers])
+@pytest.mark.parametrize("network", [Three, Powers, Frames])
 def test_dance_counts_each_layer_as_the_built_network_does(
     network: type[Three], tmp_path: Path, device: DeviceSession
 ) -> None:

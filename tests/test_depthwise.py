@@ -15,7 +15,7 @@ from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.frontend.importer import import_model
 from dance_tvm.machines.target import load_target
 from dance_tvm.schedules.cpu.depthwise import DepthwiseConv, why_no_depthwise
-from dance_tvm.schedules.cpu.depthwise_tiles import DepthwiseTile, default_tile, fits
+from dance_tvm.schedules.cpu.depthwise_tiles import DepthwiseTile, default_tile, fits, held_taps
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.geometry import TIME, WIDTH, Window
 from dance_tvm.schedules.kernel import Weights
@@ -73,7 +73,14 @@ def convolutions(draw: st.DrawFn) -> tuple[DepthwiseConv, Masks]:
         window,
         channels,
         channels * each,
-        DepthwiseTile(draw(st.integers(1, 8)), draw(st.integers(1, 3)), floats, draw(st.integers(1, 5))),
+        DepthwiseTile(
+            draw(st.integers(1, 8)),
+            draw(st.integers(1, 3)),
+            floats,
+            draw(st.integers(1, 5)),
+            draw(st.integers(1, 4)),
+            draw(st.integers(0, 1)),
+        ),
         *listed,
         residual=draw(st.booleans()),
         activation=draw(st.sampled_from(["", "relu"])),
@@ -93,8 +100,18 @@ def test_any_depthwise_convolution(case, seed):
 @pytest.mark.parametrize("density", [0, 1])
 def test_all_frames_dead_or_alive(density):
     window = window_of(2, (4, 5, 7), (3, 3, 3), padding=(1, 1, 1))
-    conv = DepthwiseConv(window, 11, 11, DepthwiseTile(3, 2, 4, 2), True, True, zero_dead=True)
+    conv = DepthwiseConv(window, 11, 11, DepthwiseTile(3, 2, 4, 2, 3, 1), True, True, zero_dead=True)
     check(conv, {name: np.full(mask.shape, bool(density)) for name, mask in conv.plan.masks.items()})
+
+
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
+@pytest.mark.parametrize("inner", [0, 1])
+def test_frames_abreast(stride, inner):
+    """Some frames of one tile read fewer taps, and the last tile overlaps the one before."""
+    window = window_of(2, (7, 8, 11), (3, 3, 3), stride, (1, 1, 1))
+    conv = DepthwiseConv(window, 11, 11, DepthwiseTile(2, 2, 4, 3, 3, inner), residual=True, activation="relu")
+    assert conv.name == "depthwise3d_f32_mr2x3_nr8"
+    check(conv, {})
 
 
 def test_a_layer_that_fits_no_vector_is_told():
@@ -113,7 +130,7 @@ def test_default_tiles_fit():
                 window = window_of(1, (8, 80, extent), kernel, padding=tuple(k // 2 for k in kernel))
                 tile = default_tile(AVX2, window, channels)
                 axis = TIME if kernel == (5, 1, 1) else WIDTH
-                assert fits(AVX2, kernel[axis], tile.mr, tile.vectors)
+                assert fits(AVX2, held_taps(window, axis, tile.frames), tile.mr * tile.vectors * tile.frames)
                 assert 1 <= tile.rows <= 80
 
 

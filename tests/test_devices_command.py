@@ -118,6 +118,8 @@ def test_list_and_watch_real_servers():
     server = None
     try:
         assert json.loads(run("list", "--tracker", address, "--json")) == {"servers": [], "waiting": {}}
+        none = f"the tracker at {address} has no devices: `dance-tvm device phone` brings one (docs/devices.md)\n"
+        assert run("list", "--tracker", address) == run("watch", "--tracker", address, "--times", "1") == none
         server, _ = processes.start_server("board", ("127.0.0.1", port))
         deadline = time.monotonic() + 20
         servers = devices.look(address)[0]

@@ -69,7 +69,7 @@ def test_both_kernels_compute_the_same(monkeypatch, density, forced):
     decision = int(values["decision"][0])
     assert decision == forced or forced < 0
     told = values["second_counts"][:, 3] if decision else values["pairs"][:, 0]
-    np.testing.assert_array_equal(values["executed"][:, 0], told if decision else told * kernel.first.plan.xi)
+    np.testing.assert_array_equal(values["executed"][:, 0], told if decision else told * kernel.first.work()[0].factor)
     assert (values["counts"] if decision else values["second_counts"]).min() < 0, "the other's lists are not planned"
 
 

@@ -13,6 +13,7 @@ from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.magnitudes import measured_on
 from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.core.agreement import HALF_ON_PROCESSOR
+from dance_tvm.core.errors import DanceWarning
 from dance_tvm.frontend import import_model
 from dance_tvm.ir.graph import Graph, is_tensor
 from dance_tvm.machines.target import load_target
@@ -165,17 +166,49 @@ def test_what_only_moves_moves_as_it_is_stored():
     assert "float32" not in types[first:last], "something was widened on the way"
 
 
-def test_auto_is_single_precision_where_nothing_was_checked(tmp_path):
-    built = build_network(
-        Loud().eval(),
-        tmp_path / "auto",
-        target="snapdragon",
-        example_inputs=(torch.zeros(1, 8, 2, 4, 4),),
-        options=Options(threads=1, dtype="auto"),
-        check=False,
-    )
+@pytest.mark.parametrize(
+    ("fp16", "why"),
+    [(True, "half precision has to be checked"), (False, "snapdragon does not compute in half precision")],
+)
+def test_auto_says_why_it_takes_single_precision(tmp_path, fp16, why):
+    phone = load_target("snapdragon")
+    phone = phone.model_copy(update={"vector": phone.vector.model_copy(update={"fp16": fp16})})
+    options, clip = Options(threads=1, dtype="auto"), torch.zeros(1, 8, 2, 4, 4)
+    with pytest.warns(DanceWarning, match=f"^--dtype auto takes float32: {why}$"):
+        built = build_network(
+            Loud().eval(), tmp_path / "auto", target=phone, example_inputs=(clip,), options=options, check=False
+        )
     assert all("_f32_" in layer.kernel for layer in built.artifact.manifest.layers)
     assert "dtype" not in built.artifact.manifest.options
+
+
+class Sharp(nn.Module):
+    """Softmax of scores near 100, which half precision keeps in steps of 1/16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv3d(8, 8, 1)
+        self.layer.weight.data *= 100
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.layer(x).flatten(2), 2)
+
+
+@pytest.mark.device
+def test_auto_takes_single_precision_where_half_has_too_few_digits(tmp_path):
+    from dance_tvm.device import why_no_emulator
+
+    if reason := why_no_emulator():
+        pytest.skip(f"no emulated device: {reason}")
+    torch.manual_seed(0)
+    given = {"target": "snapdragon", "example_inputs": (torch.zeros(1, 8, 2, 4, 4),)}
+    with pytest.warns(DanceWarning, match="in half precision Sharp as built for snapdragon differs") as told:
+        built = build_network(
+            Sharp().eval(), tmp_path / "auto", options=Options(threads=1, dtype="auto"), check=True, **given
+        )
+    assert "debug-dump" not in str(told[0].message)
+    assert built.artifact.manifest.check.status == "passed"
+    assert all("_f32_" in layer.kernel for layer in built.artifact.manifest.layers)
 
 
 def test_inputs_and_outputs_are_in_half_precision_where_asked_for(tmp_path):

@@ -22,24 +22,25 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.ir.graph import Graph, is_scheduled
 from dance_tvm.ir.reasons import Reasons
 from dance_tvm.transform import lift_weights
-from dance_tvm.transform.boolean_logic import BooleanLogic
+from dance_tvm.transform.boolean_logic import boolean_logic
 from dance_tvm.transform.channels_last import ChannelsLast
 from dance_tvm.transform.compute_empty import ComputeEmpty
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
 from dance_tvm.transform.fold_lists import FoldLists
 from dance_tvm.transform.fold_patches import FoldPatches
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
-from dance_tvm.transform.infinite_fills import InfiniteFills
+from dance_tvm.transform.infinite_fills import infinite_fills
 from dance_tvm.transform.lift_weights import LiftWeights
 from dance_tvm.transform.narrow_channels import NarrowChannels
 from dance_tvm.transform.norms_before_concat import NormsBeforeConcat
 from dance_tvm.transform.norms_by_clip import NormsByClip
 from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.spread_transposed import SpreadTransposed
-from dance_tvm.transform.unsigned_signs import UnsignedSigns
+from dance_tvm.transform.unsigned_signs import unsigned_signs
 from dance_tvm.transform.vector_math import VectorMath
 from dance_tvm.transform.whole_pools import WholePools
-from dance_tvm.transform.whole_powers import WholePowers
+from dance_tvm.transform.whole_powers import whole_powers
+from dance_tvm.transform.widen_sequences import WidenSequences
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -65,7 +66,7 @@ def declines(make: Callable[[Reasons], tvm.transform.Pass], mod: tvm.IRModule, w
     assert [line.partition(": ")[2] for line in reasons] == [why]
 
 
-# -- BooleanLogic -----------------------------------------------------------------------------------------------------
+# -- boolean_logic ----------------------------------------------------------------------------------------------------
 
 
 def test_truth_values_are_compared_by_logic() -> None:
@@ -92,7 +93,7 @@ def test_truth_values_are_compared_by_logic() -> None:
                 R.output(d)
             return d
 
-    becomes(BooleanLogic(), Before, After)
+    becomes(boolean_logic, Before, After)
 
 
 def test_numbers_are_compared_as_they_are() -> None:
@@ -105,7 +106,7 @@ def test_numbers_are_compared_as_they_are() -> None:
                 R.output(c)
             return c
 
-    stays(BooleanLogic(), Numbers)
+    stays(boolean_logic, Numbers)
 
 
 # -- WholePools -------------------------------------------------------------------------------------------------------
@@ -751,7 +752,7 @@ def test_what_is_behind_a_concatenation_of_convolutions_goes_to_its_parts() -> N
     declines(NormsBeforeConcat, Read, why)
 
 
-# -- WholePowers ------------------------------------------------------------------------------------------------------
+# -- whole_powers -----------------------------------------------------------------------------------------------------
 
 
 def test_a_fifth_power_is_a_product_by_squares() -> None:
@@ -775,7 +776,7 @@ def test_a_fifth_power_is_a_product_by_squares() -> None:
                 R.output(y)
             return y
 
-    becomes(WholePowers(), Before, After)
+    becomes(whole_powers, Before, After)
 
 
 @pytest.mark.parametrize(("dtype", "exponent"), [("float32", 2.5), ("float32", 9.0), ("int32", 3)])
@@ -786,10 +787,10 @@ def test_other_powers_stay(dtype: str, exponent: float) -> None:
         with builder.dataflow():
             y = builder.emit_output(relax.op.power(x, relax.const(exponent, dtype)))
         builder.emit_func_output(y)
-    stays(WholePowers(), builder.finalize())
+    stays(whole_powers, builder.finalize())
 
 
-# -- UnsignedSigns ----------------------------------------------------------------------------------------------------
+# -- unsigned_signs ---------------------------------------------------------------------------------------------------
 
 
 def test_bytes_wrap_around_without_numbers_below_zero() -> None:
@@ -816,7 +817,7 @@ def test_bytes_wrap_around_without_numbers_below_zero() -> None:
                 R.output(y)
             return y
 
-    becomes(UnsignedSigns(), Before, After)
+    becomes(unsigned_signs, Before, After)
 
 
 def test_numbers_with_a_sign_keep_it() -> None:
@@ -826,10 +827,10 @@ def test_numbers_with_a_sign_keep_it() -> None:
         with builder.dataflow():
             y = builder.emit_output(relax.op.negative(x))
         builder.emit_func_output(y)
-    stays(UnsignedSigns(), builder.finalize())
+    stays(unsigned_signs, builder.finalize())
 
 
-# -- InfiniteFills ----------------------------------------------------------------------------------------------------
+# -- infinite_fills ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [np.inf, 2.0])
@@ -845,4 +846,52 @@ def test_an_infinite_fill_is_a_broadcast_constant(number: float) -> None:
 
     before = filled(lambda value, x: relax.op.full_like(x, value))
     after = filled(lambda value, _x: relax.op.broadcast_to(value, (2, 3)))
-    becomes(InfiniteFills(), before, before if np.isfinite(number) else after)
+    becomes(infinite_fills, before, before if np.isfinite(number) else after)
+
+
+# -- WidenSequences ---------------------------------------------------------------------------------------------------
+
+
+def test_sequences_are_pictures_of_one_row_from_convolution_to_result() -> None:
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(
+            x: R.Tensor((1, 2, 9), "float32"), w: R.Tensor((4, 2, 3), "float32"), b: R.Tensor((1, 4, 1), "float32")
+        ) -> R.Tensor((1, 4), "float32"):
+            with R.dataflow():
+                conv = R.nn.conv1d(x, w, strides=[2], padding=[1, 1])
+                shifted = R.nn.relu(R.add(conv, b))
+                y = R.mean(shifted, axis=[2])
+                R.output(y)
+            return y
+
+    @I.ir_module
+    class After:
+        @R.function
+        def main(
+            x: R.Tensor((1, 2, 9), "float32"),
+            w: R.Tensor((4, 2, 1, 3), "float32"),
+            b: R.Tensor((1, 4, 1, 1), "float32"),
+        ) -> R.Tensor((1, 4), "float32"):
+            with R.dataflow():
+                picture = R.expand_dims(x, axis=[2])
+                conv = R.nn.conv2d(picture, w, strides=[1, 2], padding=[0, 1, 0, 1])
+                shifted = R.nn.relu(R.add(conv, b))
+                y = R.mean(shifted, axis=[2, 3])
+                R.output(y)
+            return y
+
+    w, b = np.arange(24, dtype="float32").reshape(4, 2, 3), np.ones((1, 4, 1), "float32")
+    given = {"w": w, "b": b}, {"w": w[:, :, None], "b": b[:, :, None]}
+    becomes(WidenSequences(), bound(Before, given[0]), bound(After, given[1]))
+
+
+def test_tensors_of_three_axes_without_a_convolution_stay() -> None:
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType([1, 2, 9], "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit_output(relax.op.permute_dims(builder.emit(relax.op.nn.relu(x)), [0, 2, 1]))
+        builder.emit_func_output(y)
+    stays(WidenSequences(), builder.finalize())

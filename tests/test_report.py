@@ -158,6 +158,7 @@ def test_two_results_side_by_side(results, tmp_path):
         done = CliRunner().invoke(report.app, [*both, "--format", form])
         assert done.exit_code == 0, done.output
         assert (tmp_path / f"a-b.{suffix}").exists()
+    assert "| the same code |" in (tmp_path / "a-b.md").read_text()
     (first, _) = json.loads((tmp_path / "a-b.json").read_text())["compared"]
     assert first["verdict"] == "slower"
     assert first["low"] <= first["ratio"] <= first["high"]
@@ -178,6 +179,15 @@ def test_markdown_holds_the_same_tables(results, tmp_path):
     again = tmp_path / "again.json"
     CliRunner().invoke(report.app, [str(tmp_path / "r.json"), "--out", str(again)])
     assert read_results(again) == results
+
+
+def test_a_network_alone_has_no_role(results, tmp_path):
+    alone = results.devices[0].measured[0].model_copy(update={"role": "other"})
+    device = results.devices[0].model_copy(update={"measured": [alone]})
+    shown = page.html(page.page_of(results.model_copy(update={"devices": [device], "pairs": []})))
+    assert "(other)" not in shown
+    assert ">role<" not in shown
+    assert f"Layers of {alone.name}<" in shown
 
 
 def test_small_times_are_readable():

@@ -104,6 +104,23 @@ def test_large_moves_of_floats_are_tiled(
     np.testing.assert_array_equal(built["main"](tensor(x)).numpy(), x.transpose(order) * (1 + doubled))
 
 
+def test_axes_of_extent_one_may_come_and_go() -> None:
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType([2, 20, 1024], "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            picture = builder.emit(relax.op.expand_dims(x, 2))
+            moved = builder.emit(relax.op.permute_dims(picture, [0, 2, 3, 1]))
+            output = builder.emit_output(relax.op.reshape(moved, [2, 1, 1, 1024, 20]))
+        builder.emit_func_output(output)
+    passes = [relax.transform.LegalizeOps(), relax.transform.AnnotateTIROpPattern(), relax.transform.FuseOps()]
+    mod = tvm.transform.Sequential([*passes, relax.transform.FuseTIR(), ScheduleRest(8, 1)])(builder.get())
+    assert "Shuffle" in mod.script()
+    built = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
+    values = np.random.default_rng(0).random((2, 20, 1024), "float32")
+    np.testing.assert_array_equal(built["main"](tensor(values)).numpy()[:, 0, 0], values.transpose(0, 2, 1))
+
+
 def test_a_conversion_behind_a_move_is_part_of_it() -> None:
     text, _ = scheduled((1, 3, 4, 64, 64), LAST, "float32", False, "float16")
     assert "Shuffle" in text

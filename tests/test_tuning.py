@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,8 +31,10 @@ from dance_tvm.schedules.cpu.winograd_space import best
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.schedules.layer import Layer
 from dance_tvm.schedules.workload import FAMILIES, WINOGRAD, Workload
-from dance_tvm.tuning.farm import CountedSession
+from dance_tvm.tuning import farm
+from dance_tvm.tuning.farm import CountedSession, Farm
 from dance_tvm.tuning.instances import Loaded
+from dance_tvm.tuning.tuner import Tuner
 
 AVX2 = Machine(8, 16, 32768, 524288, True)
 NEON = Machine(4, 32, 65536, 524288, False)
@@ -344,3 +348,35 @@ def test_the_instructions_of_a_call_are_told_from_what_the_server_does_besides()
     assert found == pytest.approx(100_000, rel=0.005)
     with pytest.raises(DanceError, match="phone executes another number of instructions at every call"):
         counted([0, 10**6, 10**8, 10**5, 10**9])
+
+
+def test_a_device_on_which_instructions_are_counted_has_no_threads_that_wait_for_work(monkeypatch):
+    """They would spin, which is counted as well: more the busier the machine is."""
+    started: dict[str, object] = {}
+    connection = Mock()
+    session = SimpleNamespace(pin=lambda *_: pytest.fail("pinning starts the pool of threads"))
+    monkeypatch.setattr("dance_tvm.device.emulator.start", lambda _stack, **options: started.update(options) or 9)
+    monkeypatch.setattr(Farm, "_connect", lambda farm, _limit: ("phone", connection, farm._places[0].counter))
+    monkeypatch.setattr(farm, "_session", lambda *_: session)
+    with Farm(["emulator"]) as devices, devices.session(threads=4) as opened:
+        assert opened is session
+    assert started["environment"] == {"TVM_NUM_THREADS": "1"}
+
+
+def test_a_layer_that_cannot_be_verified_is_left_to_another_run(monkeypatch):
+    tuner = Tuner.__new__(Tuner)
+    heard: list[str] = []
+    tuner.stopped, tuner.on_event = False, heard.append
+    tuner.tasks = [SimpleNamespace(best_decisions=TILE, layer=SimpleNamespace(title=name)) for name in ("a", "b")]
+
+    def verify(task: SimpleNamespace) -> None:
+        if task is tuner.tasks[0]:
+            raise DanceError("phone executes another number of instructions at every call")
+        heard.append("b is verified")
+
+    monkeypatch.setattr(tuner, "_is_verified", lambda _task: False)
+    monkeypatch.setattr(tuner, "_verify_task", verify)
+    tuner._verify()
+    said = "phone executes another number of instructions at every call"
+    assert heard == [f"a: {said}; to be verified by another run", "b is verified"]
+    assert tuner.tasks[0].unverified == said

@@ -170,6 +170,7 @@ def test_transforms_are_minimal_filtering(m: int) -> None:
     rng = np.random.default_rng(m)
     weight, data = rng.standard_normal(3), rng.standard_normal(m + 2)
     np.testing.assert_allclose(a @ ((g @ weight) * (b @ data)), np.correlate(data, weight), atol=1e-13)
+    assert np.count_nonzero(b[1:, 0]) == np.count_nonzero(b[:-1, -1]) == 0, "what a tile's ends reach (plane_sets)"
 
 
 def test_weights_are_transformed_along_each_axis() -> None:
@@ -495,6 +496,18 @@ def test_dead_tiles_and_frames_are_not_touched() -> None:
     assert inputs == 6, "frames 0, 1 and 3 of both columns: frame 2 is dead"
     taps = {tuple(int(field) for field in run[1] - run[:1]) for run in lists["runs"][0, :runs]}
     assert taps == {(2,), (1,)}, "frame 0 reads frames 0 and 1, frame 3 only itself"
+
+
+@pytest.mark.parametrize(
+    ("alive", "planes"),
+    [("110000", 4 + 1 + 0), ("000011", 0 + 1 + 4), ("110011", 4 + 2 + 4), ("001000", 1 + 4 + 0), ("000000", 0)],
+)
+def test_frames_at_the_ends_of_a_tile_take_a_plane_each(alive: str, planes: int) -> None:
+    case = WinogradCase(batch=2, size=(6, 4, 4), m=(2, 2, 2), columns=3)
+    case.in_frames = np.array([[digit == "1" for digit in alive], [False] * 5 + [True]])
+    lists = check(case)
+    assert lists["pairs"] == 4 * (planes + 4), "four columns of either clip; the second's last frame is inside"
+    assert make(case).work()[0].factor == 4 * 4, "a plane along frames is of 4 × 4 products"
 
 
 def test_dead_frames_leave_room_for_further_columns_in_a_chunk() -> None:

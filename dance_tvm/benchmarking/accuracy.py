@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dance_tvm.artifact.folder import Manifest, Tensor
+from dance_tvm.artifact.video_windows import VIDEOS
 from dance_tvm.benchmarking.clips import NamedClips
 from dance_tvm.benchmarking.results import Accuracy
 from dance_tvm.core.errors import DanceError
@@ -22,6 +23,8 @@ _FEW = 5
 def read_classes(path: Path) -> dict[str, int]:
     """The class of each clip: lines of ``name,class`` with a number as the class, a head line or not.
 
+    A video's name may have its ending and folder.
+
     Raises DanceError where the file cannot be read or holds something else.
     """
     rows = [row for row in csv.reader(read_text(path, f"--truth {path}").splitlines()) if row]
@@ -29,7 +32,7 @@ def read_classes(path: Path) -> dict[str, int]:
     for number, row in enumerate(rows, 1):
         name, label = row[0].strip(), row[-1].strip()
         if label.isdecimal() and len(row) == 2:
-            classes[name] = int(label)
+            classes[Path(name).stem if Path(name).suffix.lower() in VIDEOS else name] = int(label)
         elif number > 1 or len(row) != 2:
             said = "write the clip's name, a comma and its class's number (names of classes are for `run --labels`)"
             raise DanceError(f"--truth {path}, line {number}: {said}")
@@ -46,6 +49,7 @@ def accuracy(
     Raises DanceError where the network gives no scores or no clip is labelled.
     """
     tensor = scores_of(manifest)
+    require_labelled(clips, classes, of)
     scores: dict[str, list[np.ndarray]] = defaultdict(list)
     hits: list[tuple[bool, bool]] = []
     for name, inputs in clips:
@@ -57,8 +61,6 @@ def accuracy(
             raise DanceError(f"--truth: {video} is of class {classes[video]}, and {manifest.name} knows {len(found)}")
         scores[video].append(found)
         hits.append(_hit(found, classes[video]))
-    if not hits:
-        raise DanceError(f"--truth {of} names none of the clips: they are called {_some(clips)}")
     videos = [_hit(np.mean(found, axis=0), classes[video]) for video, found in scores.items()]
     return Accuracy(
         labels=of,
@@ -71,10 +73,19 @@ def accuracy(
     )
 
 
+def require_labelled(clips: NamedClips, classes: Mapping[str, int], of: str) -> None:
+    """Raise DanceError where none of the clips has a class."""
+    if not any(_video(name, classes) for name, _ in clips):
+        raise DanceError(f"--truth {of} names none of the clips: they are called {_some(clips)}")
+
+
 def _video(name: str, classes: Mapping[str, int]) -> str | None:
     """What the labels call a clip: its own name, or that of the video or array that it is a part of."""
-    whole = name.rpartition(" ")[0] or name.partition("[")[0]
-    return next((each for each in (name, whole) if each in classes), None)
+    return next((each for each in (name, _whole(name)) if each in classes), None)
+
+
+def _whole(name: str) -> str:
+    return name.rpartition(" ")[0] or name.partition("[")[0]
 
 
 def scores_of(manifest: Manifest) -> Tensor:
@@ -92,4 +103,5 @@ def _hit(scores: np.ndarray, label: int) -> tuple[bool, bool]:
 
 
 def _some(clips: NamedClips) -> str:
-    return ", ".join(repr(name) for name, _ in clips[:3]) or "nothing"
+    names = list(dict.fromkeys(_whole(name) or name for name, _ in clips))
+    return ", ".join(map(repr, names[:3])) + (" and so on" if len(names) > 3 else "")

@@ -148,6 +148,8 @@ def _load(plan: Plan, spec: str, session: DeviceSession, artifact: Artifact, rol
     network = session.load(artifact)
     validation = validate(artifact, network, spec)
     clips = load_clips(plan.clips, artifact.manifest, plan.most_clips) if plan.clips else []
+    if plan.labels is not None:
+        accuracy.require_labelled(clips, plan.classes, str(plan.labels))
     inputs = clips[0][1] if clips else random_inputs(artifact.manifest.inputs)
     entry = Entry(artifact, role, Contender(network, inputs), validation, clips)
     if validation.status == "not stored":
@@ -168,8 +170,7 @@ def _measured(plan: Plan, session: DeviceSession, entry: Entry) -> Measured:
     target = _target_of(entry.artifact)
     known = None
     if plan.labels is not None:
-        classes = accuracy.read_classes(plan.labels)
-        known = accuracy.accuracy(contender.network, manifest, entry.clips, classes, str(plan.labels))
+        known = accuracy.accuracy(contender.network, manifest, entry.clips, plan.classes, str(plan.labels))
     return Measured(
         artifact=str(entry.artifact.path),
         name=manifest.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -42,6 +42,7 @@ class Plan:
     peers: list[str] = field(default_factory=list)
     peer_model: Path | None = None
     labels: Path | None = None
+    classes: Mapping[str, int] = field(default_factory=dict)
     load_times: bool = False
     command: str = ""
 

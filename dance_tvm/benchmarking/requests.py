@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from dance_tvm.artifact.folder import Artifact, Manifest, load_artifact, require_artifact
-from dance_tvm.benchmarking.accuracy import read_classes, scores_of
+from dance_tvm.benchmarking.accuracy import scores_of
 from dance_tvm.benchmarking.baseline import require_known
 from dance_tvm.benchmarking.clips import require_clips, require_fitting_clips
 from dance_tvm.benchmarking.plan import Role, shapes_of
@@ -25,7 +26,7 @@ def require_measurable(
     cluster: str | None = None,
     cpus: Sequence[int] | None = None,
     clips: str | None = None,
-    labels: Path | None = None,
+    classes: Mapping[str, int] = MappingProxyType({}),
     against: Results | None = None,
 ) -> list[tuple[Artifact, Role]]:
     """The artifacts, verified, and what each is. Raises DanceError for those that are damaged or that a device does not
@@ -35,7 +36,6 @@ def require_measurable(
         require_artifact(path)
     if clips:
         require_clips(clips)
-    classes = read_classes(labels) if labels else {}
     known = verified(paths, dense)
     if against is not None:
         for spec in devices:
@@ -88,7 +88,7 @@ def require_cluster(target: str, name: str) -> None:
         raise DanceError(f"target {target} has no cluster {name!r}: it has {', '.join(clusters)}")
 
 
-def _require_classes(classes: dict[str, int], manifest: Manifest) -> None:
+def _require_classes(classes: Mapping[str, int], manifest: Manifest) -> None:
     """Raise DanceError where the network gives no scores, or fewer than there are classes."""
     known = scores_of(manifest).shape[1]
     for name, number in classes.items():

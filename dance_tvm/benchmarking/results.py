@@ -175,6 +175,11 @@ class Measured(_Strict):
     notes: list[str] = []
 
     @property
+    def title(self) -> str:
+        """The network's name, and which of a pair it is where there is one."""
+        return self.name if self.role == "other" else f"{self.name} ({self.role})"
+
+    @property
     def frames_per_second(self) -> float:
         """Frames of video a second at the median latency."""
         return self.frames / self.latency.p50

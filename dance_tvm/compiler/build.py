@@ -6,8 +6,8 @@ import os
 import resource
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from dance_tvm.compiler.requests import (
     require_logs,
     require_program,
 )
-from dance_tvm.core.errors import DanceError, unexpected_told
+from dance_tvm.core.errors import DanceError, DanceWarning, unexpected_told
 from dance_tvm.core.hashing import file_sha256
 from dance_tvm.core.input_files import read_inputs
 from dance_tvm.core.random_inputs import random_inputs
@@ -252,15 +252,22 @@ def _layer_errors(
 
 def _with_best_dtype(build: Callable[..., Built], machine: Target, options: Options, check: bool | None) -> Built:
     """What ``build`` gives in half precision where the target computes in it and the check, which must have been made,
-    passes; else in float32."""
-    has_half = machine.gpu.fp16 if machine.gpu else machine.vector.fp16
-    if has_half and check is not False:
-        from dance_tvm.compiler.check import DisagreementError
+    passes; else in float32, with a warning that says why."""
+    from dance_tvm.compiler.check import DisagreementError
 
-        with suppress(DisagreementError):
+    if not (machine.gpu.fp16 if machine.gpu else machine.vector.fp16):
+        why = f"{machine.name} does not compute in half precision"
+    elif check is False:
+        why = "half precision has to be checked"
+    else:
+        try:
             built = build(options=replace(options, dtype="float16"))
             if built.artifact.manifest.check.status == "passed":
                 return built
+            why = f"half precision could not be checked: {built.artifact.manifest.check.reason}"
+        except DisagreementError as error:
+            why = f"in half precision {error.what}"
+    warnings.warn(f"--dtype auto takes float32: {why}", DanceWarning, stacklevel=3)
     return build(options=replace(options, dtype="float32"))
 
 

@@ -36,7 +36,11 @@ DOUBT = 0.25
 
 
 class DisagreementError(DanceError):
-    """What was built does not answer as its source does."""
+    """What was built does not answer as its source does: ``what`` says where, and ``way_out`` what to try."""
+
+    def __init__(self, what: str, way_out: str) -> None:
+        super().__init__(f"{what}; nothing was written, {way_out}")
+        self.what = what
 
 
 def check_artifact(
@@ -181,7 +185,8 @@ def compare(manifest: Manifest, tried: CheckInputs, found: Mapping[str, Arrays],
             raise DisagreementError(
                 f"{manifest.name} as built for {manifest.target.name} differs from its source: output "
                 f"{output.output} on the {output.input} input by {output.difference:.3g} of its largest value (allowed "
-                f"{output.allowed:.3g}); nothing was written, --debug-dump DIR shows each phase"
+                f"{output.allowed:.3g})",
+                _way_out(manifest),
             )
     if not outputs:
         return Check(status="not run", device=device, reason="on all inputs rounding alone could make anything of it")
@@ -198,6 +203,13 @@ def compare(manifest: Manifest, tried: CheckInputs, found: Mapping[str, Arrays],
         refused=tried.refused,
         unclear=sorted({output.output for output in judged} - {output.output for output in outputs}),
     )
+
+
+def _way_out(manifest: Manifest) -> str:
+    """What to try where a build differs from its source."""
+    if manifest.options.get("dtype") == "float16":
+        return "--dtype auto builds in float32 where half precision has too few digits"
+    return "--debug-dump DIR shows each phase"
 
 
 def _require_types(manifest: Manifest, answer: Arrays) -> None:

@@ -29,7 +29,7 @@ from dance_tvm.records.group_log import group_cost
 from dance_tvm.schedules.cpu.choice import TuningLog
 from dance_tvm.schedules.cpu.tiles import Machine, candidates
 from dance_tvm.schedules.gpu.tiles import Gpu
-from dance_tvm.transform.boolean_logic import BooleanLogic
+from dance_tvm.transform.boolean_logic import boolean_logic
 from dance_tvm.transform.channels_last import ChannelsLast
 from dance_tvm.transform.compute_empty import ComputeEmpty
 from dance_tvm.transform.fold_batch_norm import FoldBatchNorm
@@ -37,7 +37,7 @@ from dance_tvm.transform.fold_lists import FoldLists
 from dance_tvm.transform.fold_pads import FoldPads
 from dance_tvm.transform.fold_patches import FoldPatches
 from dance_tvm.transform.gpu_rest import ScheduleRestForGpu
-from dance_tvm.transform.infinite_fills import InfiniteFills
+from dance_tvm.transform.infinite_fills import infinite_fills
 from dance_tvm.transform.join_copies import JoinCopies
 from dance_tvm.transform.join_small import JoinSmall
 from dance_tvm.transform.keep_nan import KEEP_NAN
@@ -49,11 +49,12 @@ from dance_tvm.transform.schedule_rest import ScheduleRest
 from dance_tvm.transform.short_names import ShortNames
 from dance_tvm.transform.spread_transposed import SpreadTransposed
 from dance_tvm.transform.store_halves import StoreHalves
-from dance_tvm.transform.unsigned_signs import UnsignedSigns
+from dance_tvm.transform.unsigned_signs import unsigned_signs
 from dance_tvm.transform.vector_math import VectorMath
 from dance_tvm.transform.whole_division import WHOLE_DIVISION
 from dance_tvm.transform.whole_pools import WholePools
-from dance_tvm.transform.whole_powers import WholePowers
+from dance_tvm.transform.whole_powers import whole_powers
+from dance_tvm.transform.widen_sequences import WidenSequences
 
 if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
@@ -180,11 +181,12 @@ def _before_kernels(spread: Passes, narrow: Passes, layouts: Passes, reasons: Re
             "simplify",
             [
                 relax.transform.CanonicalizeBindings(),
-                BooleanLogic(),
-                InfiniteFills(),
-                WholePowers(),
-                UnsignedSigns(),
+                boolean_logic,
+                infinite_fills,
+                whole_powers,
+                unsigned_signs,
                 relax.transform.FoldConstant(),
+                WidenSequences(),
                 relax.transform.DeadCodeElimination(),
                 *spread,
             ],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from shutil import get_terminal_size
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,6 +18,9 @@ from dance_tvm.core.faults import said_of
 
 #: No option takes a larger whole number: the libraries that most of them reach hold 32 bits.
 LARGEST = 2**31 - 1
+
+#: Columns of a terminal from which help stands in frames.
+FRAMED_FROM = 100
 
 
 class Command(TyperCommand):
@@ -29,9 +34,17 @@ class Command(TyperCommand):
             _require_sensible(parameter.opts[0], ctx.params.get(str(parameter.name)))
         return rest
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        _make_room(self, ctx)
+        super().format_help(ctx, formatter)
+
 
 class Group(TyperGroup):
     """A command of several."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        _make_room(self, ctx)
+        super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         with _told(ctx):
@@ -66,6 +79,20 @@ def _sentence(problem: Exception, message: str, command: str) -> str:
 
 def _named(problem: Any) -> str:
     return str(problem.param.opts[0]) if problem.param.param_type_name == "option" else str(problem.param.name).upper()
+
+
+def _make_room(command: Any, context: Any) -> None:
+    """Let help say what an option takes in few words: nothing of those that take no value, and of those that may be
+    repeated what each takes; and let it stand without frames where these would cut words."""
+    if get_terminal_size().columns < FRAMED_FROM:
+        command.rich_markup_mode = None
+        command.epilog = "\b\n" + (command.epilog or "").replace("\n\n", "\n  ")  # \b: lines are kept as they are
+        for each in getattr(command, "commands", {}).values():
+            each.short_help = each.short_help or (each.help or "").partition("\n\n")[0]  # which is not shortened
+    for parameter in command.get_params(context):
+        if parameter.param_type_name == "option" and parameter.metavar is None:
+            takes = "" if parameter.is_flag or parameter.count else parameter.display_type(context) or ""
+            parameter.metavar = re.sub(r"list\[(\w+)\]", r"\1", takes).replace(" range", "").replace("Path", "path")
 
 
 def _require_once(command: Any, context: Any, args: Sequence[str]) -> None:

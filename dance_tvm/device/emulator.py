@@ -13,9 +13,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 from filelock import FileLock, Timeout
 
@@ -74,7 +75,8 @@ def prepare(progress: Callable[[str], object] = print) -> Path:
     except Timeout:
         raise DanceError(f"another process has held {folder}.lock for too long: end it, or remove the file") from None
     except OSError as error:
-        raise DanceError(f"the emulated device cannot be kept in {folder.parent}: {error.strerror or error}") from None
+        why = f"{error.strerror or error}: set DANCE_TVM_CACHE to a folder that can be written"
+        raise DanceError(f"the emulated device cannot be kept in {folder.parent} ({why})") from None
     return folder
 
 
@@ -90,10 +92,15 @@ def start_program(stack: contextlib.ExitStack) -> int:
     return server.wait_ready(processes.DEVICE_READY, START_TIMEOUT_S)
 
 
-def start(stack: contextlib.ExitStack, store: Path | None = None, options: Sequence[str] = ()) -> int:
+def start(
+    stack: contextlib.ExitStack,
+    store: Path | None = None,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> int:
     """Start a tracker and an emulated device with TVM, registered there; the stack ends both. Gives the tracker's port.
 
-    ``options`` are more options for qemu.
+    ``options`` are more options for qemu, and ``environment`` more variables for the server.
     """
     system = prepare(lambda sentence: None)
     tracker, port = processes.start_tracker(START_TIMEOUT_S)
@@ -106,7 +113,7 @@ def start(stack: contextlib.ExitStack, store: Path | None = None, options: Seque
         store or Path(home) / "store",
         python=[qemu, *options, *python],
         timeout=START_TIMEOUT_S,
-        environment={"TMPDIR": home},
+        environment={"TMPDIR": home, **environment},
     )
     stack.callback(server.stop)
     return port

@@ -346,7 +346,7 @@ def _gathered_rows(named: dict[str, Any], shape: list[int]) -> tuple[np.ndarray,
 def _winograd_rows(named: dict[str, Any], kernel: dict[str, Any], shape: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """The same for Winograd's tiles: columns (chunks, columns), rows_out, runs (chunks, runs, 5) with their sample,
     counts (chunks + 1, 3) of inputs, tiles and runs; the last row counts the chunks. Each frame is a clip of its own
-    where `kernel` says so."""
+    where `kernel` says so. Rows of which some planes are left out (tap_planes, bit by bit) count as their share."""
     names = ("tap_entries", "columns", "rows_out", "runs", "counts")
     taps, columns, rows_out, runs, counts = (named[name].numpy() for name in names)
     deep, tall, wide = kernel["tile"]
@@ -358,18 +358,21 @@ def _winograd_rows(named: dict[str, Any], kernel: dict[str, Any], shape: list[in
     listed = [int(named[name].shape[0]) for name in ("in_channels", "out_channels") if name in named]
     seen = [1 + int(runs[chunk, :count, 4].max(initial=0)) for chunk, (_, _, count) in enumerate(chunks)]
     samples = max([1, *listed, *seen])  # one that nobody reads has no runs
+    planes = np.ones(len(taps), "int64")
+    if "tap_planes" in named:
+        planes = np.array([bin(bits).count("1") for bits in named["tap_planes"].numpy()])
     by_tap = np.zeros((samples, int(taps[:, 0].max()) + 1), "int64")
     for chunk, (_, tiles, count) in enumerate(chunks):
         used = rows_out[chunk, :tiles]
         before = np.concatenate([[0], np.cumsum((used >= 0).sum(1))])
         for first, last, begin, end, sample in runs[chunk, :count]:
-            np.add.at(by_tap[sample], taps[first:last, 0], before[end] - before[begin])
+            np.add.at(by_tap[sample], taps[first:last, 0], (before[end] - before[begin]) * planes[first:last])
         frame, index = np.divmod(used[used >= 0], columns.shape[1])
         clip, place = np.divmod(columns[chunk, index], places[0] * places[1])
         alive[clip, frame, place // places[1], place % places[1]] = True
     alive = alive.reshape(batch, -1, *places)
     enlarged = alive.repeat(deep, axis=1).repeat(tall, axis=2).repeat(wide, axis=3)[:, :frames, :height, :width]
-    return by_tap, enlarged
+    return by_tap // planes.max(), enlarged
 
 
 def _kernel_group_macs(rows_by_tap: np.ndarray, weights: Any, starts: Any, columns: Any, filters: int) -> int:

@@ -169,6 +169,30 @@ def rewrite(mod: tvm.IRModule, visit: Visit) -> tvm.IRModule:
     return builder.finalize()
 
 
+Rule = Callable[[relax.BlockBuilder, relax.Var, relax.Call], "relax.Expr | None"]
+
+
+def operator_pass(*operators: str) -> Callable[[Rule], tvm.transform.Pass]:
+    """Make a pass of a rule for calls of ``operators`` in ``main``, named without ``relax.``: ``rule(builder, var,
+    call)`` returns what takes the place of the call that defines ``var``, None to keep it."""
+    names = {f"relax.{operator}" for operator in operators}
+
+    def pass_of(rule: Rule) -> tvm.transform.Pass:
+        def visit(
+            builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr, _new: dict[relax.Var, relax.Expr]
+        ) -> relax.Expr | None:
+            asked = isinstance(value, relax.Call) and getattr(value.op, "name", "") in names
+            found = rule(builder, var, value) if asked else None
+            return None if found is None else emit(builder, found, var.name)
+
+        def run(mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+            return relax.transform.Normalize()(rewrite(mod, visit))
+
+        return tvm.transform.module_pass(run, opt_level=0, name=rule.__name__)
+
+    return pass_of
+
+
 T = TypeVar("T")
 
 

@@ -223,8 +223,9 @@ def window_of(node: fx.Node, module: nn.Module) -> Window | None:
     return module_window(module, source, result)
 
 
-def module_window(module: nn.Module, source: Sequence[int], result: Sequence[int]) -> Window:
-    """The window of a convolution or pool between shapes (N, C, ...); 1D and 2D ones get extent 1 before theirs."""
+def module_window(module: Any, source: Sequence[int], result: Sequence[int]) -> Window:
+    """The window of a convolution or pool, or of what has its sizes, between shapes (N, C, ...); those over one or two
+    axes get extent 1 before theirs."""
     rank = len(source) - 2
     dilation, kernel = _each(getattr(module, "dilation", 1), rank), _each(module.kernel_size, rank)
     padding: Any = module.padding

@@ -92,7 +92,7 @@ def lower_windows(
     graph = Graph.of(mod["main"])
     liveness = liveness_of(graph)
     cpu = isinstance(machine, Machine)
-    lists = SampleLists(machine, threads, algorithm) if isinstance(machine, Machine) else None
+    lists = SampleLists(machine, threads, algorithm, dtype) if isinstance(machine, Machine) else None
     sites = Sites.of(graph, liveness, lists, pools_skip=cpu)
     chains = find_chains(graph, liveness, sites) if cpu else []
     used = threads if cpu else 1

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from dance_tvm.machines.target import Target
 
 
+#: TVM's configuration for kernels and what launches them: they leave their arguments unchecked. An artifact checks what
+#: it is given at its interface; behind it, types and shapes are the compiler's own. The checks would be half of the
+#: code of a small kernel, and more than its work: a network has dozens of planners.
+UNCHECKED: dict[str, Any] = {"tirx.disable_assert": True}
+
+
 def machine_of(target: Target) -> Machine:
     """The facts of a processor on which tile sizes depend."""
     arm = "aarch64" in str(target.tvm.get("mtriple", "")) or (target.host is None and "neon" in str(target.tvm))
@@ -61,12 +67,3 @@ def gpu_of(target: Target) -> Gpu | None:
         facts.shared,
         facts.block_shared,
     )
-
-
-def host_code_of(machine: Target) -> dict[str, Any]:
-    """TVM's configuration for the functions that launch kernels of a GPU: they leave their arguments unchecked.
-
-    An artifact checks what it is given at its interface; behind it, types and shapes are the compiler's own, and the
-    checks would be most of what LLVM compiles.
-    """
-    return {"tirx.disable_assert": machine.gpu is not None}

@@ -21,6 +21,7 @@ from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.tiles import Machine, default_tile
 from dance_tvm.schedules.cpu.winograd_choice import transformed, why_no_winograd
 from dance_tvm.schedules.cpu.winograd_space import best
+from dance_tvm.schedules.emit import FLOAT
 from dance_tvm.schedules.plans import MOST_DYNAMIC_POSITION_TAPS
 
 from .sites import Site, SiteLists
@@ -33,11 +34,15 @@ WORTH_LISTING = 0.95
 
 @dataclass(frozen=True)
 class SampleLists:
-    """Decides for a machine and a number of threads; ``algorithm`` is auto, direct or winograd."""
+    """Decides for a machine and a number of threads; ``algorithm`` is auto, direct or winograd.
+
+    ``dtype`` is what the network stores; layers whose range keeps them in float32 are judged by it too.
+    """
 
     machine: Machine
     threads: int
     algorithm: str
+    dtype: str = FLOAT
 
     def __call__(self, site: Site, alive: Live, wanted: Live) -> SiteLists:
         """Which of the lists that masks allow the site walks."""
@@ -73,7 +78,8 @@ class SampleLists:
         """Predicted time of the faster of the direct and the Winograd kernel."""
         window, machine = site.window, self.machine
         samples = window.batch if lists.inputs or lists.outputs else 1
-        tile = default_tile(machine, window, site.channels_in, site.channels_out, threads=samples * self.threads)
+        channels = site.channels_in, site.channels_out
+        tile = default_tile(machine.storing(self.dtype), window, *channels, threads=samples * self.threads)
         plan = RowPlan(
             window,
             tile.mr,
@@ -85,7 +91,7 @@ class SampleLists:
             None if wanted.positions is None else (wanted.positions.shape[0], wanted.positions.shape[1]),
             positions_of_input(site, alive) if lists.positions else None,
         )
-        conv = GatherConv(window, site.channels_in, site.channels_out, 1, tile, plan, lists.inputs, lists.outputs)
+        conv = GatherConv(window, *channels, 1, tile, plan, lists.inputs, lists.outputs, dtype=self.dtype)
         # All axes that masks thin, whichever of them the kernel makes use of: they leave the expected share together.
         axes = (alive.channels, alive.frames, positions_of_input(site, alive), *vars(wanted).values())
         densities = axis_densities(axes)

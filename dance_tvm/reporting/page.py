@@ -142,7 +142,7 @@ def tables(results: Results, papers: Sequence[str] = (), tuning_logs: Sequence[P
 
 
 def _summary(results: Results) -> Table:
-    heads = ["network", "role", "device", "checked", "p50", "p90", "p99", "spread", "frames/s", "GMACs", "executed",
+    heads = ["network", "device", "checked", "p50", "p90", "p99", "spread", "frames/s", "GMACs", "executed",
              "GFLOP/s", "of peak", "memory", "energy"]  # fmt: skip
     rows = []
     for device in results.devices:
@@ -152,12 +152,12 @@ def _summary(results: Results) -> Table:
             memory = f"{item.peak_memory_bytes / 2**20:.0f} MiB" if item.peak_memory_bytes else "–"
             joules = f"{1e3 * item.energy.joules:.2f} mJ, {item.energy.kind}" if item.energy else "–"
             rows.append([
-                item.name, item.role, name_of(device), item.validation.status, *times, f"{item.latency.spread:.1%}",
+                item.title, name_of(device), item.validation.status, *times, f"{item.latency.spread:.1%}",
                 f"{item.frames_per_second:,.0f}", f"{item.macs / 1e9:.3f}", executed, _number(item.gflops, ".1f"),
                 _number(item.share_of_peak, ".0%"), memory, joules,
             ])  # fmt: skip
     text = "Executed are the multiply-accumulates that the index lists left; outputs are checked before any timing."
-    return Table("Summary", text, heads, rows, words=4)
+    return Table("Summary", text, heads, rows, words=3)
 
 
 def _layers(device: Device, item: Measured) -> Table:
@@ -176,7 +176,7 @@ def _layers(device: Device, item: Measured) -> Table:
         f"{duration(item.profile.whole_seconds)}. Of dense is the share done of all of a layer's multiply-accumulates: "
         "masks, pruned weights and padding leave the rest out."
     )
-    return Table(f"Layers of {item.name} ({item.role})", text, heads, rows, words=2)
+    return Table(f"Layers of {item.title}", text, heads, rows, words=2)
 
 
 def _name(device: Device, item: Measured, layer: Layer) -> Cell:
@@ -265,9 +265,7 @@ def _facts(results: Results) -> Table:
             [f"device {device.spec}", ", ".join(f"{key} {value}" for key, value in facts.items()) or "reports nothing"]
         )
         for item in device.measured:
-            rows.append(
-                [f"{item.name} ({item.role})", f"{item.artifact}, built for {item.target}, {item.threads} threads"]
-            )
+            rows.append([item.title, f"{item.artifact}, built for {item.target}, {item.threads} threads"])
             rows.append(["its library", f"SHA-256 {item.library_sha256}"])
     return Table("Artifacts and devices", "What was measured, and where.", ["", "fact"], rows, words=2)
 

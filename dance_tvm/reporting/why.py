@@ -77,7 +77,7 @@ def _reasons(device: Device, item: Measured, known: set[str]) -> Table:
         places.append(place_of(device, item, layer.name))
     text = "What the build decided, from the artifact's manifest."
     heads = ["layer", "kernel", "why", "sizes"]
-    return Table(f"Why each kernel: {item.name} ({item.role})", text, heads, rows, words=4, places=places)
+    return Table(f"Why each kernel: {item.title}", text, heads, rows, words=4, places=places)
 
 
 def _records(found: dict[str, dict[str, Any]]) -> Table:

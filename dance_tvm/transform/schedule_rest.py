@@ -8,6 +8,7 @@ from contextlib import suppress
 import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV
+from tvm.sym import Analyzer
 from tvm_ffi import structural_walk
 
 from dance_tvm.ir.graph import is_scheduled
@@ -68,7 +69,7 @@ class ScheduleRest:
         if plan is None or not plan.worthwhile:
             return None
         types = (str(func.params[0].ty.dtype), str(func.params[1].ty.dtype))
-        turned = [shape[axis] for axis in order]
+        turned = [int(extent) for extent in func.params[1].shape]
         kernel = transpose(plan, shape, turned, self.vector_floats, name, types, self.threads == 1)
         return kernel.without_attr("global_symbol")  # another pass may rename the function that it is, or copy it
 
@@ -128,7 +129,8 @@ def _parts(extent: int, lanes: int) -> list[int]:
 
 
 def _moved_axes(func: tirx.PrimFunc, block: s_tir.SBlock) -> tuple[list[int], list[int]] | None:
-    """The shape of what ``func`` reads, and which of its axes each of its result's is; None if ``block`` does more."""
+    """The shape of what ``func`` reads, and its axes, less those of extent one, in the order of the result's; None if
+    ``block`` does more."""
     if not isinstance(block.body, tirx.BufferStore):
         return None
     load, params = block.body.value, list(func.params)
@@ -144,10 +146,13 @@ def _moved_axes(func: tirx.PrimFunc, block: s_tir.SBlock) -> tuple[list[int], li
     axes = [axis.var for axis in block.iter_vars]
     if len(block.body.indices) != len(axes) or not all(map(_same, block.body.indices, axes)):
         return None
-    order = [next((at for at, axis in enumerate(load.indices) if axis.same_as(moved)), -1) for moved in axes]
-    if sorted(order) != list(range(len(load.indices))):
-        return None
-    return [int(extent) for extent in source.shape], order
+    ranges = Analyzer()
+    for axis in block.iter_vars:
+        ranges.bind(axis.var, axis.dom)
+    read, shape = [ranges.simplify(index) for index in load.indices], [int(extent) for extent in source.shape]
+    moved = [axis.var for axis in block.iter_vars if int(axis.dom.extent) > 1]
+    order = [next((at for at, index in enumerate(read) if index.same_as(axis)), -1) for axis in moved]
+    return (shape, order) if sorted(order) == [at for at, extent in enumerate(shape) if extent > 1] else None
 
 
 def _same(one: tirx.PrimExpr, other: tirx.PrimExpr) -> bool:

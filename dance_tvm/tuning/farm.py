@@ -28,6 +28,8 @@ STRIKES = 3
 CONNECT_TIMEOUT_S = 20.0
 #: How many times the time of a trial an emulated device gets.
 EMULATED_PATIENCE = 10
+#: With more, TVM's runtime would start worker threads, and what they execute while they wait for work would be counted.
+ONE_THREAD = {"TVM_NUM_THREADS": "1"}
 
 
 @dataclass
@@ -155,7 +157,7 @@ class Farm:
             self.lanes += 1
             folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="dance_tvm_counter_")))
             counter = InstructionCounter(folder)
-            port = emulator.start(self._stack, options=counter.options)
+            port = emulator.start(self._stack, options=counter.options, environment=ONE_THREAD)
             return _Place(spec, "127.0.0.1", port, emulator.KEY, counter=counter)
         kind, _, rest = spec.partition("://")
         if kind == "rpc":
@@ -196,7 +198,8 @@ class Farm:
             session = _session(connection, counter)
             with self._lock:
                 self._seen.add(server_of(session))
-            session.pin(None, threads if counter is None else 1)
+            if counter is None:
+                session.pin(None, threads)
             yield session
         except DanceError as error:
             if not self._closed_down:

@@ -344,6 +344,11 @@ class Tuner:
                     self._verify_task(task)
                 except BrokenProcessPool:
                     self._pool = self._new_pool()
+                except DeviceLostError:
+                    raise
+                except DanceError as error:
+                    if not self.stopped:  # a stopped run hangs up
+                        self._leave(task, str(error))
 
     def _is_verified(self, task: Task) -> bool:
         """Whether the layer was verified after its last trial."""

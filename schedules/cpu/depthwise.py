@@ -12,8 +12,10 @@ a line the one before it likewise: what is computed twice is stored twice, the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +27,6 @@ from ..emit import (
     Expr,
     big,
     cast,
-    choose,
     flat,
     lanes,
     let,
@@ -81,7 +82,8 @@ class DepthwiseConv(LayerKernel):
     @property
     def name(self) -> str:
         """The kernel's name, as docs/kernels.md decodes it."""
-        return f"depthwise3d_{short(self.dtype)}_mr{self.tile.mr}_nr{self.tile.vectors * self.lanes}"
+        frames = f"x{self.frames_abreast}" if self.frames_abreast > 1 else ""
+        return f"depthwise3d_{short(self.dtype)}_mr{self.tile.mr}{frames}_nr{self.tile.vectors * self.lanes}"
 
     @property
     def sums(self) -> str:
@@ -92,6 +94,17 @@ class DepthwiseConv(LayerKernel):
     def lanes(self) -> int:
         """Channels of one vector: no more than there are."""
         return min(self.tile.vector_floats, 1 << (self.channels_out.bit_length() - 1))
+
+    @property
+    def vectors(self) -> int:
+        """Vectors that hold the output channels."""
+        return -(-self.channels_out // self.lanes)
+
+    @property
+    def frames_abreast(self) -> int:
+        """Output frames of one tile: masks leave out single ones, and what lies along the frames has no others."""
+        alone = self.in_frames or self.out_frames or self.line_axis == TIME
+        return 1 if alone else min(self.tile.frames, self.window.out[TIME])
 
     @property
     def plan(self) -> RowPlan:
@@ -127,8 +140,10 @@ class DepthwiseConv(LayerKernel):
         return constants
 
     def unpacked(self, at: Expr) -> tuple[Expr, Expr, Expr, Expr]:
-        """Channels are innermost."""
-        out, tap = let(tirx.floormod(at, self.channels_out)), let(tirx.floordiv(at, self.channels_out))
+        """Channels are innermost, in whole vectors."""
+        count, row = self.lanes, self.vectors * self.lanes
+        vector, tap = let(tirx.floordiv(tirx.floormod(at, row), count)), let(tirx.floordiv(at, row))
+        out = let(tirx.min(vector * count, self.channels_out - count) + tirx.floormod(at, count))
         return out, tap, tirx.IntImm("int32", 0), tirx.IntImm("bool", 1)
 
     def space(self, machine: Machine, workload: Workload) -> Space:
@@ -146,12 +161,15 @@ class DepthwiseConv(LayerKernel):
 
     @property
     def weight_shape(self) -> tuple[int, int]:
-        """Shape of the weights: (taps, C_out)."""
-        return (self.window.taps, self.channels_out)
+        """Shape of the weights: (taps, channels in whole vectors)."""
+        return (self.window.taps, self.vectors * self.lanes)
 
     def pack_weights(self, weight: np.ndarray) -> np.ndarray:
-        """Float32 weights (C_out, 1, KT, KH, KW) with channels innermost, as the kernel reads them."""
-        return np.ascontiguousarray(weight.reshape(self.channels_out, self.window.taps).T, self.dtype)
+        """Float32 weights (C_out, 1, KT, KH, KW) vector by vector, so that none crosses two cache lines: the last holds
+        channels of the one before again."""
+        begins = np.minimum(np.arange(self.vectors) * self.lanes, self.channels_out - self.lanes)
+        channels = (begins[:, None] + np.arange(self.lanes)).ravel()
+        return np.ascontiguousarray(weight.reshape(self.channels_out, self.window.taps)[channels].T, self.dtype)
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
         """Blocks of rows, tile by tile."""
@@ -170,19 +188,34 @@ def why_no_depthwise(window: Window, channels_in: int, channels_out: int, groups
 
 
 class _Line(NamedTuple):
-    """A line of outputs: its indices on the two other axes, and the taps inside the clip there as (first source,
-    first tap, past the last tap)."""
+    """A line of outputs: its index on the second of the other axes, and the taps inside the clip there as (first
+    source, first tap, past the last tap)."""
 
     clip: Expr
-    at: tuple[Expr, Expr]
-    spans: tuple[tuple[Expr, Expr, Expr], tuple[Expr, Expr, Expr]]
+    at: Expr
+    span: tuple[Expr, Expr, Expr]
+
+
+class _Channel(NamedTuple):
+    """A vector of output channels: the first of them, and where its weights begin in those of one tap."""
+
+    start: Expr
+    packed: Expr
 
 
 class _Piece(NamedTuple):
-    """``mr`` outputs of a line from ``first`` on; ``inside``: the taps of each that read inside the clip."""
+    """Some outputs along an axis from ``first`` on; ``inside``: the taps of each that read inside the clip, counted
+    from each tap of ``span``, where that is given: (first source, first tap, past the last tap)."""
 
     first: Expr
     inside: list[list[int]]
+    span: tuple[Expr, Expr, Expr] = (0, 0, 1)
+
+
+#: The sums of each output of a tile, by its index along both axes, one for each vector of channels.
+_Sums = dict[tuple[int, int], list[tirx.Buffer]]
+#: What is done with a piece of a line for some vectors of channels.
+_Tiles = Callable[[_Line, _Piece, list[_Channel]], None]
 
 
 class _Emitter:
@@ -195,8 +228,8 @@ class _Emitter:
         self.conv, self.window, self.tile = conv, conv.window, conv.tile
         self.axis = conv.line_axis
         self.outer = (HEIGHT, WIDTH) if self.axis == TIME else (TIME, HEIGHT)
-        self.count = conv.lanes
-        self.vectors = -(-conv.channels_out // self.count)
+        self.axes = (*self.outer, self.axis)
+        self.count, self.vectors = conv.lanes, conv.vectors
         self.abreast = min(self.tile.vectors, self.vectors)
         window = self.window
         #: Positions from one index to the next on each axis, of input and output.
@@ -207,68 +240,90 @@ class _Emitter:
 
     def emit(self) -> None:
         window = self.window
-        first, second = (window.out[axis] for axis in self.outer)
+        second = window.out[self.outer[1]]
         rows = min(self.tile.rows, second)
         blocks = -(-second // rows)
-        with parallel(window.batch * blocks) as task, serial(first) as index:
+        with parallel(window.batch * blocks) as task:
             clip, block = let(tirx.floordiv(task, blocks)), let(tirx.floormod(task, blocks))
             start = let(tirx.min(block * rows, second - rows))  # the last block overlaps the one before
-            self._live(clip, index, lambda: self._rows(clip, index, start, rows))
+            if self.axis == TIME:
+                with serial(window.out[HEIGHT]) as index:
+                    self._rows(clip, start, rows, partial(self._single, index))
+                return
+            if "out_frames" in self.masks and self.conv.zero_dead:
+                self._clear(clip)
+            self._rows(clip, start, rows, self._frames)
 
-    def _live(self, clip: Expr, frame: Expr, body: Callable[[], None]) -> None:
-        """Run ``body`` where somebody reads the frame; ``frame`` is one where masks of frames are given."""
-        if "out_frames" not in self.masks:
-            body()
-            return
-        alive = self.masks["out_frames"][clip, frame] != number(0.0)
-        if self.conv.zero_dead:
-            choose(alive, body, lambda: self._clear(clip, frame))
-        else:
-            with when(alive):
-                body()
-
-    def _clear(self, clip: Expr, frame: Expr) -> None:
-        """Zeros for one output frame."""
+    def _clear(self, clip: Expr) -> None:
+        """Zeros for output frames that nobody reads."""
         size = self.steps_out[TIME] * self.conv.channels_out
-        top = let(big(clip * self.window.out[TIME] + frame) * size)
-        with serial(size) as index:
-            write(self.y, number(0.0), top + index)
+        with serial(self.window.out[TIME]) as frame, when(self.masks["out_frames"][clip, frame] == number(0.0)):
+            top = let(big(clip * self.window.out[TIME] + frame) * size)
+            with serial(size) as index:
+                write(self.y, number(0.0), top + index)
 
-    def _rows(self, clip: Expr, index: Expr, start: Expr, rows: int) -> None:
-        """A block of lines, one pass of channels after the other."""
-        with serial(-(-self.vectors // self.abreast)) as turn:
-            channels = [self._channel(turn * self.abreast + v) for v in range(self.abreast)]
+    def _rows(self, clip: Expr, start: Expr, rows: int, tiles: _Tiles) -> None:
+        """A block of lines; of each piece of a line come all ``tiles``. One pass over the channels after the other is
+        made of the whole block, or of each piece, whose inputs are then read from the first-level cache again."""
+
+        def lines(channels: list[_Channel]) -> None:
             with serial(rows) as row:
-                at = (index, let(start + row))
-                first, second = (span(self.window, axis, place) for axis, place in zip(self.outer, at, strict=True))
-                self._line(_Line(clip, at, (first, second)), channels)
+                place = let(start + row)
+                line = _Line(clip, place, span(self.window, self.outer[1], place))
 
-    def _channel(self, vector: Expr) -> Expr:
-        """Where a vector of output channels begins; the last one overlaps."""
-        return let(big(tirx.min(vector * self.count, self.conv.channels_out - self.count)))
+                def piece(first: Expr, inside: list[list[int]]) -> None:
+                    found = _Piece(first, inside)
+                    if channels:
+                        tiles(line, found, channels)
+                    else:
+                        self._passes(lambda some: tiles(line, found, some))
 
-    def _line(self, line: _Line, channels: list[Expr]) -> None:
-        """One line of outputs: the tiles at its ends, which know what lies outside, and those between."""
+                each_piece(self.window, self.axis, self.tile.mr, piece)
 
-        def tile(first: Expr, inside: list[list[int]]) -> None:
-            self._tile(line, _Piece(first, inside), channels)
+        if self.tile.inner:
+            lines([])
+        else:
+            self._passes(lines)
 
-        each_piece(self.window, self.axis, self.tile.mr, tile)
+    def _passes(self, body: Callable[[list[_Channel]], None]) -> None:
+        """``body`` for some vectors of channels after the others."""
+        with serial(-(-self.vectors // self.abreast)) as turn:
+            body([self._channel(turn * self.abreast + v) for v in range(self.abreast)])
 
-    def _tile(self, line: _Line, piece: _Piece, channels: list[Expr]) -> None:
-        """``mr`` outputs of a line, all their taps."""
-        window, axis = self.window, self.axis
-        mr, count = len(piece.inside), self.count
-        dtype = self.conv.sums
-        acc = [[scratch((count,), dtype) for _ in channels] for _ in range(mr)]
-        for v, channel in enumerate(channels):
-            bias = let(self.bias[lanes(channel, count)])
-            if dtype != FLOAT:
-                bias = let(cast(bias, dtype, count))
-            for r in range(mr):
-                store(acc[r][v], bias, lanes(0, count))
-        start = let(piece.first * window.stride[axis] - window.padding[axis])
-        (source0, first0, past0), (source1, first1, past1) = line.spans
+    def _frames(self, line: _Line, piece: _Piece, channels: list[_Channel]) -> None:
+        """The same piece in all frames, one after the other, so that the lines that they share stay in the cache."""
+        window = self.window
+        if self.conv.frames_abreast > 1:
+
+            def tile(first: Expr, inside: list[list[int]]) -> None:
+                source = let(first * window.stride[TIME] - window.padding[TIME])
+                self._tile(line, (_Piece(first, inside, (source, 0, 1)), piece), channels)
+
+            each_piece(window, TIME, self.conv.frames_abreast, tile)
+            return
+        with serial(window.out[TIME]) as frame:
+            if "out_frames" not in self.masks:
+                self._single(frame, line, piece, channels)
+                return
+            with when(self.masks["out_frames"][line.clip, frame] != number(0.0)):
+                self._single(frame, line, piece, channels)
+
+    def _single(self, index: Expr, line: _Line, piece: _Piece, channels: list[_Channel]) -> None:
+        """The piece at one index of the first of the other axes, whose taps are walked when the kernel runs."""
+        self._tile(line, (_Piece(index, [[0]], span(self.window, self.outer[0], index)), piece), channels)
+
+    def _channel(self, vector: Expr) -> _Channel:
+        """A vector of output channels; the last one overlaps the one before."""
+        vector = let(tirx.min(vector, self.vectors - 1))
+        start = let(big(tirx.min(vector * self.count, self.conv.channels_out - self.count)))
+        return _Channel(start, let(vector * self.count))
+
+    def _tile(self, line: _Line, pieces: tuple[_Piece, _Piece], channels: list[_Channel]) -> None:
+        """Outputs of one tile, along the first of the other axes and along the line, with all their taps."""
+        window, (ahead, along) = self.window, pieces
+        acc = self._biases(channels, [(s, r) for s in range(len(ahead.inside)) for r in range(len(along.inside))])
+        start = let(along.first * window.stride[self.axis] - window.padding[self.axis])
+        (source0, first0, past0), (source1, first1, past1) = ahead.span, line.span
         with serial(past0 - first0) as index0:
             tap0 = let(first0 + index0)
             place0 = let(source0 + tap0 * window.dilation[self.outer[0]])
@@ -277,42 +332,62 @@ class _Emitter:
                 with serial(past1 - first1) as index1:
                     tap1 = let(first1 + index1)
                     place1 = let(source1 + tap1 * window.dilation[self.outer[1]])
-                    places = (place0, place1, start)
                     top = line.clip * (window.size[0] * self.steps_in[0])
-                    for at, along in zip(places, (*self.outer, axis), strict=True):
-                        top = top + at * self.steps_in[along]
+                    for at, axis in zip((place0, place1, start), self.axes, strict=True):
+                        top = top + at * self.steps_in[axis]
                     tap = tap0 * self.tap_steps[self.outer[0]] + tap1 * self.tap_steps[self.outer[1]]
-                    self._multiply(let(big(top) * self.conv.channels_in), let(tap), piece.inside, channels, acc)
+                    self._multiply(let(big(top) * self.conv.channels_in), let(tap), pieces, channels, acc)
 
             if "in_frames" in self.masks:
                 with when(self.masks["in_frames"][line.clip, place0] != number(0.0)):
                     multiply()
             else:
                 multiply()
-        self._finish(line, piece, channels, acc)
+        self._finish(line, pieces, channels, acc)
+
+    def _biases(self, channels: list[_Channel], outputs: list[tuple[int, int]]) -> _Sums:
+        """The sums of each output, one for each vector, to begin with."""
+        count, dtype = self.count, self.conv.sums
+        acc = {output: [scratch((count,), dtype) for _ in channels] for output in outputs}
+        for v, channel in enumerate(channels):
+            bias = let(self.bias[lanes(channel.start, count)])
+            if dtype != FLOAT:
+                bias = let(cast(bias, dtype, count))
+            for sums in acc.values():
+                store(sums[v], bias, lanes(0, count))
+        return acc
 
     def _multiply(
-        self, top: Expr, tap: Expr, inside: list[list[int]], channels: list[Expr], acc: list[list[tirx.Buffer]]
+        self, top: Expr, tap: Expr, pieces: tuple[_Piece, _Piece], channels: list[_Channel], acc: _Sums
     ) -> None:
-        """One line of taps: every input is read once for all outputs of the tile that use it."""
-        window, axis, count = self.window, self.axis, self.count
-        users: dict[int, list[tuple[int, int]]] = {}
-        for r, taps in enumerate(inside):
-            for k in taps:
-                users.setdefault(r * window.stride[axis] + k * window.dilation[axis], []).append((r, k))
-        used = sorted({k for taps in inside for k in taps})
+        """The taps in registers: every input is read once for all outputs of the tile that use it."""
+        count = self.count
+        ahead, along = ([*self._reads(*each)] for each in zip((self.outer[0], self.axis), pieces, strict=True))
+        users: dict[int, list[tuple[tuple[int, int], int]]] = {}
+        for (s, distance0, tap0), (r, distance1, tap1) in product(ahead, along):
+            users.setdefault(distance0 + distance1, []).append(((s, r), tap0 + tap1))
+        used = sorted({of_tap for found in users.values() for _, of_tap in found})
         each = self.conv.group_out
         for v, channel in enumerate(channels):
             weights = {}
-            for k in used:
-                row = (tap + k * self.tap_steps[axis]) * self.conv.channels_out
-                weights[k] = let(self._summed(self.weights[lanes(channel + row, count)]))
-            source = top + (channel if each == 1 else tirx.floordiv(channel, each))
+            for of_tap in used:
+                at = (tap + of_tap) * (self.vectors * count) + channel.packed
+                weights[of_tap] = let(self._summed(self.weights[lanes(at, count)]))
+            source = top + (channel.start if each == 1 else tirx.floordiv(channel.start, each))
             for distance in sorted(users):
-                at = let(source + distance * self.steps_in[axis] * self.conv.channels_in)
-                x = let(self._summed(self._inputs(at)))
-                for r, k in users[distance]:
-                    store(acc[r][v], acc[r][v][lanes(0, count)] + x * weights[k], lanes(0, count))
+                x = let(self._summed(self._inputs(let(source + distance * self.conv.channels_in))))
+                for output_at, of_tap in users[distance]:
+                    sums = acc[output_at][v]
+                    store(sums, sums[lanes(0, count)] + x * weights[of_tap], lanes(0, count))
+
+    def _reads(self, axis: int, piece: _Piece) -> Iterator[tuple[int, int, int]]:
+        """Each output of a piece with each of its taps in registers: the distances of the input that it reads, in
+        positions, and of the tap."""
+        window = self.window
+        for index, taps in enumerate(piece.inside):
+            for tap in taps:
+                away = index * window.stride[axis] + tap * window.dilation[axis]
+                yield index, away * self.steps_in[axis], tap * self.tap_steps[axis]
 
     def _summed(self, value: Expr) -> Expr:
         """What is stored, in the type that sums it up."""
@@ -330,17 +405,18 @@ class _Emitter:
             [some] * each, [lane // each for lane in range(count)]
         )  # TVM wants as many lanes as it gives
 
-    def _finish(self, line: _Line, piece: _Piece, channels: list[Expr], acc: list[list[tirx.Buffer]]) -> None:
+    def _finish(self, line: _Line, pieces: tuple[_Piece, _Piece], channels: list[_Channel], acc: _Sums) -> None:
         """Residual, activation and store."""
         conv, count = self.conv, self.count
         top = line.clip * (self.window.out[0] * self.steps_out[0])
-        for at, along in zip((*line.at, piece.first), (*self.outer, self.axis), strict=True):
-            top = top + at * self.steps_out[along]
+        for at, axis in zip((pieces[0].first, line.at, pieces[1].first), self.axes, strict=True):
+            top = top + at * self.steps_out[axis]
         top = let(big(top) * conv.channels_out)
         for v, channel in enumerate(channels):
-            for r, row in enumerate(acc):
-                at = top + channel + r * self.steps_out[self.axis] * conv.channels_out
-                value = read(row[v], 0, count)
+            for (s, r), sums in acc.items():
+                away = s * self.steps_out[self.outer[0]] + r * self.steps_out[self.axis]
+                at = top + channel.start + away * conv.channels_out
+                value = read(sums[v], 0, count)
                 if self.residual is not None:
                     value = value + read(self.residual, at, count)
                 write_activated(self.y, conv.activation, value, at, count)

@@ -3,6 +3,7 @@ space."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -12,16 +13,18 @@ from ..workload import DEPTHWISE, Decisions, Workload
 from .space import WORTH_TRYING, Loops, VectorSpace, are_whole
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine
 
-#: Outputs of one tile, and vectors of channels beside one another, that are tried.
-MOST_OUTPUTS, MOST_VECTORS = 16, 4
+#: Outputs of a line, vectors of channels beside one another, and frames of one tile that are tried.
+MOST_OUTPUTS, MOST_VECTORS, MOST_FRAMES = 16, 4, 4
 #: Rows of a block that are tried.
 BLOCK_ROWS = (1, 2, 4, 8, 16, 32)
 #: Axes along which it leaves something out.
 MASKS = ("in_frames", "out_frames")
 #: Cycles of a tile beside its multiplies: addresses, the loop over lines of taps, storing.
-TILE_CYCLES, LINE_CYCLES = 12.0, 3.0
-#: Cycles of an output for each pass over the channels: parts of its cache lines are read again.
-PASS_CYCLES = 3.0
+TILE_CYCLES, LINE_CYCLES = 8.0, 3.0
+#: Share of the loads that does not go on beside the multiplies.
+LOADS_BESIDE = 0.2
+#: Cycles of an output for each pass over the channels.
+PASS_CYCLES = 0.5
 #: Bytes of a cache line: a vector that crosses two is loaded twice.
 LINE_BYTES = 64
 #: What a block of rows takes beside them, in rows: lines at its ends are read for the next block as well.
@@ -34,18 +37,26 @@ ROWS_SHARE_OF_L2 = 0.3
 
 @dataclass(frozen=True)
 class DepthwiseTile:
-    """``mr`` outputs × ``vectors`` vectors of ``vector_floats`` channels in registers; ``rows`` rows of a frame are
-    computed one after the other for the same channels, so that the lines that they share stay in the cache."""
+    """``mr`` outputs of a line in ``frames`` frames × ``vectors`` vectors of ``vector_floats`` channels in registers;
+    ``rows`` rows of a frame are computed one after the other for the same channels, so that the lines that they share
+    stay in the cache. ``inner`` (0 or 1): passes over the channels are made of each piece of a line, in all frames, and
+    not of all rows."""
 
     mr: int
     vectors: int
     vector_floats: int
     rows: int
+    frames: int = 1
+    inner: int = 0
 
 
-def fits(machine: Machine, taps: int, mr: int, vectors: int) -> bool:
-    """Whether sums, the weights of one line of taps and one input fit in the registers."""
-    return mr * vectors + taps + 1 <= machine.registers
+#: Outputs of a line, vectors of channels and frames of a register tile.
+Option = tuple[int, int, int]
+
+
+def fits(machine: Machine, taps: int, sums: int) -> bool:
+    """Whether sums, the weights of the ``taps`` that are held and one input fit in the registers."""
+    return sums + taps + 1 <= machine.registers
 
 
 def line_axis(window: Window, masked_frames: bool) -> int:
@@ -54,32 +65,60 @@ def line_axis(window: Window, masked_frames: bool) -> int:
     return TIME if only_frames and not masked_frames else WIDTH
 
 
+def most_frames(window: Window, masked_frames: bool) -> int:
+    """The most frames of a tile: those that share inputs, where no mask leaves single ones out."""
+    alone = masked_frames or window.kernel[TIME] == 1 or line_axis(window, masked_frames) == TIME
+    return 1 if alone else min(MOST_FRAMES, window.out[TIME])
+
+
+def held_taps(window: Window, axis: int, frames: int) -> int:
+    """Taps whose weights a tile holds in registers at once: those along its axes."""
+    return window.kernel[axis] * (window.kernel[TIME] if frames > 1 else 1)
+
+
 def register_tiles(
     machine: Machine, window: Window, channels_out: int, masked_frames: bool = False
-) -> dict[tuple[int, int], float]:
-    """Register tiles (outputs, vectors) that the layer can fill, and their predicted cycles for a row of outputs."""
+) -> dict[Option, float]:
+    """Register tiles that the layer can fill, and their predicted cycles for one row of outputs in all frames."""
     axis = line_axis(window, masked_frames)
-    taps, extent = window.kernel[axis], window.out[axis]
-    lines = window.taps // taps
-    vectors = all_vectors(machine, channels_out)
-    aligned = channels_out % machine.vector_floats == 0
-    crossing = 1.0 if aligned else 1.0 + machine.element_bytes * machine.vector_floats / LINE_BYTES
-
-    def cycles(mr: int, abreast: int) -> float:
-        multiplies = mr * taps * abreast / 2
-        loads = crossing * ((mr - 1) * window.stride[axis] + 2 * taps) * abreast / 2
-        latency = taps * CHAINS_TO_HIDE_LATENCY / 2 if mr * abreast < CHAINS_TO_HIDE_LATENCY else 0.0
-        tile = lines * (max(multiplies, loads, latency) + LINE_CYCLES) + TILE_CYCLES
-        passes = -(-vectors // abreast)
-        return passes * (-(-extent // mr) * tile + PASS_CYCLES * extent)
-
     options = [
-        (mr, abreast)
-        for abreast in range(1, min(MOST_VECTORS, vectors) + 1)
-        for mr in range(1, min(extent, MOST_OUTPUTS) + 1)
-        if fits(machine, taps, mr, abreast)
-    ] or [(1, 1)]
-    return {option: cycles(*option) for option in options}
+        (mr, abreast, frames)
+        for frames in range(1, most_frames(window, masked_frames) + 1)
+        for abreast in range(1, min(MOST_VECTORS, all_vectors(machine, channels_out)) + 1)
+        for mr in range(1, min(window.out[axis], MOST_OUTPUTS) + 1)
+        if fits(machine, held_taps(window, axis, frames), mr * abreast * frames)
+    ] or [(1, 1, 1)]
+    return {option: _cycles(machine, window, channels_out, axis, option) for option in options}
+
+
+def crossing(machine: Machine, channels_out: int) -> float:
+    """Lines of the cache that a vector of inputs lies in, on average."""
+    aligned = channels_out % machine.vector_floats == 0
+    return 1.0 if aligned else 1.0 + machine.element_bytes * machine.vector_floats / LINE_BYTES
+
+
+def input_vectors(window: Window, axis: int, mr: int, frames: int) -> int:
+    """Inputs that a tile reads for the taps that it holds."""
+    line = (mr - 1) * window.stride[axis] + window.kernel[axis]
+    return line * ((frames - 1) * window.stride[TIME] + window.kernel[TIME] if frames > 1 else 1)
+
+
+def _cycles(machine: Machine, window: Window, channels_out: int, axis: int, option: Option) -> float:
+    mr, abreast, frames = option
+    taps = held_taps(window, axis, frames)
+    sums = mr * abreast * frames
+    inside = [len(window.live_taps(TIME, frame)) for frame in range(window.out[TIME])]
+    live = sum(inside) / (len(inside) * window.kernel[TIME])  # of the taps along the frames
+    multiplies = sums * taps * (live if frames > 1 else 1) / 2
+    inputs = input_vectors(window, axis, mr, frames) * (live if frames > 1 else 1)
+    loads = (crossing(machine, channels_out) * inputs + taps) * abreast / 2
+    latency = taps * CHAINS_TO_HIDE_LATENCY / 2 if sums < CHAINS_TO_HIDE_LATENCY else 0.0
+    lines = window.taps / taps * (1 if frames > 1 or axis == TIME else live)
+    tile = lines * (max(multiplies, loads, latency) + LOADS_BESIDE * loads + LINE_CYCLES) + TILE_CYCLES
+    passes = -(-all_vectors(machine, channels_out) // abreast)
+    stacks = 1 if axis == TIME else -(-window.out[TIME] // frames)
+    outputs = window.out[axis] * (1 if axis == TIME else window.out[TIME])
+    return passes * (stacks * -(-window.out[axis] // mr) * tile + PASS_CYCLES * outputs)
 
 
 def all_vectors(machine: Machine, channels_out: int) -> int:
@@ -92,9 +131,12 @@ def default_tile(
 ) -> DepthwiseTile:
     """The tile with the fewest predicted cycles, its rows sized to the second-level cache."""
     tiles = register_tiles(machine, window, channels_out, masked_frames)
-    mr, abreast = min(tiles, key=lambda option: tiles[option])
-    rows = default_rows(machine, window, line_axis(window, masked_frames), channels_out, threads)
-    return DepthwiseTile(mr, abreast, machine.vector_floats, rows)
+    mr, abreast, frames = min(tiles, key=lambda option: tiles[option])
+    axis = line_axis(window, masked_frames)
+    rows = default_rows(machine, window, axis, channels_out, threads)
+    clip_bytes = machine.element_bytes * channels_out * window.positions_in // window.batch
+    inner = axis == WIDTH and crossing(machine, channels_out) > 1 and clip_bytes > machine.l2
+    return DepthwiseTile(mr, abreast, machine.vector_floats, rows, frames, int(inner))
 
 
 def rows_of_frame(window: Window, axis: int) -> int:
@@ -121,13 +163,15 @@ class DepthwiseSpace(VectorSpace):
     decision         meaning
     ===============  ===============================================================================================
     mr, vectors      the register tile: outputs of a line, vectors of channels
+    frames           frames of the register tile
     rows             rows of outputs that are computed for the same channels one after the other
+    inner            1: passes over the channels are made of each piece of a line, 0: of the rows of a block
     ===============  ===============================================================================================
     """
 
     machine: Machine
     workload: Workload
-    names: ClassVar[tuple[str, ...]] = ("mr", "vectors", "rows")
+    names: ClassVar[tuple[str, ...]] = ("mr", "vectors", "frames", "rows", "inner")
 
     @property
     def masked_frames(self) -> bool:
@@ -135,7 +179,7 @@ class DepthwiseSpace(VectorSpace):
         return bool(set(MASKS) & set(self.workload.lists))
 
     @property
-    def tiles(self) -> dict[tuple[int, int], float]:
+    def tiles(self) -> dict[Option, float]:
         """Register tiles and their predicted cycles."""
         work = self.workload
         return register_tiles(self.machine, work.window, work.channels_out, self.masked_frames)
@@ -148,7 +192,7 @@ class DepthwiseSpace(VectorSpace):
     @property
     def size(self) -> int:
         """How many candidates there are."""
-        return sum(len(part["mr"]) * len(part["rows"]) for part in self.parts())
+        return sum(math.prod(map(len, part.values())) for part in self.parts())
 
     def default(self) -> Decisions:
         """What is chosen without a record."""
@@ -161,24 +205,30 @@ class DepthwiseSpace(VectorSpace):
         work = self.workload
         extent = work.window.out[line_axis(work.window, self.masked_frames)]
         most = {"mr": extent, "vectors": all_vectors(self.machine, work.channels_out), "rows": self.rows}
+        most["frames"] = most_frames(work.window, self.masked_frames)
         return {name: min(value, most.get(name, value)) for name, value in decisions.items()}
 
     def allows(self, decisions: Mapping[str, int]) -> bool:
         """Whether the kernel can be built with them: complete, and no more registers than there are."""
         if not are_whole(decisions, self.names):
             return False
-        return (decisions["mr"], decisions["vectors"]) in self.tiles and 1 <= decisions["rows"] <= self.rows
+        tile = (decisions["mr"], decisions["vectors"], decisions["frames"])
+        return tile in self.tiles and 1 <= decisions["rows"] <= self.rows and decisions["inner"] in (0, 1)
 
     def parts(self) -> list[dict[str, list[int]]]:
-        """One part for each number of vectors: which outputs are worth trying depends on it."""
+        """One part for each number of vectors and frames: which outputs are worth trying depends on them."""
         tiles = self.tiles
         limit = WORTH_TRYING * min(tiles.values())
         rows = sorted({min(count, self.rows) for count in (*BLOCK_ROWS, self.default()["rows"], self.rows)})
-        found: dict[int, list[int]] = {}
-        for (mr, vectors), cycles in tiles.items():
+        found: dict[tuple[int, int], list[int]] = {}
+        for (mr, vectors, frames), cycles in tiles.items():
             if cycles <= limit:
-                found.setdefault(vectors, []).append(mr)
-        return [{"mr": outputs, "vectors": [vectors], "rows": rows} for vectors, outputs in found.items()]
+                found.setdefault((vectors, frames), []).append(mr)
+        rest = {"rows": rows, "inner": [0, 1]}
+        return [
+            {"mr": outputs, "vectors": [vectors], "frames": [frames], **rest}
+            for (vectors, frames), outputs in found.items()
+        ]
 
     def loops(self) -> Loops:
         """Rows of outputs, in tiles; vectors of a tile."""

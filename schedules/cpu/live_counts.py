@@ -18,7 +18,7 @@ from ..plans import masks_of
 class Grain:
     """In which pieces a kernel leaves work out: tiles of outputs, units of input and of output channels.
 
-    Frames of a tile of several are transformed together: such a tile counts once, whatever frames it reads. Output
+    Frames of a tile of several are transformed together: of such a tile count the planes that are not zero. Output
     channels that are left fill panels of ``panel``, of which the last is computed whole.
     """
 
@@ -138,11 +138,12 @@ class LiveCounts:
 
     def _all_taps(self, grain: Grain, tiles: int) -> int:
         if grain.tile[0] > 1:
-            return tiles
+            return tiles * (grain.tile[0] + self.window.kernel[0] - 1)
         return max(1, sum(len(self.window.live_taps(0, frame)) for frame in range(self.window.out[0])))
 
     def _taps(self, args: Mapping[str, tirx.Buffer], clip: Expr, place: Expr, grain: Grain) -> Expr:
-        """Taps over frames that a tile of frames reads, 0 where the tile is never read."""
+        """Taps over frames that a tile of frames reads, or planes of the frames that it transforms; 0 where the tile is
+        never read."""
         window, taps, size = self.window, _counter(), grain.tile[0]
         wanted = _counter()
         with serial(size) as within:
@@ -154,10 +155,24 @@ class LiveCounts:
                 store(wanted, _int(1), 0)
         with when(wanted[0] != 0):
             if size > 1:
-                store(taps, _int(1), 0)
+                store(taps, self._planes(args, clip, place, size), 0)
             else:
                 self._count_taps(args, clip, place, taps)
         return taps[0]
+
+    def _planes(self, args: Mapping[str, tirx.Buffer], clip: Expr, place: Expr, size: int) -> Expr:
+        """Planes of a tile of frames: its first and its last input frame alone reach one each, any other one all."""
+        window, planes = self.window, size + self.window.kernel[0] - 1
+        if "in_frames" not in args:
+            return _int(planes)
+        start, last = let(place * size - window.padding[0]), window.size[0] - 1
+
+        def alive(source: Expr) -> Expr:
+            safe = tirx.max(tirx.min(source, last), 0)
+            return tirx.all(source >= 0, source <= last, args["in_frames"][clip, safe] != number(0.0))
+
+        first, *inner, end = (alive(start + offset) for offset in range(planes))
+        return tirx.Select(tirx.any(*inner), _int(planes), tirx.Cast(INT, first) + tirx.Cast(INT, end))
 
     def _count_taps(self, args: Mapping[str, tirx.Buffer], clip: Expr, frame: Expr, taps: tirx.Buffer) -> None:
         window = self.window

@@ -41,7 +41,7 @@ from ..emit import (
 )
 from ..epilogue import activate_for
 from ..geometry import Triple
-from ..kernel import Count, Operand, Planned, Weights, channels_mask
+from ..kernel import Count, Operand, Planned, Weights, channels_mask, constant
 from .channel_plan import ChannelPlan
 from .cost import transform_seconds
 from .dead_outputs import zero_dead
@@ -107,7 +107,8 @@ class WinogradConv(Transformed):
 
     def prepare(self, weights: Weights | None) -> dict[str, np.ndarray]:
         """Packed weights if they are kept, bias, and the taps."""
-        return super().prepare(replace(weights, weight=None) if self.anew and weights else weights)
+        planes = {"tap_planes": self.plan.tap_planes} if self.plan.thins_planes else {}
+        return planes | super().prepare(replace(weights, weight=None) if self.anew and weights else weights)
 
     def operands(self) -> list[Operand]:
         """As every convolution; weights that are made in every call are a list."""
@@ -142,7 +143,8 @@ class WinogradConv(Transformed):
         return ChannelPlan(self.plan.samples, channels, axis, unit)
 
     def channel_operands(self) -> list[Operand]:
-        """Lists, then the masks that they were made of: those show the dead channels of units that are alive."""
+        """Lists, then the masks that they were made of: those show the dead channels of units that are alive. Then the
+        planes that dead frames leave."""
         masks = [
             channels_mask(name, axis, self.plan.samples, channels)
             for name, axis, on, channels in (
@@ -151,7 +153,8 @@ class WinogradConv(Transformed):
             )
             if on
         ]
-        return [*super().channel_operands(), *masks]
+        planes = [constant("tap_planes", self.plan.tap_planes.shape, INT)] if self.plan.thins_planes else []
+        return [*super().channel_operands(), *masks, *planes]
 
     @property
     def masks_read(self) -> list[str]:
@@ -160,8 +163,9 @@ class WinogradConv(Transformed):
         return [key for key in self.plan.masks if key in needed]
 
     def work(self) -> tuple[Count, Count, Count]:
-        """A pair of row and tap is one of each of the ξ products."""
-        return Count(self.plan.xi, "pairs", (0,)), *super().work()[1:]
+        """A pair of row and tap is one of each of the ξ products, a pair of row and plane one of those of its plane."""
+        of_pair = self.plan.xi // (self.plan.alpha[0] if self.plan.thins_planes else 1)
+        return Count(of_pair, "pairs", (0,)), *super().work()[1:]
 
     def multiplied(self, args: Mapping[str, tirx.Buffer], sources: tirx.Buffer, products: tirx.Buffer) -> Products:
         """What emits the products of ``sources`` (V) as ``products`` (M)."""

@@ -118,6 +118,7 @@ class Products:
         self.taps, self.runs, self.rows_in, self.counts = (
             args[name] for name in ("tap_entries", "runs", "rows_in", "counts")
         )
+        self.planes = args.get("tap_planes")
         self.in_channels = args.get("in_channels")
         self.out_channels = args.get("out_channels")
 
@@ -243,6 +244,7 @@ class Products:
         with serial(runs[1]) as index:
             run = let(runs[0] + index)
             tap, last_tap, low, high = (let(self.runs[chunk, run, field]) for field in range(4))
+            last_tap = self._last_tap(xi, tap, last_tap)
             with when(tirx.any(tap == last_tap, live == 0) if listed else tap == last_tap):
                 self._zero_products(target, low, high, len(columns.starts))
             with serial(ceil_div(last_tap - tap, tile.segment_taps)) as segment, serial(ceil_div(live, most)) as block:
@@ -258,6 +260,14 @@ class Products:
                     self._register_tile(
                         rows, source, place, columns, taps, (sample if listed else None, first, count), fresh
                     )
+
+    def _last_tap(self, xi: Expr, tap: Expr, last: Expr) -> Expr:
+        """``last``, or ``tap`` itself where rows that read from ``tap`` on have nothing but zeros in plane ``xi``."""
+        if self.planes is None:
+            return last
+        _, height, width = self.conv.plan.alpha
+        planes = self.planes[tirx.min(tap, int(self.planes.shape[0]) - 1)]
+        return let(tirx.Select((planes >> tirx.floordiv(xi, height * width)) & 1 == 0, tap, last))
 
     def _zero_products(self, target: Expr, low: Expr, high: Expr, width: int) -> None:
         """Rows that read no live frame or channel: their sums are empty."""

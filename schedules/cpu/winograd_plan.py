@@ -9,6 +9,9 @@ each sample lists channels of its own those of one sample: weights are read once
 Where a row reads one source row, its own (``one_source``), rows lie one behind the other whatever their frames, so that
 dead frames leave room for further columns in a chunk. Elsewhere all frames of a column have their places.
 
+Where frames are transformed, the first and the last input frame of a tile each reach one plane of the transform alone.
+Rows that read nothing else, as those do beside tiles of living frames, form runs whose other planes are zeros.
+
 =========  ================================  ==================================================================
 list       shape                             content
 =========  ================================  ==================================================================
@@ -18,7 +21,8 @@ rows_in    (chunks, tiles, mr)               source row of the first tap, per ro
 rows_out   (chunks, tiles, mr)               frame · most_columns + index of the column; -1 where the last row repeats
 runs       (chunks, most_runs, 5)            first tap entry, last + 1, first tile, last tile + 1, sample
 counts     (chunks + 1, 3)                   inputs, tiles, runs; the last row: chunks
-pairs      (samples, 1)                      pairs of row and tap, for counting; the kernel does not take it
+pairs      (samples, 1)                      pairs of row and tap, or of row and plane along frames where dead frames
+                                             leave planes out, for counting; the kernel does not take it
 =========  ================================  ==================================================================
 """
 
@@ -114,9 +118,28 @@ class WinogradPlan(Plan):
         """Whether dead input frames remove taps."""
         return self.in_frames and self.taps <= MOST_DYNAMIC_FRAME_TAPS
 
+    @property
+    def thins_planes(self) -> bool:
+        """Whether dead input frames leave out planes of the transform along frames."""
+        return self.transformed[0] and self.dynamic_taps
+
+    @cached_property
+    def plane_sets(self) -> list[tuple[int, ...]]:
+        """Of rows of each class, which planes along frames are not zero, where frames are transformed: those that the
+        first input frame reaches, the last one, both, and others."""
+        last = self.alpha[0] - 1
+        return [(), (0,), (last,), (0, last), tuple(range(self.alpha[0]))]
+
+    @cached_property
+    def tap_planes(self) -> np.ndarray:
+        """int32 (entries,): the planes of each entry of ``tap_entries``, bit by bit."""
+        return np.array([sum(1 << plane for plane in planes) for planes in self.plane_sets[1:]], "int32")
+
     @cached_property
     def tap_sets(self) -> list[tuple[int, ...]]:
         """Live taps of each class: every subset where frames die at run time, else those that padding leaves."""
+        if self.thins_planes:
+            return [(0,) if planes else () for planes in self.plane_sets]
         if not self.dynamic_taps:
             return list(dict.fromkeys(self.live_taps(frame) for frame in range(self.tiles[0])))
         return [tuple(tap for tap in range(self.taps) if bits >> tap & 1) for bits in range(1 << self.taps)]
@@ -146,8 +169,9 @@ class WinogradPlan(Plan):
 
     @property
     def most_runs(self) -> int:
-        """Runs of a chunk that has columns of as many samples as may be."""
-        return len(self.tap_sets) * min(self.samples, self.most_columns)
+        """Runs of a chunk that has columns of as many samples as may be: each frame of a clip is of one class."""
+        frames = self.tiles[0] * min(self.window.batch // self.samples, self.most_columns)
+        return min(len(self.tap_sets), frames) * min(self.samples, self.most_columns)
 
     @property
     def sample_columns(self) -> int:
@@ -234,8 +258,9 @@ class Planner:
         plan, window = self.plan, self.plan.window
         if plan.transformed[0]:
             start = frame * plan.m[0] - window.padding[0]
-            alive = [self._frame_alive(clip, start + offset) for offset in range(plan.alpha[0])]
-            return tirx.if_then_else(tirx.any(*alive), 1, 0)
+            first, *inner, last = (self._frame_alive(clip, start + offset) for offset in range(plan.alpha[0]))
+            edges = tirx.Cast(INT, first) + 2 * tirx.Cast(INT, last)
+            return tirx.Select(tirx.any(*inner), tirx.IntImm(INT, len(plan.plane_sets) - 1), edges)
         bits: Expr = _zero()
         for tap in range(plan.taps):
             source = frame * window.stride[0] + (tap * window.dilation[0] - window.padding[0])
@@ -369,8 +394,8 @@ class Planner:
                         store(needed, tirx.IntImm(INT, 1), source + shift)
         used = let(state[0])
         with when(used > first):
-            pairs = self.lists["pairs"]
-            store(pairs, pairs[sample, 0] + (used - first) * len(taps), sample, 0)
+            pairs, each = self.lists["pairs"], len(plan.plane_sets[index] if plan.thins_planes else taps)
+            store(pairs, pairs[sample, 0] + (used - first) * each, sample, 0)
             end = let(tirx.floordiv(used + (plan.mr - 1), plan.mr) * plan.mr)
             slot = (chunk, *self._slot(used - 1))
             last = let(self.lists["rows_in"][slot])

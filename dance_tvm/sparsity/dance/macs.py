@@ -10,15 +10,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from dance_tvm.liveness.analysis import Key, Liveness
 from dance_tvm.liveness.expressions import Expression, Factor
 from dance_tvm.liveness.macs import ConvolutionWork, MaskValue
-from dance_tvm.liveness.torch_graph import ModuleView, evaluate
+from dance_tvm.liveness.torch_graph import ModuleView, evaluate, module_window
 from dance_tvm.schedules.geometry import Window
 from dance_tvm.sparsity.dance.controller import Controller, Masks, Prune
 from dance_tvm.sparsity.dance.options import AXES
@@ -38,7 +40,8 @@ class LayerMacs(NamedTuple):
 class Count:
     """A network's MACs. `executed` (N,) has a gradient where the masks have one.
 
-    `whole` are those of linear layers and transposed convolutions, which run whole whatever masks say.
+    `whole` are those of layers that run whole whatever masks say: linear ones, transposed convolutions, those along one
+    or two axes, and those that are functions with weights of the network's own.
     """
 
     layers: list[LayerMacs]
@@ -160,11 +163,36 @@ class CountedLayer:
 def _whole_macs(module: nn.Module | None, node: fx.Node) -> float:
     """MACs for one clip of a layer that masks do not thin; a transposed convolution multiplies each of its inputs."""
     if isinstance(module, nn.Linear):
-        return float(module.in_features * node.meta["tensor_meta"].shape.numel())
+        return float(module.weight.numel() * node.meta["tensor_meta"].shape[:-1].numel())
     if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        n, _, *positions = node.all_input_nodes[0].meta["tensor_meta"].shape
+        n, _, *positions = _shape(node.args[0])
         return float(n * math.prod(positions) * module.weight.numel())
-    return 0.0
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return _window_macs(module, node, module.weight.shape)
+    if node.op != "call_function" or node.target not in _FUNCTIONS:
+        return 0.0
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    weight = _shape(given["weight"])
+    if node.target is functional.linear:
+        return float(weight.numel() * node.meta["tensor_meta"].shape[:-1].numel())
+    sizes = {"kernel_size": weight[2:], "stride": 1, "padding": 0, "dilation": 1, **given}
+    return _window_macs(SimpleNamespace(**sizes), node, weight)
+
+
+#: Layers that a network calls with weights of its own.
+_FUNCTIONS = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
+
+
+def _window_macs(sizes: nn.Module | SimpleNamespace, node: fx.Node, weight: torch.Size) -> float:
+    """MACs of a convolution of these ``sizes``, as a module has them, taps on padding left out."""
+    window = module_window(sizes, _shape(node.all_input_nodes[0]), _shape(node))
+    return float(window.tap_positions * weight[:2].numel())
+
+
+def _shape(node: Any) -> torch.Size:
+    shape: torch.Size = node.meta["tensor_meta"].shape
+    return shape
 
 
 def controller_macs(graph: fx.GraphModule) -> float:
