@@ -10,6 +10,7 @@ import torch
 from counting import counted_alike
 from torch import nn
 
+from dance_tvm.artifact.folder import load_artifact
 from dance_tvm.compiler.build import build_network
 from dance_tvm.compiler.pipeline import Options
 
@@ -44,6 +45,17 @@ class Clips(nn.Module):
         return self.last(torch.relu(self.third(x)) * (channels > 0).to(x.dtype))
 
 
+class Frames(nn.Module):
+    """A convolution wide enough that Winograd transforms frames, some of which are dead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv3d(4, 128, 1), nn.Conv3d(128, 128, 3, padding=1)
+
+    def forward(self, clip: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(clip)) * (frames > 0).to(clip.dtype))
+
+
 def counted(network: nn.Module, folder: Path, conv: Literal["direct", "winograd"], *inputs: torch.Tensor) -> str:
     """The kernels whose work was counted."""
     options = Options(threads=1, conv=conv)
@@ -52,6 +64,14 @@ def counted(network: nn.Module, folder: Path, conv: Literal["direct", "winograd"
     work = counted_alike(found, given)
     assert len(work) == len([layer for layer in found.manifest.layers if layer.macs])
     return " ".join(work)
+
+
+def test_planes_of_tiles_that_dead_frames_leave_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    frames = torch.tensor([[0, 1, 1, 0, 0, 0, 0, 1], [1, 0, 0, 0, 1, 1, 1, 1]]).view(2, 1, 8, 1, 1).float()
+    counted(Frames(), tmp_path / "a", "winograd", torch.randn(2, 4, 8, 7, 7), frames)
+    (kernel,) = (each for each in load_artifact(tmp_path / "a").manifest.kernels.values() if each.tile)
+    assert "tap_planes" in kernel.operands
 
 
 def some(*shape: int) -> torch.Tensor:

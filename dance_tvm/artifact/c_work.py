@@ -15,6 +15,7 @@ from dance_tvm.artifact.layers import KernelInfo, LayerInfo
 #: The operands that are read, by the names that kernels give them, in the order of `operand` in `interface/program.h`.
 _OPERANDS = (
     ("tap_entries",),
+    ("tap_planes",),
     ("rows_out",),
     ("segments", "runs"),
     ("blocks",),

@@ -43,7 +43,8 @@ typedef struct {
 
 /* The tensors that say what a kernel executed (docs/kernels.md, lists; a Winograd kernel's runs are its segments). */
 typedef enum {
-  TAP_ENTRIES, ROWS_OUT, SEGMENTS, BLOCKS, COUNTS, IN_CHANNELS, OUT_CHANNELS, COLUMN_STARTS, OUT_FRAMES, POSITIONS,
+  TAP_ENTRIES, TAP_PLANES, ROWS_OUT, SEGMENTS, BLOCKS, COUNTS, IN_CHANNELS, OUT_CHANNELS, COLUMN_STARTS, OUT_FRAMES,
+  POSITIONS,
   DECISION, /* which of two kernels ran, whose work stands one behind the other */
   OPERANDS
 } operand;
@@ -54,7 +55,7 @@ typedef enum { FIXED, ROWS, TILES, MASKS } work_kind;
 typedef struct {
   work_kind kind;
   int64_t macs;  /* FIXED: of a call; TILES: of the dense layer */
-  int64_t dense; /* TILES: multiply-accumulates of all tiles at one tap */
+  int64_t dense; /* TILES: multiply-accumulates of all tiles at one tap, of one plane */
   int32_t depth; /* input channels of a row, or of an entry of kernel groups */
   int32_t filters, group;      /* output channels; of one group */
   int32_t operands[OPERANDS];  /* numbers of tensors, -1 where there is none */

@@ -9,6 +9,13 @@ static const int32_t *row_of(const dance_view *list, int64_t row) {
   return (const int32_t *)list->data + (list->shape[0] > 1 ? row * width : 0);
 }
 
+/* Planes of a row that an entry of taps computes, by the bits of a list; 1 where none are told apart. */
+static int32_t planes_of(const dance_view *listed, int64_t entry) {
+  int32_t found = !listed->data;
+  for (uint32_t bits = listed->data ? (uint32_t)*row_of(listed, entry) : 0; bits; bits >>= 1) found += bits & 1;
+  return found;
+}
+
 /* Multiply-accumulates of one row at one tap: live channels, or the columns of each group of filters. */
 static int64_t at_tap(const program_work *work, const dance_view *given, int64_t sample, int32_t tap) {
   const dance_view *in = &given[IN_CHANNELS], *out = &given[OUT_CHANNELS], *starts = &given[COLUMN_STARTS];
@@ -44,7 +51,8 @@ static int64_t listed(const program_work *work, const dance_view *given) {
     for (; segment < end; segment += segments->shape[2]) {
       const int64_t rows = rows_between(&given[ROWS_OUT], part, segment[2], segment[3]);
       for (int32_t entry = segment[0]; entry < segment[1]; entry++)
-        macs += rows * at_tap(work, given, tiled ? segment[4] : part, *row_of(&given[TAP_ENTRIES], entry));
+        macs += rows * planes_of(&given[TAP_PLANES], entry) *
+                at_tap(work, given, tiled ? segment[4] : part, *row_of(&given[TAP_ENTRIES], entry));
     }
   }
   return macs;
@@ -53,10 +61,13 @@ static int64_t listed(const program_work *work, const dance_view *given) {
 /* As many of the dense layer's as of its tiles' products were computed; of two integers as near the even one. */
 static int64_t share_of_layer(const program_work *work, const dance_view *given) {
   const dance_view *entries = &given[TAP_ENTRIES];
-  int32_t taps = 0;
-  for (int64_t entry = 0; entry < entries->shape[0]; entry++)
-    if (*row_of(entries, entry) >= taps) taps = *row_of(entries, entry) + 1;
-  const double exact = (double)listed(work, given) / ((double)work->dense * taps) * (double)work->macs;
+  int32_t taps = 0, planes = 1;
+  for (int64_t entry = 0; entry < entries->shape[0]; entry++) {
+    const int32_t tap = *row_of(entries, entry), some = planes_of(&given[TAP_PLANES], entry);
+    if (tap >= taps) taps = tap + 1;
+    if (some > planes) planes = some;
+  }
+  const double exact = (double)listed(work, given) / ((double)work->dense * taps * planes) * (double)work->macs;
   const int64_t below = (int64_t)exact;
   const double rest = exact - (double)below;
   return below + (rest > 0.5 || (rest == 0.5 && below % 2));
