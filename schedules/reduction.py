@@ -1,4 +1,4 @@
-"""What reductions by sums have in common, on a CPU and on a GPU."""
+"""What reductions have in common, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Reduction(Kernel):
     outer: int
     reduced: int
     inner: int
-    statistic: Literal["sum", "mean", "variance", "std"]
+    statistic: Literal["sum", "mean", "variance", "std", "max", "min"]
     squared: bool = False
     #: How x is stored; the result is float32.
     dtype: str = FLOAT

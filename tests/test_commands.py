@@ -461,6 +461,8 @@ def test_what_is_kept_is_listed_and_cleared(tmp_path, monkeypatch):
     assert "1 removed, 1.0 MiB" in CliRunner().invoke(cache.app, ["clear", "emulator-12"]).stdout
     assert "1 removed, 0.0 MiB" in CliRunner().invoke(cache.app, ["clear", "kernels"]).stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["emulator-12.lock", "networks-1.0"]
+    CliRunner().invoke(cache.app, ["clear"])
+    assert CliRunner().invoke(cache.app, ["list"]).stdout.startswith("nothing is kept in ")
 
 
 def test_the_emulated_device_moves_with_the_cache(tmp_path, monkeypatch):

@@ -115,6 +115,20 @@ def test_it_pins_its_threads_and_says_which_cpus_it_lacks(server, clip_network):
             device.load(clip_network).run({"x": np.zeros(3)})
 
 
+def test_a_build_for_android_on_another_system_is_told(server, clip_network, monkeypatch):
+    with open_device(server) as device:
+        ask = device.connection.ask
+
+        def without_libc(what, operation, *rest, **more):
+            if operation is Operation.LOAD:
+                raise DanceError(f"board failed while {what}: libc.so: cannot open shared object file")
+            return ask(what, operation, *rest, **more)
+
+        monkeypatch.setattr(device.connection, "ask", without_libc)
+        with pytest.raises(DanceError, match=r"libc.so: cannot open .*built for Android.*--target aarch64-linux"):
+            device.load(clip_network)
+
+
 def test_no_tvm_is_loaded_for_it(server, clip_network):
     words = [f"import sys; sys.argv[1:] = {[str(clip_network.path), '--device', server]!r}"]
     words += ["from dance_tvm import run", "from dance_tvm.core.cli import start"]

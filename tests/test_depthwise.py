@@ -104,8 +104,7 @@ def test_all_frames_dead_or_alive(density):
     check(conv, {name: np.full(mask.shape, bool(density)) for name, mask in conv.plan.masks.items()})
 
 
-@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
-@pytest.mark.parametrize("inner", [0, 1])
+@pytest.mark.parametrize(("stride", "inner"), [((1, 1, 1), 0), ((1, 2, 2), 1), ((2, 2, 2), 0)])
 def test_frames_abreast(stride, inner):
     """Some frames of one tile read fewer taps, and the last tile overlaps the one before."""
     window = window_of(2, (7, 8, 11), (3, 3, 3), stride, (1, 1, 1))

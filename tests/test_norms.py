@@ -35,14 +35,26 @@ def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
     return module.eval()
 
 
-def run(module: nn.Module, *inputs: torch.Tensor, threads: int = 2) -> tuple[list[np.ndarray], Lowered]:
-    """The compiled network's outputs, and what it was lowered to."""
+def compiled(
+    module: nn.Module, *inputs: torch.Tensor, threads: int = 2
+) -> tuple[Callable[..., list[np.ndarray]], Lowered]:
+    """The compiled network, called with inputs like these, and what it was lowered to."""
     target = load_target("host")
     mod = import_model(module, example_inputs=inputs, check=False).mod
     lowered = lower(mod, target, Options(threads=threads))
     machine = tvm.relax.VirtualMachine(tvm.compile(lowered.mod, target=target.tvm_target(threads)), tvm.cpu())
-    found = machine["main"](*(tensor(value.numpy()) for value in inputs), *map(tensor, lowered.weights.values()))
-    return [found.numpy()] if hasattr(found, "numpy") else [each.numpy() for each in found], lowered
+
+    def outputs(*values: torch.Tensor) -> list[np.ndarray]:
+        found = machine["main"](*(tensor(value.numpy()) for value in values), *map(tensor, lowered.weights.values()))
+        return [found.numpy()] if hasattr(found, "numpy") else [each.numpy() for each in found]
+
+    return outputs, lowered
+
+
+def run(module: nn.Module, *inputs: torch.Tensor, threads: int = 2) -> tuple[list[np.ndarray], Lowered]:
+    """The compiled network's outputs, and what it was lowered to."""
+    outputs, lowered = compiled(module, *inputs, threads=threads)
+    return outputs(*inputs), lowered
 
 
 def kernels(lowered: Lowered) -> list[str]:
@@ -201,6 +213,29 @@ def test_what_is_no_number_stays_none():
     assert np.isfinite(found[0][[0, 2]]).all()
     assert np.isnan(found[2][1])
     assert np.isfinite(found[2][[0, 2, 3]]).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 37), (3, 67, 1030), (4, 163)])
+def test_extremes_and_softmax_of_every_value(shape):
+    """Over lines and lanes that fill no whole vectors: extremes to the bit; all infinite, NaN here and there."""
+    extremes = [lambda x: x.amax(1), lambda x: x.amin(-1), lambda x: x.amax(0, keepdim=True), lambda x: x.amin()]
+    softmaxes = [lambda x: x.softmax(-1), lambda x: x.softmax(1), lambda x: x.log_softmax(1), lambda x: x.softmax(0)]
+    network = Several(*extremes, *softmaxes)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(6)) * 5
+    odd, infinite = x.clone(), torch.full(shape, float("-inf"))
+    odd.view(-1)[3], odd.view(-1)[-2], infinite.view(-1)[1] = float("nan"), float("inf"), 0.0
+    inputs = [x] * len(network.calls)
+    outputs, lowered = compiled(network, *inputs)
+    names = {name for info in lowered.kernels.values() for name in (info.name, *info.parts)}
+    assert {"reduce_max_f32", "reduce_min_f32", "softmax_f32", "log_softmax_f32"} <= names
+    for values in (x, odd, infinite, x * 1e30):
+        inputs = [values] * len(network.calls)
+        found = outputs(*inputs)
+        exact = on_double(network, inputs)
+        for ours, right in zip(found[:4], exact[:4], strict=True):
+            np.testing.assert_array_equal(ours, right)
+        for ours, right in zip(found[4:], exact[4:], strict=True):
+            np.testing.assert_allclose(ours, right, rtol=2e-6, atol=1e-7)
 
 
 class Residual(nn.Module):

@@ -158,6 +158,7 @@ def test_two_results_side_by_side(results, tmp_path):
         done = CliRunner().invoke(report.app, [*both, "--format", form])
         assert done.exit_code == 0, done.output
         assert (tmp_path / f"a-b.{suffix}").exists()
+    assert "| the same code |" in (tmp_path / "a-b.md").read_text()
     (first, _) = json.loads((tmp_path / "a-b.json").read_text())["compared"]
     assert first["verdict"] == "slower"
     assert first["low"] <= first["ratio"] <= first["high"]

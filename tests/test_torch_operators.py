@@ -166,7 +166,7 @@ def with_nothing_inside(x):
 
 def cut_and_taken(x):
     places = torch.tensor([[3, -1], [0, -5]])
-    whole = torch.split(x, 9, 1)
+    whole = (*torch.split(x, 9, 1), *torch.split(x, [0, 6], 1), *torch.split(x, [0, 2, 0, 4, 0], 1))
     return [*whole, *torch.split(x, [1, 5], 1), torch.take(x, places), torch.take(x[0, 0, 0, 0, 0], places * 0)]
 
 
@@ -202,6 +202,14 @@ KINDS = {
         (CLIP, torch.tensor(0.7)),
     ),
     "cut and taken": (cut_and_taken, (CLIP,)),
+    "views of views": (
+        lambda x: [
+            x.unfold(3, 4, 1).unfold(2, 2, 2),
+            x[1].as_strided((2, 3), (3, 1), 5),
+            (x * 2).transpose(1, 2)[1].as_strided((2, 3), (3, 1)),
+        ],
+        (CLIP,),
+    ),
     "axes of a scalar": (lambda x: x.mean().permute(()) + 1, (CLIP,)),
     "slices": (assigned_slices, (CLIP,)),
     "temporal shift": (shifted_in_place, (torch.randn(1, 6, 8, 5, 5),)),
@@ -313,6 +321,31 @@ def test_whole_numbers_without_a_sign_wrap_around(tmp_path):
         found = device.load(built.artifact).run({"inputs_0": x.numpy()}).values()
     for got, wanted in zip(found, function(x), strict=True):
         np.testing.assert_array_equal(got, wanted.numpy(), strict=True)
+
+
+def test_types_are_promoted_as_pytorch_does_without_a_word(tmp_path):
+    """In concatenations, in functions that have floats for results alone, and of whole numbers by their divisors."""
+
+    def function(x, on, whole, divisors):
+        joined = (
+            torch.cat([whole, x], 1),
+            torch.stack([on, x]),
+            torch.cat([on, whole], 1),
+            torch.hstack([on, whole.int()]),
+        )
+        floats = whole.exp(), on.sigmoid(), whole.round(), torch.atan2(whole, divisors), divisors.log(), whole.sinh()
+        rests = 7 % divisors, -7 % divisors, 7 // divisors, whole // divisors, whole % divisors, 2.5 % x
+        mixed = torch.maximum(whole > 1, whole) % -3, torch.maximum(on, whole) // divisors, (whole > 0) % divisors
+        return *joined, *floats, *rests, *mixed, *on.max(1), torch.fmod(whole.byte(), -3), torch.signbit(x)
+
+    x, whole = torch.randn(2, 8), torch.arange(-8, 8).reshape(2, 8)
+    inputs = x, x > 0, whole, torch.tensor([1, 2, 3, 4, -1, -2, -3, -4])
+    built = build_network(Function(function), tmp_path / "types", example_inputs=inputs, threads=1, check=False)
+    names = [tensor.name for tensor in built.artifact.manifest.inputs]
+    with open_device("local") as device:
+        found = device.load(built.artifact).run(dict(zip(names, map(array_of, inputs), strict=True)))
+    for got, wanted in zip(found.values(), function(*inputs), strict=True):
+        torch.testing.assert_close(torch.as_tensor(got), wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_a_chain_of_operators_that_read_their_input_twice_is_built_in_time_linear_in_its_length(tmp_path):

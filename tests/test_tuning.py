@@ -33,7 +33,8 @@ from dance_tvm.schedules.layer import Layer
 from dance_tvm.schedules.workload import FAMILIES, WINOGRAD, Workload
 from dance_tvm.tuning import farm
 from dance_tvm.tuning.farm import CountedSession, Farm
-from dance_tvm.tuning.instances import Loaded
+from dance_tvm.tuning.instances import LEAST_SECONDS, Loaded
+from dance_tvm.tuning.libraries import TvmLibrary
 from dance_tvm.tuning.tuner import Tuner
 
 AVX2 = Machine(8, 16, 32768, 524288, True)
@@ -335,6 +336,23 @@ class Counting:
     def times(self, _kernel: str, _arguments: list[object], repeats: int) -> list[float]:
         self.executed += 100_000 * (1 + repeats) + next(self.besides)
         return [0.0] * repeats
+
+
+@pytest.mark.parametrize(("call", "number"), [(3e-6, 67), (3e-4, 1)], ids=["short", "long"])
+def test_short_calls_are_timed_as_means_of_many(call, number):
+    numbers = []
+
+    def time_evaluator(_function: str, _device: object, number: int, repeat: int) -> object:
+        numbers.append(number)
+        return lambda *_tensors: SimpleNamespace(results=[call] * repeat)
+
+    library = TvmLibrary.__new__(TvmLibrary)
+    library._call, library._device = (lambda _what, run: run()), None
+    library._module = SimpleNamespace(time_evaluator=time_evaluator)
+    assert library.times("conv", [], 3, LEAST_SECONDS) == [call] * 3
+    assert numbers == [1, number]
+    library.times("conv", [], 3)
+    assert numbers[2:] == [1]
 
 
 def test_the_instructions_of_a_call_are_told_from_what_the_server_does_besides():

@@ -211,7 +211,7 @@ class Artifact:
     """A verified folder."""
 
     path: Path
-    manifest: Manifest
+    manifest: Manifest = field(repr=False)  # pages long
     #: Of each file, by name, what changes when it is written to or replaced.
     stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
 

@@ -75,7 +75,8 @@ def prepare(progress: Callable[[str], object] = print) -> Path:
     except Timeout:
         raise DanceError(f"another process has held {folder}.lock for too long: end it, or remove the file") from None
     except OSError as error:
-        raise DanceError(f"the emulated device cannot be kept in {folder.parent}: {error.strerror or error}") from None
+        why = f"{error.strerror or error}: set DANCE_TVM_CACHE to a folder that can be written"
+        raise DanceError(f"the emulated device cannot be kept in {folder.parent} ({why})") from None
     return folder
 
 

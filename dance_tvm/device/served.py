@@ -69,7 +69,13 @@ class ServedSession(DeviceSession):
         sealed = file_sha256(path)
         self._upload(path, sealed)
         words = bytes.fromhex(sealed) + struct.pack("<II", self._threads or manifest.target.threads, 0)
-        number, _ = struct.unpack("<II", self.connection.ask(f"loading {manifest.name}", Operation.LOAD, words))
+        try:
+            number, _ = struct.unpack("<II", self.connection.ask(f"loading {manifest.name}", Operation.LOAD, words))
+        except DanceError as error:
+            if "libc.so: cannot open" not in str(error):  # which only Android's loader finds
+                raise
+            said = "it is built for Android, and the device is none: rebuild it with --target aarch64-linux"
+            raise DanceError(f"{error}; {said}") from None
         return ServedNetwork(self, artifact, number)
 
     def abandon(self, number: int) -> None:

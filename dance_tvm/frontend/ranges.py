@@ -11,7 +11,9 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.frontend.interface import Arrays, TensorSpec
 
-_TRIED = (None, 4, 2, 1, 0)
+Range = tuple[int, int]
+#: Every value of the type, indices and lengths up to so many, and divisors.
+_TRIED = (None, (0, 4), (0, 2), (0, 1), (0, 0), (1, 4))
 
 
 def with_ranges(
@@ -24,12 +26,12 @@ def with_ranges(
     integers = {spec.name for spec in specs if "int" in spec.dtype}
     if not integers:
         return list(specs)
-    known = {name: int(array.max()) for name, array in (examples or {}).items() if name in integers and array.size}
-    tried: list[Mapping[str, int | None]] = [dict.fromkeys(integers, largest) for largest in _TRIED]
+    known = {name: (0, int(array.max())) for name, array in (examples or {}).items() if name in integers and array.size}
+    tried: list[Mapping[str, Range | None]] = [dict.fromkeys(integers, within) for within in _TRIED]
     tried[1:1] = [known] if known else []
     problem: Exception | None = None
-    for largest in tried:
-        chosen = [_up_to(spec, largest.get(spec.name)) for spec in specs]
+    for ranges in tried:
+        chosen = [_within(spec, ranges.get(spec.name)) for spec in specs]
         try:
             reference(random_inputs(chosen))
         except Exception as failure:  # PyTorch and ONNX Runtime have many kinds for an index out of range
@@ -40,5 +42,5 @@ def with_ranges(
     raise DanceError(f"the network itself fails on random input, its integers {', '.join(integers)} small: {reason}")
 
 
-def _up_to(spec: TensorSpec, largest: int | None) -> TensorSpec:
-    return spec if largest is None else replace(spec, range=(0, largest))
+def _within(spec: TensorSpec, within: Range | None) -> TensorSpec:
+    return spec if within is None else replace(spec, range=within)

@@ -21,6 +21,7 @@ from dance_tvm.frontend.torch_values import (
     name_of,
     shape_of,
 )
+from dance_tvm.ir.split import split
 
 # A running extreme compares every element with all before it.
 _MOST_PAIRS = 1 << 24
@@ -71,12 +72,10 @@ def _scan(operator: Callable[..., relax.Expr]) -> Conversion:
 
 
 def _split_with_sizes(node: fx.Node, importer: Importer) -> relax.Expr:
-    """``x`` cut into parts of given sizes; one part alone is ``x`` itself."""
+    """``x`` cut into parts of given sizes."""
     given, emit = arguments(node), importer.block_builder.emit
     x, sizes = importer.env[given["self"]], [int(size) for size in given["split_sizes"]]
-    if len(sizes) == 1:
-        return emit(relax.Tuple([x]))
-    return emit(relax.op.split(x, np.cumsum(sizes)[:-1].tolist(), given.get("dim", 0)))
+    return emit(relax.Tuple(split(emit, x, sizes, given.get("dim", 0))))
 
 
 def _take(node: fx.Node, importer: Importer) -> relax.Expr:

@@ -225,6 +225,15 @@ def _copysign(emit: Any, number: Any, a: relax.Expr, b: relax.Expr) -> relax.Exp
     return emit(relax.op.where(emit(relax.op.less(signed, number(0))), emit(relax.op.negative(size)), size))
 
 
+def _signbit(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Below zero, or the zero whose reciprocal is."""
+    x, emit = importer.env[node.args[0]], importer.block_builder.emit
+    zero = relax.const(0, dtype_of(x))
+    if "float" in dtype_of(x):
+        x = emit(relax.op.where(emit(relax.op.equal(x, zero)), emit(relax.op.divide(relax.const(1.0), x)), x))
+    return emit(relax.op.less(x, zero))
+
+
 def _number_preferred(operator: Operator) -> Callable[..., relax.Expr]:
     """The larger or smaller of two, where one is NaN the other."""
 
@@ -272,6 +281,7 @@ def _arithmetic() -> dict[str, Conversion]:
         "gt": _binary(relax.op.greater),
         "ge": _binary(relax.op.greater_equal),
         "remainder": _floored(division.remainder, relax.op.floor_mod),
+        "fmod": _binary(relax.op.mod),
         "bitwise_and": _binary(relax.op.bitwise_and, relax.op.logical_and),
         "bitwise_or": _binary(relax.op.bitwise_or, relax.op.logical_or),
         "bitwise_xor": _binary(relax.op.bitwise_xor, relax.op.logical_xor),
@@ -292,6 +302,8 @@ def _arithmetic() -> dict[str, Conversion]:
 
 CONVERSIONS: dict[str, Conversion] = {
     **_arithmetic(),
+    "remainder.default": _floored(division.remainder, relax.op.floor_mod),  # of a number by a tensor, as prims have it
+    "signbit.default": _signbit,
     "maximum.default": _binary(relax.op.maximum, relax.op.logical_or),
     "minimum.default": _binary(relax.op.minimum, relax.op.logical_and),
     "div.Tensor_mode": _divide_rounded,

@@ -16,6 +16,7 @@ _OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
 
 # A constant that is computed from little, as zeros are, stays computed unless it is small.
 _FOLDED_BYTES = 64 * 1024
+_CAST = torch.ops.aten._to_copy.default
 
 
 def compute_in_float32(program: torch.export.ExportedProgram) -> set[torch.dtype]:
@@ -59,6 +60,33 @@ def _propagate(program: torch.export.ExportedProgram) -> None:
                 value = torch.empty_strided(value.shape, value.stride(), dtype=dtype)
             arguments.append(value)
     FakeTensorProp(program.graph_module, mode).propagate_dont_convert_inputs(*arguments)
+
+
+def cast_operands(program: torch.export.ExportedProgram) -> None:
+    """Write out as casts what PyTorch promotes without a word, in operators that Relax has for one type alone.
+
+    Parts of a concatenation take the type of the whole; integers and booleans that an elementwise operator makes floats
+    of (``exp``, ``sin``) are floats before it.
+    """
+    for node in list(program.graph.nodes):
+        result = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(result, torch.Tensor):
+            continue
+        types = {source: source.meta["val"].dtype for source in node.all_input_nodes if _is_tensor(source)}
+        of_integers = result.is_floating_point() and not any(dtype.is_floating_point for dtype in types.values())
+        elementwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) and node.target is not _CAST
+        if node.target is not torch.ops.aten.cat.default and not (elementwise and of_integers):
+            continue
+        for source, dtype in types.items():
+            if dtype != result.dtype:
+                with program.graph.inserting_before(node):
+                    promoted = program.graph.call_function(_CAST, (source,), {"dtype": result.dtype})
+                promoted.meta = {**node.meta, "val": source.meta["val"].to(result.dtype)}
+                node.replace_input_with(source, promoted)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def fold_constants(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from dance_tvm.core.errors import DanceError
 from dance_tvm.frontend.interface import TensorSpec, array_of
 from dance_tvm.frontend.names import NamingBuilder
 from dance_tvm.frontend.torch_conversions import CONVERSIONS
-from dance_tvm.frontend.torch_graph import compute_in_float32, fold_constants
+from dance_tvm.frontend.torch_graph import cast_operands, compute_in_float32, fold_constants
 from dance_tvm.frontend.torch_resampling import RESAMPLING
 from dance_tvm.frontend.torch_values import constant
 
@@ -96,6 +96,7 @@ def decompose(program: torch.export.ExportedProgram) -> Decomposed:
         if node.op == "call_function" and not node.users:
             program.graph.erase_node(node)
     declared = compute_in_float32(program)
+    cast_operands(program)
     return Decomposed(program, declared, fold_constants(program))
 
 

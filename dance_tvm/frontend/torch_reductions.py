@@ -107,7 +107,8 @@ def _extreme_with_index(value_of: Operator, index_of: Operator) -> Conversion:
         keep, emit = bool(rest and rest[0]), importer.block_builder.emit
         if not shape_of(value):
             return emit(relax.Tuple([value, relax.const(0, "int64")]))
-        return emit(relax.Tuple([emit(value_of(value, [axis], keep)), emit(index_of(value, axis, keep))]))
+        ordered = cast(importer, value, "uint8") if dtype_of(value) == "bool" else value
+        return emit(relax.Tuple([emit(value_of(value, [axis], keep)), emit(index_of(ordered, axis, keep))]))
 
     return convert
 

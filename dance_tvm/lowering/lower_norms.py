@@ -1,4 +1,4 @@
-"""Replace norms and floating-point sums, means and variances by kernels of our own, exact where TVM's are not."""
+"""Replace norms, softmaxes and reductions of floats by kernels of our own, exact where TVM's are not."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from tvm import relax
 
 from dance_tvm.ir.graph import Graph, constant, dtype_of, emit, is_tensor, rewrite, shape_of, substitute
 from dance_tvm.ir.reasons import Reasons
+from dance_tvm.schedules.cpu.extremes import VectorExtreme
 from dance_tvm.schedules.cpu.moments import VectorReduction
 from dance_tvm.schedules.cpu.norm import Norm
+from dance_tvm.schedules.cpu.softmax import Softmax
 from dance_tvm.schedules.cpu.tiles import Machine
 from dance_tvm.schedules.emit import FLOAT, HALF
 from dance_tvm.schedules.gpu.reduce import BlockReduction
@@ -28,14 +30,16 @@ from .norm_forms import Span, folded, form_of, runs_of, seen_as, without
 from .sites import FUSED_ACTIVATIONS
 
 #: Reductions that have kernels here, by the name of the Relax operator.
-REDUCTIONS = {"mean": "mean", "sum": "sum", "variance": "variance", "std": "std"}
+REDUCTIONS = ("mean", "sum", "variance", "std")
+#: The same of processors alone.
+EXTREMES = ("max", "min")
 NORMS = ("nn.instance_norm", "nn.group_norm", "nn.layer_norm", "nn.rms_norm")
 SOFTMAXES = ("nn.softmax", "nn.log_softmax")
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerNorms")
 class LowerNorms:
-    """Every float32 norm and reduction of ``main`` by sums becomes a call of a kernel; one norm takes the residual and
+    """Every float32 norm, softmax and reduction of ``main`` becomes a call of a kernel; one norm takes the residual and
     the activation behind it with it."""
 
     def __init__(self, machine: Machine | Gpu, threads: int, reasons: Reasons) -> None:
@@ -81,7 +85,10 @@ class _Lowering:
 
     def _is_ours(self, var: relax.Var) -> bool:
         name = self.graph.op(var)
-        return name in (*REDUCTIONS, *NORMS, *SOFTMAXES) and is_tensor(var) and dtype_of(var) == "float32"
+        if name in EXTREMES and (not isinstance(self.machine, Machine) or 0 in shape_of(self.graph.call(var).args[0])):
+            return False
+        ours = name in (*REDUCTIONS, *EXTREMES, *NORMS, *SOFTMAXES)
+        return ours and is_tensor(var) and dtype_of(var) == "float32"
 
     def _site(self, var: relax.Var) -> NormSite:
         """The norm that begins at ``var`` with what may be fused behind it."""
@@ -200,6 +207,8 @@ class _Lowering:
     def _reduction(self, fields: dict[str, Any]) -> Reduction:
         """The machine's reduction."""
         machine = self.machine
+        if isinstance(machine, Machine) and fields["statistic"] in EXTREMES:
+            return VectorExtreme(**fields, vector_floats=machine.vector_floats)
         if isinstance(machine, Machine):
             return VectorReduction(**fields, vector_floats=machine.vector_floats, threads=self.threads)
         return BlockReduction(**fields)
@@ -226,14 +235,18 @@ class _Lowering:
         return builder.emit(relax.op.astype(half, FLOAT))
 
     def _softmax(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-        """Exponentials of differences from the largest, beside their sum."""
-        emit, op, data, axis = builder.emit, relax.op, call.args[0], int(call.attrs.axis)
+        """One kernel; on a GPU exponentials of differences from the largest, beside their sum."""
+        emit, op, data, axis, log = builder.emit, relax.op, call.args[0], int(call.attrs.axis), "log" in call.op.name
+        if isinstance(self.machine, Machine) and 0 not in shape_of(data):
+            shape, axis = shape_of(data), axis % len(shape_of(data))
+            sizes = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+            data = self.halves.get(data, data)
+            spec = Softmax(shape, *sizes, log, self.machine.vector_floats, dtype_of(data))
+            return call_kernel(builder, spec, {"x": data}, self.threads)
         below = emit(op.subtract(data, emit(op.max(data, [axis], True))))
         raised = emit(op.exp(below))
         total = self.reduce(builder, raised, [axis], "sum", True)
-        if call.op.name.endswith("log_softmax"):
-            return emit(op.subtract(below, emit(op.log(total))))
-        return emit(op.divide(raised, total))
+        return emit(op.subtract(below, emit(op.log(total))) if log else op.divide(raised, total))
 
     def _by_parts(self, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         """A norm as mean, difference, mean of squares and product, each its own operator."""

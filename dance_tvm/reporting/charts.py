@@ -42,7 +42,7 @@ def overview(results: Results) -> Chart:
             box = (1e3 * most[0], 1e3 * most[-1])
             text = duration(runs.p50)
             tip = f"{name}: {text}, most runs {duration(most[0])} to {duration(most[-1])}"
-            shown.append(Row(name, [Bar(1e3 * runs.p50, ROLES[item.role], text, tip, box)]))
+            shown.append(Row(name, [Bar(1e3 * runs.p50, ROLES[item.role], f"median {text}", tip, box)]))
             cells.append(
                 [name, *(plain_number(value) for value in (1e3 * runs.fastest, box[0], 1e3 * runs.p50, box[1]))]
             )
@@ -70,14 +70,14 @@ def by_clip(device: Device) -> Chart | None:
             found[series[-1].name] = clips
     if not order:
         return None
-    x = Axis("clip, the one with the least work left first", 0.5, len(order) + 0.5)
+    x = Axis("clip, the one with the least work first", 0.5, len(order) + 0.5)
     y = from_zero("ms, whisker to the 90th percentile", [point.high or 0 for each in series for point in each.points])
     cells = [
         [name, *(plain_number(1e3 * clips[name].p50) if name in clips else "–" for clips in found.values())]
         for name in order
     ]
     table = Table("Latency by clip", "", ["clip", *(f"{name}, ms" for name in found)], cells)
-    text = "Clips are ordered by the work that was left of them."
+    text = "Clips are ordered by how much of their work was left to do."
     return Chart("Latency by clip", text, plot(x, y, series, "Latency of each clip"), table)
 
 

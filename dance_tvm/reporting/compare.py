@@ -29,7 +29,9 @@ def comparison(first: Results, second: Results, names: tuple[str, str]) -> Page:
         title=f"{names[1]} beside {names[0]}",
         subtitle=f"A: {names[0]}, {first.created}, {title_of(first)}. B: {names[1]}, {second.created}, "
         f"{title_of(second)}. Measured at different times: what else the machine did is in the ratios.",
-        tiles=[(f"{each.ratio:.2f}×", f"of A's time, {new.name}: {each.verdict}") for _, _, new, each in found],
+        tiles=[
+            (f"{each.ratio:.2f}×", f"of A's time, {new.name}: {_said(old, new, each)}") for _, old, new, each in found
+        ],
         verdicts=[],
         warnings=[text for device, old, new in shared for text in differences(device, old, new)],
         tables=[_summary(found), *(_layers(*each) for each in shared if each[1].profile and each[2].profile)],
@@ -54,6 +56,11 @@ def verdict_of(device: Device, old: Measured, new: Measured) -> Verdict:
     """B's time over A's, with its 95% interval."""
     ratio = unpaired_ratio(new.latency.seconds, old.latency.seconds)
     return judge(device.spec, new.artifact, ratio, THRESHOLD, interleaved=False)
+
+
+def _said(old: Measured, new: Measured, verdict: Verdict) -> str:
+    """What B is: neither faster nor slower where it is the same code, whatever the machine did."""
+    return "the same code" if old.library_sha256 == new.library_sha256 else verdict.verdict
 
 
 def differences(device: Device, old: Measured, new: Measured) -> list[str]:
@@ -85,7 +92,7 @@ def _shared(first: Results, second: Results) -> list[Both]:
 
 def _summary(found: list[tuple[Device, Measured, Measured, Verdict]]) -> Table:
     cells = [
-        [new.title, name_of(device), each.verdict, _ms(old.latency.p50),
+        [new.title, name_of(device), _said(old, new, each), _ms(old.latency.p50),
          _ms(new.latency.p50), f"{each.ratio:.3f}", f"{each.low:.3f} to {each.high:.3f}",
          f"{old.latency.spread:.1%}", f"{new.latency.spread:.1%}"]
         for device, old, new, each in found
@@ -118,7 +125,7 @@ def _chart(shared: list[Both]) -> Chart:
             runs = sorted(item.latency.seconds)
             box = (1e3 * runs[len(runs) // 20], 1e3 * runs[-1 - len(runs) // 20])
             text = duration(item.latency.p50)
-            bars.append(Bar(1e3 * item.latency.p50, colour, text, f"{name}: {text}", box))
+            bars.append(Bar(1e3 * item.latency.p50, colour, f"median {text}", f"{name}: {text}", box))
         shown.append(Row(f"{new.title} on {name_of(device)}", bars))
     scale = from_zero("milliseconds per run", [bar.box[1] for row in shown for bar in row.bars if bar.box])
     cells = [[row.label, *(plain_number(bar.value) for bar in row.bars)] for row in shown]

@@ -90,7 +90,7 @@ def title_of(results: Results) -> str:
 
 def subtitle_of(results: Results) -> str:
     """When and by what it was measured."""
-    return f"Measured by dance-tvm bench, {results.created}, driven from {results.host.get('system', 'this machine')}."
+    return f"Measured by dance-tvm bench, {results.created}, from {results.host.get('system', 'this machine')}."
 
 
 def tiles(results: Results) -> list[tuple[str, str]]:

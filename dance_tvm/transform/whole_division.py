@@ -23,7 +23,7 @@ def _guarded(divide: Divide, name: str, *, rest: bool) -> Legalize:
 
     def legalize(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         dtype, divisors = dtype_of(call), constant(call.args[1])
-        if "int" not in dtype or (divisors is not None and divisors.all() and not (divisors == -1).any()):
+        if "int" not in dtype or (divisors is not None and (divisors > 0).all()):
             return own(builder, call)
         zero, one = tirx.const(0, dtype), tirx.const(1, dtype)
         shape = [int(extent) for extent in call.ty.shape.values]
@@ -43,10 +43,23 @@ def _guarded(divide: Divide, name: str, *, rest: bool) -> Legalize:
     return legalize
 
 
+def _floor(divide: Divide) -> Divide:
+    """The quotient rounded down, or its rest, of the truncated ``divide``. TVM's own names the rest in the generated
+    code, where its analysis of ranges fails on vectors that were booleans."""
+
+    def floored(a: Expr, b: Expr) -> Expr:
+        zero, one = (tirx.const(value, str(b.ty.dtype)) for value in (0, 1))
+        found, rest = divide(a, b), tirx.truncmod(a, b)
+        apart = tirx.any(tirx.all(rest < zero, b > zero), tirx.all(rest > zero, b < zero))
+        return tirx.Select(apart, found + b if divide is tirx.truncmod else found - one, found)
+
+    return floored
+
+
 #: How divisions of whole numbers are legalized, by Relax's name; of others as TVM does.
 WHOLE_DIVISION: dict[str, Legalize] = {
     "relax.divide": _guarded(tirx.truncdiv, "relax.divide", rest=False),
-    "relax.floor_divide": _guarded(tirx.floordiv, "relax.floor_divide", rest=False),
-    "relax.floor_mod": _guarded(tirx.floormod, "relax.floor_mod", rest=True),
+    "relax.floor_divide": _guarded(_floor(tirx.truncdiv), "relax.floor_divide", rest=False),
+    "relax.floor_mod": _guarded(_floor(tirx.truncmod), "relax.floor_mod", rest=True),
     "relax.mod": _guarded(tirx.truncmod, "relax.mod", rest=True),
 }

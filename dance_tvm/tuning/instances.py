@@ -51,6 +51,9 @@ EXACT = ("", "relu", "relu6")
 HOPELESS = 1.3
 #: Seconds of measurement and number of runs at which a time is taken for good.
 ENOUGH_SECONDS, ENOUGH_RUNS = 0.4, 9
+#: Seconds of a run at the least: a call of a few microseconds differs by a tenth from the next. More of them would be
+#: interrupted by other work.
+LEAST_SECONDS = 2e-4
 #: Parts in which a digest is summed up, on the device.
 PARTS = 4096
 
@@ -212,8 +215,8 @@ class Loaded:
         return int(self.library.read(sums).sum())
 
     def times(self, repeats: int) -> list[float]:
-        """Seconds of each of ``repeats`` runs, after one that warms up."""
-        return self.library.times(KERNEL, self.arguments, repeats)
+        """Seconds of each of ``repeats`` runs, after one that warms up; means of several calls where they are short."""
+        return self.library.times(KERNEL, self.arguments, repeats, LEAST_SECONDS)
 
     @property
     def unit(self) -> Literal["seconds", "emulated instructions"]:
@@ -240,7 +243,7 @@ class Loaded:
         counts = []
         for repeats in (1, 1 + calls):
             before = self.session.counter.read()
-            self.times(repeats)
+            self.library.times(KERNEL, self.arguments, repeats)
             counts.append(self.session.counter.read() - before)
         return (counts[1] - counts[0]) / calls
 

@@ -19,6 +19,9 @@ from dance_tvm.machines.host import needed_flags
 from dance_tvm.machines.target import Target
 from dance_tvm.tuning.farm import DeviceLostError, Farm
 
+#: Seconds below which a clock tells nothing.
+SHORTEST = 1e-7
+
 
 def device_code_of(library: Path) -> Path:
     """Where the device code of a library for OpenCL stands: beside it, for devices whose TVM runtime has no OpenCL."""
@@ -44,8 +47,9 @@ class Library(Protocol):
     def call(self, function: str, *tensors: Any) -> None:
         """Run a function."""
 
-    def times(self, function: str, tensors: Sequence[Any], repeats: int) -> list[float]:
-        """Seconds of each of ``repeats`` runs, after one that warms up."""
+    def times(self, function: str, tensors: Sequence[Any], repeats: int, least: float = 0.0) -> list[float]:
+        """Seconds of each of ``repeats`` runs, after one that warms up; of a function that takes less than ``least``
+        seconds, the mean of as many calls as take so long."""
 
 
 def open_library(session: RemoteSession, library: Path, kind: str) -> Library:
@@ -131,9 +135,13 @@ class TvmLibrary:
     def call(self, function: str, *tensors: Any) -> None:
         self._call(f"running {function}", lambda: self._module[function](*tensors))
 
-    def times(self, function: str, tensors: Sequence[Any], repeats: int) -> list[float]:
-        evaluator = self._module.time_evaluator(function, self._device, number=1, repeat=repeats)
-        return self._call("timing a trial", lambda: list(evaluator(*tensors).results))
+    def times(self, function: str, tensors: Sequence[Any], repeats: int, least: float = 0.0) -> list[float]:
+        def timed(number: int, repeat: int) -> list[float]:
+            evaluator = self._module.time_evaluator(function, self._device, number=number, repeat=repeat)
+            return self._call("timing a trial", lambda: list(evaluator(*tensors).results))
+
+        once = min(timed(1, 2)) if least else math.inf
+        return timed(1 if once >= least else math.ceil(least / max(once, SHORTEST)), repeats)
 
 
 @dataclass(frozen=True)
@@ -172,7 +180,7 @@ class OpenCLLibrary:
     def call(self, function: str, *tensors: _Buffer) -> None:
         self.times(function, tensors, 0)
 
-    def times(self, function: str, tensors: Sequence[_Buffer], repeats: int) -> list[float]:
+    def times(self, function: str, tensors: Sequence[_Buffer], repeats: int, least: float = 0.0) -> list[float]:
         numbers = json.dumps([tensor.number for tensor in tensors])
         return json.loads(self._ask(f"running {function}", "times", self._program, function, numbers, repeats))
 

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import tvm
-from torch import Tensor, nn
 from tvm import relax
 from tvm.relax import vm_build
 from tvm.tirx.build import codegen_build
 
-import dance_tvm
 from dance_tvm import Options
 from dance_tvm.artifact.linker import shared_library_linker
 from dance_tvm.compiler.code import compile_lowered
 from dance_tvm.compiler.pipeline import lower
+from dance_tvm.frontend.interface import Imported
 from dance_tvm.machines.target import Target
 
 
 def for_virtual_machine(
-    network: nn.Module, inputs: Sequence[Tensor], target: Target, options: Options, folder: Path
+    imported: Imported, target: Target, options: Options, folder: Path
 ) -> tuple[Path, list[np.ndarray]]:
     """A library in ``folder``, and the weights that its ``main`` takes behind the inputs."""
-    imported = dance_tvm.import_model(network, example_inputs=tuple(inputs))
     lowered = lower(imported.mod, target, options)
     (folder / "machine").mkdir()
     code = compile_lowered(lowered, target, options, folder / "machine")

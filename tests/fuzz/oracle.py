@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .program import Network
+from .program import PREAMBLE, Network
 
 #: Allowed of an output's own largest value, where nothing in the network magnifies rounding.
 TOLERANCE = {"float32": 3e-5, "float16": 2e-2}
@@ -55,6 +55,7 @@ class Answer:
 
     outputs: list[Tensor]
     allowed: list[float]
+    dtypes: list[torch.dtype]
 
 
 class Watch(TorchDispatchMode):
@@ -74,13 +75,13 @@ class Watch(TorchDispatchMode):
         self._look(name, args, result)
         first = result[0] if isinstance(result, tuple) else result
         if isinstance(first, Tensor) and first.is_floating_point() and first.numel():
-            self.largest = max(self.largest, float(first.detach().abs().max()))
+            self.largest = max(self.largest, peak(first))
             share = _NOISE[self._dtype] if name in _SUMS else _ROUNDED if name in _PAIRS else 0.0
             if self._generator is not None and share:
                 draw = torch.randn(first.shape, generator=self._generator, dtype=first.dtype)
                 if name in _PAIRS:
                     draw = draw * (first != 0)  # zeros of masks stay zeros
-                noisy = first + draw * (float(first.abs().max()) * share)
+                noisy = first + draw * (peak(first) * share)
                 return (noisy, *result[1:]) if isinstance(result, tuple) else noisy
         return result
 
@@ -90,16 +91,16 @@ class Watch(TorchDispatchMode):
             return
         if name in _COMPARED:
             other = args[1] if operands[0] is args[0] else args[0]
-            scale = max(float(value.abs().max()) for value in operands if value.numel())
+            scale = max(peak(value) for value in operands)
             self._near((args[0] - args[1]).abs() if isinstance(other, Tensor) else (operands[0] - other).abs(), scale)
             self.decisions.append(result)
         elif name == "argmax":
             top = operands[0].sort(-1 if len(args) < 2 or args[1] is None else args[1])[0].flatten()
-            self._near(top.diff().abs(), float(operands[0].abs().max()))
+            self._near(top.diff().abs(), peak(operands[0]))
             self.decisions.append(result)
         elif name in _STEPS and (name != "_to_copy" or not result.is_floating_point()):
             x = operands[0]
-            self._near(_STEPS[name](x), max(1.0, float(x.abs().max())) if name != "sign" else float(x.abs().max()))
+            self._near(_STEPS[name](x), max(1.0, peak(x)) if name != "sign" else peak(x))
             self.decisions.append(result)
 
     def _near(self, distance: Tensor, scale: float) -> None:
@@ -110,10 +111,11 @@ class Watch(TorchDispatchMode):
 def answer(network: Network, inputs: Sequence[Tensor], dtype: str) -> Answer | None:
     """What the network answers; None where rounding could decide otherwise, or magnifies without bound."""
     exact = copy.deepcopy(network.module).double()
-    wide = [tensor.double() for tensor in inputs]
+    wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
     plain = Watch(dtype)
     outputs = _run(exact, wide, plain)
-    if plain.close or not all(bool(output.isfinite().all()) for output in outputs):
+    finite = all(bool(tensor.isfinite().all()) for tensor in inputs)
+    if plain.close or (finite and not all(bool(output.isfinite().all()) for output in outputs)):
         return None
     single = _run(network.module, inputs, None)
     apart = [_distance(a, b) for a, b in zip(single, outputs, strict=True)]
@@ -124,44 +126,74 @@ def answer(network: Network, inputs: Sequence[Tensor], dtype: str) -> Answer | N
         if not same:
             return None
         apart = [max(old, _distance(a, b)) for old, a, b in zip(apart, moved, outputs, strict=True)]
-    scales = [float(output.abs().max()) for output in outputs]
+    scales = [peak(output) for output in outputs]
     if any(
         distance > 0.03 * scale for distance, scale in zip(apart, scales, strict=True) if scale > 1e-6 * plain.largest
     ):
         return None  # ill-conditioned: PyTorch's own float32 says as little
+    dtypes = [output.dtype for output in single]
     allowed = [
-        TOLERANCE[dtype] * scale + 6 * distance + _FLOOR * plain.largest
-        for distance, scale in zip(apart, scales, strict=True)
+        _rounding(given, dtype) * scale + 6 * distance + _FLOOR * plain.largest if given.is_floating_point else 0.0
+        for distance, scale, given in zip(apart, scales, dtypes, strict=True)
     ]
-    return Answer(outputs, allowed)
+    return Answer(outputs, allowed, dtypes)
+
+
+def _rounding(output: torch.dtype, dtype: str) -> float:
+    return TOLERANCE[dtype] + (5e-4 if output == torch.float16 else 0.0)
+
+
+def peak(x: Tensor) -> float:
+    """The largest finite magnitude; 0 where there is none."""
+    return float(x.detach().double().abs().nan_to_num(0.0, 0.0, 0.0).amax()) if x.numel() else 0.0
 
 
 def _run(module: nn.Module, inputs: Sequence[Tensor], watch: Watch | None) -> list[Tensor]:
     given = [tensor.clone() for tensor in inputs]
+    before = torch.get_default_dtype()
     with torch.no_grad():
         if watch is None:
             results = module(*given)
         else:
-            with watch:
-                results = module(*given)
+            torch.set_default_dtype(torch.float64)
+            try:
+                with watch:
+                    results = module(*given)
+            finally:
+                torch.set_default_dtype(before)
     return [results] if isinstance(results, Tensor) else list(results)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    difference = (a.double() - b.double()).abs()
+    a, b = a.double(), b.double()
+    difference = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
     return float(difference.nan_to_num(float("inf")).max()) if difference.numel() else 0.0
 
+
+_scope: dict[str, Any] = {}
+exec(PREAMBLE, _scope)
+drawn = _scope["drawn"]
 
 STYLES = ("normal", "offset", "sparse", "on", "off", "small", "large")
 
 
-def draw_inputs(network: Network, rng: Random, style: str) -> list[Tensor]:
-    """Inputs in one of several styles; masks' scores are scattered around their thresholds unless all on or all off."""
+_SPECIAL = (float("nan"), float("nan"), float("inf"), float("-inf"), -0.0)
+
+
+def draw_inputs(
+    network: Network, rng: Random, style: str, batch: int | None = None, special: bool = False
+) -> list[Tensor]:
+    """Inputs in one of several styles; masks' scores are scattered around their thresholds unless all on or all off.
+    Some elements of ``special`` ones are no numbers, infinite or -0."""
     generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
     inputs = []
-    for name, shape in network.shapes.items():
-        x = torch.randn(shape, generator=generator)
-        if name in network.masks:
+    for name, shape in network.batched(batch).items():
+        dtype = network.dtypes[name]
+        x = drawn(shape, dtype, generator)
+        if not dtype.is_floating_point:
+            if style == "large" and dtype != torch.bool:
+                x = torch.where(x > 1, torch.iinfo(dtype).max, torch.where(x < -1, torch.iinfo(dtype).min, x))
+        elif name in network.masks:
             x = {"on": x.abs() + 2, "off": -x.abs() - 2}.get(style, x)
         else:
             x = {
@@ -170,5 +202,8 @@ def draw_inputs(network: Network, rng: Random, style: str) -> list[Tensor]:
                 "small": x * 1e-3,
                 "large": x * 30,
             }.get(style, x)
-        inputs.append(x)
+        if special and dtype.is_floating_point and x.numel():
+            for _ in range(rng.choice((0, 1, 1, 2, 3))):
+                x.view(-1)[rng.randrange(x.numel())] = rng.choice(_SPECIAL)
+        inputs.append(x.to(dtype))
     return inputs

@@ -39,6 +39,16 @@ def settle(net, seed):
             if isinstance(layer, nn.PReLU):
                 layer.weight.copy_(draw(layer.weight))
     return net.eval()
+
+
+def drawn(shape, dtype, generator):
+    """A random input: whole numbers are small, and below zero where their type has that."""
+    x = torch.randn(shape, generator=generator)
+    if dtype == torch.bool:
+        return x > 0
+    if dtype == torch.uint8:
+        return (x.abs() * 3).to(dtype)
+    return x.to(dtype) if dtype.is_floating_point else (x * 3).round().to(dtype)
 '''
 
 
@@ -62,6 +72,7 @@ class Program:
     steps: list[Step] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
+    dtypes: list[str] = field(default_factory=list)  # of the inputs; of those behind its end float32
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -86,6 +97,15 @@ class Network:
     module: nn.Module
     shapes: dict[str, Shape]
     masks: set[str]
+    dtypes: dict[str, torch.dtype]
+
+    def batched(self, count: int | None) -> dict[str, Shape]:
+        """The inputs' shapes with so many clips, where they have as many as the first input."""
+        first = next(iter(self.shapes.values()))[:1]
+        return {
+            name: (count, *shape[1:]) if count is not None and shape[:1] == first else shape
+            for name, shape in self.shapes.items()
+        }
 
 
 class Writer:
@@ -97,14 +117,17 @@ class Writer:
         self.body: list[str] = []
         self.shapes: dict[str, Shape] = {f"x{i}": tuple(shape) for i, shape in enumerate(program.inputs)}
         self.masks: set[str] = set()
+        self.open, self.special = "open" in program.options, "special" in program.options
         self.names = list(self.shapes)
         generator = torch.Generator().manual_seed(program.seed)
-        self.values: dict[str, Tensor] = {
-            name: torch.randn(shape, generator=generator) for name, shape in self.shapes.items()
-        }
         self._holder = nn.Module()
         self._globals: dict[str, Any] = {}
         exec(PREAMBLE, self._globals)
+        self.dtypes = dict.fromkeys(self.shapes, torch.float32)
+        self.dtypes |= {name: getattr(torch, dtype) for name, dtype in zip(self.names, program.dtypes, strict=False)}
+        self.values: dict[str, Tensor] = {
+            name: self._globals["drawn"](shape, self.dtypes[name], generator) for name, shape in self.shapes.items()
+        }
         self._globals["self"] = self._holder
         for step in program.steps:
             self.add(step)
@@ -123,8 +146,11 @@ class Writer:
             words["m"] = f"m{number}"
             self.masks.add(words["m"])
             self.shapes[words["m"]] = tuple(step.mask)
+            self.dtypes[words["m"]] = torch.float32
             self.values[words["m"]] = torch.randn(step.mask, generator=torch.Generator().manual_seed(number))
         init = [line.format(**words) for line in step.init]
+        if self.open:
+            words["s"] = f"{words['x']}.shape"
         body = [line.format(**words) for line in step.body]
         with torch.no_grad():
             torch.manual_seed(self.seed + number)
@@ -157,4 +183,4 @@ def write_out(program: Program) -> Network:
     module = scope["settle"](scope["Net"](), program.seed)
     with torch.no_grad():
         module(*(writer.values[name] for name in writer.shapes))
-    return Network(source, module, writer.shapes, writer.masks)
+    return Network(source, module, writer.shapes, writer.masks, writer.dtypes)

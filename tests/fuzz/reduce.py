@@ -59,6 +59,9 @@ def _smaller(program: Program) -> Iterator[Program]:
             yield replace(program, options={**program.options, key: _DEFAULTS[key]})
         elif key not in _DEFAULTS:
             yield replace(program, options={k: v for k, v in program.options.items() if k != key})
+    for index, dtype in enumerate(program.dtypes):
+        if dtype != "float32":
+            yield replace(program, dtypes=[*program.dtypes[:index], "float32", *program.dtypes[index + 1 :]])
     yield from _with_fewer_lines(program)
     yield from _with_smaller_inputs(program)
     yield from _with_smaller_numbers(program)

@@ -10,16 +10,17 @@ _MAIN = """
 def main():
     net = settle(Net(), {seed})
     shapes, masks, options = {shapes}, {masks}, {options}
+    dtypes = {dtypes}
     worst = 0.0
     with tempfile.TemporaryDirectory() as folder:
         network = None
         for case, style in enumerate({styles}):
             generator = torch.Generator().manual_seed(case)
-            inputs = [torch.randn(shape, generator=generator) for shape in shapes.values()]
+            inputs = [drawn(shape, getattr(torch, dtypes[name]), generator) for name, shape in shapes.items()]
             for index, name in enumerate(shapes):
                 if name in masks and style != "normal":
                     inputs[index] = inputs[index].abs() + 2 if style == "on" else -inputs[index].abs() - 2
-                elif style == "offset" and name not in masks:
+                elif style == "offset" and name not in masks and inputs[index].is_floating_point():
                     inputs[index] = inputs[index] * 3 + 10
             if network is None:
                 built = build_network(net, folder + "/artifact", example_inputs=tuple(inputs), **options)
@@ -27,12 +28,15 @@ def main():
                 network = open_device("local").load(built.artifact)
             names = [tensor.name for tensor in built.artifact.manifest.inputs]
             found = network.run({{name: x.numpy() for name, x in zip(names, inputs)}}).values()
+            torch.set_default_dtype(torch.float64)
             with torch.no_grad():
-                wanted = copy.deepcopy(net).double()(*[x.double() for x in inputs])
+                wanted = copy.deepcopy(net).double()(*[x.double() if x.is_floating_point() else x for x in inputs])
+            torch.set_default_dtype(torch.float32)
             wanted = [wanted] if isinstance(wanted, torch.Tensor) else wanted
             for array, want in zip(found, wanted):
-                apart = (torch.from_numpy(array).double() - want).abs().nan_to_num(float("inf")).max()
-                worst = max(worst, float(apart / want.abs().max().clamp(min=1e-30)))
+                apart = (torch.from_numpy(array).double() - want.double()).abs().nan_to_num(float("inf"))
+                largest = max([1e-30, *want.double().abs().flatten().tolist()])
+                worst = max([worst, *(apart / largest).flatten().tolist()])
     print("FAIL" if worst > 1e-4 else "PASS", f"largest difference {{worst:.3g}} of the largest value")
 
 
@@ -44,7 +48,7 @@ def script(program: Program, verdict: Verdict) -> str:
     """The text; its first line says what failed, its last lines build, run and compare."""
     network = write_out(program)
     options = {
-        key: value for key, value in program.options.items() if key not in ("check", "target", "dtype", "opt_level")
+        key: value for key, value in program.options.items() if key in ("threads", "conv", "numerics", "sparsity")
     }
     arguments = f"dict(check={program.options.get('check', False)}, threads={options.get('threads', 1)}, "
     arguments += f"options=Options(**{options}))"
@@ -64,6 +68,7 @@ def script(program: Program, verdict: Verdict) -> str:
         shapes=network.shapes,
         masks=sorted(network.masks),
         options=arguments,
+        dtypes={name: str(dtype).removeprefix("torch.") for name, dtype in network.dtypes.items()},
         styles=["normal", "normal", "normal", "on", "off", "offset"],
     )
     return "\n".join(lines) + "\n" + main + f"\n# {program.to_json()}\n"

@@ -18,12 +18,14 @@ from torch import Tensor
 
 import dance_tvm
 from dance_tvm import DanceError, Options
+from dance_tvm.frontend.interface import Imported
 from dance_tvm.machines.target import load_target
 
 from .machine import for_virtual_machine
 from .memory import POISONS, Guard, poison_new_tensors
-from .oracle import Answer, answer, draw_inputs
+from .oracle import Answer, answer, draw_inputs, peak
 from .program import Network, Program, write_out
+from .sources import NotExportedError, bring_in, export, onnx_runtime
 
 #: Verdicts that are findings; the others are "right", "refused" (one sentence), "unclear" (no input tells), "invalid".
 FAULTS = ("wrong", "poison", "damage", "import differs", "check differs", "traceback", "crash", "timeout")
@@ -35,6 +37,9 @@ _STYLES = (
     ("normal", "small"),
 )
 _TRIES = 8
+
+
+Case = tuple[str, list[Tensor], Answer]
 
 
 @dataclass
@@ -62,14 +67,11 @@ def try_program(program: Program, guard: Guard) -> Verdict:
         network = write_out(program)
     except Exception as error:
         return Verdict("invalid", f"{type(error).__name__}: {error}"[:300])
-    cases = list(_cases(network, program))
-    if not cases:
-        return Verdict("unclear")
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
-        if program.options.get("target", "host") == "host":
-            return _on_host(program, network, cases, folder, guard)
-        return _on_gpu(program, network, cases)
+        return _for_each_batch(program, network, folder, guard)
+    except NotExportedError as error:
+        return Verdict("unclear", f"not exported: {error}")
     except DanceError as error:
         return _refusal(str(error))
     except Exception as error:
@@ -77,6 +79,36 @@ def try_program(program: Program, guard: Guard) -> Verdict:
         return Verdict("traceback", f"{type(error).__name__}: {str(error)[:300]} | {' '.join(last[-4:])[:400]}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _for_each_batch(program: Program, network: Network, folder: Path, guard: Guard) -> Verdict:
+    """The first fault, or the last verdict, of the sizes that an open batch is given; of the drawn one otherwise."""
+    source, verdict = None, Verdict("unclear")
+    for batch in program.options.get("open") or [None]:
+        cases = list(_cases(network, program, batch))
+        if not cases:
+            continue
+        source = source or export(program, network, draw_inputs(network, Random(0), "normal"), folder)
+        imported = bring_in(source, network, cases[0][1], batch)
+        read = [list(network.shapes).index(spec.name) for spec in imported.inputs]  # exporters drop unread inputs
+        cases = [(style, [inputs[index] for index in read], told) for style, inputs, told in cases]
+        if program.options.get("target", "host") == "host":
+            verdict = _on_host(program, imported, cases, Path(tempfile.mkdtemp(dir=folder)), guard)
+        else:
+            verdict = _on_gpu(program, imported, cases)
+        if verdict.kind == "wrong" and isinstance(source, Path) and _exporters_fault(source, cases):
+            return Verdict("unclear", f"ONNX Runtime reads the file otherwise than PyTorch too: {verdict.told}")
+        if verdict.is_fault:
+            return verdict
+    return verdict
+
+
+def _exporters_fault(source: Path, cases: list[Case]) -> bool:
+    """Whether another engine finds that the exported file is not the network."""
+    if source.suffix != ".onnx":
+        return False
+    found = [(onnx_runtime(source, inputs), told) for _, inputs, told in cases]
+    return any(outputs is not None and compare(outputs, told) is not None for outputs, told in found)
 
 
 def _refusal(sentence: str) -> Verdict:
@@ -90,17 +122,17 @@ def _refusal(sentence: str) -> Verdict:
     return Verdict("refused", sentence[:400])
 
 
-Case = tuple[str, list[Tensor], Answer]
-
-
-def _cases(network: Network, program: Program) -> Iterator[Case]:
+def _cases(network: Network, program: Program, batch: int | None) -> Iterator[Case]:
     """Inputs of several styles that rounding leaves clear, with what should be answered."""
     rng = Random(program.seed)
     dtype = program.options.get("dtype", "float32")
     for style in rng.choice(_STYLES):
         for _ in range(_TRIES):
-            inputs = draw_inputs(network, rng, style)
-            told = answer(network, inputs, dtype)
+            inputs = draw_inputs(network, rng, style, batch, program.options.get("special", False))
+            try:
+                told = answer(network, inputs, dtype)
+            except (RuntimeError, IndexError, ValueError):  # PyTorch does not take this batch, or these integers
+                told = None
             if told is not None:
                 yield style, inputs, told
                 break
@@ -118,16 +150,14 @@ def _host(opt_level: int | None) -> Any:
     return target if opt_level is None else target.model_copy(update={"tvm": {**target.tvm, "opt-level": opt_level}})
 
 
-def _on_host(program: Program, network: Network, cases: list[Case], folder: Path, guard: Guard) -> Verdict:
+def _on_host(program: Program, imported: Imported, cases: list[Case], folder: Path, guard: Guard) -> Verdict:
     import tvm
     from tvm import relax
 
     target, options = _host(program.options.get("opt_level")), _options(program)
-    example = tuple(cases[0][1])
     built = dance_tvm.build_network(
-        network.module,
+        imported,
         folder / "artifact",
-        example_inputs=example,
         target=target,
         threads=options.threads,
         check=program.options.get("check", False),
@@ -142,7 +172,7 @@ def _on_host(program: Program, network: Network, cases: list[Case], folder: Path
         for (style, _, told), outputs in zip(cases, found, strict=True):
             if (wrong := compare(outputs, told)) is not None:
                 return Verdict("wrong", wrong[1], kernels, style, wrong[0])
-        library, arrays = for_virtual_machine(network.module, example, target, options, folder)
+        library, arrays = for_virtual_machine(imported, target, options, folder)
         byte = [0]
         for poison in POISONS:
             byte[0] = poison
@@ -154,7 +184,7 @@ def _on_host(program: Program, network: Network, cases: list[Case], folder: Path
                 weights = [tvm.runtime.tensor(array) for array in arrays]
                 again = []
                 for _, inputs, _ in cases:
-                    given = [tvm.runtime.tensor(np.ascontiguousarray(tensor.numpy())) for tensor in inputs]
+                    given = [tvm.runtime.tensor(tensor.contiguous().numpy()) for tensor in inputs]
                     results = machine["main"](*given, *weights)
                     flat = [results] if isinstance(results, tvm.runtime.Tensor) else list(results)
                     again.append([result.numpy() for result in flat])
@@ -170,13 +200,12 @@ def _on_host(program: Program, network: Network, cases: list[Case], folder: Path
     return Verdict("right", "", kernels)
 
 
-def _on_gpu(program: Program, network: Network, cases: list[Case]) -> Verdict:
+def _on_gpu(program: Program, imported: Imported, cases: list[Case]) -> Verdict:
     """The kernels of a network for a GPU, through OpenCL on this machine's processor."""
     from dance_tvm.compiler.pipeline import lower
     from dance_tvm.device.opencl import OpenCLSession
     from dance_tvm.device.opencl_network import OpenCLNetwork
 
-    imported = dance_tvm.import_model(network.module, example_inputs=tuple(cases[0][1]))
     lowered = lower(imported.mod, load_target(program.options["target"]), _options(program))
     kernels = [layer.kernel for layer in lowered.layers]
     running = OpenCLNetwork(OpenCLSession(optimise=False, emulate_half=True), lowered)
@@ -193,15 +222,21 @@ def _named(names: Sequence[str], inputs: Sequence[Tensor]) -> dict[str, np.ndarr
 
 def compare(found: Sequence[np.ndarray], told: Answer) -> tuple[float, str] | None:
     """How many times too large the difference is, and a sentence; None where all is within what rounding explains."""
-    for index, (array, wanted, allowed) in enumerate(zip(found, told.outputs, told.allowed, strict=True)):
+    answers = zip(found, told.outputs, told.allowed, told.dtypes, strict=True)
+    for index, (array, wanted, allowed, dtype) in enumerate(answers):
         want = wanted.double().numpy()
         if array.shape != want.shape:
             return float("inf"), f"output {index} has shape {array.shape}, not {want.shape}"
-        apart = np.abs(array.astype(np.float64) - want)
+        if array.dtype != np.dtype(str(dtype).removeprefix("torch.")):
+            return float("inf"), f"output {index} is of type {array.dtype}, not {dtype}"
+        got = array.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            apart = np.asarray(np.abs(got - want))
+        apart[(got == want) | (np.isnan(got) & np.isnan(want))] = 0.0
         apart[np.isnan(apart)] = np.inf
         worst = float(apart.max(initial=0.0))
         if worst > allowed:
-            scale = float(np.abs(want).max())
+            scale = peak(wanted)
             wrong = int((apart > allowed).sum())
             sentence = f"output {index}: {wrong} of {apart.size} values differ by up to {worst:.3g}"
             return worst / max(allowed, 1e-300), f"{sentence} of {scale:.3g} (allowed {allowed:.2g})"

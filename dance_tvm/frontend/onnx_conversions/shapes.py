@@ -16,6 +16,7 @@ from dance_tvm.frontend.onnx_conversions.operator import (
     equal_parts,
     shape_of,
 )
+from dance_tvm.ir.split import split
 
 
 def _reshape(op: Operator) -> Any:
@@ -73,11 +74,8 @@ def _split(op: Operator) -> list[Any]:
     axis = op.flag("axis") % len(shape_of(x))
     extent, sizes = shape_of(x)[axis], op.known(1, "sizes")
     count = op.flag("num_outputs", op.outputs)
-    parts = equal_parts(extent, -(-extent // count)) if sizes is None else [int(size) for size in sizes]
-    parts += [0] * (count - len(parts))
-    if len(parts) == 1:
-        return [x]
-    return list(op.emit(relax.op.split(x, np.cumsum(parts)[:-1].tolist(), axis)))
+    cut = equal_parts(extent, -(-extent // count)) if sizes is None else [int(size) for size in sizes]
+    return split(op.emit, x, [*cut, *([0] * (count - len(cut)))], axis)
 
 
 def _slice(op: Operator) -> Any:
