@@ -202,6 +202,14 @@ KINDS = {
         (CLIP, torch.tensor(0.7)),
     ),
     "cut and taken": (cut_and_taken, (CLIP,)),
+    "views of views": (
+        lambda x: [
+            x.unfold(3, 4, 1).unfold(2, 2, 2),
+            x[1].as_strided((2, 3), (3, 1), 5),
+            (x * 2).transpose(1, 2)[1].as_strided((2, 3), (3, 1)),
+        ],
+        (CLIP,),
+    ),
     "axes of a scalar": (lambda x: x.mean().permute(()) + 1, (CLIP,)),
     "slices": (assigned_slices, (CLIP,)),
     "temporal shift": (shifted_in_place, (torch.randn(1, 6, 8, 5, 5),)),

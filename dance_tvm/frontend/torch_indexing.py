@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 from tvm import relax
 
@@ -165,19 +166,24 @@ def gather_along(importer: Importer, x: relax.Expr, axis: int, positions: relax.
 
 
 def as_strided(node: fx.Node, importer: Importer) -> relax.Expr:
-    """A view by strides, as elements taken from the flat tensor."""
-    given = arguments(node)
-    source = given["self"].meta["val"]
-    offset = given.get("storage_offset")
-    offset = source.storage_offset() if offset is None else offset
-    places = np.full((1,) * len(given["size"]), offset, np.int64)
-    for axis, (extent, stride) in enumerate(zip(given["size"], given["stride"], strict=True)):
-        places = places + (np.arange(extent) * stride).reshape([-1 if i == axis else 1 for i in range(places.ndim)])
-    if not source.is_contiguous() or (places.size and places.max() >= source.numel()):
-        raise DanceError("its strides reach outside the tensor, or the tensor is itself a view: use slices")
+    """A view by strides, as elements taken from the flat tensor whose memory it is a view of, maybe through others."""
+    base: fx.Node = node.args[0]  # type: ignore[assignment]  # a tensor
+    views = [node]
+    while getattr(base.target, "is_view", False):
+        views.append(base)
+        base = base.args[0]  # type: ignore[assignment]
+    held = base.meta["val"]
+    if not held.is_contiguous() or held.storage_offset():
+        raise DanceError("the tensor that it is a view of does not lie in order: use slices")
+    places = torch.arange(held.numel()).reshape(held.shape)
+    try:
+        for view in reversed(views):
+            places = view.target(places, *view.args[1:], **view.kwargs)  # type: ignore[operator]
+    except RuntimeError as problem:
+        raise DanceError("its strides reach outside the tensor: use slices") from problem
     emit = importer.block_builder.emit
-    flat = emit(relax.op.reshape(importer.env[node.args[0]], [-1]))
-    return emit(relax.op.take(flat, constant(places), 0))
+    flat = emit(relax.op.reshape(importer.env[base], [-1]))
+    return emit(relax.op.take(flat, constant(places.contiguous().numpy()), 0))
 
 
 def copy(node: fx.Node, importer: Importer) -> relax.Expr:
