@@ -179,7 +179,7 @@ class WinogradConv(Transformed):
 @dataclass(frozen=True)
 class Results:
     """What a tile's results are of: the clip, where the tile begins, the first channel, the bias and which channels are
-    alive (None: all) of ``count``."""
+    alive (None: all) of ``count``; ``read``: which of them are read, not 0 (None: all that lie inside the clip)."""
 
     clip: Expr
     starts: Sequence[Expr]
@@ -187,6 +187,7 @@ class Results:
     bias: Expr
     alive: Expr | None
     count: int
+    read: tirx.Buffer | None
 
 
 class WinogradEmitter:
@@ -371,7 +372,7 @@ class WinogradEmitter:
         axes = [axis for axis in range(3) if plan.transformed[axis]]
         waiting = scratch((plan.xi * tile.vector_floats,))
         source = let(big(slot) * (conv.panels * tile.nr))
-        alpha = plan.alpha
+        alpha, stored = plan.alpha, self._read_results(clip, starts)
 
         def channels(channel: Expr, count: int) -> None:
             first, alive = self._named("out", sample, channel, count)
@@ -381,7 +382,7 @@ class WinogradEmitter:
                 xi = (at[0] * alpha[1] + at[1]) * alpha[2] + at[2]
                 return self.products[lanes(big(xi) * conv.product_plane + source + channel, count)]
 
-            of = Results(clip, starts, first, bias, alive, count)
+            of = Results(clip, starts, first, bias, alive, count, stored)
             self._along_axes(axes, 0, product_at, partial(self._result, of, waiting), waiting, count)
             self._end_tile(of, waiting)
 
@@ -390,7 +391,8 @@ class WinogradEmitter:
     def _result(self, of: Results, waiting: tirx.Buffer, at: Expr, value: Expr) -> None:
         """One of a tile's, at a place in it as :meth:`_along_axes` counts them."""
         out, coordinates = self.window.out, self._coordinates(of, at)
-        with when(self._is_stored(of.clip, coordinates)):
+        inside = self._inside(coordinates) if of.read is None else [of.read[at] != 0]
+        with when(tirx.all(*inside) if inside else tirx.IntImm("bool", 1)):
             position = ((of.clip * out[0] + coordinates[0]) * out[1] + coordinates[1]) * out[2]
             target = let(big(position + coordinates[2]) * self.conv.channels_out + of.first)
             value = let(value + of.bias)
@@ -423,15 +425,25 @@ class WinogradEmitter:
     def _end_tile(self, of: Results, waiting: tirx.Buffer) -> None:
         """Nothing is left to do once each result has been seen."""
 
-    def _is_stored(self, clip: Expr, at: Sequence[Expr]) -> Expr:
-        """Whether output position ``at`` lies inside the clip and is read."""
+    def _read_results(self, clip: Expr, starts: Sequence[Expr]) -> tirx.Buffer | None:
+        """Of each result of a tile that begins at ``starts``, by its place: 1 if it lies inside the clip and is read.
+        Looked up once for all channels; None where masks leave all."""
         plan, out = self.plan, self.window.out
-        inside = self._inside(at)
-        safe = [tirx.min(at[axis], out[axis] - 1) for axis in range(3)]
-        if "out_frames" in self.args and plan.transformed[0]:
-            inside.append(self.args["out_frames"][clip, safe[0]] != number(0.0))
-        if plan.positions is not None:
-            sample = clip if plan.positions[0] > 1 else 0
-            frame = safe[0] if plan.positions[1] > 1 else 0
-            inside.append(self.args["positions"][sample, frame, safe[1], safe[2]] != number(0.0))
-        return tirx.all(*inside) if inside else tirx.IntImm("bool", 1)
+        frames = "out_frames" in self.args and plan.transformed[0]
+        if plan.positions is None and not frames:
+            return None
+        found = scratch((plan.xi,), "int8")
+        with serial(plan.m[0]) as frame, serial(plan.m[1]) as row, serial(plan.m[2]) as column:
+            at = [let(start + offset) for start, offset in zip(starts, (frame, row, column), strict=True)]
+            safe = [let(tirx.min(place, extent - 1)) for place, extent in zip(at, out, strict=True)]
+            read = self._inside(at)
+            if frames:
+                read.append(self.args["out_frames"][clip, safe[0]] != number(0.0))
+            if plan.positions is not None:
+                sample, named = (
+                    index if extent > 1 else 0 for index, extent in zip((clip, safe[0]), plan.positions, strict=True)
+                )
+                read.append(self.args["positions"][sample, named, safe[1], safe[2]] != number(0.0))
+            place = (frame * plan.alpha[1] + row) * plan.alpha[2] + column
+            store(found, tirx.Cast("int8", tirx.all(*read)), place)
+        return found

@@ -49,14 +49,11 @@ class _Emitter(WinogradEmitter):
         super().__init__(conv, args)
         self.outer = side_by_side(self.window, conv.pool)
         self.step = conv.pool
-        #: Whether masks may leave out some of a tile's results.
-        self.thinned = self.plan.positions is not None or (self.plan.out_frames and self.plan.transformed[0])
 
     def _result(self, of: Results, waiting: tirx.Buffer, at: Expr, value: Expr) -> None:
         found = self._finished(of, let(value + of.bias))
-        read = self._is_stored(of.clip, self._coordinates(of, at)) if self.thinned else None
-        if read is not None:
-            found = tirx.if_then_else(read, found, number(0.0, of.count))
+        if of.read is not None:
+            found = tirx.if_then_else(of.read[at] != 0, found, number(0.0, of.count))
         store(waiting, found, lanes(at * of.count, of.count))
 
     def _end_tile(self, of: Results, waiting: tirx.Buffer) -> None:
