@@ -67,8 +67,14 @@ static void *run(void *given) {
   void *to[8];
   for (int32_t each = 0; each < in; each++) from[each] = calloc(1, inputs[each].bytes);
   for (int32_t each = 0; each < out; each++) to[each] = malloc(outputs[each].bytes);
-  for (int times = 0; times < 100; times++)
+  for (int times = 0; times < 100; times++) {
+    if (times % 10 == 5 && api->profile(model, times % 20 == 15)) puts(api->error(model)), exit(3);
     if (api->run(model, from, to)) puts(api->error(model)), exit(3);
+  }
+  const int64_t *macs;
+  int64_t counted = 0;
+  for (int32_t steps = api->work(model, &macs); steps--;) counted += macs[steps] > 0;
+  if (!counted) puts("nothing was counted"), exit(4);
   for (int32_t each = 0; each < in; each++) free((void *)from[each]);
   for (int32_t each = 0; each < out; each++) free(to[each]);
   api->destroy(model);

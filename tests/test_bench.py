@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from counting import counted_alike
 from devices import video_artifact
 from typer.testing import CliRunner
 
@@ -197,6 +198,7 @@ def test_winograd_and_kernel_groups_are_counted(tmp_path):
     }.items():
         with open_device("local") as device:
             calls = [call for call in device.load(artifact).kernels({"clip": clip}, repeats=0) if call.work]
+        assert len(counted_alike(artifact, {"clip": clip})) == 2
         shares[name] = [(call.symbol, call.work) for call in calls]
     (first, work), (second, last) = shares["winograd"]
     assert "winograd" in first

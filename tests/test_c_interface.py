@@ -23,7 +23,7 @@ from tvm import relax
 from dance_tvm import Options, build_network, import_model
 from dance_tvm.artifact.c_interface import HEADER, INTERFACE
 from dance_tvm.artifact.folder import load_artifact
-from dance_tvm.artifact.interface.dance_model import Model, ModelError, _addresses, _api_of, _Options
+from dance_tvm.artifact.interface.dance_model import Model, ModelError, _addresses, _Api, _api_of, _Options
 from dance_tvm.artifact.linker import seal
 from dance_tvm.compiler.pipeline import lower
 from dance_tvm.core.errors import DanceError
@@ -364,6 +364,12 @@ def test_kernels_are_timed(masked, call):
         for _ in range(3):
             model.run(call[0])
         layers = model.layers()
+        assert sum(macs is not None for macs in model.work()) >= 2
+        assert all(macs is None or macs % 3 == 0 for macs in model.work()), "of three calls"
+        model._api = _Api.from_buffer_copy(model._api)
+        model._api.size = _Api.work.offset
+        with pytest.raises(ModelError, match="does not count work: build it anew"):
+            model.work()
     assert {calls for _, calls, _ in layers} == {3}
     assert sum("conv3d" in kernel for kernel, _, _ in layers) >= 2
     assert all(nanoseconds > 0 for _, _, nanoseconds in layers)

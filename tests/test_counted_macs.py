@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from counting import counted_alike
 from test_dance import SHAPE, Three, controller_of, pruned_at_random
 from test_transform import compile_network, executed
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ def executed_by_layer(network: nn.Module, clip: Tensor, folder: Path, device: De
     """The layers that multiply of the network as built and called with the clip."""
     options = Options(conv="direct")
     built = build_network(network, folder, example_inputs=(clip,), threads=1, check=False, options=options)
+    counted_alike(built.artifact, {built.artifact.manifest.inputs[0].name: clip.numpy()})
     loaded = device.load(built.artifact)
     calls = loaded.kernels({loaded.manifest.inputs[0].name: clip.numpy()}, repeats=0)
     return [layer for layer in profile(loaded.manifest, calls, 0.0).layers if layer.macs]

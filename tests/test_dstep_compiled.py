@@ -7,12 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from counting import counted_alike
 from typer.testing import CliRunner
 
 from benchmarks.random_policies import Mix, example_clip, with_mix
 from dance_tvm import stream
 from dance_tvm.compiler.build import build_network
 from dance_tvm.core.errors import DanceError
+from dance_tvm.core.random_inputs import random_inputs
 from dance_tvm.device import open_device
 from dance_tvm.models.resnet import BasicBlock, VideoResNet
 from dance_tvm.sparsity.dstep.network import DStepOptions, DStepResNet, Stream
@@ -138,6 +140,8 @@ def test_the_lists_are_found_in_an_ordinary_graph(compiled):
     assert {"output positions", "output channels"} <= set(skips(streamed, "layer1.0.conv1"))
     assert "input channels" in skips(streamed, "layer1.0.conv2")
     assert "output positions" in skips(clip, "layer1.0.conv1")
+    for artifact in (clip, streamed):
+        counted_alike(artifact, random_inputs(artifact.manifest.inputs))
 
 
 def test_the_clips_decide_everything_that_can_be_decided():

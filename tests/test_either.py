@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from convolutions import call, on_processor, pooled_by
+from counting import counted_alike
 from test_depthwise import window_of
 from test_pointwise import AVX512
 from torch import nn
@@ -156,6 +157,8 @@ def test_the_check_runs_both_kernels_whatever_calls_choose(monkeypatch, tmp_path
             next(iter(found.values()))
             for found in (network.run(given), network.run_choosing(given, 0), network.run_choosing(given, 1))
         )
+    macs = [list(counted_alike(unchecked, given, which).values()) for which in (0, 1)]
+    assert macs[0] != macs[1]
     for answer in (ran, first):
         np.testing.assert_allclose(answer, exact, rtol=0, atol=1e-4 * np.abs(exact).max())
     assert not second.any()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from counting import counted_alike
 from devices import video_artifact
 from torch import nn
 
@@ -94,6 +95,7 @@ def test_a_masked_network_answers_as_on_the_processor_here_and_behind_rpc(video,
 @needs_opencl
 def test_models_share_a_device_and_its_weights_in_several_threads(video):
     gpu, _, inputs = video
+    assert len(counted_alike(gpu, inputs)) == 2
     with Model(gpu.path, 1, driver=opencl_library()) as first:
         expected = first.run(inputs)["y"]
         models = [Model(gpu.path, 1, share=first) for _ in range(2)]

@@ -17,6 +17,7 @@ from dance_tvm.compiler.pipeline import Options, lower
 from dance_tvm.device.opencl import OpenCLSession
 from dance_tvm.device.opencl_network import OpenCLNetwork
 from dance_tvm.machines.target import load_target
+from dance_tvm.schedules.cpu.places import PlaceOfExtreme
 from dance_tvm.schedules.cpu.sort import MergeSort
 from tests.test_transform import outputs
 
@@ -108,6 +109,30 @@ def test_the_kernel_sorts_lines_of_every_length(dtype: str, descending: bool) ->
         wanted = torch.sort(torch.from_numpy(x), dim=1, descending=descending, stable=True)
         np.testing.assert_array_equal(places.numpy(), wanted[1][:, :kept].numpy())
         np.testing.assert_array_equal(values.numpy(), wanted[0][:, :kept].numpy())
+
+
+@pytest.mark.parametrize("largest", [True, False], ids=["largest", "least"])
+def test_the_kernel_finds_the_first_place_along_lines_and_lanes(largest: bool) -> None:
+    generator = np.random.default_rng(1)
+    functions, cases = {}, {}
+    for outer, reduced, inner in ((2, 1, 3), (3, 7, 1), (2, 40, 1), (1, 163, 1), (2, 5, 37), (3, 9, 1030)):
+        for kind in ("usual", "tied", "with NaN", "infinite"):
+            x = generator.standard_normal((outer, reduced, inner), "float32")
+            x = x if kind == "usual" else x.round()
+            if kind == "with NaN":
+                x[generator.random(x.shape) < 0.1] = np.nan
+            if kind == "infinite":
+                x = np.where(x > 0, np.inf, -np.inf).astype("float32")
+            name = f"place{len(cases)}"
+            kernel = PlaceOfExtreme(x.shape, (outer, inner), outer, reduced, inner, largest, 16)
+            functions[name] = kernel.primfunc(name, one_thread=True)
+            cases[name] = x
+    built = tvm.compile(tvm.IRModule(functions), target=load_target("host").tvm_target(1))
+    for name, x in cases.items():
+        places = tvm.runtime.empty((x.shape[0], x.shape[2]), "int64")
+        built[name](tvm.runtime.tensor(x), places)
+        wanted = torch.argmax if largest else torch.argmin
+        np.testing.assert_array_equal(places.numpy(), wanted(torch.from_numpy(x), 1).numpy(), err_msg=str(x.shape))
 
 
 def test_places_of_equal_values_are_compared_in_one_order() -> None:

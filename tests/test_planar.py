@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from convolutions import call
+from counting import counted_alike
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -157,6 +158,7 @@ def test_a_planar_network_is_right_and_says_how_its_layers_are(tmp_path):
     layers = built.artifact.manifest.layers
     assert ["planar" in layer.kernel for layer in layers] == [True] * 3
     named = {built.artifact.manifest.inputs[0].name: x.numpy()}
+    assert len(counted_alike(built.artifact, named)) == 2
     with open_device("local") as device:
         works = [call.work for call in device.load(built.artifact).kernels(named, 1) if call.work]
     assert [work["shape"] for work in works] == [[1, 29, 31], [1, 15, 16]]

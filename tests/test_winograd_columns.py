@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from convolutions import call
+from counting import counted_alike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -131,6 +132,7 @@ def test_a_build_takes_them_where_slices_are_gone(tmp_path: Path) -> None:
     with open_device("local") as session:
         loaded = session.load(built.artifact)
         given_inputs = {loaded.manifest.inputs[0].name: clip.numpy()}
+        assert any("winograd_columns" in symbol for symbol in counted_alike(built.artifact, given_inputs))
         (found,) = loaded.run(given_inputs).values()
         seen = {layer.name: layer for layer in profile(loaded.manifest, loaded.kernels(given_inputs, 1), 1.0).layers}
     live = (network[2].weight != 0).flatten(3).any(3).sum(dim=(0, 1)) * 9

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # packing needs only the sources' place, not TVM
 
 INTERFACE = Path(__file__).with_name("interface")
 HEADER = INTERFACE / "dance_model.h"
-_RUNTIME = ("processor", "threads", "digest", "prepare", "weights", "runtime", "tvm")
+_RUNTIME = ("processor", "threads", "digest", "prepare", "weights", "work", "runtime", "tvm")
 #: What runs the steps, by the target's kind.
 _STEPS = {"llvm": ("processor_steps",), "opencl": ("gpu_steps", "opencl"), "cuda": ("gpu_steps", "cuda")}
 COMPILE_TIMEOUT_S = 300

@@ -7,7 +7,7 @@ reads it once; ``Program.source`` prints it as the C that `interface/runtime.c` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -16,7 +16,9 @@ import tvm
 from tvm import relax, tirx
 
 from dance_tvm.artifact.arena import Storage, lay_out, workspace_bytes
+from dance_tvm.artifact.c_work import Work, works_as_c, works_of
 from dance_tvm.artifact.gpu_launches import DeviceCode, Launch
+from dance_tvm.artifact.layers import KernelInfo, LayerInfo, layers_called
 from dance_tvm.artifact.weight_store import ALIGNMENT, Store, Stored
 from dance_tvm.core.errors import DanceError
 from dance_tvm.schedules.preparation import array_digest
@@ -68,7 +70,8 @@ class Launched:
 
 @dataclass
 class Program:
-    """``main`` as a table; ``workspaces`` are what a processor's kernels take for themselves, each during its step."""
+    """``main`` as a table; ``workspaces`` are what a processor's kernels take for themselves, each during its step, and
+    ``works`` how to count what each step executes."""
 
     steps: list[Step] = field(default_factory=list)
     storages: list[Storage] = field(default_factory=list)
@@ -78,6 +81,14 @@ class Program:
     outputs: list[View] = field(default_factory=list)
     gpu: DeviceCode | None = None
     launches: list[list[Launched]] = field(default_factory=list)
+    works: list[list[Work]] = field(default_factory=list)
+
+    def count_work(self, layers: Sequence[LayerInfo], kernels: Mapping[str, KernelInfo]) -> None:
+        """Let `profile` count what the steps execute of ``layers``; ``kernels`` by their symbols."""
+        called = layers_called(layers, kernels, [step.kernel for step in self.steps])
+        for step, layer in zip(self.steps, called, strict=True):
+            tensors = [each for each in step.arguments if isinstance(each, View)]
+            self.works.append(works_of(kernels.get(step.kernel, KernelInfo()), tensors, layer))
 
     def run_on_gpu(self, code: DeviceCode) -> None:
         """Let each step launch its kernels of ``code``; their workspaces take room in the arena."""
@@ -290,6 +301,7 @@ class _Printer:
             _table("program_tensor", "tensors", [self._tensor(view) for view in self._tensors]),
             _table("program_argument", "arguments", [self._argument(each) for each in arguments]),
             _table("program_step", "steps", self._steps()),
+            *works_as_c([each for works in program.works for each in works], self._tensors),
             *self._weights(),
             *self._gpu(),
             _table(
@@ -318,7 +330,7 @@ class _Printer:
             "HIDDEN const dance_program dance_the_program = {\n"
             f"    {_quoted(names.description)}, instructions, {len(names.instructions)},\n"
             f"    {names.threads}, {program.arena_bytes}u,\n"
-            f"    tensors, {len(self._tensors)}, arguments, {arguments}, steps, {len(program.steps)},\n"
+            f"    tensors, {len(self._tensors)}, arguments, {arguments}, steps, {len(program.steps)}, works,\n"
             f"    weights, {len(store.tensors)}, {where}, {store.size}u, digest,\n"
             f"    inputs, {len(program.inputs)}, {outputs}, {'&gpu' if program.gpu else 'NULL'}}};"
         )
@@ -379,14 +391,15 @@ class _Printer:
         return f"{{INTEGER, 0, {value}, 0}}" if isinstance(value, int) else f"{{REAL, 0, 0, {value!r}}}"
 
     def _steps(self) -> list[str]:
-        found, first, launch = [], 0, 0
+        found, first, launch, work = [], 0, 0, 0
         for number, step in enumerate(self.program.steps):
             call = "NULL" if self.program.gpu else f"__tvm_ffi_{step.kernel}"
             free, free_bytes = self.program.free_during(number)
             launches = len(self.program.launches[number]) if self.program.gpu else 0
             place = f"{_quoted(step.kernel)}, {first}, {len(step.arguments)}, {free}u, {free_bytes}u"
-            found.append(f"{{{call}, {place}, {launch}, {launches}}}")
-            first, launch = first + len(step.arguments), launch + launches
+            works = len(self.program.works[number]) if self.program.works else 0
+            found.append(f"{{{call}, {place}, {launch}, {launches}, {work if works else -1}}}")
+            first, launch, work = first + len(step.arguments), launch + launches, work + works
         return found
 
     def _named(self, name: str, view: View) -> str:

@@ -73,6 +73,7 @@ def program_objects(
     """The weights of a program and the object files to link, those of them that are new in ``folder``; ``manifest`` is
     told what memory a call takes."""
     program = program_of(code.planned, list(lowered.weights.values()))
+    program.count_work(lowered.layers, lowered.kernels)
     if code.gpu is not None:
         program.run_on_gpu(code.gpu)
     manifest.device_code = code.gpu_facts

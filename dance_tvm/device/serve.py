@@ -272,7 +272,7 @@ def _work(named: dict[str, Any], kernel: dict[str, Any]) -> tuple[dict[str, Any]
         kept_in, kept_out = float(np.mean(live_in)) / depth, float(np.mean(live_out)) / channels_out
         channels_in = depth
     taps = rows_by_tap.shape[1]
-    rows = _rows_of_tiles(tile, shape) if tile else int(np.prod(shape[:4]))
+    rows = _rows_of_tiles(tile, shape) * int(_planes(named).max()) if tile else int(np.prod(shape[:4]))
     kept = {
         "macs": None if tile else macs,
         "share": macs / (rows * taps * channels_in * channels_out),
@@ -346,7 +346,7 @@ def _gathered_rows(named: dict[str, Any], shape: list[int]) -> tuple[np.ndarray,
 def _winograd_rows(named: dict[str, Any], kernel: dict[str, Any], shape: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """The same for Winograd's tiles: columns (chunks, columns), rows_out, runs (chunks, runs, 5) with their sample,
     counts (chunks + 1, 3) of inputs, tiles and runs; the last row counts the chunks. Each frame is a clip of its own
-    where `kernel` says so. Rows of which some planes are left out (tap_planes, bit by bit) count as their share."""
+    where `kernel` says so. A row counts once for each of its planes (see `_planes`)."""
     names = ("tap_entries", "columns", "rows_out", "runs", "counts")
     taps, columns, rows_out, runs, counts = (named[name].numpy() for name in names)
     deep, tall, wide = kernel["tile"]
@@ -358,9 +358,7 @@ def _winograd_rows(named: dict[str, Any], kernel: dict[str, Any], shape: list[in
     listed = [int(named[name].shape[0]) for name in ("in_channels", "out_channels") if name in named]
     seen = [1 + int(runs[chunk, :count, 4].max(initial=0)) for chunk, (_, _, count) in enumerate(chunks)]
     samples = max([1, *listed, *seen])  # one that nobody reads has no runs
-    planes = np.ones(len(taps), "int64")
-    if "tap_planes" in named:
-        planes = np.array([bin(bits).count("1") for bits in named["tap_planes"].numpy()])
+    planes = _planes(named)
     by_tap = np.zeros((samples, int(taps[:, 0].max()) + 1), "int64")
     for chunk, (_, tiles, count) in enumerate(chunks):
         used = rows_out[chunk, :tiles]
@@ -372,7 +370,15 @@ def _winograd_rows(named: dict[str, Any], kernel: dict[str, Any], shape: list[in
         alive[clip, frame, place // places[1], place % places[1]] = True
     alive = alive.reshape(batch, -1, *places)
     enlarged = alive.repeat(deep, axis=1).repeat(tall, axis=2).repeat(wide, axis=3)[:, :frames, :height, :width]
-    return by_tap // planes.max(), enlarged
+    return by_tap, enlarged
+
+
+def _planes(named: dict[str, Any]) -> np.ndarray:
+    """How many planes of a row each entry of a Winograd kernel's taps computes, those of `tap_planes`, bit by bit; 1
+    where none are told apart."""
+    if "tap_planes" not in named:
+        return np.ones(len(named["tap_entries"].numpy()), "int64")
+    return np.array([bin(bits).count("1") for bits in named["tap_planes"].numpy()], "int64")
 
 
 def _kernel_group_macs(rows_by_tap: np.ndarray, weights: Any, starts: Any, columns: Any, filters: int) -> int:

@@ -11,8 +11,10 @@ from tvm import relax
 
 from dance_tvm.core.errors import DanceError
 from dance_tvm.ir.graph import Graph, dtype_of, rewrite, shape_of
+from dance_tvm.schedules.cpu.places import PlaceOfExtreme
 from dance_tvm.schedules.cpu.sort import MergeSort
 from dance_tvm.schedules.cpu.tiles import Machine
+from dance_tvm.schedules.emit import FLOAT
 from dance_tvm.schedules.gpu.sort import CountingSort
 from dance_tvm.schedules.gpu.tiles import Gpu
 from dance_tvm.schedules.sort import Sort
@@ -29,8 +31,8 @@ MOST_COMPARISONS = 2**34
 
 @tvm.transform.module_pass(opt_level=0, name="LowerSorts")
 class LowerSorts:
-    """Every ``sort``, ``argsort`` and ``topk`` of ``main`` becomes a stable sort in PyTorch's order, and ``argmax`` and
-    ``argmin`` a comparison with the extreme."""
+    """Every ``sort``, ``argsort`` and ``topk`` of ``main`` becomes a stable sort in PyTorch's order; ``argmax`` and
+    ``argmin`` become kernels, or comparisons with the extreme."""
 
     def __init__(self, machine: Machine | Gpu, threads: int = 1) -> None:
         self.machine, self.threads = machine, threads
@@ -45,7 +47,7 @@ class LowerSorts:
             builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr, _new: dict[relax.Var, relax.Expr]
         ) -> relax.Expr | None:
             if graph.op(var) in PLACES:
-                return _place_of_extreme(builder, value, shape_of(var))
+                return self._place_of_extreme(builder, value, shape_of(var))
             if graph.op(var) not in SORTS:
                 return None
             on_gpu = isinstance(self.machine, Gpu)
@@ -59,6 +61,20 @@ class LowerSorts:
             return call_kernel(builder, found, {"x": value.args[0]}, self.threads)
 
         return rewrite(mod, visit)
+
+    def _place_of_extreme(self, builder: relax.BlockBuilder, call: relax.Call, out: Sequence[int]) -> relax.Expr:
+        """One kernel for floats on a processor, else a comparison with the extreme."""
+        x, axis = call.args[0], call.attrs.axis
+        shape = shape_of(x)
+        if not isinstance(self.machine, Machine) or dtype_of(x) != FLOAT or 0 in shape:
+            return _place_by_comparison(builder, call, out)
+        axis = None if axis is None else int(axis) % len(shape)
+        sizes = (1, math.prod(shape), 1)
+        if axis is not None:
+            sizes = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+        largest = call.op.name.endswith("argmax")
+        found = PlaceOfExtreme(tuple(shape), tuple(out), *sizes, largest, self.machine.vector_floats)
+        return call_kernel(builder, found, {"x": x}, self.threads)
 
 
 def _wanted(call: relax.Call, kernel: type[Sort]) -> Sort:
@@ -81,7 +97,7 @@ def _nothing(builder: relax.BlockBuilder, found: Sort) -> relax.Expr:
     return parts[0] if len(parts) == 1 else builder.emit(relax.Tuple(parts))
 
 
-def _place_of_extreme(builder: relax.BlockBuilder, call: relax.Call, out: Sequence[int]) -> relax.Expr:
+def _place_by_comparison(builder: relax.BlockBuilder, call: relax.Call, out: Sequence[int]) -> relax.Expr:
     """The first place that holds the extreme; of NaN, which is the extreme where there is one."""
     emit, op, name = builder.emit, relax.op, call.op.name.rpartition(".")[2]
     x, axis = call.args[0], call.attrs.axis

@@ -103,7 +103,7 @@ typedef struct {
    * A run between two steps leaves the state as it is on a processor; on a GPU it needs a model of its own, or a reset. */
   int (*step)(dance_model *model, const void *frame, void *output);
   int (*reset)(dance_model *model);                   /* the stream's state becomes zero */
-  int (*profile)(dance_model *model, int on);         /* forget the times so far; keep them from here on if on is not 0 */
+  int (*profile)(dance_model *model, int on);         /* forget times and work so far; keep them from here on if on is not 0 */
   int32_t (*layers)(dance_model *model, const dance_layer_time **times); /* one per call of a kernel, in their order */
   void (*cancel)(dance_model *model);                 /* the call under way ends with DANCE_CANCELLED soon */
   const char *(*error)(const dance_model *model);     /* of the last call that did not end with DANCE_OK */
@@ -114,6 +114,10 @@ typedef struct {
   void (*watch)(dance_model *model, dance_watcher watcher, void *context);
   /* `count` runs, and the nanoseconds of each; on a GPU without bringing inputs there and outputs back. */
   int (*time)(dance_model *model, const void *const *inputs, void *const *outputs, int32_t count, int64_t *nanoseconds);
+  /* Multiply-accumulates that each entry of `layers` executed since profile() was switched on: what masks and weights of
+   * zeros left of a convolution or linear layer (of a Winograd kernel, the share of its tiles times the dense layer's);
+   * -1: another kernel, or several small ones in one. In libraries whose `size` ends behind it. */
+  int32_t (*work)(dance_model *model, const int64_t **macs);
 } dance_api;
 
 const dance_api *dance_model_api(uint32_t version);
@@ -230,6 +234,19 @@ class Model {
   void step(const void *frame, void *output) { require(api_->step(model_, frame, output)); }
   void reset() { require(api_->reset(model_)); }
   void cancel() { api_->cancel(model_); }
+  void profile(bool on = true) { require(api_->profile(model_, on)); }
+  std::vector<dance_layer_time> layers() const {
+    const dance_layer_time *first = nullptr;
+    const int32_t count = api_->layers(model_, &first);
+    return {first, first + count};
+  }
+  /* Throws where the library was built before it counted. */
+  std::vector<int64_t> work() const {
+    if (api_->size <= offsetof(dance_api, work)) throw std::runtime_error("the library does not count work: build it anew");
+    const int64_t *first = nullptr;
+    const int32_t count = api_->work(model_, &first);
+    return {first, first + count};
+  }
   dance_model *get() const { return model_; }
 
  private:

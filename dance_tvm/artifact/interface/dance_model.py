@@ -108,6 +108,10 @@ class _Api(ctypes.Structure):
                 ctypes.c_int, ctypes.c_void_p, _POINTERS, _POINTERS, ctypes.c_int32, ctypes.POINTER(ctypes.c_int64)
             ),
         ),
+        (
+            "work",
+            ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.POINTER(ctypes.POINTER(ctypes.c_int64))),
+        ),
     ]
 
 
@@ -234,7 +238,7 @@ class Model:
             self._require(self._api.reset(model))
 
     def profile(self, on: bool = True) -> None:
-        """Forget the times of kernels, and take them from here on."""
+        """Forget times and work of kernels, and take them from here on."""
         with self._calling() as model:
             self._require(self._api.profile(model, int(on)))
 
@@ -244,6 +248,18 @@ class Model:
         with self._calling() as model:
             count = self._api.layers(model, ctypes.byref(times))
             return [(times[each].kernel.decode(), times[each].calls, times[each].nanoseconds) for each in range(count)]
+
+    def work(self) -> list[int | None]:
+        """Multiply-accumulates that each step executed, in the order of `layers`; None where it is no convolution.
+
+        Raises ModelError for a library that was built before it counted them.
+        """
+        if self._api.size <= _Api.work.offset:
+            raise ModelError("the library does not count work: build it anew")
+        macs = ctypes.POINTER(ctypes.c_int64)()
+        with self._calling() as model:
+            count = self._api.work(model, ctypes.byref(macs))
+            return [None if macs[each] < 0 else macs[each] for each in range(count)]
 
     def cancel(self) -> None:
         """End the call under way in another thread, which raises ModelError there."""

@@ -18,7 +18,7 @@ struct machine {
   gpu_memory arena;
   gpu_memory *inputs, *next; /* a buffer for each input; a stream's state after this frame */
   gpu_memory *tensors;       /* where each tensor lies */
-  unsigned char **shown;     /* copies for a watcher */
+  unsigned char **shown;     /* copies for who looks at them */
 };
 
 void *open_driver(const char *named, const char *const *usual, const char *advice) {
@@ -209,19 +209,11 @@ int forget_state(machine *on) {
   return 0;
 }
 
-int32_t show_step(machine *on, int32_t index, dance_view *views) {
-  const dance_program *program = on->program;
-  const program_step *step = &program->steps[index];
-  int32_t count = 0;
-  for (int32_t each = step->first; each < step->first + step->count; each++) {
-    if (program->arguments[each].kind != TENSOR) continue;
-    const int32_t number = program->arguments[each].tensor;
-    const program_tensor *tensor = &program->tensors[number];
-    if (!on->shown[number] && !(on->shown[number] = aligned(tensor->bytes))) return -1;
-    if (tensor->bytes && copy_out(on->queue, on->shown[number], on->tensors[number], tensor->bytes)) return -1;
-    views[count++] = (dance_view){on->shown[number], tensor->shape, tensor->rank, tensor->kind, tensor->bits};
-  }
-  return count;
+int show_tensor(machine *on, int32_t tensor, dance_view *view) {
+  const program_tensor *shown = &on->program->tensors[tensor];
+  if (!on->shown[tensor] && !(on->shown[tensor] = aligned(shown->bytes))) return -1;
+  *view = (dance_view){on->shown[tensor], shown->shape, shown->rank, shown->kind, shown->bits};
+  return shown->bytes ? copy_out(on->queue, on->shown[tensor], on->tensors[tensor], shown->bytes) : 0;
 }
 
 size_t machine_bytes(const machine *on) {

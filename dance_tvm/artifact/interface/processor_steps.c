@@ -176,15 +176,10 @@ int forget_state(machine *on) {
   return 0;
 }
 
-int32_t show_step(machine *on, int32_t index, dance_view *views) {
-  const program_step *step = &on->program->steps[index];
-  int32_t count = 0;
-  for (int32_t each = step->first; each < step->first + step->count; each++) {
-    if (on->arguments[each].type != ANY_DLTENSOR) continue;
-    const dl_tensor *tensor = on->arguments[each].value.pointer;
-    views[count++] = (dance_view){tensor->data, tensor->shape, tensor->rank, tensor->dtype.code, tensor->dtype.bits};
-  }
-  return count;
+int show_tensor(machine *on, int32_t tensor, dance_view *view) {
+  const dl_tensor *shown = &on->tensors[tensor];
+  *view = (dance_view){shown->data, shown->shape, shown->rank, shown->dtype.code, shown->dtype.bits};
+  return 0;
 }
 
 size_t machine_bytes(const machine *on) {

@@ -41,12 +41,34 @@ typedef struct {
   double real;
 } program_argument;
 
+/* The tensors that say what a kernel executed (docs/kernels.md, lists; a Winograd kernel's runs are its segments). */
+typedef enum {
+  TAP_ENTRIES, TAP_PLANES, ROWS_OUT, SEGMENTS, BLOCKS, COUNTS, IN_CHANNELS, OUT_CHANNELS, COLUMN_STARTS, OUT_FRAMES,
+  POSITIONS,
+  DECISION, /* which of two kernels ran, whose work stands one behind the other */
+  OPERANDS
+} operand;
+
+/* The same in every call; by lists of rows, or of a Winograd kernel's tiles; by masks. */
+typedef enum { FIXED, ROWS, TILES, MASKS } work_kind;
+
+typedef struct {
+  work_kind kind;
+  int64_t macs;  /* FIXED: of a call; TILES: of the dense layer */
+  int64_t dense; /* TILES: multiply-accumulates of all tiles at one tap, of one plane */
+  int32_t depth; /* input channels of a row, or of an entry of kernel groups */
+  int32_t filters, group;      /* output channels; of one group */
+  int32_t operands[OPERANDS];  /* numbers of tensors, -1 where there is none */
+  const int32_t *taps;         /* MASKS: N, T, H, W of the outputs, and taps inside the clip by frame, row, column */
+} program_work;
+
 typedef struct {
   tvm_function call; /* NULL on a GPU */
   const char *kernel;
   int32_t first, count;    /* its arguments */
   size_t free, free_bytes; /* the largest part of the arena where nothing lies meanwhile */
   int32_t launch, launches; /* on a GPU: where they begin in gpu_code, and their number */
+  int32_t work;             /* -1: it is no convolution, or what it executed cannot be told */
 } program_step;
 
 /* A launch of one of a GPU's kernels: where the numbers of the tensors that it is given begin in gpu_code.given. */
@@ -95,6 +117,7 @@ typedef struct {
   int32_t argument_count;
   const program_step *steps;
   int32_t step_count;
+  const program_work *works;
   const program_weight *weights;
   int32_t weight_count;
   const unsigned char *store; /* within the library; NULL: a file beside it */

@@ -7,6 +7,7 @@ struct dance_model {
   const dance_program *program;
   machine *machine;
   dance_layer_time *times;
+  int64_t *macs; /* of each step, as `times` */
   int profiles, streams;
   _Atomic int cancelled, busy;
   dance_watcher watcher;
@@ -47,6 +48,7 @@ static void destroy(dance_model *model) {
   end_pool(&model->threads);
   close_machine(model->machine);
   free(model->times);
+  free(model->macs);
   free(model->views);
   free(model);
 }
@@ -62,15 +64,25 @@ static int is_streaming(const dance_program *program) {
   return 1;
 }
 
+/* Nothing is counted yet, and of kernels that are no convolutions nothing can be. */
+static void forget_profile(dance_model *model) {
+  for (int32_t each = 0; each < model->program->step_count; each++) {
+    const program_step *step = &model->program->steps[each];
+    model->times[each] = (dance_layer_time){step->kernel, 0, 0};
+    model->macs[each] = step->work < 0 ? -1 : 0;
+  }
+}
+
 static int allocate(dance_model *model) {
   const dance_program *program = model->program;
   int32_t most = 0;
   model->times = calloc((size_t)program->step_count + 1, sizeof *model->times);
+  model->macs = calloc((size_t)program->step_count + 1, sizeof *model->macs);
   for (int32_t each = 0; each < program->step_count; each++)
     if (program->steps[each].count > most) most = program->steps[each].count;
   model->views = calloc((size_t)most + 1, sizeof *model->views);
-  if (!model->views || !model->times) return DANCE_NO_MEMORY;
-  for (int32_t each = 0; each < program->step_count; each++) model->times[each].kernel = program->steps[each].kernel;
+  if (!model->views || !model->times || !model->macs) return DANCE_NO_MEMORY;
+  forget_profile(model);
   return DANCE_OK;
 }
 
@@ -118,19 +130,29 @@ static dance_model *create(const dance_options *options, char *error, size_t roo
   return model;
 }
 
-static int one_step(dance_model *model, int32_t index) {
-  const char *kernel = model->program->steps[index].kernel;
-  const int64_t start = model->profiles ? now() : 0;
+static int show_watcher(dance_model *model, const program_step *step) {
   int32_t count = 0;
+  for (int32_t each = step->first; each < step->first + step->count; each++) {
+    const program_argument *argument = &model->program->arguments[each];
+    if (argument->kind != TENSOR) continue;
+    if (show_tensor(model->machine, argument->tensor, &model->views[count++])) return -1;
+  }
+  model->watcher(model->context, step->kernel, model->views, count);
+  return 0;
+}
+
+static int one_step(dance_model *model, int32_t index) {
+  const program_step *step = &model->program->steps[index];
+  const char *kernel = step->kernel;
+  const int64_t start = model->profiles ? now() : 0;
   if (run_step(model->machine, index) || (model->profiles && finish_steps(model->machine))) return failed(model, kernel);
   if (model->profiles) {
     model->times[index].calls++;
     model->times[index].nanoseconds += now() - start;
+    if (step->work >= 0 && count_work(model->machine, &model->program->works[step->work], &model->macs[index]))
+      return failed(model, kernel);
   }
-  if (!model->watcher) return DANCE_OK;
-  if ((count = show_step(model->machine, index, model->views)) < 0) return failed(model, kernel);
-  model->watcher(model->context, kernel, model->views, count);
-  return DANCE_OK;
+  return model->watcher && show_watcher(model, step) ? failed(model, kernel) : DANCE_OK;
 }
 
 static int run_steps(dance_model *model) {
@@ -195,13 +217,18 @@ static int reset(dance_model *model) {
 static int profile(dance_model *model, int on) {
   const int code = begin(model);
   if (code) return code;
-  for (int32_t each = 0; each < model->program->step_count; each++) model->times[each].calls = model->times[each].nanoseconds = 0;
+  forget_profile(model);
   model->profiles = on;
   return end(model, DANCE_OK);
 }
 
 static int32_t layers(dance_model *model, const dance_layer_time **times) {
   if (times) *times = model->times;
+  return model->program->step_count;
+}
+
+static int32_t work(dance_model *model, const int64_t **macs) {
+  if (macs) *macs = model->macs;
   return model->program->step_count;
 }
 
@@ -260,6 +287,7 @@ EXPORTED const dance_api *dance_model_api(uint32_t version) {
   static const dance_api api = {
       .version = DANCE_VERSION, .size = sizeof(dance_api), .describe = describe, .inputs = inputs, .outputs = outputs,
       .create = create, .run = run, .step = step, .reset = reset, .profile = profile, .layers = layers,
-      .cancel = cancel, .error = error_of, .memory = memory, .destroy = destroy, .watch = watch, .time = time_runs};
+      .cancel = cancel, .error = error_of, .memory = memory, .destroy = destroy, .watch = watch, .time = time_runs,
+      .work = work};
   return version == DANCE_VERSION ? &api : NULL;
 }

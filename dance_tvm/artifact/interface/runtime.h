@@ -163,7 +163,12 @@ int finish_steps(machine *on); /* a GPU runs them while run_step has returned */
 int take_output(machine *on, int32_t index, void *to);
 int keep_state(machine *on);
 int forget_state(machine *on);
-int32_t show_step(machine *on, int32_t index, dance_view *views); /* the number of tensors; -1: they cannot be had */
+int show_tensor(machine *on, int32_t tensor, dance_view *view);
 size_t machine_bytes(const machine *on);
+
+/* -- work.c --------------------------------------------------------------------------------------------------------- */
+
+/* Add what the step executed that has just run; not 0, with a sentence in kernel_error(), where its lists cannot be had. */
+int count_work(machine *on, const program_work *work, int64_t *macs);
 
 #endif
