@@ -98,6 +98,13 @@ def families() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
             *(nn.Conv3d(channels, channels, kernel, padding=padding, groups=channels) for _ in range(layers))
         )
 
+    def temporal(channels: int, layers: int) -> Callable[[], nn.Module]:
+        """Convolutions along time alone, each twice as far apart as the one before."""
+        spread = [nn.Conv1d(channels, channels, 3, padding=2**each, dilation=2**each) for each in range(layers)]
+        return lambda: nn.Sequential(
+            *(part for layer in spread for part in (layer, nn.ReLU(), nn.Conv1d(channels, channels, 1)))
+        )
+
     def behind(*rest: nn.Module) -> Callable[[], nn.Module]:
         return lambda: nn.Sequential(nn.Conv3d(24, 54, 1), *rest)
 
@@ -130,6 +137,8 @@ def families() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
         "nearest upsampling": (upsampled("nearest"), (1, 32, 8, 20, 20)),
         "trilinear upsampling": (upsampled("trilinear"), (1, 32, 8, 20, 20)),
         "patch embedding": (lambda: Patches(192), (1, 1, 96, 96, 96)),
+        "temporal convolutions": (temporal(64, 6), (1, 64, 1000)),
+        "softmax": (lambda: nn.Sequential(nn.Softmax(-1)), (1, 12, 196, 196)),
         "channel shuffle": (lambda: Shuffled(48, 4), (1, 48, 8, 28, 28)),
         "max pool 3x3x3, stride 1": (lambda: nn.Sequential(nn.MaxPool3d(3, 1, 1)), (1, 192, 8, 28, 28)),
         "max pool and LeakyReLU": (behind(nn.LeakyReLU(0.1), nn.MaxPool3d(2)), small),

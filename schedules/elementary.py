@@ -18,6 +18,8 @@ tanh, erf           1e-6 of the value
 sigmoid             6e-7 of the value; zero below -88.37
 log1p               3 ulp
 sinh, cosh          5 ulp
+sin, cos, tan, pow  0.51 ulp (:mod:`~.wide_functions`); 1 where libm is asked
+asin, acos, atan(2) 0.51 ulp
 ==================  ==========================================================================
 
 ``short_sigmoid``, ``short_silu`` and ``short_tanh`` are for float32 values that are rounded to half precision next,
@@ -29,6 +31,7 @@ NaN stays NaN, infinities give what the limits are, and zeros keep their sign.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -38,8 +41,8 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-from . import operators, past_caches
-from .vector_code import FLOAT, INT, Body, Value, neon_instruction, select
+from . import operators, past_caches, wide_functions
+from .vector_code import FLOAT, INT, Body, Value, clamped, neon_instruction, polynomial, select
 
 #: (e^r - 1 - r) / r² for |r| ≤ log(2) / 2.
 EXP = (0.0013941146899014711, 0.00836319662630558, 0.04166637361049652, 0.16666576266288757, 0.5)
@@ -98,26 +101,9 @@ HALF_ROOT_BITS, MANTISSA, MANTISSA_BITS = 0x3F3504F3, 0x007FFFFF, 23
 WIDTHS = (1, 2, 4, 8, 16, 32)
 
 
-def _clamped(x: Value, least: float, most: float) -> Value:
-    """``x`` between two numbers; NaN stays."""
-    x = select(x.compared("olt", least), least, x)
-    return select(x.compared("ogt", most), most, x)
-
-
 def _bounded(x: Value, least: float, most: float) -> Value:
     """The same in one instruction for either bound on NEON and AVX alike, for bounds other than zero."""
-    for name, bound in (("maximum", least), ("minimum", most)):
-        kind = x.body.type(FLOAT)
-        function = f"@llvm.{name}.{f'v{x.body.lanes}' if x.body.lanes > 1 else ''}f32"
-        x = x.body.add(FLOAT, f"call {kind} {function}({kind} {x.name}, {kind} {x.body.operand(bound, FLOAT)})")
-    return x
-
-
-def _polynomial(x: Value, factors: Sequence[float]) -> Value:
-    value = x * factors[0] + factors[1]
-    for factor in factors[2:]:
-        value = value * x + factor
-    return value
+    return x.body.call("minimum", x.body.call("maximum", x, least), most)
 
 
 def _power_of_two(exponent: Value) -> Value:
@@ -127,12 +113,12 @@ def _power_of_two(exponent: Value) -> Value:
 
 def exp(x: Value) -> Value:
     """e^x = 2^n e^r with |r| ≤ log(2) / 2; 2^n in two factors, of which neither leaves the normal numbers."""
-    x = _clamped(x, EXP_LEAST, EXP_MOST)
+    x = clamped(x, EXP_LEAST, EXP_MOST)
     moved = x * (1 / math.log(2)) + ROUNDER
     n = moved.seen_as(INT) - ROUNDER_BITS
     whole = moved - ROUNDER
     r = x - whole * LOG2_HIGH - whole * LOG2_LOW
-    value = _polynomial(r, EXP) * (r * r) + r + 1.0
+    value = polynomial(r, EXP) * (r * r) + r + 1.0
     half = n.shifted(-1)
     return value * _power_of_two(half) * _power_of_two(n - half)
 
@@ -145,7 +131,7 @@ def log(x: Value) -> Value:
     e = bits.shifted(-MANTISSA_BITS).as_float() - select(tiny, 24.0, 0.0)
     y = m - 1.0
     square = y * y
-    rest = _polynomial(y, LOG) * (y * square) + e * LOG2_LOW - square * 0.5
+    rest = polynomial(y, LOG) * (y * square) + e * LOG2_LOW - square * 0.5
     result = y + rest + e * LOG2_HIGH
     result = select(x.compared("olt", 0.0), math.nan, result)
     result = select(x.compared("oeq", 0.0), -math.inf, result)
@@ -161,11 +147,11 @@ def log1p(x: Value) -> Value:
 
 
 def _quotient(x: Value, above: Sequence[float], below: Sequence[float], end: float) -> Value:
-    x = _clamped(x, -end, end)
+    x = clamped(x, -end, end)
     square = x * x
     last = below[-1]  # 1 after the division, so that products with numbers below the normal ones keep their bits
     dividend, divisor = ([factor / last for factor in factors] for factors in (above, below))
-    return _clamped(x * _polynomial(square, dividend) / _polynomial(square, divisor), -1.0, 1.0)
+    return clamped(x * polynomial(square, dividend) / polynomial(square, divisor), -1.0, 1.0)
 
 
 def tanh(x: Value) -> Value:
@@ -185,7 +171,7 @@ def sigmoid(x: Value) -> Value:
     whole = moved - ROUNDER
     r = 0.0 - bounded - whole * math.log(2)
     power = (moved.seen_as(INT).shifted(MANTISSA_BITS) + (127 << MANTISSA_BITS)).seen_as(FLOAT)
-    return 1.0 / (_polynomial(r, SIGMOID_EXP) * power + 1.0)
+    return 1.0 / (polynomial(r, SIGMOID_EXP) * power + 1.0)
 
 
 def _power_and_sum(x: Value) -> tuple[Value, Value]:
@@ -224,7 +210,7 @@ def short_tanh(x: Value) -> Value:
     """A quotient of polynomials for a result in half precision."""
     x = _bounded(x, -SHORT_TANH_END, SHORT_TANH_END)
     square = x * x
-    return _short_quotient(x * _polynomial(square, SHORT_TANH_ABOVE), _polynomial(square, SHORT_TANH_BELOW))
+    return _short_quotient(x * polynomial(square, SHORT_TANH_ABOVE), polynomial(square, SHORT_TANH_BELOW))
 
 
 def _exponentials(x: Value) -> tuple[Value, Value]:
@@ -241,7 +227,7 @@ def sinh(x: Value) -> Value:
     size = large - small
     signed = select(x.compared("olt", 0.0), 0.0 - size, size)
     square = x * x
-    near = x * (square * _polynomial(square, SINH)) + x
+    near = x * (square * polynomial(square, SINH)) + x
     return select(square.compared("olt", 1.0), near, signed)
 
 
@@ -251,7 +237,8 @@ def cosh(x: Value) -> Value:
     return large + small
 
 
-FUNCTIONS: dict[str, Callable[[Value], Value]] = {
+#: By the names that they have in ``tirx``, with as many values as they are given there.
+FUNCTIONS: dict[str, Callable[..., Value]] = {
     "exp": exp,
     "log": log,
     "log1p": log1p,
@@ -260,6 +247,7 @@ FUNCTIONS: dict[str, Callable[[Value], Value]] = {
     "sigmoid": sigmoid,
     "sinh": sinh,
     "cosh": cosh,
+    **wide_functions.FUNCTIONS,
 }
 #: Those whose results are rounded to half precision next.
 SHORT: dict[str, Callable[[Value], Value]] = {
@@ -275,13 +263,13 @@ def _text(name: str) -> str:
     if name == past_caches.NAME:
         return past_caches.text()
     functions = []
+    function = (FUNCTIONS | SHORT)[name]
+    values = [f"%{value}" for value in inspect.signature(function).parameters]
     for neon, lanes in product((False, True) if name in SHORT else (False,), WIDTHS):
         body = Body(lanes, neon)
-        result, kind = (FUNCTIONS | SHORT)[name](Value(body, "%x", FLOAT)), body.type(FLOAT)
-        lines = "\n".join(body.lines)
-        functions.append(
-            f"define {kind} @{_symbol(name, lanes, neon)}({kind} %x) {{\n{lines}\n  ret {kind} {result.name}\n}}"
-        )
+        result, kind = function(*(Value(body, value, FLOAT) for value in values)), body.type(FLOAT)
+        head = f"define {kind} @{_symbol(name, lanes, neon)}({', '.join(f'{kind} {value}' for value in values)}) {{"
+        functions.append("\n".join([head, "entry:", *body.lines, f"  ret {kind} {result.name}", "}"]))
     return "\n".join(functions)
 
 
@@ -330,7 +318,7 @@ def _lower(call: tvm.ir.Call, neon: bool = False) -> tvm.ir.Call:
     name, lanes = operators.name_of(call.op), int(call.ty.dtype.lanes)
     if lanes not in WIDTHS:
         return tvm.ir.Call(tvm.ir.Op.get(f"tirx.{name}"), call.args, ret_ty=call.ty)
-    return tirx.call_pure_extern(call.ty.dtype, _symbol(name, lanes, neon), call.args[0])
+    return tirx.call_pure_extern(call.ty.dtype, _symbol(name, lanes, neon), *call.args)
 
 
 def _lower_neon(call: tvm.ir.Call) -> tvm.ir.Call:

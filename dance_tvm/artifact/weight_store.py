@@ -166,7 +166,7 @@ class _Writer:
         if array.dtype == np.int32:
             forms["DELTAS"] = _deltas(words)
         elif (words != 0).mean() + 1 / 32 <= WORTHWHILE:
-            forms["SPARSE"] = _sparse(words)
+            forms["SPARSE"] = _sparse(words, words.size // len(plain))
         best = min(forms, key=lambda form: len(forms[form]))
         if len(forms[best]) > WORTHWHILE * array.nbytes:
             best = "PLAIN"
@@ -187,13 +187,23 @@ class _Writer:
         return Store(moved, [len(header).to_bytes(8, "little"), header, *self.pieces], self.names)
 
 
-def _sparse(words: np.ndarray) -> bytes:
-    """How many values come before each block, a bit for each element, and the elements that are not zero."""
+def _sparse(words: np.ndarray, row: int) -> bytes:
+    """The elements of a ``row``, how many rows after one another have their zeros in the same places, as kernel groups
+    have, and how many values come before each block; a bit for each element of the first of such rows; and the elements
+    that are not zero."""
     kept = words != 0
+    rows = kept.reshape(-1, row)
+    alike = next(count for count in (32, 16, 8, 4, 2, 1) if _repeats(rows, count))
     starts = np.arange(0, len(words), BLOCK)
-    before = np.cumsum([0, *np.add.reduceat(kept, starts, dtype="int64")[:-1]]).astype("uint32")
-    parts = [before.tobytes(), np.packbits(kept, bitorder="little").tobytes()]
-    return b"".join(part + bytes(-len(part) % ALIGNMENT) for part in parts) + words[kept].tobytes()
+    before = np.cumsum([0, *np.add.reduceat(kept, starts, dtype="int64")[:-1]])
+    head = np.array([row, alike, *before], "uint32").tobytes()
+    bits = np.packbits(rows[::alike].reshape(-1), bitorder="little").tobytes()
+    return b"".join(part + bytes(-len(part) % ALIGNMENT) for part in (head, bits)) + words[kept].tobytes()
+
+
+def _repeats(rows: np.ndarray, count: int) -> bool:
+    """Whether each ``count`` rows are alike; the last ones may be fewer."""
+    return all(bool((rows[first : first + count] == rows[first]).all()) for first in range(0, len(rows), count))
 
 
 def _deltas(words: np.ndarray) -> bytes:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from ..emit import FLOAT, Expr, flat, lanes, let, number, parallel, read, scratch, serial, short, splat, store
+from ..emit import FLOAT, Expr, flat, lane, lanes, let, number, parallel, read, scratch, serial, short, splat, store
 from ..kernel import Kernel, Operand, output
 from .moments import DOUBLE, TASK_LANES, double, each_chunk, lanes_for, real, single
 
@@ -46,63 +46,89 @@ class Softmax(Kernel):
         """Along lines, or lanes that stay apart."""
         (_lines if self.inner == 1 else _rows)(self, flat(args["x"]), flat(args["y"]))
 
-    def raised(self, below: Expr) -> Expr:
-        """What is kept of an element's difference from the largest until the sum is known."""
-        return below if self.log else tirx.exp(below)
-
     def result(self, kept: Expr, total: Expr) -> Expr:
-        """The result from that and from the sum, or its logarithm."""
-        return kept - total if self.log else kept / total
+        """The logarithm, from a difference from the largest and the sum's logarithm; else the result, from what the
+        difference is raised to and one over the sum."""
+        return kept - total if self.log else kept * total
+
+    def of_sum(self, total: Expr, count: int = 1) -> Expr:
+        """What :meth:`result` takes of the sum."""
+        return single(tirx.log(total) if self.log else real(1.0, count) / total, count)
 
 
 def _lines(spec: Softmax, x: tirx.Buffer, y: tirx.Buffer) -> None:
     """Each line by itself: its elements are read from the cache when they are raised and divided."""
     count, length = lanes_for(spec.reduced, spec.vector_floats), spec.reduced
-    whole = length // count
-    tail = range(whole * count, length)
     with parallel(spec.outer) as line:
         top = let(line * length)
         most, found = scratch((count,)), scratch((1,))
         store(most, number(-math.inf, count), lanes(0, count))
-        with serial(whole) as index:
-            store(most, tirx.max(most[lanes(0, count)], read(x, top + index * count, count)), lanes(0, count))
-        store(found, _over(most, count, tirx.max), 0)
-        _each(tail, lambda at: store(found, tirx.max(found[0], read(x, top + at)), 0))
-        largest = let(found[0])
+        store(found, number(-math.inf), 0)
+
+        def search(at: Expr, wide: int, ways: int) -> None:
+            values = [read(x, at + way * wide, wide) for way in range(ways)]
+            if wide == count:
+                store(most, tirx.max(most[lanes(0, count)], _joined(values, tirx.max)), lanes(0, count))
+            else:
+                store(found, tirx.max(found[0], _joined(_lanes(values[0], wide), tirx.max)), 0)
+
+        _each(top, length, count, search)
+        largest = let(tirx.max(found[0], _joined([most[index] for index in range(count)], tirx.max)))
         sums, total = scratch((count,), DOUBLE), scratch((1,), DOUBLE)
         store(sums, real(0.0, count), lanes(0, count))
+        store(total, real(0.0), 0)
 
-        def raise_(at: Expr, wide: int, into: tirx.Buffer) -> None:
-            below = let(read(x, at, wide) - splat(largest, wide))
-            store(y, spec.raised(below), lanes(at, wide))
-            raised = tirx.exp(below) if spec.log else y[lanes(at, wide)]
-            store(into, into[lanes(0, wide)] + double(raised, wide), lanes(0, wide))
+        def raise_(at: Expr, wide: int, ways: int) -> None:
+            raised = []
+            for way in range(ways):
+                below = let(read(x, at + way * wide, wide) - splat(largest, wide))
+                raised.append(let(tirx.exp(below)))
+                store(y, below if spec.log else raised[-1], lanes(at + way * wide, wide))
+            if wide == count:
+                few = double(_joined(raised, _plus), count)
+                store(sums, sums[lanes(0, count)] + few, lanes(0, count))
+            else:
+                store(total, total[0] + double(_joined(_lanes(raised[0], wide), _plus)), 0)
 
-        with serial(whole) as index:
-            raise_(let(top + index * count), count, sums)
-        store(total, _over(sums, count, lambda a, b: a + b), 0)
-        _each(tail, lambda at: raise_(let(top + at), 1, total))
-        divisor = let(single(tirx.log(total[0]) if spec.log else total[0]))
+        _each(top, length, count, raise_)
+        every = let(total[0] + _joined([sums[index] for index in range(count)], _plus))
+        divisor = let(spec.of_sum(every))
 
-        with serial(whole) as index:
-            at = lanes(let(top + index * count), count)
-            store(y, spec.result(y[at], splat(divisor, count)), at)
-        _each(tail, lambda at: store(y, spec.result(y[top + at], divisor), top + at))
+        def divide(at: Expr, wide: int, ways: int) -> None:
+            for way in range(ways):
+                here = lanes(at + way * wide, wide)
+                store(y, spec.result(y[here], splat(divisor, wide)), here)
+
+        _each(top, length, count, divide)
 
 
-def _over(buffer: tirx.Buffer, count: int, join: Callable[[Expr, Expr], Expr]) -> Expr:
-    """All elements of a vector as one, in pairs of pairs."""
-    values = [buffer[index] for index in range(count)]
+def _plus(one: Expr, other: Expr) -> Expr:
+    return one + other
+
+
+def _lanes(vector: Expr, count: int) -> list[Expr]:
+    if count == 1:
+        return [vector]
+    vector = let(vector)
+    return [lane(vector, index) for index in range(count)]
+
+
+def _joined(values: list[Expr], join: Callable[[Expr, Expr], Expr]) -> Expr:
+    """All values as one, in pairs of pairs."""
     while len(values) > 1:
         values = [join(*values[at : at + 2]) if at + 1 < len(values) else values[at] for at in range(0, len(values), 2)]
     return values[0]
 
 
-def _each(places: range, visit: Callable[[Expr], None]) -> None:
-    """Single elements behind the vectors."""
-    if len(places):
-        with serial(len(places)) as index:
-            visit(places.start + index)
+def _each(top: Expr, length: int, count: int, visit: Callable[[Expr, int, int], None]) -> None:
+    """Cover a line: ``visit(at, lanes, ways)`` some vectors side by side, then single vectors, then narrower ones."""
+    first, narrower = 0, [(count >> bit, 1) for bit in range(count.bit_length())]
+    for wide, ways in [(count, SIDE_BY_SIDE), *narrower]:
+        passes = (length - first) // (wide * ways)
+        if passes:
+            with serial(passes) as index:
+                visit(let(top + first + index * (wide * ways)), wide, ways)
+        first += passes * wide * ways
 
 
 def _rows(spec: Softmax, x: tirx.Buffer, y: tirx.Buffer) -> None:
@@ -135,7 +161,7 @@ def _rows(spec: Softmax, x: tirx.Buffer, y: tirx.Buffer) -> None:
                     raised = let(tirx.exp(below))
                     store(y, below if spec.log else raised, lanes(here + offset, count))
                     store(total, total[every] + double(raised, count), every)
-            divisors = [let(single(tirx.log(total[every]) if spec.log else total[every], count)) for total in totals]
+            divisors = [let(spec.of_sum(total[every], count)) for total in totals]
             with serial(reduced) as row:
                 here = let(top + row * inner + lane)
                 places = [lanes(here + offset, count) for offset in offsets]

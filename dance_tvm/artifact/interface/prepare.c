@@ -23,18 +23,22 @@ static float wide(uint16_t half) {
   return value;
 }
 
-/* One block of SPARSE: how many values stand before each block, a bit for each element, then the values. */
+/* One block of SPARSE: how many elements a row has, how many rows have their zeros in the same places, and how many values
+ * stand before each block; a bit for each element of the first of such rows; then the values. */
 static void decode_sparse(const unsigned char *stored, uint64_t elements, uint64_t block, uint32_t *to) {
   uint64_t blocks = (elements + BLOCK - 1) / BLOCK, first = block * BLOCK;
-  uint64_t count = elements - first < BLOCK ? elements - first : BLOCK;
-  const unsigned char *bits = stored + rounded(4 * (size_t)blocks);
-  const unsigned char *values = bits + rounded((size_t)(elements + 7) / 8);
-  uint32_t before;
-  memcpy(&before, stored + 4 * block, 4);
-  values += 4 * (uint64_t)before;
-  for (uint64_t each = first; each < first + count; each++) {
+  uint64_t end = elements - first < BLOCK ? elements : first + BLOCK;
+  uint32_t row, alike, before;
+  memcpy(&row, stored, 4);
+  memcpy(&alike, stored + 4, 4);
+  memcpy(&before, stored + 8 + 4 * block, 4);
+  const uint64_t rows = elements / row, masks = (rows + alike - 1) / alike;
+  const unsigned char *bits = stored + rounded(8 + 4 * (size_t)blocks);
+  const unsigned char *values = bits + rounded((size_t)(masks * row + 7) / 8) + 4 * (uint64_t)before;
+  for (uint64_t each = first; each < end; each++) {
+    const uint64_t bit = each / row / alike * row + each % row;
     to[each] = 0;
-    if (bits[each / 8] >> (each % 8) & 1) memcpy(&to[each], values, 4), values += 4;
+    if (bits[bit / 8] >> (bit % 8) & 1) memcpy(&to[each], values, 4), values += 4;
   }
 }
 
