@@ -185,6 +185,8 @@ def test_layers_that_have_the_kernel():
     assert choose(Layer(strided, 24, 48, out_frames=True), AVX512).kernel.name.startswith("conv3d_gather_")
     for channels, groups in (((4, 24), 2), ((64, 64), 4), ((64, 64), 16), ((256, 256), 32)):
         assert choose(Layer(deep, *channels, groups=groups), AVX512).kernel.name.startswith("conv3d_line_")
+        apart = choose(Layer(deep, *channels, groups=groups), AVX512, "direct").kernel
+        assert apart.name.startswith("conv3d_line_" if channels[1] // groups == 16 else "conv3d_gather_")
         masked = Layer(deep, *channels, groups=groups, out_frames=True)
         assert choose(masked, AVX512).kernel.name.startswith("conv3d_gather_")
     assert choose(Layer(deep, 48, 48, groups=3), AVX512).kernel.name.startswith("conv3d_line_")

@@ -231,6 +231,8 @@ def offer(layer: Layer, machine: Machine, algorithm: str, log: TuningLog | None)
     if algorithm == "winograd" and choice.kernel is not conv:
         return choice
     lines, workload = _line(layer, machine), line(layer.workload)
+    if algorithm == "direct" and lines.blocks < layer.groups:  # zeros between groups would spread infinity and NaN
+        return choice
     if not few:
         listing = listing_seconds(machine.storing(layer.dtype), layer.workload, conv.tile.mr, conv.tile.vectors)
         seconds = settled(lines, machine, workload, None).kernel.predict(machine, layer.threads)
