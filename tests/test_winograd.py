@@ -356,6 +356,17 @@ def test_frames_that_read_one_frame_each_are_planned_as_clips() -> None:
     assert transformed(gathered(strided)).plan.window == strided.window
 
 
+def test_the_code_of_a_planner_does_not_grow_with_its_classes() -> None:
+    """Where frames die, rows of three taps are of eight classes and those of five of 32."""
+    codes = []
+    for taps in (3, 5):
+        window = Window(1, (8, 8, 8), (8, 8, 8), (taps, 3, 3), padding=(taps // 2, 1, 1))
+        plan = WinogradPlan(window, (1, 2, 2), 4, 4, in_frames=True, out_frames=True, positions=(1, 1))
+        assert len(plan.tap_sets) == 1 << taps
+        codes.append(plan.primfunc().script().count("\n"))
+    assert codes[0] == codes[1]
+
+
 def test_a_window_is_refused_unless_its_transformed_axes_are_three_long_and_dense() -> None:
     axis = list(product((1, 2, 3, 5), (1, 2), (1, 2)))  # kernel, stride, dilation
     for frames, rows, columns in product(axis, repeat=3):

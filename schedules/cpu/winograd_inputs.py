@@ -70,19 +70,15 @@ class InputTiles(WinogradPlan):
 
 
 class _InputPlanner(Planner):
-    def _is_read(self, clip: Expr, place: Expr, frame: Expr) -> Expr:
-        """Whether some position of the tile is alive."""
-        plan, found = self.plan, scratch((1,), INT)
-        store(found, tirx.IntImm(INT, 0), 0)
-        row, column = let(tirx.floordiv(place, plan.tiles[2])), let(tirx.floormod(place, plan.tiles[2]))
-        alive = self.masks["in_frames"][clip, frame] != number(0.0) if plan.in_frames else tirx.IntImm("bool", 1)
-        with when(alive):
-            self._search_positions(clip, frame, row, column, found)
-        return found[0] != 0
+    """Tiles are living where positions of the input are."""
 
-    def _mask(self) -> tuple[tirx.Buffer, tuple[int, int], Triple]:
-        assert self.plan.in_positions is not None
-        return self.masks["in_positions"], self.plan.in_positions, self.plan.window.size
+    positions = "in_positions"
+
+    def _frame_is_read(self, clip: Expr, frame: Expr) -> Expr:
+        """Whether the frame is alive."""
+        if not self.plan.in_frames:
+            return tirx.IntImm("bool", 1)
+        return self.masks["in_frames"][clip, frame] != number(0.0)
 
 
 @dataclass(frozen=True)

@@ -205,16 +205,23 @@ class WinogradPlan(Plan):
         """All but the pairs, which are for counting alone."""
         return tuple(name for name in self.shapes if name != "pairs")
 
+    @cached_property
+    def classes(self) -> np.ndarray:
+        """int32 (classes, 3): of each class its first entry in ``tap_entries``, its last + 1, the pairs of a row."""
+        sets = self.plane_sets if self.thins_planes else self.tap_sets
+        return np.array(list(zip(self.tap_starts, self.tap_starts[1:], map(len, sets), strict=False)), "int32")
+
     @property
     def tables(self) -> dict[str, np.ndarray]:
-        """The constant int32 table that the planner takes after the masks: the static class of each output frame."""
-        if self.dynamic_taps:
-            return {"frame_class": np.zeros(self.tiles[0], "int32")}
-        classes = [self.tap_sets.index(self.live_taps(frame)) for frame in range(self.tiles[0])]
-        return {"frame_class": np.array(classes, "int32")}
+        """Constant int32 tables that the planner takes after the masks: the static class of each output frame, the
+        classes, and their taps."""
+        frame_class = np.zeros(self.tiles[0], "int32")
+        if not self.dynamic_taps:
+            frame_class[:] = [self.tap_sets.index(self.live_taps(frame)) for frame in range(self.tiles[0])]
+        return {"frame_class": frame_class, "classes": self.classes, "taps": self.tap_entries}
 
     def emit(self, args: Mapping[str, tirx.Buffer]) -> None:
-        """Masks and the table in, the seven lists out."""
+        """Masks and the tables in, the seven lists out."""
         Planner(self, args).emit()
 
 
@@ -223,20 +230,25 @@ def _zero() -> Expr:
 
 
 class Planner:
-    """Three passes: the class of every row, columns into chunks, rows of a chunk into tiles."""
+    """Three passes: the class of every row, columns into chunks, rows of a chunk into tiles.
+
+    What differs between classes is read from tables: code for each of them would take longer to fetch than to run.
+    """
+
+    positions = "positions"
 
     def __init__(self, plan: WinogradPlan, args: Mapping[str, tirx.Buffer]) -> None:
         self.plan, self.masks, self.lists, self.frame_class = plan, args, args, args["frame_class"]
         self.frames = plan.tiles[0]
+        #: The mask of positions that decides about tiles, and how many frames it tells apart.
+        self.mask: tirx.Buffer | None = args.get(self.positions)
+        self.mask_frames = 1 if self.mask is None else int(self.mask.shape[1])
 
     def emit(self) -> None:
         plan = self.plan
         self.row_class = scratch((plan.window.batch * plan.places, self.frames), INT)
         self.in_chunk = scratch((plan.chunks,), INT)
-        with serial(plan.window.batch) as clip, serial(plan.places) as place:
-            column = let(clip * plan.places + place)
-            with serial(self.frames) as frame:
-                store(self.row_class, self._class_of(clip, place, frame), column, frame)
+        self._classify()
         with serial(plan.samples) as sample:
             store(self.lists["pairs"], _zero(), sample, 0)
         self._fill_chunks()
@@ -245,14 +257,30 @@ class Planner:
 
     # -- the class of a row ------------------------------------------------------------------------------------------
 
-    def _class_of(self, clip: Expr, place: Expr, frame: Expr) -> Expr:
-        """The tap class of output row (frame, place), or -1 where it is never read."""
-        plan = self.plan
-        index: Expr = self.frame_class[frame]
-        if plan.dynamic_taps:
-            index = self._live_tap_bits(clip, frame)
-        alive = let(self._is_read(clip, place, frame))
-        return tirx.Select(alive, index, tirx.IntImm(INT, -1))
+    def _classify(self) -> None:
+        """The tap class of every row, or -1 where it is never read."""
+        plan, (clips, (rows, columns)) = self.plan, (self.plan.window.batch, self.plan.tiles[1:])
+        of_frame = scratch((clips, self.frames), INT)
+        with serial(clips) as clip, serial(self.frames) as frame:
+            index = self._live_tap_bits(clip, frame) if plan.dynamic_taps else self.frame_class[frame]
+            self._store_class(of_frame, self._frame_is_read(clip, frame), index, clip, frame)
+        found = scratch((1,), INT)
+        with serial(clips) as clip, serial(rows) as row, serial(columns) as column:
+            store(found, tirx.IntImm(INT, self.mask is None), 0)
+            if self.mask is not None and self.mask_frames == 1:  # the same in all frames
+                self._search_positions(self.mask, (clip, 0, row, column), found)
+            with serial(self.frames) as frame:
+                if self.mask is not None and self.mask_frames > 1:
+                    store(found, _zero(), 0)
+                    with serial(plan.m[0]) as within:
+                        at = let(frame * plan.m[0] + within)
+                        with when(self._is_written(clip, at)):
+                            self._search_positions(self.mask, (clip, at, row, column), found)
+                place = (clip * rows + row) * columns + column
+                self._store_class(self.row_class, found[0] != 0, of_frame[clip, frame], place, frame)
+
+    def _store_class(self, classes: tirx.Buffer, is_read: Expr, index: Expr, *at: Expr) -> None:
+        store(classes, tirx.Select(is_read, index, tirx.IntImm(INT, -1)), *at)
 
     def _live_tap_bits(self, clip: Expr, frame: Expr) -> Expr:
         plan, window = self.plan, self.plan.window
@@ -272,38 +300,26 @@ class Planner:
         safe = tirx.max(tirx.min(frame, last), 0)
         return tirx.all(frame >= 0, frame <= last, self.masks["in_frames"][clip, safe] != number(0.0))
 
-    def _is_read(self, clip: Expr, place: Expr, frame: Expr) -> Expr:
-        """Whether some position of some frame of the tile is read."""
-        plan, window = self.plan, self.plan.window
-        if not plan.out_frames and plan.positions is None:
+    def _frame_is_read(self, clip: Expr, frame: Expr) -> Expr:
+        """Whether some frame of the tile of frames is read."""
+        if not self.plan.out_frames:
             return tirx.IntImm("bool", 1)
-        found = scratch((1,), INT)
-        store(found, _zero(), 0)
-        row, column = let(tirx.floordiv(place, plan.tiles[2])), let(tirx.floormod(place, plan.tiles[2]))
-        with serial(plan.m[0]) as within:
-            at_frame = let(frame * plan.m[0] + within)
-            safe = tirx.min(at_frame, window.out[0] - 1)
-            alive: Expr = at_frame < window.out[0]
-            if plan.out_frames:
-                alive = tirx.all(alive, self.masks["out_frames"][clip, safe] != number(0.0))
-            with when(alive):
-                if plan.positions is None:
-                    store(found, tirx.IntImm(INT, 1), 0)
-                else:
-                    self._search_positions(clip, safe, row, column, found)
-        return found[0] != 0
+        size = self.plan.m[0]
+        return tirx.any(*(self._is_written(clip, frame * size + within) for within in range(size)))
 
-    def _mask(self) -> tuple[tirx.Buffer, tuple[int, int], Triple]:
-        """The mask of positions that decides about tiles, how many clips and frames it tells apart, its extents."""
-        assert self.plan.positions is not None
-        return self.masks["positions"], self.plan.positions, self.plan.window.out
+    def _is_written(self, clip: Expr, frame: Expr) -> Expr:
+        """Whether there is such an output frame, and it is read."""
+        last = self.plan.window.out[0] - 1
+        if not self.plan.out_frames:
+            return frame <= last
+        return tirx.all(frame <= last, self.masks["out_frames"][clip, tirx.min(frame, last)] != number(0.0))
 
-    def _search_positions(self, clip: Expr, frame: Expr, row: Expr, column: Expr, found: tirx.Buffer) -> None:
-        plan, (mask, (clips, frames), extents) = self.plan, self._mask()
-        at = (clip if clips > 1 else 0, frame if frames > 1 else 0)
-        with serial(plan.m[1]) as i, serial(plan.m[2]) as j:
-            h = tirx.min(row * plan.m[1] + i, extents[1] - 1)
-            w = tirx.min(column * plan.m[2] + j, extents[2] - 1)
+    def _search_positions(self, mask: tirx.Buffer, tile: tuple[Expr, Expr, Expr, Expr], found: tirx.Buffer) -> None:
+        """Set ``found`` where some position of ``tile`` (clip, frame, row, column) is alive in ``mask``."""
+        (_, height, width), (clips, frames, *ends), (clip, frame, row, column) = self.plan.m, mask.shape, tile
+        at = (clip if int(clips) > 1 else 0, frame if int(frames) > 1 else 0)
+        with serial(height) as i, serial(width) as j:
+            h, w = tirx.min(row * height + i, ends[0] - 1), tirx.min(column * width + j, ends[1] - 1)
             with when(mask[at[0], at[1], h, w] != number(0.0)):
                 store(found, tirx.IntImm(INT, 1), 0)
 
@@ -353,8 +369,8 @@ class Planner:
         first, last = (let(self._sample_of(self.lists["columns"][chunk, at])) for at in (0, present - 1))
         with serial(last - first + 1) as offset:
             sample = let(first + offset)
-            for index, taps in enumerate(plan.tap_sets):
-                self._list_class((chunk, present, sample), index, taps, needed, state)
+            with serial(len(plan.tap_sets)) as index:
+                self._list_class((chunk, present, sample), index, needed, state)
         store(counts, tirx.floordiv(state[0], plan.mr), chunk, 1)
         store(counts, state[1], chunk, 2)
         if needed is not None:
@@ -367,16 +383,12 @@ class Planner:
         return self.plan.sample_of(tirx.floordiv(column, self.plan.places))
 
     def _list_class(
-        self,
-        place: tuple[Expr, Expr, Expr],
-        index: int,
-        taps: tuple[int, ...],
-        needed: tirx.Buffer | None,
-        state: tirx.Buffer,
+        self, place: tuple[Expr, Expr, Expr], index: Expr, needed: tirx.Buffer | None, state: tirx.Buffer
     ) -> None:
         """Of one class the rows of a sample; ``place``: the chunk, how many columns it has, and the sample."""
         plan, window, (chunk, present, sample) = self.plan, self.plan.window, place
         first = let(state[0])
+        start, stop, pairs = (let(self.lists["classes"][index, field]) for field in range(3))
         stride, padding = (1, 0) if plan.transformed[0] else (window.stride[0], window.padding[0])
         with serial(self.frames) as frame, serial(present) as local:
             column = let(self.lists["columns"][chunk, local])
@@ -385,27 +397,24 @@ class Planner:
                 at = source if needed is not None else let(state[2])
                 self._store_row(chunk, let(state[0]), at, frame * plan.most_columns + local)
                 store(state, state[0] + 1, 0)
-                for tap in taps:
+                with serial(stop - start) as tap:
                     if needed is None:
                         store(self.lists["inputs"], source, chunk, at)
                         store(state, at + 1, 2)
                     else:
-                        shift = tap * window.dilation[0] * plan.columns
-                        store(needed, tirx.IntImm(INT, 1), source + shift)
+                        store(needed, tirx.IntImm(INT, 1), source + self.lists["taps"][start + tap, 1])
         used = let(state[0])
         with when(used > first):
-            pairs, each = self.lists["pairs"], len(plan.plane_sets[index] if plan.thins_planes else taps)
-            store(pairs, pairs[sample, 0] + (used - first) * each, sample, 0)
+            store(self.lists["pairs"], self.lists["pairs"][sample, 0] + (used - first) * pairs, sample, 0)
             end = let(tirx.floordiv(used + (plan.mr - 1), plan.mr) * plan.mr)
             slot = (chunk, *self._slot(used - 1))
             last = let(self.lists["rows_in"][slot])
             with serial(end - used) as missing:
                 self._store_row(chunk, let(used + missing), last, tirx.IntImm(INT, -1))
             store(state, end, 0)
-            run = (plan.tap_starts[index], plan.tap_starts[index + 1])
-            fields = (*run, tirx.floordiv(first, plan.mr), tirx.floordiv(end, plan.mr), sample)
+            fields = (start, stop, tirx.floordiv(first, plan.mr), tirx.floordiv(end, plan.mr), sample)
             for field, value in enumerate(fields):
-                store(self.lists["runs"], value if field > 1 else tirx.IntImm(INT, value), chunk, state[1], field)
+                store(self.lists["runs"], value, chunk, state[1], field)
             store(state, state[1] + 1, 1)
 
     def _slot(self, row: Expr) -> tuple[Expr, Expr]:
