@@ -114,6 +114,7 @@ def families() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
         "depthwise 1x3x3": (depthwise((1, 3, 3)), clip),
         "depthwise 5x1x1": (depthwise((5, 1, 1)), clip),
         "depthwise 3x3x3, few positions": (depthwise((3, 3, 3), 432), (1, 432, 4, 5, 5)),
+        "groups of 4, 3x3x3": (lambda: nn.Conv3d(128, 128, 3, padding=1, groups=32), (1, 128, 4, 28, 28)),
         "pointwise, narrow": (lambda: nn.Sequential(nn.Conv3d(24, 54, 1), nn.Conv3d(54, 24, 1)), small),
         "pointwise, wide": (lambda: nn.Sequential(nn.Conv3d(216, 432, 1)), (1, 216, 4, 10, 10)),
         "SiLU": (behind(nn.SiLU()), small),

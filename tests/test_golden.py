@@ -29,6 +29,7 @@ from dance_tvm.schedules.cpu.resample import Resample
 from dance_tvm.schedules.cpu.row_plan import RowPlan
 from dance_tvm.schedules.cpu.row_tiles import RowTile
 from dance_tvm.schedules.cpu.tiles import Tile
+from dance_tvm.schedules.cpu.weighted_rows import WeightedRows
 from dance_tvm.schedules.cpu.winograd import WinogradConv
 from dance_tvm.schedules.cpu.winograd_plan import WinogradPlan
 from dance_tvm.schedules.geometry import Window
@@ -67,6 +68,7 @@ KERNELS: dict[str, Kernel] = {
         2, 10, 10, 8, 8, *HEAD, HEAD[0], Placed((1, 10, 16), Strided(((2, 8),), 16, 1)), PRODUCT, 0.5
     ),
     "product": Product(2, 10, 8, 10, *HEAD, Placed((2, 10, 10), Strided(((2, 100),), 10, 1)), PRODUCT),
+    "weighted_rows": WeightedRows(6, 5, 7, 2, 4),
     "resample": Resample(1, (2, 3, 4), (4, 3, 8), 6, (2, 1, 2), (True, False, True), 4),
     "norm": Norm((1, 32, 8), 1, 32, 8, 4, 1e-5, 4, affine="lanes", scales=8),
     "reduce_mean": VectorReduction((2, 16, 8), (2, 8), 2, 16, 8, "mean", vector_floats=4),

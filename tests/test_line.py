@@ -32,7 +32,7 @@ def plain(conv: LineConv, x: np.ndarray, weights: Weights) -> np.ndarray:
     """The convolution alone, in float64."""
     data, window = torch.from_numpy(x).double().permute(0, 4, 1, 2, 3), conv.window
     weight, bias = (torch.from_numpy(each).double() for each in (weights.weight, weights.bias))
-    wanted = nn.functional.conv3d(data, weight, bias, window.stride, window.padding, window.dilation)
+    wanted = nn.functional.conv3d(data, weight, bias, window.stride, window.padding, window.dilation, conv.groups)
     return wanted.permute(0, 2, 3, 4, 1).numpy()
 
 
@@ -40,7 +40,7 @@ def check(conv: LineConv, seed: int = 0, density: float = 0.5) -> None:
     """Small integers, so that sums are exact; the output is NaN beforehand."""
     rng, window, most = np.random.default_rng(seed), conv.window, 9 if conv.dtype == "float32" else 1
     x = rng.integers(-most, most + 1, conv.x_shape).astype("float32")
-    weight = rng.integers(-4, 5, (conv.channels_out, conv.channels_in, *window.kernel)).astype("float32")
+    weight = rng.integers(-4, 5, (conv.channels_out, conv.depth, *window.kernel)).astype("float32")
     bias = rng.integers(-9, 10, conv.channels_out).astype("float32")
     residual = rng.integers(-9, 10, conv.y_shape).astype("float32")
     masks = {name: rng.random(operand.shape) < density for name, operand in conv.plan.masks.items()}
@@ -60,7 +60,10 @@ def check(conv: LineConv, seed: int = 0, density: float = 0.5) -> None:
 
 
 @st.composite
-def convolutions(draw: st.DrawFn) -> LineConv:
+def convolutions(draw: st.DrawFn, grouped: bool = False) -> LineConv:
+    groups = draw(st.sampled_from([2, 3, 4, 5, 8])) if grouped else 1
+    depth = draw(st.sampled_from([1, 2, 3, 4, 8] if grouped else [1, 2, 3, 4, 5, 6, 17, 70]))
+    group_out = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 16, 24])) if grouped else draw(st.integers(1, 23))
     kernel = draw(st.sampled_from([(3, 3, 3), (1, 3, 3), (1, 5, 4), (3, 1, 1), (1, 1, 3), (2, 3, 1), (1, 1, 1)]))
     stride = draw(st.sampled_from([(1, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 3)]))
     dilation = draw(st.sampled_from([(1, 1, 1), (1, 1, 1), (2, 2, 1), (1, 1, 2)]))
@@ -73,8 +76,8 @@ def convolutions(draw: st.DrawFn) -> LineConv:
     told_apart = (draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, window.out[0]])))
     return LineConv(
         window,
-        draw(st.sampled_from([1, 2, 3, 4, 5, 6, 17, 70])),
-        draw(st.integers(1, 23)),
+        groups * depth,
+        groups * group_out,
         RowTile(draw(st.integers(1, 7)), draw(st.integers(1, 3)), floats, step),
         residual=draw(st.booleans()),
         activation=draw(st.sampled_from(["", "relu"])),
@@ -82,6 +85,7 @@ def convolutions(draw: st.DrawFn) -> LineConv:
         positions=draw(st.sampled_from([None, told_apart])),
         zero_dead=draw(st.sampled_from(["", "rows", "all"])),
         dtype=dtype,
+        groups=groups,
     )
 
 
@@ -89,6 +93,22 @@ def convolutions(draw: st.DrawFn) -> LineConv:
 @given(convolutions(), st.integers(0, 99), st.sampled_from([0.1, 0.6, 0.95, 1.0]))
 def test_any_convolution_under_any_masks_of_its_outputs(conv, seed, density):
     check(conv, seed, density)
+
+
+@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(convolutions(grouped=True), st.integers(0, 99), st.sampled_from([0.6, 1.0]))
+def test_any_grouped_convolution(conv, seed, density):
+    check(conv, seed, density)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "blocks"), [((64, 64), 16, 4), ((48, 96), 4, 2), ((24, 24), 6, 1), ((64, 48), 16, 1)]
+)
+def test_groups_that_fill_no_vector_are_computed_as_one(channels, groups, blocks):
+    conv = LineConv(window_of(1, (1, 3, 9), (1, 3, 3)), *channels, RowTile(7, 2, 16, 1), groups=groups)
+    assert (conv.blocks, conv.block_in) == (blocks, channels[0] // blocks)
+    assert conv.operands()[1].shape == (-(-channels[1] // 16), 9, channels[0] // blocks, 16)
+    check(conv)
 
 
 @settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -163,7 +183,14 @@ def test_layers_that_have_the_kernel():
     assert set(masked.plan.masks) == {"out_frames", "positions"}
     assert choose(Layer(STEM, 3, 24, in_frames=True), AVX512).kernel.name.startswith("conv3d_gather_")
     assert choose(Layer(strided, 24, 48, out_frames=True), AVX512).kernel.name.startswith("conv3d_gather_")
-    assert choose(Layer(STEM, 4, 24, groups=2), AVX512).kernel.name.startswith("conv3d_gather_")
+    for channels, groups in (((4, 24), 2), ((64, 64), 4), ((64, 64), 16), ((256, 256), 32)):
+        assert choose(Layer(deep, *channels, groups=groups), AVX512).kernel.name.startswith("conv3d_line_")
+        apart = choose(Layer(deep, *channels, groups=groups), AVX512, "direct").kernel
+        assert apart.name.startswith("conv3d_line_" if channels[1] // groups == 16 else "conv3d_gather_")
+        masked = Layer(deep, *channels, groups=groups, out_frames=True)
+        assert choose(masked, AVX512).kernel.name.startswith("conv3d_gather_")
+    assert choose(Layer(deep, 48, 48, groups=3), AVX512).kernel.name.startswith("conv3d_line_")
+    assert choose(Layer(deep, 72, 72, groups=3), AVX512).kernel.name.startswith("conv3d_gather_")
 
 
 def test_networks_take_the_kernel():

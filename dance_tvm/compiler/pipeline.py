@@ -20,6 +20,7 @@ from dance_tvm.lowering.choose_kernel import Memory
 from dance_tvm.lowering.describe_layers import kernels_of
 from dance_tvm.lowering.lower_attention import LowerAttention
 from dance_tvm.lowering.lower_norms import LowerNorms
+from dance_tvm.lowering.lower_points import LowerPoints
 from dance_tvm.lowering.lower_resampling import LowerResampling
 from dance_tvm.lowering.lower_sorts import LowerSorts
 from dance_tvm.lowering.lower_windows import lower_windows
@@ -212,7 +213,8 @@ def _before_kernels(spread: Passes, narrow: Passes, layouts: Passes, reasons: Re
 def _behind_kernels(machine: Machine, gpu: Gpu | None, threads: int, reasons: Reasons) -> list[tuple[str, Passes]]:
     """What is done to the operators that no sparse kernel took."""
     halves = [] if gpu else [StoreHalves()]
-    products = [] if gpu else [LowerAttention(machine, threads, reasons), LowerResampling(machine, threads, reasons)]
+    products = [LowerAttention(machine, threads, reasons), LowerResampling(machine, threads, reasons)]
+    products = [] if gpu else [*products, LowerPoints(machine, threads)]
     return [
         (
             "norms and sorts",

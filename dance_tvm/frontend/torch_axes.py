@@ -75,7 +75,10 @@ def _split_with_sizes(node: fx.Node, importer: Importer) -> relax.Expr:
     """``x`` cut into parts of given sizes."""
     given, emit = arguments(node), importer.block_builder.emit
     x, sizes = importer.env[given["self"]], [int(size) for size in given["split_sizes"]]
-    return emit(relax.Tuple(split(emit, x, sizes, given.get("dim", 0))))
+    axis = given.get("dim", 0)
+    if len(sizes) > 1 and all(sizes):  # later passes know the parts by the operator that they come from
+        return emit(relax.op.split(x, np.cumsum(sizes)[:-1].tolist(), axis))
+    return emit(relax.Tuple(split(emit, x, sizes, axis)))
 
 
 def _take(node: fx.Node, importer: Importer) -> relax.Expr:

@@ -114,7 +114,9 @@ def settled_direct(layer: Layer, machine: Machine, log: TuningLog | None = None)
 def _line(layer: Layer, machine: Machine) -> LineConv:
     tile = RowTile(1, 1, machine.storing(layer.dtype).vector_floats, 1)
     sizes, behind = (layer.window, layer.channels_in, layer.channels_out), (layer.residual, layer.activation)
-    return LineConv(*sizes, tile, *behind, layer.out_frames, layer.positions, layer.zero_dead, layer.dtype)
+    return LineConv(
+        *sizes, tile, *behind, layer.out_frames, layer.positions, layer.zero_dead, layer.dtype, layer.groups
+    )
 
 
 def _pointwise(layer: Layer, machine: Machine) -> PointwiseConv:
@@ -222,13 +224,16 @@ def offer(layer: Layer, machine: Machine, algorithm: str, log: TuningLog | None)
     found = settled_direct(layer, machine, log)
     conv = found.kernel
     choice = direct_or_winograd(conv, found.origin, layer.workload, machine, algorithm, log, layer.memory)
-    masks = MASKS_OF_LINES if layer.channels_in <= FEW_CHANNELS else ()
+    few = layer.channels_in <= FEW_CHANNELS and layer.groups == 1
+    masks = MASKS_OF_LINES if few else ()
     if not is_dense(layer, *masks):
         return choice if algorithm != "auto" else _with_direct(choice, conv, layer, machine)
     if algorithm == "winograd" and choice.kernel is not conv:
         return choice
     lines, workload = _line(layer, machine), line(layer.workload)
-    if layer.channels_in > FEW_CHANNELS:
+    if algorithm == "direct" and lines.blocks < layer.groups:  # zeros between groups would spread infinity and NaN
+        return choice
+    if not few:
         listing = listing_seconds(machine.storing(layer.dtype), layer.workload, conv.tile.mr, conv.tile.vectors)
         seconds = settled(lines, machine, workload, None).kernel.predict(machine, layer.threads)
         slower = seconds > conv.predict(machine, layer.threads) + listing

@@ -69,6 +69,7 @@ class LineConv(RowConv):
     positions: tuple[int, int] | None = None
     zero_dead: str = ""
     dtype: str = FLOAT
+    groups: int = 1
 
     @property
     def name(self) -> str:
@@ -88,12 +89,12 @@ class LineConv(RowConv):
         self, machine: Machine, threads: int, shares: Sequence[float] | None = None, whole_units: bool = False
     ) -> float:
         """As :mod:`~.line_tiles` has it: nothing is listed."""
-        return self.seconds_by(predicted_cycles, machine, threads)
+        return self.seconds_by(partial(predicted_cycles, groups=self.groups), machine, threads)
 
     def work(self) -> tuple[Count, Count, Count]:
         """All taps inside the clip, of the outputs that are read."""
         pairs = Count(operand="counts", at=(3,)) if self.plan.masks else Count(self.window.tap_positions)
-        return pairs, Count(self.channels_in), Count(self.channels_out)
+        return pairs, Count(self.depth), Count(self.channels_out)
 
     @property
     def plan(self) -> RowPlan:
@@ -122,16 +123,16 @@ class LineConv(RowConv):
         LineEmitter(self, args).emit()
 
 
-def runs(window: Window, inside: list[list[int]]) -> list[tuple[int, int, int, int]]:
+def runs(window: Window, inside: list[list[int]], apart: bool = False) -> list[tuple[int, int, int, int]]:
     """Taps of a line that the same outputs of a tile read, side by side in memory: the first tap, how many, the first
-    output, past the last."""
+    output, past the last. ``apart``: no two lie side by side."""
     found: list[tuple[int, int, int, int]] = []
     for tap in range(window.kernel[WIDTH]):
         rows = [row for row, taps in enumerate(inside) if tap in taps]
         if not rows:
             continue
         begin, end = rows[0], rows[-1] + 1
-        if found and found[-1][2:] == (begin, end) and window.dilation[WIDTH] == 1:
+        if found and found[-1][2:] == (begin, end) and window.dilation[WIDTH] == 1 and not apart:
             found[-1] = (found[-1][0], found[-1][1] + 1, begin, end)
         else:
             found.append((tap, 1, begin, end))
@@ -186,10 +187,12 @@ class LineEmitter(RowTiles):
         read = None if self.position_mask is None else self._count_read(line, 0, self.width)
         spans = span(window, TIME, line.frame), span(window, HEIGHT, line.row)
         self.remember()
-        first = 0
-        for panels, vectors in panel_widths(self.conv.vectors, self.tile.vectors):
-            with serial(panels) as index:
-                panel = (let(first + index * vectors), vectors)
+        first, blocks = 0, self.conv.blocks
+        per_block = self.conv.vectors // blocks
+        for panels, vectors in panel_widths(per_block, self.tile.vectors):
+            with serial(blocks * panels) as index:
+                within, skipped = (index, 0) if blocks == 1 else (index % panels, index // panels * per_block)
+                panel = (let(first + within * vectors + skipped), vectors)
                 each_piece(window, WIDTH, self.tile.mr, partial(self._piece, line, read, spans, panel))
             first += panels * vectors
         if read is not None and self.zero_dead:
@@ -251,8 +254,9 @@ class LineEmitter(RowTiles):
 
     def _tile(self, line: Line, spans: Spans, panel: tuple[Expr, int], begin: Expr, inside: Taps) -> None:
         """The outputs from ``begin`` on of one line, all their taps."""
-        conv, window, depth = self.conv, self.conv.window, self.conv.channels_in
+        conv, window, depth = self.conv, self.conv.window, self.conv.block_in
         vector, width = panel
+        channel = tirx.floordiv(vector, conv.vectors // conv.blocks) * depth if conv.blocks > 1 else 0
         (source0, first0, past0), (source1, first1, past1) = spans
         sums = self.start(vector, len(inside), width)
         left = let(begin * window.stride[WIDTH] - window.padding[WIDTH])
@@ -264,11 +268,11 @@ class LineEmitter(RowTiles):
             with self._taps(HEIGHT, past1 - first1, rows, sums) as index1:
                 tap1 = let(first1 + index1)
                 row = let(frame * window.size[HEIGHT] + source1 + tap1 * window.dilation[HEIGHT])
-                source = let(big(row * window.size[WIDTH] + left) * depth)
+                source = let(big(row * window.size[WIDTH] + left) * conv.channels_in + channel)
                 tap = (tap0 * window.kernel[HEIGHT] + tap1) * window.kernel[WIDTH]
                 weights = let(big(vector) * self.vector_floats + big(tap) * (depth * self.count))
-                for first, count, begin_row, end_row in runs(window, inside):
-                    moved = first * window.dilation[WIDTH] * depth + begin_row * conv.row_floats
+                for first, count, begin_row, end_row in runs(window, inside, apart=conv.blocks > 1):
+                    moved = first * window.dilation[WIDTH] * conv.channels_in + begin_row * conv.row_floats
                     some = sums.rows(begin_row, end_row)
                     multiply(source + moved, weights + first * depth * self.count, count * depth, some)
         self.finish(let(self._target(line, begin, vector)), sums)

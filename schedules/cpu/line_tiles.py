@@ -8,7 +8,7 @@ from ..geometry import HEIGHT, TIME, WIDTH, Window
 from ..workload import LINE, Workload
 from .cost import seconds_per_cycle
 from .row_space import L2_BYTES, TILE_CYCLES, VECTOR_CYCLES, RowSpace, put_cycles
-from .row_tiles import panel_widths
+from .row_tiles import joined, panel_widths
 from .space import Loops
 from .tiles import CHAINS_TO_HIDE_LATENCY, Machine, tap_tiles
 
@@ -29,12 +29,15 @@ def tap_lines(window: Window) -> int:
     return window.batch * live[0] * live[1]
 
 
-def predicted_cycles(machine: Machine, window: Window, channels: tuple[int, int], tile: tuple[int, int, int]) -> float:
+def predicted_cycles(
+    machine: Machine, window: Window, channels: tuple[int, int], tile: tuple[int, int, int], groups: int = 1
+) -> float:
     """Cycles of one thread for the layer with register tiles of (rows, vectors, step)."""
-    depth, channels_out = channels
     mr, most, step = tile
+    blocks = groups // joined(groups, channels[1] // groups, machine.vector_floats)
+    depth, channels_out = (channel // blocks for channel in channels)
     tiles = -(-window.out[WIDTH] // mr)
-    near = machine.element_bytes * window.taps * depth * channels_out <= WEIGHTS_SHARE_OF_L2 * machine.l2
+    near = machine.element_bytes * window.taps * depth * channels[1] <= WEIGHTS_SHARE_OF_L2 * machine.l2
     lines, terms = window.positions_out // window.out[WIDTH], window.kernel[WIDTH] * depth
     total = 0.0
     for panels, vectors in panel_widths(-(-channels_out // machine.vector_floats), most):
@@ -45,13 +48,13 @@ def predicted_cycles(machine: Machine, window: Window, channels: tuple[int, int]
         put = put_cycles(machine, terms * tap_lines(window) // lines, mr * vectors)
         store = put + VECTOR_CYCLES * mr * vectors + TILE_CYCLES
         total += panels * tiles * (tap_lines(window) * line + lines * store)
-    return total
+    return blocks * total
 
 
 def listing_seconds(machine: Machine, workload: Workload, mr: int, vectors: int) -> float:
     """What the gathered convolution takes beside its multiplies, with tiles of ``mr`` rows × ``vectors``: an address
     for each row and tap, and partial sums that are stored and read."""
-    panels = -(-workload.channels_out // (vectors * machine.vector_floats))
+    panels = workload.groups * -(-workload.group_out // (vectors * machine.vector_floats))
     addresses = ADDRESS_CYCLES * tap_tiles(workload.window, mr) * mr
     sums = PARTIAL_CYCLES * workload.window.positions_out * vectors
     return panels * (addresses + sums) * seconds_per_cycle(machine) / workload.threads
@@ -68,13 +71,25 @@ class LineSpace(RowSpace):
 
     @property
     def terms(self) -> int:
-        """What one output reads of a line of taps."""
-        return self.workload.channels_in * self.workload.window.kernel[WIDTH]
+        """What one output reads of a line of taps that lies side by side."""
+        work, blocks = self.workload, self.blocks
+        return work.channels_in // blocks * (work.window.kernel[WIDTH] if blocks == 1 else 1)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of groups that are computed as one."""
+        work = self.workload
+        return work.groups // joined(work.groups, work.group_out, self.machine.vector_floats)
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of a block's output channels."""
+        return super().vectors // self.blocks
 
     def predicted(self, tile: tuple[int, int, int]) -> float:
         """As the model has it."""
         work = self.workload
-        return predicted_cycles(self.machine, work.window, (work.channels_in, work.channels_out), tile)
+        return predicted_cycles(self.machine, work.window, (work.channels_in, work.channels_out), tile, work.groups)
 
     def loops(self) -> Loops:
         """Outputs of a line; vectors of a panel."""

@@ -39,7 +39,8 @@ class PointwiseTile(RowTile):
 def is_pointwise(layer: Layer) -> bool:
     """Whether the layer is one matrix product over all positions, with nothing left out."""
     window = layer.window
-    return is_dense(layer) and window.taps == 1 and window.size == window.out and not any(window.padding)
+    one = layer.groups == 1 and window.taps == 1
+    return is_dense(layer) and one and window.size == window.out and not any(window.padding)
 
 
 def leaves_caches(layer: Layer, machine: Machine) -> bool:

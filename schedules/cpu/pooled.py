@@ -32,7 +32,7 @@ def pooled(
     """
     if any(map(operator.mod, kernel.window.out, pool)):
         return None
-    if type(kernel) is LineConv and not kernel.residual and together:
+    if type(kernel) is LineConv and not kernel.residual and together and kernel.groups == 1:
         lines = PooledLineConv(**_fields(kernel) | {"zero_dead": zero_dead}, pool=pool)
         return lines if lines.scratch_bytes <= NEAR * machine.l2 else None
     if isinstance(kernel, Either) and type(kernel.second) is GatherConv:

@@ -24,11 +24,10 @@ L2_BYTES = 24.0
 
 
 def is_dense(layer: Layer, *masks: str) -> bool:
-    """Whether the layer leaves nothing out but by ``masks`` of these axes and has one group: what these convolutions
-    take."""
+    """Whether the layer leaves nothing out but by ``masks`` of these axes: what these convolutions take."""
     lists = set(layer.workload.lists).difference(masks)
     whole = layer.columns is None and layer.spread is None and not layer.planar
-    return whole and not lists and layer.groups == 1
+    return whole and not lists
 
 
 def put_cycles(machine: Machine, terms: int, vectors: int) -> float:

@@ -6,6 +6,7 @@ packed as single vectors of output channels, so that panels of any width read th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -76,8 +77,15 @@ class RowTile:
     step: int
 
 
+def joined(groups: int, group_out: int, lanes: int) -> int:
+    """How many convolution groups are computed as one, with zeros between them: so few that their output channels fill
+    whole vectors of ``lanes``, or all where no such number divides them."""
+    fewest = lanes // math.gcd(lanes, group_out)
+    return groups if groups % fewest else fewest
+
+
 class RowConv(LayerKernel):
-    """A dense convolution by such tiles; subclasses declare the fields."""
+    """A convolution by such tiles that leaves no channels out; subclasses declare the fields."""
 
     window: Window
     tile: RowTile
@@ -85,7 +93,7 @@ class RowConv(LayerKernel):
     activation: str
     #: How activations and weights are stored.
     dtype: str
-    groups = 1
+    groups: int = 1
     #: Whether results are stored past the caches.
     stores_past = False
 
@@ -93,6 +101,16 @@ class RowConv(LayerKernel):
     def vectors(self) -> int:
         """Vectors that hold the output channels."""
         return -(-self.channels_out // self.tile.vector_floats)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of groups that are computed as one: each has vectors of its own."""
+        return self.groups // joined(self.groups, self.group_out, self.tile.vector_floats)
+
+    @property
+    def block_in(self) -> int:
+        """Input channels of a block."""
+        return self.channels_in // self.blocks
 
     @property
     def row_floats(self) -> int:
@@ -111,8 +129,8 @@ class RowConv(LayerKernel):
         return f"{short(self.dtype)}_mr{self.tile.mr}_nr{self.tile.vectors * self.tile.vector_floats}{step}"
 
     def operands(self) -> list[Operand]:
-        """x (N, T, H, W, C_in), weights (vectors, taps, C_in, lanes), bias in whole vectors, residual, y."""
-        packed = (self.vectors, self.window.taps, self.channels_in, self.tile.vector_floats)
+        """x (N, T, H, W, C_in), weights (vectors, taps, block's C_in, lanes), bias in whole vectors, residual, y."""
+        packed = (self.vectors, self.window.taps, self.block_in, self.tile.vector_floats)
         return [
             Operand("x", self.x_shape, self.dtype),
             constant("weights", packed, self.dtype),
@@ -129,7 +147,18 @@ class RowConv(LayerKernel):
     @property
     def panelled(self) -> Panels:
         """How weights are laid out: panels of one vector."""
-        return Panels(1, self.channels_out, self.channels_in, self.window.taps, self.tile.vector_floats)
+        block_out = self.channels_out // self.blocks
+        return Panels(self.blocks, block_out, self.block_in, self.window.taps, self.tile.vector_floats)
+
+    def unprepared(self, weight: np.ndarray) -> np.ndarray:
+        """(C_out, C_in / groups, …) as (C_out, block's C_in, …), zero between the groups of a block."""
+        if self.blocks == self.groups:
+            return weight
+        blocks, together = self.blocks, self.groups // self.blocks
+        sizes, each = (self.group_out, self.depth, self.window.taps), np.arange(together)
+        whole = np.zeros((blocks, together, sizes[0], together, *sizes[1:]), weight.dtype)
+        whole[:, each, :, each] = np.moveaxis(weight.reshape(blocks, together, *sizes), 1, 0)
+        return whole.reshape(self.channels_out, self.block_in, *weight.shape[2:])
 
     def prepare(self, weights: Weights | None) -> dict[str, np.ndarray]:
         """Packed weights, and the bias with zeros behind it."""
@@ -138,15 +167,20 @@ class RowConv(LayerKernel):
         bias[: self.channels_out] = weights.bias
         constants = {"bias": bias}
         if weights.weight is not None:
-            constants["weights"] = self.panelled.apply(weights.weight).astype(self.dtype, copy=False)
+            packed = self.panelled.apply(self.unprepared(weights.weight))
+            constants["weights"] = packed.astype(self.dtype, copy=False)
         return constants
 
     def unpacked(self, at: Expr) -> tuple[Expr, Expr, Expr, Expr]:
         """In panels of one vector."""
-        count, depth, taps = self.tile.vector_floats, self.channels_in, self.window.taps
+        count, depth, taps = self.tile.vector_floats, self.block_in, self.window.taps
         line, channel = let(tirx.floordiv(at, count * depth)), let(tirx.floormod(tirx.floordiv(at, count), depth))
         out = let(tirx.floordiv(line, taps) * count + tirx.floormod(at, count))
-        return out, let(tirx.floormod(line, taps)), channel, out < self.channels_out
+        there = out < self.channels_out
+        if self.blocks < self.groups:
+            group = tirx.floormod(tirx.floordiv(out, self.group_out), self.groups // self.blocks)
+            there = tirx.all(there, group == tirx.floordiv(channel, self.depth))
+        return out, let(tirx.floormod(line, taps)), let(tirx.floormod(channel, self.depth)), there
 
     def seconds_by(self, cycles: Callable[..., float], machine: Machine, threads: int) -> float:
         """Of ``cycles`` (stored, window, channels on either side, tile), shared out over the threads."""
@@ -187,7 +221,7 @@ class RowTiles:
         #: Where sums of a single pass wait for an activation to which rows come one after the other.
         self.waiting: tirx.Buffer | None = None
         #: Floats from one vector's packed weights to the next one's.
-        self.vector_floats = conv.window.taps * conv.channels_in * self.count
+        self.vector_floats = conv.window.taps * conv.block_in * self.count
 
     def start(self, vector: Expr, mr: int, width: int) -> TileSums:
         """The sums of ``mr`` rows × ``width`` vectors from ``vector`` on, each the bias so far."""
@@ -221,7 +255,7 @@ class RowTiles:
     def remember(self, passes: bool = False) -> None:
         """Give the sums of the tiles to come memory where they take several ``passes``, as many terms do: registers
         would not do for them beside those that products are added to."""
-        tile, terms = self.tile, self.conv.window.taps * self.conv.channels_in
+        tile, terms = self.tile, self.conv.window.taps * self.conv.block_in
         if self.conv.dtype != FLOAT and (passes or terms > HALF_TERMS):
             self.memory = scratch((max(SPARE + tile.mr * tile.vectors * self.count, 1 + STACK_BYTES // 4),))
             store(self.memory, number(0.0), 0)
