@@ -124,7 +124,8 @@ def test_the_kernel_finds_the_first_place_along_lines_and_lanes(largest: bool) -
             if kind == "infinite":
                 x = np.where(x > 0, np.inf, -np.inf).astype("float32")
             name = f"place{len(cases)}"
-            kernel = PlaceOfExtreme(x.shape, (outer, inner), outer, reduced, inner, largest, 16)
+            statistic = "max" if largest else "min"
+            kernel = PlaceOfExtreme(x.shape, (outer, inner), outer, reduced, inner, statistic, vector_floats=16)
             functions[name] = kernel.primfunc(name, one_thread=True)
             cases[name] = x
     built = tvm.compile(tvm.IRModule(functions), target=load_target("host").tvm_target(1))

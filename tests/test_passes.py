@@ -895,3 +895,19 @@ def test_tensors_of_three_axes_without_a_convolution_stay() -> None:
             y = builder.emit_output(relax.op.permute_dims(builder.emit(relax.op.nn.relu(x)), [0, 2, 1]))
         builder.emit_func_output(y)
     stays(WidenSequences(), builder.finalize())
+
+
+def test_a_sequence_beside_what_has_more_axes_is_one() -> None:
+    builder = relax.BlockBuilder()
+    x, z = (
+        relax.Var("x", relax.TensorType([2, 3, 8], "float32")),
+        relax.Var("z", relax.TensorType([6, 2, 4, 8], "float32")),
+    )
+    with builder.function("main", [x, z]):
+        with builder.dataflow():
+            conv = builder.emit(relax.op.nn.conv1d(x, relax.const(np.ones((4, 3, 3), "float32")), padding=[1, 1]))
+            y = builder.emit_output(relax.op.maximum(z, conv))
+        builder.emit_func_output(y)
+    graph = Graph.of(WidenSequences()(builder.finalize())["main"])
+    (larger,) = (graph.call(var) for var in graph.order if graph.op(var) == "maximum")
+    assert [len(arg.ty.shape) for arg in larger.args] == [4, 3]

@@ -103,7 +103,9 @@ def _term(graph: Graph, var: relax.Var) -> tuple[relax.Expr, relax.Expr, list[re
     if graph.op(var) != "take" or not factors:
         return None
     source, places = graph.call(var).args
-    axis = graph.call(var).attrs.axis
+    axis, mode = graph.call(var).attrs.axis, str(graph.call(var).attrs.mode)
     if len(shape_of(source)) != 2 or axis is None or int(axis) != 0 or shape_of(places) != shape[:-1]:
+        return None
+    if mode != "wrap":  # as sources mean places, and the kernel
         return None
     return source, places, factors[::-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import tvm
@@ -72,8 +73,8 @@ class LowerSorts:
         sizes = (1, math.prod(shape), 1)
         if axis is not None:
             sizes = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
-        largest = call.op.name.endswith("argmax")
-        found = PlaceOfExtreme(tuple(shape), tuple(out), *sizes, largest, self.machine.vector_floats)
+        name: Literal["max", "min"] = "max" if call.op.name.endswith("argmax") else "min"
+        found = PlaceOfExtreme(tuple(shape), tuple(out), *sizes, name, vector_floats=self.machine.vector_floats)
         return call_kernel(builder, found, {"x": x}, self.threads)
 
 

@@ -99,7 +99,7 @@ class _Sequences:
             sizes |= {"padding": _around(attrs.padding), "ceil_mode": bool(attrs.ceil_mode)}
             sizes["count_include_pad"] = bool(attrs.count_include_pad)
             return _POOLS[name](self._widened(builder, call.args[0]), _wide(attrs.pool_size, 1), **sizes)
-        if name in ELEMENTWISE and any(arg in self.pictures for arg in call.args):
+        if name in ELEMENTWISE and any(arg in self.pictures for arg in call.args) and max(map(_rank, call.args)) == 3:
             return relax.Call(call.op, [self._beside(builder, arg) for arg in call.args], attrs)
         return None
 
@@ -151,12 +151,14 @@ class _Sequences:
 
     def _beside(self, builder: relax.BlockBuilder, operand: relax.Expr) -> relax.Expr:
         """An operand of an elementwise operator: sequences, and what is spread along them, as pictures."""
-        rank = len(shape_of(operand)) if is_tensor(operand) else 0
+        rank = _rank(operand)
         if rank < 2:  # a number, or along T alone
             return operand
-        if rank == 3:
-            return self._widened(builder, operand)
-        return builder.emit(relax.op.expand_dims(operand, 1))
+        return self._widened(builder, operand) if rank == 3 else builder.emit(relax.op.expand_dims(operand, 1))
+
+
+def _rank(operand: relax.Expr) -> int:
+    return len(shape_of(operand)) if is_tensor(operand) else 0
 
 
 def _past(axis: int) -> int:

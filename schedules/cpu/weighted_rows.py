@@ -18,7 +18,7 @@ from .conv3d_gather import parts_of
 @dataclass(frozen=True)
 class WeightedRows(Kernel):
     """y[p] = the sum of ``taps`` rows x[places_t[p]] · weights_t[p]: x is (rows, channels), y (points, channels).
-    Places outside are those at the end."""
+    Negative places count from the end; those outside are those at the ends."""
 
     kind = "weighted_rows"
     rows: int
@@ -45,7 +45,8 @@ class WeightedRows(Kernel):
         with parallel(self.points) as point:
             starts, weights = list[Expr](), list[Expr]()
             for tap in range(self.taps):
-                place = tirx.max(tirx.min(args[f"places_{tap}"][point], self.rows - 1), 0)
+                given = let(args[f"places_{tap}"][point])
+                place = tirx.max(tirx.min(given + tirx.Select(given < 0, self.rows, 0), self.rows - 1), 0)
                 starts.append(let(big(place) * self.channels))
                 weights.append(let(args[f"weights_{tap}"][point]))
 

@@ -26,6 +26,9 @@ from dance_tvm.sparsity.dance.controller import Controller, Masks, Prune
 from dance_tvm.sparsity.dance.options import AXES
 from dance_tvm.sparsity.dance.sites import module_of
 
+#: Layers that a network calls with weights of its own.
+_FUNCTIONS = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
+
 
 class LayerMacs(NamedTuple):
     """One convolution's MACs: `executed` (N,) under the masks, `dense` without masks, `nominal` with padded taps."""
@@ -165,7 +168,7 @@ def _whole_macs(module: nn.Module | None, node: fx.Node) -> float:
     if isinstance(module, nn.Linear):
         return float(module.weight.numel() * node.meta["tensor_meta"].shape[:-1].numel())
     if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        n, _, *positions = _shape(node.args[0])
+        n, _, *positions = _shape(node.all_input_nodes[0])
         return float(n * math.prod(positions) * module.weight.numel())
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return _window_macs(module, node, module.weight.shape)
@@ -178,10 +181,6 @@ def _whole_macs(module: nn.Module | None, node: fx.Node) -> float:
         return float(weight.numel() * node.meta["tensor_meta"].shape[:-1].numel())
     sizes = {"kernel_size": weight[2:], "stride": 1, "padding": 0, "dilation": 1, **given}
     return _window_macs(SimpleNamespace(**sizes), node, weight)
-
-
-#: Layers that a network calls with weights of its own.
-_FUNCTIONS = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
 
 
 def _window_macs(sizes: nn.Module | SimpleNamespace, node: fx.Node, weight: torch.Size) -> float:
