@@ -171,14 +171,14 @@ def as_strided(node: fx.Node, importer: Importer) -> relax.Expr:
     views = [node]
     while getattr(base.target, "is_view", False):
         views.append(base)
-        base = base.args[0]  # type: ignore[assignment]
+        base = base.args[0]  # type: ignore[assignment]  # what a view is of
     held = base.meta["val"]
     if not held.is_contiguous() or held.storage_offset():
         raise DanceError("the tensor that it is a view of does not lie in order: use slices")
     places = torch.arange(held.numel()).reshape(held.shape)
     try:
         for view in reversed(views):
-            places = view.target(places, *view.args[1:], **view.kwargs)  # type: ignore[operator]
+            places = view.target(places, *view.args[1:], **view.kwargs)  # type: ignore[operator]  # a function
     except RuntimeError as problem:
         raise DanceError("its strides reach outside the tensor: use slices") from problem
     emit = importer.block_builder.emit
